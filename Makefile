@@ -1,0 +1,23 @@
+# `make demo` and `make test` need Python >= 3.11 and a package index; nothing else, and nothing twice.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export HF_HUB_OFFLINE := 1
+
+.PHONY: demo test clean
+
+demo: $(STAMP)
+	$(BIN)/reapkit apply recipes/demo.yaml
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "not gpu and not long"
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) runs

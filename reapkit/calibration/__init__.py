@@ -1,0 +1,1 @@
+"""Calibration data: any source, the right tokens, exactly the declared mix."""

@@ -1,0 +1,133 @@
+"""A source's accepted samples as tokens on disk, appended block by block, so that a killed preparation goes on where it was.
+
+    input_ids.bin   int32, samples one after another        assistant.bin   uint8, the same
+    journal.jsonl   one line per finished block: walk positions, lengths and hashes of its samples, and what was dropped
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+DUPLICATE, HELD_OUT = "duplicate", "in the calibration"
+"""Reasons to drop a sample that only the samples before it, or the calibration, can tell."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One tokenized sample, or why there is none: `dropped` is None or the reason."""
+
+    position: int
+    place: str
+    dropped: str | None = None
+    content: str = ""
+    input_ids: np.ndarray | None = None
+    assistant: np.ndarray | None = None
+    way: str = ""
+    tool_calls: int = 0
+
+
+@dataclass
+class Samples:
+    """Accepted samples in walk order; tokens stay on disk until asked for."""
+
+    directory: Path
+    positions: list[int] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    last_assistant: list[int] = field(default_factory=list)
+    last_token: list[int] = field(default_factory=list)
+    tool_calls: list[int] = field(default_factory=list)
+    hashes: list[str] = field(default_factory=list)
+    dropped: list[tuple[int, str, str]] = field(default_factory=list)
+    ways: list[str] = field(default_factory=list)
+    next_position: int = 0
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.lengths)
+
+    def tokens(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ids int32 and assistant marks uint8 of all samples one after another, as memory maps, and offsets int64 [samples + 1]."""
+        offsets = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)]).astype(np.int64)
+        total = int(offsets[-1])
+        if not total:
+            return np.empty(0, np.int32), np.empty(0, np.uint8), offsets
+        return (np.memmap(self.directory / "input_ids.bin", "<i4", "r", shape=(total,)),
+                np.memmap(self.directory / "assistant.bin", np.uint8, "r", shape=(total,)), offsets)
+
+
+@contextmanager
+def opened(directory: Path) -> Iterator[Samples]:
+    """The samples that earlier, perhaps killed, runs left in `directory`, ready to be appended to; locked for the block."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        samples = Samples(directory)
+        journal = directory / "journal.jsonl"
+        valid = 0
+        for line in journal.read_bytes().splitlines(keepends=True) if journal.exists() else ():
+            try:
+                block = json.loads(line) if line.endswith(b"\n") else None
+            except ValueError:
+                block = None
+            if block is None:
+                break  # torn by a kill; what follows is made again
+            _add(samples, block)
+            valid += len(line)
+        for path, size in ((journal, valid), (directory / "input_ids.bin", 4 * samples.num_tokens),
+                           (directory / "assistant.bin", samples.num_tokens)):
+            with path.open("ab") as stream:
+                stream.truncate(size)
+        yield samples
+
+
+def append(samples: Samples, block: list[Encoded], seen: set[str], held_out: Collection[str]) -> None:
+    """Adds a block's samples, without duplicates; tokens first, the journal's line last, which makes them count."""
+    accepted, dropped = [], []
+    for item in block:
+        reason = item.dropped or (DUPLICATE if item.content in seen else HELD_OUT if item.content in held_out else None)
+        if reason:
+            dropped.append((item.position, reason, item.place))
+            continue
+        seen.add(item.content)
+        accepted.append(item)
+    record = {
+        "next_position": block[-1].position + 1,
+        "positions": [item.position for item in accepted],
+        "lengths": [len(item.input_ids) for item in accepted],
+        "last_assistant": [_last_mark(item.assistant) for item in accepted],
+        "last_token": [int(item.input_ids[-1]) for item in accepted],
+        "tool_calls": [item.tool_calls for item in accepted],
+        "hashes": [item.content for item in accepted],
+        "ways": [item.way for item in accepted],
+        "dropped": dropped,
+    }
+    with (samples.directory / "input_ids.bin").open("ab") as stream:
+        stream.writelines(item.input_ids.astype("<i4").tobytes() for item in accepted)
+    with (samples.directory / "assistant.bin").open("ab") as stream:
+        stream.writelines(item.assistant.tobytes() for item in accepted)
+    with (samples.directory / "journal.jsonl").open("a") as stream:
+        stream.write(json.dumps(record, separators=(",", ":")) + "\n")
+    _add(samples, record)
+
+
+def _last_mark(assistant: np.ndarray) -> int:
+    marked = np.flatnonzero(assistant)
+    return int(marked[-1]) if len(marked) else -1
+
+
+def _add(samples: Samples, block: dict[str, Any]) -> None:
+    for name in ("positions", "lengths", "last_assistant", "last_token", "tool_calls", "hashes", "ways"):
+        getattr(samples, name).extend(block[name])
+    samples.dropped.extend((position, reason, place) for position, reason, place in block["dropped"])
+    samples.next_position = block["next_position"]

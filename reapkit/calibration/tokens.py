@@ -1,0 +1,216 @@
+"""Calibration tokens on disk: ragged rows that are read one at a time, whatever their total size.
+
+    tokens.safetensors   input_ids int32 [tokens], assistant uint8 [tokens], row_offsets int64 [rows + 1], row_source int16 [rows],
+                         sample_offsets int64 [parts + 1], part_sample int32 [parts], row_part uint8 [rows] (packs only)
+    calibration.json     what it was made of and what came out
+
+A *part* is what one row holds of one sample; `sample_offsets` says where each begins and has a boundary at every row start.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from reapkit.errors import UnusableError
+
+TOKENS_FILE = "tokens.safetensors"
+SUMMARY_FILE = "calibration.json"
+PARTS = ("decide", "confirm")
+"""What `row_part` counts: rows that decide between candidates, rows that give the final numbers."""
+
+_DTYPES = {"int64": "I64", "int32": "I32", "int16": "I16", "uint8": "U8"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: `input_ids` int64 [n], `scored` and `signal` bool [n], `sample` int32 [n] (0, 1, ... within the row)."""
+
+    input_ids: torch.Tensor
+    scored: torch.Tensor
+    signal: torch.Tensor
+    sample: torch.Tensor
+    assistant: torch.Tensor
+
+
+class CalibrationTokens:
+    """A prepared calibration (or a held-out pack); index tensors are in memory, token data stays on disk.
+
+    With `score: all` every position is scored; with `completion` every position whose next token lies in an assistant span of
+    the same sample. A position has a signal when it is scored and its sample goes on within the row.
+    """
+
+    def __init__(self, directory: Path, summary: Mapping[str, Any]):
+        self.directory = Path(directory)
+        self.summary = summary
+        self.sources: tuple[str, ...] = tuple(source["name"] for source in summary["sources"])
+        self.score: str = summary["score"]
+        self.packing: str = summary["packing"]
+        bounds = summary["groups"]
+        self.groups: tuple[range, ...] = tuple(range(a, b) for a, b in zip(bounds, bounds[1:]))
+        self.snapshots: tuple[int, ...] = tuple(summary["snapshots"])
+        """Groups finished after 1/16, 1/8, 1/4 and 1/2 of the rows."""
+        file = map_tensors(self.directory / TOKENS_FILE)
+        self._input_ids, self._assistant = file["input_ids"], file["assistant"]
+        self.row_offsets = np.array(file["row_offsets"])
+        self.row_source = np.array(file["row_source"])
+        self.sample_offsets = np.array(file["sample_offsets"])
+        self.part_sample = np.array(file["part_sample"])
+        self.row_part = np.array(file["row_part"]) if "row_part" in file else None
+
+    @classmethod
+    def load(cls, directory: str | Path) -> CalibrationTokens:
+        """The calibration below `directory`. Raises UnusableError where there is none."""
+        directory = Path(directory)
+        try:
+            summary = json.loads((directory / SUMMARY_FILE).read_text())
+        except FileNotFoundError:
+            raise UnusableError(f"{directory} holds no {SUMMARY_FILE}, so it is no finished calibration. Run it again.") from None
+        return cls(directory, summary)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.row_source)
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.row_offsets[-1])
+
+    @property
+    def row_lengths(self) -> np.ndarray:
+        """Tokens per row, int64 [rows]."""
+        return np.diff(self.row_offsets)
+
+    def rows(self, part: str) -> list[int]:
+        """The rows of a pack's part, "decide" or "confirm", in order."""
+        if self.row_part is None:
+            raise ValueError(f"{self.directory} is a calibration, not a pack: its rows have no parts")
+        return np.flatnonzero(self.row_part == PARTS.index(part)).tolist()
+
+    def row(self, index: int) -> Row:
+        """Row `index` read from disk."""
+        start, stop = int(self.row_offsets[index]), int(self.row_offsets[index + 1])
+        first = int(np.searchsorted(self.sample_offsets, start))
+        last = int(np.searchsorted(self.sample_offsets, stop))
+        sample = np.repeat(np.arange(last - first, dtype=np.int32), np.diff(self.sample_offsets[first : last + 1]))
+        assistant = self._assistant[start:stop] != 0
+        goes_on = np.zeros(stop - start, dtype=bool)
+        goes_on[:-1] = sample[1:] == sample[:-1]
+        scored = np.ones(stop - start, dtype=bool)
+        if self.score == "completion":
+            scored[:-1] = goes_on[:-1] & assistant[1:]
+            scored[-1:] = False
+        return Row(
+            input_ids=torch.from_numpy(self._input_ids[start:stop].astype(np.int64)),
+            scored=torch.from_numpy(scored),
+            signal=torch.from_numpy(scored & goes_on),
+            sample=torch.from_numpy(sample),
+            assistant=torch.from_numpy(assistant),
+        )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows padded on the right: `input_ids` int64 [b, t]; `lengths`, `source` int64 [b]; `valid`, `scored`, `signal` bool [b, t].
+
+    `position_ids` int64 [b, t] restarts at every sample with `packing: isolated` and is None otherwise.
+    """
+
+    input_ids: torch.Tensor
+    lengths: torch.Tensor
+    valid: torch.Tensor
+    scored: torch.Tensor
+    signal: torch.Tensor
+    source: torch.Tensor
+    position_ids: torch.Tensor | None
+    rows: tuple[int, ...]
+
+
+def batches(tokens: CalibrationTokens, rows: Iterable[int], batch_tokens: int) -> Iterator[Batch]:
+    """The rows in order, as many at a time as keep b * t at or below `batch_tokens` (a longer row comes alone)."""
+    chosen: list[int] = []
+    longest = 0
+    lengths = tokens.row_lengths
+    for row in rows:
+        length = int(lengths[row])
+        if chosen and (len(chosen) + 1) * max(longest, length) > batch_tokens:
+            yield _collate(tokens, chosen)
+            chosen, longest = [], 0
+        chosen.append(row)
+        longest = max(longest, length)
+    if chosen:
+        yield _collate(tokens, chosen)
+
+
+def _collate(tokens: CalibrationTokens, rows: list[int]) -> Batch:
+    read = [tokens.row(row) for row in rows]
+    lengths = torch.tensor([len(row.input_ids) for row in read])
+    width = int(lengths.max())
+
+    def padded(name: str) -> torch.Tensor:
+        return torch.nn.utils.rnn.pad_sequence([getattr(row, name) for row in read], batch_first=True)
+
+    return Batch(
+        input_ids=padded("input_ids"),
+        lengths=lengths,
+        valid=torch.arange(width)[None, :] < lengths[:, None],
+        scored=padded("scored"),
+        signal=padded("signal"),
+        source=torch.tensor([int(tokens.row_source[row]) for row in rows]),
+        position_ids=_restarting_positions(read) if tokens.packing == "isolated" else None,
+        rows=tuple(rows),
+    )
+
+
+def _restarting_positions(rows: list[Row]) -> torch.Tensor:
+    """0, 1, 2, ... from each sample's first token; int64 [b, t], padding 0."""
+    positions = []
+    for row in rows:
+        index = torch.arange(len(row.sample))
+        starts = torch.zeros_like(index)
+        starts[1:] = torch.where(row.sample[1:] != row.sample[:-1], index[1:], 0)
+        positions.append(index - torch.cummax(starts, 0).values if len(index) else index)
+    return torch.nn.utils.rnn.pad_sequence(positions, batch_first=True)
+
+
+def map_tensors(path: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a safetensors file as a read-only memory map."""
+    with path.open("rb") as stream:
+        header_bytes = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(header_bytes))
+    names = {code: name for name, code in _DTYPES.items()}
+    tensors = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        dtype, (begin, end) = np.dtype(names[entry["dtype"]]).newbyteorder("<"), entry["data_offsets"]
+        tensors[name] = (np.memmap(path, dtype, "r", 8 + header_bytes + begin, tuple(entry["shape"]))
+                         if end > begin else np.empty(entry["shape"], dtype))
+    return tensors
+
+
+def create_tensors(path: Path, shapes: Mapping[str, tuple[str, int]]) -> dict[str, np.ndarray]:
+    """A safetensors file of 1-d tensors (name to dtype and length), allocated at once and returned as writable memory maps.
+
+    The bytes depend on names, dtypes, lengths and what is written, on nothing else. Wide types come first, so that every tensor is aligned.
+    """
+    order = sorted(shapes, key=lambda name: (-np.dtype(shapes[name][0]).itemsize, name))
+    header: dict[str, Any] = {}
+    end = 0
+    for name in order:
+        dtype, length = shapes[name]
+        begin, end = end, end + np.dtype(dtype).itemsize * length
+        header[name] = {"dtype": _DTYPES[dtype], "shape": [length], "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.truncate(8 + len(text) + end)
+    return {name: (np.memmap(path, np.dtype(shapes[name][0]).newbyteorder("<"), "r+", 8 + len(text) + header[name]["data_offsets"][0],
+                             (shapes[name][1],)) if shapes[name][1] else np.empty(0, shapes[name][0])) for name in order}

@@ -1,0 +1,184 @@
+"""The command line: parses, calls, formats, exits. Everything up to the plan runs without importing torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from reapkit.errors import ReapkitError, RecipeError, UnusableError
+from reapkit.planning import STAGES, load_and_plan
+from reapkit.tables import plan_as_json, plan_tables, result_table
+
+app = typer.Typer(name="reapkit", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+                  help="Compress Mixture-of-Experts language models from one YAML recipe.\n\nExample: reapkit apply demo",
+                  context_settings={"help_option_names": ["-h", "--help"]})
+
+UsageError = typer.BadParameter.__mro__[1]  # typer carries its own click, whose errors it re-exports only in part
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="Path of a recipe, or the name of a shipped one.")]
+Overrides = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a field: --set prune.ratio=0.25")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document for machines.")]
+
+
+def _out() -> Console:
+    return Console(highlight=False)
+
+
+@app.command()
+def validate(recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="Recipes to check.")],
+             overrides: Overrides = [], as_json: Json = False) -> None:
+    """Check recipes, against their model where it is at hand; every problem is shown at once.
+
+    Example: reapkit validate recipes/demo.yaml
+    """
+    problems, notes = [], {}
+    for name in recipes:
+        try:
+            load_and_plan(name, overrides)
+            notes[name] = "valid"
+        except RecipeError as error:
+            problems += error.problems
+        except UnusableError as error:
+            notes[name] = f"valid in itself; not checked against its model: {error}"
+    if as_json:
+        print(json.dumps({"valid": not problems, "notes": notes, "problems": [vars(problem) for problem in problems]}))
+    elif not problems:
+        for name, note in notes.items():
+            print(f"{name}: {note}")
+    if problems:
+        raise typer.Exit(RecipeError.exit_code) if as_json else RecipeError(problems)
+
+
+@app.command()
+def plan(recipe: RecipeArgument, overrides: Overrides = [], as_json: Json = False) -> None:
+    """Show what would run: stages, experts, parameters and bytes before and after. Reads config and headers only.
+
+    Example: reapkit plan demo --set prune.ratio=0.25
+    """
+    _show_plan(recipe, overrides, as_json)
+
+
+def _show_plan(recipe: str, overrides: list[str], as_json: bool) -> None:
+    made = load_and_plan(recipe, overrides)
+    if as_json:
+        print(json.dumps(plan_as_json(made)))
+        return
+    for table in plan_tables(made):
+        _out().print(table)
+
+
+@app.command()
+def apply(recipe: RecipeArgument, overrides: Overrides = [],
+          until: Annotated[str | None, typer.Option(metavar="STAGE", help=f"Stop after a stage: {', '.join(STAGES)}.")] = None,
+          dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False, as_json: Json = False) -> None:
+    """Run a recipe: calibrate, observe, select, evaluate, prune, quantize, verify, report. Finished stages are skipped.
+
+    Example: reapkit apply demo
+    """
+    if until is not None and until not in STAGES:
+        raise RecipeError(f"--until: found '{until}'. Allowed: {', '.join(STAGES)}.")
+    if dry_run:
+        _show_plan(recipe, overrides, as_json)
+    else:
+        _apply(recipe, overrides, until, as_json)
+
+
+def _apply(recipe: str, overrides: list[str], until: str | None, as_json: bool) -> None:
+    loaded = load_and_plan(recipe, overrides, download=True).loaded  # every contradiction is found before torch is imported
+    _quiet_libraries()
+    from reapkit.run import apply as run_recipe
+    from reapkit.run import describe
+    from reapkit.terminal import make_progress
+
+    run = run_recipe(loaded, until=until, progress=make_progress())
+    if as_json:
+        print(json.dumps({**describe(run), "directory": str(run.directory), "executed": run.executed}))
+        return
+    console = _out()
+    if "verify" in run.artifacts:
+        console.print(result_table(run.summary("verify")))
+    console.print(f"{'Nothing to do, all of it was there' if not run.executed else 'Done'}: {run.directory}"
+                  + (f"  (open {run.directory / 'report.html'})" if "report" in run.artifacts else ""), soft_wrap=True, markup=False)
+
+
+def _stage_command(stage: str, purpose: str) -> None:
+    def command(recipe: RecipeArgument, overrides: Overrides = [], as_json: Json = False) -> None:
+        _apply(recipe, overrides, stage, as_json)
+
+    command.__doc__ = f"{purpose} (apply --until {stage}).\n\nExample: reapkit {stage} demo"
+    app.command(name=stage)(command)
+
+
+for _stage, _purpose in (("observe", "Run the calibration through the model and keep its routing statistics"),
+                         ("select", "Decide which experts stay"),
+                         ("evaluate", "Compare the candidates, as masks, with the base"),
+                         ("prune", "Write the pruned checkpoint"),
+                         ("quantize", "Write the quantized checkpoint")):
+    _stage_command(_stage, _purpose)
+
+
+@app.command()
+def schema() -> None:
+    """Print the recipe language as JSON Schema (2020-12).
+
+    Example: reapkit schema > recipe.schema.json
+    """
+    from reapkit.recipe.jsonschema import recipe_schema
+
+    print(json.dumps(recipe_schema(), indent=2))
+
+
+def _quiet_libraries() -> None:
+    """The libraries' own bars and advice would break ours; must happen before they are imported."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
+def _terminate(signum: int, frame: Any) -> None:
+    raise KeyboardInterrupt  # Slurm's SIGTERM means the same as Ctrl-C: save and stop
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line and exits with the documented code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    signal.signal(signal.SIGTERM, _terminate)
+    sys.exit(_run(arguments, debug))
+
+
+def _run(arguments: list[str], debug: bool) -> int:
+    try:
+        result = typer.main.get_command(app).main(args=arguments, prog_name="reapkit", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except typer.Exit as stop:
+        return stop.exit_code
+    except UsageError as error:
+        error.show()
+        return RecipeError.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        print("Interrupted. Finished stages are kept; run the same command again to go on.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")
+        return 0
+    except ReapkitError as error:
+        if debug:
+            traceback.print_exc()
+        print(error if isinstance(error, RecipeError) else f"reapkit: {error}", file=sys.stderr)
+        return error.exit_code
+    except Exception as error:  # a defect of ours: say so, and how to report it
+        if debug:
+            traceback.print_exc()
+        print(f"reapkit: a defect of reapkit: {type(error).__name__}: {error}\n"
+              "Run again with --debug for the traceback, and please report it.", file=sys.stderr)
+        return 1

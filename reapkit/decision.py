@@ -1,0 +1,227 @@
+"""From an observation to selections: saliency, protection, allocation, and what people must be told about the result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reapkit.allocation import (
+    BY_HAND,
+    CORE,
+    NEVER_ROUTED,
+    SUPER,
+    LayerRanking,
+    global_counts,
+    global_cut,
+    reasons,
+    uniform_counts,
+)
+from reapkit.architecture import Architecture
+from reapkit.budget import Candidate, candidates
+from reapkit.eaft import Regions, measure_regions, summarise, weights_without_conflict
+from reapkit.errors import RecipeError
+from reapkit.layer_budget import LayerBudget, kept_unit, layer_budgets, ranges
+from reapkit.observation import Observation
+from reapkit.recipe.schema import PruneSpec, SaliencySpec
+from reapkit.saliency import formula, saliency, source_alphas
+from reapkit.selection import LayerSelection, Selection
+
+NEAR_TIE = 1e-4  # relative: what another device's kernels may turn round
+SMALL_CONFLICT_SHARE = 0.005
+SUPER_QUANTILE, SUPER_FRACTION, SUPER_DEPTH = 0.995, 0.1, 0.75
+
+
+@dataclass(frozen=True, eq=False)
+class Shared:
+    """What all candidates of one decision have in common: the observation, its sources' weights, EAFT sums, protected experts."""
+
+    observation: Observation
+    architecture: Architecture
+    alphas: tuple[Fraction, ...]
+    regions: Regions | None
+    protected: tuple[Mapping[int, str], ...]
+
+    def rankings(self, values: Tensor) -> dict[int, LayerRanking]:
+        rows = zip(self.observation.layers, values.tolist(), self.protected, strict=True)
+        return {layer: LayerRanking(tuple(row), kept, self.architecture.n_group) for layer, row, kept in rows}
+
+
+@dataclass(frozen=True, eq=False)
+class Terms:
+    """What one candidate asks for: its budget by layer, in steps of `unit` experts, spent by its allocation."""
+
+    spec: SaliencySpec
+    prune: PruneSpec
+    budgets: Mapping[int, LayerBudget]
+    unit: int
+
+    def counts(self, rankings: Mapping[int, LayerRanking], allocation: str | None = None) -> dict[int, int]:
+        """Kept experts by layer, under this or another allocation of the same budget."""
+        if (allocation or self.prune.allocation) == "global":
+            return global_counts(rankings, self.budgets, self.unit)
+        return uniform_counts(rankings, self.budgets)
+
+
+def decide(observation: Observation, spec: SaliencySpec, prune: PruneSpec, architecture: Architecture,
+           chosen: Sequence[Candidate] | None = None) -> tuple[Selection, ...]:
+    """One selection per candidate; what they share (EAFT regions, super experts, saliency by criterion) is computed once."""
+    if chosen is None:
+        chosen = candidates(prune, spec, architecture, observation.layers)
+    alphas = source_alphas(observation, spec.mix)
+    needs_regions = prune.protect.core_per_layer or any(candidate.criterion == "eaft-reap" for candidate in chosen)
+    regions = measure_regions(observation, spec.eaft, alphas) if needs_regions else None
+    shared = Shared(observation, architecture, alphas, regions, _protected(observation, prune, alphas, regions))
+    rankings = {name: shared.rankings(saliency(observation, spec.model_copy(update={"criterion": name}), regions))
+                for name in dict.fromkeys(candidate.criterion for candidate in chosen)}
+    return tuple(_selection(shared, candidate, _terms(candidate, spec, prune, shared), rankings[candidate.criterion])
+                 for candidate in chosen)
+
+
+def super_experts(activation_max: Tensor) -> list[list[int]]:
+    """Experts with massive activations by layer (arXiv 2507.23279): `activation_max` [L, E] above its limit in early layers.
+
+    The limit is the larger of the 99.5th percentile over all layers (linear interpolation) and a tenth of the maximum; early is the
+    first 75 % of the layers.
+    """
+    values = activation_max.double()
+    limit = max(float(torch.quantile(values.flatten(), SUPER_QUANTILE)), SUPER_FRACTION * float(values.max()))
+    deepest = int(len(values) * SUPER_DEPTH)
+    return [(row > limit).nonzero().flatten().tolist() if layer < deepest else [] for layer, row in enumerate(values)]
+
+
+def _protected(observation: Observation, prune: PruneSpec, alphas: Sequence[Fraction],
+               regions: Regions | None) -> tuple[dict[int, str], ...]:
+    """Expert -> reason by layer; what is protected by hand says so before super expert, and that before core."""
+    protected: tuple[dict[int, str], ...] = tuple({} for _ in observation.layers)
+    if prune.protect.core_per_layer:
+        mass = regions.good_mass(alphas)
+        top = mass.sort(dim=1, descending=True, stable=True).indices[:, : prune.protect.core_per_layer]
+        for layer, experts in enumerate(top.tolist()):
+            protected[layer].update({expert: CORE for expert in experts if mass[layer, expert] > 0})
+    if prune.protect.super_experts:
+        weighed = [source for source, alpha in enumerate(alphas) if alpha]
+        for layer, experts in enumerate(super_experts(observation.maxima["activation_max"][:, weighed].amax(1))):
+            protected[layer].update(dict.fromkeys(experts, SUPER))
+    for layer, experts in prune.protect.experts.items():
+        protected[observation.layers.index(layer)].update(dict.fromkeys(experts, BY_HAND))
+    return protected
+
+
+def _terms(candidate: Candidate, spec: SaliencySpec, prune: PruneSpec, shared: Shared) -> Terms:
+    applied = candidate.prune(prune)
+    budgets = layer_budgets(applied, shared.architecture, shared.observation.layers)
+    return Terms(candidate.saliency(spec), applied, budgets, kept_unit(applied, shared.architecture))
+
+
+def _selection(shared: Shared, candidate: Candidate, terms: Terms, rankings: Mapping[int, LayerRanking]) -> Selection:
+    counts = terms.counts(rankings)
+    cut = global_cut(rankings, counts) if terms.prune.allocation == "global" else None
+    layers = {layer: _layer(ranking, counts[layer], terms.budgets[layer], cut) for layer, ranking in rankings.items()}
+    details = _how(candidate, terms.spec) | _outcome(layers, rankings, terms) | {"eaft": _eaft(shared, terms, layers)}
+    warnings = _unrouted_warnings(details) + _conflict_warnings(shared.observation, details["eaft"])
+    return Selection(terms.spec.criterion, layers, terms.prune.experts_per_token, details | {"warnings": warnings})
+
+
+def _layer(ranking: LayerRanking, count: int, budget: LayerBudget, cut: float | None) -> LayerSelection:
+    keep = ranking.keep(count)
+    drop = tuple(sorted(set(range(len(ranking.saliency))) - set(keep)))
+    return LayerSelection(keep, drop, ranking.saliency, reasons(ranking, keep, budget, cut))
+
+
+# ---------------------------------------------------------------------------------------------- details
+
+
+def _how(candidate: Candidate, spec: SaliencySpec) -> dict[str, Any]:
+    """What was asked for."""
+    return {"candidate": candidate.name, "ratio": None if candidate.ratio is None else str(candidate.ratio),
+            "allocation": candidate.allocation, "formula": formula(spec), "reduction": spec.reduction,
+            "prior_count": spec.prior_count, "seed": spec.seed if spec.criterion == "random" else None,
+            "mix": None if spec.mix is None else {name: str(weight) for name, weight in spec.mix.items()}}
+
+
+def _outcome(layers: Mapping[int, LayerSelection], rankings: Mapping[int, LayerRanking], terms: Terms) -> dict[str, Any]:
+    """What came of it, layers by their decoder index."""
+    unrouted = {layer: [expert for expert, value in enumerate(ranking.saliency) if value == NEVER_ROUTED]
+                for layer, ranking in rankings.items()}
+    protected = {name: {layer: sorted(expert for expert, why in ranking.protected.items() if why == name)
+                        for layer, ranking in rankings.items()} for name in (BY_HAND, SUPER, CORE)}
+    return {"experts": sum(len(ranking.saliency) for ranking in rankings.values()),
+            "removed": sum(len(layer.drop) for layer in layers.values()), "never_routed": _listed(unrouted),
+            "protected": {name: _listed(by_layer) for name, by_layer in protected.items()},
+            "dropped_saliency": {how: _dropped_saliency(rankings, terms, how) for how in ("uniform", "global")},
+            "near_ties": _near_ties(layers)}
+
+
+def _eaft(shared: Shared, terms: Terms, layers: Mapping[int, LayerSelection]) -> dict[str, Any] | None:
+    """The regions, and how many kept experts would be others if conflict positions weighed what the rest weighs."""
+    if terms.spec.criterion != "eaft-reap":
+        return None
+    values = saliency(shared.observation, terms.spec, shared.regions, weights_without_conflict(terms.spec.eaft))
+    rankings = shared.rankings(values)
+    counts = terms.counts(rankings)
+    changed = {str(layer): len(set(layers[layer].keep) - set(ranking.keep(counts[layer]))) for layer, ranking in rankings.items()}
+    return summarise(shared.regions, shared.observation.sources, shared.alphas) | {
+        "changed_by_conflict": sum(changed.values()),
+        "changed_by_conflict_by_layer": {layer: count for layer, count in changed.items() if count}}
+
+
+def _dropped_saliency(rankings: Mapping[int, LayerRanking], terms: Terms, allocation: str) -> float | None:
+    """Σ over dropped experts of S_e / Σ|S|, averaged over the layers; None where that allocation is impossible."""
+    try:
+        counts = terms.counts(rankings, allocation)
+    except RecipeError:  # the allocation that was not asked for need not fit what is protected
+        return None
+    return sum(_dropped_share(ranking, counts[layer]) for layer, ranking in rankings.items()) / len(rankings)
+
+
+def _dropped_share(ranking: LayerRanking, count: int) -> float:
+    kept, shares = set(ranking.keep(count)), ranking.normalised or ()
+    return sum(share for expert, share in enumerate(shares) if expert not in kept and share != NEVER_ROUTED)
+
+
+def _near_ties(layers: Mapping[int, LayerSelection]) -> list[dict[str, Any]]:
+    """Pairs about which another device might decide otherwise: the best dropped expert and kept ones hardly above it."""
+    ties = []
+    for index, layer in layers.items():
+        best = max(layer.drop, key=lambda expert: layer.saliency[expert], default=None)
+        if best is None or layer.saliency[best] == NEVER_ROUTED:
+            continue
+        high = layer.saliency[best]
+        ties += [{"layer": index, "kept": expert, "dropped": best, "relative_gap": (layer.saliency[expert] - high) / (abs(high) or 1.0)}
+                 for expert in layer.keep if layer.reasons[expert] not in (BY_HAND, SUPER, CORE)
+                 and abs(layer.saliency[expert] - high) <= NEAR_TIE * abs(high)]
+    return ties
+
+
+def _unrouted_warnings(details: Mapping[str, Any]) -> list[str]:
+    unrouted = details["never_routed"]
+    if not unrouted:
+        return []
+    where = ranges([int(layer) for layer in unrouted])
+    return [f"{sum(map(len, unrouted.values()))} of {details['experts']} experts received no token (layers {where}). "
+            "Raise calibration.samples, or accept that they rank last."]
+
+
+def _conflict_warnings(observation: Observation, eaft: Mapping[str, Any] | None) -> list[str]:
+    """A weight that cannot matter must not be believed to."""
+    if eaft is None:
+        return []
+    share, weight = eaft["shares"]["all"]["conflict"], eaft["weights"]["conflict"]
+    pooled = "pooled" in eaft["thresholds"] and len(observation.sources) > 1
+    advice = f"Try {'saliency.eaft.thresholds: per-source, ' if pooled else ''}larger quantiles, or criterion: reap."
+    if eaft["changed_by_conflict"] == 0:
+        return [f"the conflict term of eaft-reap changed no kept expert ({share:.2%} of positions are in conflict). {advice}"]
+    if share < SMALL_CONFLICT_SHARE:
+        return [f"{share:.2%} of positions are in conflict, so the conflict weight {weight:g} can hardly matter: it changed "
+                f"{eaft['changed_by_conflict']} kept experts. {advice}"]
+    return []
+
+
+def _listed(by_layer: Mapping[int, list[int]]) -> dict[str, list[int]]:
+    return {str(layer): experts for layer, experts in by_layer.items() if experts}

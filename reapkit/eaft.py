@@ -1,0 +1,194 @@
+"""EAFT-REAP: positions sorted into regions by how sure and how right the model was, experts weighed by region.
+
+Signals at position t, which predicts the reference token: p = its probability, H = normalised entropy over the top logits. The
+experts routed to at t made that prediction, so the region of t weighs their contribution g·n (after EAFT, arXiv 2601.02151).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reapkit.errors import UnusableError
+from reapkit.observation import Observation, Trace
+from reapkit.recipe.schema import EaftSpec
+
+REGIONS = ("conflict", "uncertain", "good", "other")
+CONFLICT, UNCERTAIN, GOOD, OTHER = range(4)
+CHUNK_POSITIONS = 1 << 19  # bounds the index arrays at about 100 MB, whatever the trace's length
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Region borders, float32 values as Python floats; `p_high` and `h_mid` only with a stricter good region. NaN: no position."""
+
+    p_low: float
+    h_low: float
+    h_high: float
+    p_high: float | None = None
+    h_mid: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Regions:
+    """An observation's EAFT sums by region, from which any weights follow.
+
+    `thresholds`: one per source (equal ones if pooled). `positions`: int64 [S, R]. `count`, `gate_norm_sum`: float64 [L, S, R, E], N
+    and Σgn over the positions of that region routed to the expert; regions in the order of REGIONS.
+    """
+
+    spec: EaftSpec
+    thresholds: tuple[Thresholds, ...]
+    positions: Tensor
+    count: Tensor
+    gate_norm_sum: Tensor
+
+    def sums(self, alphas: Sequence[Fraction], weights: Sequence[float]) -> Tensor:
+        """Σ w·g·n by expert, Tensor[L, E] float64: regions weighed by `weights`, sources by α."""
+        by_region = sum(weight * self.gate_norm_sum[:, :, region] for region, weight in enumerate(weights))
+        return sum(float(alpha) * by_region[:, source] for source, alpha in enumerate(alphas))
+
+    def counts(self, alphas: Sequence[Fraction]) -> Tensor:
+        """N over the positions with a signal, Tensor[L, E] float64, sources weighed by α."""
+        by_source = self.count.sum(2)
+        return sum(float(alpha) * by_source[:, source] for source, alpha in enumerate(alphas))
+
+    def good_mass(self, alphas: Sequence[Fraction]) -> Tensor:
+        """Σgn over good positions, Tensor[L, E]: what `core_per_layer` ranks by."""
+        return self.sums(alphas, [float(region == GOOD) for region in range(len(REGIONS))])
+
+
+def region_weights(spec: EaftSpec) -> tuple[float, ...]:
+    """The weight of each region, in the order of REGIONS."""
+    other = spec.weights.good if spec.good == "rest" else spec.good.other_weight
+    return (spec.weights.conflict, spec.weights.uncertain, spec.weights.good, other)
+
+
+def weights_without_conflict(spec: EaftSpec) -> tuple[float, ...]:
+    """The weights if there were no conflict region: its positions weigh what the rest weighs."""
+    weights = region_weights(spec)
+    return (weights[OTHER], *weights[1:])
+
+
+def trace_of(observation: Observation) -> Trace:
+    """The observation's EAFT trace. Raises UnusableError where none was collected or it holds numbers that are not finite."""
+    trace = observation.eaft
+    if trace is None:
+        raise UnusableError("the observation holds no EAFT signals, which eaft-reap and prune.protect.core_per_layer need. Set observe.eaft: true "
+                            "and observe again, or choose another criterion.")
+    bad = int((~(trace.p.isfinite() & trace.h.isfinite())).sum())
+    if bad:
+        raise UnusableError(f"the EAFT signals of {bad} of {len(trace)} positions are not finite: the logits overflowed. Observe in bfloat16 or "
+                            "float32.")
+    return trace
+
+
+def measure_regions(observation: Observation, spec: EaftSpec, alphas: Sequence[Fraction]) -> Regions:
+    """Sorts every position of the trace into its region and sums N and Σgn by layer, source, region and expert, in float64.
+
+    `alphas` weigh the sources in pooled quantiles. Raises UnusableError without a usable trace.
+    """
+    trace = trace_of(observation)
+    sources, experts = len(observation.sources), observation.num_experts
+    source = trace.source.long()
+    thresholds = source_thresholds(trace, sources, spec, alphas)
+    region = torch.full((len(trace),), OTHER, dtype=torch.int64)
+    for index, borders in enumerate(thresholds):
+        mine = source == index
+        region[mine] = region_of(trace.p[mine], trace.h[mine], borders)
+    group = source * len(REGIONS) + region
+    positions = torch.bincount(group, minlength=sources * len(REGIONS)).view(sources, len(REGIONS))
+    shape = (sources, len(REGIONS), experts)
+    sums = [_layer_sums(*trace.routed(layer), group, shape) for layer in observation.layers]
+    return Regions(spec, thresholds, positions, torch.stack([count for count, _ in sums]), torch.stack([mass for _, mass in sums]))
+
+
+def _layer_sums(expert: Tensor, gate_norm: Tensor, group: Tensor, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    """N and Σgn [S, R, E] of one layer; `expert`, `gate_norm`: [T, top_k], `group`: [T] = source and region together."""
+    cells = math.prod(shape)
+    count, mass = torch.zeros(cells, dtype=torch.float64), torch.zeros(cells, dtype=torch.float64)
+    for begin in range(0, len(group), CHUNK_POSITIONS):
+        part = slice(begin, begin + CHUNK_POSITIONS)
+        cell = (group[part, None] * shape[2] + expert[part].long()).flatten()
+        count += torch.bincount(cell, minlength=cells)
+        mass += torch.bincount(cell, weights=gate_norm[part].double().flatten(), minlength=cells)
+    return count.view(shape), mass.view(shape)
+
+
+def region_of(p: Tensor, h: Tensor, borders: Thresholds) -> Tensor:
+    """The region of each position, int64: conflict first, then uncertain, then good, then other."""
+    wrong = p <= borders.p_low
+    good = torch.ones_like(wrong) if borders.p_high is None else (p >= borders.p_high) & (h <= borders.h_mid)
+    region = torch.where(good, GOOD, OTHER)
+    region = torch.where(wrong & (h >= borders.h_high), UNCERTAIN, region)
+    return torch.where(wrong & (h <= borders.h_low), CONFLICT, region)
+
+
+def source_thresholds(trace: Trace, sources: int, spec: EaftSpec, alphas: Sequence[Fraction]) -> tuple[Thresholds, ...]:
+    """Region borders for each source: over all positions, weighed by α (pooled), or over the source's own (per-source)."""
+    split = [trace.source == source for source in range(sources)]
+    p = [trace.p[mine].sort().values for mine in split]
+    h = [trace.h[mine].sort().values for mine in split]
+    if spec.thresholds == "pooled":
+        return (_borders(p, h, alphas, spec),) * sources
+    return tuple(_borders([p[source]], [h[source]], (Fraction(1),), spec) for source in range(sources))
+
+
+def _borders(p: list[Tensor], h: list[Tensor], alphas: Sequence[Fraction], spec: EaftSpec) -> Thresholds:
+    quantiles, good = spec.quantiles, spec.good
+    strict = {} if good == "rest" else {"p_high": quantile(p, alphas, good.p_high), "h_mid": quantile(h, alphas, good.h_mid)}
+    return Thresholds(quantile(p, alphas, quantiles.p_low), quantile(h, alphas, quantiles.h_low), quantile(h, alphas, quantiles.h_high),
+                      **strict)
+
+
+def quantile(values: Sequence[Tensor], alphas: Sequence[Fraction], level: Decimal) -> float:
+    """The least value v with Σ_s α_s·|{x ≤ v}| ≥ level·Σ_s α_s·n_s; with equal α the ⌈level·n⌉-th smallest, no interpolation.
+
+    `values`: one ascending float32 tensor per source. Exact: counts are integers and α, level fractions. A level of 0 gives the
+    smallest value; no position at all gives NaN.
+    """
+    weighed = [(ordered, alpha) for ordered, alpha in zip(values, alphas, strict=True) if alpha and len(ordered)]
+    if not weighed:
+        return math.nan
+    pooled = weighed[0][0] if len(weighed) == 1 else torch.cat([ordered for ordered, _ in weighed]).sort().values
+    needed = Fraction(level) * sum(alpha * len(ordered) for ordered, alpha in weighed)
+    low, high = 0, len(pooled) - 1
+    while low < high:
+        middle = (low + high) // 2
+        reached = sum(alpha * int(torch.searchsorted(ordered, pooled[middle], right=True)) for ordered, alpha in weighed)
+        low, high = (low, middle) if reached >= needed else (middle + 1, high)
+    return float(pooled[low])
+
+
+def eaft_saliency(regions: Regions, alphas: Sequence[Fraction], weights: Sequence[float], *, mean: bool, prior_count: float = 0.0) -> Tensor:
+    """Σ w·g·n / (N + λ) by expert, or the bare sum; Tensor[L, E] float64, signed, NaN where N + λ = 0."""
+    sums = regions.sums(alphas, weights)
+    return sums / (regions.counts(alphas) + prior_count) if mean else sums
+
+
+def summarise(regions: Regions, sources: Sequence[str], alphas: Sequence[Fraction]) -> dict[str, Any]:
+    """Thresholds, weights and region shares (by source, and of the whole mix weighed by α) as plain data for selection and report."""
+    spec = regions.spec
+    positions = regions.positions.tolist()
+    named = [("pooled", regions.thresholds[0])] if spec.thresholds == "pooled" else zip(sources, regions.thresholds, strict=True)
+    shares = {name: _shares(row) for name, row in zip(sources, positions, strict=True)}
+    whole = [sum(alpha * row[region] for row, alpha in zip(positions, alphas, strict=True)) for region in range(len(REGIONS))]
+    return {"thresholds": {name: _finite(borders) for name, borders in named}, "weights": dict(zip(REGIONS, region_weights(spec), strict=True)),
+            "positions": {name: dict(zip(REGIONS, row, strict=True)) for name, row in zip(sources, positions, strict=True)},
+            "shares": {"all": _shares(whole), **shares}}
+
+
+def _shares(positions: Sequence[Fraction | int]) -> dict[str, float]:
+    total = sum(positions)
+    return {name: float(count / total) if total else 0.0 for name, count in zip(REGIONS, positions, strict=True)}
+
+
+def _finite(borders: Thresholds) -> dict[str, float | None]:
+    return {name: None if value is None or math.isnan(value) else value for name, value in vars(borders).items()}

@@ -1,0 +1,120 @@
+"""A loaded base model and one part of its packs: everything a candidate is measured with, the model masked meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from reapkit.calibration.tokens import CalibrationTokens
+from reapkit.evaluate import generation
+from reapkit.evaluate.outputs import BaseOutputs, Pack, base_outputs, compare, describe_base, load_positions, measure, save_positions
+from reapkit.masking import masked
+from reapkit.metrics import Positions
+from reapkit.progress import Progress
+from reapkit.recipe.schema import GenerationSpec
+from reapkit.selection import Selection
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A selection to try. `nbytes`: the pruned checkpoint's size; `control_of`: the candidate whose budget a control shares."""
+
+    name: str
+    selection: Selection
+    nbytes: int | None = None
+    control_of: str | None = None
+
+    @property
+    def kept(self) -> dict[int, int]:
+        """Number of kept experts by layer."""
+        return {layer: len(experts) for layer, experts in self.selection.keep.items()}
+
+    @property
+    def size(self) -> int:
+        """What orders candidates: bytes where known, else kept experts."""
+        return sum(self.kept.values()) if self.nbytes is None else self.nbytes
+
+    def describe(self) -> dict[str, Any]:
+        kept = self.kept
+        low, high = min(kept.values()), max(kept.values())
+        return {"name": self.name, "criterion": self.selection.criterion, "kept": {str(layer): n for layer, n in kept.items()},
+                "experts": str(low) if low == high else f"{low} to {high}",
+                "experts_per_token": self.selection.experts_per_token, "bytes": self.nbytes, "control_of": self.control_of}
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """Measures candidates on one part ("decide" or "confirm") of the packs, by row length; what a killed run finished is read back."""
+
+    model: nn.Module
+    packs: Mapping[int, Pack]
+    eaft: Mapping[str, Any]
+    batch_tokens: int
+    work_directory: Path | None
+    progress: Progress
+    writing: GenerationSpec | None = None
+    tokenizer: Any = None
+
+    @classmethod
+    def of_part(cls, model: nn.Module, tokens: Mapping[int, CalibrationTokens], part: str, work_directory: Path | None, **settings: Any) -> Bench:
+        packs = {length: Pack.part(each, part, length) for length, each in tokens.items() if each.rows(part)}
+        return cls(model, packs, work_directory=None if work_directory is None else work_directory / part, **settings)
+
+    @cached_property
+    def bases(self) -> dict[int, BaseOutputs]:
+        """The base's outputs by length, computed once."""
+        return {length: base_outputs(self.model, pack, batch_tokens=self.batch_tokens, top_k=self.eaft["top_k"],
+                                     work_directory=self.work_directory, progress=self.progress) for length, pack in self.packs.items()}
+
+    def base_metrics(self) -> dict[str, Any]:
+        return {str(length): describe_base(self.bases[length], pack, self.eaft) for length, pack in self.packs.items()}
+
+    def metrics(self, candidate: Candidate) -> dict[str, Any]:
+        """The candidate's numbers by length and group."""
+        return {str(length): compare(self.bases[length], self._positions(candidate, length), pack, self.eaft)
+                for length, pack in self.packs.items()}
+
+    def _positions(self, candidate: Candidate, length: int) -> Positions:
+        path = None if self.work_directory is None else self.work_directory / f"{candidate.name}-{length}.safetensors"
+        if path is not None and path.is_file():
+            return load_positions(path)
+        with masked(self.model, candidate.selection.keep, candidate.selection.experts_per_token):
+            found = measure(self.model, self.packs[length], self.bases[length], batch_tokens=self.batch_tokens,
+                            top_k=self.eaft["top_k"], title=f"evaluate {candidate.name}", progress=self.progress)
+        if path is not None:
+            save_positions(found, path)
+        return found
+
+    @cached_property
+    def prompts(self) -> list[generation.Prompt]:
+        """Prompts from the longest pack, which cuts fewest samples."""
+        return generation.draw_prompts(self.packs[max(self.packs)], self.writing.prompts) if self.writing and self.packs else []
+
+    @cached_property
+    def _base_written(self) -> generation.Written:
+        return self._write("base")
+
+    def _write(self, name: str) -> generation.Written:
+        return generation.write(self.model, self.prompts, max_new_tokens=self.writing.max_new_tokens, batch_tokens=self.batch_tokens,
+                                title=f"generate {name}", progress=self.progress)
+
+    def generation(self, candidate: Candidate | None) -> dict[str, Any]:
+        """`{"generation": shares over continuations by group | None, "examples": [...]}`; of the base itself for None.
+
+        None where no generation was asked for or no prompt exists.
+        """
+        if not self.prompts:
+            return {"generation": None, "examples": []}
+        base, written = self._base_written, self._base_written
+        if candidate is not None:
+            with masked(self.model, candidate.selection.keep, candidate.selection.experts_per_token):
+                written = self._write(candidate.name)
+        pack = self.packs[max(self.packs)]
+        shares = generation.summarize(base, written, self.prompts, pack.tokens.sources, pack.outside, self.tokenizer)
+        shown = generation.examples(base, written, self.prompts, pack.tokens.sources, self.tokenizer) if self.tokenizer else []
+        return {"generation": shares, "examples": shown}

@@ -1,0 +1,116 @@
+"""Candidates judged as masks on the loaded model: smallest first, the first that passes wins, confirmed on rows it never saw."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from reapkit.calibration.tokens import PARTS, CalibrationTokens
+from reapkit.errors import UnusableError
+from reapkit.evaluate.advice import advice
+from reapkit.evaluate.bench import Bench, Candidate
+from reapkit.evaluate.outputs import EAFT
+from reapkit.gates import GENERATION_METRICS, UNION, Gate, judge, overall
+from reapkit.progress import SILENT, Progress
+from reapkit.recipe.schema import GenerationSpec, ObserveSpec, SaliencySpec
+
+FORMAT_VERSION = 1
+
+
+def eaft_settings(saliency: SaliencySpec, observe: ObserveSpec) -> dict[str, Any]:
+    """Where confident conflict begins, as the recipe's EAFT section and `observe.entropy_top_k` say it."""
+    return {"p_low": str(saliency.eaft.quantiles.p_low), "h_low": str(saliency.eaft.quantiles.h_low),
+            "thresholds": saliency.eaft.thresholds, "top_k": observe.entropy_top_k}
+
+
+def evaluate(model: nn.Module, packs: Mapping[int, CalibrationTokens], candidates: Sequence[Candidate], gates: Sequence[Gate], *,
+             controls: Sequence[Candidate] = (), eaft: Mapping[str, Any] = EAFT,
+             generation: GenerationSpec | None = None, tokenizer: Any = None, pack_samples: int | None = None,
+             batch_tokens: int = 16384, work_directory: Path | None = None, progress: Progress = SILENT) -> dict[str, Any]:
+    """The verdict on `candidates` (masks on the loaded base `model`) with every number behind it; JSON-able.
+
+    `packs` by row length; their "decide" rows judge, their "confirm" rows (if any) give the winner's final numbers and verdict.
+    Candidates are tried from the smallest to the largest; of the smallest size at which one passes, the one with the lowest
+    kl_mean wins, larger ones are not tried. `controls` of the chosen candidate are measured, not judged. Sources of
+    `evaluate.extra_packs` stay outside the union. `tokenizer` is needed for tool calls and examples only; `pack_samples` for the advice only.
+
+    Shape: `{"format", "eaft", "packs": {length: {part: {rows, tokens, positions}}}, "gates": [gate], "base": {length: {group: metrics}},
+    "base_generation": {group: metrics} | None, "candidates": [{name, criterion, kept: {layer: n}, experts, experts_per_token, bytes,
+    metrics: {length: {group: metrics}} | None, generation: {group: metrics} | None, examples, gates: [result], verdict}],
+    "controls": [...], "confirm": {candidate, base, metrics, gates, verdict} | None, "winner": name | None, "chosen": the winner's
+    name, else that of the nearest to passing, "verdict": "pass" | "reject" | "undecided", "advice": text, "pack_samples"}`. A group is
+    `all` (the mix) or a source; a metric is `{"value", "interval": [low, high] | None}` (see `metrics`); counts are integers.
+
+    Raises UnusableError where no pack has a row to decide on.
+    """
+    settings = {"eaft": eaft, "batch_tokens": batch_tokens, "progress": progress}
+    decide = Bench.of_part(model, packs, "decide", work_directory, writing=generation, tokenizer=tokenizer, **settings)
+    confirm = Bench.of_part(model, packs, "confirm", work_directory, **settings)
+    if not decide.packs:
+        raise UnusableError("The packs hold no row to decide on. Raise evaluate.packs.samples or lower evaluate.packs.confirm.")
+    table = _try_candidates(decide, candidates, gates)
+    passed = [entry for entry in table if entry["verdict"] == "pass"]
+    chosen = min(passed, key=kl_mean) if passed else _nearest(table)
+    by_name = {candidate.name: candidate for candidate in candidates}
+    confirmed = _confirm(confirm, by_name[chosen["name"]], gates) if confirm.packs else None
+    verdict = confirmed["verdict"] if passed and confirmed is not None else chosen["verdict"]
+    evaluation = {
+        "format": FORMAT_VERSION, "eaft": dict(eaft), "packs": _describe_packs(dict(zip(PARTS, (decide, confirm)))),
+        "gates": [asdict(gate) for gate in gates], "base": decide.base_metrics(), "base_generation": decide.generation(None)["generation"],
+        "candidates": table,
+        "controls": [each.describe() | {"metrics": decide.metrics(each)} for each in controls
+                     if each.control_of in (None, chosen["name"])],
+        "confirm": confirmed, "winner": chosen["name"] if verdict == "pass" else None, "chosen": chosen["name"],
+        "verdict": verdict, "pack_samples": pack_samples}
+    return evaluation | {"advice": advice(evaluation)}
+
+
+def _describe_packs(benches: Mapping[str, Bench]) -> dict[str, Any]:
+    lengths = dict.fromkeys(length for bench in benches.values() for length in bench.packs)
+    return {str(length): {part: {"rows": len(pack.rows), "tokens": pack.num_tokens, "positions": pack.num_positions}
+                          for part, bench in benches.items() if (pack := bench.packs.get(length)) is not None} for length in lengths}
+
+
+def _try_candidates(bench: Bench, candidates: Sequence[Candidate], gates: Sequence[Gate]) -> list[dict[str, Any]]:
+    """The table: every candidate, smallest first, those larger than a passing one left untried."""
+    table: list[dict[str, Any]] = []
+    for _, same_size in groupby(sorted(candidates, key=lambda each: each.size), key=lambda each: each.size):
+        done = any(entry["verdict"] == "pass" for entry in table)
+        table += [_untried(each) if done else _judged(bench, each, gates) for each in same_size]
+    return table
+
+
+def _untried(candidate: Candidate) -> dict[str, Any]:
+    return candidate.describe() | {"metrics": None, "generation": None, "examples": [], "gates": [], "verdict": "not evaluated"}
+
+
+def _judged(bench: Bench, candidate: Candidate, gates: Sequence[Gate]) -> dict[str, Any]:
+    measured, written = bench.metrics(candidate), bench.generation(candidate)
+    results = judge(measured | ({"generation": written["generation"]} if written["generation"] else {}), gates)
+    return candidate.describe() | {"metrics": measured, **written, "gates": [result.to_json() for result in results],
+                                   "verdict": overall(results)}
+
+
+def kl_mean(entry: Mapping[str, Any]) -> float:
+    """A candidate's mean KL over the union, averaged over the lengths."""
+    values = [groups[UNION]["kl_mean"]["value"] for groups in entry["metrics"].values()]
+    return sum(values) / len(values)
+
+
+def _nearest(table: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of candidates none of which passed: the smallest undecided one, else the one closest to the base."""
+    undecided = [entry for entry in table if entry["verdict"] == "undecided"]
+    return undecided[0] if undecided else min(table, key=kl_mean)
+
+
+def _confirm(bench: Bench, candidate: Candidate, gates: Sequence[Gate]) -> dict[str, Any]:
+    """The chosen candidate on the confirm rows; generation has been judged on the decide rows' prompts."""
+    found = bench.metrics(candidate)
+    results = judge(found, [gate for gate in gates if gate.metric not in GENERATION_METRICS])
+    return {"candidate": candidate.name, "base": bench.base_metrics(), "metrics": found,
+            "gates": [result.to_json() for result in results], "verdict": overall(results)}

@@ -1,0 +1,23 @@
+"""Hashes that name content: canonical JSON for specs, sha256 for files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+
+def digest(value: Any) -> str:
+    """sha256 (hex) of `value` as canonical JSON: sorted keys, no spaces, UTF-8. Raises TypeError for what JSON cannot say."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def digest_file(path: Path, chunk_bytes: int = 1 << 22) -> str:
+    """sha256 (hex) of a file's bytes, read in chunks."""
+    sha = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(chunk_bytes):
+            sha.update(chunk)
+    return sha.hexdigest()

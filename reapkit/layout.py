@@ -1,0 +1,306 @@
+"""Which tensors of a checkpoint carry an expert axis, from their names and shapes together. Torch-free.
+
+Four kinds of names are told apart inside a layer that routes:
+
+    ....experts.7.gate_proj.weight          per expert: the index is in the name (with all its scales and shapes)
+    ....experts.gate_up_proj[_blocks]       stacked: axis 0 counts experts (granitemoe and step spell it without `experts`)
+    ....gate.weight, ....router.bias, ...   router: one axis has as many entries as there are experts
+    everything else                         no expert axis: attention, norms, shared experts, dense parts
+
+A tensor that fits none of them and yet could count experts is an error that names it, never a guess.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from reapkit.architecture import text_config
+from reapkit.checkpoint import Checkpoint, TensorInfo
+from reapkit.errors import UnusableError
+
+EXPERTS = ".experts."
+STACKED_WITHOUT_EXPERTS = re.compile(r"^(?P<site>.*?)\.(?:(?:input|output)_linear|(?<=\.moe\.)(?:gate|up|down|gate_up)_proj)\.")
+LAYER = re.compile(r"^(?P<stack>(?:[^.\d][^.]*\.)*)(?P<index>[0-9]{1,9})\.")
+MTP = re.compile(r"(?:^|\.)(?:mtp|nextn)(?:_[a-z_]+)?\.")
+SHARED = re.compile(r"(?:^|[._])shared?(?:[._]|$)")
+ROUTER = re.compile(r"(?:^|\.)(?:gate|wg|router\w*|moe_statics|classifier|\w*expert\w*|\w*correction_bias|tid2eid)(?:\.|$)")
+ATTENTION = re.compile(r"(?:^|\.)\w*(?:attn|attention|mamba|conv|norm|rotary|latent)\w*(?:\.|$)")
+DENSE = re.compile(r"(?:^|\.)(?:mlps?|feed_forward|ffn)\.(?:\d+\.)?(?:gate|up|down|gate_up|w[123])(?:_proj)?\.")
+QUANTIZER_STATE = re.compile(r"(?:^|_)(?:weight|input|output|proj)_(?:global_)?scale(?:_\d|_inv)?$|scales$|weight_shape$|zero_point$|"
+                             r"^qzeros$|^g_idx$|weight_g_idx$")
+
+
+@dataclass(frozen=True)
+class MoeLayer:
+    """The tensors of one layer that carry its expert axis.
+
+    `per_expert`: expert -> names. `stacked`: name -> axis that counts the experts, for weights and router rows alike; where that
+    axis is longer than `num_experts`, its last entries belong to no routed expert (zero experts, shared rows) and stay. `table` names
+    a fixed token-to-expert table: a layer that has one can only stay whole.
+    """
+
+    index: int
+    num_experts: int
+    per_expert: Mapping[int, tuple[str, ...]]
+    stacked: Mapping[str, int]
+    table: str | None = None
+
+    @property
+    def names(self) -> Iterable[str]:
+        yield from self.stacked
+        for names in self.per_expert.values():
+            yield from names
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Decoder layers that route, multi-token-prediction blocks that route, and every tensor of such blocks, routing or not.
+
+    `stack` is the decoder layers' common prefix, such as `model.layers.`; `mtp` continues the decoder's numbers.
+    """
+
+    layers: Mapping[int, MoeLayer]
+    mtp: Mapping[int, MoeLayer]
+    mtp_tensors: frozenset[str]
+    stack: str
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers of weights: all, and those that one token passes through."""
+
+    total: int
+    active: int
+
+
+def read_layout(checkpoint: Checkpoint) -> Layout:
+    """Finds every expert axis of the checkpoint; tensors of multi-token-prediction blocks are kept apart.
+
+    Raises UnusableError naming a tensor that might carry an expert axis but cannot be decided, or counts that contradict each other.
+    """
+    depth = checkpoint.architecture.num_hidden_layers
+    sites, others = _expert_sites(checkpoint)
+    stack = _decoder_stack(checkpoint, sites)
+    mtp_tensors = frozenset(name for name in checkpoint.tensors if is_mtp_name(name, stack, depth))
+    layers: dict[int, MoeLayer] = {}
+    mtp: dict[int, MoeLayer] = {}
+    for site, (per_expert, stacked) in sites.items():
+        parent, index = _place(site)
+        is_mtp = bool(MTP.search(f"{parent}.")) or index >= depth
+        index += depth if is_mtp and parent != stack else 0
+        found = mtp if is_mtp else layers
+        if index in found:
+            raise UnusableError(f"{checkpoint.path}: layer {index} holds routed experts in two places, one of them {site}. reapkit "
+                                "prunes one set of routed experts per layer.")
+        layer = MoeLayer(index, _num_experts(site, per_expert, stacked, checkpoint), per_expert, dict.fromkeys(stacked, 0))
+        found[index] = _with_router(layer, site, others.pop((parent, _place(site)[1]), ()), checkpoint)
+    for names in others.values():
+        if lost := next((name for name in names if "expert" in name and not SHARED.search(name)), None):
+            raise UnusableError(f"{checkpoint.path}: tensor {lost} names an expert in a layer where reapkit finds none. {_ASK}")
+    if not layers:
+        raise UnusableError(f"{checkpoint.path}: its config declares experts, but no tensor holds any. Choose the checkpoint of a "
+                            "MoE model whose expert weights are stored as `experts`.")
+    _agree_with_config(layers, checkpoint)
+    return Layout(dict(sorted(layers.items())), dict(sorted(mtp.items())), mtp_tensors, stack)
+
+
+def pruned_sizes(checkpoint: Checkpoint, kept: Mapping[int, int], layout: Layout | None = None) -> tuple[int, int]:
+    """(numel, nbytes) of all tensors once layer `l` keeps `kept[l]` experts; layers that `kept` omits stay whole.
+
+    Multi-token-prediction blocks that route stay only where `kept` names all of them (their index continues the decoder's);
+    otherwise the whole block is counted as dropped. Experts of a layer count as equally large.
+    """
+    layout = layout or read_layout(checkpoint)
+    numel, nbytes = checkpoint.numel, checkpoint.nbytes
+    mtp_stays = all(index in kept for index in layout.mtp)
+    if not mtp_stays:
+        dropped = [checkpoint.tensors[name] for name in layout.mtp_tensors]
+        numel, nbytes = numel - sum(t.numel for t in dropped), nbytes - sum(t.nbytes for t in dropped)
+    for index, layer in {**layout.layers, **(layout.mtp if mtp_stays else {})}.items():
+        removed = layer.num_experts - kept.get(index, layer.num_experts)
+        if removed:
+            parts = [(checkpoint.tensors[n], layer.num_experts) for names in layer.per_expert.values() for n in names]
+            parts += [(checkpoint.tensors[n], checkpoint.tensors[n].shape[axis]) for n, axis in layer.stacked.items()]
+            numel -= removed * sum(t.numel / whole for t, whole in parts).__round__()
+            nbytes -= removed * sum(t.nbytes / whole for t, whole in parts).__round__()
+    return numel, nbytes
+
+
+def active_parameters(checkpoint: Checkpoint, layout: Layout, kept: Mapping[int, int] | None = None,
+                      experts_per_token: int | None = None) -> Parameters:
+    """Weights in all and per token: each layer counts `experts_per_token` of its experts, multi-token prediction counts not at all.
+
+    Packed weights count as what they stand for, scales and zero points as nothing; router rows stay active.
+    """
+    top_k = experts_per_token or checkpoint.architecture.num_experts_per_tok
+    bits = _packed_bits(checkpoint.config)
+    weights = {name: _weights(tensor, bits) for name, tensor in checkpoint.tensors.items()}
+    total = active = sum(count for name, count in weights.items() if name not in layout.mtp_tensors)
+    for index, layer in layout.layers.items():
+        remaining = (kept or {}).get(index, layer.num_experts)
+        experts = sum(weights[name] for names in layer.per_expert.values() for name in names)
+        router = 0
+        for name, axis in layer.stacked.items():
+            if EXPERTS in name or STACKED_WITHOUT_EXPERTS.match(name):
+                experts += weights[name]
+            else:
+                router += weights[name] * (layer.num_experts - remaining) // checkpoint.tensors[name].shape[axis]
+        total -= experts * (layer.num_experts - remaining) // layer.num_experts + router
+        active -= experts * (layer.num_experts - min(top_k, remaining)) // layer.num_experts + router
+    return Parameters(total, active)
+
+
+_ASK = "It might count experts, and reapkit does not guess: please report the model, with this name and its config.json."
+
+
+def _expert_sites(checkpoint: Checkpoint) -> tuple[dict[str, tuple[dict[int, tuple[str, ...]], list[str]]],
+                                                   dict[tuple[str, int], list[str]]]:
+    """Modules that hold routed experts: path -> (names by expert, stacked names); and the other names, by (stack, layer)."""
+    per_expert: dict[str, dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
+    stacked: dict[str, list[str]] = defaultdict(list)
+    others: dict[tuple[str, int], list[str]] = defaultdict(list)
+    for name in checkpoint.tensors:
+        site, found, rest = name.partition(EXPERTS)
+        if found and "shared" not in site:
+            number = rest[:rest.find(".")]
+            if number.isascii() and number.isdecimal() and (number[0] != "0" or number == "0"):
+                per_expert[site][int(number)].append(name)
+            else:
+                stacked[site].append(name)
+        elif (match := STACKED_WITHOUT_EXPERTS.match(name)) and not SHARED.search(name):
+            stacked[match["site"]].append(name)
+        else:
+            others[_place(name)].append(name)
+    return ({site: ({e: tuple(n) for e, n in sorted(per_expert[site].items())} if site in per_expert else {}, stacked.get(site, []))
+             for site in dict.fromkeys([*per_expert, *stacked])}, others)
+
+
+def _place(name: str) -> tuple[str, int]:
+    """('model.layers.', 3) of `model.layers.3.mlp.gate.weight`; ('', -1) of what lies in no numbered layer."""
+    match = LAYER.match(f"{name}.")
+    return (match["stack"], int(match["index"])) if match else ("", -1)
+
+
+def _own_path(name: str) -> str:
+    """What follows the layer's number."""
+    match = LAYER.match(name)
+    return name[match.end():] if match else name
+
+
+def _decoder_stack(checkpoint: Checkpoint, sites: Iterable[str]) -> str:
+    """The one prefix such as `model.layers.` below which the decoder routes."""
+    stacks = Counter(_place(site)[0] for site in sites)
+    decoders = [stack for stack in stacks if not MTP.search(stack)]
+    if len(decoders) > 1 or "" in decoders:
+        raise UnusableError(f"{checkpoint.path}: routed experts lie below {' and '.join(repr(stack) for stack in decoders)}; reapkit "
+                            "prunes models with one stack of decoder layers.")
+    return decoders[0] if decoders else ""
+
+
+def is_mtp_name(name: str, stack: str, depth: int) -> bool:
+    """Whether a tensor or module belongs to a multi-token-prediction block: by its prefix, or by its number beyond the decoder's."""
+    if name.startswith(stack):
+        number = name[len(stack):name.find(".", len(stack))]
+        if number.isascii() and number.isdecimal():
+            return int(number) >= depth
+    return ("mtp" in name or "nextn" in name) and MTP.search(name) is not None
+
+
+def _num_experts(site: str, per_expert: Mapping[int, Any], stacked: Iterable[str], checkpoint: Checkpoint) -> int:
+    """As many as the names or the stacked axes say, all of them alike."""
+    axes = {name: checkpoint.tensors[name].shape for name in stacked if checkpoint.tensors[name].numel != 1}
+    first = Counter(shape[0] for shape in axes.values() if shape)
+    count = len(per_expert) or (first.most_common(1)[0][0] if first else 0)
+    if not count:
+        raise UnusableError(f"{checkpoint.path}: {site} names experts, but none of its tensors has an axis that counts them. {_ASK}")
+    if per_expert and max(per_expert) != count - 1:
+        missing = next(expert for expert in range(count) if expert not in per_expert)
+        raise UnusableError(f"{checkpoint.path}: {site} has experts up to {max(per_expert)} but no expert {missing}. Download it again.")
+    for name, shape in axes.items():
+        if not shape or shape[0] != count:
+            raise UnusableError(f"{checkpoint.path}: tensor {name} has shape {list(shape)} in a layer of {count} experts. {_ASK}")
+    return count
+
+
+def _with_router(layer: MoeLayer, site: str, names: Iterable[str], checkpoint: Checkpoint) -> MoeLayer:
+    """The layer with its router's tensors added, and scalars that only look stacked removed."""
+    text = text_config(checkpoint.config)
+    lengths = [layer.num_experts] + [layer.num_experts + text[key] for key in ("zero_expert_num", "n_shared_experts")
+                                     if isinstance(text.get(key), int) and text[key] > 0]
+    stacked = {name: axis for name, axis in layer.stacked.items() if checkpoint.tensors[name].numel != 1}
+    table, routes, own_site = None, False, _own_path(f"{site}.").rstrip(".")  # empty (gemma4): the experts' neighbours are the layer's other parts
+    for name in names:
+        tensor, own = checkpoint.tensors[name], _own_path(name)
+        if tensor.numel == 1 or SHARED.search(own) or ATTENTION.search(own):
+            continue
+        if "tid2eid" in own:
+            table = name
+        elif ROUTER.search(own):
+            axis = _router_axis(tensor, own, lengths, text.get("hidden_size"), checkpoint)
+            if axis is not None:
+                stacked[name] = axis
+                routes = routes or len(tensor.shape) == 2
+        elif own_site and own.startswith(f"{own_site}.") and not DENSE.search(own) and layer.num_experts in tensor.shape:
+            raise UnusableError(f"{checkpoint.path}: tensor {name} has shape {list(tensor.shape)} in a layer of {layer.num_experts} "
+                                f"experts. {_ASK}")
+    if not routes:
+        raise UnusableError(f"{checkpoint.path}: {site} holds {layer.num_experts} experts, but no router with as many rows was found "
+                            "beside them. Known names: gate.weight, router.weight, gate.wg.weight, router.layer.weight, "
+                            "router.proj.weight.")
+    return MoeLayer(layer.index, layer.num_experts, layer.per_expert, stacked, table)
+
+
+def _router_axis(tensor: TensorInfo, own: str, lengths: list[int], hidden: int | None, checkpoint: Checkpoint) -> int | None:
+    for length in lengths:
+        axes = [axis for axis, size in enumerate(tensor.shape) if size == length]
+        if axes == [0, 1] and own.endswith("weight"):
+            return 0  # as many experts as hidden channels: a linear layer's rows are its outputs
+        if len(axes) == 1:
+            return axes[0]
+        if axes:
+            break
+    else:
+        if tensor.shape == (hidden,):  # an input scale or bias of the router acts on channels
+            return None
+    raise UnusableError(f"{checkpoint.path}: tensor {tensor.name} has shape {list(tensor.shape)} in a layer of {lengths[0]} experts. {_ASK}")
+
+
+def _agree_with_config(layers: Mapping[int, MoeLayer], checkpoint: Checkpoint) -> None:
+    text = text_config(checkpoint.config)
+    per_layer = text.get("num_routed_experts_per_layer")
+    for index, layer in layers.items():
+        declared = per_layer[index] if isinstance(per_layer, list) and index < len(per_layer) else checkpoint.architecture.num_experts
+        if layer.num_experts != declared:
+            raise UnusableError(f"{checkpoint.path}: layer {index} holds {layer.num_experts} experts where config.json says {declared}. "
+                                "The two must agree; download the checkpoint again or correct its config.")
+
+
+def _packed_bits(config: Mapping[str, Any]) -> int:
+    """Bits per packed weight as the quantization config declares them, 4 where it does not say."""
+    found: list[int] = []
+
+    def walk(value: Any) -> None:
+        if isinstance(value, Mapping):
+            found.extend(value[key] for key in ("num_bits", "bits") if isinstance(value.get(key), int))
+            for inner in value.values():
+                walk(inner)
+
+    quantization = config.get("quantization_config") or text_config(config).get("quantization_config")
+    groups = quantization.get("config_groups") if isinstance(quantization, Mapping) else None
+    walk({key: group.get("weights") for key, group in groups.items()} if isinstance(groups, Mapping) else quantization)
+    return next((bits for bits in found if bits > 0), 4)
+
+
+def _weights(tensor: TensorInfo, bits: int) -> int:
+    leaf = tensor.name.rsplit(".", 1)[-1]
+    if QUANTIZER_STATE.search(leaf):
+        return 0
+    if leaf in ("weight_packed", "qweight") and tensor.dtype == "I32":
+        return tensor.numel * 32 // bits
+    if leaf.endswith(("_blocks", "weight_packed")) and tensor.dtype == "U8":
+        return tensor.numel * 2
+    return tensor.numel

@@ -1,0 +1,104 @@
+"""Row groups' partial sums on disk: written whole or not at all, added in group order, so that a killed run continues to the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from reapkit.observation import MAXIMA, SNAPSHOTS
+
+_NUMPY = {"F32": numpy.float32, "I16": numpy.int16}
+
+
+class Partials:
+    """The finished row groups of one observation under `directory`."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def has(self, group: int) -> bool:
+        return self._file(group).exists()
+
+    def write(self, group: int, tensors: Mapping[str, Tensor]) -> None:
+        """By rename, so that a file that exists is complete."""
+        temporary = self._file(group).with_suffix(".writing")
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+        os.replace(temporary, self._file(group))
+
+    def total(self, groups: Iterable[int], snapshots: Sequence[int]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """All statistics of the groups, added in the given order; and the SNAPSHOTS [stages, L, S, E] after `snapshots[stage]` groups."""
+        total: dict[str, Tensor] = {}
+        taken: dict[int, dict[str, Tensor]] = {}
+        for done, group in enumerate(groups, start=1):
+            part = load_file(self._file(group))
+            for name, tensor in part.items():
+                if name in total:
+                    total[name] = torch.maximum(total[name], tensor) if name in MAXIMA else total[name] + tensor
+                else:
+                    total[name] = tensor
+            if done in snapshots:
+                taken[done] = {name: total[name] for name in SNAPSHOTS}
+        nothing = {name: torch.zeros_like(total[name]) for name in SNAPSHOTS}
+        return total, {name: torch.stack([taken.get(done, nothing)[name] for done in snapshots]) for name in SNAPSHOTS}
+
+    def _file(self, group: int) -> Path:
+        return self.directory / f"group-{group:05d}.safetensors"
+
+
+class TraceFile:
+    """trace.safetensors, laid out in advance: every row group writes its own span, in any order and as often as it must."""
+
+    def __init__(self, file: Path, layers: Sequence[int], top_k: int, positions: int):
+        self.file, self.layers = file, tuple(layers)
+        header = trace_header(layers, top_k, positions)
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        start = 8 + len(text)
+        size = start + max(entry["data_offsets"][1] for entry in header.values())
+        if not file.exists() or file.stat().st_size != size:
+            temporary = file.with_suffix(".writing")
+            with temporary.open("wb") as stream:
+                stream.write(struct.pack("<Q", len(text)) + text)
+                stream.truncate(size)
+            os.replace(temporary, file)
+        self._maps = {name: numpy.memmap(file, _NUMPY[entry["dtype"]], "r+", start + entry["data_offsets"][0], tuple(entry["shape"]))
+                      for name, entry in header.items()} if positions else {}
+
+    def write(self, name: str, at: int, values: Tensor) -> None:
+        """Puts `values` [n, ...] at positions at … at + n of tensor `name`."""
+        if len(values):
+            self._maps[name][at:at + len(values)] = values.cpu().numpy()
+
+    def close(self) -> None:
+        for array in self._maps.values():
+            array.flush()
+        self._maps = {}
+
+
+def trace_header(layers: Sequence[int], top_k: int, positions: int) -> dict[str, Any]:
+    """The safetensors header of a trace; float32 tensors first, so that all are aligned."""
+    shapes = {"p": ("F32", [positions]), "h": ("F32", [positions])}
+    shapes |= {f"gate_norm.{layer}": ("F32", [positions, top_k]) for layer in layers}
+    shapes |= {"source": ("I16", [positions])} | {f"expert.{layer}": ("I16", [positions, top_k]) for layer in layers}
+    header, offset = {}, 0
+    for name, (dtype, shape) in shapes.items():
+        end = offset + prod(shape) * _NUMPY[dtype]().itemsize
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    return header
+
+
+def trace_nbytes(num_layers: int, top_k: int, positions: int) -> int:
+    """Bytes of an exact trace."""
+    return positions * (4 + 4 + 2 + num_layers * top_k * (4 + 2))

@@ -1,0 +1,143 @@
+"""One observation in the making: what is watched, where the partial sums go, and the observation that they add up to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from reapkit.calibration.tokens import Batch, CalibrationTokens
+from reapkit.errors import UnusableError
+from reapkit.hashing import digest
+from reapkit.observation import MAXIMA, SUMS, Observation, Trace
+from reapkit.observe.accumulate import Positions
+from reapkit.observe.experts import Experts, Pairs, RoutedExperts, find_experts, kernels_on, observed_forward
+from reapkit.observe.partials import TraceFile, trace_nbytes
+from reapkit.observe.signals import signals_of_hidden
+from reapkit.recipe.schema import ObserveSpec
+
+TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+
+
+@dataclass(frozen=True, eq=False)
+class Session:
+    """What every placement shares: the watched experts, the calibration, the files that survive a kill."""
+
+    sites: tuple[RoutedExperts, ...]
+    tokens: CalibrationTokens
+    spec: ObserveSpec
+    directory: Path
+    trace: TraceFile | None
+    trace_start: tuple[int, ...]
+    top_k: int
+    model_type: str
+    meta: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, model: nn.Module, tokens: CalibrationTokens, spec: ObserveSpec, *, batch_tokens: int, work_directory: Path,
+             identity: str | None, placement: str, device: torch.device, **layout: Any) -> Session:
+        """`layout`: whatever else decides which partial sums belong together. Raises UnusableError where the model's experts cannot be watched or the trace would be too large."""
+        sites = find_experts(model)
+        text = model.config.get_text_config()
+        top_k = next(int(value) for key in TOP_K_KEYS if isinstance(value := getattr(text, key, None), int))
+        meta = {"model": identity, "placement": placement, "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type, "dtype": str(model.dtype).removeprefix("torch."),
+                "kernels": kernels_on(device), "batch_tokens": batch_tokens, "entropy_top_k": spec.entropy_top_k,
+                "torch": torch.__version__, "transformers": transformers.__version__}
+        layers = [site.layer for site in sites]
+        how = digest({"meta": meta, "layers": layers, "top_k": top_k, "eaft": spec.eaft, **layout})[:12]
+        directory = Path(work_directory) / f"sums-{how}"  # sums made in another way are not mixed with these
+        directory.mkdir(parents=True, exist_ok=True)
+        starts = _signals_before(tokens) if spec.eaft else ()
+        trace = None
+        if spec.eaft:
+            _refuse_large(trace_nbytes(len(sites), top_k, starts[-1]), spec)
+            trace = TraceFile(directory / "trace.safetensors", layers, top_k, starts[-1])
+        return cls(sites, tokens, spec, directory, trace, starts, top_k, text.model_type, meta)
+
+    def observation(self, total: Mapping[str, Tensor], snapshots: Mapping[str, Tensor]) -> Observation:
+        """The observation that these sums, maxima, coactivation, token counts [L, S, ...] and snapshots [stages, L, S, E] make."""
+        if self.trace is not None:
+            self.trace.close()
+        return Observation(
+            model_type=self.model_type, layers=tuple(site.layer for site in self.sites), num_experts=total["count"].shape[-1],
+            num_experts_per_tok=self.top_k, sources=tuple(self.tokens.sources), tokens=total["tokens"],
+            scored_tokens=total["scored_tokens"], statistics={name: total[name] for name in SUMS},
+            maxima={name: total[name] for name in MAXIMA}, coactivation=total["coactivation"], snapshots=snapshots,
+            eaft=None if self.trace is None else Trace.load(self.trace.file), meta=self.meta)
+
+
+@dataclass(eq=False)
+class BatchWatch:
+    """Watches one batch's forward: adds every layer's statistics, keeps what the EAFT trace needs of it."""
+
+    session: Session
+    batch: Batch
+    add: Callable[[RoutedExperts, Pairs, Positions], None]
+    trace_at: int = 0
+
+    def __post_init__(self) -> None:
+        self._host = Positions.of(self.batch)
+        self._positions: dict[torch.device, Positions] = {}
+        self._routed: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, site: RoutedExperts, hidden: Tensor, index: Tensor, gates: Tensor, inner: Experts) -> Tensor:
+        """The handler of `intercepted`."""
+        positions = self.positions_on(hidden.device)
+        if hidden.shape[0] != len(positions.source):
+            raise UnusableError(f"{site.name} was called with {hidden.shape[0]} positions for a batch of {len(positions.source)}: this "
+                                "architecture regroups tokens before its experts, so they cannot be told apart by source.")
+        out, pairs = observed_forward(site, hidden, index, gates)
+        self.add(site, pairs, positions)
+        if self.session.trace is not None:
+            self._routed[site.layer] = self._of_signals(index, pairs, positions.signal)
+        return out
+
+    def _of_signals(self, index: Tensor, pairs: Pairs, signal: Tensor) -> tuple[Tensor, Tensor]:
+        gate_norm = pairs.by_slot((pairs.gate.double() * pairs.norm.double()).float())
+        return index[signal].to(torch.int16), gate_norm[signal]
+
+    def positions_on(self, device: torch.device) -> Positions:
+        if device not in self._positions:
+            self._positions[device] = self._host.to(device)
+        return self._positions[device]
+
+    def references(self) -> Tensor:
+        """The token that each signal position predicts, int64 [signals]."""
+        return self.batch.input_ids.reshape(-1)[self._host.signal + 1]
+
+    def write_routed(self, layer: int) -> None:
+        """Moves one layer's slots into the trace."""
+        expert, gate_norm = self._routed.pop(layer)
+        self.session.trace.write(f"expert.{layer}", self.trace_at, expert)
+        self.session.trace.write(f"gate_norm.{layer}", self.trace_at, gate_norm)
+
+    @property
+    def num_signals(self) -> int:
+        return len(self._host.signal)
+
+    def finish(self, model: nn.Module, hidden: Tensor) -> None:
+        """Writes p and H of the batch's signals, from its final hidden states [batch, tokens, hidden]."""
+        at_signals = hidden.reshape(-1, hidden.shape[-1])[self.positions_on(hidden.device).signal]
+        p, h = signals_of_hidden(model, at_signals, self.references().to(hidden.device), self.session.spec.entropy_top_k)
+        source = self._host.source[self._host.signal].to(torch.int16)
+        for name, values in (("p", p), ("h", h), ("source", source)):
+            self.session.trace.write(name, self.trace_at, values)
+
+
+def _signals_before(tokens: CalibrationTokens) -> tuple[int, ...]:
+    """Signal positions before each row group, and at the end of all."""
+    starts = [0]
+    for group in tokens.groups:
+        starts.append(starts[-1] + sum(int(tokens.row(row).signal.sum()) for row in group))
+    return tuple(starts)
+
+
+def _refuse_large(nbytes: int, spec: ObserveSpec) -> None:
+    if nbytes > spec.trace_bytes:
+        raise UnusableError(f"observe.trace_bytes: the exact EAFT trace of this calibration takes {nbytes:,} bytes, allowed are "
+                            f"{spec.trace_bytes:,}. Raise observe.trace_bytes, lower calibration.samples, or set observe.eaft: false.")

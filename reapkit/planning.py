@@ -1,0 +1,247 @@
+"""What a recipe would do to a checkpoint: integers, bytes, and for every stage its key and whether it must run. Torch-free.
+
+A stage's key is a hash of (stage, version, resolved spec, input keys); a key that is in the store is never run again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from reapkit.budget import Candidate, candidates, kept_experts
+from reapkit.checkpoint import Checkpoint
+from reapkit.criteria import criterion_fingerprint, criterion_problem
+from reapkit.errors import Problem, ReapkitError, RecipeError
+from reapkit.gates import resolve
+from reapkit.hashing import digest
+from reapkit.layout import Layout, active_parameters, pruned_sizes, read_layout
+from reapkit.recipe.loading import LoadedRecipe, as_loaded, in_file_order, load
+from reapkit.recipe.messages import closest
+from reapkit.recipe.schema import Recipe
+from reapkit.resolve import model_directory, source_identity, tokenizer_identity
+from reapkit.schemes import check_quantize, quantized_bytes
+from reapkit.store import Artifact, Store
+
+STAGES = ("calibrate", "packs", "observe", "select", "evaluate", "prune", "quantize", "verify", "report")
+VERSIONS = {"calibrate": 1, "packs": 1, "observe": 1, "select": 1, "evaluate": 1, "prune": 1, "quantize": 1, "verify": 1, "report": 1}
+"""Raised by one whenever a stage's code would give other bytes for the same spec."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step: its key (None while an earlier verdict decides what it works on) and whether it is in the store."""
+
+    name: str
+    key: str | None
+    spec: Mapping[str, Any]
+    inputs: tuple[str, ...]
+    after: tuple[str, ...]
+    artifact: Artifact | None
+    reason: str
+    must_run: bool
+
+    @property
+    def hit(self) -> bool:
+        return self.artifact is not None and not self.must_run
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A checkpoint's size: routed experts per MoE layer, parameters (total, active per token) and bytes of tensors."""
+
+    experts: Mapping[int, int]
+    parameters: int
+    active_parameters: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything decided before any weight is read."""
+
+    loaded: LoadedRecipe
+    checkpoint: Checkpoint
+    layout: Layout
+    candidates: tuple[Candidate, ...]
+    stages: tuple[Stage, ...]
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.loaded.recipe
+
+    def stage(self, name: str) -> Stage:
+        return next(stage for stage in self.stages if stage.name == name)
+
+    @cached_property
+    def base(self) -> Sizes:
+        experts = {index: layer.num_experts for index, layer in self.layout.layers.items()}
+        weights = active_parameters(self.checkpoint, self.layout)
+        return Sizes(experts, weights.total, weights.active, self.checkpoint.nbytes)
+
+    def kept(self, candidate: Candidate) -> dict[int, int]:
+        """Experts kept per MoE layer under a candidate's budget."""
+        return kept_experts(candidate.prune(self.recipe.prune), None, self.checkpoint.architecture, tuple(self.layout.layers))
+
+    def pruned(self, candidate: Candidate) -> Sizes:
+        """The pruned checkpoint's size, from headers alone."""
+        kept = self.kept(candidate)
+        weights = active_parameters(self.checkpoint, self.layout, kept=kept, experts_per_token=candidate.experts_per_token)
+        return Sizes(kept, weights.total, weights.active, pruned_sizes(self.checkpoint, kept, self.layout)[1])
+
+    def quantized_nbytes(self, candidate: Candidate) -> int | None:
+        """Bytes of the quantized checkpoint, or None where the recipe quantizes nothing."""
+        if self.recipe.quantize.scheme is None and self.recipe.quantize.recipe is None:
+            return None
+        return quantized_bytes(self.checkpoint, self.recipe.quantize, kept=self.kept(candidate))
+
+
+def plan(recipe: Recipe | LoadedRecipe | str | Path) -> Plan:
+    """What a recipe (or the one at a path) would do, without doing it. Raises as `make_plan`."""
+    return make_plan(as_loaded(recipe))
+
+
+def load_and_plan(name: str, overrides: Sequence[str] = (), *, download: bool = False) -> Plan:
+    """The plan of the recipe at a path or of a shipped name; what is wrong with the file and with the budget is raised together.
+
+    Raises RecipeError with every problem, UnusableError for the checkpoint of a recipe that is right in itself.
+    """
+    try:
+        return make_plan(load(name, overrides), download=download)
+    except RecipeError as error:
+        if error.partial is not None:
+            try:
+                make_plan(error.partial)
+            except RecipeError as more:
+                known = {problem.path for problem in error.problems}
+                raise RecipeError(in_file_order(error.problems + [p for p in more.problems if p.path not in known])) from None
+            except ReapkitError:
+                pass  # the checkpoint's turn comes when the recipe is right
+        raise
+
+
+def make_plan(loaded: LoadedRecipe, *, download: bool = False) -> Plan:
+    """The plan of a recipe against its checkpoint and the store.
+
+    Raises RecipeError with every contradiction between recipe and checkpoint at its line, UnusableError for the checkpoint.
+    """
+    recipe = loaded.recipe
+    checkpoint = Checkpoint.open(model_directory(recipe.model, loaded.directory, download=download))
+    layout = read_layout(checkpoint)
+    grid = _check(loaded, checkpoint, layout)
+    stages = _stages(loaded, checkpoint, grid, Store(recipe.runtime.store))
+    return Plan(loaded, checkpoint, layout, grid, stages)
+
+
+def _check(loaded: LoadedRecipe, checkpoint: Checkpoint, layout: Layout) -> tuple[Candidate, ...]:
+    """The concrete candidates; every contradiction of recipe and checkpoint is raised at once."""
+    recipe, problems, grid = loaded.recipe, [], ()
+    names = [entry.name for entry in recipe.calibration.mix]
+    try:
+        grid = candidates(recipe.prune, recipe.saliency, checkpoint.architecture, tuple(layout.layers))
+    except RecipeError as error:
+        problems += error.problems
+    problems += check_quantize(checkpoint, recipe.quantize)
+    problems += [Problem(f"saliency.mix.{name}", f"no source of calibration.mix has this name.{closest(name, names)} Allowed: {', '.join(names)}.")
+                 for name in recipe.saliency.mix or {} if name not in names]
+    problems += [problem for i, name in enumerate(recipe.evaluate.controls)
+                 if (problem := criterion_problem(name, f"evaluate.controls[{i}]"))]
+    for gates in (recipe.evaluate.gates, recipe.evaluate.gates_quantized):
+        try:
+            resolve(gates if gates is None or isinstance(gates, str) else gates.model_dump(exclude_none=True),
+                    [*names, *(entry.name for entry in recipe.evaluate.extra_packs)])
+        except RecipeError as error:
+            problems += error.problems
+    if problems:
+        raise loaded.located(RecipeError(list(dict.fromkeys(problems))))
+    return grid
+
+
+def _own_criteria(grid: tuple[Candidate, ...], controls: Sequence[str]) -> dict[str, str]:
+    """A user's own criteria are code: their files' hashes belong to the decision."""
+    names = dict.fromkeys([*(candidate.criterion for candidate in grid), *controls])
+    return {name: fingerprint for name in names if (fingerprint := criterion_fingerprint(name))}
+
+
+def _dump(section: BaseModel, *, exclude: set[str] | None = None) -> dict[str, Any]:
+    return section.model_dump(mode="json", exclude=exclude)
+
+
+def _specs(loaded: LoadedRecipe, checkpoint: Checkpoint, grid: tuple[Candidate, ...], winner: str | None) -> dict[str, Any]:
+    """Stage -> (resolved spec, input stages, stages it only waits for). What is meant to change the output is here; nothing else."""
+    recipe, directory = loaded.recipe, loaded.directory
+    tokenizer = tokenizer_identity(checkpoint.path)
+    sources = [source_identity(entry, directory) for entry in recipe.calibration.mix]
+    model = {"identity": checkpoint.identity, "trust_remote_code": recipe.model.trust_remote_code}
+    quantizes = recipe.quantize.scheme is not None or recipe.quantize.recipe is not None
+    calibrated = quantizes and (recipe.quantize.method != "rtn" or recipe.quantize.recipe is not None)
+    final = "quantize" if quantizes else "prune"
+    evaluate, prune = recipe.evaluate, recipe.prune
+    specs = {
+        "calibrate": ({"calibration": _dump(recipe.calibration), "sources": sources, "tokenizer": tokenizer}, (), ()),
+        "packs": ({"packs": _dump(evaluate.packs), "extra": [_dump(entry) for entry in evaluate.extra_packs],
+                   "extra_sources": [source_identity(entry, directory) for entry in evaluate.extra_packs]}, ("calibrate",), ()),
+        "observe": ({"observe": _dump(recipe.observe), "model": model}, ("calibrate",), ()),
+        "select": ({"saliency": _dump(recipe.saliency), "own_criteria": _own_criteria(grid, evaluate.controls), "prune": _dump(prune, exclude={"repair", "mtp"}),
+                    "controls": list(evaluate.controls)}, ("observe",), ()),
+        "evaluate": ({"evaluate": _dump(evaluate, exclude={"gates_quantized", "on_reject", "on_undecided", "lm_eval"})},
+                     ("packs", "select"), ()),
+        "prune": ({"candidate": winner, "mtp": prune.mtp, "repair": prune.repair, "model": model,
+                   "max_shard_bytes": recipe.output.max_shard_bytes}, ("select",), ("evaluate",)),
+    }
+    if quantizes:
+        specs["quantize"] = ({"quantize": _dump(recipe.quantize), "max_shard_bytes": recipe.output.max_shard_bytes},
+                             ("prune", "calibrate") if calibrated else ("prune",), ())
+    specs["verify"] = ({"gates_quantized": _dump(evaluate)["gates_quantized"]}, tuple(dict.fromkeys(("prune", final, "packs"))), ())
+    specs["report"] = ({"name": recipe.name, "description": recipe.description, "card": recipe.output.card,
+                        "source": recipe.model.source},
+                       tuple(dict.fromkeys(("calibrate", "observe", "select", "evaluate", "prune", final, "verify"))), ())
+    return specs
+
+
+def _stages(loaded: LoadedRecipe, checkpoint: Checkpoint, grid: tuple[Candidate, ...], store: Store) -> tuple[Stage, ...]:
+    """Keys forwards, then what must run backwards from the outputs that are wanted."""
+    winner = grid[0].name if len(grid) == 1 else None
+    specs = _specs(loaded, checkpoint, grid, winner)
+    keys: dict[str, str | None] = {}
+    for name, (spec, inputs, _) in specs.items():
+        if name == "prune" and winner is None:
+            judged = store.get("evaluate", keys["evaluate"]) if keys["evaluate"] else None
+            if judged is not None:
+                spec["candidate"] = judged.summary["chosen"]  # judged well enough to go on, or the run stops before it
+        known = all(keys[source] for source in inputs) and spec.get("candidate", "") is not None
+        parents = {source: keys[source] for source in inputs}
+        keys[name] = digest({"stage": name, "version": VERSIONS[name], "spec": spec, "inputs": parents}) if known else None
+    artifacts = {name: store.get(name, key) if key else None for name, key in keys.items()}
+    must_run, reasons = _must_run(specs, keys, artifacts, loaded.recipe)
+    return tuple(Stage(name, keys[name], spec, inputs, after, artifacts[name], reasons[name], must_run[name])
+                 for name, (spec, inputs, after) in specs.items())
+
+
+def _must_run(specs: Mapping[str, Any], keys: Mapping[str, str | None], artifacts: Mapping[str, Artifact | None],
+              recipe: Recipe) -> tuple[dict[str, bool], dict[str, str]]:
+    """Backwards: a stage runs if it was never made, or if its files are gone and something that runs, or the user, needs them."""
+    kept = {"prune": "pruned" in recipe.output.keep, "quantize": "quantized" in recipe.output.keep}
+    must_run: dict[str, bool] = {}
+    reasons: dict[str, str] = {}
+    for name in reversed(specs):
+        artifact = artifacts[name]
+        readers = [other for other, (_, inputs, _) in specs.items() if name in inputs and must_run.get(other)]
+        if artifact is None:
+            must_run[name] = True
+            reasons[name] = "waits for the verdict of evaluate" if keys[name] is None else "new, or something it depends on changed"
+        elif not artifact.has_payload and (readers or kept.get(name)):
+            must_run[name] = True
+            reasons[name] = f"its files were dropped and {readers[0] if readers else 'output.keep'} needs them"
+        else:
+            must_run[name], reasons[name] = False, "in the store"
+    return must_run, reasons
+
+
+def store_of(recipe: Recipe) -> Store:
+    """The recipe's artifact store."""
+    return Store(Path(recipe.runtime.store))

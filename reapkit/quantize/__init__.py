@@ -1,0 +1,74 @@
+"""Quantization through llm-compressor, made safe: causal calibration, the source's tensor names, the source's config.
+
+`rtn` goes shard by shard without a model (`rtn.py`); `gptq`, `awq` and `autoround` calibrate a loaded model (`calibrated.py`); what they
+decided is written under the names of the source (`writing.py`). Nothing here needs an accelerator.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reapkit.calibration.tokens import CalibrationTokens
+from reapkit.checkpoint import Checkpoint
+from reapkit.errors import RecipeError, StageFailed
+from reapkit.layout import read_layout
+from reapkit.progress import SILENT, Progress
+from reapkit.quantize.formats import preset
+from reapkit.quantize.writing import finish_directory, measure
+from reapkit.recipe.schema import QuantizeSpec
+from reapkit.schemes import check_quantize, is_fp8, scheme_of, targets
+
+__all__ = ["quantize_checkpoint"]
+
+
+def quantize_checkpoint(source: Path, out: Path, spec: QuantizeSpec, *, calibration: CalibrationTokens | None = None,
+                        device: str = "cpu", batch_tokens: int = 8192, trust_remote_code: bool = False, work: Path | None = None,
+                        progress: Progress = SILENT) -> dict[str, Any]:
+    """Writes `source` quantized as `spec` says to `out`, complete: weights under the source's names, config, tokenizer, templates.
+
+    The config is the source's own with `quantization_config` set. Returns facts for the report: scheme, method, bits per weight measured
+    on disk, modules left alone by reason, experts that saw few calibration tokens. `work`: where a dequantized copy of a block-FP8 source
+    may live meanwhile. Raises RecipeError where spec and checkpoint contradict, StageFailed where a matrix was not written.
+    """
+    source, out = Path(source), Path(out)
+    checkpoint = Checkpoint.open(source)
+    if problems := check_quantize(checkpoint, spec):
+        raise RecipeError(problems)
+    scheme, plan = scheme_of(spec), targets(checkpoint, spec, read_layout(checkpoint))
+    if not plan.matrices:
+        raise RecipeError([p for p in RecipeError.at("quantize.ignore", ["leaves no matrix to quantize. Remove some of it, or set "
+                                                                           "quantize.scheme: null."])])
+    out.mkdir(parents=True, exist_ok=True)
+    target = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
+    quantization = preset(spec)
+    if spec.method == "rtn" and not plan.has_stacked_experts:
+        from reapkit.quantize.rtn import quantize_shards
+
+        written, facts = quantize_shards(checkpoint, out, plan, quantization, device=target, progress=progress)
+    else:
+        from reapkit.quantize.calibrated import quantize_loaded
+
+        if calibration is None and spec.method != "rtn":
+            raise ValueError(f"{spec.method} needs calibration tokens")
+        if is_fp8(checkpoint.config):
+            from reapkit.quantize.rtn import dequantized_copy
+
+            checkpoint = dequantized_copy(checkpoint, (work or out.parent) / f"{out.name}.dequantized", progress=progress)
+        written, facts = quantize_loaded(checkpoint, out, plan, spec, quantization, calibration, device=target, batch_tokens=batch_tokens,
+                                         trust_remote_code=trust_remote_code, progress=progress)
+    finish_directory(checkpoint, out, quantization, plan, trust_remote_code=trust_remote_code)
+    measured = measure(out, plan, written)
+    if lost := sorted(set(plan.matrices) - set(written)):
+        raise StageFailed(f"quantize: {len(lost)} matrices were not quantized, such as {lost[0]}. This is a defect; please report the model.")
+    return {"scheme": scheme.name, "method": spec.method, "group_size": scheme.group if scheme.fixed else spec.group_size,
+            **measured, "left": _left_by_reason(plan.left), "experts_reload_in_transformers": scheme.experts_reload, **facts}
+
+
+def _left_by_reason(left: dict[str, str]) -> dict[str, list[str]]:
+    reasons: dict[str, list[str]] = {}
+    for module, reason in left.items():
+        reasons.setdefault(reason, []).append(module)
+    return reasons

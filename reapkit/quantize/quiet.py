@@ -1,0 +1,55 @@
+"""llm-compressor works without a log line per matrix and without bars of its own."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
+
+import tqdm
+import transformers
+from loguru import logger
+
+LIBRARIES = ("llmcompressor", "compressed_tensors", "auto_round")
+LEVEL = "LLM_COMPRESSOR_LOG_LEVEL"
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Inside the block the libraries neither log nor draw; what was set before is restored."""
+    _import_silently()
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    tracing = logging.getLogger("torch.fx._symbolic_trace")
+    level, verbosity = tracing.level, transformers.utils.logging.get_verbosity()
+    draws = tqdm.tqdm.__init__
+
+    def hidden(self: tqdm.tqdm, *args: object, **kwargs: object) -> None:
+        draws(self, *args, **{**kwargs, "disable": True})
+
+    for name in LIBRARIES:
+        logger.disable(name)
+    tracing.setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        with patch.object(tqdm.tqdm, "__init__", hidden):
+            yield
+    finally:
+        for name in LIBRARIES:
+            logger.enable(name)
+        tracing.setLevel(level)
+        transformers.utils.logging.set_verbosity(verbosity)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+
+
+def _import_silently() -> None:
+    """llm-compressor configures its logger when it is first imported, and warns at once; afterwards it logs as it always does."""
+    if "llmcompressor" in sys.modules:
+        return
+    with patch.dict(os.environ, {LEVEL: "CRITICAL"}):
+        from llmcompressor import LoggerConfig, configure_logger
+    configure_logger(LoggerConfig())

@@ -1,0 +1,103 @@
+"""The quantized directory: the source's names and config, its tokenizer and templates, and what was measured on disk."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from compressed_tensors.quantization import QuantizationScheme
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from reapkit.checkpoint import DTYPE_BITS, Checkpoint, read_header
+from reapkit.progress import Progress
+from reapkit.quantize.formats import PARTS, quantization_config
+from reapkit.schemes import Targets
+from reapkit.surgery.config import edit_json
+
+INDEX = "model.safetensors.index.json"
+NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
+
+
+def write_shards(checkpoint: Checkpoint, out: Path, replacement: Callable[[str], dict[str, Tensor] | None], progress: Progress) -> None:
+    """Writes the source's shards one at a time: what `replacement` gives for a tensor stands in its place, the rest is copied."""
+    with progress.task("write the quantized weights", total=len(checkpoint.tensors), unit="tensors") as task:
+        for shard in checkpoint.shards:
+            tensors: dict[str, Tensor] = {}
+            with safe_open(checkpoint.path / shard, "pt") as file:
+                for name in file.keys():
+                    new = replacement(name)
+                    tensors |= {name: file.get_tensor(name)} if new is None else new
+                    task.advance()
+            save_file(tensors, out / shard, metadata={"format": "pt"})
+
+
+def finish_directory(checkpoint: Checkpoint, out: Path, scheme: QuantizationScheme, plan: Targets, *, trust_remote_code: bool) -> None:
+    """Adds everything but the weights; config.json is the source's own text plus `quantization_config`."""
+    copy_companions(checkpoint, out)
+    ignore = sorted({"lm_head", *plan.left, *_loaded_names(checkpoint, plan.left, trust_remote_code)})
+    text = (checkpoint.path / "config.json").read_text()
+    (out / "config.json").write_text(edit_json(text, {("quantization_config",): quantization_config(scheme, ignore)}))
+    write_index(out)
+
+
+def copy_companions(checkpoint: Checkpoint, out: Path) -> None:
+    """Copies what is no weight: tokenizer, chat template, generation config, the checkpoint's own code; not its card."""
+    for file in sorted(checkpoint.path.iterdir()):
+        if file.is_file() and file.suffix not in NOT_COPIED and file.name not in ("config.json", INDEX, "README.md", "recipe.yaml"):
+            shutil.copyfile(file, out / file.name)
+
+
+def write_index(out: Path) -> None:
+    """Writes the index of several shards; one shard needs none."""
+    shards = sorted(out.glob("*.safetensors"))
+    (out / INDEX).unlink(missing_ok=True)
+    if len(shards) > 1:
+        tensors = [tensor for shard in shards for tensor in read_header(shard).values()]
+        index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors)},
+                 "weight_map": {tensor.name: tensor.shard for tensor in tensors}}
+        (out / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def measure(out: Path, plan: Targets, written: Mapping[str, list[str]]) -> dict[str, Any]:
+    """Bits per weight on disk over the quantized matrices (packed weights and scales; constants per matrix aside), and bytes."""
+    directory = Checkpoint.open(out)
+    bits = weights = constants = 0
+    for name, prefixes in written.items():
+        matrix = plan.matrices[name]
+        weights += matrix.count * matrix.rows * matrix.columns
+        for prefix in prefixes:
+            for part in PARTS:
+                tensor = directory.tensors.get(f"{prefix}.{part}")
+                if tensor is not None and part in ("weight_shape", "weight_global_scale"):
+                    constants += tensor.nbytes
+                elif tensor is not None:
+                    bits += tensor.numel * DTYPE_BITS[tensor.dtype]
+    return {"bits_per_weight": bits / weights, "quantized_weights": weights, "quantized_matrices": sum(map(len, written.values())),
+            "constant_bytes": constants, "nbytes": directory.nbytes}
+
+
+def _loaded_names(checkpoint: Checkpoint, modules: Mapping[str, str], trust_remote_code: bool) -> set[str]:
+    """What transformers calls these modules once loaded; engines match `ignore` against either spelling."""
+    from reapkit.quantize.names import LoadedNames
+
+    names = LoadedNames.of_checkpoint(checkpoint, trust_remote_code=trust_remote_code)
+    return {names.rename(f"{module}.weight").removesuffix(".weight") for module in modules}
+
+
+def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
+    """One tensor of the checkpoint, read by itself."""
+    with safe_open(checkpoint.path / checkpoint.tensors[name].shard, "pt") as file:
+        return file.get_tensor(name)
+
+
+def load_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype in which the checkpoint's matrices are stored."""
+    codes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    found = [codes[tensor.dtype] for tensor in checkpoint.tensors.values() if tensor.dtype in codes and len(tensor.shape) >= 2]
+    return max(set(found), key=found.count) if found else torch.bfloat16

@@ -1,0 +1,31 @@
+"""The recipe language as JSON Schema, for editors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+
+from reapkit.recipe.schema import Recipe
+
+
+class _Generator(GenerateJsonSchema):
+    """Fractions are plain numbers in a recipe, never strings."""
+
+    def decimal_schema(self, schema: Any) -> JsonSchemaValue:
+        number: JsonSchemaValue = {"type": "number"}
+        for name, keyword in (("gt", "exclusiveMinimum"), ("ge", "minimum"), ("lt", "exclusiveMaximum"), ("le", "maximum")):
+            if schema.get(name) is not None:
+                number[keyword] = float(schema[name])
+        return number
+
+
+def recipe_schema() -> dict[str, Any]:
+    """JSON Schema 2020-12 of a recipe file, `extends` and partial children included."""
+    schema = Recipe.model_json_schema(schema_generator=_Generator)
+    schema["properties"] = {"extends": {"type": "string", "description": "Another recipe, relative to this file; this one is merged over it."},
+                            **schema["properties"]}
+    required = schema.pop("required")
+    schema["if"] = {"not": {"required": ["extends"]}}  # a child may leave everything to its parent
+    schema["then"] = {"required": required}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "reapkit recipe", **schema}

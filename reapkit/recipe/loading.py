@@ -1,0 +1,227 @@
+"""From files to one checked Recipe: parents merged, overrides applied, every problem reported at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from reapkit.errors import Problem, RecipeError
+from reapkit.recipe.document import Node, json_text, parse_document, read_document, walk
+from reapkit.recipe.messages import closest, problems_of
+from reapkit.recipe.schema import Recipe
+
+SHIPPED = tuple(folder for folder in (Path(__file__).parents[1] / "_recipes", Path(__file__).parents[2] / "recipes") if folder.is_dir())
+
+
+@dataclass(frozen=True)
+class LoadedRecipe:
+    """A checked recipe, the folder its relative paths start from, and where each of its values was written."""
+
+    recipe: Recipe
+    directory: Path
+    shown: str
+    document: Node
+
+    def problem(self, path: str, message: str) -> Problem:
+        """A problem at a recipe path such as `prune.caps[0].layers`, with the position of its closest written ancestor."""
+        nodes = dict(walk(self.document))
+        place = path
+        while place and place not in nodes:
+            place = place[: max(place.rfind("."), place.rfind("["), 0)]
+        return nodes.get(place, self.document).problem(path, message, at_key=place != path)
+
+    def located(self, error: RecipeError) -> RecipeError:
+        """The same problems with positions, for those that know only their path."""
+        return RecipeError([p if p.file else self.problem(p.path, p.message) for p in error.problems])
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a path or of a shipped recipe's name. Raises RecipeError listing near names."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    for folder in SHIPPED:
+        for candidate in (folder / name, folder / f"{name}.yaml"):
+            if candidate.is_file():
+                return candidate
+    known = sorted({str(file.relative_to(folder).with_suffix("")) for folder in SHIPPED for file in folder.rglob("*.yaml")})
+    raise RecipeError(f"{name}: no such recipe file.{closest(name, known)} Shipped recipes: {', '.join(known) or 'none'}.")
+
+
+def load(name: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
+    """The recipe at a path or of a shipped name, `overrides` being `key.path=YAML value` strings.
+
+    Raises RecipeError carrying every problem of the recipe and its parents.
+    """
+    path = find_recipe(str(name))
+    problems: list[Problem] = []
+    document = _read_with_parents(path, (), problems)
+    for override in overrides:
+        _override(document, override, problems)
+    recipe, found = _validate(document)
+    loaded = LoadedRecipe(recipe, path.resolve().parent, str(name), document) if recipe else None
+    if any(problem.path == "extends" for problem in problems):
+        found = [problem for problem in found if not problem.message.startswith("is missing")]  # the parent may hold it
+    if problems + found:
+        error = RecipeError(in_file_order(problems + found))
+        error.partial = loaded
+        raise error
+    recipe._loaded = loaded
+    return loaded
+
+
+def in_file_order(problems: Sequence[Problem]) -> list[Problem]:
+    """Without repetitions, as they stand in the file."""
+    return sorted(dict.fromkeys(problems), key=lambda p: (p.file or "", p.line or 0, p.column or 0))
+
+
+def _validate(document: Node) -> tuple[Recipe | None, list[Problem]]:
+    """The recipe, and every problem; with problems it is what remains without the broken values, or None."""
+    plain, problems = document.plain(), []
+    for _ in range(3):  # dropping a broken value can leave its section incomplete, then the section goes too
+        try:
+            return Recipe.model_validate_json(json_text(plain)), problems
+        except ValidationError as error:
+            problems = problems or problems_of(error.errors(), document)
+            for place in sorted((_place(plain, e["loc"]) for e in error.errors()), key=len, reverse=True):
+                _drop(plain, place)
+            if "calibration" not in plain:  # too broken to mend; the budget can be checked without it
+                plain["calibration"] = {"samples": 1, "mix": [{"name": "stand-in", "source": "builtin:code"}]}
+                _drop(plain, ("saliency", "mix"))
+    return None, problems
+
+
+def _place(plain: Any, loc: Sequence[Any]) -> tuple[Any, ...]:
+    """The part of a validation location that exists in the data: union tags and missing keys fall away."""
+    place: list[Any] = []
+    for part in loc:
+        if isinstance(plain, dict) and part in plain or isinstance(plain, list) and isinstance(part, int) and part < len(plain):
+            place.append(part)
+            plain = plain[part]
+    return tuple(place)
+
+
+def _drop(plain: Any, place: Sequence[Any]) -> None:
+    for part in place[:-1]:
+        if not (isinstance(plain, dict) and part in plain or isinstance(plain, list) and part < len(plain)):
+            return
+        plain = plain[part]
+    if place and (isinstance(plain, list) and place[-1] < len(plain) or isinstance(plain, dict) and place[-1] in plain):
+        del plain[place[-1]]
+
+
+def _read_with_parents(path: Path, chain: tuple[Path, ...], problems: list[Problem]) -> Node:
+    """The document at `path` merged over what it extends; `chain` is how we got here."""
+    resolved = path.resolve()
+    if resolved in chain:
+        names = " -> ".join(file.name for file in (*chain[chain.index(resolved):], resolved))
+        raise RecipeError([Problem("extends", f"goes in a circle: {names}. Remove one of them.", str(path))])
+    document = read_document(path, _shown(path))
+    parent = document.value.pop("extends", None)
+    if parent is None or parent.value is None:
+        return document
+    if not isinstance(parent.value, str):
+        problems.append(parent.problem("extends", "must be the path of another recipe, relative to this one."))
+        return document
+    parent_path = path.parent / parent.value
+    if not parent_path.is_file():
+        near = [str(file.relative_to(path.parent)) for file in path.parent.rglob("*.yaml") if file != path]
+        problems.append(parent.problem("extends", f"found '{parent.value}', but there is no such file.{closest(parent.value, near)}"))
+        return document
+    return _merge(_read_with_parents(parent_path, (*chain, resolved), problems), document)
+
+
+def _shown(path: Path) -> str:
+    try:
+        return str(path.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def _merge(parent: Node, child: Node) -> Node:
+    """Deep merge, the child wins; lists of named items merge by name; null removes an optional value.
+
+    A mapping that names another kind (`format: {prompt: ...}` over `{text: ...}`) replaces: formats do not blend.
+    """
+    if isinstance(parent.value, dict) and isinstance(child.value, dict):
+        merged = dict(parent.value)
+        for key, node in child.value.items():
+            blend = key in merged and key not in ("format", "filter")
+            merged[key] = _merge(merged[key], node) if blend else node
+        return replace(child, value=merged)
+    if _is_named_list(parent) and _is_named_list(child):
+        items = {_name(item): item for item in parent.value}
+        for item in child.value:
+            name = _name(item)
+            if set(item.value) == {"name", "remove"} and item.value["remove"].value is True:
+                items.pop(name, None)
+                continue
+            items[name] = _merge(items[name], item) if name in items else item
+        return replace(child, value=list(items.values()))
+    return child
+
+
+def _is_named_list(node: Node) -> bool:
+    return isinstance(node.value, list) and bool(node.value) and all(_name(item) is not None for item in node.value)
+
+
+def _name(item: Node) -> Any:
+    name = item.value.get("name") if isinstance(item.value, dict) else None
+    return name.value if name is not None and isinstance(name.value, str) else None
+
+
+def _override(document: Node, text: str, problems: list[Problem]) -> None:
+    """Set one `key.path=value` in place; list items by index or by name."""
+    path, equals, value_text = text.partition("=")
+    shown = f"--set {text}"
+    if not equals or not path.strip():
+        problems.append(Problem("", "write it as key.path=value.", shown))
+        return
+    value = parse_document(f"value: {value_text}", shown).value["value"]
+    node, parts = document, path.strip().replace("[", ".").replace("]", "").split(".")
+    for i, part in enumerate(parts):
+        last = i == len(parts) - 1
+        if isinstance(node.value, list):
+            index = _index(node, part)
+            if index is None:
+                names = [str(_name(item)) for item in node.value if _name(item)]
+                where = ".".join(parts[:i])
+                problems.append(Problem(path, f"{where} has no item '{part}'.{closest(part, names)} Give 0 to {len(node.value) - 1}"
+                                        + (f" or one of {', '.join(names)}." if names else "."), shown))
+                return
+            if last:
+                node.value[index] = value
+            node = node.value[index]
+        else:
+            if not isinstance(node.value, dict):
+                problems.append(Problem(path, f"{'.'.join(parts[:i])} is no mapping, so nothing can be set inside it.", shown))
+                return
+            if last:
+                node.value[part] = replace(value, key_line=value.line, key_column=1)
+            elif part not in node.value or node.value[part].value is None:
+                node.value[part] = Node({}, shown, 1, 1)
+            node = node.value[part]
+
+
+def _index(node: Node, part: str) -> int | None:
+    if part.lstrip("-").isdigit() and -len(node.value) <= int(part) < len(node.value):
+        return int(part)
+    return next((i for i, item in enumerate(node.value) if _name(item) == part), None)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The checked recipe at `path`, or of a shipped name. Raises RecipeError with every problem at once."""
+    return load(path, overrides).recipe
+
+
+def as_loaded(recipe: Recipe | LoadedRecipe | str | Path) -> LoadedRecipe:
+    """What the public functions accept: a path, a shipped name, or a recipe (one built in Python: paths start from here)."""
+    if isinstance(recipe, LoadedRecipe):
+        return recipe
+    if isinstance(recipe, Recipe):
+        return recipe._loaded or LoadedRecipe(recipe, Path.cwd(), "recipe", Node({}, "recipe", 1, 1))
+    return load(recipe)

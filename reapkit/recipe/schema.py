@@ -1,0 +1,553 @@
+"""The recipe as types: every field of the language, what it means and what it may be. Imports without torch.
+
+Each field's docstring is its description in `reapkit schema`.
+"""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from typing import Annotated, Any, Literal, Union
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, PrivateAttr, Tag, model_validator
+
+
+def _as_fraction(value: Any) -> Any:
+    """YAML gives floats; their shortest decimal text is what the user wrote (0.3 is 3/10, not 0.299999...)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, Decimal)):
+        raise ValueError("must be a number")
+    return Decimal(str(value))
+
+
+Fraction = Annotated[Decimal, BeforeValidator(_as_fraction)]
+"""A number kept as the decimal the user wrote, so that budgets become integers without rounding surprises."""
+
+
+def _by_shape(value: Any) -> str:
+    """Which branch of a scalar-or-structure union a value means, so that its errors speak of that branch alone."""
+    if isinstance(value, (dict, BaseModel)):
+        return "(mapping)"
+    return "(list)" if isinstance(value, (list, tuple)) else "(scalar)"
+
+
+class Section(BaseModel):
+    """A mapping of the recipe: unknown keys are refused, values never change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, strict=True, allow_inf_nan=False)
+
+
+class ModelSpec(Section):
+    """Which model is compressed."""
+
+    source: str
+    """Hub id (`org/name`), local path (relative to the recipe) or `builtin:demo`."""
+    revision: str | None = None
+    """Hub commit; `reapkit lock` pins it."""
+    trust_remote_code: bool = False
+    """Run the checkpoint's own Python code."""
+
+
+# ---------------------------------------------------------------------------------------------- calibration
+
+
+class TextFormat(Section):
+    """Plain text in one column."""
+
+    text: str
+    """The column that holds the text."""
+
+
+class PromptFormat(Section):
+    """A prompt column and a completion column, rendered as one user and one assistant turn."""
+
+    prompt: str
+    """The column with the user's turn."""
+    completion: str
+    """The column with the assistant's turn."""
+
+
+class MessagesFormat(Section):
+    """Chat turns in one column: a list of `{role, content, tool_calls}` or the same as a JSON string."""
+
+    messages: str
+    """The column with the turns."""
+    tools: str | None = None
+    """The column with the tool schemas, if any."""
+
+
+class XlamFormat(Section):
+    """Function calling in the manner of xlam-function-calling-60k: query, tools and answers as JSON strings."""
+
+    xlam: Literal[True] = True
+    """Marks the format."""
+
+
+class TokensFormat(Section):
+    """Token ids as they are: no tokenizer, no packing."""
+
+    tokens: str = "input_ids"
+    """The column with the ids."""
+    assistant_mask: str | None = "assistant_mask"
+    """The column with 0/1 marks of assistant tokens, if there is one."""
+
+
+_FORMAT_KEYS = {"text": "TextFormat", "prompt": "PromptFormat", "completion": "PromptFormat", "messages": "MessagesFormat",
+                "xlam": "XlamFormat", "tokens": "TokensFormat", "assistant_mask": "TokensFormat"}
+_FORMAT_NAMES = {"text": {"text": "text"}, "messages": {"messages": "messages"}, "xlam": {"xlam": True},
+                 "tokens": {"tokens": "input_ids"}}
+
+
+def _spell_out_format(value: Any) -> Any:
+    return dict(_FORMAT_NAMES[value]) if isinstance(value, str) and value in _FORMAT_NAMES else value
+
+
+def _format_tag(value: Any) -> str | None:
+    keys = value if isinstance(value, dict) else type(value).model_fields if isinstance(value, Section) else ()
+    return next((_FORMAT_KEYS[key] for key in keys if key in _FORMAT_KEYS), None)
+
+
+Format = Annotated[
+    Union[
+        Annotated[TextFormat, Tag("TextFormat")],
+        Annotated[PromptFormat, Tag("PromptFormat")],
+        Annotated[MessagesFormat, Tag("MessagesFormat")],
+        Annotated[XlamFormat, Tag("XlamFormat")],
+        Annotated[TokensFormat, Tag("TokensFormat")],
+    ],
+    Discriminator(
+        _format_tag,
+        custom_error_type="format",
+        custom_error_message="not a format. Allowed: text, messages, xlam, tokens, {text: COLUMN}, "
+        "{prompt: COLUMN, completion: COLUMN}, {messages: COLUMN, tools: COLUMN} or {tokens: COLUMN}",
+    ),
+    BeforeValidator(_spell_out_format),
+]
+
+
+class Spans(Section):
+    """Markers around what the assistant wrote, for models whose chat template does not mark it."""
+
+    start: str
+    """Text that opens an assistant turn; scored tokens begin after it."""
+    end: str
+    """Text that closes it; the closing marker itself is scored, so that stopping is learnt."""
+
+
+class MixEntry(Section):
+    """One source of calibration samples."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    """The source's name in tables, statistics and `saliency.mix`."""
+    source: str
+    """Hub dataset id, local JSONL/JSON/parquet/text file or glob (relative to the recipe), or `builtin:code|tools|prose|math`."""
+    config: str | None = None
+    """The hub dataset's configuration."""
+    split: str = "train"
+    """The hub dataset's split."""
+    revision: str | None = None
+    """The hub dataset's commit; `reapkit lock` pins it."""
+    weight: Fraction = Field(default=Decimal(1), gt=0)
+    """Share of samples (or of tokens) in the mix, normalised over all entries."""
+    format: Format | None = None
+    """How a row becomes a sample; null: recognised from the columns."""
+    filter: dict[str, Any] | None = None
+    """Keep only rows whose columns have these values."""
+
+
+class CalibrationSpec(Section):
+    """What the model reads while it is observed."""
+
+    samples: int | None = Field(default=None, ge=1)
+    """Dataset samples over the whole mix; or `tokens`."""
+    tokens: int | None = Field(default=None, ge=1)
+    """Tokens over the whole mix; or `samples`."""
+    max_length: int = Field(default=2048, ge=2)
+    """Tokens per row."""
+    packing: Literal["none", "concat", "isolated"] = "concat"
+    """none: a row per sample; concat: rows filled across samples of a source, which then see each other; isolated: they do not."""
+    overflow: Literal["truncate", "split", "window"] = "truncate"
+    """A sample longer than a row: cut, split into rows, or the last `max_length` tokens that hold an assistant span."""
+    score: Literal["all", "completion"] = "completion"
+    """Which positions count: all, or those that predict an assistant token."""
+    spans: Spans | None = None
+    """Assistant markers, where the chat template has none; also used for `text`."""
+    chat_template: str | None = None
+    """Path of a Jinja template, where the model ships none or one without assistant marks."""
+    seed: int = Field(default=42, ge=0)
+    """Draws the samples."""
+    mix: tuple[MixEntry, ...] = Field(min_length=1)
+    """The sources and their weights."""
+
+    @model_validator(mode="after")
+    def _check(self) -> CalibrationSpec:
+        if (self.samples is None) == (self.tokens is None):
+            raise ValueError("give either `samples` or `tokens`")
+        names = [entry.name for entry in self.mix]
+        if doubled := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"mix names must be unique, found twice: {', '.join(doubled)}")
+        if self.samples is not None and self.samples < len(names):
+            raise ValueError(f"{self.samples} samples cannot cover {len(names)} sources; raise `samples`")
+        return self
+
+
+class ObserveSpec(Section):
+    """What is collected while the calibration runs; with model and calibration the whole key of an observation."""
+
+    eaft: bool = True
+    """Collect what EAFT-REAP needs: the probability of the reference token and the entropy at every position."""
+    entropy_top_k: int = Field(default=20, ge=2)
+    """Logits over which the entropy is taken."""
+    reroute_tokens: int = Field(default=0, ge=0)
+    """Tokens per layer on which the reroute criterion is measured; 0: not collected."""
+    trace_bytes: int = Field(default=20_000_000_000, ge=0)
+    """Largest exact EAFT trace; above it a table with the declared quantiles is kept."""
+
+
+# ---------------------------------------------------------------------------------------------- saliency
+
+
+class Quantiles(Section):
+    """Where the EAFT regions begin, as quantiles in [0, 1]."""
+
+    p_low: Fraction = Field(default=Decimal("0.15"), ge=0, le=1)
+    """Reference-token probability at or below which the model is wrong."""
+    h_low: Fraction = Field(default=Decimal("0.15"), ge=0, le=1)
+    """Entropy at or below which it is confident."""
+    h_high: Fraction = Field(default=Decimal("0.85"), ge=0, le=1)
+    """Entropy at or above which it is uncertain."""
+
+
+class RegionWeights(Section):
+    """The weight of a position by its region."""
+
+    good: float = 1.0
+    """Everything else."""
+    uncertain: float = 0.25
+    """Low probability, high entropy."""
+    conflict: float = -2.0
+    """Low probability, low entropy: confidently wrong."""
+
+
+class GoodRegion(Section):
+    """A stricter good region: p ≥ q(p_high) and H ≤ q(h_mid); the rest weighs `other_weight`."""
+
+    p_high: Fraction = Field(default=Decimal("0.5"), ge=0, le=1)
+    """Quantile of the probability."""
+    h_mid: Fraction = Field(default=Decimal("0.5"), ge=0, le=1)
+    """Quantile of the entropy."""
+    other_weight: float = 0.25
+    """Weight of positions in no region."""
+
+
+class EaftSpec(Section):
+    """Read when `saliency.criterion` is eaft-reap."""
+
+    quantiles: Quantiles = Quantiles()
+    """Region borders."""
+    thresholds: Literal["pooled", "per-source"] = "pooled"
+    """Quantiles over all positions, or over each source's own."""
+    weights: RegionWeights = RegionWeights()
+    """Region weights."""
+    good: Annotated[
+        Annotated[Literal["rest"], Tag("(scalar)")] | Annotated[GoodRegion, Tag("(mapping)")], Discriminator(_by_shape)
+    ] = "rest"
+    """Good is everything else, or a stricter region."""
+
+
+BUILTIN_CRITERIA = ("reap", "eaft-reap", "frequency", "weighted-frequency", "ean", "ean-mean", "random")
+
+
+class SaliencySpec(Section):
+    """How much each expert matters."""
+
+    criterion: str = "reap"
+    """reap, eaft-reap, frequency, weighted-frequency, ean, ean-mean or random."""
+    reduction: Literal["mean", "sum"] = "mean"
+    """Over the positions routed to the expert."""
+    prior_count: float = Field(default=0.0, ge=0)
+    """λ: a mean becomes Σ / (N + λ), which shrinks experts seen rarely."""
+    mix: dict[str, Fraction] | None = None
+    """Post-hoc weights by source name: shares of scored tokens."""
+    seed: int = 0
+    """Of `random`."""
+    eaft: EaftSpec = EaftSpec()
+    """EAFT regions and weights."""
+
+
+# ---------------------------------------------------------------------------------------------- prune
+
+
+def _as_text(value: Any) -> Any:
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+LayerRange = Annotated[str, BeforeValidator(_as_text), Field(pattern=r"^\d+(-\d*)?(, ?\d+(-\d*)?)*$")]
+Layer = Annotated[int, Field(ge=0)]
+
+
+class Cap(Section):
+    """A limit on what a range of layers may lose."""
+
+    layers: Annotated[
+        Annotated[LayerRange, Tag("(scalar)")] | Annotated[tuple[Layer, ...], Tag("(list)")], Discriminator(_by_shape)
+    ]
+    """`0-3`, `60-`, `7` or a list of decoder layer indices."""
+    max_ratio: Fraction | None = Field(default=None, ge=0, lt=1)
+    """Largest fraction removed."""
+    min_experts: int | None = Field(default=None, ge=1)
+    """Fewest experts kept."""
+    keep_all: bool = False
+    """Remove nothing."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Cap:
+        if (self.max_ratio is not None) + (self.min_experts is not None) + self.keep_all != 1:
+            raise ValueError("give exactly one of max_ratio, min_experts and keep_all: true")
+        return self
+
+
+class ProtectSpec(Section):
+    """Experts that stay whatever their saliency."""
+
+    super_experts: bool = True
+    """Keep experts with massive activations."""
+    core_per_layer: int = Field(default=0, ge=0)
+    """Keep the top m of each layer by Σgn over good positions."""
+    experts: dict[int, tuple[int, ...]] = {}
+    """By hand: layer to experts."""
+
+
+class CandidatesSpec(Section):
+    """A grid of candidates; the smallest model that passes the gates wins."""
+
+    ratio: tuple[Fraction, ...] | None = None
+    """Fractions of experts removed."""
+    criterion: tuple[str, ...] | None = None
+    """Saliency criteria."""
+    allocation: tuple[Literal["uniform", "global"], ...] | None = None
+    """Allocations."""
+    experts_per_token: tuple[int, ...] | None = None
+    """Top-k of the pruned model."""
+
+
+class PruneSpec(Section):
+    """How much is removed, and where."""
+
+    ratio: Fraction | None = Field(default=None, ge=0, lt=1)
+    """Fraction of routed experts removed per layer (rounded down)."""
+    keep_ratio: Fraction | None = Field(default=None, gt=0, le=1)
+    """Fraction kept; the same as ratio = 1 - keep_ratio."""
+    keep_experts: int | None = Field(default=None, ge=1)
+    """Experts kept per layer."""
+    candidates: CandidatesSpec | None = None
+    """Replaces the scalars by a grid."""
+    allocation: Literal["uniform", "global"] = "uniform"
+    """The same budget in every layer, or the experts of all layers ranked together."""
+    layout: Literal["uniform", "ragged"] = "uniform"
+    """The same number of experts in every layer, or a number per layer."""
+    multiple_of: int = Field(default=1, ge=1)
+    """Kept counts are divisible by this; 8 suits many kernels."""
+    caps: tuple[Cap, ...] = ()
+    """Limits by layer range."""
+    protect: ProtectSpec = ProtectSpec()
+    """Experts that stay."""
+    experts_per_token: int | None = Field(default=None, ge=1)
+    """Top-k of the pruned model; null: as it is."""
+    repair: Literal["ridge"] | None = None
+    """Re-fit the kept experts in closed form after pruning."""
+    mtp: Literal["auto", "observe", "drop"] = "auto"
+    """What becomes of multi-token-prediction blocks."""
+
+    @model_validator(mode="after")
+    def _check(self) -> PruneSpec:
+        given = [name for name in ("ratio", "keep_ratio", "keep_experts") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} say the same thing twice; give one")
+        if not given and (self.candidates is None or self.candidates.ratio is None):
+            raise ValueError("says not how much to remove; give ratio, keep_ratio, keep_experts or candidates.ratio")
+        if self.allocation == "global" and self.layout != "ragged":
+            raise ValueError("allocation: global gives layers different expert counts, which needs layout: ragged")
+        return self
+
+
+# ---------------------------------------------------------------------------------------------- evaluate
+
+
+class PacksSpec(Section):
+    """Held-out rows on which base and candidates are compared."""
+
+    samples: int = Field(default=512, ge=2)
+    """Samples over the whole mix, drawn from the same sources, disjoint from the calibration."""
+    lengths: tuple[int, ...] = Field(default=(1024, 2048), min_length=1)
+    """Row lengths in tokens."""
+    confirm: Fraction = Field(default=Decimal("0.5"), ge=0, lt=1)
+    """Share kept apart for the final numbers."""
+
+
+class Bound(Section):
+    """A bound on a metric; inclusive."""
+
+    max: float | None = None
+    """Largest value that passes."""
+    min: float | None = None
+    """Smallest value that passes."""
+
+
+class Limit(Bound):
+    """A bound on a metric over all sources, and others for single sources."""
+
+    sources: dict[str, Bound] | None = None
+    """Bounds by source name."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Limit:
+        if self.max is None and self.min is None and not self.sources:
+            raise ValueError("give max, min or sources")
+        return self
+
+
+class GatesSpec(Section):
+    """Limits by metric, optionally on top of a preset."""
+
+    preset: Literal["near-lossless", "strict", "size-first"] | None = None
+    """The preset that the limits below replace or extend."""
+    perplexity_ratio: Limit | None = None
+    """Perplexity over the base's."""
+    kl_mean: Limit | None = None
+    """Mean KL(base‖candidate) per position, in nats."""
+    top1_agreement: Limit | None = None
+    """Share of positions with the base's most likely token."""
+    conflict_rate_delta: Limit | None = None
+    """Change of the share of confident conflicts."""
+    loop_share_delta: Limit | None = None
+    """Change of the share of looping continuations."""
+
+
+Gates = Annotated[
+    Annotated[Literal["near-lossless", "strict", "size-first"], Tag("(scalar)")] | Annotated[GatesSpec, Tag("(mapping)")],
+    Discriminator(_by_shape),
+]
+
+
+class GenerationSpec(Section):
+    """Free generation, to see loops and broken tool calls."""
+
+    prompts: int = Field(default=64, ge=1)
+    """Prompts taken from the packs."""
+    max_new_tokens: int = Field(default=256, ge=1)
+    """Tokens per continuation."""
+
+
+class LmEvalSpec(Section):
+    """Task benchmarks through the lm-eval package."""
+
+    tasks: tuple[str, ...] = Field(min_length=1)
+    """Task names or paths of task files."""
+    limit: int | None = Field(default=None, ge=1)
+    """Documents per task."""
+
+
+class EvaluateSpec(Section):
+    """What the pruned model must hold against the base before anything is written."""
+
+    packs: PacksSpec = PacksSpec()
+    """Held-out rows."""
+    extra_packs: tuple[MixEntry, ...] = ()
+    """Sources outside the calibration: what else does the pruning cost?"""
+    gates: Gates = "near-lossless"
+    """A preset, or limits by metric."""
+    gates_quantized: Gates | None = None
+    """The same for the final directory; null: reported, not judged."""
+    on_reject: Literal["stop", "warn"] = "stop"
+    """stop: exit 5, nothing written."""
+    on_undecided: Literal["stop", "warn"] = "stop"
+    """An interval that straddles a limit."""
+    controls: tuple[str, ...] = ()
+    """Other criteria at the same budget, for comparison."""
+    generation: GenerationSpec | None = GenerationSpec()
+    """Generation metrics, or null."""
+    lm_eval: LmEvalSpec | None = None
+    """Task benchmarks, or null."""
+
+
+# ---------------------------------------------------------------------------------------------- quantize, output, runtime
+
+
+class QuantizeSpec(Section):
+    """Weight-only quantization of the pruned checkpoint."""
+
+    scheme: str | None = "W3A16"
+    """A weight-only compressed-tensors preset, or null for none."""
+    method: Literal["rtn", "gptq", "awq", "autoround"] = "gptq"
+    """How weights are rounded."""
+    group_size: int = Field(default=128, ge=1)
+    """Weights that share a scale; divides every quantized input width."""
+    ignore: tuple[str, ...] = ()
+    """Added to what is never quantized: module names or `re:` patterns."""
+    calibrate_all_experts: bool = False
+    """Run every expert on every calibration token."""
+    recipe: Annotated[
+        Annotated[str, Tag("(scalar)")] | Annotated[dict[str, Any], Tag("(mapping)")], Discriminator(_by_shape)
+    ] | None = None
+    """Instead: a raw llm-compressor recipe, inline or a path."""
+
+
+class OutputSpec(Section):
+    """What is left on disk."""
+
+    directory: str | None = None
+    """The run directory; null: runs/NAME."""
+    keep: tuple[Literal["pruned", "quantized"], ...] = ("pruned", "quantized")
+    """Model directories kept after verification."""
+    max_shard_bytes: int = Field(default=5_000_000_000, ge=1_000_000)
+    """Largest safetensors shard."""
+    card: bool = True
+    """Write the model card into the output."""
+    push_to_hub: str | None = None
+    """Hub repository to upload the result to."""
+
+
+class RuntimeSpec(Section):
+    """Where and how it runs; never changes the decision, never enters a key."""
+
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:0, …"""
+    placement: Literal["auto", "resident", "streaming"] = "auto"
+    """Whole model in memory, or a layer at a time."""
+    batch_tokens: int = Field(default=16384, ge=1)
+    """Tokens per forward."""
+    offload_directory: str | None = None
+    """Where paused hidden states go."""
+    checkpoint_minutes: float = Field(default=10, gt=0)
+    """How often a streaming run persists what it needs to resume."""
+    store: str = "runs/.store"
+    """The artifact store."""
+
+
+class Recipe(Section):
+    """One recipe: from a checkpoint to a pruned, quantized, proven model."""
+
+    version: Literal[1]
+    """The language's version."""
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    """Names the run directory."""
+    description: str = ""
+    """What it is for."""
+    model: ModelSpec
+    """Which model."""
+    calibration: CalibrationSpec
+    """What it reads while observed."""
+    observe: ObserveSpec = ObserveSpec()
+    """What is collected."""
+    saliency: SaliencySpec = SaliencySpec()
+    """How experts are ranked."""
+    prune: PruneSpec
+    """How much is removed."""
+    evaluate: EvaluateSpec = EvaluateSpec()
+    """What must hold."""
+    quantize: QuantizeSpec = QuantizeSpec()
+    """How it is quantized."""
+    output: OutputSpec = OutputSpec()
+    """What is left on disk."""
+    runtime: RuntimeSpec = RuntimeSpec()
+    """Where it runs."""
+    _loaded: Any = PrivateAttr(default=None)  # where it was written, for paths relative to it and for positions in messages

@@ -1,0 +1,288 @@
+"use strict";
+// Draws the charts of this page: static ones as they are given, live ones from matrices and the slider's position.
+(() => {
+  const root = document.documentElement;
+  const errors = [];
+  window.addEventListener("error", (event) => { errors.push(event.message); root.dataset.errors = errors.join(" | "); });
+  window.addEventListener("unhandledrejection", (event) => { errors.push(String(event.reason)); root.dataset.errors = errors.join(" | "); });
+
+  // ------------------------------------------------------------------------------------------ frame
+
+  const remembered = (() => { try { return localStorage.getItem("reapkit-theme"); } catch { return null; } })();
+  if (remembered) root.dataset.theme = remembered;
+  if (/[#&]theme=(light|dark)/.test(location.hash)) root.dataset.theme = RegExp.$1;
+  const isDark = () => (root.dataset.theme || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light")) === "dark";
+  document.getElementById("theme").addEventListener("click", () => {
+    root.dataset.theme = isDark() ? "light" : "dark";
+    try { localStorage.setItem("reapkit-theme", root.dataset.theme); } catch { /* private window: the choice lasts for this page */ }
+    redraw();
+  });
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => redraw());
+  for (const button of document.querySelectorAll(".copy")) {
+    button.addEventListener("click", async () => {
+      await navigator.clipboard.writeText(button.parentElement.querySelector("code").textContent);
+      button.textContent = "Copied";
+      setTimeout(() => { button.textContent = "Copy"; }, 1500);
+    });
+  }
+  const links = new Map([...document.querySelectorAll(".links a")].map((link) => [link.hash.slice(1), link]));
+  const spy = new IntersectionObserver((entries) => {
+    for (const entry of entries) {
+      const link = links.get(entry.target.id);
+      link?.classList.toggle("here", entry.isIntersecting);
+      if (link && entry.isIntersecting) link.parentElement.scrollLeft = link.offsetLeft - link.parentElement.offsetLeft - 40;
+    }
+  }, { rootMargin: "-20% 0px -70% 0px" });
+  document.querySelectorAll("main > section").forEach((section) => spy.observe(section));
+
+  let redraw = () => {};
+  const source = document.getElementById("page-data");
+  if (!source) return;
+
+  // ------------------------------------------------------------------------------------------ data
+
+  const page = JSON.parse(source.textContent);
+  const ARRAYS = { f4: Float32Array, i2: Int16Array, u1: Uint8Array };
+  const unpack = ({ shape, dtype, base64 }) => {
+    const bytes = Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0));
+    const values = new ARRAYS[dtype](bytes.buffer);
+    return { rows: shape[0], columns: shape[1], at: (row, column) => values[row * shape[1] + column],
+             row: (row) => values.subarray(row * shape[1], (row + 1) * shape[1]) };
+  };
+  const matrices = Object.fromEntries(Object.entries(page.matrices || {}).map(([name, packed]) => [name, unpack(packed)]));
+  const layers = page.layers || [], experts = page.experts || 0;
+  const slider = document.getElementById("removed"), decidedButton = document.getElementById("decided");
+  const state = { removed: slider ? Number(slider.value) : 0, decided: Boolean(decidedButton) };
+
+  const isDropped = (layer, expert) => (state.decided ? matrices.decided.at(layer, expert) === 1 : matrices.rank.at(layer, expert) < state.removed);
+  const percent = (share, digits = 1) => (share == null || Number.isNaN(share) ? "–" : `${(100 * share).toFixed(digits)} %`);
+  const short = (value) => {
+    if (value == null || !Number.isFinite(value)) return "never routed";
+    if (value === 0) return "0";
+    return Math.abs(value) >= 1e4 || Math.abs(value) < 1e-3 ? value.toExponential(2) : String(Number(value.toPrecision(3)));
+  };
+  const sumOver = (matrix, wanted) => {
+    let total = 0;
+    for (let layer = 0; layer < layers.length; layer++) for (let e = 0; e < experts; e++) if (wanted(layer, e)) total += matrix.at(layer, e);
+    return total;
+  };
+  const deleted = (matrix) => sumOver(matrix, isDropped) / (sumOver(matrix, () => true) || 1);
+  const removedShare = () => (state.decided ? sumOver(matrices.decided, () => true) / (layers.length * experts) : state.removed / experts);
+
+  // ------------------------------------------------------------------------------------------ live charts
+
+  const floorOf = (layer) => {
+    let floor = null;
+    for (let e = 0; e < experts; e++) {
+      const value = matrices.saliency.at(layer, e);
+      if (isDropped(layer, e) && Number.isFinite(value) && (floor === null || value > floor)) floor = value;
+    }
+    return floor;
+  };
+  const tailRiskOf = (layer) => {
+    let dropped = 0, peaks = 0;
+    for (let e = 0; e < experts; e++) if (isDropped(layer, e)) { dropped += 1; peaks += matrices.peak.at(layer, e); }
+    return dropped ? peaks / dropped : null;
+  };
+  const coverageOf = (layer) => {
+    const value = state.decided ? page.decidedCoverage[layer] : matrices.coverage.at(layer, state.removed);
+    return value === null || Number.isNaN(value) ? null : value;
+  };
+  const overLayers = (compute) => layers.map((_, index) => compute(index));
+  const markAt = (x) => ({ type: "line", x0: x, x1: x, y0: 0, y1: 1, yref: "paper", line: { color: "--text", width: 1.5, dash: "dot" } });
+
+  const options = {};
+  const live = {
+    cut(spec) {
+      spec.layout.shapes = [markAt(removedShare())];
+      if (state.decided) {
+        const marker = (y, color, name) => ({ x: [removedShare()], y: [y], mode: "markers", showlegend: false, name,
+          marker: { color, size: 11, line: { color: "--surface", width: 2 } }, hovertemplate: "%{y:.1%} deleted<extra>" + name + "</extra>" });
+        spec.data.push(marker(deleted(matrices.count), "--neutral", "traffic, as decided"),
+                       marker(deleted(matrices.mass), "--drop", "saliency mass, as decided"));
+      }
+      return spec;
+    },
+    geography(spec) {
+      spec.data[0].y = overLayers(floorOf);
+      spec.data[1].y = overLayers(tailRiskOf);
+      return spec;
+    },
+    coverage(spec) {
+      spec.data[0].y = overLayers(coverageOf);
+      const share = removedShare();
+      const kept = experts * (1 - share);
+      spec.data[1].y = state.decided ? overLayers((l) => {
+        let dropped = 0;
+        for (let e = 0; e < experts; e++) dropped += isDropped(l, e);
+        return dropped ? (experts - dropped) / (experts - 1) : null;
+      }) : overLayers(() => (state.removed ? kept / (experts - 1) : null));
+      return spec;
+    },
+    distribution(spec, chosen) {
+      const layer = Number(chosen.layer ?? spec.layer);
+      const values = [...matrices.saliency.row(layer)].map((value, e) => [value, isDropped(layer, e)]).filter(([value]) => Number.isFinite(value));
+      const numbers = values.map(([value]) => value).sort((a, b) => a - b);
+      const low = Math.min(0, numbers[0] ?? 0), high = numbers[numbers.length - 1] ?? 1;
+      const bins = Math.max(8, Math.min(48, Math.round(experts / 3)));
+      const width = (high - low) / bins || 1;
+      const counts = [new Array(bins).fill(0), new Array(bins).fill(0)];
+      for (const [value, dropped] of values) counts[dropped ? 0 : 1][Math.min(bins - 1, Math.floor((value - low) / width))] += 1;
+      const centers = counts[0].map((_, bin) => low + (bin + 0.5) * width);
+      const bar = (name, y, color) => ({ type: "bar", name, x: centers, y, width: width * 0.94, marker: { color },
+        hovertemplate: `%{y} experts around %{x:.3g}<extra>${name}</extra>` });
+      spec.data = [bar("dropped", counts[0], "--drop"), bar("kept", counts[1], "--keep")];
+      const floor = floorOf(layer);
+      if (floor !== null) spec.layout.shapes = [{ ...markAt(floor), line: { color: "--text", width: 1.5, dash: "dash" } }];
+      return spec;
+    },
+    heat(spec, chosen) {
+      const value = chosen.value || "saliency", bySaliency = chosen.order === "saliency";
+      const z = [[], []], text = [];
+      const order = overLayers((layer) => {
+        const indices = Array.from({ length: experts }, (_, e) => e);
+        return bySaliency ? indices.sort((a, b) => matrices.rank.at(layer, a) - matrices.rank.at(layer, b)) : indices;
+      });
+      for (let layer = 0; layer < layers.length; layer++) {
+        const row = matrices[value === "saliency" ? "saliency" : "count"].row(layer);
+        const sorted = [...row].filter(Number.isFinite).sort((a, b) => a - b);
+        const middle = sorted[Math.floor(sorted.length / 2)] || sorted[sorted.length - 1] || 1;
+        const cells = order[layer].map((e) => [e, Math.max(-1, Math.min(1, Math.log10(Math.max(row[e], 0) / middle))), isDropped(layer, e)]);
+        z[0].push(cells.map(([e, level, dropped]) => (dropped ? null : Number.isFinite(row[e]) && matrices.count.at(layer, e) > 0 ? level : -1)));
+        z[1].push(cells.map(([e, level, dropped]) => (dropped ? (Number.isFinite(row[e]) && matrices.count.at(layer, e) > 0 ? level : -1) : null)));
+        text.push(cells.map(([e, , dropped]) => `layer ${layers[layer]}, expert ${e}: ${dropped ? "dropped" : "kept"}<br>saliency ${short(matrices.saliency.at(layer, e))}`
+          + `, ${percent(matrices.count.at(layer, e) / page.routed[layer], 2)} of the layer's traffic`));
+      }
+      spec.data[0].z = z[0]; spec.data[1].z = z[1];
+      spec.data[0].text = spec.data[1].text = text;
+      spec.layout.xaxis.title.text = bySaliency ? "experts, lowest saliency left" : "expert";
+      return spec;
+    },
+    specialists(spec, chosen) {
+      const view = Number(chosen.source ?? -1);
+      const z = overLayers((layer) => Array.from({ length: experts }, (_, e) => {
+        if (matrices.dominant.at(layer, e) === 255) return null;
+        return view < 0 ? matrices.dominant.at(layer, e) : matrices[`lift${view}`].at(layer, e);
+      }));
+      const trace = spec.data[0];
+      trace.z = z;
+      trace.text = overLayers((layer) => Array.from({ length: experts }, (_, e) => {
+        const shares = page.sources.map((name, s) => `${name} ${short(matrices[`lift${s}`].at(layer, e))}×`);
+        return `layer ${layers[layer]}, expert ${e}<br>traffic against an even expert: ${shares.join(", ")}`;
+      }));
+      if (view < 0) {
+        const n = page.sources.length;
+        trace.zmin = -0.5; trace.zmax = n - 0.5;
+        trace.colorscale = page.sources.flatMap((_, s) => [[s / n, `--c${(s % 8) + 1}`], [(s + 1) / n, `--c${(s % 8) + 1}`]]);
+        trace.colorbar = { ...trace.colorbar, tickvals: page.sources.map((_, s) => s), ticktext: page.sources };
+      } else {
+        trace.zmin = 0; trace.zmax = 3;
+        trace.colorscale = [[0, "--heat-low"], [1, "--heat-high"]];
+        trace.colorbar = { ...trace.colorbar, tickvals: [0, 1, 2, 3], ticktext: ["0", "1 (even)", "2", "3 and more"] };
+      }
+      return spec;
+    },
+  };
+
+  // ------------------------------------------------------------------------------------------ drawing
+
+  const resolve = (value, style) => {
+    if (typeof value === "string") return value.startsWith("--") ? style.getPropertyValue(value).trim() : value;
+    if (Array.isArray(value)) return value.length > 8 && typeof value[0] === "number" ? value : value.map((item) => resolve(item, style));
+    if (value && typeof value === "object" && !ArrayBuffer.isView(value)) {
+      return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, resolve(item, style)]));
+    }
+    return value;
+  };
+  const merge = (base, over) => {
+    const merged = { ...base };
+    for (const [key, value] of Object.entries(over || {})) {
+      merged[key] = value && typeof value === "object" && !Array.isArray(value) && typeof merged[key] === "object" ? merge(merged[key], value) : value;
+    }
+    return merged;
+  };
+  const AXIS = { gridcolor: "--grid", zerolinecolor: "--line", linecolor: "--line", tickcolor: "--line", automargin: true,
+                 title: { font: { size: 12, color: "--muted" }, standoff: 8 }, tickfont: { size: 11, color: "--muted" } };
+  const house = () => ({
+    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: "--text" },
+    margin: { l: 48, r: 12, t: 8, b: 40 }, hoverlabel: { bgcolor: "--raised", bordercolor: "--line", font: { color: "--text", size: 12 }, align: "left" },
+    legend: { orientation: "h", x: 0, y: 1, yanchor: "bottom", font: { size: 12, color: "--text" }, bgcolor: "rgba(0,0,0,0)" },
+    dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom", bargap: 0.25, barmode: "group", hovermode: "closest",
+  });
+  const settings = { responsive: true, displaylogo: false, displayModeBar: matchMedia("(hover: hover)").matches ? "hover" : false,
+                     modeBarButtonsToRemove: ["select2d", "lasso2d", "zoomIn2d", "zoomOut2d", "autoScale2d"] };
+
+  const charts = [...document.querySelectorAll(".chart")];
+  const given = new Map(charts.map((chart) => [chart, document.querySelector(`script[data-for="${chart.id}"]`).textContent]));
+  const drawn = new Set();
+  const draw = (chart) => {
+    const style = getComputedStyle(root);
+    let spec = JSON.parse(given.get(chart));
+    if (chart.dataset.live) spec = live[chart.dataset.live](spec, options[chart.id] || {});
+    let layout = merge(house(), spec.layout);
+    for (const key of Object.keys(layout)) if (/^[xy]axis\d*$/.test(key)) layout[key] = merge(AXIS, layout[key]);
+    layout.height = Number(chart.dataset.height);
+    drawn.add(chart);
+    return Plotly.react(chart, resolve(spec.data, style), resolve(layout, style), settings);
+  };
+
+  const showReadout = () => {
+    if (!slider) return;
+    const share = removedShare();
+    document.getElementById("removed-now").textContent = state.decided ? `${page.decidedLabel}` : `${state.removed} of ${experts} (${percent(share, 0)})`;
+    const tail = overLayers(tailRiskOf).filter((value) => value !== null);
+    const covered = page.hasCoverage ? overLayers(coverageOf).filter((value) => value !== null) : [];
+    const mean = (values) => values.reduce((a, b) => a + b, 0) / values.length;
+    document.getElementById("readout").textContent = share === 0 ? "Nothing removed."
+      : `Deletes ${percent(deleted(matrices.count))} of the routed traffic and ${percent(deleted(matrices.mass))} of the saliency mass; random: ${percent(share)}. `
+        + `Tail risk ${percent(mean(tail), 0)}${covered.length ? `, redundancy coverage ${percent(mean(covered), 0)}` : ""}.`;
+  };
+
+  const SLOW = new Set(["heat"]);
+  let pending = null, later = null;
+  const moved = () => {
+    if (decidedButton) decidedButton.setAttribute("aria-pressed", String(state.decided));
+    cancelAnimationFrame(pending);
+    clearTimeout(later);
+    const following = charts.filter((chart) => drawn.has(chart) && chart.dataset.live && chart.dataset.live !== "specialists");
+    pending = requestAnimationFrame(() => { showReadout(); following.filter((c) => !SLOW.has(c.dataset.live)).forEach(draw); });
+    later = setTimeout(() => following.filter((c) => SLOW.has(c.dataset.live)).forEach(draw), 150);
+  };
+  slider?.addEventListener("input", () => { state.removed = Number(slider.value); state.decided = false; moved(); });
+  decidedButton?.addEventListener("click", () => { state.decided = true; slider.value = state.removed = page.decidedRemoved; moved(); });
+  for (const select of document.querySelectorAll("select[data-chart]")) {
+    options[select.dataset.chart] = { ...options[select.dataset.chart] };
+    select.addEventListener("change", () => {
+      options[select.dataset.chart][select.dataset.option] = select.value;
+      draw(document.getElementById(select.dataset.chart));
+    });
+  }
+
+  const loadPlotly = async () => {
+    const packed = document.getElementById("plotly-gz");
+    const bytes = Uint8Array.from(atob(packed.textContent), (letter) => letter.charCodeAt(0));
+    const code = await new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
+    packed.remove();
+    const script = document.createElement("script");
+    script.textContent = code;
+    document.head.append(script);
+  };
+
+  showReadout();
+  loadPlotly().then(() => {
+    const onSight = new IntersectionObserver((entries) => {
+      for (const entry of entries) if (entry.isIntersecting) { onSight.unobserve(entry.target); draw(entry.target); }
+    }, { rootMargin: "600px 0px" });
+    charts.forEach((chart) => onSight.observe(chart));
+    redraw = () => drawn.forEach(draw);
+    const drawAll = () => charts.forEach((chart) => { if (!drawn.has(chart)) draw(chart); });
+    window.addEventListener("beforeprint", () => { drawAll(); charts.forEach((chart) => Plotly.relayout(chart, { width: Math.min(660, chart.clientWidth) })); });
+    window.addEventListener("afterprint", () => charts.forEach((chart) => Plotly.relayout(chart, { width: null, autosize: true })));
+    document.querySelectorAll("details").forEach((fold) => fold.addEventListener("toggle", () => fold.querySelectorAll(".chart").forEach((c) => drawn.has(c) && Plotly.Plots.resize(c))));
+    if (location.hash.includes("draw=all")) drawAll();
+    root.dataset.ready = "yes";
+  }).catch((error) => {
+    root.dataset.errors = String(error);
+    for (const chart of charts) { chart.style.height = "auto"; chart.textContent = "This chart needs a browser of 2023 or later."; }
+  });
+})();

@@ -1,0 +1,275 @@
+"""The model card: what the directory is, how it was made, what was measured, how to serve it. Nothing the run did not measure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import yaml
+
+from reapkit.gates import UNION
+from reapkit.planning import Sizes
+from reapkit.report.facts import RunFacts
+from reapkit.report.run_sections import measured_by_stage, verified_rows, with_interval
+from reapkit.report.serving import engine_for
+from reapkit.report.wording import count, listed, percent, plural
+from reapkit.tables import human_bytes, human_count, human_experts
+
+REAP_CITATION = """@article{lasby2025reap,
+  title={REAP the Experts: Why Pruning Prevails for One-Shot MoE Compression},
+  author={Lasby, Mike and Lazarevich, Ivan and Sinnadurai, Nish and Lie, Sean and Ioannou, Yani and Thangarasa, Vithursan},
+  journal={arXiv preprint arXiv:2510.13999},
+  year={2025},
+  url={https://arxiv.org/abs/2510.13999}
+}"""
+EAFT_CITATION = """@article{diao2026eaft,
+  title={Entropy-Adaptive Fine-Tuning: Resolving Confident Conflicts to Mitigate Forgetting},
+  author={Diao, Muxi and Yang, Lele and Gong, Wuxuan and Zhang, Yutong and Yan, Zhonghao and Han, Yufei and Liang, Kongming and Xu, Weiran and Ma, Zhanyu},
+  journal={arXiv preprint arXiv:2601.02151},
+  year={2026},
+  url={https://arxiv.org/abs/2601.02151}
+}"""
+CITATIONS = {"reap": (REAP_CITATION,), "eaft-reap": (REAP_CITATION, EAFT_CITATION)}
+
+PURPOSES = {
+    "theblackcat102/evol-codealpaca-v1": "code generation", "Salesforce/xlam-function-calling-60k": "function and tool calling",
+    "SWE-bench/SWE-smith-trajectories": "agentic, multi-turn software work", "open-r1/Mixture-of-Thoughts": "step-by-step reasoning",
+    "builtin:code": "code", "builtin:tools": "function and tool calling", "builtin:prose": "English prose", "builtin:math": "arithmetic and word problems",
+}
+FORMAT_PURPOSES = {"xlam": "function and tool calling", "messages": "conversations", "prompt": "instructions", "text": "plain text", "tokens": "given tokens"}
+
+CRITERIA = {
+    "reap": "S = mean over the positions routed to the expert of g · ‖f(x)‖₂, with g the gate weight the model applied and f(x) the expert's output",
+    "eaft-reap": "S = mean over the positions routed to the expert of w · g · ‖f(x)‖₂, with w by how sure and how right the model was at that position",
+    "frequency": "S = how many positions were routed to the expert", "weighted-frequency": "S = the gate weight the expert received",
+    "ean": "S = sum of ‖f(x)‖₂ over the positions routed to the expert", "ean-mean": "S = mean of ‖f(x)‖₂ over the positions routed to the expert",
+    "random": "random, as a control",
+}
+
+
+def model_card(facts: RunFacts, which: Literal["pruned", "quantized"]) -> str:
+    """README.md of a written model directory: hub front matter, properties, calibration, method, results with limits, serving, recipe.
+
+    Raises ValueError where the run wrote no such directory.
+    """
+    sizes = facts.quantized if which == "quantized" else facts.pruned
+    if sizes is None:
+        raise ValueError(f"this run wrote no {which} model")
+    scheme = _scheme(facts) if which == "quantized" else None
+    parts = [_front_matter(facts, scheme), f"# {_title(facts, sizes, scheme)}", _opening(facts, sizes, scheme), _properties(facts, sizes, scheme),
+             _calibration(facts), _method(facts, sizes, which), _results(facts, which), _limits(facts, which), _serving(facts, sizes, scheme),
+             _recipe(facts), _citation(facts)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _scheme(facts: RunFacts) -> str:
+    return str((facts.quantization or {}).get("scheme") or facts.recipe.quantize.scheme or "own recipe")
+
+
+def _base_name(facts: RunFacts) -> str:
+    return facts.model.source.rstrip("/").rsplit("/", 1)[-1]
+
+
+def _title(facts: RunFacts, sizes: Sizes, scheme: str | None) -> str:
+    return f"{_base_name(facts)}, {_removed(facts, sizes)} of its experts pruned" + (f", {scheme}" if scheme else "")
+
+
+def _removed(facts: RunFacts, sizes: Sizes) -> str:
+    return percent(1 - sum(sizes.experts.values()) / sum(facts.base.experts.values()), 0)
+
+
+def _front_matter(facts: RunFacts, scheme: str | None) -> str:
+    criterion = facts.selection.criterion if facts.selection else facts.recipe.saliency.criterion
+    tags = ["moe", "mixture-of-experts", "pruning", *([criterion] if criterion in ("reap", "eaft-reap") else []), "reapkit", facts.model.model_type,
+            *(["compressed-tensors", scheme.lower()] if scheme else [])]
+    fields: dict[str, Any] = {"base_model": facts.model.source} if facts.model.hub else {}
+    if scheme and facts.model.hub:
+        fields["base_model_relation"] = "quantized"
+    fields |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if facts.model.license:
+        fields["license"] = facts.model.license
+    if facts.hub_datasets:
+        fields["datasets"] = list(facts.hub_datasets)
+    return f"---\n{yaml.safe_dump(fields | {'tags': tags}, sort_keys=False, allow_unicode=True, width=120)}---"
+
+
+def _opening(facts: RunFacts, sizes: Sizes, scheme: str | None) -> str:
+    quantized = f" and its weights quantized to {scheme}" if scheme else ""
+    text = (f"[{facts.model.source}](https://huggingface.co/{facts.model.source})" if facts.model.hub else f"`{facts.model.source}`")
+    return f"{text} with {_removed(facts, sizes)} of its routed experts removed{quantized}. {facts.recipe.description}".strip()
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    cell = lambda value: str(value).replace("|", "\\|").replace("\n", " ")  # noqa: E731
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(map(cell, line)) + " |" for line in lines)
+
+
+# ---------------------------------------------------------------------------------------------- what it is
+
+
+def _properties(facts: RunFacts, sizes: Sizes, scheme: str | None) -> str:
+    selection, base = facts.selection, facts.base
+    top_k = (selection.experts_per_token if selection else None) or facts.model.num_experts_per_tok
+    rows = [("Base model", facts.model.source + (f" @ {facts.model.revision}" if facts.model.revision else "")), ("Architecture", facts.model.model_type),
+            ("Routed experts per layer", f"{human_experts(sizes.experts)} (base: {human_experts(base.experts)})"),
+            ("Experts per token", f"{top_k}" + (f" (base: {facts.model.num_experts_per_tok})" if top_k != facts.model.num_experts_per_tok else "")),
+            ("Parameters", f"{human_count(sizes.parameters)}, {human_count(sizes.active_parameters)} active (base: {human_count(base.parameters)}, "
+                           f"{human_count(base.active_parameters)} active)"),
+            ("Size of the weights", f"{human_bytes(sizes.nbytes)} (base: {human_bytes(base.nbytes)})")]
+    if scheme:
+        found = facts.quantization or {}
+        bits = f", {found['bits_per_weight']:.3f} bits per quantized weight on disk" if found.get("bits_per_weight") else ""
+        group = f", group size {found['group_size']}" if found.get("group_size") else ""
+        rows.append(("Quantization", f"{scheme} ({found.get('method', facts.recipe.quantize.method)}{group}{bits})"))
+    if facts.model.license:
+        rows.append(("License", f"{facts.model.license}, from the base model"))
+    return _table(("Property", "Value"), rows)
+
+
+def _calibration(facts: RunFacts) -> str:
+    found = facts.calibration
+    if not found:
+        return ""
+    formats = {entry.name: entry.format for entry in facts.recipe.calibration.mix}
+    samples = sum(source["samples"] for source in found["sources"])
+    scored = sum(source["scored_tokens"] for source in found["sources"])
+    rows = [(_linked(source["source"], facts), count(source["samples"]), percent(source["samples"] / samples, 0), count(source["scored_tokens"]),
+             percent(source["scored_tokens"] / scored if scored else None, 0), _purpose(source, formats.get(source["name"])))
+            for source in found["sources"]]
+    table = _table(("Source", "Samples", "Share of samples", "Scored tokens", "Share of scored", "Purpose"), rows)
+    length = found.get("max_length", facts.recipe.calibration.max_length)
+    what = "positions that predict an assistant token" if found.get("score", facts.recipe.calibration.score) == "completion" else "every position"
+    return ("## Calibration mix\n\nWhich experts stay depends on what the model read: an expert that none of these sources uses ranks last.\n\n"
+            f"{table}\n\nRows of up to {count(length)} tokens; scored: {what}.")
+
+
+def _linked(source: str, facts: RunFacts) -> str:
+    return f"[{source}](https://huggingface.co/datasets/{source})" if source in facts.hub_datasets else f"`{source}`"
+
+
+def _purpose(source: Mapping[str, Any], given: Any) -> str:
+    if source["source"] in PURPOSES:
+        return PURPOSES[source["source"]]
+    keys = list(type(given).model_fields) if given is not None else []
+    return next((FORMAT_PURPOSES[key] for key in keys if key in FORMAT_PURPOSES), source["name"])
+
+
+# ---------------------------------------------------------------------------------------------- how it was made
+
+
+def _method(facts: RunFacts, sizes: Sizes, which: str) -> str:
+    selection = facts.selection
+    criterion = selection.criterion if selection else facts.recipe.saliency.criterion
+    details = selection.details if selection else {}
+    formula = f" (`{details['formula']}`)" if details.get("formula") else ""
+    steps = ["The calibration ran through the base model once; for every scored token the routing the model really used was recorded: which experts, "
+             "with which gate weight, and the norm of their outputs.",
+             f"Each routed expert got a saliency by `{criterion}`{formula}: {CRITERIA.get(criterion, 'a criterion of its own')}.",
+             f"In each layer the least salient experts went; {human_experts(sizes.experts)} of {human_experts(facts.base.experts)} stay. "
+             + _protected(details) + "Kept tensors are bit-identical to the base model's; router rows were removed with their experts."]
+    if selection and selection.experts_per_token:
+        steps.append(f"Each token is routed to {selection.experts_per_token} experts instead of {facts.model.num_experts_per_tok}.")
+    if which == "quantized":
+        left = [reason for reason in (facts.quantization or {}).get("left", {})]
+        steps.append(f"Weights were quantized with llm-compressor ({_scheme(facts)}, {(facts.quantization or {}).get('method', facts.recipe.quantize.method)})"
+                     + (f"; left in full precision: {listed(left, 12)}." if left else "."))
+    return "## Method\n\n" + "\n".join(f"{number}. {step}" for number, step in enumerate(steps, 1))
+
+
+def _protected(details: Mapping[str, Any]) -> str:
+    sizes = {name: sum(map(len, layers.values())) for name, layers in (details.get("protected") or {}).items() if layers}
+    return f"Protected whatever their saliency: {listed(f'{size} ({name})' for name, size in sizes.items())}. " if sizes else ""
+
+
+# ---------------------------------------------------------------------------------------------- what was measured
+
+
+def _results(facts: RunFacts, which: str) -> str:
+    rows = [row for row in verified_rows(facts) if row["name"] in ("base", which)]
+    if len(rows) == 2:
+        return _verified_results(facts, rows, which)
+    return _mask_results(facts)
+
+
+def _verified_results(facts: RunFacts, rows: Sequence[Mapping[str, Any]], which: str) -> str:
+    table = _table(("Model", "Size", "Perplexity", "Against base", "Mean KL", "Same most likely token"),
+                   [(row["name"], human_bytes(row["bytes"]), f"{row['perplexity']:.3f}", f"{row['perplexity_ratio']:.3f}", f"{row['kl_mean']:.4f}",
+                     percent(row["top1_agreement"])) for row in rows])
+    text = f"## Results\n\nMeasured on held-out rows of the calibration's sources, with the directory loaded from disk.\n\n{table}"
+    metrics = measured_by_stage(facts).get(which)
+    return text + (f"\n\n{_by_source(metrics)}" if metrics else "")
+
+
+def _mask_results(facts: RunFacts) -> str:
+    found = measured_by_stage(facts)
+    if not found:
+        return "## Results\n\nThis run measured nothing on this model."
+    name, metrics = next(iter(found.items()))
+    return ("## Results\n\nThe written directory itself was not measured. Measured was the same selection as a mask on the base model, before quantization, "
+            f"on held-out rows.\n\n{_by_source(metrics)}")
+
+
+def _by_source(metrics: Mapping[str, Any]) -> str:
+    pack = max(metrics, key=int)
+    rows = [("all of the mix" if group == UNION else group, *(with_interval(metric, found.get(metric)) for metric in ("perplexity_ratio", "kl_mean", "top1_agreement")))
+            for group, found in metrics[pack].items()]
+    return (f"By source, rows of {pack} tokens, 95 % intervals in parentheses:\n\n"
+            + _table(("Source", "Perplexity against base", "Mean KL", "Same most likely token"), rows))
+
+
+def _limits(facts: RunFacts, which: str) -> str:
+    sources = [entry.name for entry in facts.recipe.calibration.mix]
+    extra = [entry.name for entry in facts.recipe.evaluate.extra_packs]
+    lines = [f"Quality was compared with the base model on {listed(sources, 12)}" + (f" and, outside the calibration, {listed(extra, 12)}" if extra else "")
+             + ". What is not listed was not measured: pruning may have cost languages, domains and skills that these rows do not exercise.",
+             "Perplexity, KL and agreement say how close the model is to its base on given text; they are no benchmark scores."]
+    if not any(entry.get("generation") for entry in (facts.evaluation or {}).get("candidates", ())):
+        lines.append("Free generation (loops, broken tool calls) was not measured.")
+    if facts.recipe.evaluate.lm_eval is None:
+        lines.append("No task benchmark was run.")
+    verdict = (facts.verification or {}).get("verdict") if which == "quantized" or facts.quantized is None else (facts.evaluation or {}).get("verdict")
+    if verdict in ("pass", "reject", "undecided"):
+        lines.append({"pass": "The recipe's gates passed.", "reject": "The recipe's gates rejected this result.",
+                      "undecided": "The recipe's gates left it undecided: the intervals straddle a limit."}[verdict])
+    if which == "quantized" and verdict == "not judged":
+        lines.append("The recipe set no gates for the quantized model.")
+    if never := (facts.selection.details.get("never_routed") if facts.selection else None):
+        lines.append(f"{plural(sum(map(len, never.values())), 'expert')} received no calibration token and ranked last.")
+    return "### Limits\n\n" + "\n".join(f"- {line}" for line in lines)
+
+
+# ---------------------------------------------------------------------------------------------- use
+
+
+def _serving(facts: RunFacts, sizes: Sizes, scheme: str | None) -> str:
+    target = facts.recipe.output.push_to_hub or "path/to/this/directory"
+    ragged = len(set(sizes.experts.values())) > 1
+    engine = engine_for(scheme, ragged=ragged)
+    trust = facts.recipe.model.trust_remote_code or ragged
+    versions = {name: facts.versions.get(name) for name in ("transformers", "compressed-tensors", "torch") if facts.versions.get(name)}
+    with_versions = listed((f"{name} {version}" for name, version in versions.items() if name != "compressed-tensors" or scheme), 9) if versions else ""
+    reload = (facts.quantization or {}).get("experts_reload_in_transformers", True) or scheme is None
+    notes = [f"transformers: {'loads it' if reload else 'does not read routed experts in this scheme'}"
+             + (f" (made with {with_versions}){'; needs `compressed-tensors` installed' if scheme else ''}." if with_versions else "."),
+             f"vLLM: {engine.vllm}.".replace("..", "."), f"SGLang: {engine.sglang}.", "This run started no serving engine."]
+    blocks = ["## Use it", "\n".join(f"- {note}" for note in notes)]
+    if not ragged:
+        blocks.append(f"```bash\nvllm serve {target}{' --trust-remote-code' if trust else ''}\n```")
+    if reload:
+        blocks.append("```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+                      f'model = AutoModelForCausalLM.from_pretrained("{target}", dtype="auto", device_map="auto"{", trust_remote_code=True" if trust else ""})\n'
+                      f'tokenizer = AutoTokenizer.from_pretrained("{target}")\n```')
+    return "\n\n".join(blocks)
+
+
+def _recipe(facts: RunFacts) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
+    return (f"## Recipe\n\n```bash\n{facts.command}\n```\n\n<details><summary>The recipe with every default written out</summary>\n\n"
+            f"```yaml\n{facts.recipe_yaml.rstrip()}\n```\n\n</details>" + (f"\n\nMade with {versions}." if versions else ""))
+
+
+def _citation(facts: RunFacts) -> str:
+    criterion = facts.selection.criterion if facts.selection else facts.recipe.saliency.criterion
+    found = CITATIONS.get(criterion, ())
+    return "## Citation\n\n```bibtex\n" + "\n\n".join(found) + "\n```" if found else ""

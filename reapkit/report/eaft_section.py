@@ -1,0 +1,87 @@
+"""The EAFT regions of an observation: where the model was right, unsure, or confidently wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from reapkit.eaft import REGIONS, Thresholds, region_of, source_thresholds
+from reapkit.recipe.schema import EaftSpec
+from reapkit.report.blocks import Chart, Note, Section, Table
+from reapkit.report.view import View
+from reapkit.report.wording import count, percent
+from reapkit.saliency import source_alphas
+
+BINS = 48
+SMALL_CONFLICT_SHARE = 0.005
+
+
+def eaft_section(view: View) -> Section:
+    """Where positions lie in (p, H), the borders, each region's share, and what the conflict term changed if it was used."""
+    used = (view.selection.details.get("eaft") if view.selection else None) or {}
+    borders, shares = _measured(view) if not used else (_borders_of(used), used["shares"])
+    sentence = (f"{percent(shares['all']['conflict'], 2)} of the positions are confident conflicts (low p, low H), {percent(shares['all']['uncertain'], 2)} "
+                f"are uncertain (low p, high H). " + _weight_matters(shares["all"]["conflict"]))
+    rows = [(name, *(percent(row[region], 2) for region in REGIONS[:3])) for name, row in shares.items()]
+    blocks: list[Any] = [Chart("regions", "Confidence and correctness", sentence, [_density(view)], _layout(borders), 400),
+                         Table([("source", "left"), ("conflict", "right"), ("uncertain", "right"), ("good", "right")], rows, narrow=True)]
+    if used:
+        changed = used.get("changed_by_conflict")
+        if changed is not None:
+            tone = "info" if changed else "warn"
+            blocks.append(Note(tone, f"The conflict weight {used['weights']['conflict']:g} changed {count(changed)} kept experts against a run that weighs "
+                               "conflict positions like the rest." if changed else "The conflict term changed no kept expert: criterion reap decides the same."))
+    lead = ("p is the probability of the reference token, H the entropy over the top logits divided by its maximum. "
+            + ("These regions weighed the saliency." if used else "Default quantiles; this cut did not use them."))
+    return Section("eaft", "EAFT regions", blocks, lead, "EAFT")
+
+
+def _weight_matters(share: float) -> str:
+    return ("So few conflicts cannot turn the decision, whatever their weight." if share < SMALL_CONFLICT_SHARE else
+            "Enough of them for the conflict weight to matter.")
+
+
+def _measured(view: View) -> tuple[list[Thresholds], dict[str, dict[str, float]]]:
+    observation, spec = view.observation, EaftSpec()
+    trace = observation.eaft
+    borders = source_thresholds(trace, len(observation.sources), spec, source_alphas(observation, view.mix))
+    shares, total = {}, torch.zeros(len(REGIONS), dtype=torch.float64)
+    for index, name in enumerate(observation.sources):
+        mine = trace.source == index
+        found = torch.bincount(region_of(trace.p[mine], trace.h[mine], borders[index]), minlength=len(REGIONS)).double()
+        total += found
+        shares[name] = found
+    shares = {"all": total, **shares}
+    return list(borders[:1]), {name: dict(zip(REGIONS, (row / max(1.0, float(row.sum()))).tolist(), strict=True)) for name, row in shares.items()}
+
+
+def _borders_of(used: dict[str, Any]) -> list[Thresholds]:
+    known = [Thresholds(**borders) for borders in used["thresholds"].values()]
+    return [one for one in known if None not in (one.p_low, one.h_low, one.h_high)]
+
+
+def _density(view: View) -> dict[str, Any]:
+    trace = view.observation.eaft
+    x, y = ((values.double() * BINS).long().clamp(0, BINS - 1) for values in (trace.p, trace.h))
+    cells = torch.bincount(y * BINS + x, minlength=BINS * BINS).view(BINS, BINS)
+    centers = [(index + 0.5) / BINS for index in range(BINS)]
+    return {"type": "heatmap", "x": centers, "y": centers, "z": [[None if n == 0 else float(torch.tensor(n).log10()) for n in row] for row in cells.tolist()],
+            "text": [[f"{n:,} positions" for n in row] for row in cells.tolist()], "hovertemplate": "p %{x:.2f}, H %{y:.2f}: %{text}<extra></extra>",
+            "colorscale": [[0, "--heat-low"], [1, "--heat-high"]], "showscale": False, "hoverongaps": False}
+
+
+def _layout(borders: list[Thresholds]) -> dict[str, Any]:
+    shapes, notes = [], []
+    for one in borders:
+        line = {"color": "--text", "width": 1, "dash": "dot"}
+        shapes += [{"type": "line", "x0": one.p_low, "x1": one.p_low, "y0": 0, "y1": 1, "line": line},
+                   {"type": "rect", "x0": 0, "x1": one.p_low, "y0": 0, "y1": one.h_low, "line": {"color": "--bad", "width": 1.5}, "fillcolor": "rgba(0,0,0,0)"},
+                   {"type": "rect", "x0": 0, "x1": one.p_low, "y0": one.h_high, "y1": 1, "line": {"color": "--warn", "width": 1.5}, "fillcolor": "rgba(0,0,0,0)"}]
+    if len(borders) == 1:
+        label = {"showarrow": False, "xanchor": "left", "font": {"size": 11}}
+        at = borders[0].p_low
+        notes = [{**label, "x": at, "y": borders[0].h_low / 2, "text": " conflict", "font": {"size": 12, "color": "--bad"}},
+                 {**label, "x": at, "y": (1 + borders[0].h_high) / 2, "text": " uncertain", "font": {"size": 12, "color": "--warn"}}]
+    return {"shapes": shapes, "annotations": notes, "xaxis": {"title": {"text": "p of the reference token"}, "range": [0, 1], "zeroline": False},
+            "yaxis": {"title": {"text": "entropy H"}, "range": [0, 1], "zeroline": False}}

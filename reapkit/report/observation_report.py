@@ -1,0 +1,29 @@
+"""The page about one observation, with or without a decision made from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from reapkit.observation import Observation
+from reapkit.report.blocks import Page
+from reapkit.report.observation_sections import observation_sections
+from reapkit.report.page import write_page
+from reapkit.report.view import View
+from reapkit.report.wording import count, plural
+from reapkit.selection import Selection
+
+
+def write_observation_report(observation: Observation, selection: Selection | None, out_html: Path) -> None:
+    """Writes one self-contained HTML page about an observation; a selection marks what was dropped, else the page starts at half."""
+    write_page(observation_page(observation, selection), out_html)
+
+
+def observation_page(observation: Observation, selection: Selection | None = None) -> Page:
+    """The page as data."""
+    view = View.of(observation, selection)
+    model = observation.meta.get("source") or observation.model_type
+    scored = count(int(observation.scored_tokens.sum()))
+    subtitle = (f"{observation.model_type}, {plural(len(observation.layers), 'MoE layer')} of {observation.num_experts} experts, "
+                f"{scored} scored positions from {plural(len(observation.sources), 'source')}: the state every pruning decision is cut from.")
+    return Page(f"What {model} showed", "reapkit observation", observation_sections(view), subtitle, data=view.page_data(),
+                footer="Curves are cheap forecasts from routing statistics: they say where to spend evaluations, they do not replace them.")

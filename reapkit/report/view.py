@@ -1,0 +1,168 @@
+"""An observation under one cut: what the report's sections and its live charts compute from."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reapkit import statistics
+from reapkit.observation import Observation
+from reapkit.recipe.schema import SaliencySpec
+from reapkit.report.wording import percent
+from reapkit.saliency import Totals, add_sources, formula, saliency, source_alphas, totals
+from reapkit.selection import Selection
+
+FOLLOWED = ("reap", "frequency", "weighted-frequency", "ean", "ean-mean")
+"""Criteria that can be recomputed for another mix from sums alone."""
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """An observation with saliency [L, E] and dropped [L, E] bool: a selection's own, or the least salient half."""
+
+    observation: Observation
+    selection: Selection | None
+    mix: Mapping[str, Decimal] | None
+    summed: Totals
+    saliency: Tensor
+    dropped: Tensor
+
+    @classmethod
+    def of(cls, observation: Observation, selection: Selection | None) -> View:
+        if selection is None:
+            values = saliency(observation, SaliencySpec())
+            return cls(observation, None, None, totals(observation), values, _lowest(values, observation.num_experts // 2))
+        given = selection.details.get("mix")
+        mix = None if given is None else {name: Decimal(weight) for name, weight in given.items()}
+        ordered = [selection.layers[layer] for layer in observation.layers]
+        values = torch.tensor([layer.saliency for layer in ordered], dtype=torch.float64)
+        dropped = torch.zeros(values.shape, dtype=torch.bool)
+        for row, layer in enumerate(ordered):
+            dropped[row, list(layer.drop)] = True
+        return cls(observation, selection, mix, totals(observation, mix), values, dropped)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return self.observation.layers
+
+    @property
+    def experts(self) -> int:
+        return self.observation.num_experts
+
+    @property
+    def removed_share(self) -> float:
+        return float(self.dropped.double().mean())
+
+    @property
+    def cut(self) -> str:
+        """The cut in words: `50 % of the experts removed`."""
+        return f"{percent(self.removed_share, 0)} of the experts removed"
+
+    @cached_property
+    def spec(self) -> SaliencySpec:
+        """The selection's criterion where sums alone can follow it, else REAP."""
+        if self.selection is None or self.selection.criterion not in FOLLOWED:
+            return SaliencySpec(mix=self.mix)
+        details = self.selection.details
+        return SaliencySpec(criterion=self.selection.criterion, reduction=details.get("reduction", "mean"),
+                            prior_count=float(details.get("prior_count", 0)), mix=self.mix)
+
+    @property
+    def criterion(self) -> str:
+        return "reap" if self.selection is None else self.selection.criterion
+
+    @property
+    def formula(self) -> str:
+        """What saliency is, in symbols."""
+        return formula(SaliencySpec()) if self.selection is None else self.selection.details.get("formula", self.selection.criterion)
+
+    @cached_property
+    def coactivation(self) -> Tensor | None:
+        """float64 [L, E, E], sources weighed by the mix."""
+        together = self.observation.coactivation
+        return None if together is None else add_sources(together, source_alphas(self.observation, self.mix))
+
+    @cached_property
+    def counts(self) -> dict[int, int]:
+        """Kept experts by layer."""
+        return dict(zip(self.layers, (~self.dropped).sum(1).tolist(), strict=True))
+
+    def dropped_without(self, source: str) -> Tensor:
+        """What the same budget would drop, had the mix not held `source`; bool [L, E]."""
+        mix = statistics.mix_without(self.observation, source, self.mix)
+        values = saliency(self.observation, self.spec.model_copy(update={"mix": mix}))
+        order = statistics.removal_order(values)
+        dropped = torch.zeros_like(self.dropped)
+        for row, size in enumerate(self.dropped.sum(1).tolist()):
+            dropped[row, order[row, :size]] = True
+        return dropped
+
+    def page_data(self) -> dict[str, Any]:
+        """Matrices and labels for the page's script."""
+        specialised = statistics.specialisation(self.observation)
+        lifts = specialised * len(self.observation.sources)
+        dominant = torch.where(self.observation.statistics["count"].sum(1) > 0, specialised.argmax(1), 255)
+        peak = self.summed.gate_norm_max > _top_quarter(self.summed.gate_norm_max)
+        matrices = {"saliency": packed(self.saliency, "f4"), "rank": packed(_rank(self.saliency), "i2"),
+                    "count": packed(self.summed.count, "f4"), "mass": packed(self.summed.gate_norm_sum, "f4"),
+                    "peak": packed(peak, "u1"), "dominant": packed(dominant, "u1"),
+                    **{f"lift{index}": packed(lifts[:, index], "f4") for index in range(len(self.observation.sources))}}
+        data: dict[str, Any] = {"layers": list(self.layers), "experts": self.experts, "sources": list(self.observation.sources),
+                                "routed": self.summed.count.sum(1).clamp(min=1).tolist(), "hasCoverage": self.coactivation is not None}
+        if self.coactivation is not None:
+            matrices["coverage"] = packed(coverage_curves(self.coactivation, statistics.removal_order(self.saliency)), "f4")
+        if self.selection is not None:
+            matrices["decided"] = packed(self.dropped, "u1")
+            data |= {"decidedLabel": decided_label(self), "decidedRemoved": round(self.removed_share * self.experts),
+                     "decidedCoverage": statistics.redundancy_coverage(self.coactivation, self.dropped)}
+        return data | {"matrices": matrices}
+
+
+def decided_label(view: View) -> str:
+    """How many experts per layer the selection drops."""
+    sizes = set(view.dropped.sum(1).tolist())
+    each = str(sizes.pop()) if len(sizes) == 1 else f"{min(sizes)} to {max(sizes)}"
+    return f"{each} of {view.experts} ({percent(view.removed_share, 0)}), as decided"
+
+
+def coverage_curves(coactivation: Tensor, order: Tensor) -> Tensor:
+    """Redundancy coverage of each layer when its k least salient experts go, k = 0 … E - 1: float64 [L, E], NaN where undefined.
+
+    `coactivation` [L, E, E], `order` int64 [L, E], first to go first. One cumulative sum per layer gives all k.
+    """
+    layers, experts = order.shape
+    curves = torch.full((layers, experts), torch.nan, dtype=torch.float64)
+    for layer in range(layers):
+        pairs = coactivation[layer].double()[order[layer]][:, order[layer]].fill_diagonal_(0)
+        beside = pairs.sum(1).cumsum(0)
+        among = pairs.cumsum(0).cumsum(1).diagonal()
+        curves[layer, 1:] = ((beside - among) / beside)[: experts - 1]
+    return curves
+
+
+def _rank(values: Tensor) -> Tensor:
+    """Each expert's place in the order of removal, 0 for the first to go."""
+    order = statistics.removal_order(values)
+    return torch.empty_like(order).scatter_(1, order, torch.arange(values.shape[1]).expand_as(order))
+
+
+def _lowest(values: Tensor, size: int) -> Tensor:
+    return _rank(values) < size
+
+
+def _top_quarter(values: Tensor) -> float:
+    ordered = values.flatten().sort().values
+    return float(ordered[-(-3 * len(ordered) // 4) - 1])
+
+
+def packed(matrix: Tensor, dtype: str) -> dict[str, Any]:
+    """A matrix as little-endian bytes in base64: `f4`, `i2` or `u1`; a quarter of its size as JSON text."""
+    values = matrix.contiguous().numpy().astype(f"<{dtype}")
+    return {"shape": list(matrix.shape), "dtype": dtype, "base64": base64.b64encode(values.tobytes()).decode()}

@@ -1,0 +1,64 @@
+"""Numbers and lists as people write them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    """`0.1234` as `12.3 %`; None as a dash."""
+    return "–" if share is None or not math.isfinite(share) else f"{100 * share:.{digits}f} %"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Three significant digits, without an exponent where people can do without."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    if value == 0:
+        return "0"
+    if not 1e-3 <= abs(value) < 1e6:
+        return f"{value:.{digits - 1}e}"
+    return f"{value:,.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
+
+
+def count(value: int | float) -> str:
+    """1234567 as `1,234,567`."""
+    return f"{value:,.0f}"
+
+
+def listed(items: Iterable[object], limit: int = 6) -> str:
+    """`a, b and c`; past the limit `a, b, c and 4 more`."""
+    items = [str(item) for item in items]
+    if len(items) > limit:
+        items = [*items[: limit - 1], f"{len(items) - limit + 1} more"]
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}" if items else "none"
+
+
+def plural(amount: int, noun: str, many: str = "") -> str:
+    """`1 layer`, `2 layers`."""
+    return f"{count(amount)} {noun if amount == 1 else many or noun + 's'}"
+
+
+def seconds(value: float | None) -> str:
+    """`0.4 s`, `3 min 20 s`, `2 h 5 min`."""
+    if value is None:
+        return "–"
+    if value < 60:
+        return f"{value:.1f} s"
+    minutes, rest = divmod(round(value), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """The mean of what is known."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def extreme(values: Sequence[float | None], names: Sequence[object], *, largest: bool = True) -> tuple[object, float] | None:
+    """The (name, value) of the largest or smallest known value."""
+    known = [(name, value) for name, value in zip(names, values, strict=True) if value is not None]
+    if not known:
+        return None
+    return (max if largest else min)(known, key=lambda pair: pair[1])

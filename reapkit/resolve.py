@@ -1,0 +1,89 @@
+"""Where a recipe's sources are on this machine, and what names their content in keys. Torch-free."""
+
+from __future__ import annotations
+
+import glob
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from reapkit import builtin
+from reapkit.errors import UnusableError
+from reapkit.hashing import digest, digest_file
+from reapkit.recipe.schema import MixEntry, ModelSpec
+
+TOKENIZER_FILES = ("tokenizer*", "*.jinja", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json", "*.model", "*.tiktoken")
+
+
+def is_local(source: str, directory: Path) -> bool:
+    """Whether a source names files: an existing path, or anything that can only be one."""
+    return source.startswith((".", "/", "~")) or local_path(source, directory).exists() or any(mark in source for mark in "*?[")
+
+
+def local_path(source: str, directory: Path) -> Path:
+    """A source's path, relative ones from the recipe's folder."""
+    path = Path(source).expanduser()
+    return path if path.is_absolute() else directory / path
+
+
+def model_directory(model: ModelSpec, directory: Path, *, download: bool) -> Path:
+    """The model's directory: packaged, local or in the hub's cache; `download` fetches what is missing.
+
+    Raises UnusableError naming the source and what would help.
+    """
+    source = model.source
+    if source.startswith("builtin:"):
+        if source != "builtin:demo":
+            raise UnusableError(f"model.source: '{source}' is not packaged. The only packaged model is builtin:demo.")
+        return builtin.MODEL_DIRECTORY
+    if is_local(source, directory):
+        path = local_path(source, directory)
+        if not path.is_dir():
+            raise UnusableError(f"model.source: {path} is no directory. Give a model directory, a hub id or builtin:demo.")
+        return path
+    return _hub_snapshot(source, model.revision, download)
+
+
+def _hub_snapshot(repository: str, revision: str | None, download: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repository, revision=revision, local_files_only=not download,
+                                      ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"]))
+    except HFValidationError:
+        raise UnusableError(f"model.source: '{repository}' is neither a directory nor a hub id (org/name).") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        state = "could not be downloaded" if download else "is not in the local hub cache"
+        raise UnusableError(f"model.source: {repository} {state} ({type(error).__name__}). "
+                            "Check the name, the network and `hf auth login`, or give a local directory.") from None
+
+
+def tokenizer_identity(directory: Path) -> dict[str, str]:
+    """sha256 of each tokenizer file of a model directory."""
+    files = sorted({file for pattern in TOKENIZER_FILES for file in directory.glob(pattern) if file.is_file()})
+    return {file.name: digest_file(file) for file in files}
+
+
+def source_identity(entry: MixEntry, directory: Path) -> dict[str, Any]:
+    """What names the content of a mix entry: generator version, file hashes, or hub id with its revision."""
+    if entry.source.startswith("builtin:"):
+        return {"builtin": entry.source.removeprefix("builtin:"), "generators": _generators_identity()}
+    if is_local(entry.source, directory):
+        return {"files": {Path(file).name: digest_file(Path(file)) for file in source_files(entry, directory)}}
+    return {"hub": entry.source, "config": entry.config, "split": entry.split, "revision": entry.revision}
+
+
+@cache
+def _generators_identity() -> str:
+    """The packaged generators are code: their files' hashes name what they make."""
+    return digest([digest_file(file) for file in sorted(Path(builtin.__file__).parent.glob("*.py"))])
+
+
+def source_files(entry: MixEntry, directory: Path) -> list[str]:
+    """The local files of a mix entry, sorted. Raises UnusableError where none matches."""
+    pattern = str(local_path(entry.source, directory))
+    files = sorted(file for file in glob.glob(pattern, recursive=True) if Path(file).is_file())
+    if not files:
+        raise UnusableError(f"calibration source '{entry.name}': no file matches {pattern}. Paths start from the recipe's folder.")
+    return files

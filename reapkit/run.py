@@ -1,0 +1,239 @@
+"""Walks a plan: runs what is missing, skips what is there, judges, links the results into the run directory."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from reapkit.errors import RejectedByGates, ReapkitError, StageFailed
+from reapkit.planning import STAGES, Plan, Stage, make_plan, store_of
+from reapkit.progress import SILENT, Progress
+from reapkit.recipe.loading import LoadedRecipe, as_loaded
+from reapkit.recipe.schema import Recipe
+write_rejected_report = None
+from reapkit.stages import Context
+from reapkit.store import Artifact, write_json
+
+PACKAGES = ("reapkit", "torch", "transformers", "llmcompressor", "compressed-tensors", "datasets", "safetensors")
+LINKS = {"calibrate": "calibration", "packs": "packs", "observe": "observation", "select": "selection", "evaluate": "evaluation",
+         "prune": "pruned", "quantize": "quantized", "verify": "verification", "report": "report"}
+RESUMED_IN_PLACE = ("prune",)  # it knows what an earlier attempt finished; other stages keep partial work in `work`
+MODEL_STAGES = ("prune", "quantize")
+
+
+@dataclass
+class Run:
+    """What a walk did: artifacts by stage, which stages were executed, seconds and warnings."""
+
+    plan: Plan
+    directory: Path
+    artifacts: dict[str, Artifact] = field(default_factory=dict)
+    executed: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def summary(self, stage: str) -> Mapping[str, Any]:
+        """What the stage reported, or nothing if it did not come to it."""
+        artifact = self.artifacts.get(stage)
+        return artifact.summary if artifact else {}
+
+
+class _Listening(Progress):
+    """Passes everything on and keeps the warnings for the manifest."""
+
+    def __init__(self, inner: Progress):
+        self.inner, self.heard = inner, []
+        self.task, self.say = inner.task, inner.say
+
+    def warn(self, text: str) -> None:
+        self.heard.append(text)
+        self.inner.warn(text)
+
+
+def run_directory(plan: Plan) -> Path:
+    """Where the run's results are linked."""
+    return Path(plan.recipe.output.directory or f"runs/{plan.recipe.name}")
+
+
+def apply(recipe: Recipe | LoadedRecipe | str | Path, *, until: str | None = None, progress: Progress = SILENT) -> Run:
+    """Runs the recipe to its end, or to the end of stage `until`. Finished stages are skipped, interrupted ones resumed.
+
+    Raises RejectedByGates when the verdict stops the run, StageFailed when a stage fails for want of disk or memory.
+    """
+    loaded = as_loaded(recipe)
+    plan = make_plan(loaded, download=True)
+    run = Run(plan, run_directory(plan))
+    try:
+        for name in [stage.name for stage in plan.stages]:
+            stage = run.plan.stage(name)
+            if stage.key is None:
+                run.plan = make_plan(loaded)
+                stage = run.plan.stage(name)
+            run.artifacts[name] = _finished(run, stage, progress)
+            if name == "evaluate" and name != until:
+                _stop_if_rejected(run, progress)
+            if name == until:
+                break
+    finally:
+        _link(run)
+    _drop_unwanted(run)
+    _stop_if_final_rejected(run)
+    return run
+
+
+def _finished(run: Run, stage: Stage, progress: Progress) -> Artifact:
+    """The stage's artifact: from the store, or made now."""
+    if stage.hit:
+        progress.say(f"{stage.name}: in the store ({stage.artifact.directory.name})")
+        run.warnings += stage.artifact.manifest.get("warnings", [])
+        return stage.artifact
+    store = store_of(run.plan.recipe)
+    waiting = lambda: progress.say(f"{stage.name}: another run is making it; waiting")  # noqa: E731
+    with store.locked(stage.name, stage.key, waiting):
+        made = store.get(stage.name, stage.key)  # by whoever held the lock
+        if made is not None and made.has_payload:
+            return made
+        progress.say(f"{stage.name}: running ({stage.reason})")
+        artifact = _execute(run, stage, progress)
+    run.executed.append(stage.name)
+    run.warnings += artifact.manifest["warnings"]
+    return artifact
+
+
+def _execute(run: Run, stage: Stage, progress: Progress) -> Artifact:
+    store, listening = store_of(run.plan.recipe), _Listening(progress)
+    payload = store.begin(stage.name, stage.key, resume=stage.name in RESUMED_IN_PLACE)
+    work = payload.parent / "work"
+    work.mkdir(exist_ok=True)
+    inputs = {name: run.artifacts[name] for name in (*stage.inputs, *stage.after)}
+    context = Context(run.plan, inputs, payload, work, listening, stage.spec.get("candidate"))
+    started = time.time()
+    try:
+        summary = importlib.import_module(f"reapkit.stages.{stage.name}").run(context)
+    except (OSError, MemoryError) as error:
+        if isinstance(error, ReapkitError):
+            raise
+        raise StageFailed(f"{stage.name}: {_explain(error)} Run the same command again to resume.") from error
+    shutil.rmtree(work, ignore_errors=True)
+    return store.finish(stage.name, stage.key, {
+        "spec": stage.spec, "inputs": {name: run.artifacts[name].key for name in stage.inputs}, "summary": summary,
+        "seconds": round(time.time() - started, 3), "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "versions": versions(), "warnings": listening.heard})
+
+
+def _explain(error: OSError | MemoryError) -> str:
+    if isinstance(error, MemoryError):
+        return "ran out of memory. Lower runtime.batch_tokens."
+    if error.errno == 28:
+        return f"no space left on device{f' ({error.filename})' if error.filename else ''}. Free some, or move runtime.store."
+    return f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}."
+
+
+def _stop_if_rejected(run: Run, progress: Progress) -> None:
+    summary, evaluate = run.summary("evaluate"), run.plan.recipe.evaluate
+    action = {"reject": evaluate.on_reject, "undecided": evaluate.on_undecided}.get(summary["verdict"], "go on")
+    if action == "stop":
+        write_rejected_report(run.plan, run.artifacts, run.directory)
+        raise RejectedByGates(summary["advice"])
+    if action == "warn":
+        progress.warn(summary["advice"])
+        run.warnings.append(summary["advice"])
+
+
+def _stop_if_final_rejected(run: Run) -> None:
+    summary = run.summary("verify")
+    if summary.get("verdict") == "reject":
+        raise RejectedByGates(summary["advice"])
+
+
+def _drop_unwanted(run: Run) -> None:
+    """Payloads of models that `output.keep` does not name go once the verified result is there."""
+    keep = run.plan.recipe.output.keep
+    if "report" in run.artifacts:
+        for stage in MODEL_STAGES:
+            if stage in run.artifacts and LINKS[stage] not in keep:
+                run.artifacts[stage].drop_payload()
+                shutil.rmtree(run.directory / LINKS[stage], ignore_errors=True)
+
+
+def _link(run: Run) -> None:
+    """The run directory as DESIGN lays it out: hard links into the store, and what this run did."""
+    run.directory.mkdir(parents=True, exist_ok=True)
+    rejected = run.summary("verify").get("verdict") == "reject"
+    for name, artifact in run.artifacts.items():
+        if not artifact.has_payload:
+            continue
+        target = run.directory / LINKS[name]
+        final = name in MODEL_STAGES and name == next(s for s in reversed(MODEL_STAGES) if s in run.artifacts)
+        if final and rejected:
+            shutil.rmtree(target, ignore_errors=True)
+            target = target.with_name(f"{target.name}.rejected")
+        if name == "report":
+            shutil.copy(artifact.payload / "report.html", run.directory / "report.html")
+            continue
+        if name == "verify":
+            shutil.copy(artifact.payload / "verify.json", run.directory / "verify.json")
+            continue
+        publish(artifact.payload, target)
+        if name in MODEL_STAGES and "report" in run.artifacts and run.artifacts["report"].has_payload:
+            card = run.artifacts["report"].payload / f"{LINKS[name]}.md"
+            if card.is_file():
+                (target / "README.md").unlink(missing_ok=True)
+                shutil.copy(card, target / "README.md")
+    (run.directory / "recipe.resolved.yaml").write_text(resolved_yaml(run.plan))
+    write_json(run.directory / "run.json", describe(run))
+
+
+def publish(payload: Path, target: Path) -> None:
+    """`target` mirrors `payload` by hard links (copies across file systems), replacing what was there."""
+    fresh = target.with_name(f".{target.name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    shutil.copytree(payload, fresh, copy_function=_link_or_copy, symlinks=True)
+    if target.is_symlink() or target.is_file():
+        target.unlink()
+    shutil.rmtree(target, ignore_errors=True)
+    fresh.rename(target)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def resolved_yaml(plan: Plan) -> str:
+    """The recipe with parents merged and every default written out."""
+    return yaml.safe_dump(plan.recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def describe(run: Run) -> dict[str, Any]:
+    """What ran, from what, in which time, with which versions."""
+    stages = {}
+    for name in STAGES:
+        if name in run.artifacts:
+            artifact = run.artifacts[name]
+            stages[name] = {"key": artifact.key, "artifact": artifact.directory.name, "executed": name in run.executed,
+                            "seconds": artifact.manifest["seconds"], "summary": dict(artifact.summary)}
+    return {"name": run.plan.recipe.name, "recipe": run.plan.loaded.shown,
+            "model": run.plan.recipe.model.source, "stages": stages, "warnings": list(dict.fromkeys(run.warnings)), "versions": versions()}
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and the packages that shape results."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found

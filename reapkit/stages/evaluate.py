@@ -1,0 +1,44 @@
+"""evaluate: base and candidates, the latter as masks on the loaded model, on held-out packs; gates give the verdict."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from reapkit.calibration.tokens import CalibrationTokens
+from reapkit.evaluate.bench import Candidate
+from reapkit.evaluate.candidates import eaft_settings, evaluate
+from reapkit.gates import Gate, resolve
+from reapkit.models import load_model, load_tokenizer
+from reapkit.recipe.schema import Gates
+from reapkit.stages import Context
+from reapkit.stages.select import load_selections
+from reapkit.store import write_json
+
+
+def run(context: Context) -> dict[str, Any]:
+    recipe, spec = context.recipe, context.recipe.evaluate
+    model = load_model(context.model_directory, device=context.device, trust_remote_code=recipe.model.trust_remote_code)
+    index = context.inputs["select"].summary
+    selections = load_selections(context.inputs["select"].payload, [*index["candidates"], *index["controls"]])
+    nbytes = {candidate.name: context.plan.pruned(candidate).nbytes for candidate in context.plan.candidates}
+    evaluation = evaluate(
+        model, load_packs(context), [Candidate(name, selections[name], nbytes[name]) for name in index["candidates"]],
+        gates_of(spec.gates, context), eaft=eaft_settings(recipe.saliency, recipe.observe),
+        controls=[Candidate(name, selections[name], control_of=index["candidates"][0]) for name in index["controls"]],
+        generation=spec.generation, tokenizer=load_tokenizer(context.model_directory), pack_samples=spec.packs.samples,
+        batch_tokens=recipe.runtime.batch_tokens, work_directory=context.work, progress=context.progress)
+    write_json(context.payload / "evaluation.json", evaluation)
+    selections[evaluation["chosen"]].save(context.payload)
+    return {name: evaluation[name] for name in ("chosen", "verdict", "advice")}
+
+
+def load_packs(context: Context) -> dict[int, CalibrationTokens]:
+    """The held-out packs by row length."""
+    payload = context.inputs["packs"].payload
+    return {length: CalibrationTokens.load(payload / str(length)) for length in context.recipe.evaluate.packs.lengths}
+
+
+def gates_of(gates: Gates | None, context: Context) -> tuple[Gate, ...]:
+    """The recipe's gates with their preset resolved."""
+    sources = [entry.name for entry in (*context.recipe.calibration.mix, *context.recipe.evaluate.extra_packs)]
+    return resolve(gates if gates is None or isinstance(gates, str) else gates.model_dump(exclude_none=True), sources)

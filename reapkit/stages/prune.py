@@ -1,0 +1,20 @@
+"""prune: the winning selection is cut out of the checkpoint, files to files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from reapkit.checkpoint import Checkpoint
+from reapkit.selection import Selection
+from reapkit.stages import Context
+from reapkit.surgery import prune_checkpoint
+
+
+def run(context: Context) -> dict[str, Any]:
+    recipe, source = context.recipe, context.plan.checkpoint
+    selection = Selection.load(context.inputs["select"].payload / "candidates" / context.candidate)
+    prune_checkpoint(source, selection, context.payload, max_shard_bytes=recipe.output.max_shard_bytes, mtp=recipe.prune.mtp,
+                     progress=context.progress)
+    pruned = Checkpoint.open(context.payload)
+    return {"candidate": context.candidate, "bytes": pruned.nbytes, "parameters": pruned.numel,
+            "experts": {str(layer): len(chosen.keep) for layer, chosen in selection.layers.items()}}

@@ -1,0 +1,93 @@
+"""verify: the written directories as they are on disk: proofs in a fresh process, then final numbers on rows kept for this."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from reapkit.checkpoint import Checkpoint
+from reapkit.errors import StageFailed
+from reapkit.evaluate.candidates import eaft_settings
+from reapkit.evaluate.directory import Yardstick
+from reapkit.gates import UNION, GateResult, judge, overall
+from reapkit.layout import read_layout
+from reapkit.models import load_model
+from reapkit.selection import Selection
+from reapkit.stages import Context
+from reapkit.stages.evaluate import gates_of, load_packs
+from reapkit.store import write_json
+from reapkit.tables import human_experts
+from reapkit.verify import Request, prove
+
+HEADLINE = ("perplexity", "perplexity_ratio", "kl_mean", "top1_agreement")
+
+
+def run(context: Context) -> dict[str, Any]:
+    recipe = context.recipe
+    directories = {LABELS[stage]: context.inputs[stage].payload for stage in LABELS if stage in context.inputs}
+    proofs = _prove(context, directories)
+    yardstick = _yardstick(context)
+    metrics = {"base": yardstick.base_metrics}
+    for name, directory in directories.items():
+        metrics[name] = yardstick.measure_directory(directory, device=context.device, trust_remote_code=recipe.model.trust_remote_code,
+                                                    progress=context.progress)
+    rows = [_row(name, context.model_directory if name == "base" else directories[name], metrics[name]) for name in metrics]
+    verdict, results, advice = _judge(context, metrics, list(directories)[-1])
+    write_json(context.payload / "verify.json", {"rows": rows, "metrics": metrics, "proofs": proofs, "gates": results, "verdict": verdict,
+                                                 "advice": advice})
+    return {"rows": rows, "proofs": len(proofs), "verdict": verdict, "advice": advice}
+
+
+LABELS = {"prune": "pruned", "quantize": "quantized"}
+
+
+def _yardstick(context: Context) -> Yardstick:
+    """The base on rows that no decision has seen; the model leaves memory before the next one is loaded."""
+    recipe = context.recipe
+    base = load_model(context.model_directory, device=context.device, trust_remote_code=recipe.model.trust_remote_code)
+    return Yardstick.of(base, load_packs(context), eaft=eaft_settings(recipe.saliency, recipe.observe),
+                        batch_tokens=recipe.runtime.batch_tokens, work_directory=context.work, progress=context.progress)
+
+
+def _prove(context: Context, directories: dict[str, Path]) -> list[dict[str, Any]]:
+    """Raises StageFailed naming the first proof that does not hold."""
+    chosen = Selection.load(context.inputs["select"].payload / "candidates" / context.candidate) if "select" in context.inputs else None
+    with context.progress.task("proofs in a fresh process", None) as task:
+        proofs = [asdict(proof) for proof in prove(Request(context.model_directory, directories, chosen, context.device))]
+        task.advance()
+    if failed := [proof for proof in proofs if not proof["passed"]]:
+        write_json(context.payload / "verify.json", {"proofs": proofs})
+        raise StageFailed(f"verify: {len(failed)} of {len(proofs)} proofs do not hold, first {failed[0]['directory']}, {failed[0]['name']}: "
+                          f"{failed[0]['detail']}")
+    return proofs
+
+
+def _row(name: str, directory: Path, metrics: dict[str, Any]) -> dict[str, Any]:
+    """A line of the final table, from the longest rows; the base is its own reference."""
+    checkpoint, groups = Checkpoint.open(directory), metrics[max(metrics, key=int)]
+    same = {"perplexity_ratio": 1.0, "kl_mean": 0.0, "top1_agreement": 1.0}
+    values = {group: {metric: found[metric]["value"] if metric in found else same[metric] for metric in HEADLINE}
+              for group, found in groups.items()}
+    experts = {index: layer.num_experts for index, layer in read_layout(checkpoint).layers.items()}
+    return {"name": name, "experts": human_experts(experts), "bytes": checkpoint.nbytes, "parameters": checkpoint.numel, **values[UNION],
+            "per_source": {group: found for group, found in values.items() if group != UNION}}
+
+
+def _judge(context: Context, metrics: dict[str, Any], final: str) -> tuple[str, list[dict[str, Any]], str]:
+    gates = gates_of(context.recipe.evaluate.gates_quantized, context)
+    if not gates:
+        return "not judged", [], ""
+    results = judge(metrics[final], gates)
+    verdict = overall(results)
+    return verdict, [result.to_json() for result in results], "" if verdict == "pass" else _advice(verdict, results, context)
+
+
+def _advice(verdict: str, results: list[GateResult], context: Context) -> str:
+    """Which gate, by how much, and the cheapest thing to try next."""
+    worst = next(result for result in results if result.verdict == verdict)
+    scheme, schemes = context.recipe.quantize.scheme, ("W3A16", "W4A16", "W8A16")
+    wider = schemes[schemes.index(scheme) + 1] if scheme in schemes[:-1] else None
+    more = f"quantize.scheme: {wider}" if wider else "a smaller prune.ratio"
+    finer = " or quantize.method: gptq" if context.recipe.quantize.method == "rtn" and wider else ""
+    return f"evaluate.gates_quantized: {worst}. The cheapest next step is {more}{finer}."

@@ -1,0 +1,116 @@
+"""Artifacts by key: a directory whose manifest, written last by rename, says that it is complete. Torch-free.
+
+    <store>/<stage>-<key12>/manifest.json     the stage, its whole key, spec, inputs, seconds, versions, summary
+    <store>/<stage>-<key12>/payload/          what the stage made; may be dropped later, the manifest stays
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+KEY_LETTERS = 12
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished stage's output."""
+
+    stage: str
+    key: str
+    directory: Path
+    manifest: Mapping[str, Any]
+
+    @property
+    def payload(self) -> Path:
+        return self.directory / "payload"
+
+    @property
+    def has_payload(self) -> bool:
+        return self.payload.is_dir()
+
+    @property
+    def summary(self) -> Mapping[str, Any]:
+        """What the stage reported: small facts for tables and later decisions."""
+        return self.manifest["summary"]
+
+    def drop_payload(self) -> None:
+        """Removes the files, keeps the manifest; a later stage that needs them makes them again."""
+        trash = self.directory / "payload.dropped"
+        if self.has_payload:
+            self.payload.rename(trash)
+        shutil.rmtree(trash, ignore_errors=True)
+
+
+class Store:
+    """The artifacts below one directory."""
+
+    def __init__(self, root: str | os.PathLike):
+        self.root = Path(root)
+
+    def directory(self, stage: str, key: str) -> Path:
+        return self.root / f"{stage}-{key[:KEY_LETTERS]}"
+
+    def get(self, stage: str, key: str) -> Artifact | None:
+        """The finished artifact of that key, or None; a directory without manifest is unfinished work."""
+        directory = self.directory(stage, key)
+        try:
+            manifest = json.loads((directory / "manifest.json").read_text())
+        except (OSError, ValueError):
+            return None
+        return Artifact(stage, key, directory, manifest) if manifest.get("key") == key else None
+
+    @contextmanager
+    def locked(self, stage: str, key: str, waiting: Any = None) -> Iterator[None]:
+        """Holds the artifact's exclusive lock for the block; `waiting()` is called once if another process holds it."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        with (self.root / f"{stage}-{key[:KEY_LETTERS]}.lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if waiting:
+                    waiting()
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def begin(self, stage: str, key: str, *, resume: bool) -> Path:
+        """The payload directory to write into: with `resume` as an earlier attempt left it, else empty."""
+        directory = self.directory(stage, key)
+        (directory / "manifest.json").unlink(missing_ok=True)
+        payload = directory / "payload"
+        if not resume:
+            shutil.rmtree(payload, ignore_errors=True)
+        payload.mkdir(parents=True, exist_ok=True)
+        return payload
+
+    def finish(self, stage: str, key: str, manifest: Mapping[str, Any]) -> Artifact:
+        """Writes the manifest by rename, which makes the artifact exist."""
+        directory = self.directory(stage, key)
+        manifest = {**manifest, "stage": stage, "key": key}
+        write_json(directory / "manifest.json", manifest)
+        return Artifact(stage, key, directory, manifest)
+
+    def artifacts(self) -> Iterator[Artifact]:
+        """Every finished artifact."""
+        for path in sorted(self.root.glob("*/manifest.json")):
+            manifest = json.loads(path.read_text())
+            yield Artifact(manifest["stage"], manifest["key"], path.parent, manifest)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`value` as indented JSON, whole or not at all: written beside, synced, renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w") as stream:
+        json.dump(value, stream, indent=1)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.rename(path)

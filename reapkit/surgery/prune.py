@@ -1,0 +1,224 @@
+"""A checkpoint on disk without the experts that a selection drops: files to files, no model is built. Torch-free."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from reapkit.architecture import text_config
+from reapkit.checkpoint import Checkpoint
+from reapkit.errors import StageFailed, UnusableError
+from reapkit.hashing import digest
+from reapkit.layout import Layout, is_mtp_name, read_layout
+from reapkit.progress import SILENT, Progress
+from reapkit.selection import Selection
+from reapkit.store import write_json
+from reapkit.surgery.config import Counts, Renumber, config_edits, edit_json, expert_renamer, renamed, text_section
+from reapkit.surgery.cut import INDEX, Shard, cut_tensors, encode_index, lay_out
+from reapkit.surgery.write import copy_file, explained, require_space, write_file, write_shards
+
+MANIFEST = "reapkit.json"
+QUANTIZER_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quantization_config.json")
+OTHER_WEIGHTS = (".bin", ".pth", ".pt", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data")
+RAGGED_KEY = "num_routed_experts_per_layer"
+
+
+@dataclass(frozen=True)
+class PrunedCheckpoint:
+    """What was written: sha256 and bytes of each shard, experts kept by layer, whether multi-token prediction was dropped."""
+
+    path: Path
+    shards: Mapping[str, Mapping[str, Any]]
+    kept: Mapping[int, int]
+    mtp_dropped: bool
+    left_out: tuple[str, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(shard["bytes"] for shard in self.shards.values())
+
+
+def prune_checkpoint(source: Checkpoint, selection: Selection, out: Path, *, max_shard_bytes: int = 5_000_000_000,
+                     mtp: Literal["auto", "observe", "drop"] = "auto", progress: Progress = SILENT) -> PrunedCheckpoint:
+    """Writes to `out` the checkpoint without the dropped experts: kept tensors bit-equal, config edited in place, the rest copied.
+
+    `mtp`: `drop` removes multi-token-prediction blocks and their config fields; `observe` needs the selection to cover them; `auto`
+    keeps them if it does (or if they hold no experts) and else drops them with a warning. Layers the selection omits stay whole.
+    Interrupted, it continues after the last finished shard when called again with the same arguments, and gives the same bytes.
+
+    Raises UnusableError for a selection that does not fit, StageFailed where the disk or the source gives way.
+    """
+    out = Path(out)
+    layout = read_layout(source)
+    drop_mtp = _drops_mtp(layout, selection, mtp, progress)
+    keep = _kept(layout, selection, source, drop_mtp)
+    shards = lay_out(source, cut_tensors(source, layout, keep, drop_mtp=drop_mtp), max_shard_bytes)
+    rename = _renamer(source, layout, keep, drop_mtp)
+    texts = _edited_texts(source, layout, keep, selection.experts_per_token, drop_mtp, rename)
+    copies, left_out = _other_files(source)
+    with explained(source.path, out):
+        out.mkdir(parents=True, exist_ok=True)
+        if out.resolve() == source.path.resolve():
+            raise StageFailed(f"{out} is the source itself. Choose another output directory.")
+        manifest = _resume(out, _plan_key(source, keep, texts, shards, drop_mtp))
+        written = dict(manifest["shards"])
+        left = [shard for shard in shards if shard.name not in written]
+        require_space(out, sum(shard.nbytes for shard in left))
+        with progress.task("prune", sum(shard.nbytes for shard in shards), "B") as task:
+            task.advance(sum(shard.nbytes for shard in shards) - sum(shard.nbytes for shard in left))
+
+            def finished(shard: Shard, sha256: str) -> None:
+                written[shard.name] = {"bytes": shard.nbytes, "sha256": sha256}
+                write_json(out / MANIFEST, {**manifest, "shards": written})
+
+            write_shards(source.path, out, left, task, finished)
+        _write_small_files(source, out, shards, copies, texts)
+        kept = {index: len(experts) for index, experts in keep.items()}
+        write_json(out / MANIFEST, {**manifest, "shards": dict(sorted(written.items())), "complete": True,
+                                    "source": source.identity, "keep": {str(index): list(keep[index]) for index in sorted(keep)}})
+    if left_out:
+        progress.warn(f"prune: {len(left_out)} files that hold the unpruned weights in other formats were not copied, such as "
+                      f"{left_out[0]}.")
+    return PrunedCheckpoint(out, written, kept, drop_mtp and bool(layout.mtp_tensors), left_out)
+
+
+def _drops_mtp(layout: Layout, selection: Selection, mtp: str, progress: Progress) -> bool:
+    lacking = sorted(index for index in layout.mtp if index not in selection.layers)
+    if mtp == "observe" and lacking:
+        raise UnusableError(f"prune.mtp: observe, but the selection has no experts for the multi-token-prediction layers {lacking}. "
+                            "Observe them, or set prune.mtp to drop.")
+    if mtp == "auto" and lacking:
+        progress.warn(f"prune: multi-token-prediction layers {lacking} were not observed and are dropped; speculative decoding with "
+                      "them is lost.")
+    return mtp == "drop" or bool(lacking)
+
+
+def _kept(layout: Layout, selection: Selection, source: Checkpoint, drop_mtp: bool) -> dict[int, tuple[int, ...]]:
+    """Kept experts of every routing layer, proven to fit the checkpoint and its router."""
+    layers = {**layout.layers, **({} if drop_mtp else layout.mtp)}
+    known = {**layout.layers, **layout.mtp}
+    if strange := sorted(set(selection.layers) - set(known)):
+        raise UnusableError(f"the selection names layers {strange}, where {source.path} routes no experts. It has experts in layers "
+                            f"{min(known)} to {max(known)}. Use the selection of this model.")
+    architecture = source.architecture
+    top_k = selection.experts_per_token or architecture.num_experts_per_tok
+    keep: dict[int, tuple[int, ...]] = {}
+    for index, layer in layers.items():
+        chosen = tuple(selection.layers[index].keep) if index in selection.layers else tuple(range(layer.num_experts))
+        if list(chosen) != sorted(set(chosen)) or not chosen or chosen[0] < 0 or chosen[-1] >= layer.num_experts:
+            raise UnusableError(f"the selection of layer {index} must list different experts from 0 to {layer.num_experts - 1} in "
+                                f"ascending order, but it is {list(chosen)}.")
+        if layer.table and len(chosen) < layer.num_experts:
+            raise UnusableError(f"layer {index} assigns tokens to experts by a fixed table ({layer.table}); dropping an expert would leave "
+                                f"its tokens without one. Exclude the layer with a cap {{layers: [{index}], keep_all: true}}.")
+        if len(chosen) < top_k:
+            raise UnusableError(f"the selection keeps {len(chosen)} experts in layer {index}, but each token is routed to {top_k}.")
+        group = layer.num_experts // architecture.n_group
+        sizes = {sum(1 for expert in chosen if expert // group == number) for number in range(architecture.n_group)}
+        if len(sizes) > 1:
+            raise UnusableError(f"the selection keeps unequal numbers of experts in the {architecture.n_group} groups of layer {index}; "
+                                "the router cuts its experts into equal groups (n_group).")
+        keep[index] = chosen
+    counts = {len(chosen) for chosen in keep.values()}
+    if len(counts) > 1:
+        raise UnusableError(f"the selection keeps between {min(counts)} and {max(counts)} experts per layer; a checkpoint without "
+                            "ragged layout declares one number. Set prune.layout to ragged or loosen the caps.")
+    return keep
+
+
+def _renamer(source: Checkpoint, layout: Layout, keep: Mapping[int, Sequence[int]], drop_mtp: bool) -> Renumber:
+    places = {index: {expert: new for new, expert in enumerate(chosen)} for index, chosen in keep.items()}
+    depth = source.architecture.num_hidden_layers
+
+    def renumber(name: str, layer: int, expert: int) -> int | None:
+        if not name.startswith(layout.stack) and is_mtp_name(f"{name}.", layout.stack, depth):
+            layer += depth
+        return places[layer].get(expert) if layer in places else expert
+
+    def gone(name: str) -> bool:
+        return drop_mtp and is_mtp_name(f"{name}.", layout.stack, depth)
+
+    return expert_renamer(renumber, gone, f"{source.path}: quantization config")
+
+
+def _edited_texts(source: Checkpoint, layout: Layout, keep: Mapping[int, Sequence[int]], experts_per_token: int | None,
+                  drop_mtp: bool, rename: Renumber) -> dict[str, str]:
+    """The JSON files of the result that differ from the source's, by file name."""
+    architecture = source.architecture
+    count = len(next(iter(keep.values())))
+    counts = Counts((architecture.num_experts, count),
+                    (architecture.num_experts_per_tok, experts_per_token or architecture.num_experts_per_tok),
+                    architecture.n_group, drop_mtp and bool(layout.mtp_tensors))
+    edits = config_edits(source.config, counts, rename)
+    if RAGGED_KEY in text_config(source.config):  # a ragged source: its list must say what the layers now hold
+        numbers = [len(keep[layer]) if layer in keep else 0 for layer in range(architecture.num_hidden_layers)]
+        edits[(*text_section(source.config), RAGGED_KEY)] = numbers
+    texts = {"config.json": edit_json((source.path / "config.json").read_text(), edits)}
+    for name in QUANTIZER_FILES:
+        if (source.path / name).is_file():
+            text = (source.path / name).read_text()
+            texts[name] = edit_json(text, renamed(json.loads(text), rename))
+    return texts
+
+
+def _other_files(source: Checkpoint) -> tuple[list[str], tuple[str, ...]]:
+    """(files to copy, weights in other formats to leave out), relative to the source."""
+    copies, left_out = [], []
+    written = {*source.shards, INDEX, "config.json", MANIFEST, *QUANTIZER_FILES}
+    for directory, folders, files in os.walk(source.path):
+        folders[:] = sorted(folder for folder in folders if not folder.startswith(".") and folder != "__pycache__")
+        for file in sorted(files):
+            path = Path(directory, file)
+            name = path.relative_to(source.path).as_posix()
+            if name in written or not path.is_file() or file.endswith((".incomplete", ".lock", ".partial")):
+                continue
+            if _is_other_weight(name):
+                left_out.append(name)
+            else:
+                copies.append(name)
+    return copies, tuple(left_out)
+
+
+def _is_other_weight(name: str) -> bool:
+    """Weights beside the ones in use, and their indexes: they would hold the experts that were dropped."""
+    folder, _, file = name.rpartition("/")
+    beside = not folder or folder.split("/")[0] in ("original", "metal", "onnx", "gguf")
+    return (file.endswith(OTHER_WEIGHTS) or ".index" in file and file.endswith(".json")
+            or beside and file.endswith(".safetensors"))
+
+
+def _plan_key(source: Checkpoint, keep: Mapping[int, Sequence[int]], texts: Mapping[str, str], shards: Sequence[Shard],
+              drop_mtp: bool) -> str:
+    return digest({"source": source.identity, "keep": sorted((index, list(chosen)) for index, chosen in keep.items()),
+                   "texts": dict(texts), "drop_mtp": drop_mtp, "shards": [(shard.name, shard.nbytes, shard.whole) for shard in shards]})
+
+
+def _resume(out: Path, key: str) -> dict[str, Any]:
+    """The manifest of an earlier attempt at the same work with the shards that are there, or a fresh one."""
+    try:
+        found = json.loads((out / MANIFEST).read_text())
+    except (OSError, ValueError):
+        found = {}
+    if not isinstance(found, dict) or found.get("key") != key:
+        if any(path.name.endswith(".safetensors") for path in out.iterdir()) and found.get("key") != key:
+            raise StageFailed(f"{out} already holds another checkpoint. Remove it or choose another output directory.")
+        return {"key": key, "complete": False, "shards": {}}
+    present = {name: shard for name, shard in found["shards"].items()
+               if (out / name).is_file() and (out / name).stat().st_size == shard["bytes"]}
+    return {"key": key, "complete": False, "shards": present}
+
+
+def _write_small_files(source: Checkpoint, out: Path, shards: Sequence[Shard], copies: Sequence[str],
+                       texts: Mapping[str, str]) -> None:
+    """Everything but the shards; config.json last, so that an unfinished directory is no model."""
+    for name in copies:
+        copy_file(source.path / name, out / name)
+    (out / INDEX).unlink(missing_ok=True)
+    if len(shards) > 1:
+        write_file(out, INDEX, encode_index(shards))
+    for name in sorted(texts, key=lambda name: name == "config.json"):
+        write_file(out, name, texts[name].encode())

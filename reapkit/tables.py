@@ -1,0 +1,88 @@
+"""Plans and results as tables for a terminal of 80 columns, and as JSON. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from reapkit.planning import Plan, Sizes
+
+
+def human_bytes(count: int | None) -> str:
+    """Bytes in decimal units: 7.3 MB."""
+    if count is None:
+        return "-"
+    value, units = float(count), ["B", "kB", "MB", "GB", "TB", "PB"]
+    while value >= 1000 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{value:.3g} {units[0]}"
+
+
+def human_count(count: int) -> str:
+    """A count in thousands, millions, billions: 3.62 M."""
+    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= limit:
+            return f"{count / limit:.3g} {unit}"
+    return str(count)
+
+
+def human_experts(experts: Mapping[int, int]) -> str:
+    """`32` where every layer has as many, else the range."""
+    low, high = min(experts.values()), max(experts.values())
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _table(title: str, columns: Iterable[tuple[str, str]]) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name, justify in columns:
+        table.add_column(name, justify=justify, overflow="fold")
+    return table
+
+
+def plan_tables(plan: Plan) -> list[Table]:
+    """The stages, and the sizes before and after."""
+    stages = _table(f"{plan.recipe.name}: stages", [("stage", "left"), ("state", "left"), ("key", "left"), ("why", "left")])
+    for stage in plan.stages:
+        stages.add_row(stage.name, "hit" if stage.hit else "will run", (stage.key or "later")[:12], stage.reason)
+    architecture = plan.checkpoint.architecture
+    title = (f"{plan.recipe.model.source}: {architecture.model_type}, {architecture.num_hidden_layers} layers, {len(plan.layout.layers)} MoE, "
+             f"top-{architecture.num_experts_per_tok} of {architecture.num_experts}")
+    sizes = _table(title, [("", "left"), ("experts", "right"), ("parameters", "right"), ("active", "right"), ("size", "right")])
+    sizes.add_row("base", *_size_cells(plan.base))
+    for candidate in plan.candidates:
+        pruned = plan.pruned(candidate)
+        sizes.add_row(candidate.name if len(plan.candidates) > 1 else "pruned", *_size_cells(pruned))
+        if (nbytes := plan.quantized_nbytes(candidate)) is not None:
+            sizes.add_row("  quantized" if len(plan.candidates) > 1 else "quantized", human_experts(pruned.experts), "", "", human_bytes(nbytes))
+    return [stages, sizes]
+
+
+def _size_cells(sizes: Sizes) -> tuple[str, str, str, str]:
+    return (human_experts(sizes.experts), human_count(sizes.parameters), human_count(sizes.active_parameters), human_bytes(sizes.nbytes))
+
+
+def plan_as_json(plan: Plan) -> dict[str, Any]:
+    """The same facts as `plan_tables`, exact."""
+    def sizes(value: Sizes) -> dict[str, Any]:
+        return {"experts": {str(k): v for k, v in value.experts.items()}, "parameters": value.parameters,
+                "active_parameters": value.active_parameters, "bytes": value.nbytes}
+
+    return {"name": plan.recipe.name, "model": plan.recipe.model.source, "model_type": plan.checkpoint.architecture.model_type,
+            "stages": [{"stage": s.name, "state": "hit" if s.hit else "run", "key": s.key, "reason": s.reason, "inputs": list(s.inputs)}
+                       for s in plan.stages],
+            "base": sizes(plan.base),
+            "candidates": [{"name": c.name, "pruned": sizes(plan.pruned(c)), "quantized_bytes": plan.quantized_nbytes(c)}
+                           for c in plan.candidates]}
+
+
+def result_table(verification: Mapping[str, Any]) -> Table:
+    """Base, pruned and quantized side by side: experts, bytes, perplexity and KL on the confirm rows."""
+    table = _table("Measured on held-out rows kept for the final numbers",
+                   [("", "left"), ("experts", "right"), ("size", "right"), ("perplexity", "right"), ("KL", "right"), ("top-1 same", "right")])
+    for row in verification["rows"]:
+        table.add_row(row["name"], str(row["experts"]), human_bytes(row["bytes"]), f"{row['perplexity']:.3f}", f"{row['kl_mean']:.4f}",
+                      f"{row['top1_agreement']:.1%}")
+    return table

@@ -1,0 +1,208 @@
+"""Sources: which rows they hold, the order in which they are tried, and the error that each kind of bad data ends in."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from words import spec, word_tokenizer, write_lines
+
+from reapkit import builtin
+from reapkit.calibration import sources
+from reapkit.calibration.prepare import prepare
+from reapkit.calibration.sources import PACK_START, open_walk, permutation
+from reapkit.errors import UnusableError
+from reapkit.recipe.schema import MixEntry
+
+ROWS = [{"text": f"row number {number} of the file", "domain": "code" if number % 3 else "prose"} for number in range(30)]
+
+
+def entry(source: str | Path, **fields: object) -> MixEntry:
+    return MixEntry.model_validate({"name": "data", "source": str(source), **fields}, strict=False)
+
+
+def texts(walk: sources.Walk) -> list[str]:
+    return [row["text"] for row in walk.read(range(walk.length))]
+
+
+def in_order(walk: sources.Walk) -> list[str]:
+    return [text for _, text in sorted(zip(walk.numbers.tolist(), texts(walk)))]
+
+
+def test_jsonl_lines_blank_ones_apart(tmp_path: Path) -> None:
+    write_lines(tmp_path / "data.jsonl", [ROWS[0], "", ROWS[1], "   ", ROWS[2]])
+    walk = open_walk(entry("data.jsonl"), tmp_path, seed=1)
+    assert in_order(walk) == [row["text"] for row in ROWS[:3]]
+    assert [walk.rows.place(number) for number in range(3)] == ["data.jsonl:1", "data.jsonl:3", "data.jsonl:5"]
+
+
+def test_json_array_and_json_lines(tmp_path: Path) -> None:
+    (tmp_path / "array.json").write_text(json.dumps(ROWS, indent=1))
+    write_lines(tmp_path / "lines.json", ROWS)
+    assert in_order(open_walk(entry("array.json"), tmp_path, seed=1)) == in_order(open_walk(entry("lines.json"), tmp_path, seed=1))
+
+
+def test_text_files_are_lines_and_others_documents(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("first line\n\nsecond line\r\n")
+    (tmp_path / "a.md").write_text("# Title\n\nText\n")
+    (tmp_path / "b.md").write_text("other")
+    assert in_order(open_walk(entry("notes.txt"), tmp_path, seed=1)) == ["first line", "second line"]
+    assert in_order(open_walk(entry("*.md"), tmp_path, seed=1)) == ["# Title\n\nText\n", "other"]
+
+
+def test_globs_join_files_in_the_order_of_their_names(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    write_lines(tmp_path / "deep" / "b.jsonl", ROWS[5:8])
+    write_lines(tmp_path / "a.jsonl", ROWS[:5])
+    walk = open_walk(entry("**/*.jsonl"), tmp_path, seed=1)
+    assert in_order(walk) == [row["text"] for row in ROWS[:8]]
+    assert walk.rows.place(6) == "b.jsonl:2"
+
+
+def test_parquet(tmp_path: Path) -> None:
+    for number, part in enumerate((ROWS[:12], ROWS[12:])):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(part), tmp_path / f"part-{number}.parquet")
+    walk = open_walk(entry("part-*.parquet"), tmp_path, seed=1)
+    assert in_order(walk) == [row["text"] for row in ROWS]
+
+
+def dataset_directory(path: Path) -> Path:
+    """A dataset in the hub's layout, with two splits."""
+    (path / "data").mkdir(parents=True)
+    for split, rows in (("train", ROWS), ("tool", ROWS[:4])):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path / "data" / f"{split}-00000-of-00001.parquet")
+    return path
+
+
+def test_hub_layout_with_splits(tmp_path: Path) -> None:
+    dataset_directory(tmp_path / "set")
+    assert in_order(open_walk(entry("set"), tmp_path, seed=1)) == [row["text"] for row in ROWS]
+    assert in_order(open_walk(entry("set", split="tool"), tmp_path, seed=1)) == [row["text"] for row in ROWS[:4]]
+
+
+def test_large_datasets_are_streamed_in_a_seeded_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "STREAM_ABOVE_BYTES", 0)
+    dataset_directory(tmp_path / "set")
+
+    def streamed(seed: int, **fields: object) -> list[str]:
+        walk = open_walk(entry("set", **fields), tmp_path, seed=seed)
+        assert walk.length is None and walk.order.startswith("stream")
+        return [row["text"] for row in walk.read(range(10)) + walk.read(range(10, 40))]
+
+    assert streamed(1) == streamed(1) != streamed(2)
+    assert sorted(streamed(1)) == sorted(row["text"] for row in ROWS)
+    assert sorted(streamed(1, filter={"domain": "prose"})) == sorted(row["text"] for row in ROWS[::3])
+
+
+def test_an_unknown_split_names_the_source(tmp_path: Path) -> None:
+    dataset_directory(tmp_path / "set")
+    with pytest.raises(UnusableError, match=r"source 'data': .*split nowhere\) cannot be opened: .*Check the name, config and split"):
+        open_walk(entry("set", split="nowhere"), tmp_path, seed=1)
+
+
+def test_filter_keeps_rows_by_value_or_list_of_values(tmp_path: Path) -> None:
+    write_lines(tmp_path / "data.jsonl", ROWS)
+    assert in_order(open_walk(entry("data.jsonl", filter={"domain": "prose"}), tmp_path, seed=1)) == [row["text"] for row in ROWS[::3]]
+    assert len(texts(open_walk(entry("data.jsonl", filter={"domain": ["prose", "code"]}), tmp_path, seed=1))) == 30
+    with pytest.raises(UnusableError, match=r"source 'data': none of 30 rows passes the filter \{'domain': 'math'\}"):
+        open_walk(entry("data.jsonl", filter={"domain": "math"}), tmp_path, seed=1)
+    with pytest.raises(UnusableError, match="source 'data', data.jsonl:1: the filter's column 'topic' is missing; the row has text, domain"):
+        open_walk(entry("data.jsonl", filter={"topic": "math"}), tmp_path, seed=1)
+
+
+def test_builtin_rows_come_from_their_generator() -> None:
+    walk = open_walk(entry("builtin:tools"), Path("."), seed=7)
+    expected = list(itertools.islice(builtin.generate("tools", seed=7), 5))
+    assert walk.read([0, 1, 2]) + walk.read([4, 3]) == [*expected[:3], expected[4], expected[3]]
+    held_out = open_walk(entry("builtin:tools"), Path("."), seed=7, held_out=True)
+    assert held_out.read([0]) == [next(builtin.generate("tools", seed=7, start=PACK_START))]
+    with pytest.raises(UnusableError, match="nothing"):
+        open_walk(entry("builtin:nothing"), Path("."), seed=7)
+
+
+def test_permutation_is_pinned() -> None:
+    """The same on every machine and version: recipes' indices are stored and compared."""
+    pinned = [0, 9, 2, 7, 3, 6, 8, 5, 1, 4]
+    assert permutation(10, 42, "code").tolist() == pinned
+    assert permutation(10, 43, "code").tolist() != pinned
+    assert permutation(10, 42, "tools").tolist() != pinned
+    assert sorted(permutation(1000, 1, "x").tolist()) == list(range(1000))
+
+
+def test_held_out_rows_are_drawn_from_the_other_end(tmp_path: Path) -> None:
+    write_lines(tmp_path / "data.jsonl", ROWS)
+    front, back = (open_walk(entry("data.jsonl"), tmp_path, seed=3, held_out=held_out).numbers for held_out in (False, True))
+    assert np.array_equal(front[::-1], back)
+
+
+def prepared(directory: Path, source: str, **fields: object) -> None:
+    word_tokenizer(directory / "tokenizer", ["row number of the file"])
+    prepare(spec({"name": "data", "source": source}, **{"samples": 20, "packing": "none", **fields}), directory / "tokenizer", directory, directory / "out")
+
+
+class TestBadData:
+    """Each ends in one error that names source and row."""
+
+    def test_broken_json_in_row_17(self, tmp_path: Path) -> None:
+        write_lines(tmp_path / "data.jsonl", [*ROWS[:16], '{"text": "unfinished', *ROWS[16:19]])
+        with pytest.raises(UnusableError, match=r"^source 'data', data.jsonl:17: broken JSON \(Unterminated string .*\). Every line takes one JSON object.$"):
+            prepared(tmp_path, "data.jsonl")
+
+    def test_a_column_of_none(self, tmp_path: Path) -> None:
+        write_lines(tmp_path / "data.jsonl", [{"text": None}] * 20)
+        with pytest.raises(UnusableError, match=r"^source 'data' yields 0 of 20 samples: 20 rows were read, dropped: 20 empty \(first: data.jsonl:\d+\). "
+                                                r"Give it more data, a smaller weight, or lower calibration.samples.$"):
+            prepared(tmp_path, "data.jsonl")
+
+    def test_a_missing_column(self, tmp_path: Path) -> None:
+        write_lines(tmp_path / "data.jsonl", [*ROWS[:19], {"body": "x"}])
+        with pytest.raises(UnusableError, match="^source 'data', data.jsonl:20: column 'text' is missing; the row has body.$"):
+            prepared(tmp_path, "data.jsonl")
+
+    def test_one_huge_sample(self, tmp_path: Path) -> None:
+        write_lines(tmp_path / "data.jsonl", [*ROWS[:19], {"text": "word " * (20 << 20)}])
+        with pytest.raises(UnusableError, match="^source 'data', data.jsonl:20: one sample of more than 8,388,608 bytes; at most 8,388,608 are read. "
+                                                "Split it into several rows.$"):
+            prepared(tmp_path, "data.jsonl")
+
+    def test_a_huge_document(self, tmp_path: Path) -> None:
+        (tmp_path / "book.md").write_text("word " * (2 << 20))
+        with pytest.raises(UnusableError, match="^source 'data', book.md: one sample of 10,485,760 bytes"):
+            prepared(tmp_path, "book.md")
+
+    def test_invalid_utf8(self, tmp_path: Path) -> None:
+        (tmp_path / "data.jsonl").write_bytes(b"".join(json.dumps(row).encode() + b"\n" for row in ROWS[:19]) + b'{"text": "caf\xe9"}\n')
+        with pytest.raises(UnusableError, match=r"^source 'data', data.jsonl:20: not UTF-8 at byte 13 \(0xe9\). Convert the file to UTF-8.$"):
+            prepared(tmp_path, "data.jsonl")
+
+    def test_messages_without_roles(self, tmp_path: Path) -> None:
+        good = [{"messages": [{"role": "user", "content": f"row number {number}"}]} for number in range(19)]
+        write_lines(tmp_path / "data.jsonl", [*good, {"messages": [{"content": "row"}]}])
+        with pytest.raises(UnusableError, match="^source 'data', data.jsonl:20: turn 1 has no role; it has content.$"):
+            (tmp_path / "chat.jinja").write_text("{{ messages[0].content }}")
+            prepared(tmp_path, "data.jsonl", chat_template="chat.jinja")
+
+    def test_half_a_surrogate_pair(self, tmp_path: Path) -> None:
+        write_lines(tmp_path / "data.jsonl", [*ROWS[:19], '{"text": "broken emoji \\ud83d"}'])
+        with pytest.raises(UnusableError, match="^source 'data', data.jsonl:20: half of a surrogate pair"):
+            prepared(tmp_path, "data.jsonl")
+
+    def test_no_file(self, tmp_path: Path) -> None:
+        with pytest.raises(UnusableError, match="'data': no file matches"):
+            prepared(tmp_path, "./nothing.jsonl")
+
+    def test_an_empty_file(self, tmp_path: Path) -> None:
+        (tmp_path / "data.jsonl").write_text("")
+        with pytest.raises(UnusableError, match="^source 'data': data.jsonl holds no rows.$"):
+            prepared(tmp_path, "data.jsonl")
+
+    def test_a_template_that_refuses(self, tmp_path: Path) -> None:
+        write_lines(tmp_path / "data.jsonl", [{"messages": [{"role": "assistant", "content": "row number of"}]}] * 20)
+        (tmp_path / "chat.jinja").write_text("{{ raise_exception('roles must alternate') }}")
+        with pytest.raises(UnusableError, match=r"the chat template refuses this conversation \(TemplateError: roles must alternate\)"):
+            prepared(tmp_path, "data.jsonl", chat_template="chat.jinja")

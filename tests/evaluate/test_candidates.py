@@ -1,0 +1,179 @@
+"""The verdict: order of candidates, gates on masks, confirmation, advice; and a mask equals the checkpoint it stands for."""
+
+import json
+import random
+
+import pytest
+import torch
+from held_out import held_out
+
+import tiny
+from reapkit.checkpoint import Checkpoint
+from reapkit.evaluate import candidates as module
+from reapkit.evaluate.advice import summary_rows
+from reapkit.evaluate.bench import Bench, Candidate
+from reapkit.evaluate.candidates import eaft_settings, evaluate
+from reapkit.evaluate.directory import Yardstick
+from reapkit.evaluate.outputs import EAFT
+from reapkit.gates import Gate, resolve
+from reapkit.models import load_model
+from reapkit.recipe.schema import GenerationSpec, ObserveSpec, SaliencySpec
+from reapkit.selection import LayerSelection, Selection
+from reapkit.surgery.prune import prune_checkpoint
+
+SETTINGS = {"batch_tokens": 64, "pack_samples": 18}
+LOOSE = (Gate("perplexity_ratio", max=1e6), Gate("kl_mean", max=1e3))
+TIGHT = (Gate("kl_mean", max=1e-6),)
+
+
+def candidate(kept: int, name: str | None = None, seed: int = 0, **more) -> Candidate:
+    draw = random.Random(seed)
+    layers = {}
+    for layer in range(3):
+        keep = tuple(sorted(draw.sample(range(16), kept)))
+        layers[layer] = LayerSelection(keep, tuple(sorted(set(range(16)) - set(keep))), (0.0,) * 16)
+    return Candidate(name or f"keep{kept}", Selection("random", layers, more.pop("experts_per_token", None)), **more)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.build("qwen3_moe").requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def packs(tmp_path_factory):
+    return {24: held_out(tmp_path_factory.mktemp("pack24")), 12: held_out(tmp_path_factory.mktemp("pack12"), lengths=(12,) * 18, seed=5)}
+
+
+@pytest.fixture(scope="module")
+def loose(model, packs):
+    given = [candidate(12), candidate(8), candidate(8, "other8", seed=3)]
+    return evaluate(model, packs, given, LOOSE, controls=[candidate(8, "control", seed=9)], **SETTINGS)
+
+
+def test_the_smallest_that_passes_wins_and_larger_ones_are_not_tried(loose):
+    table = {entry["name"]: entry for entry in loose["candidates"]}
+    assert [entry["name"] for entry in loose["candidates"]] == ["keep8", "other8", "keep12"]
+    assert table["keep12"]["verdict"] == "not evaluated" and table["keep12"]["metrics"] is None
+    eights = {name: module.kl_mean(table[name]) for name in ("keep8", "other8")}
+    assert loose["winner"] == loose["chosen"] == min(eights, key=eights.get)
+    assert loose["verdict"] == "pass" and table["keep8"]["verdict"] == "pass"
+    assert loose["confirm"]["candidate"] == loose["winner"]
+    assert table["keep8"]["kept"] == {"0": 8, "1": 8, "2": 8} and table["keep8"]["experts"] == "8"
+    assert [control["name"] for control in loose["controls"]] == ["control"]
+
+
+def test_an_evaluation_is_json_and_names_every_group(loose):
+    assert json.loads(json.dumps(loose, allow_nan=False)) == loose
+    assert list(loose["base"]) == ["24", "12"] and list(loose["base"]["24"]) == ["all", "code", "prose", "french"]
+    decide = loose["packs"]["24"]["decide"]
+    assert decide["rows"] == 9 and loose["base"]["24"]["all"]["rows"] == 6 and loose["base"]["24"]["french"]["rows"] == 3
+    assert sum(loose["base"]["24"][name]["positions"] for name in ("code", "prose", "french")) == decide["positions"]
+
+
+def test_confirm_rows_are_others_than_those_that_decided(model, packs, loose):
+    confirm = Yardstick.of(model, packs, batch_tokens=64)
+    assert confirm.base_metrics == loose["confirm"]["base"] != loose["base"]
+
+
+def test_rejection_says_which_gate_by_how_much_and_what_to_change(model, packs):
+    found = evaluate(model, packs, [candidate(8), candidate(12)], TIGHT, **SETTINGS)
+    assert found["verdict"] == "reject" and found["winner"] is None and found["chosen"] == "keep12"
+    assert all(entry["verdict"] == "reject" for entry in found["candidates"])
+    lines = found["advice"].splitlines()
+    assert lines[0] == "None of 2 candidates passes; nearest is keep12: rejected."
+    assert lines[1].startswith("  kl_mean ") and "(all, 24 tokens), limit ≤ 1e-06: reject" in lines[1] and lines[1].endswith("beyond it")
+    assert any(line.startswith("  prose alone: kl_mean") for line in lines)
+    assert "prune less" in lines[-1] and "It passes no preset." in lines[-1]
+
+
+def test_undecided_says_how_many_samples_it_would_take(model, packs):
+    first = evaluate(model, packs, [candidate(8)], LOOSE, **SETTINGS)["candidates"][0]["metrics"]["24"]["all"]["kl_mean"]
+    limit = (first["value"] + first["interval"][1]) / 2
+    found = evaluate(model, {24: packs[24]}, [candidate(8)], [Gate("kl_mean", max=limit)], **SETTINGS)
+    assert found["verdict"] == "undecided" and found["winner"] is None and found["chosen"] == "keep8"
+    [result] = found["candidates"][0]["gates"]
+    assert result["more_rows"] == pytest.approx(18, abs=1)
+    assert "raise evaluate.packs.samples from 18 to about 7" in found["advice"]
+
+
+def test_a_winner_that_fails_on_the_confirm_rows_is_no_winner(model, packs, monkeypatch):
+    confirm = module._confirm
+    monkeypatch.setattr(module, "_confirm", lambda bench, chosen, gates: confirm(bench, chosen, TIGHT))
+    found = evaluate(model, packs, [candidate(8)], LOOSE, **SETTINGS)
+    assert found["verdict"] == "reject" and found["winner"] is None and found["candidates"][0]["verdict"] == "pass"
+    assert "The candidate keep8: rejected on the confirm rows, after passing on the others." in found["advice"]
+
+
+def test_without_confirm_rows_the_deciding_ones_are_final(model, tmp_path):
+    pack = {24: held_out(tmp_path, parts="decide")}
+    found = evaluate(model, pack, [candidate(8)], LOOSE, **SETTINGS)
+    assert found["confirm"] is None and found["winner"] == "keep8"
+    assert Yardstick.of(model, pack, batch_tokens=64).base_metrics == found["base"]
+
+
+def test_a_killed_evaluation_goes_on_with_the_candidates_it_finished(model, packs, tmp_path, monkeypatch):
+    pack, given = {24: packs[24]}, [candidate(8), candidate(12)]
+    undisturbed = evaluate(model, pack, given, TIGHT, **SETTINGS)
+    real, measured = Bench._positions, []
+
+    def killed(self, each, length):
+        if each.name == "keep12":
+            raise KeyboardInterrupt
+        return real(self, each, length)
+
+    monkeypatch.setattr(Bench, "_positions", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, pack, given, TIGHT, work_directory=tmp_path, **SETTINGS)
+    monkeypatch.setattr(Bench, "_positions", real)
+    import reapkit.evaluate.bench as bench
+
+    real_measure = bench.measure
+    monkeypatch.setattr(bench, "measure", lambda *args, **kwargs: measured.append(kwargs["title"]) or real_measure(*args, **kwargs))
+    again = evaluate(model, pack, given, TIGHT, work_directory=tmp_path, **SETTINGS)
+    assert again == undisturbed
+    assert measured == ["evaluate keep12", "evaluate keep12"]  # decide, then confirm
+
+
+def test_summary_rows_show_base_candidates_controls_and_the_confirmed_choice(loose):
+    rows = list(summary_rows(loose))
+    assert [(row["role"], row["name"], row["length"]) for row in rows if row["length"] != "12"] == [
+        ("base", "base", "24"), ("candidate", "keep8", "24"), ("candidate", "other8", "24"), ("candidate", "keep12", "-"),
+        ("control", "control", "24"), ("confirm", "base", "24"), ("confirm", loose["winner"], "24")]
+    shown = rows[2]
+    assert shown["kl_mean"] == loose["candidates"][0]["metrics"]["24"]["all"]["kl_mean"]["value"]
+    assert shown["kl_mean_interval"] == loose["candidates"][0]["metrics"]["24"]["all"]["kl_mean"]["interval"]
+    assert next(summary_rows(loose, "french"))["perplexity"] == loose["base"]["24"]["french"]["perplexity"]["value"]
+
+
+def test_eaft_settings_are_the_recipes():
+    assert eaft_settings(SaliencySpec(), ObserveSpec()) == EAFT
+
+
+@torch.no_grad()
+def test_a_masked_candidate_has_the_pruned_checkpoints_own_numbers(model, packs, tmp_path):
+    tiny.save_hub_layout(model, tmp_path / "base")
+    chosen = candidate(8, experts_per_token=3)
+    prune_checkpoint(Checkpoint.open(tmp_path / "base"), chosen.selection, tmp_path / "pruned", max_shard_bytes=10**9)
+    yardstick = Yardstick.of(model, packs, batch_tokens=64)
+    assert load_model(tmp_path / "pruned").config.num_experts == 8
+    on_disk = yardstick.measure_directory(tmp_path / "pruned")
+    bench = Bench.of_part(model, packs, "confirm", None, eaft=EAFT, batch_tokens=64, progress=module.SILENT)
+    as_mask = bench.metrics(chosen)
+    for length, groups in as_mask.items():
+        for group, metrics in groups.items():
+            for name, value in metrics.items():
+                if isinstance(value, dict):
+                    assert on_disk[length][group][name]["value"] == pytest.approx(value["value"], rel=1e-4, abs=1e-6), (length, group, name)
+    unpruned = yardstick.measure_directory(tmp_path / "base")
+    assert unpruned["24"]["all"]["kl_mean"]["value"] == pytest.approx(0, abs=1e-6)  # another kernel on load
+
+
+def test_generation_is_measured_and_judged(model, packs):
+    found = evaluate(model, packs, [candidate(8)], resolve({"loop_share_delta": {"max": 1.0}}), generation=GenerationSpec(prompts=6,
+                     max_new_tokens=12), **SETTINGS)
+    written = found["candidates"][0]["generation"]["all"]
+    assert written["rows"] == 4 and written["unfinished_share"]["value"] >= 0
+    [result] = found["candidates"][0]["gates"]
+    assert result["pack"] == "generation" and result["verdict"] == "pass"
+    assert found["base_generation"]["all"]["loop_share_delta"]["value"] == 0

@@ -1,0 +1,46 @@
+"""Every broken recipe is answered with exactly the expected lines, exit code 2, and nothing is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from reapkit.cli import _run
+
+CASES = yaml.safe_load((Path(__file__).parent / "broken.yaml").read_text())
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case["name"] for case in CASES])
+def test_broken_recipe(case: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.chdir(tmp_path)
+    files = {"recipe.yaml": case["recipe"], **case.get("files", {})}
+    for name, text in files.items():
+        Path(name).write_text(text)
+    overrides = [argument for text in case.get("set", ()) for argument in ("--set", text)]
+    assert _run(["apply", "recipe.yaml", *overrides], debug=False) == 2
+    assert capsys.readouterr().err.rstrip("\n") == "\n".join(case["expected"])
+    assert sorted(path.name for path in tmp_path.rglob("*")) == sorted(files)
+
+
+def test_there_are_enough_of_them() -> None:
+    assert len(CASES) >= 80
+
+
+def test_files_that_are_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("latin.yaml").write_bytes("version: 1\nname: caf\xe9\n".encode("latin-1"))
+    Path("huge.yaml").write_text("# " + "x" * 1_000_001)
+    Path("folder.yaml").mkdir()
+    for name, said in (("latin.yaml", "latin.yaml:2 is not UTF-8 (byte 0xe9). Save it as UTF-8."),
+                       ("huge.yaml", "huge.yaml is larger than 1,000,000 bytes. A recipe is a short YAML file.")):
+        assert _run(["validate", name], debug=False) == 2
+        assert capsys.readouterr().err.strip() == said
+    assert _run(["validate", "folder.yaml"], debug=False) == 2
+    assert "no such recipe file" in capsys.readouterr().err
+
+
+def test_an_unknown_recipe_names_the_shipped_ones(capsys: pytest.CaptureFixture) -> None:
+    assert _run(["plan", "dmeo"], debug=False) == 2
+    assert "dmeo: no such recipe file. Did you mean 'demo'?" in capsys.readouterr().err

@@ -1,0 +1,146 @@
+"""Tiny random MoE models of many transformers architectures, and their checkpoints as the hub publishes them.
+
+`build("qwen3_moe")` is a float32 causal LM of three layers, hidden 64, mostly 16 experts, 256 tokens; `save_hub_layout` writes it
+with the tensor names and config keys of the published checkpoints (per-expert tensors where the hub has them).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoConfig
+
+COMMON = dict(vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
+              num_key_value_heads=2, head_dim=16, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+MLA = dict(q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16, num_key_value_heads=4,
+           head_dim=8)
+LINEAR = dict(linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=16, linear_value_head_dim=16,
+              layer_types=["linear_attention", "full_attention", "linear_attention"])
+INDEXER = dict(index_head_dim=16, index_n_heads=2, index_topk=16)
+QWEN = dict(num_experts=16, num_experts_per_tok=4, moe_intermediate_size=32)
+SHARED = dict(shared_expert_intermediate_size=32)
+ROUTED = dict(n_routed_experts=16, num_experts_per_tok=4, moe_intermediate_size=32, n_shared_experts=1, first_k_dense_replace=1)
+LOCAL = dict(num_local_experts=16, num_experts_per_tok=4, intermediate_size=32)
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": dict(QWEN, norm_topk_prob=True),
+    "qwen2_moe": dict(QWEN, **SHARED),
+    "qwen3_next": dict(QWEN, **SHARED, **LINEAR),
+    "qwen3_5_moe_text": dict(QWEN, **SHARED, **LINEAR),
+    "glm4_moe": dict(ROUTED, n_group=1, topk_group=1),
+    "glm4_moe_lite": dict(ROUTED, n_group=1, topk_group=1, **MLA),
+    "glm_moe_dsa": dict(ROUTED, n_group=1, topk_group=1, **MLA, **INDEXER),
+    "deepseek_v2": dict(ROUTED, n_group=4, topk_group=2, topk_method="group_limited_greedy", **MLA),
+    "deepseek_v3": dict(ROUTED, n_group=4, topk_group=2, **MLA),
+    "deepseek_v32": dict(ROUTED, n_group=4, topk_group=2, **MLA, **INDEXER),
+    "gpt_oss": dict(LOCAL),
+    "mixtral": dict(num_local_experts=8, num_experts_per_tok=2),
+    "minimax_m2": dict(LOCAL),
+    "olmoe": dict(num_experts=16, num_experts_per_tok=4, intermediate_size=32),
+    "llama4_text": dict(LOCAL, num_experts_per_tok=1, intermediate_size_mlp=64, interleave_moe_layer_step=1),
+    "ernie4_5_moe": dict(moe_num_experts=16, moe_k=4, moe_intermediate_size=32, moe_num_shared_experts=1, moe_layer_start_index=1),
+    "granitemoe": dict(LOCAL),
+    "phimoe": dict(num_local_experts=16, num_experts_per_tok=2),
+    "dots1": dict(ROUTED, n_group=1, topk_group=1),
+    "hunyuan_v1_moe": dict(num_experts=16, moe_topk=4, moe_intermediate_size=32),
+    "nemotron_h": dict(n_routed_experts=16, num_experts_per_tok=4, moe_intermediate_size=32, moe_shared_expert_intermediate_size=32,
+                       num_hidden_layers=4, mamba_num_heads=8, mamba_head_dim=16, n_groups=2, ssm_state_size=16, chunk_size=16),
+    "gemma4_text": dict(num_experts=16, top_k_experts=4, moe_intermediate_size=32, enable_moe_block=True,
+                        vocab_size_per_layer_input=256, hidden_size_per_layer_input=8),
+    "kimi_linear": dict(QWEN, layer_types=["linear_attention", "full_attention", "linear_attention"], kv_lora_rank=16,
+                        qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16, num_key_value_heads=4, head_dim=8,
+                        linear_head_dim=16, linear_num_heads=4, mlp_layer_types=["dense", "sparse", "sparse"]),
+    "lfm2_moe": dict(QWEN, num_dense_layers=1, layer_types=["conv", "full_attention", "conv"]),
+    "qwen3_vl_moe": dict(
+        text_config=dict(COMMON, **QWEN, rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 2, 2],
+                                                             mrope_interleaved=True)),
+        vision_config=dict(depth=1, hidden_size=32, intermediate_size=64, num_heads=2, patch_size=4, out_hidden_size=64,
+                           num_position_embeddings=16, deepstack_visual_indexes=[0])),
+}
+MULTIMODAL = {"qwen3_vl_moe": transformers.Qwen3VLMoeForConditionalGeneration}
+PUBLISHED_KEYS = {  # what transformers renames when it saves, and the hub still spells the old way
+    "qwen3_moe": {"num_local_experts": "num_experts"},
+    "qwen3_vl_moe_text": {"num_local_experts": "num_experts"},
+}
+
+
+def build(model_type: str, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> nn.Module:
+    """A random model in evaluation mode whose routing is decisive and whose experts matter.
+
+    Fresh weights of 0.02 route almost by chance and hide an expert's share of the logits below rounding, and biases start at zero:
+    matrices are drawn larger, and vectors that a checkpoint would have trained (router biases, scales) are drawn too.
+    """
+    common = {} if model_type in MULTIMODAL else COMMON
+    config = AutoConfig.for_model(model_type, **{**common, **ARCHITECTURES[model_type], **overrides})
+    torch.manual_seed(seed)
+    auto = MULTIMODAL.get(model_type)
+    model = auto(config) if auto else transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if any(part in name for part in ("e_score_correction_bias", "per_expert_scale", "expert_bias")) or name.endswith("_bias"):
+                tensor.add_(0.2 * torch.randn_like(tensor))
+            elif name.endswith(("router.bias", "gate.bias")):
+                tensor.copy_(0.5 * torch.randn_like(tensor))
+            elif tensor.dim() >= 2 and "embed" not in name and "norm" not in name and "conv" not in name:
+                tensor.mul_(4)
+    return model.to(dtype).eval()
+
+
+def save_hub_layout(model: nn.Module, path: str | Path, *, mtp: bool = False, max_shard_size: str = "50GB") -> Path:
+    """Writes `model` as the hub publishes its kind: tensor names, config keys; returns `path`.
+
+    With `mtp` a DeepSeek-style multi-token-prediction block is added after the last layer: a copy of that layer, four tensors of its
+    own, and `num_nextn_predict_layers: 1` in the config.
+    """
+    path = Path(path)
+    with quiet():
+        model.save_pretrained(path, max_shard_size=max_shard_size)
+    file = path / "config.json"
+    config = json.loads(file.read_text())
+    for part in (config, config.get("text_config", {})):
+        for saved, published in PUBLISHED_KEYS.get(part.get("model_type"), {}).items():
+            part[published] = part.pop(saved)
+    if mtp:
+        config["num_nextn_predict_layers"] = 1
+        _add_mtp_block(path, config["num_hidden_layers"], config["hidden_size"])
+    file.write_text(json.dumps(config, indent=2) + "\n")
+    return path
+
+
+def _add_mtp_block(path: Path, layer: int, hidden: int) -> None:
+    """Saves one more shard `model-mtp.safetensors` and an index that covers it."""
+    tensors: dict[str, torch.Tensor] = {}
+    where: dict[str, str] = {}
+    prefix, block = f"model.layers.{layer - 1}.", f"model.layers.{layer}."
+    for shard in sorted(path.glob("*.safetensors")):
+        with safe_open(shard, "pt") as file:
+            where |= dict.fromkeys(file.keys(), shard.name)
+            tensors |= {block + name.removeprefix(prefix): file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}
+    dtype = next(iter(tensors.values())).dtype
+    tensors |= {f"{block}{name}.weight": torch.ones(hidden, dtype=dtype) for name in ("enorm", "hnorm", "shared_head.norm")}
+    tensors[f"{block}eh_proj.weight"] = 0.1 * torch.randn(hidden, 2 * hidden, dtype=dtype)
+    save_file(tensors, path / "model-mtp.safetensors", metadata={"format": "pt"})
+    where |= dict.fromkeys(tensors, "model-mtp.safetensors")
+    index = {"metadata": {}, "weight_map": dict(sorted(where.items()))}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """transformers draws no progress bars inside the block."""
+    enabled = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            transformers.utils.logging.enable_progress_bar()
