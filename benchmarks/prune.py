@@ -2,8 +2,9 @@
 
     python benchmarks/prune.py [--gigabytes 3] [--pairs 5] [--directory /big/disk] [--layout per-expert|fused]
 
-Writes a random checkpoint, prunes half its experts, and copies the result with `cp`; each pair in alternating order, once with the
-source in the page cache (warm) and once without (cold). Both sides end with fsync. Reports medians, their ratio and the peak memory.
+Writes a random checkpoint, prunes half its experts, and copies the result with `cp`; each pair in alternating order, once with
+the source in the page cache (warm) and once without (cold). Both sides end with fsync. Reports medians, their ratio and the
+peak memory.
 """
 
 from __future__ import annotations
@@ -127,7 +128,8 @@ def main() -> None:
                                          for layer in read_layout(checkpoint).layers})
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         nbytes = prune_checkpoint(checkpoint, selection, kept, max_shard_bytes=SHARD_BYTES).nbytes
-        print(f"{options.layout}: {checkpoint.nbytes / 1e9:.2f} GB in {len(checkpoint.tensors)} tensors, {nbytes / 1e9:.2f} GB stay")
+        print(f"{options.layout}: {checkpoint.nbytes / 1e9:.2f} GB in {len(checkpoint.tensors)} tensors, {nbytes / 1e9:.2f} GB "
+              "stay")
         for warm in (True, False):
             times: dict[str, list[float]] = {"cp": [], "prune": []}
             for pair in range(options.pairs):
@@ -138,7 +140,8 @@ def main() -> None:
                     shutil.rmtree(out)
             ratios = [prune / copy for prune, copy in zip(times["prune"], times["cp"], strict=True)]
             print(f"{'warm' if warm else 'cold'} cache, {options.pairs} pairs: cp {statistics.median(times['cp']):.2f} s, "
-                  f"prune with sha256 {statistics.median(times['prune']):.2f} s ({nbytes / statistics.median(times['prune']) / 1e9:.2f} GB/s), "
+                  f"prune with sha256 {statistics.median(times['prune']):.2f} s "
+                  f"({nbytes / statistics.median(times['prune']) / 1e9:.2f} GB/s), "
                   f"ratio median {statistics.median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f}")
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         print(f"peak memory {peak / 1024:.0f} MiB, of which {before / 1024:.0f} MiB before pruning")

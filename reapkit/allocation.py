@@ -32,7 +32,8 @@ class LayerRanking:
     @cached_property
     def order(self) -> list[int]:
         """Protected experts first, then by saliency; ties go to the lower index."""
-        return sorted(range(len(self.saliency)), key=lambda expert: (expert not in self.protected, -self.saliency[expert], expert))
+        experts = range(len(self.saliency))
+        return sorted(experts, key=lambda expert: (expert not in self.protected, -self.saliency[expert], expert))
 
     def group(self, expert: int) -> int:
         return expert * self.groups // len(self.saliency)
@@ -78,11 +79,13 @@ def uniform_counts(rankings: Mapping[int, LayerRanking], budgets: Mapping[int, L
 
 
 def global_counts(rankings: Mapping[int, LayerRanking], budgets: Mapping[int, LayerBudget], unit: int) -> dict[int, int]:
-    """Spends the layers' total budget where normalised saliency is lowest, never below a layer's least. Ties keep the lower layer.
+    """Spends the layers' total budget where normalised saliency is lowest, never below a layer's least.
 
-    Layers shrink in steps of `unit` experts (one without groups and `multiple_of`), each step costing the mean normalised saliency of
-    its experts. Experts never routed go first; a layer without any saliency keeps its uniform budget. Where E is no multiple of
-    `unit` the total may fall short of the budget by less than one step. Raises RecipeError where what is protected does not fit.
+    Layers shrink in steps of `unit` experts (one without groups and `multiple_of`), each step costing the mean normalised
+    saliency of its experts; of equals the lower layer is kept. Experts never routed go first; a layer without any saliency
+    keeps its uniform budget. Where E is no multiple of `unit` the total may fall short of the budget by less than one step.
+
+    Raises RecipeError where what is protected does not fit.
     """
     counts = {layer: len(ranking.saliency) for layer, ranking in rankings.items()}
     least = {layer: max(budgets[layer].least, _round_up(ranking.least_for_protected(), unit, counts[layer]))
@@ -99,8 +102,9 @@ def global_counts(rankings: Mapping[int, LayerRanking], budgets: Mapping[int, La
     removable = sum(size for layer_steps in steps.values() for _, size in layer_steps)
     if removable < budget:
         protected = sum(len(ranking.protected) for ranking in rankings.values())
-        raise RecipeError([Problem("prune.protect", f"the budget removes {budget} experts, but {protected} protected ones, caps and routing leave "
-                                   f"{removable} to remove. Protect fewer, loosen prune.caps, or prune less.")])
+        raise RecipeError([Problem("prune.protect", f"the budget removes {budget} experts, but {protected} protected ones, "
+                                   f"caps and routing leave {removable} to remove. Protect fewer, loosen prune.caps, or "
+                                   "prune less.")])
     queue = [(layer_steps[0][0], -layer, 0) for layer, layer_steps in steps.items() if layer_steps]
     heapq.heapify(queue)
     while queue:
@@ -118,28 +122,31 @@ def global_counts(rankings: Mapping[int, LayerRanking], budgets: Mapping[int, La
 
 def _steps(ranking: LayerRanking, shares: Sequence[float], least: int, unit: int) -> list[tuple[float, int]]:
     """(cost, experts) of each step a layer can shrink by; costs never fall from one step to the next."""
-    experts, order, steps, begin = len(shares), ranking.removal_order(), [], 0
     lowest = min(0.0, *(share for share in shares if share != NEVER_ROUTED))
-    while experts - begin > least:
-        end = begin + ((experts - begin) % unit or unit)
-        step = [shares[expert] for expert in order[begin:end]]
-        if experts - end < least:
-            break
-        finite = [lowest if share == NEVER_ROUTED else share for share in step]
-        steps.append((NEVER_ROUTED if all(share == NEVER_ROUTED for share in step) else sum(finite) / len(finite), end - begin))
+    order, steps, begin = ranking.removal_order(), [], 0
+    while (end := begin + ((len(order) - begin) % unit or unit)) <= len(order) - least:
+        steps.append((_step_cost([shares[expert] for expert in order[begin:end]], lowest), end - begin))
         begin = end
     return steps
 
 
+def _step_cost(shares: Sequence[float], lowest: float) -> float:
+    """The mean share; experts never routed count as the lowest, and a step of nothing else comes before all others."""
+    routed = [share for share in shares if share != NEVER_ROUTED]
+    if not routed:
+        return NEVER_ROUTED
+    return (sum(routed) + lowest * (len(shares) - len(routed))) / len(shares)
+
+
 def global_cut(rankings: Mapping[int, LayerRanking], counts: Mapping[int, int]) -> float:
-    """The highest normalised saliency that a global allocation dropped; kept experts below it owe it to their layer's minimum."""
+    """The highest normalised saliency that was dropped globally; experts kept below it owe it to their layer's minimum."""
     dropped = [shares[expert] for layer, ranking in rankings.items() if (shares := ranking.normalised) is not None
                for expert in set(range(len(shares))) - set(ranking.keep(counts[layer]))]
     return max(dropped, default=NEVER_ROUTED)
 
 
 def reasons(ranking: LayerRanking, kept: Sequence[int], budget: LayerBudget, cut: float | None = None) -> dict[int, str]:
-    """Why each expert stays or goes, in a word or a few, by expert. `cut`: the global cut under `allocation: global`, else None."""
+    """Why each expert stays or goes, in a few words, by expert. `cut`: the global cut under `allocation: global`, else None."""
     inside, plain = set(kept), set(ranking.order[: len(kept)])
     position = {expert: i for group in ranking.by_group for i, expert in enumerate(group)}
     return {expert: _kept_reason(ranking, expert, position[expert], len(kept), expert in plain, budget, cut) if expert in inside
@@ -173,8 +180,9 @@ def _too_many_protected(layer: int, ranking: LayerRanking, kept: int) -> Problem
     names = list(ranking.protected.values())
     parts = ", ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(names))
     groups = f" in {ranking.groups} equal groups" if ranking.groups > 1 else ""
-    return Problem("prune.protect", f"layer {layer} protects {len(names)} experts ({parts}), which takes {ranking.least_for_protected()} kept "
-                                    f"experts{groups}, but its budget keeps {kept}. Protect fewer, or prune less.")
+    least = ranking.least_for_protected()
+    return Problem("prune.protect", f"layer {layer} protects {len(names)} experts ({parts}), which takes {least} kept experts"
+                                    f"{groups}, but its budget keeps {kept}. Protect fewer, or prune less.")
 
 
 def _round_up(count: int, unit: int, most: int) -> int:

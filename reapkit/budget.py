@@ -1,4 +1,4 @@
-"""What a recipe's prune section asks for, as integers: the candidates of its grid and the experts each layer keeps. Torch-free."""
+"""What a recipe's prune section asks for, as integers: its grid's candidates, the experts each layer keeps. Torch-free."""
 
 from __future__ import annotations
 
@@ -34,6 +34,10 @@ class Candidate:
         budget = {} if said else {"ratio": self.ratio, "keep_ratio": None, "keep_experts": None}
         return prune.model_copy(update={**budget, "candidates": None, "allocation": self.allocation,
                                         "experts_per_token": self.experts_per_token})
+
+    def kept(self, prune: PruneSpec, architecture: Architecture, layers: Sequence[int]) -> dict[int, int]:
+        """Kept experts by decoder layer; under `allocation: global` the counts whose total is spent."""
+        return {layer: budget.kept for layer, budget in layer_budgets(self.prune(prune), architecture, layers).items()}
 
     def saliency(self, saliency: SaliencySpec) -> SaliencySpec:
         """The recipe's saliency section with this candidate's criterion."""
@@ -83,8 +87,8 @@ def budget_notes(prune: PruneSpec, architecture: Architecture, layers: Sequence[
             notes.append(f"prune.caps[{i}].layers skips the dense layers {ranges(dense)}.")
     budget = next(iter(layer_budgets(prune, architecture, layers).values()))
     if budget.rounded != budget.wanted:
-        notes.append(f"{budget_path(prune)}: {found(prune)} asks for {budget.wanted} kept experts, rounded up to {budget.rounded} "
-                     f"{unit_reason(prune, architecture)}.")
+        notes.append(f"{budget_path(prune)}: {found(prune)} asks for {budget.wanted} kept experts, rounded up to "
+                     f"{budget.rounded} {unit_reason(prune, architecture)}.")
     return notes
 
 
@@ -120,7 +124,8 @@ def _distinct(values: Sequence | None) -> tuple:
 
 def _name(ratio: Decimal | None, keep_experts: int | None, criterion: str, allocation: str, top_k: int | None) -> str:
     """A name that is also a file name, such as `reap-r0.5`, `reap-r0.5-global-top2` or `reap-keep80`."""
-    parts = [re.sub(r"[^A-Za-z0-9_.-]+", ".", criterion), f"r{ratio.normalize():f}" if ratio is not None else f"keep{keep_experts}"]
+    budget = f"r{ratio.normalize():f}" if ratio is not None else f"keep{keep_experts}"
+    parts = [re.sub(r"[^A-Za-z0-9_.-]+", ".", criterion), budget]
     parts += ["global"] if allocation == "global" else []
     parts += [f"top{top_k}"] if top_k is not None else []
     return "-".join(parts)

@@ -60,7 +60,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         if bits is None:
             raise UnusableError(f"{path}: tensor {name} has unknown dtype {dtype}. Upgrade reapkit.")
         if begin != position or (end - begin) * 8 != prod(shape) * bits:
-            raise UnusableError(f"{path}: tensor {name} has offsets {begin}..{end} that do not fit its shape. Download it again.")
+            raise UnusableError(f"{path}: tensor {name} has offsets {begin}..{end} that do not fit its shape. Download it "
+                                "again.")
         position = end
         tensors[name] = TensorInfo(name, dtype, shape, path.name, base + begin, base + end)
     if base + position != size:
@@ -75,7 +76,8 @@ def _parse_header(path: Path, text: bytes) -> dict[str, tuple[str, tuple[int, ..
         entries.pop("__metadata__", None)
         return {name: _parse_entry(name, entry) for name, entry in entries.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UnusableError(f"{path}: its header is no safetensors header ({type(error).__name__}: {error}). Download it again.") from None
+        raise UnusableError(f"{path}: its header is no safetensors header ({type(error).__name__}: {error}). Download it "
+                            "again.") from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -132,7 +134,8 @@ class Checkpoint:
         else:
             weight_map, shards = None, sorted(file.name for file in path.glob("*.safetensors"))
         if not shards:
-            raise UnusableError(f"{path}: no safetensors weights there. reapkit reads safetensors only; convert .bin files first.")
+            raise UnusableError(f"{path}: no safetensors weights there. reapkit reads safetensors only; convert .bin files "
+                                "first.")
         tensors: dict[str, TensorInfo] = {}
         for shard in shards:
             if not (path / shard).is_file():
@@ -141,7 +144,8 @@ class Checkpoint:
             if weight_map is not None:  # of two tensors of one name the index chooses
                 found = {name: tensor for name, tensor in found.items() if weight_map.get(name, shard) == shard}
             if twice := next((name for name in found if name in tensors), None):
-                raise UnusableError(f"{path}: tensor {twice} lies in {tensors[twice].shard} and in {shard}. Remove the stale one.")
+                raise UnusableError(f"{path}: tensor {twice} lies in {tensors[twice].shard} and in {shard}. Remove the stale "
+                                    "one.")
             tensors.update(found)
         if weight_map is not None and (lost := sorted(set(weight_map) - set(tensors))):
             raise UnusableError(f"{path}: the index names {len(lost)} tensors that no shard holds, such as {lost[0]}.")
@@ -166,7 +170,8 @@ class Checkpoint:
 
     @cached_property
     def identity(self) -> str:
-        """What names this checkpoint in keys: config, headers and each shard's content where it is small, else its size and mtime."""
+        """What names this checkpoint in keys: config, headers and each shard's content where it is small, else its size and
+        mtime."""
         tensors = [(t.name, t.dtype, t.shape, t.shard, t.begin) for t in self.tensors.values()]
         return digest({"config": self.config, "tensors": sorted(tensors), "shards": [_shard_identity(self.path / s) for s in self.shards]})
 

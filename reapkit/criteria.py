@@ -9,10 +9,11 @@ from __future__ import annotations
 import difflib
 import hashlib
 import importlib
-import inspect
+import importlib.util
 import re
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any
 
 from reapkit.errors import Problem, RecipeError
@@ -41,29 +42,44 @@ def user_criterion(name: str) -> Callable[..., Any]:
     """The function behind an installed criterion's name or `module:function`. Raises RecipeError if it cannot be had."""
     if problem := criterion_problem(name):
         raise RecipeError([problem])
-    point = installed_criteria().get(name)
-    target = point.value if point else name
-    module_name, _, attribute = target.partition(":")
+    module, _, attribute = _target(name).partition(":")
     try:
-        found: Any = importlib.import_module(module_name)
+        found: Any = importlib.import_module(module)
         for part in attribute.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
-        raise RecipeError([Problem("saliency.criterion", f"'{name}' cannot be imported ({error}). Put the folder that holds "
-                                   f"{module_name.partition('.')[0]} on PYTHONPATH, or install its package.")]) from error
+        raise RecipeError([_not_found(name, error)]) from error
     if not callable(found):
-        raise RecipeError([Problem("saliency.criterion", f"'{name}' is a {type(found).__name__}, not a function of (totals, spec).")])
+        kind = type(found).__name__
+        raise RecipeError([Problem("saliency.criterion", f"'{name}' is a {kind}, not a function of (totals, spec).")])
     return found
 
 
 def criterion_fingerprint(name: str) -> str | None:
-    """sha256 of the file that defines a user's criterion, for keys: the code changes what it decides. None for built-in ones."""
+    """sha256 of the file that defines a user's criterion, for keys: its code decides. None for built-in ones.
+
+    The file is found, not run. Raises RecipeError where there is none.
+    """
     if name in BUILTIN_CRITERIA:
         return None
-    function = user_criterion(name)
-    module = inspect.getmodule(function)
+    if problem := criterion_problem(name):
+        raise RecipeError([problem])
+    module = _target(name).partition(":")[0]
     try:
-        source = inspect.getsource(module if module is not None else function)
-    except (OSError, TypeError):  # compiled or typed at a prompt: its name is all there is
-        source = f"{getattr(function, '__module__', '')}:{getattr(function, '__qualname__', '')}"
-    return hashlib.sha256(source.encode()).hexdigest()
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or not spec.has_location:
+        raise RecipeError([_not_found(name, f"No module named '{module}'")])
+    return hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()
+
+
+def _target(name: str) -> str:
+    point = installed_criteria().get(name)
+    return point.value if point else name
+
+
+def _not_found(name: str, why: object) -> Problem:
+    folder = _target(name).partition(":")[0].partition(".")[0]
+    return Problem("saliency.criterion", f"'{name}' cannot be imported ({why}). Put the folder that holds {folder} on "
+                                         "PYTHONPATH, or install its package.")

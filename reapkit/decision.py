@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -39,7 +38,7 @@ SUPER_QUANTILE, SUPER_FRACTION, SUPER_DEPTH = 0.995, 0.1, 0.75
 
 @dataclass(frozen=True, eq=False)
 class Shared:
-    """What all candidates of one decision have in common: the observation, its sources' weights, EAFT sums, protected experts."""
+    """What all candidates of one decision have in common: the observation, sources' weights, EAFT sums, protected experts."""
 
     observation: Observation
     architecture: Architecture
@@ -86,8 +85,8 @@ def decide(observation: Observation, spec: SaliencySpec, prune: PruneSpec, archi
 def super_experts(activation_max: Tensor) -> list[list[int]]:
     """Experts with massive activations by layer (arXiv 2507.23279): `activation_max` [L, E] above its limit in early layers.
 
-    The limit is the larger of the 99.5th percentile over all layers (linear interpolation) and a tenth of the maximum; early is the
-    first 75 % of the layers.
+    The limit is the larger of the 99.5th percentile over all layers (linear interpolation) and a tenth of the maximum; early is
+    the first 75 % of the layers.
     """
     values = activation_max.double()
     limit = max(float(torch.quantile(values.flatten(), SUPER_QUANTILE)), SUPER_FRACTION * float(values.max()))
@@ -123,7 +122,7 @@ def _selection(shared: Shared, candidate: Candidate, terms: Terms, rankings: Map
     counts = terms.counts(rankings)
     cut = global_cut(rankings, counts) if terms.prune.allocation == "global" else None
     layers = {layer: _layer(ranking, counts[layer], terms.budgets[layer], cut) for layer, ranking in rankings.items()}
-    details = _how(candidate, terms.spec) | _outcome(layers, rankings, terms) | {"eaft": _eaft(shared, terms, layers)}
+    details = _how(candidate, terms.spec) | _outcome(layers, rankings, terms, counts) | {"eaft": _eaft(shared, terms, layers)}
     warnings = _unrouted_warnings(details) + _conflict_warnings(shared.observation, details["eaft"])
     return Selection(terms.spec.criterion, layers, terms.prune.experts_per_token, details | {"warnings": warnings})
 
@@ -145,7 +144,8 @@ def _how(candidate: Candidate, spec: SaliencySpec) -> dict[str, Any]:
             "mix": None if spec.mix is None else {name: str(weight) for name, weight in spec.mix.items()}}
 
 
-def _outcome(layers: Mapping[int, LayerSelection], rankings: Mapping[int, LayerRanking], terms: Terms) -> dict[str, Any]:
+def _outcome(layers: Mapping[int, LayerSelection], rankings: Mapping[int, LayerRanking], terms: Terms,
+             counts: Mapping[int, int]) -> dict[str, Any]:
     """What came of it, layers by their decoder index."""
     unrouted = {layer: [expert for expert, value in enumerate(ranking.saliency) if value == NEVER_ROUTED]
                 for layer, ranking in rankings.items()}
@@ -154,7 +154,7 @@ def _outcome(layers: Mapping[int, LayerSelection], rankings: Mapping[int, LayerR
     return {"experts": sum(len(ranking.saliency) for ranking in rankings.values()),
             "removed": sum(len(layer.drop) for layer in layers.values()), "never_routed": _listed(unrouted),
             "protected": {name: _listed(by_layer) for name, by_layer in protected.items()},
-            "dropped_saliency": {how: _dropped_saliency(rankings, terms, how) for how in ("uniform", "global")},
+            "dropped_saliency": _dropped_saliency(rankings, terms, counts),
             "near_ties": _near_ties(layers)}
 
 
@@ -165,24 +165,33 @@ def _eaft(shared: Shared, terms: Terms, layers: Mapping[int, LayerSelection]) ->
     values = saliency(shared.observation, terms.spec, shared.regions, weights_without_conflict(terms.spec.eaft))
     rankings = shared.rankings(values)
     counts = terms.counts(rankings)
-    changed = {str(layer): len(set(layers[layer].keep) - set(ranking.keep(counts[layer]))) for layer, ranking in rankings.items()}
+    changed = {str(layer): len(set(layers[layer].keep) - set(ranking.keep(counts[layer])))
+               for layer, ranking in rankings.items()}
     return summarise(shared.regions, shared.observation.sources, shared.alphas) | {
         "changed_by_conflict": sum(changed.values()),
         "changed_by_conflict_by_layer": {layer: count for layer, count in changed.items() if count}}
 
 
-def _dropped_saliency(rankings: Mapping[int, LayerRanking], terms: Terms, allocation: str) -> float | None:
-    """Σ over dropped experts of S_e / Σ|S|, averaged over the layers; None where that allocation is impossible."""
+def _dropped_saliency(rankings: Mapping[int, LayerRanking], terms: Terms, counts: Mapping[int, int]) -> dict[str, float | None]:
+    """Σ over dropped experts of S_e / Σ|S|, averaged over the layers, under the chosen allocation and the other one.
+
+    None where the other is impossible: it need not fit what is protected.
+    """
+    chosen = terms.prune.allocation
+    other = "uniform" if chosen == "global" else "global"
     try:
-        counts = terms.counts(rankings, allocation)
-    except RecipeError:  # the allocation that was not asked for need not fit what is protected
-        return None
-    return sum(_dropped_share(ranking, counts[layer]) for layer, ranking in rankings.items()) / len(rankings)
+        found: dict[str, Mapping[int, int] | None] = {chosen: counts, other: terms.counts(rankings, other)}
+    except RecipeError:
+        found = {chosen: counts, other: None}
+    return {how: None if kept is None else _dropped_share(rankings, kept) for how, kept in sorted(found.items(), reverse=True)}
 
 
-def _dropped_share(ranking: LayerRanking, count: int) -> float:
-    kept, shares = set(ranking.keep(count)), ranking.normalised or ()
-    return sum(share for expert, share in enumerate(shares) if expert not in kept and share != NEVER_ROUTED)
+def _dropped_share(rankings: Mapping[int, LayerRanking], counts: Mapping[int, int]) -> float:
+    dropped = 0.0
+    for layer, ranking in rankings.items():
+        kept, shares = set(ranking.keep(counts[layer])), ranking.normalised or ()
+        dropped += sum(share for expert, share in enumerate(shares) if expert not in kept and share != NEVER_ROUTED)
+    return dropped / len(rankings)
 
 
 def _near_ties(layers: Mapping[int, LayerSelection]) -> list[dict[str, Any]]:
@@ -193,7 +202,8 @@ def _near_ties(layers: Mapping[int, LayerSelection]) -> list[dict[str, Any]]:
         if best is None or layer.saliency[best] == NEVER_ROUTED:
             continue
         high = layer.saliency[best]
-        ties += [{"layer": index, "kept": expert, "dropped": best, "relative_gap": (layer.saliency[expert] - high) / (abs(high) or 1.0)}
+        ties += [{"layer": index, "kept": expert, "dropped": best,
+                  "relative_gap": (layer.saliency[expert] - high) / (abs(high) or 1.0)}
                  for expert in layer.keep if layer.reasons[expert] not in (BY_HAND, SUPER, CORE)
                  and abs(layer.saliency[expert] - high) <= NEAR_TIE * abs(high)]
     return ties
@@ -203,9 +213,9 @@ def _unrouted_warnings(details: Mapping[str, Any]) -> list[str]:
     unrouted = details["never_routed"]
     if not unrouted:
         return []
-    where = ranges([int(layer) for layer in unrouted])
-    return [f"{sum(map(len, unrouted.values()))} of {details['experts']} experts received no token (layers {where}). "
-            "Raise calibration.samples, or accept that they rank last."]
+    where = ("layers " if len(unrouted) > 1 else "layer ") + ranges([int(layer) for layer in unrouted])
+    return [f"{sum(map(len, unrouted.values()))} of {details['experts']} experts received no token ({where}). Raise "
+            "calibration.samples, or accept that they rank last."]
 
 
 def _conflict_warnings(observation: Observation, eaft: Mapping[str, Any] | None) -> list[str]:
@@ -218,8 +228,8 @@ def _conflict_warnings(observation: Observation, eaft: Mapping[str, Any] | None)
     if eaft["changed_by_conflict"] == 0:
         return [f"the conflict term of eaft-reap changed no kept expert ({share:.2%} of positions are in conflict). {advice}"]
     if share < SMALL_CONFLICT_SHARE:
-        return [f"{share:.2%} of positions are in conflict, so the conflict weight {weight:g} can hardly matter: it changed "
-                f"{eaft['changed_by_conflict']} kept experts. {advice}"]
+        return [f"{share:.2%} of positions are in conflict, so the conflict weight {weight:g} can hardly matter: of the "
+                f"kept experts it changed {eaft['changed_by_conflict']}. {advice}"]
     return []
 
 

@@ -27,7 +27,7 @@ CHUNK_POSITIONS = 1 << 19  # bounds the index arrays at about 100 MB, whatever t
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Region borders, float32 values as Python floats; `p_high` and `h_mid` only with a stricter good region. NaN: no position."""
+    """Region borders, float32 values; `p_high` and `h_mid` only with a stricter good region. NaN: no position."""
 
     p_low: float
     h_low: float
@@ -40,8 +40,8 @@ class Thresholds:
 class Regions:
     """An observation's EAFT sums by region, from which any weights follow.
 
-    `thresholds`: one per source (equal ones if pooled). `positions`: int64 [S, R]. `count`, `gate_norm_sum`: float64 [L, S, R, E], N
-    and Σgn over the positions of that region routed to the expert; regions in the order of REGIONS.
+    `thresholds`: one per source (equal ones if pooled). `positions`: int64 [S, R]. `count`, `gate_norm_sum`: float64
+    [L, S, R, E], N and Σgn over the positions of that region routed to the expert; regions in the order of REGIONS.
     """
 
     spec: EaftSpec
@@ -81,12 +81,12 @@ def trace_of(observation: Observation) -> Trace:
     """The observation's EAFT trace. Raises UnusableError where none was collected or it holds numbers that are not finite."""
     trace = observation.eaft
     if trace is None:
-        raise UnusableError("the observation holds no EAFT signals, which eaft-reap and prune.protect.core_per_layer need. Set observe.eaft: true "
-                            "and observe again, or choose another criterion.")
+        raise UnusableError("the observation holds no EAFT signals, which eaft-reap and prune.protect.core_per_layer need. Set "
+                            "observe.eaft: true and observe again, or choose another criterion.")
     bad = int((~(trace.p.isfinite() & trace.h.isfinite())).sum())
     if bad:
-        raise UnusableError(f"the EAFT signals of {bad} of {len(trace)} positions are not finite: the logits overflowed. Observe in bfloat16 or "
-                            "float32.")
+        raise UnusableError(f"the EAFT signals of {bad} of {len(trace)} positions are not finite: the logits overflowed. "
+                            "Observe in bfloat16 or float32.")
     return trace
 
 
@@ -106,8 +106,8 @@ def measure_regions(observation: Observation, spec: EaftSpec, alphas: Sequence[F
     group = source * len(REGIONS) + region
     positions = torch.bincount(group, minlength=sources * len(REGIONS)).view(sources, len(REGIONS))
     shape = (sources, len(REGIONS), experts)
-    sums = [_layer_sums(*trace.routed(layer), group, shape) for layer in observation.layers]
-    return Regions(spec, thresholds, positions, torch.stack([count for count, _ in sums]), torch.stack([mass for _, mass in sums]))
+    counts, masses = zip(*(_layer_sums(*trace.routed(layer), group, shape) for layer in observation.layers), strict=True)
+    return Regions(spec, thresholds, positions, torch.stack(counts), torch.stack(masses))
 
 
 def _layer_sums(expert: Tensor, gate_norm: Tensor, group: Tensor, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
@@ -144,8 +144,8 @@ def source_thresholds(trace: Trace, sources: int, spec: EaftSpec, alphas: Sequen
 def _borders(p: list[Tensor], h: list[Tensor], alphas: Sequence[Fraction], spec: EaftSpec) -> Thresholds:
     quantiles, good = spec.quantiles, spec.good
     strict = {} if good == "rest" else {"p_high": quantile(p, alphas, good.p_high), "h_mid": quantile(h, alphas, good.h_mid)}
-    return Thresholds(quantile(p, alphas, quantiles.p_low), quantile(h, alphas, quantiles.h_low), quantile(h, alphas, quantiles.h_high),
-                      **strict)
+    return Thresholds(p_low=quantile(p, alphas, quantiles.p_low), h_low=quantile(h, alphas, quantiles.h_low),
+                      h_high=quantile(h, alphas, quantiles.h_high), **strict)
 
 
 def quantile(values: Sequence[Tensor], alphas: Sequence[Fraction], level: Decimal) -> float:
@@ -167,20 +167,23 @@ def quantile(values: Sequence[Tensor], alphas: Sequence[Fraction], level: Decima
     return float(pooled[low])
 
 
-def eaft_saliency(regions: Regions, alphas: Sequence[Fraction], weights: Sequence[float], *, mean: bool, prior_count: float = 0.0) -> Tensor:
+def eaft_saliency(regions: Regions, alphas: Sequence[Fraction], weights: Sequence[float], *, mean: bool,
+                  prior_count: float = 0.0) -> Tensor:
     """Σ w·g·n / (N + λ) by expert, or the bare sum; Tensor[L, E] float64, signed, NaN where N + λ = 0."""
     sums = regions.sums(alphas, weights)
     return sums / (regions.counts(alphas) + prior_count) if mean else sums
 
 
 def summarise(regions: Regions, sources: Sequence[str], alphas: Sequence[Fraction]) -> dict[str, Any]:
-    """Thresholds, weights and region shares (by source, and of the whole mix weighed by α) as plain data for selection and report."""
+    """Thresholds, weights and region shares, by source and of the whole mix weighed by α, as plain data."""
     spec = regions.spec
     positions = regions.positions.tolist()
-    named = [("pooled", regions.thresholds[0])] if spec.thresholds == "pooled" else zip(sources, regions.thresholds, strict=True)
+    pooled = spec.thresholds == "pooled"
+    named = [("pooled", regions.thresholds[0])] if pooled else zip(sources, regions.thresholds, strict=True)
     shares = {name: _shares(row) for name, row in zip(sources, positions, strict=True)}
     whole = [sum(alpha * row[region] for row, alpha in zip(positions, alphas, strict=True)) for region in range(len(REGIONS))]
-    return {"thresholds": {name: _finite(borders) for name, borders in named}, "weights": dict(zip(REGIONS, region_weights(spec), strict=True)),
+    return {"thresholds": {name: _finite(borders) for name, borders in named},
+            "weights": dict(zip(REGIONS, region_weights(spec), strict=True)),
             "positions": {name: dict(zip(REGIONS, row, strict=True)) for name, row in zip(sources, positions, strict=True)},
             "shares": {"all": _shares(whole), **shares}}
 

@@ -23,12 +23,13 @@ ALL_SOURCES = "all"
 TOP_EXPERTS = 10
 
 
-def export(observation: Observation, directory: Path, *, spec: SaliencySpec | None = None, calibration: Mapping[str, Any] | None = None,
-           model: str | None = None, tokens_per_second: float | None = None, reproduce: str | None = None) -> list[Path]:
+def export(observation: Observation, directory: Path, *, spec: SaliencySpec | None = None,
+           calibration: Mapping[str, Any] | None = None, model: str | None = None, tokens_per_second: float | None = None,
+           reproduce: str | None = None) -> list[Path]:
     """Writes the three files into `directory` and returns their paths; the same observation gives the same bytes.
 
-    `spec` ranks the experts (default: reap). `calibration`: what calibration.json says, for datasets and prompts hash; `model`: its
-    name; `reproduce`: the command that made the observation. What is not given is left out of the profile, never guessed.
+    `spec` ranks the experts (default: reap). `calibration`: what calibration.json says, for datasets and prompts hash; `model`:
+    its name; `reproduce`: the command that made the observation. What is not given is left out of the profile, never guessed.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -36,7 +37,8 @@ def export(observation: Observation, directory: Path, *, spec: SaliencySpec | No
     ranking = ranking_by_layer(observation, saliency(observation, spec))
     pq.write_table(saliency_table(observation), directory / PARQUET)
     (directory / RANKING).write_text(json.dumps(ranking, indent=None).replace("], ", "],\n ") + "\n")
-    text = profile(observation, ranking, spec, calibration=calibration, model=model, tokens_per_second=tokens_per_second, reproduce=reproduce)
+    text = profile(observation, ranking, spec, calibration=calibration, model=model, tokens_per_second=tokens_per_second,
+                   reproduce=reproduce)
     (directory / PROFILE).write_text(text, encoding="utf-8")
     return [directory / name for name in (PARQUET, RANKING, PROFILE)]
 
@@ -48,8 +50,7 @@ def saliency_table(observation: Observation) -> pa.Table:
     """
     sources = (*observation.sources, ALL_SOURCES)
     shape = (len(observation.layers), len(sources), observation.num_experts)
-    index = [torch.arange(n).view([-1 if d == dim else 1 for d in range(3)]).expand(shape).flatten() for dim, n in enumerate(shape)]
-    layers, source_index, experts = index
+    layers, source_index, experts = (index.flatten() for index in torch.meshgrid(*map(torch.arange, shape), indexing="ij"))
     columns = {"layer": pa.array(torch.tensor(observation.layers, dtype=torch.int32)[layers].numpy()),
                "expert": pa.array(experts.int().numpy()),
                "source": pa.array([sources[i] for i in source_index.tolist()])}
@@ -77,8 +78,9 @@ def prompts_hash(calibration: Mapping[str, Any]) -> str:
     return hashlib.sha256("".join(source["sha256"] for source in calibration["sources"]).encode()).hexdigest()
 
 
-def profile(observation: Observation, ranking: Mapping[str, list[int]], spec: SaliencySpec, *, calibration: Mapping[str, Any] | None,
-            model: str | None, tokens_per_second: float | None, reproduce: str | None) -> str:
+def profile(observation: Observation, ranking: Mapping[str, list[int]], spec: SaliencySpec, *,
+            calibration: Mapping[str, Any] | None, model: str | None, tokens_per_second: float | None,
+            reproduce: str | None) -> str:
     """The saliency profile as Markdown: what was observed, top experts, concentration, files."""
     name = model or observation.model_type
     blocks = [f"# Saliency profile: {name}", "\n".join(_facts(observation, spec, calibration, name, tokens_per_second)),
@@ -100,9 +102,10 @@ def _facts(observation: Observation, spec: SaliencySpec, calibration: Mapping[st
     facts += [f"- Source {_source(name, calibration)}: {t:,} tokens, {s:,} scored"
               for name, t, s in zip(observation.sources, tokens, scored, strict=True)]
     if calibration is not None:
-        facts.append(f"- Rows: {calibration['rows']:,} | Max row length: {calibration['max_length']} | Packing: {calibration['packing']} | Score: "
-                     f"{calibration['score']}")
-    facts += [f"- Layers: {len(observation.layers)} | Experts: {observation.num_experts} | Top-k: {observation.num_experts_per_tok}",
+        facts.append(f"- Rows: {calibration['rows']:,} | Max row length: {calibration['max_length']} | "
+                     f"Packing: {calibration['packing']} | Score: {calibration['score']}")
+    top_k = observation.num_experts_per_tok
+    facts += [f"- Layers: {len(observation.layers)} | Experts: {observation.num_experts} | Top-k: {top_k}",
               f"- Total tokens processed: {sum(tokens):,} | Kept (scored) tokens: {sum(scored):,}",
               f"- Saliency: {spec.criterion}, {formula(spec)}"]
     if tokens_per_second is not None:

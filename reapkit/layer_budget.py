@@ -49,14 +49,15 @@ def layer_budgets(prune: PruneSpec, architecture: Architecture, layers: Sequence
     wanted, rounded = _uniform_count(prune, architecture, problems)
     floors = _cap_floors(prune, architecture, layers, problems)
     routable = _round_up(_routing(prune, architecture).least_experts, kept_unit(prune, architecture), architecture.num_experts)
-    budgets = {layer: LayerBudget(wanted, rounded, max(rounded, floors[layer]), max(routable, floors[layer])) for layer in layers}
+    budgets = {layer: LayerBudget(wanted, rounded, max(rounded, least), max(routable, least))
+               for layer, least in floors.items()}
     if not problems:
         _check_routing(prune, architecture, rounded, problems)
-        _check_layout(prune, architecture, budgets, floors, problems)
+        _check_layout(prune, architecture, budgets, problems)
         _check_protected(prune, architecture, budgets, problems)
     if not problems and all(budget.kept == architecture.num_experts for budget in budgets.values()):
-        problems.append(Problem(budget_path(prune), f"{found(prune)}, but the caps keep every expert of every layer, so nothing is "
-                                                     "removed. Loosen prune.caps."))
+        problems.append(Problem(budget_path(prune), f"{found(prune)}, but the caps keep every expert of every layer, so "
+                                                    "nothing is removed. Loosen prune.caps."))
     if problems:
         raise RecipeError(problems)
     return budgets
@@ -95,8 +96,8 @@ def _uniform_count(prune: PruneSpec, architecture: Architecture, problems: list[
     """Kept experts of a layer without caps: as the ratio says, and rounded up to the unit."""
     experts, unit = architecture.num_experts, kept_unit(prune, architecture)
     if unit >= experts:
-        problems.append(Problem("prune.multiple_of", f"{prune.multiple_of}, but no count below {experts} experts is divisible by {unit} "
-                                f"(n_group {architecture.n_group}, multiple_of {prune.multiple_of}). Choose a smaller one."))
+        problems.append(Problem("prune.multiple_of", f"{prune.multiple_of}, but no count below {experts} experts is divisible "
+                                f"by {unit} ({_unit_factors(prune, architecture)}). Choose a smaller one."))
         return experts, experts
     if prune.keep_experts is not None:
         return _explicit_count(prune, architecture, prune.keep_experts, problems)
@@ -107,19 +108,21 @@ def _uniform_count(prune: PruneSpec, architecture: Architecture, problems: list[
         fewest = experts - (experts - 1) // unit * unit
         problems.append(Problem(budget_path(prune), f"{found(prune)}, which of {experts} experts removes {removed}"
                                 + (f" and, rounded {unit_reason(prune, architecture)}, none" if removed else "")
-                                + f". Choose {_ratio_for(prune, Fraction(fewest, experts))}, which removes {fewest} per layer."))
+                                + f". Choose {_ratio_for(prune, Fraction(fewest, experts))}, which removes {fewest} per "
+                                  "layer."))
     return experts - removed, rounded
 
 
 def _explicit_count(prune: PruneSpec, architecture: Architecture, kept: int, problems: list[Problem]) -> tuple[int, int]:
     experts, unit = architecture.num_experts, kept_unit(prune, architecture)
     if kept >= experts:
-        problems.append(Problem("prune.keep_experts", f"{kept}, but {architecture.model_type} has {experts} routed experts per layer, "
-                                f"so nothing is removed. Choose {_choices(prune, architecture)}."))
+        problems.append(Problem("prune.keep_experts", f"{kept}, but {architecture.model_type} has {experts} routed experts per "
+                                f"layer, so nothing is removed. Choose {_choices(prune, architecture)}."))
     elif kept % unit:
-        near = [count for count in (kept // unit * unit, (kept // unit + 1) * unit) if _least(prune, architecture) <= count < experts]
-        problems.append(Problem("prune.keep_experts", f"{kept} is not divisible by {unit} (n_group {architecture.n_group}, multiple_of "
-                                f"{prune.multiple_of}). Choose {' or '.join(map(str, near)) or _choices(prune, architecture)}."))
+        below, least = kept // unit * unit, _least(prune, architecture)
+        near = " or ".join(str(count) for count in (below, below + unit) if least <= count < experts)
+        factors, choice = _unit_factors(prune, architecture), near or _choices(prune, architecture)
+        problems.append(Problem("prune.keep_experts", f"{kept} is not divisible by {unit} ({factors}). Choose {choice}."))
     return kept, kept
 
 
@@ -157,20 +160,21 @@ def _check_routing(prune: PruneSpec, architecture: Architecture, rounded: int, p
     if architecture.n_group > 1:
         needs += f" in {architecture.topk_group} of {architecture.n_group} groups, each scored by its two best"
     if least > architecture.num_experts:
-        problems.append(Problem("prune.experts_per_token", f"{top_k}, but {needs}, which takes {least} of the {architecture.num_experts} "
-                                f"experts. Choose 1 to {_largest_top_k(architecture, architecture.num_experts)}."))
+        most = _largest_top_k(architecture, architecture.num_experts)
+        problems.append(Problem("prune.experts_per_token", f"{top_k}, but {needs}, which takes {least} of the "
+                                f"{architecture.num_experts} experts. Choose 1 to {most}."))
     elif rounded < least == architecture.num_experts:
-        problems.append(Problem(budget_path(prune), f"{found(prune)}, but {needs}, which takes all {least}, so none can be removed. "
-                                                     "Lower prune.experts_per_token."))
+        problems.append(Problem(budget_path(prune), f"{found(prune)}, but {needs}, which takes all {least}, so none can be "
+                                                    "removed. Lower prune.experts_per_token."))
     elif rounded < least and prune.keep_experts is not None:
         problems.append(Problem("prune.keep_experts", f"{rounded}, but {needs}. Choose {_choices(prune, architecture)}."))
     elif rounded < least:
-        most = Fraction(architecture.num_experts - least, architecture.num_experts)
-        problems.append(Problem(budget_path(prune), f"{found(prune)} leaves {rounded} of {architecture.num_experts} experts, but {needs}, "
-                                f"which takes {least}. Choose {_ratio_for(prune, most, at_most=True)}."))
+        most = _ratio_for(prune, Fraction(architecture.num_experts - least, architecture.num_experts), at_most=True)
+        problems.append(Problem(budget_path(prune), f"{found(prune)} leaves {rounded} of {architecture.num_experts} experts, "
+                                f"but {needs}, which takes {least}. Choose {most}."))
 
 
-def _check_layout(prune: PruneSpec, architecture: Architecture, budgets: dict[int, LayerBudget], floors: dict[int, int],
+def _check_layout(prune: PruneSpec, architecture: Architecture, budgets: dict[int, LayerBudget],
                   problems: list[Problem]) -> None:
     """With `layout: uniform` the caps must leave the same count everywhere."""
     counts = {budget.kept for budget in budgets.values()}
@@ -181,14 +185,17 @@ def _check_layout(prune: PruneSpec, architecture: Architecture, budgets: dict[in
         kept = _round_up(_cap_count(cap, experts), kept_unit(prune, architecture), experts)
         if kept > rounded:
             capped = layer_range(cap.layers, tuple(budgets), architecture.num_hidden_layers).layers
-            everywhere = _ratio_for(prune, Fraction(experts - kept, experts), at_most=True) if kept < experts else None
+            everywhere = None if kept == experts else str(kept) if prune.keep_experts is not None else _ratio_for(
+                prune, Fraction(experts - kept, experts), at_most=True)
+            field = budget_path(prune).removeprefix("prune.")
             problems.append(Problem(f"prune.caps[{i}]", f"keeps {kept} of {experts} experts in layers {ranges(capped)} where "
-                                    f"{budget_path(prune).removeprefix('prune.')} keeps {rounded} elsewhere, and layout: uniform has one count for "
-                                    f"all. Loosen the cap to {rounded} experts"
-                                    + (f", lower the budget to {everywhere}" if everywhere else "") + ", or set prune.layout: ragged."))
+                                    f"{field} keeps {rounded} elsewhere, and layout: uniform has one count for all. Loosen "
+                                    f"the cap to {rounded} experts" + (f", set {field} to {everywhere}" if everywhere else "")
+                                    + ", or set prune.layout: ragged."))
 
 
-def _check_protected(prune: PruneSpec, architecture: Architecture, budgets: dict[int, LayerBudget], problems: list[Problem]) -> None:
+def _check_protected(prune: PruneSpec, architecture: Architecture, budgets: dict[int, LayerBudget],
+                     problems: list[Problem]) -> None:
     """Experts protected by hand exist and fit into what is kept, group by group; so does the core."""
     experts, groups = architecture.num_experts, architecture.n_group
     for layer, protected in prune.protect.experts.items():
@@ -197,19 +204,20 @@ def _check_protected(prune: PruneSpec, architecture: Architecture, budgets: dict
             problems.append(Problem(path, f"layer {layer} is no MoE layer. MoE layers: {ranges(sorted(budgets))}."))
             continue
         if wrong := sorted({expert for expert in protected if not 0 <= expert < experts}):
-            problems.append(Problem(path, f"expert {', '.join(map(str, wrong))}, but a layer's experts are 0 to {experts - 1}."))
+            named = ", ".join(map(str, wrong))
+            problems.append(Problem(path, f"expert {named}, but a layer's experts are 0 to {experts - 1}."))
             continue
         room = experts if prune.allocation == "global" else budgets[layer].kept
         for group in range(groups):
             inside = {expert for expert in protected if expert * groups // experts == group}
             if len(inside) > room // groups:
                 where = f" in group {group}" if groups > 1 else ""
-                problems.append(Problem(path, f"protects {len(inside)} experts{where}, but the layer keeps {room // groups}{where}. "
-                                              "Protect fewer, or prune less."))
+                problems.append(Problem(path, f"protects {len(inside)} experts{where}, but the layer keeps "
+                                              f"{room // groups}{where}. Protect fewer, or prune less."))
     kept = min(budget.kept for budget in budgets.values())
     if prune.protect.core_per_layer > kept:
-        problems.append(Problem("prune.protect.core_per_layer", f"{prune.protect.core_per_layer}, but a layer keeps {kept} experts. "
-                                                                f"Choose 0 to {kept}."))
+        problems.append(Problem("prune.protect.core_per_layer", f"{prune.protect.core_per_layer}, but a layer keeps {kept} "
+                                                                f"experts. Choose 0 to {kept}."))
 
 
 # ---------------------------------------------------------------------------------------------- words and numbers
@@ -220,17 +228,17 @@ def _ratio(prune: PruneSpec) -> Fraction:
 
 
 def budget_path(prune: PruneSpec) -> str:
+    """The recipe path of the field that says how much goes."""
     return "prune." + next(name for name in ("ratio", "keep_ratio", "keep_experts") if getattr(prune, name) is not None)
 
 
 def found(prune: PruneSpec) -> str:
+    """Its value, as the user wrote it."""
     return str(next(value for value in (prune.ratio, prune.keep_ratio, prune.keep_experts) if value is not None))
 
 
 def _ratio_for(prune: PruneSpec, removed: Fraction, *, at_most: bool = False) -> str:
     """A value of the recipe's own field that removes at least (or at most) this fraction, in at most four decimals."""
-    if prune.keep_experts is not None:
-        return "more experts"
     keeps = prune.keep_ratio is not None
     value, up = (1 - removed, at_most) if keeps else (removed, not at_most)
     rounded = Decimal((ceil if up else floor)(value * 10_000)) / 10_000
@@ -239,13 +247,14 @@ def _ratio_for(prune: PruneSpec, removed: Fraction, *, at_most: bool = False) ->
 
 def _routing(prune: PruneSpec, architecture: Architecture) -> Architecture:
     """The architecture with the recipe's top-k override."""
-    return architecture if prune.experts_per_token is None else replace(architecture, num_experts_per_tok=prune.experts_per_token)
+    top_k = prune.experts_per_token
+    return architecture if top_k is None else replace(architecture, num_experts_per_tok=top_k)
 
 
 def _least(prune: PruneSpec, architecture: Architecture) -> int:
     """The fewest experts that route, divisible by the unit; above the expert count where the top-k cannot be met at all."""
-    least = _routing(prune, architecture).least_experts
-    return least if least > architecture.num_experts else _round_up(least, kept_unit(prune, architecture), architecture.num_experts)
+    least, experts = _routing(prune, architecture).least_experts, architecture.num_experts
+    return least if least > experts else _round_up(least, kept_unit(prune, architecture), experts)
 
 
 def _largest_top_k(architecture: Architecture, kept: int) -> int:
@@ -263,7 +272,11 @@ def _round_up(count: int, unit: int, most: int) -> int:
 
 
 def unit_reason(prune: PruneSpec, architecture: Architecture) -> str:
-    return (f"to a multiple of {kept_unit(prune, architecture)} (n_group {architecture.n_group}, multiple_of {prune.multiple_of})")
+    return f"to a multiple of {kept_unit(prune, architecture)} ({_unit_factors(prune, architecture)})"
+
+
+def _unit_factors(prune: PruneSpec, architecture: Architecture) -> str:
+    return f"n_group {architecture.n_group}, multiple_of {prune.multiple_of}"
 
 
 def ranges(layers: Sequence[int]) -> str:

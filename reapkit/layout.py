@@ -30,17 +30,17 @@ SHARED = re.compile(r"(?:^|[._])shared?(?:[._]|$)")
 ROUTER = re.compile(r"(?:^|\.)(?:gate|wg|router\w*|moe_statics|classifier|\w*expert\w*|\w*correction_bias|tid2eid)(?:\.|$)")
 ATTENTION = re.compile(r"(?:^|\.)\w*(?:attn|attention|mamba|conv|norm|rotary|latent)\w*(?:\.|$)")
 DENSE = re.compile(r"(?:^|\.)(?:mlps?|feed_forward|ffn)\.(?:\d+\.)?(?:gate|up|down|gate_up|w[123])(?:_proj)?\.")
-QUANTIZER_STATE = re.compile(r"(?:^|_)(?:weight|input|output|proj)_(?:global_)?scale(?:_\d|_inv)?$|scales$|weight_shape$|zero_point$|"
-                             r"^qzeros$|^g_idx$|weight_g_idx$")
+QUANTIZER_STATE = re.compile(r"(?:^|_)(?:weight|input|output|proj)_(?:global_)?scale(?:_\d|_inv)?$|scales$|weight_shape$|"
+                             r"zero_point$|^qzeros$|^g_idx$|weight_g_idx$")
 
 
 @dataclass(frozen=True)
 class MoeLayer:
     """The tensors of one layer that carry its expert axis.
 
-    `per_expert`: expert -> names. `stacked`: name -> axis that counts the experts, for weights and router rows alike; where that
-    axis is longer than `num_experts`, its last entries belong to no routed expert (zero experts, shared rows) and stay. `table` names
-    a fixed token-to-expert table: a layer that has one can only stay whole.
+    `per_expert`: expert -> names. `stacked`: name -> axis that counts the experts, for weights and router rows alike; where
+    that axis is longer than `num_experts`, its last entries belong to no routed expert (zero experts, shared rows) and stay.
+    `table` names a fixed token-to-expert table: a layer that has one can only stay whole.
     """
 
     index: int
@@ -80,7 +80,8 @@ class Parameters:
 def read_layout(checkpoint: Checkpoint) -> Layout:
     """Finds every expert axis of the checkpoint; tensors of multi-token-prediction blocks are kept apart.
 
-    Raises UnusableError naming a tensor that might carry an expert axis but cannot be decided, or counts that contradict each other.
+    Raises UnusableError naming a tensor that might carry an expert axis but cannot be decided, or counts that contradict each
+    other.
     """
     depth = checkpoint.architecture.num_hidden_layers
     sites, others = _expert_sites(checkpoint)
@@ -94,16 +95,16 @@ def read_layout(checkpoint: Checkpoint) -> Layout:
         index += depth if is_mtp and parent != stack else 0
         found = mtp if is_mtp else layers
         if index in found:
-            raise UnusableError(f"{checkpoint.path}: layer {index} holds routed experts in two places, one of them {site}. reapkit "
-                                "prunes one set of routed experts per layer.")
+            raise UnusableError(f"{checkpoint.path}: layer {index} holds routed experts in two places, one of them {site}. "
+                                "reapkit prunes one set of routed experts per layer.")
         layer = MoeLayer(index, _num_experts(site, per_expert, stacked, checkpoint), per_expert, dict.fromkeys(stacked, 0))
         found[index] = _with_router(layer, site, others.pop((parent, _place(site)[1]), ()), checkpoint)
     for names in others.values():
         if lost := next((name for name in names if "expert" in name and not SHARED.search(name)), None):
             raise UnusableError(f"{checkpoint.path}: tensor {lost} names an expert in a layer where reapkit finds none. {_ASK}")
     if not layers:
-        raise UnusableError(f"{checkpoint.path}: its config declares experts, but no tensor holds any. Choose the checkpoint of a "
-                            "MoE model whose expert weights are stored as `experts`.")
+        raise UnusableError(f"{checkpoint.path}: its config declares experts, but no tensor holds any. Choose the checkpoint "
+                            "of a MoE model whose expert weights are stored as `experts`.")
     _agree_with_config(layers, checkpoint)
     return Layout(dict(sorted(layers.items())), dict(sorted(mtp.items())), mtp_tensors, stack)
 
@@ -132,7 +133,8 @@ def pruned_sizes(checkpoint: Checkpoint, kept: Mapping[int, int], layout: Layout
 
 def active_parameters(checkpoint: Checkpoint, layout: Layout, kept: Mapping[int, int] | None = None,
                       experts_per_token: int | None = None) -> Parameters:
-    """Weights in all and per token: each layer counts `experts_per_token` of its experts, multi-token prediction counts not at all.
+    """Weights in all and per token: each layer counts `experts_per_token` of its experts, multi-token prediction counts not at
+    all.
 
     Packed weights count as what they stand for, scales and zero points as nothing; router rows stay active.
     """
@@ -166,8 +168,8 @@ def _expert_sites(checkpoint: Checkpoint) -> tuple[dict[str, tuple[dict[int, tup
     for name in checkpoint.tensors:
         site, found, rest = name.partition(EXPERTS)
         if found and "shared" not in site:
-            number = rest[:rest.find(".")]
-            if number.isascii() and number.isdecimal() and (number[0] != "0" or number == "0"):
+            number, dot, _ = rest.partition(".")
+            if dot and number.isascii() and number.isdecimal() and (number[0] != "0" or number == "0"):
                 per_expert[site][int(number)].append(name)
             else:
                 stacked[site].append(name)
@@ -175,8 +177,9 @@ def _expert_sites(checkpoint: Checkpoint) -> tuple[dict[str, tuple[dict[int, tup
             stacked[match["site"]].append(name)
         else:
             others[_place(name)].append(name)
-    return ({site: ({e: tuple(n) for e, n in sorted(per_expert[site].items())} if site in per_expert else {}, stacked.get(site, []))
-             for site in dict.fromkeys([*per_expert, *stacked])}, others)
+    sites = {site: ({expert: tuple(names) for expert, names in sorted(per_expert.get(site, {}).items())}, stacked.get(site, []))
+             for site in dict.fromkeys([*per_expert, *stacked])}
+    return sites, others
 
 
 def _place(name: str) -> tuple[str, int]:
@@ -196,13 +199,14 @@ def _decoder_stack(checkpoint: Checkpoint, sites: Iterable[str]) -> str:
     stacks = Counter(_place(site)[0] for site in sites)
     decoders = [stack for stack in stacks if not MTP.search(stack)]
     if len(decoders) > 1 or "" in decoders:
-        raise UnusableError(f"{checkpoint.path}: routed experts lie below {' and '.join(repr(stack) for stack in decoders)}; reapkit "
-                            "prunes models with one stack of decoder layers.")
+        raise UnusableError(f"{checkpoint.path}: routed experts lie below {' and '.join(repr(stack) for stack in decoders)}; "
+                            "reapkit prunes models with one stack of decoder layers.")
     return decoders[0] if decoders else ""
 
 
 def is_mtp_name(name: str, stack: str, depth: int) -> bool:
-    """Whether a tensor or module belongs to a multi-token-prediction block: by its prefix, or by its number beyond the decoder's."""
+    """Whether a tensor or module belongs to a multi-token-prediction block: by its prefix, or by its number beyond the
+    decoder's."""
     if name.startswith(stack):
         number = name[len(stack):name.find(".", len(stack))]
         if number.isascii() and number.isdecimal():
@@ -216,13 +220,16 @@ def _num_experts(site: str, per_expert: Mapping[int, Any], stacked: Iterable[str
     first = Counter(shape[0] for shape in axes.values() if shape)
     count = len(per_expert) or (first.most_common(1)[0][0] if first else 0)
     if not count:
-        raise UnusableError(f"{checkpoint.path}: {site} names experts, but none of its tensors has an axis that counts them. {_ASK}")
+        raise UnusableError(f"{checkpoint.path}: {site} names experts, but none of its tensors has an axis that counts them. "
+                            f"{_ASK}")
     if per_expert and max(per_expert) != count - 1:
         missing = next(expert for expert in range(count) if expert not in per_expert)
-        raise UnusableError(f"{checkpoint.path}: {site} has experts up to {max(per_expert)} but no expert {missing}. Download it again.")
+        raise UnusableError(f"{checkpoint.path}: {site} has experts up to {max(per_expert)} but no expert {missing}. Download "
+                            "it again.")
     for name, shape in axes.items():
         if not shape or shape[0] != count:
-            raise UnusableError(f"{checkpoint.path}: tensor {name} has shape {list(shape)} in a layer of {count} experts. {_ASK}")
+            raise UnusableError(f"{checkpoint.path}: tensor {name} has shape {list(shape)} in a layer of {count} experts. "
+                                f"{_ASK}")
     return count
 
 
@@ -232,7 +239,8 @@ def _with_router(layer: MoeLayer, site: str, names: Iterable[str], checkpoint: C
     lengths = [layer.num_experts] + [layer.num_experts + text[key] for key in ("zero_expert_num", "n_shared_experts")
                                      if isinstance(text.get(key), int) and text[key] > 0]
     stacked = {name: axis for name, axis in layer.stacked.items() if checkpoint.tensors[name].numel != 1}
-    table, routes, own_site = None, False, _own_path(f"{site}.").rstrip(".")  # empty (gemma4): the experts' neighbours are the layer's other parts
+    own_site = _own_path(f"{site}.").rstrip(".")  # empty (gemma4): the experts' neighbours are the layer's other parts
+    table, routes = None, False
     for name in names:
         tensor, own = checkpoint.tensors[name], _own_path(name)
         if tensor.numel == 1 or SHARED.search(own) or ATTENTION.search(own):
@@ -245,11 +253,11 @@ def _with_router(layer: MoeLayer, site: str, names: Iterable[str], checkpoint: C
                 stacked[name] = axis
                 routes = routes or len(tensor.shape) == 2
         elif own_site and own.startswith(f"{own_site}.") and not DENSE.search(own) and layer.num_experts in tensor.shape:
-            raise UnusableError(f"{checkpoint.path}: tensor {name} has shape {list(tensor.shape)} in a layer of {layer.num_experts} "
-                                f"experts. {_ASK}")
+            raise UnusableError(f"{checkpoint.path}: tensor {name} has shape {list(tensor.shape)} in a layer of "
+                                f"{layer.num_experts} experts. {_ASK}")
     if not routes:
-        raise UnusableError(f"{checkpoint.path}: {site} holds {layer.num_experts} experts, but no router with as many rows was found "
-                            "beside them. Known names: gate.weight, router.weight, gate.wg.weight, router.layer.weight, "
+        raise UnusableError(f"{checkpoint.path}: {site} holds {layer.num_experts} experts, but no router with as many rows was "
+                            "found beside them. Known names: gate.weight, router.weight, gate.wg.weight, router.layer.weight, "
                             "router.proj.weight.")
     return MoeLayer(layer.index, layer.num_experts, layer.per_expert, stacked, table)
 
@@ -266,17 +274,19 @@ def _router_axis(tensor: TensorInfo, own: str, lengths: list[int], hidden: int |
     else:
         if tensor.shape == (hidden,):  # an input scale or bias of the router acts on channels
             return None
-    raise UnusableError(f"{checkpoint.path}: tensor {tensor.name} has shape {list(tensor.shape)} in a layer of {lengths[0]} experts. {_ASK}")
+    raise UnusableError(f"{checkpoint.path}: tensor {tensor.name} has shape {list(tensor.shape)} in a layer of {lengths[0]} "
+                        f"experts. {_ASK}")
 
 
 def _agree_with_config(layers: Mapping[int, MoeLayer], checkpoint: Checkpoint) -> None:
     text = text_config(checkpoint.config)
     per_layer = text.get("num_routed_experts_per_layer")
     for index, layer in layers.items():
-        declared = per_layer[index] if isinstance(per_layer, list) and index < len(per_layer) else checkpoint.architecture.num_experts
+        listed = isinstance(per_layer, list) and index < len(per_layer)
+        declared = per_layer[index] if listed else checkpoint.architecture.num_experts
         if layer.num_experts != declared:
-            raise UnusableError(f"{checkpoint.path}: layer {index} holds {layer.num_experts} experts where config.json says {declared}. "
-                                "The two must agree; download the checkpoint again or correct its config.")
+            raise UnusableError(f"{checkpoint.path}: layer {index} holds {layer.num_experts} experts where config.json says "
+                                f"{declared}. The two must agree; download the checkpoint again or correct its config.")
 
 
 def _packed_bits(config: Mapping[str, Any]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,23 @@ def load_model(path: str | Path, *, device: str = "cpu", dtype: str | torch.dtyp
     path = Path(path)
     config = load_config(path, trust_remote_code=trust_remote_code)
     implementation = {} if device != "cpu" else {"experts_implementation": "eager"}
-    model, info = model_class(config, trust_remote_code).from_pretrained(
-        path, config=config, dtype=DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype, output_loading_info=True,
-        device_map=device, trust_remote_code=trust_remote_code, **implementation, **dequantized(config))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="You passed `quantization_config`")  # that we override how it loads is meant
+        model, info = model_class(config, trust_remote_code).from_pretrained(
+            path, config=config, dtype=DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype, output_loading_info=True,
+            device_map=device, trust_remote_code=trust_remote_code, **implementation, **dequantized(config))
     if missing := sorted(info["missing_keys"]):
         raise UnusableError(f"{path}: {len(missing)} tensors that {type(model).__name__} needs are missing, such as {missing[0]}; "
                             "transformers would fill them at random. Download the checkpoint again.")
-    return model.eval().requires_grad_(False)
+    return widened(model.eval().requires_grad_(False), model.dtype)
+
+
+def widened(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """`module` without floats narrower than `dtype`: MXFP4 weights always unpack to bfloat16, whatever the rest of the model is in."""
+    for parameter in module.parameters():
+        if parameter.is_floating_point() and parameter.dtype.itemsize < dtype.itemsize and parameter.device.type != "meta":
+            parameter.data = parameter.data.to(dtype)
+    return module
 
 
 def load_config(path: str | Path, *, trust_remote_code: bool = False) -> transformers.PretrainedConfig:
@@ -51,7 +62,7 @@ def model_class(config: transformers.PretrainedConfig, trust_remote_code: bool =
 
 
 def dequantized(config: transformers.PretrainedConfig) -> dict[str, Any]:
-    """Arguments of `from_pretrained` that turn FP8 and MXFP4 weights into plain ones; other schemes load as they are."""
+    """Arguments of `from_pretrained` that turn FP8, MXFP4 and compressed-tensors weights into plain ones; other schemes load as they are."""
     settings = getattr(config, "quantization_config", None)
     method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
     if method == "fp8":
@@ -59,6 +70,8 @@ def dequantized(config: transformers.PretrainedConfig) -> dict[str, Any]:
         return {"quantization_config": transformers.FineGrainedFP8Config(dequantize=True, weight_block_size=block)}
     if method == "mxfp4":
         return {"quantization_config": transformers.Mxfp4Config(dequantize=True)}
+    if method == "compressed-tensors":  # else weights are unpacked by a hook on the whole model's forward, which the base model's lacks
+        return {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)}
     return {}
 
 

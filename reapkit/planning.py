@@ -5,6 +5,7 @@ A stage's key is a hash of (stage, version, resolved spec, input keys); a key th
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from reapkit.budget import Candidate, candidates, kept_experts
+from reapkit.budget import Candidate, candidates
 from reapkit.checkpoint import Checkpoint
 from reapkit.criteria import criterion_fingerprint, criterion_problem
 from reapkit.errors import Problem, ReapkitError, RecipeError
@@ -85,7 +86,7 @@ class Plan:
 
     def kept(self, candidate: Candidate) -> dict[int, int]:
         """Experts kept per MoE layer under a candidate's budget."""
-        return kept_experts(candidate.prune(self.recipe.prune), None, self.checkpoint.architecture, tuple(self.layout.layers))
+        return candidate.kept(self.recipe.prune, self.checkpoint.architecture, tuple(self.layout.layers))
 
     def pruned(self, candidate: Candidate) -> Sizes:
         """The pruned checkpoint's size, from headers alone."""
@@ -130,6 +131,8 @@ def make_plan(loaded: LoadedRecipe, *, download: bool = False) -> Plan:
     Raises RecipeError with every contradiction between recipe and checkpoint at its line, UnusableError for the checkpoint.
     """
     recipe = loaded.recipe
+    if str(loaded.directory) not in sys.path:
+        sys.path.append(str(loaded.directory))  # `saliency.criterion: module:function` finds a module beside its recipe
     checkpoint = Checkpoint.open(model_directory(recipe.model, loaded.directory, download=download))
     layout = read_layout(checkpoint)
     grid = _check(loaded, checkpoint, layout)
@@ -196,7 +199,7 @@ def _specs(loaded: LoadedRecipe, checkpoint: Checkpoint, grid: tuple[Candidate, 
     if quantizes:
         specs["quantize"] = ({"quantize": _dump(recipe.quantize), "max_shard_bytes": recipe.output.max_shard_bytes},
                              ("prune", "calibrate") if calibrated else ("prune",), ())
-    specs["verify"] = ({"gates_quantized": _dump(evaluate)["gates_quantized"]}, tuple(dict.fromkeys(("prune", final, "packs"))), ())
+    specs["verify"] = ({"gates_quantized": _dump(evaluate)["gates_quantized"]}, tuple(dict.fromkeys(("packs", "select", "prune", final))), ())
     specs["report"] = ({"name": recipe.name, "description": recipe.description, "card": recipe.output.card,
                         "source": recipe.model.source},
                        tuple(dict.fromkeys(("calibrate", "observe", "select", "evaluate", "prune", final, "verify"))), ())

@@ -13,14 +13,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from reapkit.errors import RejectedByGates, ReapkitError, StageFailed
 from reapkit.planning import STAGES, Plan, Stage, make_plan, store_of
 from reapkit.progress import SILENT, Progress
 from reapkit.recipe.loading import LoadedRecipe, as_loaded
 from reapkit.recipe.schema import Recipe
-write_rejected_report = None
+from reapkit.report import write_rejected_report
+from reapkit.report.facts import recipe_yaml
 from reapkit.stages import Context
 from reapkit.store import Artifact, write_json
 
@@ -189,7 +188,7 @@ def _link(run: Run) -> None:
             if card.is_file():
                 (target / "README.md").unlink(missing_ok=True)
                 shutil.copy(card, target / "README.md")
-    (run.directory / "recipe.resolved.yaml").write_text(resolved_yaml(run.plan))
+    (run.directory / "recipe.resolved.yaml").write_text(recipe_yaml(run.plan.recipe))
     write_json(run.directory / "run.json", describe(run))
 
 
@@ -209,11 +208,6 @@ def _link_or_copy(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
-
-
-def resolved_yaml(plan: Plan) -> str:
-    """The recipe with parents merged and every default written out."""
-    return yaml.safe_dump(plan.recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
 
 
 def describe(run: Run) -> dict[str, Any]:

@@ -26,8 +26,8 @@ from reapkit.recipe.schema import SaliencySpec
 class Totals:
     """An observation's statistics with its sources added up, weighted by the post-hoc mix.
 
-    Sums are Tensor[L, E] float64, maxima Tensor[L, E] float32 over the sources that have weight. `mean_alpha` is the mean weight of
-    a scored token, by which `prior_count` scales (1 without a mix).
+    Sums are Tensor[L, E] float64, maxima Tensor[L, E] float32 over the sources that have weight. `mean_alpha` is the mean
+    weight of a scored token, by which `prior_count` scales (1 without a mix).
     """
 
     layers: tuple[int, ...]
@@ -61,7 +61,8 @@ def source_alphas(observation: Observation, mix: Mapping[str, Decimal] | None) -
                 for name in mix if name not in tokens]
     problems += [Problem(f"saliency.mix.{name}", f"{weight} is negative. Give a share of 0 or more.")
                  for name, weight in mix.items() if weight < 0]
-    problems += [Problem(f"saliency.mix.{name}", f"weighs {weight}, but the observation has no scored token of it. Give it 0, or observe it.")
+    problems += [Problem(f"saliency.mix.{name}", f"weighs {weight}, but the observation has no scored token of it. Give it 0, "
+                                                 "or observe it.")
                  for name, weight in mix.items() if weight > 0 and tokens.get(name) == 0]
     if not problems and sum(mix.values()) == 0:
         problems.append(Problem("saliency.mix", "every weight is 0. Give at least one source a share."))
@@ -162,11 +163,14 @@ def formula(spec: SaliencySpec) -> str:
     return f"{FORMULAS[spec.criterion]} / " + (f"(N + {spec.prior_count:g})" if spec.prior_count else "N")
 
 
-def saliency(observation: Observation, spec: SaliencySpec, regions: Regions | None = None, weights: Sequence[float] | None = None) -> Tensor:
+def saliency(observation: Observation, spec: SaliencySpec, regions: Regions | None = None,
+             weights: Sequence[float] | None = None) -> Tensor:
     """The saliency of every expert, Tensor[L, E] float64; -inf for experts that no position was routed to.
 
-    `regions`: the EAFT sums, if they were measured already; `weights`: other region weights than the spec's. Raises RecipeError for an unknown criterion or
-    mix, UnusableError where the observation lacks what the criterion needs or holds a number that is not finite.
+    `regions`: the EAFT sums, if they were measured already; `weights`: other region weights than the spec's.
+
+    Raises RecipeError for an unknown criterion or mix, UnusableError where the observation lacks what the criterion needs or
+    holds a number that is not finite.
     """
     summed = totals(observation, spec.mix)
     if spec.criterion == "eaft-reap":
@@ -197,5 +201,5 @@ def _check_finite(values: Tensor, routed: Tensor, observation: Observation, crit
     if bad:
         named = ", ".join(f"layer {observation.layers[layer]} expert {expert}" for layer, expert in bad[:4])
         raise UnusableError(f"saliency: {criterion} is not a finite number for {len(bad)} of {values.numel()} experts ({named}"
-                            + (", …" if len(bad) > 4 else "") + "). The model overflowed while it was observed, or the criterion divides "
-                            "by zero. Observe in bfloat16 or float32, or mend the criterion.")
+                            + (", …" if len(bad) > 4 else "") + "). The model overflowed while it was observed, or the "
+                            "criterion divides by zero. Observe in bfloat16 or float32, or mend the criterion.")

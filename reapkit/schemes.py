@@ -16,7 +16,7 @@ from fractions import Fraction
 from math import gcd
 
 from reapkit.architecture import text_config
-from reapkit.checkpoint import Checkpoint, TensorInfo
+from reapkit.checkpoint import DTYPE_BITS, Checkpoint, TensorInfo
 from reapkit.errors import Problem, RecipeError
 from reapkit.layout import LAYER, Layout, read_layout
 from reapkit.recipe.schema import QuantizeSpec
@@ -31,33 +31,33 @@ class Scheme:
     """How a scheme stores one matrix [rows, columns]; the names are compressed-tensors' presets.
 
     `group`: columns that share a scale (None: one scale per row); `rows_per_scale` > 1 for blocks. `fixed`: the group is part of the
-    format. `constant_bits`: per matrix. `experts_reload`: whether transformers 5.17 reads routed experts in this format; engines that
+    format. `scale_bits` None: as the weights. `constant_bits`: per matrix. `experts_reload`: whether transformers 5.17 reads routed experts in this format; engines that
     keep one module per expert (vLLM) read all of them.
     """
 
     name: str
     bits: int
     group: int | None
-    scale_bits: int
+    scale_bits: int | None
     fixed: bool
     constant_bits: int = 0
     rows_per_scale: int = 1
     kind: str = "int"
     experts_reload: bool = True
 
-    def nbytes(self, rows: int, columns: int, group_size: int) -> int:
-        """Bytes of one quantized matrix: packed weights, scales and what goes with them."""
+    def nbytes(self, rows: int, columns: int, group_size: int, weight_bits: int = 16) -> int:
+        """Bytes of one quantized matrix: packed weights, scales (as wide as the source's weights unless the format says) and the rest."""
         group = (self.group if self.fixed else group_size) or columns
         words = -(-columns * self.bits // 32) * 32 if self.kind == "int" else columns * self.bits
         scales = -(-rows // self.rows_per_scale) * -(-columns // group)
-        return (rows * words + scales * self.scale_bits + self.constant_bits) // 8
+        return (rows * words + scales * (self.scale_bits or weight_bits) + self.constant_bits) // 8
 
 
 _SHAPE = 2 * 64  # pack-quantized stores `weight_shape`, two int64
 SCHEMES: Mapping[str, Scheme] = {scheme.name: scheme for scheme in (
-    *(Scheme(f"W{bits}A16", bits, 128, 16, fixed=False, constant_bits=_SHAPE) for bits in range(2, 9)),
-    Scheme("FP8_DYNAMIC", 8, None, 16, fixed=True, kind="float"),
-    Scheme("FP8_BLOCK", 8, 128, 16, fixed=True, rows_per_scale=128, kind="float", experts_reload=False),
+    *(Scheme(f"W{bits}A16", bits, 128, None, fixed=False, constant_bits=_SHAPE) for bits in range(2, 9)),
+    Scheme("FP8_DYNAMIC", 8, None, None, fixed=True, kind="float"),
+    Scheme("FP8_BLOCK", 8, 128, None, fixed=True, rows_per_scale=128, kind="float", experts_reload=False),
     Scheme("MXFP4A16", 4, 32, 8, fixed=True, kind="float"),
     Scheme("MXFP8A16", 8, 32, 8, fixed=True, kind="float", experts_reload=False),
     Scheme("NVFP4A16", 4, 16, 8, fixed=True, constant_bits=32, kind="float", experts_reload=False),
@@ -181,7 +181,8 @@ def quantized_bytes(checkpoint: Checkpoint, spec: QuantizeSpec, kept: Mapping[in
             continue
         if scheme and name in quantized:
             matrix = quantized[name]
-            nbytes = matrix.count * scheme.nbytes(matrix.rows, matrix.columns, spec.group_size)
+            weight_bits = 16 if dequantized else DTYPE_BITS[tensor.dtype]
+            nbytes = matrix.count * scheme.nbytes(matrix.rows, matrix.columns, spec.group_size, weight_bits)
         else:
             nbytes = tensor.numel * 2 if dequantized and tensor.dtype == "F8_E4M3" else tensor.nbytes
         total += nbytes * shares.get(name, 1)

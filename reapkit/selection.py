@@ -37,8 +37,8 @@ class LayerSelection:
 class Selection:
     """The decision for every MoE layer, by decoder index.
 
-    `experts_per_token`: the pruned model's top-k, None as it was. `details`: how it was decided (budget, EAFT regions, super experts,
-    near-ties, warnings), for people and the report; no later stage acts on it.
+    `experts_per_token`: the pruned model's top-k, None as it was. `details`: how it was decided (budget, EAFT regions, super
+    experts, near-ties, warnings), for people and the report; no later stage acts on it.
     """
 
     criterion: str
@@ -67,14 +67,15 @@ class Selection:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Selection:
-        """The inverse of `to_json`. Raises UnusableError for a layer whose kept and dropped experts are not each expert once."""
+        """The inverse of `to_json`. Raises UnusableError for a layer that does not name each of its experts once."""
         if data.get("format", FORMAT_VERSION) != FORMAT_VERSION:
             raise UnusableError(f"selection.json: format {data['format']}, this version reads {FORMAT_VERSION}. Select again.")
         layers = {}
         for name, entry in data["layers"].items():
             experts = len(entry["keep"]) + len(entry["drop"])
             if sorted((*entry["keep"], *entry["drop"])) != list(range(experts)) or not entry["keep"]:
-                raise UnusableError(f"selection.json: layer {name} must name each of its experts once, in keep or in drop, and keep one.")
+                raise UnusableError(f"selection.json: layer {name} must name each of its experts once, in keep or in drop, and "
+                                    "keep at least one.")
             saliency = tuple(-inf if value is None else float(value) for value in entry.get("saliency", ()))
             layers[int(name)] = LayerSelection(tuple(sorted(entry["keep"])), tuple(sorted(entry["drop"])), saliency,
                                                {int(expert): reason for expert, reason in entry.get("reasons", {}).items()})
@@ -100,15 +101,15 @@ def select(observation: Observation, saliency: SaliencySpec, prune: PruneSpec, a
            candidate: Candidate | None = None) -> Selection:
     """Decides from an observation which experts go; the same input gives the same selection, without the model.
 
-    `candidate` takes the place of the recipe's criterion, ratio, allocation and top-k. Raises RecipeError where the budget, the caps
-    and what is protected contradict each other, UnusableError where the observation lacks what the criterion needs.
+    `candidate` takes the place of the recipe's criterion, ratio, allocation and top-k. Raises RecipeError where the budget, the
+    caps and what is protected contradict each other, UnusableError where the observation lacks what the criterion needs.
     """
     return select_all(observation, saliency, prune, architecture, None if candidate is None else (candidate,))[0]
 
 
 def select_all(observation: Observation, saliency: SaliencySpec, prune: PruneSpec, architecture: Architecture,
                candidates: Sequence[Candidate] | None = None) -> tuple[Selection, ...]:
-    """One selection per candidate (default: the recipe's own grid, in its order); the observation is read once for all of them."""
+    """One selection per candidate (default: the recipe's own grid, in its order); the observation is read once for all."""
     from reapkit.decision import decide  # torch, which those who only read a Selection do without
 
     return decide(observation, saliency, prune, architecture, candidates)
@@ -124,5 +125,6 @@ def _lines(value: Any, depth: int) -> str:
     if not nested:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
     pad = "  " * (depth + 1)
-    body = ",\n".join(f"{pad}{json.dumps(str(key), ensure_ascii=False)}: {_lines(item, depth + 1)}" for key, item in value.items())
+    body = ",\n".join(f"{pad}{json.dumps(str(key), ensure_ascii=False)}: {_lines(item, depth + 1)}"
+                      for key, item in value.items())
     return f"{{\n{body}\n{'  ' * depth}}}"

@@ -1,7 +1,7 @@
 """What an observation and a selection say about the model, as numbers for the report, the profile and comparisons.
 
-Tensors are [L, E] unless said otherwise, L MoE layers in decoder order, E routed experts. A number that cannot be computed (0/0, no
-dropped expert, no co-activation) is None, never NaN.
+Tensors are [L, E] unless said otherwise, L MoE layers in decoder order, E routed experts. A number that cannot be computed
+(0/0, no dropped expert, no co-activation) is None, never NaN.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from reapkit.observation import Observation
-from reapkit.saliency import Totals, add_sources, source_alphas, totals
+from reapkit.recipe.schema import SaliencySpec
+from reapkit.saliency import Totals, add_sources, saliency, source_alphas, totals
 from reapkit.selection import Selection
 
 SNAPSHOT_ROWS = ("1/16", "1/8", "1/4", "1/2")
@@ -32,8 +33,8 @@ DRIVERS = ("count", "gate_mean", "norm_mean", "norm_max")
 class CutCurve:
     """What removing the k least salient experts of every layer deletes, for k = 0 … E.
 
-    `traffic`: ΣN_D / ΣN, `mass`: Σ(gn)_D / Σ(gn), each over all layers; index k. `steepens_at`: the first ratio from which a further
-    expert costs more than its even share of the mass, None if none does before the last.
+    `traffic`: ΣN_D / ΣN, `mass`: Σ(gn)_D / Σ(gn), each over all layers; index k. `steepens_at`: the first ratio from which a
+    further expert costs more than its even share of the mass, None if none does before the last.
     """
 
     traffic: tuple[float, ...]
@@ -41,18 +42,18 @@ class CutCurve:
     steepens_at: float | None
 
 
-def cut_curve(summed: Totals, saliency: Tensor) -> CutCurve:
+def cut_curve(summed: Totals, values: Tensor) -> CutCurve:
     """The trade-off over every ratio, from one observation."""
-    order = removal_order(saliency)
-    traffic, mass = (_deleted(values, order) for values in (summed.count, summed.gate_norm_sum))
-    experts = saliency.shape[1]
+    order = removal_order(values)
+    traffic, mass = _deleted(summed.count, order), _deleted(summed.gate_norm_sum, order)
+    experts = values.shape[1]
     steep = next((k for k in range(experts - 1) if mass[k + 1] - mass[k] > 1 / experts), None)
     return CutCurve(traffic, mass, None if steep is None else steep / experts)
 
 
-def removal_order(saliency: Tensor) -> Tensor:
+def removal_order(values: Tensor) -> Tensor:
     """Experts of each layer, least salient first; of equals the higher index goes first. int64 [L, E]."""
-    return saliency.sort(dim=1, descending=True, stable=True).indices.flip(1)
+    return values.sort(dim=1, descending=True, stable=True).indices.flip(1)
 
 
 def _deleted(values: Tensor, order: Tensor) -> tuple[float, ...]:
@@ -74,14 +75,14 @@ def share_deleted(values: Tensor, dropped: Tensor) -> float | None:
     return _ratio(values[dropped].sum(), values.sum())
 
 
-def floors(saliency: Tensor, dropped: Tensor) -> list[float | None]:
+def floors(values: Tensor, dropped: Tensor) -> list[float | None]:
     """The highest saliency dropped in each layer; None where nothing, or only experts never routed, were dropped."""
-    highest = saliency.masked_fill(~dropped, -torch.inf).amax(1)
+    highest = values.masked_fill(~dropped, -torch.inf).amax(1)
     return [None if value == -math.inf else value for value in highest.tolist()]
 
 
 def tail_risks(gate_norm_max: Tensor, dropped: Tensor) -> list[float | None]:
-    """Share of each layer's dropped experts whose largest gn lies in the top quarter over all layers: rare but large contributions."""
+    """Share of each layer's dropped experts whose largest gn lies in the top quarter over all layers: rare but large."""
     ordered = gate_norm_max.flatten().sort().values
     limit = ordered[math.ceil(TAIL_QUARTER * len(ordered)) - 1]
     risky = (gate_norm_max > limit) & dropped
@@ -112,17 +113,17 @@ def chance_coverage(dropped: Tensor) -> list[float | None]:
 # ---------------------------------------------------------------------------------------------- drivers and concentration
 
 
-def drivers(summed: Totals, saliency: Tensor) -> dict[str, dict[str, float | None]]:
-    """Pearson and Spearman correlation of saliency with N, Σg/N, Σn/N and max n, experts with N = 0 excluded, averaged over layers.
+def drivers(summed: Totals, values: Tensor) -> dict[str, dict[str, float | None]]:
+    """Pearson and Spearman correlation of saliency with N, Σg/N, Σn/N and max n, averaged over layers; N = 0 excluded.
 
     Layers where either side is constant have no correlation and are left out of the average.
     """
     columns = {"count": summed.count, "gate_mean": summed.mean(summed.gate_sum), "norm_mean": summed.mean(summed.norm_sum),
                "norm_max": summed.norm_max.double()}
-    routed = (summed.count > 0) & saliency.isfinite()
+    routed = (summed.count > 0) & values.isfinite()
     found: dict[str, dict[str, float | None]] = {}
     for name in DRIVERS:
-        rows = [(saliency[layer, mask], columns[name][layer, mask]) for layer, mask in enumerate(routed)]
+        rows = [(values[layer, mask], columns[name][layer, mask]) for layer, mask in enumerate(routed)]
         found[name] = {"pearson": _mean(pearson(*row) for row in rows), "spearman": _mean(spearman(*row) for row in rows)}
     return found
 
@@ -158,7 +159,8 @@ def concentration(gate_norm_sum: Tensor) -> dict[int, list[float | None]]:
 
 def kept_overlap(one: Mapping[int, Sequence[int]], other: Mapping[int, Sequence[int]]) -> dict[int, float]:
     """|A ∩ B| / max(|A|, |B|) of the kept experts by layer both have: 1 only where they are equal."""
-    return {layer: len(set(kept) & set(other[layer])) / max(len(kept), len(other[layer])) for layer, kept in one.items() if layer in other}
+    return {layer: len(set(kept) & set(other[layer])) / max(len(kept), len(other[layer]))
+            for layer, kept in one.items() if layer in other}
 
 
 def rank_correlation(one: Tensor, other: Tensor) -> list[float | None]:
@@ -166,8 +168,9 @@ def rank_correlation(one: Tensor, other: Tensor) -> list[float | None]:
     return [spearman(a, b) for a, b in zip(one, other, strict=True)]
 
 
-def convergence(observation: Observation, counts: Mapping[int, int], mix: Mapping[str, Decimal] | None = None) -> list[dict[str, Any]]:
-    """Overlap of REAP's kept sets after 1/16, 1/8, 1/4 and 1/2 of the rows with those after all of them, at `counts` kept per layer.
+def convergence(observation: Observation, counts: Mapping[int, int],
+                mix: Mapping[str, Decimal] | None = None) -> list[dict[str, Any]]:
+    """Overlap of REAP's kept sets after 1/16, 1/8, 1/4 and 1/2 of the rows with those after all, at `counts` kept per layer.
 
     Only Σgn / N can be followed: it is what snapshots hold. `chance` is the overlap expected of random sets.
     """
@@ -190,8 +193,8 @@ def _mean_reap(count: Tensor, gate_norm_sum: Tensor, alphas: Sequence[Fraction])
     return torch.where(n > 0, add_sources(gate_norm_sum, alphas) / n, -torch.inf)
 
 
-def _kept_sets(saliency: Tensor, layers: Sequence[int], counts: Mapping[int, int]) -> dict[int, list[int]]:
-    order = saliency.sort(dim=1, descending=True, stable=True).indices.tolist()
+def _kept_sets(values: Tensor, layers: Sequence[int], counts: Mapping[int, int]) -> dict[int, list[int]]:
+    order = values.sort(dim=1, descending=True, stable=True).indices.tolist()
     return {layer: row[: counts[layer]] for layer, row in zip(layers, order, strict=True)}
 
 
@@ -208,38 +211,61 @@ def specialisation(observation: Observation) -> Tensor:
 
 def mix_without(observation: Observation, source: str, mix: Mapping[str, Decimal] | None = None) -> dict[str, Decimal]:
     """The mix that leaves `source` out and keeps the others' proportions: what a calibration without it would have been."""
-    given = mix or {name: Decimal(count) for name, count in zip(observation.sources, observation.scored_tokens.tolist(), strict=True)}
+    counts = zip(observation.sources, observation.scored_tokens.tolist(), strict=True)
+    given = mix or {name: Decimal(count) for name, count in counts}
     return {name: weight for name, weight in given.items() if name != source}
+
+
+def source_influence(observation: Observation, spec: SaliencySpec,
+                     kept: Mapping[int, Sequence[int]]) -> dict[str, dict[str, Any]]:
+    """What leaving each source out of the mix would prune, at the counts of `kept` and without regard to protection.
+
+    By source: `overlap` with `kept` (mean over layers), `would_drop`: layer -> experts of `kept` that only this source keeps.
+    Sources without weight, or alone in the mix, are left out.
+    """
+    shares = zip(observation.sources, source_alphas(observation, spec.mix), observation.scored_tokens.tolist(), strict=True)
+    weighed = [name for name, alpha, tokens in shares if alpha and tokens]
+    counts = {layer: len(experts) for layer, experts in kept.items()}
+    found = {}
+    for name in weighed if len(weighed) > 1 else ():
+        without = saliency(observation, spec.model_copy(update={"mix": mix_without(observation, name, spec.mix)}))
+        others = _kept_sets(without, observation.layers, counts)
+        found[name] = {"overlap": _mean(kept_overlap(kept, others).values()),
+                       "would_drop": {layer: sorted(set(experts) - set(others[layer])) for layer, experts in kept.items()}}
+    return found
 
 
 # ---------------------------------------------------------------------------------------------- all of it
 
 
 def report_metrics(observation: Observation, selection: Selection) -> dict[str, Any]:
-    """Every number of the report about one selection, as plain data: totals, and lists by layer in the order of
-    `layers`."""
+    """Every number of the report about one selection, as plain data: totals, and lists by layer in the order of `layers`.
+
+    A selection made elsewhere may carry no saliency: then floor and drivers are None.
+    """
     mix = selection.details.get("mix")
     weights = None if mix is None else {name: Decimal(weight) for name, weight in mix.items()}
     summed = totals(observation, weights)
-    saliency = torch.tensor([layer.saliency for layer in selection.layers.values()], dtype=torch.float64)
+    unknown = (-math.inf,) * observation.num_experts
+    values = torch.tensor([layer.saliency or unknown for layer in selection.layers.values()], dtype=torch.float64)
     dropped = dropped_mask(selection, observation.num_experts)
     together = observation.coactivation
     coactivation = None if together is None else add_sources(together, source_alphas(observation, weights))
     risky = tail_risks(summed.gate_norm_max, dropped)
     sizes = dropped.sum(1).tolist()
+    kept = {layer: len(chosen.keep) for layer, chosen in selection.layers.items()}
     return {
-        "layers": list(selection.layers), "kept": [observation.num_experts - size for size in sizes],
+        "layers": list(kept), "kept": list(kept.values()),
         "traffic_deleted": share_deleted(summed.count, dropped),
         "saliency_mass_deleted": share_deleted(summed.gate_norm_sum, dropped),
         "traffic_deleted_by_layer": [share_deleted(*row) for row in zip(summed.count, dropped, strict=True)],
         "saliency_mass_deleted_by_layer": [share_deleted(*row) for row in zip(summed.gate_norm_sum, dropped, strict=True)],
-        "floor": floors(saliency, dropped), "tail_risk": risky,
-        "tail_risk_all": sum(risk * size for risk, size in zip(risky, sizes, strict=True) if size) / sum(sizes) if sum(sizes) else None,
+        "floor": floors(values, dropped), "tail_risk": risky,
+        "tail_risk_all": _ratio(sum(risk * size for risk, size in zip(risky, sizes, strict=True) if size), sum(sizes)),
         "balance_cv": balance(summed.count), "redundancy_coverage": redundancy_coverage(coactivation, dropped),
-        "redundancy_chance": chance_coverage(dropped), "drivers": drivers(summed, saliency),
+        "redundancy_chance": chance_coverage(dropped), "drivers": drivers(summed, values),
         "concentration": {str(size): shares for size, shares in concentration(summed.gate_norm_sum).items()},
-        "convergence": convergence(observation, dict(zip(selection.layers, [observation.num_experts - size for size in sizes], strict=True)),
-                                   weights)}
+        "convergence": convergence(observation, kept, weights)}
 
 
 def _ratio(part: Tensor | float, whole: Tensor | float) -> float | None:

@@ -12,7 +12,7 @@ from reapkit.observation import MAXIMA, SUMS, Observation, Trace
 
 @dataclass(frozen=True, eq=False)
 class Routing:
-    """Positions with their routing: `source` [T], `scored`, `signal` bool [T], `expert` [L, T, k], `gate`, `norm`, `peak` [L, T, k], `p`, `h` [T]."""
+    """Positions and their routing: `source`, `scored`, `signal`, `p`, `h` [T]; `expert`, `gate`, `norm`, `peak` [L, T, k]."""
 
     source: Tensor
     scored: Tensor

@@ -12,7 +12,8 @@ from reapkit.errors import RecipeError
 from reapkit.layer_budget import LayerBudget
 
 
-def random_rankings(seed: int, *, layers: int = 5, experts: int = 12, groups: int = 1, signed: bool = True, ties: bool = False, dead: float = 0.1):
+def random_rankings(seed: int, *, layers: int = 5, experts: int = 12, groups: int = 1, signed: bool = True, ties: bool = False,
+                    dead: float = 0.1):
     draw = random.Random(seed)
 
     def value() -> float:
@@ -136,9 +137,10 @@ def test_too_much_protection_is_refused_with_numbers() -> None:
     rankings = {4: LayerRanking(tuple(map(float, range(12))), protected), 5: LayerRanking(tuple(map(float, range(12))), {})}
     with pytest.raises(RecipeError) as error:
         uniform_counts(rankings, budgets_for(rankings, 6))
-    assert str(error.value) == ("prune.protect: layer 4 protects 8 experts (3 protected by hand, 5 super expert), which takes 8 kept experts, but its "
-                                "budget keeps 6. Protect fewer, or prune less.")
-    with pytest.raises(RecipeError, match="the budget removes 20 experts, but 8 protected ones, caps and routing leave 14 to remove"):
+    assert str(error.value) == ("prune.protect: layer 4 protects 8 experts (3 protected by hand, 5 super expert), which takes "
+                                "8 kept experts, but its budget keeps 6. Protect fewer, or prune less.")
+    with pytest.raises(RecipeError, match="the budget removes 20 experts, but 8 protected ones, caps and routing leave 14 to "
+                                          "remove"):
         global_counts(rankings, budgets_for(rankings, 2), 1)
 
 
@@ -148,7 +150,8 @@ def test_every_expert_has_its_reason() -> None:
     assert reasons(ranking, ranking.keep(6), budget) == {
         7: "core", 0: "saliency", 1: "saliency", 2: "rounding", 3: "cap", 4: "cap", 5: "saliency", 6: "never routed"}
     dead = LayerRanking((1.0, -inf, -inf), {})
-    assert reasons(dead, dead.keep(2), LayerBudget(2, 2, 2, 1)) == {0: "saliency", 1: "never routed, fills the budget", 2: "never routed"}
+    assert reasons(dead, dead.keep(2), LayerBudget(2, 2, 2, 1)) == {0: "saliency", 1: "never routed, fills the budget",
+                                                                    2: "never routed"}
     assert set(reasons(dead, dead.keep(3), LayerBudget(2, 2, 3, 3)).values()) == {"whole layer kept"}
 
 

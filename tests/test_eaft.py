@@ -23,10 +23,12 @@ def rank_quantile(values: list[float], level: str) -> float:
     return sorted(values)[max(1, math.ceil(Fraction(level) * len(values))) - 1] if values else math.nan
 
 
-def two_passes(routing, *, quantiles: dict | None = None, per_source: bool = False, strict: bool = False, experts: int = 8, sources: int = 2):
+def two_passes(routing, *, quantiles: dict | None = None, per_source: bool = False, strict: bool = False, experts: int = 8,
+               sources: int = 2):
     """(saliency rows, region of every position with a signal), from nothing but the definition."""
     levels = {"p_low": "0.15", "h_low": "0.15", "h_high": "0.85"} | (quantiles or {})
-    p_of, h_of, source_of, signal, expert = (getattr(routing, name).tolist() for name in ("p", "h", "source", "signal", "expert"))
+    p_of, h_of, source_of, signal, expert = (getattr(routing, name).tolist() for name in ("p", "h", "source", "signal",
+                                                                                          "expert"))
     contribution = (routing.gate * routing.norm).tolist()
     positions = [t for t in range(len(p_of)) if signal[t]]
 
@@ -65,7 +67,8 @@ def variants(seed: int):
     lonely = torch.zeros(120, dtype=torch.int64)
     lonely[17] = 1
     routing.signal[17] = routing.scored[17] = True
-    for change in ({}, {"p": ties}, {"p": ties, "h": ties.flip(0)}, {"p": torch.full((120,), 0.5)}, {"h": torch.zeros(120)}, {"source": lonely}):
+    for change in ({}, {"p": ties}, {"p": ties, "h": ties.flip(0)}, {"p": torch.full((120,), 0.5)}, {"h": torch.zeros(120)},
+                   {"source": lonely}):
         fields = {name: getattr(routing, name) for name in vars(routing)} | change
         yield type(routing)(**fields)
 
@@ -85,7 +88,8 @@ def test_against_two_passes(seed: int, thresholds: str, strict: bool) -> None:
         assert measured.count.sum((1, 2)).equal(torch.stack(counted).double())
 
 
-@pytest.mark.parametrize("quantiles", [{"p_low": "0"}, {"p_low": "1", "h_low": "1"}, {"h_low": "0.5", "h_high": "0.5", "p_low": "0.5"}, {"h_high": "1"}])
+@pytest.mark.parametrize("quantiles", [{"p_low": "0"}, {"p_low": "1", "h_low": "1"},
+                                       {"h_low": "0.5", "h_high": "0.5", "p_low": "0.5"}, {"h_high": "1"}])
 def test_extreme_quantiles(quantiles: dict) -> None:
     routing = random_routing(4)
     spec = saliency_spec("eaft-reap", eaft={"quantiles": {name: float(level) for name, level in quantiles.items()}})
@@ -95,9 +99,11 @@ def test_extreme_quantiles(quantiles: dict) -> None:
 
 def test_empty_regions_and_one_position() -> None:
     routing = random_routing(5)
-    never = type(routing)(**(vars(routing) | {"p": torch.linspace(0, 1, 120), "h": torch.linspace(1, 0, 120)}))  # low p only with high H
+    low_p_with_high_h = {"p": torch.linspace(0, 1, 120), "h": torch.linspace(1, 0, 120)}
+    never = type(routing)(**(vars(routing) | low_p_with_high_h))
     measured = measure_regions(observe_routing(never), saliency_spec().eaft, (Fraction(1), Fraction(1)))
-    assert measured.positions[:, REGIONS.index("conflict")].sum() == 0 and measured.positions[:, REGIONS.index("uncertain")].sum() > 0
+    found = dict(zip(REGIONS, measured.positions.sum(0).tolist(), strict=True))
+    assert found["conflict"] == 0 and found["uncertain"] > 0
     assert not measured.gate_norm_sum.isnan().any()
     one = repeated(routing, routing.signal.nonzero().flatten()[:1])
     expected, regions = two_passes(one)
@@ -110,7 +116,8 @@ def test_no_signal_at_all_ranks_every_expert_last() -> None:
     silent = type(routing)(**(vars(routing) | {"signal": torch.zeros(120, dtype=torch.bool)}))
     observation = observe_routing(silent)
     assert saliency(observation, saliency_spec("eaft-reap")).eq(-torch.inf).all()
-    summary = summarise(measure_regions(observation, saliency_spec().eaft, (Fraction(1),) * 2), observation.sources, (Fraction(1),) * 2)
+    summary = summarise(measure_regions(observation, saliency_spec().eaft, (Fraction(1),) * 2), observation.sources,
+                        (Fraction(1),) * 2)
     assert summary["thresholds"]["pooled"]["p_low"] is None and summary["shares"]["all"]["conflict"] == 0.0
 
 
@@ -158,8 +165,10 @@ def test_summary_states_shares_of_the_mix() -> None:
     assert list(summary["thresholds"]) == ["pooled"] and set(summary["shares"]) == {"all", "code", "tools"}
     for shares in summary["shares"].values():
         assert sum(shares.values()) == pytest.approx(1)
-    weight = [float(alpha) * sum(summary["positions"][name].values()) for alpha, name in zip(alphas, ("code", "tools"), strict=True)]
-    mixed = sum(w * summary["shares"][name]["conflict"] for w, name in zip(weight, ("code", "tools"), strict=True)) / sum(weight)
+    weight = [float(alpha) * sum(summary["positions"][name].values()) for alpha,
+              name in zip(alphas, ("code", "tools"), strict=True)]
+    mixed = sum(w * summary["shares"][name]["conflict"] for w,
+                name in zip(weight, ("code", "tools"), strict=True)) / sum(weight)
     assert summary["shares"]["all"]["conflict"] == pytest.approx(mixed)
 
 

@@ -1,4 +1,5 @@
-"""Broken and forged headers and indexes end in an error that names the file, or are read as what they say; nothing else happens."""
+"""Broken and forged headers and indexes end in an error that names the file, or are read as what they say; nothing else
+happens."""
 
 from __future__ import annotations
 
@@ -15,8 +16,10 @@ from reapkit.layout import read_layout
 from reapkit.selection import LayerSelection, Selection
 from reapkit.surgery.prune import prune_checkpoint
 
-NAMES = [f"model.layers.0.mlp.experts.{expert}.up_proj.weight" for expert in range(4)] + ["model.layers.0.mlp.gate.weight", "lm_head.weight"]
-ODD = [None, True, -1, 0, 1, 2**63, 2**70, 1.5, "", "x", "BF16", "../x", "/etc/passwd", "\0", "\ud800", [], [0], [0, 8], [8, 0], [-8, 0], {}, {"a": 1},
+NAMES = [f"model.layers.0.mlp.experts.{expert}.up_proj.weight" for expert in range(4)] + ["model.layers.0.mlp.gate.weight",
+                                                                                          "lm_head.weight"]
+ODD = [None, True, -1, 0, 1, 2**63, 2**70, 1.5, "", "x", "BF16", "../x", "/etc/passwd", "\0", "\ud800", [], [0], [0, 8], [8, 0],
+       [-8, 0], {}, {"a": 1},
        [2**40, 2**40], "experts.7.", "model.layers.0.mlp.experts.007.up_proj.weight", "٣"]
 
 
@@ -33,7 +36,8 @@ def write(path: Path, header: bytes, payload: bytes, length: int | None = None) 
 def directory(tmp_path) -> Path:
     path = tmp_path / "source"
     path.mkdir()
-    (path / "config.json").write_text(json.dumps({"model_type": "m", "num_hidden_layers": 1, "num_experts": 4, "num_experts_per_tok": 2,
+    (path / "config.json").write_text(json.dumps({"model_type": "m", "num_hidden_layers": 1, "num_experts": 4,
+                                                  "num_experts_per_tok": 2,
                                                   "hidden_size": 2}))
     (path / "secret.safetensors").write_text("not to be read")
     return path
@@ -60,7 +64,8 @@ def attempt(directory: Path, out: Path) -> bool:
     """Opens and prunes; True if it worked. Anything but an error meant for users escapes and fails the test."""
     try:
         source = Checkpoint.open(directory)
-        layers = {index: LayerSelection(tuple(range(layer.num_experts - 1)), (), ()) for index, layer in read_layout(source).layers.items()}
+        layers = {index: LayerSelection(tuple(range(layer.num_experts - 1)), (), ()) for index,
+                  layer in read_layout(source).layers.items()}
         prune_checkpoint(source, Selection("x", layers), out)
         Checkpoint.open(out)
         return True
@@ -104,7 +109,8 @@ def test_forged_indexes(directory, tmp_path, seed):
         for _ in range(draw.randrange(1, 4)):
             index = mutated(index, draw)
         text = json.dumps(index)
-        (directory / "model.safetensors.index.json").write_text(text[:draw.randrange(len(text))] if draw.random() < 0.2 else text)
+        (directory / "model.safetensors.index.json").write_text(text[:draw.randrange(len(text))]
+                                                                if draw.random() < 0.2 else text)
         attempt(directory, tmp_path / f"out{case}")
 
 
@@ -115,7 +121,8 @@ def test_an_index_reaches_no_file_outside_the_directory(directory, shard):
         Checkpoint.open(directory)
 
 
-@pytest.mark.parametrize("text", [b"[" * 100_000, b'{"a":' * 100_000, b'{"a": {"dtype": "F32", "shape": [' + b"9" * 5000 + b"], \"data_offsets\": [0, 0]}}",
+@pytest.mark.parametrize("text", [b"[" * 100_000, b'{"a":' * 100_000, b'{"a": {"dtype": "F32", "shape": [' + b"9" * 5000
+                                  + b"], \"data_offsets\": [0, 0]}}",
                                   b'{"a": 1, "a": 2}', b"\xff\xfe", b"null"])
 def test_headers_that_break_parsers(directory, text):
     write(directory, text, b"")
@@ -129,5 +136,6 @@ def test_a_tensor_in_two_shards_needs_an_index(directory):
     (directory / "other.safetensors").write_bytes((directory / "model.safetensors").read_bytes())
     with pytest.raises(UnusableError, match="lies in model.safetensors and in other.safetensors. Remove the stale one"):
         Checkpoint.open(directory)
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(NAMES, "other.safetensors")}))
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(NAMES,
+                                                                                                    "other.safetensors")}))
     assert Checkpoint.open(directory).shards == ("other.safetensors",)

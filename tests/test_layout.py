@@ -14,7 +14,8 @@ from reapkit.errors import UnusableError
 from reapkit.layout import active_parameters, pruned_sizes, read_layout
 
 HIDDEN, INNER, EXPERTS, TOP_K = 12, 6, 4, 2
-CONFIG = {"model_type": "some_moe", "num_hidden_layers": 2, "num_experts": EXPERTS, "num_experts_per_tok": TOP_K, "hidden_size": HIDDEN}
+CONFIG = {"model_type": "some_moe", "num_hidden_layers": 2, "num_experts": EXPERTS, "num_experts_per_tok": TOP_K,
+          "hidden_size": HIDDEN}
 BITS = {"BF16": 16, "F32": 32, "I32": 32, "U8": 8, "F8_E4M3": 8, "I64": 64}
 
 
@@ -47,7 +48,8 @@ PER_EXPERT = {
 def test_per_expert_tensors_and_router_rows_are_found_and_shared_experts_left():
     layer = read_layout(checkpoint(PER_EXPERT)).layers[1]
     assert layer.num_experts == EXPERTS
-    assert layer.per_expert[2] == ("model.layers.1.mlp.experts.2.up_proj.weight", "model.layers.1.mlp.experts.2.down_proj.weight")
+    assert layer.per_expert[2] == ("model.layers.1.mlp.experts.2.up_proj.weight",
+                                   "model.layers.1.mlp.experts.2.down_proj.weight")
     assert layer.stacked == {"model.layers.1.mlp.gate.weight": 0}
 
 
@@ -66,11 +68,14 @@ def test_router_tensors_are_found_under_every_published_name(router, shape, axis
 
 
 @pytest.mark.parametrize("names", [
-    {"model.layers.%.mlp.experts.gate_up_proj": (EXPERTS, HIDDEN, 2 * INNER), "model.layers.%.mlp.experts.gate_up_proj_bias": (EXPERTS, INNER)},
-    {"model.layers.%.mlp.experts.down_proj_blocks": (EXPERTS, 5, 7, 16), "model.layers.%.mlp.experts.down_proj_scales": (EXPERTS, 5, 7)},
+    {"model.layers.%.mlp.experts.gate_up_proj": (EXPERTS, HIDDEN, 2 * INNER),
+     "model.layers.%.mlp.experts.gate_up_proj_bias": (EXPERTS, INNER)},
+    {"model.layers.%.mlp.experts.down_proj_blocks": (EXPERTS, 5, 7, 16),
+     "model.layers.%.mlp.experts.down_proj_scales": (EXPERTS, 5, 7)},
     {"model.layers.%.block_sparse_moe.input_linear.weight": (EXPERTS, INNER, HIDDEN),
      "model.layers.%.block_sparse_moe.output_linear.weight": (EXPERTS, HIDDEN, INNER)},
-    {"model.layers.%.moe.gate_proj.weight": (EXPERTS, INNER, HIDDEN), "model.layers.%.moe.down_proj.weight_scale_inv": (EXPERTS, 1, 1)},
+    {"model.layers.%.moe.gate_proj.weight": (EXPERTS, INNER, HIDDEN), "model.layers.%.moe.down_proj.weight_scale_inv": (EXPERTS,
+                                                                                                                        1, 1)},
     {"model.language_model.layers.%.feed_forward.experts.down_proj": (EXPERTS, INNER, HIDDEN)},
 ])
 def test_stacked_experts_are_found_with_their_scales_and_biases(names):
@@ -80,14 +85,16 @@ def test_stacked_experts_are_found_with_their_scales_and_biases(names):
 
 
 def test_a_scale_for_all_experts_together_carries_no_axis():
-    tensors = {"model.layers.%.mlp.experts.down_proj": (EXPERTS, INNER, HIDDEN), "model.layers.%.mlp.experts.down_proj_input_scale": (1,),
+    tensors = {"model.layers.%.mlp.experts.down_proj": (EXPERTS, INNER, HIDDEN),
+               "model.layers.%.mlp.experts.down_proj_input_scale": (1,),
                "model.layers.%.mlp.router.weight": (EXPERTS, HIDDEN), "model.layers.%.mlp.router.scale": (HIDDEN,)}
     assert set(read_layout(checkpoint(tensors)).layers[0].stacked) == {"model.layers.0.mlp.experts.down_proj",
                                                                         "model.layers.0.mlp.router.weight"}
 
 
 def test_rows_that_belong_to_no_routed_expert_stay():
-    tensors = {"model.layers.%.mlp.experts.*.w1.weight": (INNER, HIDDEN), "model.layers.%.mlp.router.classifier.weight": (EXPERTS + 3, HIDDEN)}
+    tensors = {"model.layers.%.mlp.experts.*.w1.weight": (INNER, HIDDEN),
+               "model.layers.%.mlp.router.classifier.weight": (EXPERTS + 3, HIDDEN)}
     source = checkpoint(tensors, zero_expert_num=3)
     assert read_layout(source).layers[0].stacked == {"model.layers.0.mlp.router.classifier.weight": 0}
     expected = source.numel - 2 * 2 * (INNER * HIDDEN + HIDDEN)
@@ -129,10 +136,12 @@ def test_dense_layers_hold_no_experts():
     assert list(read_layout(Checkpoint(Path("x"), CONFIG, dense)).layers) == [1]
 
 
-@pytest.mark.parametrize("block, index", [("model.layers.2", 2), ("mtp.layers.0", 2), ("model.mtp.layers.1", 3), ("model.mtp_block.0", 2),
+@pytest.mark.parametrize("block, index", [("model.layers.2", 2), ("mtp.layers.0", 2), ("model.mtp.layers.1", 3),
+                                          ("model.mtp_block.0", 2),
                                           ("mtp.0", 2)])
 def test_multi_token_prediction_is_kept_apart(block, index):
-    tensors = {**PER_EXPERT, f"{block}.mlp.experts.*.up_proj.weight": (INNER, HIDDEN), f"{block}.mlp.gate.weight": (EXPERTS, HIDDEN),
+    tensors = {**PER_EXPERT, f"{block}.mlp.experts.*.up_proj.weight": (INNER, HIDDEN),
+               f"{block}.mlp.gate.weight": (EXPERTS, HIDDEN),
                f"{block}.eh_proj.weight": (HIDDEN, 2 * HIDDEN)}
     source = checkpoint(tensors)
     layout = read_layout(source)
@@ -162,7 +171,8 @@ def test_active_parameters_count_the_experts_of_one_token():
 
 
 def test_packed_weights_count_as_what_they_stand_for():
-    tensors = {"model.layers.%.mlp.experts.*.up_proj.weight_packed": (INNER, 3), "model.layers.%.mlp.experts.*.up_proj.weight_scale": (INNER, 1),
+    tensors = {"model.layers.%.mlp.experts.*.up_proj.weight_packed": (INNER, 3),
+               "model.layers.%.mlp.experts.*.up_proj.weight_scale": (INNER, 1),
                "model.layers.%.mlp.experts.*.up_proj.weight_shape": (2,), "model.layers.%.mlp.gate.weight": (EXPERTS, HIDDEN)}
     source = checkpoint(tensors, {"model.layers.%.mlp.experts.*.up_proj.weight_packed": "I32"},
                         quantization_config={"config_groups": {"group_0": {"weights": {"num_bits": 8}}}})
@@ -171,10 +181,12 @@ def test_packed_weights_count_as_what_they_stand_for():
 
 def test_a_trillion_parameters_are_laid_out_at_once():
     layers, experts = 60, 256
-    names = [f"model.layers.{layer}.mlp.experts.{expert}.{part}_proj.{kind}" for layer in range(layers) for expert in range(experts)
+    names = [f"model.layers.{layer}.mlp.experts.{expert}.{part}_proj.{kind}" for layer in range(layers)
+             for expert in range(experts)
              for part in ("gate", "up", "down") for kind in ("weight", "weight_scale_inv")]
     infos = {name: TensorInfo(name, "F8_E4M3", (2048, 7168), "a", 0, 2048 * 7168) for name in names}
-    infos |= {f"model.layers.{layer}.mlp.gate.weight": TensorInfo(f"model.layers.{layer}.mlp.gate.weight", "BF16", (experts, 7168), "a", 0, 2)
+    infos |= {f"model.layers.{layer}.mlp.gate.weight": TensorInfo(f"model.layers.{layer}.mlp.gate.weight", "BF16",
+                                                                  (experts, 7168), "a", 0, 2)
               for layer in range(layers)}
     source = Checkpoint(Path("x"), {**CONFIG, "num_hidden_layers": layers, "num_experts": experts, "hidden_size": 7168}, infos)
     begin = time.process_time()

@@ -9,6 +9,7 @@ import torch
 
 from reapkit import metrics
 from reapkit.metrics import Positions, RowIndex, Thresholds, bootstrap_weights, describe, summarize_base, summarize_candidate
+from reapkit.observe.signals import signals
 
 EAFT = {"p_low": "0.15", "h_low": "0.15", "thresholds": "pooled"}
 
@@ -57,6 +58,11 @@ def test_signals_equal_a_naive_loop(logits, reference, pair):
     assert base.kl.abs().max() == 0
 
 
+def test_p_and_entropy_are_those_that_an_observation_collects(logits, reference, pair):
+    p, entropy = signals(logits[1], reference, 20)
+    assert torch.allclose(pair[1].p, p, rtol=1e-5) and torch.allclose(pair[1].entropy, entropy, atol=1e-6)
+
+
 def test_kl_ignores_tokens_that_the_base_rules_out():
     base = torch.tensor([[0.0, 0.0, float("-inf")]]).log_softmax(-1)
     assert metrics.kl_divergence(base, base).item() == 0
@@ -92,7 +98,12 @@ def test_statistics_equal_naive_sums(pair, index, reference):
     limits = Thresholds(torch.full((40,), 0.02), torch.full((40,), 0.6))
     found = summarize_candidate(base, candidate, index, limits, limits)
     assert list(found) == ["all", "code", "tools", "french"]
-    where = {"all": range(30), "code": [*range(7), *range(15, 22)], "tools": [*range(7, 15), *range(22, 30)], "french": range(30, 40)}
+    where = {
+        "all": range(30),
+        "code": [*range(7), *range(15, 22)],
+        "tools": [*range(7, 15), *range(22, 30)],
+        "french": range(30, 40),
+    }
     for group, positions in where.items():
         t = list(positions)
         got, n = found[group], len(t)
@@ -100,13 +111,21 @@ def test_statistics_equal_naive_sums(pair, index, reference):
         conflicts = [mean((each.p <= 0.02) & (each.entropy <= 0.6)) for each in (base, candidate)]
         kls = sorted(float(candidate.kl[i]) for i in t)
         expected = {
-            "perplexity": math.exp(mean(candidate.nll)), "perplexity_ratio": math.exp(mean(candidate.nll) - mean(base.nll)),
-            "nll_delta": mean(candidate.nll) - mean(base.nll), "kl_mean": mean(candidate.kl),
-            "top1_agreement": mean(base.top1 == candidate.top1), "p_mean": mean(candidate.p),
-            "p_mean_delta": mean(candidate.p) - mean(base.p), "entropy_mean": mean(candidate.entropy),
-            "conflict_rate": conflicts[1], "conflict_rate_own": conflicts[1], "conflict_rate_delta": conflicts[1] - conflicts[0],
-            "kl_median": kls[math.ceil(n / 2) - 1], "kl_p90": kls[math.ceil(Fraction("0.9") * n) - 1],
-            "kl_p99": kls[math.ceil(Fraction("0.99") * n) - 1]}
+            "perplexity": math.exp(mean(candidate.nll)),
+            "perplexity_ratio": math.exp(mean(candidate.nll) - mean(base.nll)),
+            "nll_delta": mean(candidate.nll) - mean(base.nll),
+            "kl_mean": mean(candidate.kl),
+            "top1_agreement": mean(base.top1 == candidate.top1),
+            "p_mean": mean(candidate.p),
+            "p_mean_delta": mean(candidate.p) - mean(base.p),
+            "entropy_mean": mean(candidate.entropy),
+            "conflict_rate": conflicts[1],
+            "conflict_rate_own": conflicts[1],
+            "conflict_rate_delta": conflicts[1] - conflicts[0],
+            "kl_median": kls[math.ceil(n / 2) - 1],
+            "kl_p90": kls[math.ceil(Fraction("0.9") * n) - 1],
+            "kl_p99": kls[math.ceil(Fraction("0.99") * n) - 1],
+        }
         assert got["positions"] == n
         for name, value in expected.items():
             assert got[name]["value"] == pytest.approx(value, rel=1e-6, abs=1e-9), (group, name)
@@ -121,14 +140,18 @@ def test_kl_by_confidence_splits_every_position(pair):
     base, candidate = pair
     bins = metrics.kl_by_confidence(base.confidence, candidate.kl)
     assert sum(each["share"] for each in bins) == pytest.approx(1)
-    assert sum(each["share"] * each["kl_mean"] for each in bins if each["share"]) == pytest.approx(candidate.kl.mean().item(), rel=1e-5)
+    assert sum(each["share"] * each["kl_mean"] for each in bins if each["share"]) == pytest.approx(
+        candidate.kl.mean().item(), rel=1e-5
+    )
 
 
 def test_js_distance_equals_its_definition():
     a, b = [3, 1, 0, 4], [1, 1, 2, 0]
     p, q = [x / 8 for x in a], [x / 4 for x in b]
     m = [(x + y) / 2 for x, y in zip(p, q)]
-    expected = math.sqrt(sum(x * math.log2(x / z) for x, z in zip(p, m) if x) / 2 + sum(y * math.log2(y / z) for y, z in zip(q, m) if y) / 2)
+    expected = math.sqrt(
+        sum(x * math.log2(x / z) for x, z in zip(p, m) if x) / 2 + sum(y * math.log2(y / z) for y, z in zip(q, m) if y) / 2
+    )
     assert metrics.js_distance(torch.tensor(a), torch.tensor(b)).item() == pytest.approx(expected)
     assert metrics.js_distance(torch.tensor([1, 0]), torch.tensor([0, 5])).item() == 1
 

@@ -91,7 +91,8 @@ def test_a_mix_of_one_source_is_that_source_alone_prior_count_included() -> None
     for criterion in ("reap", "eaft-reap"):
         mixed = saliency(observation, saliency_spec(criterion, mix={"tools": 5}, prior_count=3))
         torch.testing.assert_close(mixed, saliency(alone, saliency_spec(criterion, prior_count=3)), rtol=1e-12, atol=1e-12)
-    assert totals(observation, {"tools": Decimal(1)}).norm_max.equal(totals(alone).norm_max), "maxima cover sources with weight only"
+    assert totals(observation,
+                  {"tools": Decimal(1)}).norm_max.equal(totals(alone).norm_max), "maxima cover sources with weight only"
 
 
 def test_a_mix_of_the_observed_shares_changes_nothing() -> None:
@@ -119,14 +120,15 @@ def test_a_source_without_scored_tokens_cannot_carry_weight() -> None:
 
 
 def test_a_function_of_ones_own(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "own_criterion.py").write_text("def spiky(totals, spec):\n    return totals.gate_norm_max_scored / totals.count\n\n"
-                                               "def flat(totals, spec):\n    return totals.count[0]\n")
+    (tmp_path / "own_criterion.py").write_text("def spiky(totals, spec):\n    return totals.gate_norm_max_scored / "
+                                               "totals.count\n\ndef flat(totals, spec):\n    return totals.count[0]\n")
     monkeypatch.syspath_prepend(tmp_path)
     observation = observe_routing(random_routing(9, dead=(4,)))
     found, summed = saliency(observation, saliency_spec("own_criterion:spiky")), totals(observation)
     alive = summed.count > 0
     assert found[alive].equal((summed.gate_norm_max_scored / summed.count)[alive]) and found[:, 4].eq(-torch.inf).all()
-    with pytest.raises(UnusableError, match=r"'own_criterion:flat' returned a tensor of shape \[8\]; it must return .* \[3, 8\]"):
+    with pytest.raises(UnusableError, match=r"'own_criterion:flat' returned a tensor of shape \[8\]; it must return .* \[3, "
+                                            r"8\]"):
         saliency(observation, saliency_spec("own_criterion:flat"))
     with pytest.raises(RecipeError, match="'own_criterion:gone' cannot be imported"):
         saliency(observation, saliency_spec("own_criterion:gone"))
@@ -136,7 +138,8 @@ def test_an_overflow_is_named_not_ranked() -> None:
     observation = observe_routing(random_routing(10))
     observation.statistics["gate_norm_sum"][1, 0, 6] = math.nan
     observation.statistics["gate_norm_sum"][2, 0, 7] = math.inf
-    with pytest.raises(UnusableError, match=r"reap is not a finite number for 2 of 24 experts \(layer 1 expert 6, layer 2 expert 7\)"):
+    with pytest.raises(UnusableError, match=r"reap is not a finite number for 2 of 24 experts \(layer 1 expert 6, layer 2 "
+                                            r"expert 7\)"):
         saliency(observation, saliency_spec())
 
 
@@ -150,5 +153,6 @@ def test_totals_do_not_depend_on_the_kind_of_sum() -> None:
 
 def test_formulas_in_words() -> None:
     said = [formula(saliency_spec(*given[:1], **given[1])) for given in (
-        ("reap", {}), ("reap", {"reduction": "sum"}), ("ean-mean", {"prior_count": 2.5}), ("ean", {"prior_count": 9}), ("eaft-reap", {}))]
+        ("reap", {}), ("reap", {"reduction": "sum"}), ("ean-mean", {"prior_count": 2.5}), ("ean", {"prior_count": 9}),
+        ("eaft-reap", {}))]
     assert said == ["Σgn / N", "Σgn", "Σn / (N + 2.5)", "Σn", "Σwgn / N"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 
 import pytest
@@ -28,6 +30,7 @@ from reapkit.statistics import (
     redundancy_coverage,
     report_metrics,
     share_deleted,
+    source_influence,
     spearman,
     specialisation,
     tail_risks,
@@ -173,15 +176,36 @@ def test_a_mix_without_a_source_is_an_observation_without_it() -> None:
     torch.testing.assert_close(found, torch.where(n > 0, mass / n, -torch.inf), rtol=1e-9, atol=0)
 
 
-def test_all_numbers_of_a_selection_are_plain_data(decided) -> None:
-    import json
+def test_what_a_source_alone_keeps() -> None:
+    names = ("code", "tools", "prose")
+    observation = observe_routing(random_routing(7, sources=3), sources=names)
+    for given in (None, {"code": 1, "tools": 2}):
+        spec = saliency_spec("ean-mean", mix=given)
+        kept = {layer: row.topk(4).indices.tolist() for layer,
+                row in zip(observation.layers, saliency(observation, spec), strict=True)}
+        influence = source_influence(observation, spec, kept)
+        assert set(influence) == set(given or names)
+        left = [observation.sources.index(name) for name in given or names if name != "code"]
+        n, mass = (observation.statistics[name][:, left].sum(1) for name in ("count", "norm_sum"))
+        others = torch.where(n > 0, mass / n, -torch.inf)
+        for row, layer in enumerate(observation.layers):
+            lost = set(kept[layer]) - set(others[row].sort(descending=True, stable=True).indices[:4].tolist())
+            assert influence["code"]["would_drop"][layer] == sorted(lost)
+        assert influence["code"]["overlap"] == pytest.approx(1 - sum(map(len, influence["code"]["would_drop"].values())) / 12)
+    assert source_influence(observation, saliency_spec(mix={"code": 1}), kept) == {}
 
+
+def test_all_numbers_of_a_selection_are_plain_data(decided) -> None:
     observation, selection = decided
     metrics = report_metrics(observation, selection)
     json.dumps(metrics, allow_nan=False)
     assert metrics["kept"] == [4, 4, 4] and metrics["layers"] == [0, 1, 2]
     risky = [risk * 4 for risk in metrics["tail_risk"]]
     assert metrics["tail_risk_all"] == pytest.approx(sum(risky) / 12)
+    bare = {layer: dataclasses.replace(chosen, saliency=()) for layer, chosen in selection.layers.items()}
+    imported = report_metrics(observation, dataclasses.replace(selection, layers=bare))
+    assert imported["floor"] == [None] * 3 and imported["drivers"]["count"] == {"pearson": None, "spearman": None}
+    assert imported["traffic_deleted"] == metrics["traffic_deleted"]
     mixed = select(observation, saliency_spec(mix={"code": 1}), prune(ratio=0.5, protect={"super_experts": False}), TOY)
     code = observation.statistics["count"][:, 0]
     assert report_metrics(observation, mixed)["traffic_deleted"] == pytest.approx(share_deleted(code, dropped_mask(mixed, 8)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig
 
@@ -113,6 +114,37 @@ def save_hub_layout(model: nn.Module, path: str | Path, *, mtp: bool = False, ma
         config["num_nextn_predict_layers"] = 1
         _add_mtp_block(path, config["num_hidden_layers"], config["hidden_size"])
     file.write_text(json.dumps(config, indent=2) + "\n")
+    return path
+
+
+def as_block_fp8(path: Path, block: int = 128) -> Path:
+    """Rewrites a saved checkpoint's expert matrices (sides divisible by `block`) as block FP8 with `…_scale_inv`, in the manner of DeepSeek-V3."""
+    tensors = load_file(path / "model.safetensors")
+    for name in [name for name in tensors if re.search(r"experts\..*proj\.weight$", name)]:
+        weight = tensors.pop(name)
+        blocks = weight.view(weight.shape[0] // block, block, weight.shape[1] // block, block)
+        scale = blocks.abs().amax(dim=(1, 3)) / 448
+        tensors[name] = (blocks / scale[:, None, :, None]).view_as(weight).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = scale
+    return _rewritten(path, tensors, {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [block] * 2,
+                                      "modules_to_not_convert": ["self_attn", "mlp.gate", "lm_head", "layers.0.mlp"]})
+
+
+def as_mxfp4(path: Path) -> Path:
+    """Rewrites a saved gpt_oss checkpoint's experts (inputs divisible by 32) as random MXFP4 blocks and scales."""
+    tensors, draw = load_file(path / "model.safetensors"), torch.Generator().manual_seed(0)
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, inputs, outputs = tensors.pop(name).shape  # published outputs first, in blocks of 32 inputs, two values per byte
+        tensors[f"{name}_blocks"] = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), generator=draw).to(torch.uint8)
+        tensors[f"{name}_scales"] = torch.randint(118, 123, (experts, outputs, inputs // 32), generator=draw).to(torch.uint8)
+    left = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    return _rewritten(path, tensors, {"quant_method": "mxfp4", "modules_to_not_convert": left})
+
+
+def _rewritten(path: Path, tensors: dict[str, torch.Tensor], quantization: dict[str, Any]) -> Path:
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}, indent=2))
     return path
 
 

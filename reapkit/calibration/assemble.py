@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from reapkit.calibration.encoder import packing_of
 from reapkit.calibration.formats import describe
-from reapkit.calibration.gather import dropped_summary, packing_of
+from reapkit.calibration.gather import Gathered, dropped_summary
+from reapkit.calibration.inputs import Inputs
 from reapkit.calibration.packing import Piece, group_bounds, interleave, limit, pack, pieces_of
 from reapkit.calibration.spans import WAYS
 from reapkit.calibration.tokens import PARTS, SUMMARY_FILE, TOKENS_FILE, create_tensors
 from reapkit.errors import UnusableError
-from reapkit.hashing import digest
 from reapkit.recipe.schema import TokensFormat
-from reapkit.resolve import tokenizer_identity
 from reapkit.store import write_json
 
 LOW_SCORED_SHARE = 0.05
@@ -34,7 +36,7 @@ class Stream:
     """Samples of one source that share rows; a pack has two per source, one per part."""
 
     source: int
-    gathered: Any
+    gathered: Gathered
     samples: Sequence[int]
     part: int = 0
 
@@ -50,7 +52,7 @@ class Plan:
         return [sum(map(len, pieces)) for _, _, pieces in self.rows]
 
 
-def assemble(inputs: Any, gathered: Sequence[Any], streams: Sequence[Stream], out: Path, about: Mapping[str, Any], *,
+def assemble(inputs: Inputs, gathered: Sequence[Gathered], streams: Sequence[Stream], out: Path, about: Mapping[str, Any], *,
              removable: bool) -> dict[str, Any]:
     """Writes `tokens.safetensors` and, last, `calibration.json` below `out`; returns the latter's content.
 
@@ -63,7 +65,7 @@ def assemble(inputs: Any, gathered: Sequence[Any], streams: Sequence[Stream], ou
     temporary = out / f".{TOKENS_FILE}"
     counts = _write(inputs, gathered, plan, temporary, about["kind"] == "packs")
     sources = [_source_summary(inputs, source, number, plan, counts) for number, source in enumerate(gathered)]
-    warnings = _check(calibration.score, sources)
+    warnings = _check(calibration.score, sources) + _silent_calls(sources, gathered)
     for warning in warnings:
         inputs.progress.warn(warning)
     temporary.replace(out / TOKENS_FILE)
@@ -75,22 +77,22 @@ def assemble(inputs: Any, gathered: Sequence[Any], streams: Sequence[Stream], ou
         "rows": len(plan.rows), "tokens": int(sum(plan.lengths)),
         "scored_tokens": int(counts["scored"].sum()), "signal_tokens": int(counts["signal"].sum()),
         "groups": bounds, "snapshots": snapshots,
-        "tokenizer": digest(tokenizer_identity(inputs.tokenizer_directory)),
+        "tokenizer": inputs.tokenizer_hash,
         "duplicates": _duplicates(gathered),
         "warnings": warnings,
         "sources": sources,
     }
     if about["kind"] == "packs":
         parts = [part for _, part, _ in plan.rows]
-        summary["parts"] = {name: {"rows": parts.count(number), "samples": sum(len(s.samples) for s in streams if s.part == number)}
-                            for number, name in enumerate(PARTS)}
+        samples = [sum(len(stream.samples) for stream in streams if stream.part == part) for part in range(len(PARTS))]
+        summary["parts"] = {name: {"rows": parts.count(part), "samples": samples[part]} for part, name in enumerate(PARTS)}
     write_json(out / SUMMARY_FILE, summary)
     if removable:
         shutil.rmtree(inputs.work, ignore_errors=True)
     return summary
 
 
-def _plan(inputs: Any, streams: Sequence[Stream]) -> Plan:
+def _plan(inputs: Inputs, streams: Sequence[Stream]) -> Plan:
     """Every stream's samples packed into rows; parts one after another, the rows of a part interleaved."""
     packed = [_pack_stream(inputs, stream) for stream in streams]
     rows = []
@@ -101,7 +103,7 @@ def _plan(inputs: Any, streams: Sequence[Stream]) -> Plan:
     return Plan(rows)
 
 
-def _pack_stream(inputs: Any, stream: Stream) -> list[list[Piece]]:
+def _pack_stream(inputs: Inputs, stream: Stream) -> list[list[Piece]]:
     calibration, source = inputs.calibration, stream.gathered
     samples, packing = source.samples, packing_of(calibration, source.format)
     end_token = inputs.end_token() if packing == "concat" else None
@@ -113,47 +115,50 @@ def _pack_stream(inputs: Any, stream: Stream) -> list[list[Piece]]:
     return pack(pieces, calibration.max_length, packing)
 
 
-def _write(inputs: Any, gathered: Sequence[Any], plan: Plan, path: Path, is_pack: bool) -> dict[str, np.ndarray]:
-    """Copies the rows' tokens into the safetensors file; returns tokens, scored and signal positions per row, int64 [rows]."""
+def _write(inputs: Inputs, gathered: Sequence[Gathered], plan: Plan, path: Path, is_pack: bool) -> dict[str, np.ndarray]:
+    """Copies the rows' tokens into the safetensors file, a row at a time; returns `lengths`, `scored`, `signal`: tokens, scored
+    positions and those with a signal per row, int64 [rows].
+    """
     lengths = np.array(plan.lengths, np.int64)
-    parts = sum(len(pieces) for _, _, pieces in plan.rows)
+    pieces = [piece for _, _, pieces in plan.rows for piece in pieces]
     shapes = {"input_ids": ("int32", int(lengths.sum())), "assistant": ("uint8", int(lengths.sum())),
               "row_offsets": ("int64", len(lengths) + 1), "row_source": ("int16", len(lengths)),
-              "sample_offsets": ("int64", parts + 1), "part_sample": ("int32", parts)}
+              "sample_offsets": ("int64", len(pieces) + 1), "part_sample": ("int32", len(pieces))}
     file = create_tensors(path, shapes | ({"row_part": ("uint8", len(lengths))} if is_pack else {}))
-    file["row_offsets"][0] = 0
-    file["row_offsets"][1:] = np.cumsum(lengths)
+    file["row_offsets"][:] = np.concatenate([[0], np.cumsum(lengths)])
     file["row_source"][:] = [source for source, _, _ in plan.rows]
+    file["sample_offsets"][:] = np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])])
+    file["part_sample"][:] = [piece.sample for piece in pieces]
     if is_pack:
         file["row_part"][:] = [part for _, part, _ in plan.rows]
-    end_token = inputs.end_token() if any(piece.end_token for _, _, pieces in plan.rows for piece in pieces) else 0
-    stored = [source.samples.tokens() for source in gathered]
-    scored, signal = np.zeros(len(lengths), np.int64), np.zeros(len(lengths), np.int64)
-    position = part = 0
-    with inputs.progress.task("write rows", len(lengths), "rows") as task:
-        for row, (source, _, pieces) in enumerate(plan.rows):
-            ids, assistant, offsets = stored[source]
-            for piece in pieces:
-                begin, size = int(offsets[piece.sample]), piece.stop - piece.start
-                stretch = slice(begin + piece.start, begin + piece.stop)
-                file["input_ids"][position : position + size] = ids[stretch]
-                file["assistant"][position : position + size] = marks = assistant[stretch]
-                if piece.end_token:
-                    file["input_ids"][position + size], file["assistant"][position + size] = end_token, 0
-                predicted = int(marks[1:].sum()) if inputs.calibration.score == "completion" else len(piece) - 1
-                scored[row] += predicted if inputs.calibration.score == "completion" else len(piece)
-                signal[row] += predicted
-                file["sample_offsets"][part], file["part_sample"][part] = position, piece.sample
-                position, part = position + len(piece), part + 1
+    end_token = inputs.end_token() if any(piece.end_token for piece in pieces) else None
+    completion = inputs.calibration.score == "completion"
+    scored, signal, position = np.zeros(len(lengths), np.int64), np.zeros(len(lengths), np.int64), 0
+    with ExitStack() as open_files, inputs.progress.task("write rows", len(lengths), "rows") as task:
+        stored = [open_files.enter_context(source.samples.reader()) for source in gathered]
+        out = open_files.enter_context(path.open("r+b")).fileno()
+        for row, (source, _, row_pieces) in enumerate(plan.rows):
+            read = [_with_end(*stored[source](piece.sample, piece.start, piece.stop), end_token if piece.end_token else None)
+                    for piece in row_pieces]
+            # Written, not mapped: the pages of a map would count as this process's memory.
+            os.pwrite(out, np.concatenate([ids for ids, _ in read]).tobytes(), file["input_ids"].offset + 4 * position)
+            os.pwrite(out, np.concatenate([marks for _, marks in read]).tobytes(), file["assistant"].offset + position)
+            signal[row] = sum(int(marks[1:].sum()) if completion else len(marks) - 1 for _, marks in read)
+            scored[row] = signal[row] if completion else lengths[row]
+            position += int(lengths[row])
             task.advance()
-    file["sample_offsets"][part] = position
     for tensor in file.values():
-        if isinstance(tensor, np.memmap):
-            tensor.flush()
+        tensor.flush()
     return {"lengths": lengths, "scored": scored, "signal": signal}
 
 
-def _source_summary(inputs: Any, source: Any, number: int, plan: Plan, counts: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def _with_end(ids: np.ndarray, marks: np.ndarray, end_token: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """A piece with its end token, which packing wrote and not the assistant."""
+    return (ids, marks) if end_token is None else (np.append(ids, np.int32(end_token)), np.append(marks, np.uint8(0)))
+
+
+def _source_summary(inputs: Inputs, source: Gathered, number: int, plan: Plan,
+                    counts: Mapping[str, np.ndarray]) -> dict[str, Any]:
     entry, samples, used = source.entry, source.samples, source.used
     rows = [row for row, (owner, _, _) in enumerate(plan.rows) if owner == number]
     pieces = [piece for row in rows for piece in plan.rows[row][2]]
@@ -164,7 +169,8 @@ def _source_summary(inputs: Any, source: Any, number: int, plan: Plan, counts: M
     kept = sum(piece.stop - piece.start for piece in pieces)
     ways = sorted(set(samples.ways[:used]))
     return {
-        "name": entry.name, "source": entry.source, "config": entry.config, "split": entry.split, "revision": entry.revision,
+        "name": entry.name, "source": entry.source, "config": entry.config, "split": entry.split,
+        "revision": source.walk.revision,
         "filter": entry.filter, "weight": str(entry.weight), "format": describe(source.format), "packing": packing,
         "spans": ways, "spans_text": "; ".join(WAYS[way] for way in ways),
         "asked": {source.target.unit: source.target.amount},
@@ -187,8 +193,9 @@ def _length_summary(lengths: np.ndarray) -> dict[str, float]:
     """min, median, mean, 90th percentile and max, in tokens."""
     if not len(lengths):
         return {}
-    return {"min": int(lengths.min()), "median": int(np.sort(lengths)[(len(lengths) - 1) // 2]), "mean": round(float(lengths.mean()), 1),
-            "p90": int(np.sort(lengths)[-(-9 * len(lengths) // 10) - 1]), "max": int(lengths.max())}
+    ordered = np.sort(lengths)
+    return {"min": int(ordered[0]), "median": int(ordered[(len(ordered) - 1) // 2]), "mean": round(float(ordered.mean()), 1),
+            "p90": int(ordered[-(-9 * len(ordered) // 10) - 1]), "max": int(ordered[-1])}
 
 
 def _samples_cut(pieces: Sequence[Piece], lengths: np.ndarray) -> int:
@@ -199,33 +206,38 @@ def _samples_cut(pieces: Sequence[Piece], lengths: np.ndarray) -> int:
     return int((kept < lengths).sum())
 
 
-def _example(inputs: Any, source: Any, pieces: Sequence[Piece]) -> list[list[Any]]:
+def _example(inputs: Inputs, source: Gathered, pieces: Sequence[Piece]) -> list[list[Any]]:
     """The source's first piece as [text, is the assistant's] stretches, from a little before its first assistant token."""
     if not pieces:
         return []
-    ids, assistant, offsets = source.samples.tokens()
     piece = min(pieces, key=lambda piece: (piece.sample, piece.start))
-    begin = int(offsets[piece.sample])
-    ids, marks = ids[begin + piece.start : begin + piece.stop], assistant[begin + piece.start : begin + piece.stop]
+    with source.samples.reader() as read:
+        ids, marks = read(piece.sample, piece.start, piece.stop)
     first = int(np.argmax(marks)) if marks.any() else 0
     window = slice(max(0, min(first - EXAMPLE_TOKENS // 2, len(ids) - EXAMPLE_TOKENS)), None)
     ids, marks = ids[window][:EXAMPLE_TOKENS], marks[window][:EXAMPLE_TOKENS]
     borders = [0, *(np.flatnonzero(np.diff(marks)) + 1).tolist(), len(ids)]
-    given = isinstance(source.format, TokensFormat)
-    tokenizer = None if given else inputs.tokenizer()
-    return [[str(ids[a:b].tolist()) if given else tokenizer.decode(ids[a:b].tolist()), bool(marks[a])] for a, b in itertools.pairwise(borders) if b > a]
+    in_words = str if isinstance(source.format, TokensFormat) else inputs.tokenizer().decode
+    return [[in_words(ids[start:stop].tolist()), bool(marks[start])] for start, stop in itertools.pairwise(borders)]
 
 
 def _check(score: str, sources: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Warnings about what came out. Raises UnusableError where a source has no assistant token although completions are scored."""
+    """Warnings about sources of which little is scored. Raises UnusableError where nothing is, although completions are."""
     silent = [source for source in sources if score == "completion" and not source["scored_tokens"]]
     if silent:
         raise UnusableError("\n".join(
             f"source '{source['name']}': none of its {source['tokens']:,} tokens is scored; assistant tokens were sought by "
             f"{source['spans_text']}. {_way_out(source)}" for source in silent))
     return [f"source '{source['name']}': {source['scored_tokens']:,} of {source['tokens']:,} tokens are scored "
-            f"({source['scored_tokens'] / source['tokens']:.1%}); the rest is context and says nothing about experts. {_way_out(source)}"
-            for source in sources if score == "completion" and source["scored_tokens"] < LOW_SCORED_SHARE * source["tokens"]]
+            f"({source['scored_tokens'] / source['tokens']:.1%}); the rest is context and says nothing about experts. "
+            f"{_way_out(source)}" for source in sources
+            if score == "completion" and source["scored_tokens"] < LOW_SCORED_SHARE * source["tokens"]]
+
+
+def _silent_calls(sources: Sequence[Mapping[str, Any]], gathered: Sequence[Gathered]) -> list[str]:
+    return [f"source '{source['name']}': the chat template never mentions tool_calls, so its {source['tool_calls']} calls are "
+            "not rendered. Give calibration.chat_template."
+            for source, made in zip(sources, gathered) if source["tool_calls"] and not made.shows_calls]
 
 
 def _way_out(source: Mapping[str, Any]) -> str:
@@ -238,7 +250,7 @@ def _way_out(source: Mapping[str, Any]) -> str:
     return "Check the source's assistant turns, or choose calibration.score: all."
 
 
-def _duplicates(gathered: Sequence[Any]) -> dict[str, int]:
+def _duplicates(gathered: Sequence[Gathered]) -> dict[str, int]:
     """Samples with equal content in two sources, as `first/second` to how many; equal ones within a source were dropped."""
     contents = {source.entry.name: set(source.samples.hashes[: source.used]) for source in gathered}
     return {f"{a}/{b}": shared for a, b in itertools.combinations(contents, 2) if (shared := len(contents[a] & contents[b]))}

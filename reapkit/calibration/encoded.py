@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import fcntl
 import json
-from collections.abc import Collection, Iterator
+import os
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,14 +57,18 @@ class Samples:
     def num_tokens(self) -> int:
         return sum(self.lengths)
 
-    def tokens(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Ids int32 and assistant marks uint8 of all samples one after another, as memory maps, and offsets int64 [samples + 1]."""
-        offsets = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)]).astype(np.int64)
-        total = int(offsets[-1])
-        if not total:
-            return np.empty(0, np.int32), np.empty(0, np.uint8), offsets
-        return (np.memmap(self.directory / "input_ids.bin", "<i4", "r", shape=(total,)),
-                np.memmap(self.directory / "assistant.bin", np.uint8, "r", shape=(total,)), offsets)
+    @contextmanager
+    def reader(self) -> Iterator[Callable[[int, int, int], tuple[np.ndarray, np.ndarray]]]:
+        """For the block, a function from (sample, start, stop) to those tokens' ids int32 and marks uint8, read from disk."""
+        offsets = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
+        with (self.directory / "input_ids.bin").open("rb") as ids, (self.directory / "assistant.bin").open("rb") as marks:
+
+            def read(sample: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+                place, size = int(offsets[sample]) + start, stop - start
+                return (np.frombuffer(os.pread(ids.fileno(), 4 * size, 4 * place), "<i4"),
+                        np.frombuffer(os.pread(marks.fileno(), size, place), np.uint8))
+
+            yield read
 
 
 @contextmanager
@@ -73,22 +78,29 @@ def opened(directory: Path) -> Iterator[Samples]:
     with (directory / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         samples = Samples(directory)
-        journal = directory / "journal.jsonl"
-        valid = 0
-        for line in journal.read_bytes().splitlines(keepends=True) if journal.exists() else ():
-            try:
-                block = json.loads(line) if line.endswith(b"\n") else None
-            except ValueError:
-                block = None
-            if block is None:
-                break  # torn by a kill; what follows is made again
+        journal, ids, marks = (directory / name for name in ("journal.jsonl", "input_ids.bin", "assistant.bin"))
+        for file in (journal, ids, marks):
+            file.touch()
+        on_disk = min(ids.stat().st_size // 4, marks.stat().st_size)
+        valid = tokens = 0
+        for line in journal.read_bytes().splitlines(keepends=True):
+            block = _journalled(line)
+            tokens += sum(block["lengths"]) if block else 0
+            if block is None or tokens > on_disk:
+                break  # torn by a kill, or ahead of its tokens after a power cut; what follows is made again
             _add(samples, block)
             valid += len(line)
-        for path, size in ((journal, valid), (directory / "input_ids.bin", 4 * samples.num_tokens),
-                           (directory / "assistant.bin", samples.num_tokens)):
-            with path.open("ab") as stream:
-                stream.truncate(size)
+        for file, size in ((journal, valid), (ids, 4 * samples.num_tokens), (marks, samples.num_tokens)):
+            os.truncate(file, size)
         yield samples
+
+
+def _journalled(line: bytes) -> dict[str, Any] | None:
+    """A finished block's record, None for a torn line."""
+    try:
+        return json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
 
 
 def append(samples: Samples, block: list[Encoded], seen: set[str], held_out: Collection[str]) -> None:

@@ -13,18 +13,17 @@ from reapkit.recipe.schema import MessagesFormat, PromptFormat, TextFormat, Toke
 
 Format = TextFormat | PromptFormat | MessagesFormat | XlamFormat | TokensFormat
 
-_SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant", "system": "system",
-             "tool": "tool", "function_call": "assistant", "observation": "tool"}
+_SPEAKERS = {"human": "user", "gpt": "assistant", "model": "assistant", "function_call": "assistant", "observation": "tool"}
 """Roles of the older `{from, value}` turns."""
 
-_JSON_TYPES = {"str": "string", "string": "string", "int": "integer", "integer": "integer", "float": "number", "number": "number",
-               "bool": "boolean", "boolean": "boolean", "list": "array", "array": "array", "tuple": "array", "set": "array",
-               "dict": "object", "object": "object"}
+_JSON_TYPES = {"str": "string", "string": "string", "int": "integer", "integer": "integer", "float": "number",
+               "number": "number", "bool": "boolean", "boolean": "boolean", "list": "array", "array": "array",
+               "tuple": "array", "set": "array", "dict": "object", "object": "object"}
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One row's content: exactly one of `text`, `messages` (with `tools` or None) and `input_ids` (with `assistant` or None)."""
+    """One row's content: one of `text`, `messages` (with `tools` or None) and `input_ids` (with `assistant` or None)."""
 
     text: str | None = None
     messages: list[dict[str, Any]] | None = None
@@ -39,7 +38,8 @@ class Sample:
             return len(self.input_ids)
         if self.text is not None:
             return len(self.text.strip())
-        return sum(len(turn["content"].strip()) + sum(len(str(call)) for call in turn.get("tool_calls", ())) for turn in self.messages)
+        return sum(len(turn["content"].strip()) + sum(len(str(call)) for call in turn.get("tool_calls", ()))
+                   for turn in self.messages)
 
     @property
     def tool_calls(self) -> int:
@@ -55,7 +55,8 @@ class Sample:
                 return hashlib.sha256(self.text.encode()).hexdigest()[:32]
             return digest([self.messages, self.tools] if self.input_ids is None else [self.input_ids, self.assistant])[:32]
         except UnicodeEncodeError as error:
-            raise ValueError(f"half of a surrogate pair ({error.object[error.start]!a}) at character {error.start}, which is no text") from None
+            raise ValueError(f"half of a surrogate pair ({error.object[error.start]!a}) at character {error.start}, "
+                             "which is no text") from None
         except TypeError as error:
             raise ValueError(f"turns or tools hold what JSON cannot say ({error})") from None
 
@@ -71,8 +72,8 @@ def recognise(columns: Iterable[str]) -> Format:
     for column in ("messages", "conversations", "conversation"):
         if column in names:
             return MessagesFormat(messages=column)
-    for prompt, completion in (("instruction", "output"), ("prompt", "completion"), ("instruction", "response"), ("prompt", "response"),
-                               ("question", "answer"), ("problem", "solution")):
+    for prompt, completion in (("instruction", "output"), ("prompt", "completion"), ("instruction", "response"),
+                               ("prompt", "response"), ("question", "answer"), ("problem", "solution")):
         if {prompt, completion} <= names:
             return PromptFormat(prompt=prompt, completion=completion)
     if "input_ids" in names:
@@ -147,7 +148,7 @@ def _decoded(row: Mapping[str, Any], column: str) -> Any:
 
 def _without_nulls(value: Any) -> Any:
     """Columnar files give every record every key of every other record; those nulls were never written by anyone."""
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     if isinstance(value, (list, tuple)):
         return [_without_nulls(item) for item in value]
@@ -167,7 +168,8 @@ def _turn(turn: Mapping[str, Any], number: int) -> dict[str, Any]:
         role, content = _SPEAKERS.get(turn["from"], turn["from"]), turn.get("value")
     if not isinstance(role, str) or not role:
         raise ValueError(f"turn {number} has no role; it has {', '.join(turn) or 'no key'}")
-    kept = {key: item for key, item in turn.items() if key not in ("role", "content", "tool_calls", "from", "value") and item is not None}
+    kept = {key: item for key, item in turn.items()
+            if key not in ("role", "content", "tool_calls", "from", "value") and item is not None}
     calls = turn.get("tool_calls")
     if isinstance(calls, str):
         calls = _from_json(calls, f"turn {number}: tool_calls")
@@ -182,8 +184,9 @@ def _content(content: Any, number: int) -> str:
         return ""
     if isinstance(content, str):
         return content
-    if isinstance(content, list) and all(isinstance(block, Mapping) and isinstance(block.get("text"), str) for block in content):
-        return "".join(block["text"] for block in content)
+    blocks = content if isinstance(content, list) else [None]
+    if all(isinstance(block, Mapping) and isinstance(block.get("text"), str) for block in blocks):
+        return "".join(block["text"] for block in blocks)
     raise ValueError(f"turn {number} holds content that is neither text nor a list of text blocks")
 
 
@@ -239,7 +242,8 @@ def _xlam_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
             if "optional" not in kind and "default" not in declared:
                 required.append(name)
         parameters = {"type": "object", "properties": properties, "required": required}
-    return {"type": "function", "function": {"name": tool["name"], "description": tool.get("description", ""), "parameters": parameters}}
+    function = {"name": tool["name"], "description": tool.get("description", ""), "parameters": parameters}
+    return {"type": "function", "function": function}
 
 
 def _tokens(row: Mapping[str, Any], column: str, mask_column: str | None) -> Sample:

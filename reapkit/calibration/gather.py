@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import threading
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from reapkit.calibration import spans
-from reapkit.calibration.encoded import Encoded, Samples, append
-from reapkit.calibration.formats import Format, recognise, to_sample
+from reapkit.calibration.encoded import Encoded, Samples, append, opened
+from reapkit.calibration.encoder import Encoder, format_of, packing_of
+from reapkit.calibration.formats import Format
+from reapkit.calibration.inputs import Inputs
 from reapkit.calibration.packing import pieces_of
-from reapkit.calibration.sources import MAX_SAMPLE_BYTES, Walk, too_long
+from reapkit.calibration.sources import Walk, open_walk
 from reapkit.errors import UnusableError
 from reapkit.progress import Task
-from reapkit.recipe.schema import CalibrationSpec, MixEntry, TokensFormat
+from reapkit.recipe.schema import CalibrationSpec, MixEntry
 
 BLOCK = 256
 """Samples that are tokenized together and journalled together."""
-MIN_CHARACTERS = 8
-"""A sample with less content is near-empty: it would teach nothing and still count as a sample."""
-MIN_TOKENS = 2
-"""A single token predicts nothing."""
 
 
 @dataclass(frozen=True)
@@ -46,103 +40,46 @@ class Target:
         return self.tokens if self.samples is None else self.samples
 
 
-class Encoder:
-    """Rows to tokens: format, template, assistant spans, tokenizer."""
+@dataclass(frozen=True)
+class Gathered:
+    """A source's samples: the first `used` of `samples`."""
 
-    def __init__(self, calibration: CalibrationSpec, format: Format, tokenizer: Callable[[], Any], template: str | None,
-                 vocabulary: int | None):
-        self.calibration, self.format, self.vocabulary = calibration, format, vocabulary
-        self._load, self._template = tokenizer, template
-        self._renderer: spans.Renderer | None = None
-        self._lock = threading.Lock()
-
-    @property
-    def renderer(self) -> spans.Renderer:
-        """Made when first needed: sources of token ids need no tokenizer at all."""
-        if self._renderer is None:
-            self._renderer = spans.Renderer(self.calibration, self._load(), self._template)
-        return self._renderer
-
-    def encode(self, walk: Walk, positions: Sequence[int]) -> list[Encoded]:
-        """The walk's rows at `positions` as samples, fewer where a stream ends. May run in several threads.
-
-        Raises UnusableError naming source and row: broken data is an error, empty data is dropped and counted.
-        """
-        with self._lock:  # templates record their spans in shared state; rendering would not run in parallel anyway
-            results, waiting = self._render(walk, positions)
-        tokenized = spans.encode([rendered for _, rendered in waiting], self.renderer.tokenizer) if waiting else []
-        for (number, rendered), (ids, marks) in zip(waiting, tokenized):
-            results[number] = self._tokenized(results[number], ids, marks, rendered.way)
-        return results
-
-    def _render(self, walk: Walk, positions: Sequence[int]) -> tuple[list[Encoded], list[tuple[int, spans.Rendered]]]:
-        """Every row as a finished or dropped sample, or as one that waits for the tokenizer, by its number."""
-        results: list[Encoded] = []
-        waiting: list[tuple[int, spans.Rendered]] = []
-        for position, row in zip(positions, walk.read(positions)):
-            try:
-                sample = to_sample(row, self.format)
-                item = Encoded(position, walk.rows.place(walk.number(position)), self._unfit(sample), sample.content_hash(),
-                               tool_calls=sample.tool_calls)
-                if sample.input_ids is not None and not item.dropped:
-                    item = self._given(item, sample)
-                elif not item.dropped:
-                    waiting.append((len(results), self.renderer.render(sample)))
-                results.append(item)
-            except ValueError as error:
-                raise UnusableError(f"{walk.place(position)}: {error}.") from None
-        return results, waiting
-
-    def _unfit(self, sample: Any) -> str | None:
-        if sample.size == 0:
-            return "empty"
-        if sample.text is not None and len(sample.text) > MAX_SAMPLE_BYTES or sample.size > MAX_SAMPLE_BYTES:
-            raise ValueError(too_long(sample.size).rstrip("."))
-        return "near-empty" if sample.input_ids is None and sample.size < MIN_CHARACTERS else None
-
-    def _given(self, item: Encoded, sample: Any) -> Encoded:
-        ids = np.array(sample.input_ids, np.int32)
-        if self.vocabulary is not None and len(ids) and int(ids.max()) >= self.vocabulary:
-            raise ValueError(f"token id {int(ids.max())}, but the model knows ids below {self.vocabulary}")
-        marks = np.ones(len(ids), np.uint8) if sample.assistant is None else np.array(sample.assistant, np.uint8)
-        return self._tokenized(item, ids, marks, "whole text" if sample.assistant is None else "as given")
-
-    def _tokenized(self, item: Encoded, ids: np.ndarray, marks: np.ndarray, way: str) -> Encoded:
-        dropped = "near-empty" if len(ids) < MIN_TOKENS else None
-        return Encoded(item.position, item.place, dropped, item.content, ids, marks, way, item.tool_calls)
+    entry: MixEntry
+    walk: Walk
+    format: Format
+    samples: Samples
+    used: int
+    target: Target
+    shows_calls: bool
 
 
-def format_of(entry: MixEntry, walk: Walk) -> Format:
-    """The recipe's format, or the one the first row's columns show. Raises UnusableError naming the source."""
-    if entry.format is not None:
-        return entry.format
-    first = walk.read([0]) if walk.length != 0 else []
-    if not first:
-        raise UnusableError(f"source '{entry.name}': {entry.source} holds no rows.")
-    try:
-        return recognise(first[0])
-    except ValueError as error:
-        raise UnusableError(f"source '{entry.name}': {error}.") from None
+def gather(inputs: Inputs, entry: MixEntry, target: Target, held_out: Collection[str] | None = None, skip: int = 0) -> Gathered:
+    """Enough samples of a mix entry for the target; those that a killed run left are used first.
+
+    `held_out`: contents that may not occur, which makes the samples a pack's; `skip`: rows of a stream that the calibration
+    read. Raises UnusableError naming the source, and the row where one is at fault; where too few are left, with what was
+    dropped and why.
+    """
+    walk = open_walk(entry, inputs.recipe_directory, seed=inputs.calibration.seed, held_out=held_out is not None, skip=skip)
+    format = format_of(entry, walk)
+    encoder = Encoder(inputs.calibration, format, inputs.tokenizer, inputs.template, inputs.vocabulary)
+    end_token = inputs.end_token() if packing_of(inputs.calibration, format) == "concat" else None
+    directory = inputs.work / f"{entry.name}-{inputs.part_key(entry, held_out, skip)[:12]}"
+    with opened(directory) as samples, inputs.progress.task(f"tokenize {entry.name}", target.amount, target.unit) as task:
+        used = _fill(samples, walk, encoder, target, end_token, held_out or (), task)
+    return Gathered(entry, walk, format, samples, used, target, encoder.shows_calls)
 
 
-def packing_of(calibration: CalibrationSpec, format: Format) -> str:
-    """Token ids are used as they are, a row per sample; everything else is packed as the recipe says."""
-    return "none" if isinstance(format, TokensFormat) else calibration.packing
-
-
-def row_tokens(samples: Samples, number: int, calibration: CalibrationSpec, packing: str, end_token: int | None) -> int:
+def _row_tokens(samples: Samples, number: int, calibration: CalibrationSpec, packing: str, end_token: int | None) -> int:
     """Tokens that a sample brings into rows, after overflow and with its end token."""
     pieces = pieces_of(number, samples.lengths[number], samples.last_assistant[number], samples.last_token[number] == end_token,
                        calibration.max_length, calibration.overflow, packing)
     return sum(map(len, pieces))
 
 
-def gather(samples: Samples, walk: Walk, encoder: Encoder, target: Target, *, end_token: Callable[[], int | None],
-           held_out: Collection[str], task: Task) -> int:
-    """Appends to `samples` until the target is met; returns how many of them are used (earlier runs may have left more).
-
-    Raises UnusableError where the source yields too few, with what was dropped and why.
-    """
+def _fill(samples: Samples, walk: Walk, encoder: Encoder, target: Target, end_token: int | None, held_out: Collection[str],
+          task: Task) -> int:
+    """Appends to `samples` until the target is met; returns how many of them are used (earlier runs may have left more)."""
     seen = set(samples.hashes)
     used = reached = 0
     wanted = target.amount
@@ -151,7 +88,7 @@ def gather(samples: Samples, walk: Walk, encoder: Encoder, target: Target, *, en
         next(blocks)
         while True:
             while used < len(samples) and reached < wanted:
-                step = 1 if target.samples is not None else row_tokens(samples, used, encoder.calibration, packing, end_token())
+                step = 1 if target.samples is not None else _row_tokens(samples, used, encoder.calibration, packing, end_token)
                 used, reached = used + 1, reached + step
                 task.advance(step)
             if reached >= wanted:

@@ -28,7 +28,7 @@ class Piece:
 
 
 def largest_remainder(total: int, weights: Sequence) -> list[int]:
-    """`total` split by weight into integers that add up to it: floors first, the rest to the largest remainders, ties to the first.
+    """`total` split by weight into integers that add up to it: floors, then one each by largest remainder, ties to the first.
 
     Weights are exact numbers (Decimal, Fraction, int), so that equal recipes split equally everywhere.
     """
@@ -57,8 +57,9 @@ def cut(length: int, last_assistant: int, max_length: int, overflow: str) -> lis
     return [(stop - max_length, stop)]
 
 
-def pieces_of(sample: int, length: int, last_assistant: int, ended: bool, max_length: int, overflow: str, packing: str) -> list[Piece]:
-    """A sample's pieces in order; `concat` puts an end token behind the last unless the sample ends with one (`ended`) there."""
+def pieces_of(sample: int, length: int, last_assistant: int, ended: bool, max_length: int, overflow: str,
+              packing: str) -> list[Piece]:
+    """A sample's pieces in order; `concat` puts an end token behind the last, unless the sample has its own there (`ended`)."""
     kept = cut(length, last_assistant, max_length, overflow)
     last = len(kept) - 1
     return [Piece(sample, start, stop, packing == "concat" and number == last and not (ended and stop == length))
@@ -81,7 +82,8 @@ def limit(pieces: Sequence[Piece], tokens: int) -> list[Piece]:
 def pack(pieces: Sequence[Piece], max_length: int, packing: str) -> list[list[Piece]]:
     """Pieces as rows of at most `max_length` tokens, in order.
 
-    none: a row each. isolated: a piece that no longer fits opens the next row. concat: one long stream cut every `max_length` tokens.
+    none: a row each. isolated: a piece that no longer fits opens the next row. concat: one long stream, cut every
+    `max_length` tokens.
     """
     if packing == "none":
         return [[piece] for piece in pieces]
@@ -115,7 +117,7 @@ def _head(piece: Piece, room: int) -> Piece:
 def interleave(counts: Sequence[int]) -> list[tuple[int, int]]:
     """(stream, row) in an order in which every prefix holds each stream's share of the rows, to within a row or two.
 
-    Row j of n stands at (j + 1/2) / n, so that up to any place a stream is off by at most half a row; ties go to the earlier stream.
+    Row j of n stands at (j + 1/2) / n, so that up to any place a stream is off by at most half a row; ties go to the earlier.
     """
     stream = np.repeat(np.arange(len(counts)), counts)
     row = np.concatenate([np.arange(count) for count in counts]) if counts else np.empty(0, np.int64)
@@ -127,7 +129,8 @@ def interleave(counts: Sequence[int]) -> list[tuple[int, int]]:
 def group_bounds(row_lengths: Sequence[int]) -> tuple[list[int], list[int]]:
     """Row group borders, and how many groups are finished after 1/16, 1/8, 1/4 and 1/2 of the rows.
 
-    Rows are cut into sixteen equal stretches (or single rows, where there are fewer), those into groups of at most `GROUP_TOKENS` tokens.
+    Rows are cut into sixteen equal stretches (or single rows, where there are fewer), those into groups of at most
+    `GROUP_TOKENS` tokens.
     """
     rows = len(row_lengths)
     stretches = {rows * part // MIN_GROUPS for part in range(MIN_GROUPS + 1)}

@@ -35,7 +35,7 @@ WAYS = {
 
 @dataclass(frozen=True)
 class Rendered:
-    """A sample as the model reads it: text, assistant spans in characters, and whether the tokenizer adds its own special tokens."""
+    """A sample as the model reads it: text, assistant spans in characters, and whether the tokenizer adds special tokens."""
 
     text: str
     spans: list[tuple[int, int]]
@@ -46,8 +46,8 @@ class Rendered:
 class Renderer:
     """Samples to text with assistant spans, by the first way that applies: markers, {% generation %}, prefix rendering.
 
-    A `chat_template` of the recipe replaces the model's. Plain text counts as written by the assistant throughout, unless markers
-    are given: it has no prompt that could be left out.
+    A `chat_template` of the recipe replaces the model's. Plain text counts as written by the assistant throughout, unless
+    markers are given: it has no prompt that could be left out.
     """
 
     def __init__(self, calibration: CalibrationSpec, tokenizer: Any, own_template: str | None):
@@ -55,6 +55,12 @@ class Renderer:
         self.score = calibration.score
         self.markers = calibration.spans
         self.own_template = own_template
+
+    @property
+    def shows_calls(self) -> bool:
+        """Whether any template in use mentions tool calls; where it does not, they vanish without a word."""
+        own = self.own_template if self.own_template is not None else self.tokenizer.chat_template
+        return not own or "tool_calls" in str(own)
 
     def template(self, tools: list[dict[str, Any]] | None) -> str:
         """The chat template in use. Raises ValueError where there is none."""
@@ -85,7 +91,8 @@ class Renderer:
             return Rendered(text, marked_spans(text, self.markers), "markers", special)
         return Rendered(text, [(0, len(text))], "whole text", special)
 
-    def _chat(self, template: str, messages: list[dict[str, Any]], tools: Any, *, prompt: bool = False, marked: bool = False) -> Any:
+    def _chat(self, template: str, messages: list[dict[str, Any]], tools: Any, *, prompt: bool = False,
+              marked: bool = False) -> Any:
         """The conversation as text, with `marked` also its generation spans.
 
         Call arguments are given as objects, as transformers documents; templates that concatenate them get JSON text instead.
@@ -111,8 +118,9 @@ class Renderer:
     def _prefix_spans(self, template: str, sample: Sample, whole: str) -> list[tuple[int, int]]:
         """What each assistant turn adds to the rendering of the turns before it.
 
-        A turn's span begins where the rendering with it and the rendering of a generation prompt part (templates that open with <think>
-        part inside the turn), and ends where the rendering up to it ends. Both must be prefixes of the whole conversation.
+        A turn's span begins where the rendering with it and that of a generation prompt part (a prompt that opens a thought
+        parts from a turn without one), and ends where the rendering up to it ends. That rendering must be a prefix of the whole
+        conversation, and the turns before it a prefix of that.
         """
         spans = []
         for number, turn in enumerate(sample.messages):
@@ -129,12 +137,14 @@ class Renderer:
         return spans
 
     def _no_nesting(self, template: str, sample: Sample, number: int) -> str:
-        before, prompt = (self._chat(template, sample.messages[:number], sample.tools, prompt=prompt) if number else "" for prompt in (False, True))
+        before, prompt = (self._chat(template, sample.messages[:number], sample.tools, prompt=prompt) if number else ""
+                          for prompt in (False, True))
         opening = prompt.removeprefix(before) if prompt.startswith(before) else ""
-        markers = json.dumps({"start": opening or "<|assistant|>", "end": self.tokenizer.eos_token or "<|end|>"}, ensure_ascii=False)
-        return (f"the chat template rewrites earlier turns: turn {number + 1} is rendered otherwise once later turns follow, so its "
-                f"assistant tokens cannot be found by comparing prefixes. Give markers, e.g. calibration.spans: {markers}, or a "
-                "calibration.chat_template with {% generation %} blocks")
+        markers = json.dumps({"start": opening or "<|assistant|>", "end": self.tokenizer.eos_token or "<|end|>"},
+                             ensure_ascii=False)
+        return (f"the chat template rewrites earlier turns: turn {number + 1} is rendered otherwise once later turns follow, "
+                "so its assistant tokens cannot be found by comparing prefixes. Give markers, e.g. calibration.spans: "
+                f"{markers}, or a calibration.chat_template with {{% generation %}} blocks")
 
 
 def read_template(path: str | None, recipe_directory: Path) -> str | None:
@@ -155,7 +165,8 @@ def _with_text_arguments(messages: list[dict[str, Any]]) -> list[dict[str, Any]]
         text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
         return {**call, "function": {**call["function"], "arguments": text}}
 
-    return [{**turn, "tool_calls": [as_text(call) for call in turn["tool_calls"]]} if turn.get("tool_calls") else turn for turn in messages]
+    return [{**turn, "tool_calls": [as_text(call) for call in turn["tool_calls"]]} if turn.get("tool_calls") else turn
+            for turn in messages]
 
 
 def marked_spans(text: str, markers: Spans) -> list[tuple[int, int]]:
@@ -178,14 +189,14 @@ def marked_spans(text: str, markers: Spans) -> list[tuple[int, int]]:
 def encode(rendered: Sequence[Rendered], tokenizer: Any) -> list[tuple[np.ndarray, np.ndarray]]:
     """Ids int32 [n] and assistant marks uint8 [n] of each text; a token is the assistant's when any of its characters is.
 
-    Texts go through the tokenizer in batches, on all cores, with the interpreter free meanwhile. Tokenizers without character offsets
-    (remote code) encode the stretches between span borders one by one.
+    Texts go through the tokenizer in batches, on all cores, with the interpreter free meanwhile. Tokenizers without
+    character offsets (remote code) encode the stretches between span borders one by one.
     """
     if not tokenizer.is_fast:
         return [_encode_stretches(item, tokenizer) for item in rendered]
     results: list[Any] = [None] * len(rendered)
     for numbers in _batches(rendered):
-        # The backend itself: transformers' call sets truncation and padding on it first, which fails while another thread encodes.
+        # The backend itself: transformers' call first sets truncation and padding on it, which fails while a thread encodes.
         encodings = tokenizer.backend_tokenizer.encode_batch([rendered[number].text for number in numbers],
                                                              add_special_tokens=rendered[numbers[0]].special)
         for number, encoding in zip(numbers, encodings):

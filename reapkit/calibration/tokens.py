@@ -1,7 +1,8 @@
 """Calibration tokens on disk: ragged rows that are read one at a time, whatever their total size.
 
-    tokens.safetensors   input_ids int32 [tokens], assistant uint8 [tokens], row_offsets int64 [rows + 1], row_source int16 [rows],
-                         sample_offsets int64 [parts + 1], part_sample int32 [parts], row_part uint8 [rows] (packs only)
+    tokens.safetensors   input_ids int32 [tokens], assistant uint8 [tokens], row_offsets int64 [rows + 1],
+                         row_source int16 [rows], sample_offsets int64 [parts + 1], part_sample int32 [parts] (the number of
+                         the sample within its source), row_part uint8 [rows] (packs only)
     calibration.json     what it was made of and what came out
 
 A *part* is what one row holds of one sample; `sample_offsets` says where each begins and has a boundary at every row start.
@@ -71,7 +72,8 @@ class CalibrationTokens:
         try:
             summary = json.loads((directory / SUMMARY_FILE).read_text())
         except FileNotFoundError:
-            raise UnusableError(f"{directory} holds no {SUMMARY_FILE}, so it is no finished calibration. Run it again.") from None
+            raise UnusableError(f"{directory} holds no {SUMMARY_FILE}, so it is no finished calibration. "
+                                "Run it again.") from None
         return cls(directory, summary)
 
     @property
@@ -117,9 +119,9 @@ class CalibrationTokens:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows padded on the right: `input_ids` int64 [b, t]; `lengths`, `source` int64 [b]; `valid`, `scored`, `signal` bool [b, t].
+    """Rows padded on the right: `input_ids` int64 [b, t]; `valid`, `scored`, `signal` bool [b, t].
 
-    `position_ids` int64 [b, t] restarts at every sample with `packing: isolated` and is None otherwise.
+    `lengths`, `source` int64 [b]; `rows`: their numbers. `position_ids` int64 [b, t] restarts at every sample with `packing: isolated` and is None otherwise.
     """
 
     input_ids: torch.Tensor
@@ -198,7 +200,7 @@ def map_tensors(path: Path) -> dict[str, np.ndarray]:
 def create_tensors(path: Path, shapes: Mapping[str, tuple[str, int]]) -> dict[str, np.ndarray]:
     """A safetensors file of 1-d tensors (name to dtype and length), allocated at once and returned as writable memory maps.
 
-    The bytes depend on names, dtypes, lengths and what is written, on nothing else. Wide types come first, so that every tensor is aligned.
+    The bytes depend on names, dtypes, lengths and what is written, on nothing else. Wide types come first, which aligns all.
     """
     order = sorted(shapes, key=lambda name: (-np.dtype(shapes[name][0]).itemsize, name))
     header: dict[str, Any] = {}
@@ -212,5 +214,6 @@ def create_tensors(path: Path, shapes: Mapping[str, tuple[str, int]]) -> dict[st
     with path.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         stream.truncate(8 + len(text) + end)
-    return {name: (np.memmap(path, np.dtype(shapes[name][0]).newbyteorder("<"), "r+", 8 + len(text) + header[name]["data_offsets"][0],
-                             (shapes[name][1],)) if shapes[name][1] else np.empty(0, shapes[name][0])) for name in order}
+    first = 8 + len(text)
+    return {name: np.memmap(path, np.dtype(dtype).newbyteorder("<"), "r+", first + header[name]["data_offsets"][0], (length,))
+            if length else np.empty(0, dtype) for name, (dtype, length) in shapes.items()}

@@ -1,4 +1,5 @@
 """Evidence before and after writing: packs measured on masked models and on directories, gates, generation, the verdict.
 
-`outputs` measures, `candidates` decides, `generation` watches models write, `summary` (torch-free) prints.
+`candidates.evaluate` decides before anything is written, `directory.Yardstick` measures what was; `advice`, `tool_calls` and
+`equal_bytes` import without torch.
 """

@@ -14,8 +14,8 @@ SHOWN = ("perplexity", "perplexity_ratio", "kl_mean", "top1_agreement", "conflic
 def summary_rows(evaluation: Mapping[str, Any], group: str = UNION) -> Iterator[dict[str, Any]]:
     """The rows of a terminal's table: base, candidates, controls and the confirmed choice, each at every length.
 
-    `{"name", "role": "base" | "candidate" | "control" | "confirm", "length", "experts", "bytes", "rows", "verdict"}` and, for each of
-    `SHOWN`, the value with its interval as `NAME_interval`; None where there is none. `group`: `all` or a source.
+    `{"name", "role": "base" | "candidate" | "control" | "confirm", "length", "experts", "bytes", "rows", "verdict"}` and, for
+    each of `SHOWN`, the value with its interval as `NAME_interval`; None where there is none. `group`: `all` or a source.
     """
     yield from _rows({"name": "base", "metrics": evaluation["base"]}, "base", group)
     for role, entries in (("candidate", evaluation["candidates"]), ("control", evaluation["controls"])):
@@ -30,8 +30,15 @@ def summary_rows(evaluation: Mapping[str, Any], group: str = UNION) -> Iterator[
 def _rows(entry: Mapping[str, Any], role: str, group: str) -> Iterator[dict[str, Any]]:
     for length, groups in (entry["metrics"] or {"-": {}}).items():
         found = groups.get(group, {})
-        row = {"name": entry["name"], "role": role, "length": length, "experts": entry.get("experts"), "bytes": entry.get("bytes"),
-               "rows": found.get("rows"), "verdict": entry.get("verdict")}
+        row = {
+            "name": entry["name"],
+            "role": role,
+            "length": length,
+            "experts": entry.get("experts"),
+            "bytes": entry.get("bytes"),
+            "rows": found.get("rows"),
+            "verdict": entry.get("verdict"),
+        }
         for metric in SHOWN:
             measurement = found.get(metric) or {"value": None, "interval": None}
             row |= {metric: measurement["value"], f"{metric}_interval": measurement["interval"]}
@@ -52,10 +59,16 @@ def advice(evaluation: Mapping[str, Any]) -> str:
     if evaluation["verdict"] == "undecided":
         return "\n".join([f"{among} {chosen['name']}: undecided{where}. The intervals straddle the limits:",
                           *_failures(judged, "undecided"), *_more_samples(judged, evaluation)])
-    return "\n".join([f"{among} {chosen['name']}: rejected{where}.", *_failures(judged, "reject"), *_weak_sources(judged),
-                      "What to change: prune less (a lower prune.ratio, or smaller values in prune.candidates.ratio), calibrate on "
-                      "more of what is lost (calibration.mix, calibration.samples), or accept more loss (evaluate.gates)."
-                      + _looser_preset(judged)])
+    return "\n".join(
+        [
+            f"{among} {chosen['name']}: rejected{where}.",
+            *_failures(judged, "reject"),
+            *_weak_sources(judged),
+            "What to change: prune less (a lower prune.ratio, or smaller values in prune.candidates.ratio), calibrate on "
+            "more of what is lost (calibration.mix, calibration.samples), or accept more loss (evaluate.gates)."
+            + _looser_preset(judged),
+        ]
+    )
 
 
 def _failures(judged: Mapping[str, Any], verdict: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""A loaded base model and one part of its packs: everything a candidate is measured with, the model masked meanwhile."""
+"""Where candidates are measured: on one part of the packs, as masks on the loaded base."""
 
 from __future__ import annotations
 
@@ -12,12 +12,26 @@ from torch import nn
 
 from reapkit.calibration.tokens import CalibrationTokens
 from reapkit.evaluate import generation
-from reapkit.evaluate.outputs import BaseOutputs, Pack, base_outputs, compare, describe_base, load_positions, measure, save_positions
+from reapkit.evaluate.outputs import (
+    BaseOutputs,
+    Pack,
+    base_outputs,
+    compare,
+    describe_base,
+    load_positions,
+    measure,
+    save_positions,
+)
 from reapkit.masking import masked
 from reapkit.metrics import Positions
 from reapkit.progress import Progress
 from reapkit.recipe.schema import GenerationSpec
 from reapkit.selection import Selection
+
+
+def packs_of_part(tokens: Mapping[int, CalibrationTokens], part: str) -> dict[int, Pack]:
+    """The packs that have rows of this part, by length."""
+    return {length: Pack.part(each, part, length) for length, each in tokens.items() if each.rows(part)}
 
 
 @dataclass(frozen=True)
@@ -47,9 +61,36 @@ class Candidate:
                 "experts_per_token": self.selection.experts_per_token, "bytes": self.nbytes, "control_of": self.control_of}
 
 
-@dataclass(frozen=True, eq=False)
 class Bench:
-    """Measures candidates on one part ("decide" or "confirm") of the packs, by row length; what a killed run finished is read back."""
+    """Candidates' numbers on one part of the packs, "decide" or "confirm"; where they come from is the subclass's."""
+
+    packs: Mapping[int, Pack]
+    eaft: Mapping[str, Any]
+    bases: Mapping[int, BaseOutputs]
+    measures_all = False
+    """Whether every candidate has been measured anyway, so that none need be left untried."""
+
+    def positions(self, candidate: Candidate, length: int) -> Positions:
+        """The candidate's signals at the pack's measured positions."""
+        raise NotImplementedError
+
+    def base_metrics(self) -> dict[str, Any]:
+        """The base's own numbers by length and group."""
+        return {str(length): describe_base(self.bases[length], pack, self.eaft) for length, pack in self.packs.items()}
+
+    def metrics(self, candidate: Candidate) -> dict[str, Any]:
+        """The candidate's numbers by length and group."""
+        return {str(length): compare(self.bases[length], self.positions(candidate, length), pack, self.eaft)
+                for length, pack in self.packs.items()}
+
+    def generation(self, candidate: Candidate | None) -> dict[str, Any]:
+        """`{"generation": shares over continuations by group | None, "examples": [...]}`; of the base itself for None."""
+        return {"generation": None, "examples": []}
+
+
+@dataclass(frozen=True, eq=False)
+class MaskedBench(Bench):
+    """Masks the loaded base for each candidate; what a killed run finished is read back from `work_directory`."""
 
     model: nn.Module
     packs: Mapping[int, Pack]
@@ -61,31 +102,38 @@ class Bench:
     tokenizer: Any = None
 
     @classmethod
-    def of_part(cls, model: nn.Module, tokens: Mapping[int, CalibrationTokens], part: str, work_directory: Path | None, **settings: Any) -> Bench:
-        packs = {length: Pack.part(each, part, length) for length, each in tokens.items() if each.rows(part)}
-        return cls(model, packs, work_directory=None if work_directory is None else work_directory / part, **settings)
+    def of_part(cls, model: nn.Module, tokens: Mapping[int, CalibrationTokens], part: str, work_directory: Path | None,
+                **settings: Any) -> MaskedBench:
+        return cls(
+            model,
+            packs_of_part(tokens, part),
+            work_directory=None if work_directory is None else work_directory / part,
+            **settings,
+        )
 
     @cached_property
     def bases(self) -> dict[int, BaseOutputs]:
         """The base's outputs by length, computed once."""
-        return {length: base_outputs(self.model, pack, batch_tokens=self.batch_tokens, top_k=self.eaft["top_k"],
-                                     work_directory=self.work_directory, progress=self.progress) for length, pack in self.packs.items()}
+        return {
+            length: base_outputs(
+                self.model,
+                pack,
+                batch_tokens=self.batch_tokens,
+                top_k=self.eaft["top_k"],
+                work_directory=self.work_directory,
+                progress=self.progress,
+            )
+            for length, pack in self.packs.items()
+        }
 
-    def base_metrics(self) -> dict[str, Any]:
-        return {str(length): describe_base(self.bases[length], pack, self.eaft) for length, pack in self.packs.items()}
-
-    def metrics(self, candidate: Candidate) -> dict[str, Any]:
-        """The candidate's numbers by length and group."""
-        return {str(length): compare(self.bases[length], self._positions(candidate, length), pack, self.eaft)
-                for length, pack in self.packs.items()}
-
-    def _positions(self, candidate: Candidate, length: int) -> Positions:
+    def positions(self, candidate: Candidate, length: int) -> Positions:
         path = None if self.work_directory is None else self.work_directory / f"{candidate.name}-{length}.safetensors"
         if path is not None and path.is_file():
             return load_positions(path)
+        base = self.bases[length]
         with masked(self.model, candidate.selection.keep, candidate.selection.experts_per_token):
-            found = measure(self.model, self.packs[length], self.bases[length], batch_tokens=self.batch_tokens,
-                            top_k=self.eaft["top_k"], title=f"evaluate {candidate.name}", progress=self.progress)
+            found = measure(self.model, self.packs[length], base, batch_tokens=self.batch_tokens, top_k=self.eaft["top_k"],
+                            title=f"evaluate {candidate.name}", progress=self.progress)
         if path is not None:
             save_positions(found, path)
         return found
@@ -100,16 +148,19 @@ class Bench:
         return self._write("base")
 
     def _write(self, name: str) -> generation.Written:
-        return generation.write(self.model, self.prompts, max_new_tokens=self.writing.max_new_tokens, batch_tokens=self.batch_tokens,
-                                title=f"generate {name}", progress=self.progress)
+        return generation.write(
+            self.model,
+            self.prompts,
+            max_new_tokens=self.writing.max_new_tokens,
+            batch_tokens=self.batch_tokens,
+            title=f"generate {name}",
+            progress=self.progress,
+        )
 
     def generation(self, candidate: Candidate | None) -> dict[str, Any]:
-        """`{"generation": shares over continuations by group | None, "examples": [...]}`; of the base itself for None.
-
-        None where no generation was asked for or no prompt exists.
-        """
+        """As `Bench.generation`; None where no generation was asked for or no prompt exists."""
         if not self.prompts:
-            return {"generation": None, "examples": []}
+            return super().generation(candidate)
         base, written = self._base_written, self._base_written
         if candidate is not None:
             with masked(self.model, candidate.selection.keep, candidate.selection.experts_per_token):

@@ -1,4 +1,4 @@
-"""Candidates judged as masks on the loaded model: smallest first, the first that passes wins, confirmed on rows it never saw."""
+"""Candidates judged as masks on the loaded model: smallest first, the first that passes wins, confirmed on fresh rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 from reapkit.calibration.tokens import PARTS, CalibrationTokens
 from reapkit.errors import UnusableError
 from reapkit.evaluate.advice import advice
-from reapkit.evaluate.bench import Bench, Candidate
+from reapkit.evaluate.bench import Bench, Candidate, MaskedBench
 from reapkit.evaluate.outputs import EAFT
 from reapkit.gates import GENERATION_METRICS, UNION, Gate, judge, overall
 from reapkit.progress import SILENT, Progress
@@ -28,59 +28,96 @@ def eaft_settings(saliency: SaliencySpec, observe: ObserveSpec) -> dict[str, Any
             "thresholds": saliency.eaft.thresholds, "top_k": observe.entropy_top_k}
 
 
-def evaluate(model: nn.Module, packs: Mapping[int, CalibrationTokens], candidates: Sequence[Candidate], gates: Sequence[Gate], *,
-             controls: Sequence[Candidate] = (), eaft: Mapping[str, Any] = EAFT,
-             generation: GenerationSpec | None = None, tokenizer: Any = None, pack_samples: int | None = None,
-             batch_tokens: int = 16384, work_directory: Path | None = None, progress: Progress = SILENT) -> dict[str, Any]:
+def evaluate(
+    model: nn.Module,
+    packs: Mapping[int, CalibrationTokens],
+    candidates: Sequence[Candidate],
+    gates: Sequence[Gate],
+    *,
+    controls: Sequence[Candidate] = (),
+    eaft: Mapping[str, Any] = EAFT,
+    generation: GenerationSpec | None = None,
+    tokenizer: Any = None,
+    pack_samples: int | None = None,
+    batch_tokens: int = 16384,
+    work_directory: Path | None = None,
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
     """The verdict on `candidates` (masks on the loaded base `model`) with every number behind it; JSON-able.
 
     `packs` by row length; their "decide" rows judge, their "confirm" rows (if any) give the winner's final numbers and verdict.
     Candidates are tried from the smallest to the largest; of the smallest size at which one passes, the one with the lowest
     kl_mean wins, larger ones are not tried. `controls` of the chosen candidate are measured, not judged. Sources of
-    `evaluate.extra_packs` stay outside the union. `tokenizer` is needed for tool calls and examples only; `pack_samples` for the advice only.
+    `evaluate.extra_packs` stay outside the union. `tokenizer` is needed for tool calls and examples only, `pack_samples` for
+    the advice only.
 
-    Shape: `{"format", "eaft", "packs": {length: {part: {rows, tokens, positions}}}, "gates": [gate], "base": {length: {group: metrics}},
-    "base_generation": {group: metrics} | None, "candidates": [{name, criterion, kept: {layer: n}, experts, experts_per_token, bytes,
+    Shape: `{"format", "eaft", "packs": {length: {part: {rows, tokens, positions}}}, "gates": [gate],
+    "base": {length: {group: metrics}}, "base_generation": {group: metrics} | None,
+    "candidates": [{name, criterion, kept: {layer: n}, experts, experts_per_token, bytes,
     metrics: {length: {group: metrics}} | None, generation: {group: metrics} | None, examples, gates: [result], verdict}],
-    "controls": [...], "confirm": {candidate, base, metrics, gates, verdict} | None, "winner": name | None, "chosen": the winner's
-    name, else that of the nearest to passing, "verdict": "pass" | "reject" | "undecided", "advice": text, "pack_samples"}`. A group is
-    `all` (the mix) or a source; a metric is `{"value", "interval": [low, high] | None}` (see `metrics`); counts are integers.
+    "controls": [{name, ..., metrics}], "confirm": {candidate, base, metrics, gates, verdict} | None, "winner": name | None,
+    "chosen": the winner's name, else that of the nearest to passing, "verdict": "pass" | "reject" | "undecided",
+    "advice": text, "pack_samples"}`. A group is `all` (the mix) or a source; a metric is
+    `{"value", "interval": [low, high] | None}` (see `metrics.rows`); counts are integers.
 
     Raises UnusableError where no pack has a row to decide on.
     """
     settings = {"eaft": eaft, "batch_tokens": batch_tokens, "progress": progress}
-    decide = Bench.of_part(model, packs, "decide", work_directory, writing=generation, tokenizer=tokenizer, **settings)
-    confirm = Bench.of_part(model, packs, "confirm", work_directory, **settings)
+    decide = MaskedBench.of_part(model, packs, "decide", work_directory, writing=generation, tokenizer=tokenizer, **settings)
+    confirm = MaskedBench.of_part(model, packs, "confirm", work_directory, **settings)
+    return give_verdict(decide, confirm, candidates, gates, controls=controls, pack_samples=pack_samples)
+
+
+def give_verdict(decide: Bench, confirm: Bench, candidates: Sequence[Candidate], gates: Sequence[Gate], *,
+                 controls: Sequence[Candidate] = (), pack_samples: int | None = None) -> dict[str, Any]:
+    """The evaluation (see `evaluate`) of candidates on benches, wherever they measure."""
     if not decide.packs:
         raise UnusableError("The packs hold no row to decide on. Raise evaluate.packs.samples or lower evaluate.packs.confirm.")
     table = _try_candidates(decide, candidates, gates)
     passed = [entry for entry in table if entry["verdict"] == "pass"]
-    chosen = min(passed, key=kl_mean) if passed else _nearest(table)
     by_name = {candidate.name: candidate for candidate in candidates}
+    chosen = _winner(passed, by_name) if passed else _nearest(table)
     confirmed = _confirm(confirm, by_name[chosen["name"]], gates) if confirm.packs else None
     verdict = confirmed["verdict"] if passed and confirmed is not None else chosen["verdict"]
     evaluation = {
-        "format": FORMAT_VERSION, "eaft": dict(eaft), "packs": _describe_packs(dict(zip(PARTS, (decide, confirm)))),
-        "gates": [asdict(gate) for gate in gates], "base": decide.base_metrics(), "base_generation": decide.generation(None)["generation"],
+        "format": FORMAT_VERSION,
+        "eaft": dict(decide.eaft),
+        "packs": _describe_packs(dict(zip(PARTS, (decide, confirm)))),
+        "gates": [asdict(gate) for gate in gates],
+        "base": decide.base_metrics(),
+        "base_generation": decide.generation(None)["generation"],
         "candidates": table,
-        "controls": [each.describe() | {"metrics": decide.metrics(each)} for each in controls
-                     if each.control_of in (None, chosen["name"])],
-        "confirm": confirmed, "winner": chosen["name"] if verdict == "pass" else None, "chosen": chosen["name"],
-        "verdict": verdict, "pack_samples": pack_samples}
+        "controls": [
+            each.describe() | {"metrics": decide.metrics(each)}
+            for each in controls
+            if each.control_of in (None, chosen["name"])
+        ],
+        "confirm": confirmed,
+        "winner": chosen["name"] if verdict == "pass" else None,
+        "chosen": chosen["name"],
+        "verdict": verdict,
+        "pack_samples": pack_samples,
+    }
     return evaluation | {"advice": advice(evaluation)}
 
 
 def _describe_packs(benches: Mapping[str, Bench]) -> dict[str, Any]:
     lengths = dict.fromkeys(length for bench in benches.values() for length in bench.packs)
-    return {str(length): {part: {"rows": len(pack.rows), "tokens": pack.num_tokens, "positions": pack.num_positions}
-                          for part, bench in benches.items() if (pack := bench.packs.get(length)) is not None} for length in lengths}
+    return {
+        str(length): {
+            part: {"rows": len(pack.rows), "tokens": pack.num_tokens, "positions": pack.num_positions}
+            for part, bench in benches.items()
+            if (pack := bench.packs.get(length)) is not None
+        }
+        for length in lengths
+    }
 
 
 def _try_candidates(bench: Bench, candidates: Sequence[Candidate], gates: Sequence[Gate]) -> list[dict[str, Any]]:
     """The table: every candidate, smallest first, those larger than a passing one left untried."""
     table: list[dict[str, Any]] = []
     for _, same_size in groupby(sorted(candidates, key=lambda each: each.size), key=lambda each: each.size):
-        done = any(entry["verdict"] == "pass" for entry in table)
+        done = not bench.measures_all and any(entry["verdict"] == "pass" for entry in table)
         table += [_untried(each) if done else _judged(bench, each, gates) for each in same_size]
     return table
 
@@ -100,6 +137,11 @@ def kl_mean(entry: Mapping[str, Any]) -> float:
     """A candidate's mean KL over the union, averaged over the lengths."""
     values = [groups[UNION]["kl_mean"]["value"] for groups in entry["metrics"].values()]
     return sum(values) / len(values)
+
+
+def _winner(passed: Sequence[dict[str, Any]], by_name: Mapping[str, Candidate]) -> dict[str, Any]:
+    """The smallest; of equal size the one closest to the base."""
+    return min(passed, key=lambda entry: (by_name[entry["name"]].size, kl_mean(entry)))
 
 
 def _nearest(table: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from transformers import GenerationConfig
 from reapkit.evaluate.outputs import Pack
 from reapkit.evaluate.tool_calls import calls, offered_tools, valid_calls
 from reapkit.gates import UNION
-from reapkit.metrics import Sums, bootstrap_weights, distinct_n, loops, measurements
+from reapkit.metrics import bootstrap_weights, distinct_n, loops, measurements
+from reapkit.metrics.bootstrap import Sums
 from reapkit.progress import SILENT, Progress
 
 MODES = {"greedy": {"do_sample": False}, "sampled": {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "top_k": 0}}
@@ -24,7 +25,7 @@ PLAIN_PROMPT_TOKENS = 64
 
 @dataclass(frozen=True)
 class Prompt:
-    """The tokens of a sample up to its first assistant turn, and the turn itself; of a plain text its beginning and the rest."""
+    """A sample up to its first assistant turn, and the turn itself; of a plain text its beginning and the rest."""
 
     source: int
     tokens: tuple[int, ...]
@@ -119,8 +120,14 @@ def _until_end(tokens: Sequence[int], ends: Sequence[int]) -> Continuation:
     return Continuation(tuple(tokens[:end]), end is not None)
 
 
-def summarize(base: Written, written: Written, prompts: Sequence[Prompt], sources: Sequence[str], outside: frozenset[str] = frozenset(),
-              tokenizer: Any = None) -> dict[str, dict[str, Any]]:
+def summarize(
+    base: Written,
+    written: Written,
+    prompts: Sequence[Prompt],
+    sources: Sequence[str],
+    outside: frozenset[str] = frozenset(),
+    tokenizer: Any = None,
+) -> dict[str, dict[str, Any]]:
     """Per group (`all` and each source) shares over prompts, with paired intervals and the difference from the base.
 
     loop_share, loop_share_delta, unfinished_share, unfinished_share_delta (both modes together), greedy_loop_share,
@@ -141,7 +148,9 @@ def summarize(base: Written, written: Written, prompts: Sequence[Prompt], source
         result[group] = {"rows": int(chosen.sum())} | measurements(own, _shares, weights)
         if tools is not None and (calling := chosen & (tools["n"] > 0)).any():
             own = {name: values[calling] for name, values in tools.items()}
-            result[group] |= {"tool_prompts": int(calling.sum())} | measurements(own, _validity, bootstrap_weights(source[calling]))
+            result[group] |= {"tool_prompts": int(calling.sum())} | measurements(
+                own, _validity, bootstrap_weights(source[calling])
+            )
     return result
 
 
@@ -161,12 +170,20 @@ def _per_prompt(base: Written, written: Written) -> dict[str, Tensor]:
 
 def _shares(s: Sums) -> dict[str, Tensor]:
     n, both = s["n"], s["n"] * len(MODES)
-    return {"loop_share": s["loops"] / both, "loop_share_delta": (s["loops"] - s["base_loops"]) / both,
-            "unfinished_share": s["unfinished"] / both, "unfinished_share_delta": (s["unfinished"] - s["base_unfinished"]) / both,
-            "greedy_loop_share": s["greedy_loops"] / n, "sampled_loop_share": s["sampled_loops"] / n, "distinct_4": s["distinct"] / both}
+    return {
+        "loop_share": s["loops"] / both,
+        "loop_share_delta": (s["loops"] - s["base_loops"]) / both,
+        "unfinished_share": s["unfinished"] / both,
+        "unfinished_share_delta": (s["unfinished"] - s["base_unfinished"]) / both,
+        "greedy_loop_share": s["greedy_loops"] / n,
+        "sampled_loop_share": s["sampled_loops"] / n,
+        "distinct_4": s["distinct"] / both,
+    }
 
 
-def _tool_sums(base: Sequence[Continuation], written: Sequence[Continuation], prompts: Sequence[Prompt], tokenizer: Any) -> dict[str, Tensor]:
+def _tool_sums(
+    base: Sequence[Continuation], written: Sequence[Continuation], prompts: Sequence[Prompt], tokenizer: Any
+) -> dict[str, Tensor]:
     rows = []
     for prompt, of_base, own in zip(prompts, base, written):
         tools = offered_tools(tokenizer.decode(prompt.tokens))

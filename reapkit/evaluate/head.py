@@ -1,4 +1,4 @@
-"""The output head on kept hidden states: proven once per model, in chunks of bounded size, another model's head where it differs."""
+"""The output head on kept hidden states: proven once per model, in bounded chunks, another model's head where it differs."""
 
 from __future__ import annotations
 
@@ -33,15 +33,20 @@ def chunk_positions(model: nn.Module) -> int:
 
 def check_head(model: nn.Module, input_ids: Tensor) -> None:
     """Raises UnusableError unless `logits` of `hidden_states` are what the model itself says of `input_ids` `[t]`."""
-    kind = type(model).__name__
     ids = input_ids[:16].unsqueeze(0)
     expected = model(input_ids=ids.to(model.get_input_embeddings().weight.device), use_cache=False).logits[0].float()
-    found = logits(model, hidden_states(model, ids)[0])
-    tolerance = 1e-4 if next(model.parameters()).dtype == torch.float32 else 2e-2
+    require_same_logits(model, expected, logits(model, hidden_states(model, ids)[0]))
+
+
+def require_same_logits(model: nn.Module, expected: Tensor, found: Tensor) -> None:
+    """Raises UnusableError where logits made of hidden states differ from the model's own by more than rounding."""
+    tolerance = 1e-4 if model.get_output_embeddings().weight.dtype == torch.float32 else 2e-2
     gap = (expected - found.to(expected.device)).abs().max().item()
     if not gap <= tolerance * max(1.0, expected.abs().max().item()):
-        raise UnusableError(f"{kind}: its logits cannot be made from its final hidden states (they differ by {gap:.3g}), so "
-                            "base and candidates cannot be compared. Report the architecture.")
+        raise UnusableError(
+            f"{type(model).__name__}: its logits cannot be made from its final hidden states (they differ by {gap:.3g}), "
+            "so base and candidates cannot be compared. Report the architecture."
+        )
 
 
 @contextmanager

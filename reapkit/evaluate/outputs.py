@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from reapkit import metrics
 from reapkit.calibration.tokens import CalibrationTokens, batches
-from reapkit.errors import UnusableError
+from reapkit.errors import StageFailed, UnusableError
 from reapkit.evaluate.head import (check_head, chunk_positions, embedding_weights, has_embeddings, hidden_states, logits,
                                    output_embeddings)
 from reapkit.hashing import digest
 from reapkit.metrics import Positions, RowIndex
 from reapkit.progress import SILENT, Progress
 
+Head = Callable[[], AbstractContextManager]
 EAFT = {"p_low": "0.15", "h_low": "0.15", "thresholds": "pooled", "top_k": 20}
 """Where confident conflict begins, unless a recipe says otherwise."""
 
@@ -75,36 +76,77 @@ def base_outputs(model: nn.Module, pack: Pack, *, batch_tokens: int, top_k: int 
     Raises UnusableError where the pack measures nothing, or where the model's logits are not a function of its hidden states.
     """
     if pack.num_positions == 0:
-        raise UnusableError(f"The pack of {pack.length} tokens measures no position: its {len(pack.rows)} rows hold no scored token. "
-                            "Raise evaluate.packs.samples.")
+        raise UnusableError(
+            f"The pack of {pack.length} tokens measures no position: its {len(pack.rows)} rows hold no scored token. "
+            "Raise evaluate.packs.samples."
+        )
     check_head(model, pack.tokens.row(pack.rows[0]).input_ids)
-    hidden = _kept_hidden(model, pack, batch_tokens, work_directory, progress)
-    reference = torch.cat([_reference(pack.tokens.row(row)) for row in pack.rows])
-    step = chunk_positions(model)
-    described = [_to_cpu(metrics.describe(found := logits(model, hidden[at:at + step]), reference[at:at + step].to(found.device),
-                                          top_k=top_k)) for at in range(0, len(reference), step)]
+    return outputs_of(model, pack, _kept_hidden(model, pack, batch_tokens, work_directory, progress), top_k)
+
+
+@torch.no_grad()
+def outputs_of(model: nn.Module, pack: Pack, hidden: Tensor, top_k: int = 20) -> BaseOutputs:
+    """The base's outputs from its final hidden states `[n, hidden]` at the pack's measured positions."""
+    reference, step = torch.cat([_reference(pack.tokens.row(row)) for row in pack.rows]), chunk_positions(model)
+    described = [
+        _to_cpu(
+            metrics.describe(
+                found := logits(model, hidden[at : at + step]), reference[at : at + step].to(found.device), top_k=top_k
+            )
+        )
+        for at in range(0, len(reference), step)
+    ]
     return BaseOutputs(hidden, reference, Positions.concatenate(described), embedding_weights(model))
+
+
+def base_head(model: nn.Module, base: BaseOutputs) -> Head:
+    """A context in which `model` has the base's output embeddings; compared once, because they may be large."""
+    return nullcontext if has_embeddings(model, base.embeddings) else partial(output_embeddings, model, base.embeddings)
+
+
+@torch.no_grad()
+def compare_hidden(model: nn.Module, hidden: Tensor, base: BaseOutputs, start: int, head: Head, top_k: int = 20) -> Positions:
+    """The signals of `model`'s final hidden states `[n, hidden]`, which belong to the base's positions from `start` on.
+
+    `head` comes from `base_head`.
+    """
+    step, parts = chunk_positions(model), []
+    for at in range(0, len(hidden), step):
+        of_base = slice(start + at, start + min(at + step, len(hidden)))
+        found = logits(model, hidden[at:at + step])
+        with head():
+            expected = logits(model, base.hidden[of_base])
+        parts.append(
+            _to_cpu(metrics.describe(found, base.reference[of_base].to(found.device), expected.to(found.device), top_k))
+        )
+    return Positions.concatenate(parts)
 
 
 @torch.no_grad()
 def measure(model: nn.Module, pack: Pack, base: BaseOutputs, *, batch_tokens: int, top_k: int = 20, title: str = "evaluate",
             progress: Progress = SILENT) -> Positions:
-    """What `model` (masked, or loaded from a directory) says at the pack's measured positions, compared with the base."""
-    step, parts, done = chunk_positions(model), [], 0
-    head = nullcontext if has_embeddings(model, base.embeddings) else partial(output_embeddings, model, base.embeddings)
+    """What `model` (masked, or loaded from a directory) says at the pack's measured positions, compared with the base.
+
+    Raises StageFailed where its logits are not finite.
+    """
+    parts, done, head = [], 0, base_head(model, base)
     with progress.task(f"{title}, {pack.length} tokens", total=pack.num_positions, unit="positions") as task:
         for hidden in _hidden(model, pack, batch_tokens):
-            for at in range(0, len(hidden), step):
-                count = len(hidden[at:at + step])
-                of_base = slice(done, done + count)
-                found = logits(model, hidden[at:at + step])
-                with head():
-                    expected = logits(model, base.hidden[of_base])
-                reference = base.reference[of_base].to(found.device)
-                parts.append(_to_cpu(metrics.describe(found, reference, expected.to(found.device), top_k)))
-                done += count
-                task.advance(count)
-    return Positions.concatenate(parts)
+            if len(hidden):
+                parts.append(compare_hidden(model, hidden, base, done, head, top_k))
+            done += len(hidden)
+            task.advance(len(hidden))
+    return refuse_broken(Positions.concatenate(parts), title)
+
+
+def refuse_broken(found: Positions, title: str) -> Positions:
+    """`found` itself. Raises StageFailed where it holds numbers that are not finite."""
+    if broken := int((~found.nll.isfinite() | ~found.kl.isfinite()).sum()):
+        raise StageFailed(
+            f"{title}: {broken} of {len(found)} measured positions have logits that are not finite, so nothing can be "
+            "said of this model. Weights that overflow in float16 need bfloat16 or float32."
+        )
+    return found
 
 
 def describe_base(base: BaseOutputs, pack: Pack, eaft: dict[str, Any] = EAFT) -> dict[str, Any]:
@@ -157,6 +199,11 @@ def _kept_hidden(model: nn.Module, pack: Pack, batch_tokens: int, work_directory
     return torch.cat(parts)
 
 
+def hidden_file(path: Path, positions: int, width: int, dtype: torch.dtype) -> Tensor:
+    """`[positions, width]` that lives in a file instead of in memory."""
+    return torch.from_file(str(path), shared=True, size=positions * width, dtype=dtype).view(-1, width)
+
+
 def _hidden_on_disk(model: nn.Module, pack: Pack, batch_tokens: int, directory: Path, task: Any) -> Tensor:
     """A memory-mapped file that is filled batch by batch; `.json` beside it says how many batches and positions it holds."""
     probe = hidden_states(model, pack.tokens.row(pack.rows[0]).input_ids[:1].unsqueeze(0))
@@ -166,7 +213,7 @@ def _hidden_on_disk(model: nn.Module, pack: Pack, batch_tokens: int, directory: 
     state = path.with_suffix(".json")
     directory.mkdir(parents=True, exist_ok=True)
     finished = json.loads(state.read_text()) if state.is_file() and path.is_file() else {"batches": 0, "positions": 0}
-    mapped = torch.from_file(str(path), shared=True, size=pack.num_positions * width, dtype=dtype).view(-1, width)
+    mapped = hidden_file(path, pack.num_positions, width, dtype)
     task.advance(finished["positions"])
     for hidden in _hidden(model, pack, batch_tokens, finished["batches"]):
         at = finished["positions"]

@@ -25,12 +25,19 @@ PROMPT_TOKENS, NEW_TOKENS, REPEATS = 256, 32, 3
 
 
 def throughput_of(path: Path, device: str = "cpu", trust_remote_code: bool = False) -> dict[str, Any]:
-    """`{"engine", "device", "prompt_tokens", "new_tokens", "prefill_tokens_per_s", "decode_tokens_per_s", "peak_bytes"}` of one row.
+    """`{engine, device, prompt_tokens, new_tokens, prefill_tokens_per_s, decode_tokens_per_s, peak_bytes}` of one row.
 
     Medians over three repeats after a warm-up; the peak is the device's, on a CPU the process's. Raises StageFailed with the
     process's last words where it fails.
     """
-    command = [sys.executable, "-m", "reapkit.evaluate.throughput", str(path), device, *(["--trust-remote-code"] if trust_remote_code else [])]
+    command = [
+        sys.executable,
+        "-m",
+        "reapkit.evaluate.throughput",
+        str(path),
+        device,
+        *(["--trust-remote-code"] if trust_remote_code else []),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         last = done.stderr.strip().splitlines()[-1:] or ["no output"]

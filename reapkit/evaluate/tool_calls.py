@@ -1,7 +1,7 @@
 """Function calls in generated text, judged by the JSON schemas that the prompt offered. Torch-free.
 
-Works on text as chat templates of the JSON kind render it: schemas as `{"name", "parameters"}` (maybe under `function`), calls as
-`{"name", "arguments"}`. Templates that write calls otherwise yield no calls, and nothing is measured there.
+Works on text as chat templates of the JSON kind render it: schemas as `{"name", "parameters"}` (maybe under `function`), calls
+as `{"name", "arguments"}`. Templates that write calls otherwise yield no calls, and nothing is measured there.
 """
 
 from __future__ import annotations
@@ -10,8 +10,15 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-_TYPES: dict[str, tuple[type, ...]] = {"string": (str,), "integer": (int,), "number": (int, float), "boolean": (bool,), "array": (list,),
-                                       "object": (dict,), "null": (type(None),)}
+_TYPES: dict[str, tuple[type, ...]] = {
+    "string": (str,),
+    "integer": (int,),
+    "number": (int, float),
+    "boolean": (bool,),
+    "array": (list,),
+    "object": (dict,),
+    "null": (type(None),),
+}
 
 
 def json_objects(text: str) -> Iterator[dict[str, Any]]:
@@ -50,8 +57,8 @@ def valid_calls(text: str, tools: Mapping[str, Mapping[str, Any]]) -> bool:
 def schema_problem(value: Any, schema: Mapping[str, Any], path: str = "$") -> str | None:
     """What is wrong with `value`, None if nothing is.
 
-    Reads type, enum, const, required, properties, additionalProperties, items, anyOf and oneOf of JSON Schema. Deviation: an object
-    whose schema lists properties may have no others unless additionalProperties says so: an invented argument breaks a call.
+    Reads type, enum, const, required, properties, additionalProperties, items, anyOf and oneOf of JSON Schema. Deviation: an
+    object whose schema lists properties has no others unless additionalProperties says so: an invented argument breaks a call.
     """
     allowed = schema.get("type")
     if allowed is not None and not any(_is_a(value, name) for name in (allowed if isinstance(allowed, list) else [allowed])):
@@ -66,7 +73,10 @@ def schema_problem(value: Any, schema: Mapping[str, Any], path: str = "$") -> st
     if isinstance(value, dict):
         return _object_problem(value, schema, path)
     if isinstance(value, list) and isinstance(schema.get("items"), dict):
-        return next((problem for i, each in enumerate(value) if (problem := schema_problem(each, schema["items"], f"{path}[{i}]"))), None)
+        return next(
+            (problem for i, each in enumerate(value) if (problem := schema_problem(each, schema["items"], f"{path}[{i}]"))),
+            None,
+        )
     return None
 
 

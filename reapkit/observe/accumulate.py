@@ -85,9 +85,14 @@ class LayerSums:
 
 
 def bin_sums(values: Tensor, key: Tensor, bins: int) -> Tensor:
-    """Row sums of `values` [n, columns] float64 by `key` int64 [n], always added in the same order: no float atomics on a GPU."""
+    """Row sums of `values` [n, columns] float64 by `key` int64 [n], always added in the same order."""
     if values.device.type == "cpu":
         return values.new_zeros(bins, values.shape[1]).index_add_(0, key, values)
+    return sorted_bin_sums(values, key, bins)
+
+
+def sorted_bin_sums(values: Tensor, key: Tensor, bins: int) -> Tensor:
+    """`bin_sums` where `index_add_` would be float atomics in any order: sorted by key, each segment summed from its first to its last."""
     key, order = torch.sort(key, stable=True)
     edges = torch.searchsorted(key, torch.arange(bins + 1, device=key.device))
     return torch.segment_reduce(values[order], "sum", lengths=edges.diff(), axis=0, unsafe=True, initial=0.0)

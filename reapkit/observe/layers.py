@@ -7,19 +7,26 @@ import re
 from collections.abc import Iterable
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from safetensors import safe_open
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, convert_and_load_state_dict_in_model, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    dot_natural_key,
+    rename_source_key,
+)
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.quantizers.auto import get_hf_quantizer
 
 from reapkit.checkpoint import Checkpoint
 from reapkit.errors import UnusableError
-from reapkit.models import DTYPES, dequantized, load_config, model_class
+from reapkit.models import DTYPES, dequantized, load_config, model_class, widened
 from reapkit.observe.experts import find_experts
 
 
@@ -45,6 +52,9 @@ class LayeredModel:
         first = find_experts(self.model)[0]
         self.prefix = first.name[: re.search(rf"\.{first.layer}\.", first.name).start()]
         self.layers: nn.ModuleList = self.model.get_submodule(self.prefix)
+        self._renamings = [entry for entry in self._conversions if isinstance(entry, WeightRenaming)]
+        self._converters = [entry for entry in self._conversions if isinstance(entry, WeightConverter)]
+        self._expected = self.model.state_dict()  # on meta: names and shapes
         self._keys = self._keys_by_layer()
         _rebuild_buffers(self.model, self.device)
 
@@ -57,6 +67,7 @@ class LayeredModel:
     def load(self, layer: int) -> None:
         """Reads decoder layer `layer`; may run in another thread than the forward. Raises UnusableError where a tensor is missing."""
         self._load(self._keys.get(layer, []))
+        widened(self.layers[layer], self.dtype)
         self._refuse_missing((f"{self.prefix}.{layer}.{name}", p) for name, p in self.layers[layer].named_parameters())
 
     def drop(self, layer: int) -> None:
@@ -75,18 +86,19 @@ class LayeredModel:
 
     def _keys_by_layer(self) -> dict[int | None, list[str]]:
         """Checkpoint tensors by the decoder layer they become part of; those the model has no place for (MTP blocks) are left out."""
-        renamings = [entry for entry in self._conversions if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in self._conversions if isinstance(entry, WeightConverter)]
-        prefix, expected = self.model.base_model_prefix, self.model.state_dict()
         inside = re.compile(rf"{re.escape(self.prefix)}\.(\d+)\.")
         keys: dict[int | None, list[str]] = {None: []}
         for key in self._checkpoint.tensors:
-            target, _ = rename_source_key(key, renamings, converters, prefix, expected)
-            match = inside.match(target if target in expected else key)
+            target, _ = self._target(key)
+            match = inside.match(target if target in self._expected else key)
             layer = int(match.group(1)) if match else None
             if layer is None or layer < len(self.layers):
                 keys.setdefault(layer, []).append(key)
         return keys
+
+    def _target(self, key: str) -> tuple[str, str | None]:
+        """The parameter that a checkpoint tensor becomes (part of), and the pattern of the conversion that makes it so."""
+        return rename_source_key(key, self._renamings, self._converters, self.model.base_model_prefix, self._expected)
 
     def _load(self, keys: Iterable[str]) -> None:
         by_shard: dict[str, list[str]] = {}
@@ -97,14 +109,45 @@ class LayeredModel:
         with ExitStack() as open_shards, torch.no_grad(), _no_progress_bars():  # closed again, so that mapped pages do not pile up
             files = {shard: open_shards.enter_context(safe_open(self.path / shard, "pt")) for shard in by_shard}
             tensors = {key: files[shard].get_slice(key) for shard, names in by_shard.items() for key in names}
+            if self._quantizer is None:
+                self._fill_stacks(tensors)
             if tensors:
                 convert_and_load_state_dict_in_model(model=self.model, state_dict=tensors, load_config=settings)
+
+    def _fill_stacks(self, tensors: dict[str, Any]) -> None:
+        """Takes the per-expert tensors that are merely stacked (gate beside up) out of `tensors` and copies each to its place.
+
+        transformers' own conversion gives the same values by stacking and concatenating, at up to three times the memory.
+        """
+        patterns = {pattern: converter for converter in self._converters if is_stacking(converter) for pattern in converter.source_patterns}
+        stacks: dict[str, dict[str, list[str]]] = {}
+        for key in sorted(tensors, key=dot_natural_key):
+            target, pattern = self._target(key)
+            if pattern in patterns and target in self._expected:
+                stacks.setdefault(target, {}).setdefault(pattern, []).append(key)
+        for target, parts in stacks.items():
+            order = [pattern for pattern in patterns[next(iter(parts))].source_patterns if pattern in parts]
+            whole = torch.empty_like(self._expected[target], device=self.device)
+            columns = [int(tensors[parts[pattern][0]].get_shape()[0]) for pattern in order]
+            if sum(columns) != whole.shape[1] or any(len(parts[pattern]) != whole.shape[0] for pattern in order):
+                continue  # an unexpected layout is left to transformers
+            for pattern, place in zip(order, whole.split(columns, dim=1), strict=True):
+                for expert, key in enumerate(parts[pattern]):
+                    place[expert].copy_(tensors.pop(key)[:])
+            module, name = target.rsplit(".", 1)
+            self.model.get_submodule(module)._parameters[name] = nn.Parameter(whole, requires_grad=False)
 
     def _refuse_missing(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
         missing = [name for name, parameter in parameters if parameter.device.type == "meta"]
         if missing:
             raise UnusableError(f"{self.path}: {len(missing)} tensors that {type(self.model).__name__} needs are missing, such as "
                                 f"{missing[0]}. Download the checkpoint again.")
+
+
+def is_stacking(converter: WeightConverter) -> bool:
+    """Does it stack per-expert matrices along a new first axis, with nothing but a concatenation of their rows besides?"""
+    kinds = [(type(operation).__name__, getattr(operation, "dim", None)) for operation in converter.operations]
+    return len(converter.target_patterns) == 1 and kinds in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)])
 
 
 def _resolve(dtype: str | torch.dtype, config: transformers.PretrainedConfig) -> torch.dtype:

@@ -7,7 +7,7 @@ the architecture passes between its layers stay in its frames.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -15,7 +15,6 @@ from zlib import crc32
 import greenlet
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 
 class Forward:
@@ -186,7 +185,21 @@ def _pass_on_tuple(*args: Any, **kwargs: Any) -> tuple[Tensor]:
 def _checksum(arguments: Any) -> int:
     """Of every tensor among a layer's arguments beside its hidden states: equal where a replay may go on from here."""
     total = 0
-    for leaf in pytree.tree_leaves(arguments):
-        if isinstance(leaf, Tensor) and leaf.device.type != "meta":
-            total = crc32(leaf.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy(), total)
+    for tensor in _tensors_in(arguments, set()):
+        total = crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy(), total)
     return total
+
+
+def _tensors_in(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    """Also those inside dictionaries, lists and plain objects, such as keys and values that layers leave for later ones."""
+    if id(value) in seen or isinstance(value, (nn.Module, type)):
+        return
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        if value.device.type != "meta":
+            yield value
+        return
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else vars(value).values() \
+        if hasattr(value, "__dict__") else ()
+    for item in list(inner):
+        yield from _tensors_in(item, seen)

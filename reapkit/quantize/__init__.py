@@ -6,6 +6,9 @@ decided is written under the names of the source (`writing.py`). Nothing here ne
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ import torch
 
 from reapkit.calibration.tokens import CalibrationTokens
 from reapkit.checkpoint import Checkpoint
-from reapkit.errors import RecipeError, StageFailed
+from reapkit.errors import Problem, RecipeError, StageFailed
 from reapkit.layout import read_layout
 from reapkit.progress import SILENT, Progress
 from reapkit.quantize.formats import preset
@@ -39,8 +42,7 @@ def quantize_checkpoint(source: Path, out: Path, spec: QuantizeSpec, *, calibrat
         raise RecipeError(problems)
     scheme, plan = scheme_of(spec), targets(checkpoint, spec, read_layout(checkpoint))
     if not plan.matrices:
-        raise RecipeError([p for p in RecipeError.at("quantize.ignore", ["leaves no matrix to quantize. Remove some of it, or set "
-                                                                           "quantize.scheme: null."])])
+        raise RecipeError([Problem("quantize.ignore", "leaves no matrix to quantize. Remove some of it, or set scheme: null.")])
     out.mkdir(parents=True, exist_ok=True)
     target = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
     quantization = preset(spec)
@@ -53,18 +55,29 @@ def quantize_checkpoint(source: Path, out: Path, spec: QuantizeSpec, *, calibrat
 
         if calibration is None and spec.method != "rtn":
             raise ValueError(f"{spec.method} needs calibration tokens")
-        if is_fp8(checkpoint.config):
-            from reapkit.quantize.rtn import dequantized_copy
-
-            checkpoint = dequantized_copy(checkpoint, (work or out.parent) / f"{out.name}.dequantized", progress=progress)
-        written, facts = quantize_loaded(checkpoint, out, plan, spec, quantization, calibration, device=target, batch_tokens=batch_tokens,
-                                         trust_remote_code=trust_remote_code, progress=progress)
+        with _in_bf16(checkpoint, (work or out.parent) / f"{out.name}.dequantized", progress) as plain:
+            written, facts = quantize_loaded(plain, out, plan, spec, quantization, calibration, device=target, batch_tokens=batch_tokens,
+                                             trust_remote_code=trust_remote_code, progress=progress)
     finish_directory(checkpoint, out, quantization, plan, trust_remote_code=trust_remote_code)
     measured = measure(out, plan, written)
     if lost := sorted(set(plan.matrices) - set(written)):
         raise StageFailed(f"quantize: {len(lost)} matrices were not quantized, such as {lost[0]}. This is a defect; please report the model.")
     return {"scheme": scheme.name, "method": spec.method, "group_size": scheme.group if scheme.fixed else spec.group_size,
             **measured, "left": _left_by_reason(plan.left), "experts_reload_in_transformers": scheme.experts_reload, **facts}
+
+
+@contextmanager
+def _in_bf16(checkpoint: Checkpoint, directory: Path, progress: Progress) -> Iterator[Checkpoint]:
+    """The checkpoint itself, or for the block a dequantized copy of one in block FP8."""
+    if not is_fp8(checkpoint.config):
+        yield checkpoint
+        return
+    from reapkit.quantize.rtn import dequantized_copy
+
+    try:
+        yield dequantized_copy(checkpoint, directory, progress=progress)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _left_by_reason(left: dict[str, str]) -> dict[str, list[str]]:

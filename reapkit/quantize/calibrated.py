@@ -10,12 +10,12 @@ from __future__ import annotations
 import gc
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from compressed_tensors.quantization import QuantizationScheme
+from compressed_tensors.quantization import QuantizationScheme, disable_quantization, enable_quantization, fake_quantize
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -36,6 +36,7 @@ FEW_TOKENS = 128
 """Experts with fewer calibration tokens are named in the report; those with none are rounded to nearest."""
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
 ATTENTION_TOLERANCE = 1e-3
+AWQ_TOLERANCE = 0.1
 PACKING_TOLERANCE = 1e-2
 """bf16 keeps 8 bits of a weight that the quantizer computed in float32."""
 
@@ -54,8 +55,13 @@ def quantize_loaded(checkpoint: Checkpoint, out: Path, plan: Targets, spec: Quan
     wanted = {id(module) for pieces in places.values() for module in pieces.values()}
     ignore = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and id(module) not in wanted]
     rows = list(equal_batches(calibration, batch_tokens)) if calibration is not None else []
-    with count_tokens(model) as counts, quiet():
-        _oneshot(model, _modifiers(spec, scheme, ignore), rows, spec, device, progress)
+    with count_tokens(model) as counts, _unchanged_without_rounding(model, rows if spec.method == "awq" else []), quiet():
+        try:
+            _oneshot(model, _modifiers(spec, scheme, ignore), rows, spec, device, progress)
+        except (ValueError, NotImplementedError) as error:
+            instead = "gptq" if spec.method in ("awq", "autoround") else "rtn"
+            raise UnusableError(f"llm-compressor cannot run {spec.method} on {type(model).__name__}: {str(error)[:300]}. Choose method: "
+                                f"{instead}.") from error
     unseen = set() if spec.method == "rtn" or spec.calibrate_all_experts else {
         (path, expert) for path, seen in counts.items() for expert, tokens in enumerate(seen.tolist()) if tokens == 0}
     _write(checkpoint, out, places, names, model, scheme, unseen, progress)
@@ -172,7 +178,7 @@ def _modifiers(spec: QuantizeSpec, scheme: QuantizationScheme, ignore: list[str]
     if spec.method == "autoround":
         from llmcompressor.modifiers.autoround import AutoRoundModifier
 
-        return [AutoRoundModifier(config_groups=groups, ignore=ignore)]
+        return [AutoRoundModifier(config_groups=groups, ignore=ignore, enable_torch_compile=torch.cuda.is_available())]
     return [QuantizationModifier(config_groups=groups, ignore=ignore)]
 
 
@@ -218,8 +224,9 @@ def _advancing(layers: nn.ModuleList, task: Any) -> Iterator[None]:
 
 @contextmanager
 def _causal(device: torch.device) -> Iterator[None]:
-    """Inside the block traced configs keep their attention implementation, and layers run on `device`."""
+    """Inside the block traced configs keep their attention implementation, layers run on `device`, and nothing needs an accelerator."""
     from compressed_tensors.utils import patch_attr
+    from llmcompressor.pipelines.cache import IntermediatesCache
     from llmcompressor.pipelines.sequential import helpers, pipeline
     from transformers import PretrainedConfig
 
@@ -232,7 +239,11 @@ def _causal(device: torch.device) -> Iterator[None]:
             return self.create_node("call_function", type(value), (), settings)
         return original(self, value)
 
-    with patch_attr(helpers.SequentialTracer, "create_arg", create_arg), patch_attr(pipeline, "get_main_device", lambda: device):
+    with ExitStack() as stack:
+        stack.enter_context(patch_attr(helpers.SequentialTracer, "create_arg", create_arg))
+        stack.enter_context(patch_attr(pipeline, "get_main_device", lambda: device))
+        if not torch.accelerator.is_available():  # awq pins memory for transfers that do not happen here
+            stack.enter_context(patch_attr(IntermediatesCache, "pin_memory", lambda self, *args: None))
         yield
 
 
@@ -283,6 +294,28 @@ def _proven(model: nn.Module, layers: nn.ModuleList, rows: list[dict[str, Tensor
                           "attention layer), so its statistics would be wrong. Use method: rtn for this architecture, and please report it.")
 
 
+@contextmanager
+def _unchanged_without_rounding(model: nn.Module, rows: list[dict[str, Tensor]]) -> Iterator[None]:
+    """Raises StageFailed where the rescaling that awq did changes the model even before anything is rounded.
+
+    It does where a layer reads a rescaled norm and is not told, such as a router or a shared expert that awq's mappings do not know.
+    """
+    def logits() -> Tensor:
+        with torch.no_grad():
+            return model(**{name: tensor.to(model.device) for name, tensor in rows[0].items()}, use_cache=False).logits.float()
+
+    before = logits() if rows else None
+    yield
+    if before is None:
+        return
+    model.apply(disable_quantization)
+    gap = relative_error(logits(), before)
+    model.apply(enable_quantization)
+    if not gap <= AWQ_TOLERANCE:
+        raise StageFailed(f"quantize: awq's rescaling alone moves the logits by {gap:.2g} of their size: it does not know every layer that "
+                          f"reads a rescaled norm in {type(model).__name__}. Choose method: gptq.")
+
+
 def _token_facts(counts: Mapping[str, Tensor], rows: list[dict[str, Tensor]]) -> dict[str, Any]:
     def chosen(limit: int, least: int = 0) -> dict[str, dict[int, int]]:
         return {path: few for path, seen in counts.items()
@@ -329,9 +362,11 @@ def _write(checkpoint: Checkpoint, out: Path, places: Mapping[str, Mapping[str, 
 
 
 def _check_packed(prefix: str, parts: dict[str, Tensor], linear: nn.Linear) -> None:
-    """Raises StageFailed where a packed matrix, dequantized, is not what the quantizer decided (to the rounding of its scales)."""
-    gap = relative_error(decompress(parts, linear.quantization_scheme), linear.weight.detach())
-    if linear.quantization_scheme.weights.actorder != "group" and gap > PACKING_TOLERANCE:
+    """Raises StageFailed where a packed matrix, dequantized, is not what the quantizer decided (to the rounding of its dtype)."""
+    decided = fake_quantize(linear.weight, linear.weight_scale, getattr(linear, "weight_zero_point", None),
+                            linear.quantization_scheme.weights, global_scale=getattr(linear, "weight_global_scale", None))
+    gap = relative_error(decompress(parts, linear.quantization_scheme), decided)
+    if not gap <= PACKING_TOLERANCE:
         raise StageFailed(f"quantize: {prefix} dequantizes to another matrix than the quantizer's (relative difference {gap:.2g}). This is "
                           "a defect of ours or of compressed-tensors; please report the model and the scheme.")
 

@@ -14,6 +14,7 @@ import transformers
 from loguru import logger
 
 LIBRARIES = ("llmcompressor", "compressed_tensors", "auto_round")
+LOGGERS = ("torch.fx._symbolic_trace", "autoround")
 LEVEL = "LLM_COMPRESSOR_LOG_LEVEL"
 
 
@@ -22,8 +23,8 @@ def quiet() -> Iterator[None]:
     """Inside the block the libraries neither log nor draw; what was set before is restored."""
     _import_silently()
     bars = transformers.utils.logging.is_progress_bar_enabled()
-    tracing = logging.getLogger("torch.fx._symbolic_trace")
-    level, verbosity = tracing.level, transformers.utils.logging.get_verbosity()
+    verbosity = transformers.utils.logging.get_verbosity()
+    levels = {name: logging.getLogger(name).level for name in LOGGERS}
     draws = tqdm.tqdm.__init__
 
     def hidden(self: tqdm.tqdm, *args: object, **kwargs: object) -> None:
@@ -31,7 +32,8 @@ def quiet() -> Iterator[None]:
 
     for name in LIBRARIES:
         logger.disable(name)
-    tracing.setLevel(logging.ERROR)
+    for name in LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     try:
@@ -40,7 +42,8 @@ def quiet() -> Iterator[None]:
     finally:
         for name in LIBRARIES:
             logger.enable(name)
-        tracing.setLevel(level)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
         transformers.utils.logging.set_verbosity(verbosity)
         if bars:
             transformers.utils.logging.enable_progress_bar()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from compressed_tensors.entrypoints.convert import Converter
@@ -27,11 +28,17 @@ def quantize_shards(checkpoint: Checkpoint, out: Path, plan: Targets, scheme: Qu
     others = sorted({name.removesuffix(".weight") for name in checkpoint.tensors if name.endswith(".weight")} - chosen)
     config = QuantizationConfig(config_groups={"group_0": scheme}, ignore=others, quantization_status=QuantizationStatus.INITIALIZED)
     with progress.task("quantize (rtn)", total=len(checkpoint.shards), unit="shards") as task, quiet():
-        from llmcompressor import model_free_ptq
+        from llmcompressor.entrypoints import model_free
 
-        model_free_ptq(checkpoint.path, out, config=config, device=device, max_workers=1,
-                       converter=_Shards(checkpoint, task))
+        with patch.object(model_free, "save_file", _save_contiguous):
+            model_free.model_free_ptq(checkpoint.path, out, config=config, device=device, max_workers=1,
+                                      converter=_Shards(checkpoint, task))
     return {name: [name.removesuffix(".weight")] for name in plan.matrices}, {}
+
+
+def _save_contiguous(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Blocks that overhang a matrix leave a view of the padded one, which safetensors refuses."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
 
 
 def dequantized_copy(checkpoint: Checkpoint, directory: Path, *, progress: Progress) -> Checkpoint:

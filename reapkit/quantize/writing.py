@@ -21,7 +21,8 @@ from reapkit.schemes import Targets
 from reapkit.surgery.config import edit_json
 
 INDEX = "model.safetensors.index.json"
-NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
+ABOUT_THE_SOURCE = ("config.json", INDEX, "README.md", "recipe.yaml", "reapkit.json")
+OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
 
 
 def write_shards(checkpoint: Checkpoint, out: Path, replacement: Callable[[str], dict[str, Tensor] | None], progress: Progress) -> None:
@@ -49,8 +50,10 @@ def finish_directory(checkpoint: Checkpoint, out: Path, scheme: QuantizationSche
 def copy_companions(checkpoint: Checkpoint, out: Path) -> None:
     """Copies what is no weight: tokenizer, chat template, generation config, the checkpoint's own code; not its card."""
     for file in sorted(checkpoint.path.iterdir()):
-        if file.is_file() and file.suffix not in NOT_COPIED and file.name not in ("config.json", INDEX, "README.md", "recipe.yaml"):
+        if file.is_file() and file.suffix not in OTHER_WEIGHTS and file.name not in ABOUT_THE_SOURCE and file.suffix != ".safetensors":
             shutil.copyfile(file, out / file.name)
+        elif file.suffix != ".safetensors":
+            (out / file.name).unlink(missing_ok=True)  # llm-compressor copies everything
 
 
 def write_index(out: Path) -> None:

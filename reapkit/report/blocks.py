@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any, ClassVar
 
 
@@ -17,6 +18,11 @@ class Table:
     title: str = ""
     note: str = ""
     narrow: bool = False
+
+    @property
+    def headed(self) -> bool:
+        """Whether any column has a name to show."""
+        return any(name for name, _ in self.columns)
 
 
 @dataclass(frozen=True)
@@ -100,7 +106,6 @@ class Folded:
 class Slider:
     """How many experts per layer go, 0 to experts - 1; `decided` labels the button that returns to the recipe's own decision."""
 
-    kind: ClassVar[str] = "slider"
     label: str
     experts: int
     start: int
@@ -109,18 +114,19 @@ class Slider:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, a lead sentence and blocks; `short` is its name in the navigation."""
+    """A heading, a lead sentence and blocks; `short` is its name in the navigation. `follows`: its charts obey the page's slider."""
 
     id: str
     title: str
     blocks: Sequence[Any]
     lead: str = ""
     short: str = ""
+    follows: bool = False
 
 
 @dataclass(frozen=True)
 class Page:
-    """A whole page. `badge` is (tone, text); `data` is what the live charts compute from."""
+    """A whole page. `badge` is (tone, text); `data` is what the live charts compute from; `slider` stays in sight over what follows it."""
 
     title: str
     eyebrow: str
@@ -129,6 +135,12 @@ class Page:
     badge: tuple[str, str] | None = None
     footer: str = ""
     data: Mapping[str, Any] = field(default_factory=dict)
+    slider: Slider | None = None
+
+    @property
+    def groups(self) -> list[tuple[bool, list[Section]]]:
+        """Sections in order, those that follow the slider together."""
+        return [(follows, list(group)) for follows, group in groupby(self.sections, key=lambda section: section.follows)]
 
     @property
     def has_charts(self) -> bool:

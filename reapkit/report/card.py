@@ -10,7 +10,7 @@ import yaml
 from reapkit.gates import UNION
 from reapkit.planning import Sizes
 from reapkit.report.facts import RunFacts
-from reapkit.report.run_sections import measured_by_stage, verified_rows, with_interval
+from reapkit.report.measures import measured_models, verified_rows, with_interval
 from reapkit.report.serving import engine_for
 from reapkit.report.wording import count, listed, percent, plural
 from reapkit.tables import human_bytes, human_count, human_experts
@@ -57,7 +57,7 @@ def model_card(facts: RunFacts, which: Literal["pruned", "quantized"]) -> str:
         raise ValueError(f"this run wrote no {which} model")
     scheme = _scheme(facts) if which == "quantized" else None
     parts = [_front_matter(facts, scheme), f"# {_title(facts, sizes, scheme)}", _opening(facts, sizes, scheme), _properties(facts, sizes, scheme),
-             _calibration(facts), _method(facts, sizes, which), _results(facts, which), _limits(facts, which), _serving(facts, sizes, scheme),
+             _calibration(facts), _method(facts, sizes, which), _results(facts, which), _proofs(facts, which), _limits(facts, which), _serving(facts, sizes, scheme),
              _recipe(facts), _citation(facts)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -67,7 +67,7 @@ def _scheme(facts: RunFacts) -> str:
 
 
 def _base_name(facts: RunFacts) -> str:
-    return facts.model.source.rstrip("/").rsplit("/", 1)[-1]
+    return facts.model.source.rstrip("/").rsplit("/", 1)[-1].removeprefix("builtin:")
 
 
 def _title(facts: RunFacts, sizes: Sizes, scheme: str | None) -> str:
@@ -167,7 +167,7 @@ def _method(facts: RunFacts, sizes: Sizes, which: str) -> str:
              "with which gate weight, and the norm of their outputs.",
              f"Each routed expert got a saliency by `{criterion}`{formula}: {CRITERIA.get(criterion, 'a criterion of its own')}.",
              f"In each layer the least salient experts went; {human_experts(sizes.experts)} of {human_experts(facts.base.experts)} stay. "
-             + _protected(details) + "Kept tensors are bit-identical to the base model's; router rows were removed with their experts."]
+             + _protected(details) + "Router rows were removed with their experts."]
     if selection and selection.experts_per_token:
         steps.append(f"Each token is routed to {selection.experts_per_token} experts instead of {facts.model.num_experts_per_tok}.")
     if which == "quantized":
@@ -197,12 +197,12 @@ def _verified_results(facts: RunFacts, rows: Sequence[Mapping[str, Any]], which:
                    [(row["name"], human_bytes(row["bytes"]), f"{row['perplexity']:.3f}", f"{row['perplexity_ratio']:.3f}", f"{row['kl_mean']:.4f}",
                      percent(row["top1_agreement"])) for row in rows])
     text = f"## Results\n\nMeasured on held-out rows of the calibration's sources, with the directory loaded from disk.\n\n{table}"
-    metrics = measured_by_stage(facts).get(which)
+    metrics = measured_models(facts).get(which)
     return text + (f"\n\n{_by_source(metrics)}" if metrics else "")
 
 
 def _mask_results(facts: RunFacts) -> str:
-    found = measured_by_stage(facts)
+    found = measured_models(facts)
     if not found:
         return "## Results\n\nThis run measured nothing on this model."
     name, metrics = next(iter(found.items()))
@@ -216,6 +216,15 @@ def _by_source(metrics: Mapping[str, Any]) -> str:
             for group, found in metrics[pack].items()]
     return (f"By source, rows of {pack} tokens, 95 % intervals in parentheses:\n\n"
             + _table(("Source", "Perplexity against base", "Mean KL", "Same most likely token"), rows))
+
+
+def _proofs(facts: RunFacts, which: str) -> str:
+    """What the verify stage proved on the directories behind this model; what it could not test is left out."""
+    wanted = ("pruned", "quantized")[: 1 if which == "pruned" else 2]
+    found = [proof for proof in (facts.verification or {}).get("proofs", ())
+             if proof["directory"] in wanted and proof["passed"] and proof.get("measured", True)]
+    lines = [f"- {proof['directory']}, {proof['name']}: {proof['detail']}" for proof in found]
+    return "### Proved on the written directories, in a fresh process\n\n" + "\n".join(lines) if lines else ""
 
 
 def _limits(facts: RunFacts, which: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from reapkit.report.wording import count, percent
 from reapkit.saliency import source_alphas
 
 BINS = 48
+DECADES = 4
+LEAST_P = 10.0 ** -DECADES
 SMALL_CONFLICT_SHARE = 0.005
 
 
@@ -38,7 +41,7 @@ def eaft_section(view: View) -> Section:
 
 
 def _weight_matters(share: float) -> str:
-    return ("So few conflicts cannot turn the decision, whatever their weight." if share < SMALL_CONFLICT_SHARE else
+    return ("So few conflicts can hardly turn a decision, whatever their weight." if share < SMALL_CONFLICT_SHARE else
             "Enough of them for the conflict weight to matter.")
 
 
@@ -62,26 +65,33 @@ def _borders_of(used: dict[str, Any]) -> list[Thresholds]:
 
 
 def _density(view: View) -> dict[str, Any]:
+    """Positions in equal steps of log p (all below the least p in the first) and of H."""
     trace = view.observation.eaft
-    x, y = ((values.double() * BINS).long().clamp(0, BINS - 1) for values in (trace.p, trace.h))
+    place = 1 + trace.p.double().clamp_min(LEAST_P).log10() / DECADES
+    x, y = ((values * BINS).long().clamp(0, BINS - 1) for values in (place, trace.h.double()))
     cells = torch.bincount(y * BINS + x, minlength=BINS * BINS).view(BINS, BINS)
-    centers = [(index + 0.5) / BINS for index in range(BINS)]
-    return {"type": "heatmap", "x": centers, "y": centers, "z": [[None if n == 0 else float(torch.tensor(n).log10()) for n in row] for row in cells.tolist()],
-            "text": [[f"{n:,} positions" for n in row] for row in cells.tolist()], "hovertemplate": "p %{x:.2f}, H %{y:.2f}: %{text}<extra></extra>",
+    return {"type": "heatmap", "x": [LEAST_P ** (1 - edge / BINS) for edge in range(BINS + 1)], "y": [edge / BINS for edge in range(BINS + 1)],
+            "z": [[math.log10(n) if n else None for n in row] for row in cells.tolist()],
+            "text": [[f"{n:,} positions" for n in row] for row in cells.tolist()], "hovertemplate": "p %{x:.3g}, H %{y:.2f}: %{text}<extra></extra>",
             "colorscale": [[0, "--heat-low"], [1, "--heat-high"]], "showscale": False, "hoverongaps": False}
 
 
 def _layout(borders: list[Thresholds]) -> dict[str, Any]:
+    """Axes, and the regions of each set of borders."""
     shapes, notes = [], []
     for one in borders:
-        line = {"color": "--text", "width": 1, "dash": "dot"}
-        shapes += [{"type": "line", "x0": one.p_low, "x1": one.p_low, "y0": 0, "y1": 1, "line": line},
-                   {"type": "rect", "x0": 0, "x1": one.p_low, "y0": 0, "y1": one.h_low, "line": {"color": "--bad", "width": 1.5}, "fillcolor": "rgba(0,0,0,0)"},
-                   {"type": "rect", "x0": 0, "x1": one.p_low, "y0": one.h_high, "y1": 1, "line": {"color": "--warn", "width": 1.5}, "fillcolor": "rgba(0,0,0,0)"}]
+        edge = max(one.p_low, LEAST_P)
+        shapes += [_region(edge, 0, one.h_low, "--bad"), _region(edge, one.h_high, 1, "--warn")]
     if len(borders) == 1:
-        label = {"showarrow": False, "xanchor": "left", "font": {"size": 11}}
-        at = borders[0].p_low
-        notes = [{**label, "x": at, "y": borders[0].h_low / 2, "text": " conflict", "font": {"size": 12, "color": "--bad"}},
-                 {**label, "x": at, "y": (1 + borders[0].h_high) / 2, "text": " uncertain", "font": {"size": 12, "color": "--warn"}}]
-    return {"shapes": shapes, "annotations": notes, "xaxis": {"title": {"text": "p of the reference token"}, "range": [0, 1], "zeroline": False},
-            "yaxis": {"title": {"text": "entropy H"}, "range": [0, 1], "zeroline": False}}
+        notes = [_label("conflict", borders[0].h_low / 2, "--bad"), _label("uncertain", (1 + borders[0].h_high) / 2, "--warn")]
+    return {"shapes": shapes, "annotations": notes, "yaxis": {"title": {"text": "entropy H"}, "range": [0, 1], "zeroline": False},
+            "xaxis": {"title": {"text": "p of the reference token"}, "type": "log", "range": [-DECADES, 0], "dtick": 1, "zeroline": False, "exponentformat": "none"}}
+
+
+def _region(edge: float, low: float, high: float, color: str) -> dict[str, Any]:
+    return {"type": "rect", "x0": LEAST_P, "x1": edge, "y0": low, "y1": high, "line": {"color": color, "width": 2}, "fillcolor": "rgba(0,0,0,0)"}
+
+
+def _label(text: str, height: float, color: str) -> dict[str, Any]:
+    return {"showarrow": False, "x": -DECADES + 0.06, "xanchor": "left", "y": height, "text": text, "font": {"size": 12, "color": color},
+            "bgcolor": "--surface", "borderpad": 2}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from reapkit.observation import Observation
 from reapkit.report.blocks import Page
+from reapkit.report.cut_sections import slider
 from reapkit.report.observation_sections import observation_sections
 from reapkit.report.page import write_page
 from reapkit.report.view import View
@@ -25,5 +26,5 @@ def observation_page(observation: Observation, selection: Selection | None = Non
     scored = count(int(observation.scored_tokens.sum()))
     subtitle = (f"{observation.model_type}, {plural(len(observation.layers), 'MoE layer')} of {observation.num_experts} experts, "
                 f"{scored} scored positions from {plural(len(observation.sources), 'source')}: the state every pruning decision is cut from.")
-    return Page(f"What {model} showed", "reapkit observation", observation_sections(view), subtitle, data=view.page_data(),
+    return Page(f"What {model} showed", "reapkit observation", observation_sections(view), subtitle, data=view.page_data(), slider=slider(view),
                 footer="Curves are cheap forecasts from routing statistics: they say where to spend evaluations, they do not replace them.")

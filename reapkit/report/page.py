@@ -33,7 +33,7 @@ def render(page: Page) -> str:
     """The page as HTML. Everything that comes from recipes, data or files is escaped."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     template = environment.from_string(_asset("page.html.j2"))
-    return template.render(page=page, json=as_json, css=Markup(_asset("page.css")), js=Markup(_asset("page.js")),
+    return template.render(page=page, json=as_json, css=Markup(_asset("page.css")), js=Markup(_asset("page.js")), theme_js=Markup(_asset("theme.js")),
                            plotly=Markup(_packed_plotly()) if page.has_charts else "")
 
 

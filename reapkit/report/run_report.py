@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from reapkit.report import run_sections as sections
+from reapkit.report import quality_sections, run_sections
 from reapkit.report.blocks import Page, Section
+from reapkit.report.cut_sections import slider
 from reapkit.report.facts import RunFacts
 from reapkit.report.observation_sections import observation_sections
 from reapkit.report.page import write_page
@@ -15,6 +16,8 @@ from reapkit.tables import human_bytes, human_experts
 
 BADGES = {"pass": ("good", "Passed its gates"), "reject": ("bad", "Rejected by its gates"), "undecided": ("warn", "Undecided"),
           "not judged": ("info", "Not judged by gates")}
+FOOTER = ("Intervals are 95 % bootstrap intervals over rows. Curves of the observation are forecasts; the numbers against the base are "
+          "measured.")
 
 
 def write_run_report(facts: RunFacts, out_html: Path) -> None:
@@ -26,20 +29,19 @@ def run_page(facts: RunFacts) -> Page:
     """The page as data."""
     view = View.of(facts.observation, facts.selection) if facts.observation is not None else None
     parts: list[Section | None] = [
-        sections.result(facts), sections.gates(facts), sections.quality(facts), sections.decision(facts), sections.quantization(facts),
-        sections.calibration(facts), *(observation_sections(view) if view else []), sections.proofs(facts), sections.stages(facts),
-        sections.reproduce(facts)]
+        run_sections.result(facts), quality_sections.gates(facts), quality_sections.quality(facts), run_sections.decision(facts),
+        run_sections.quantization(facts), run_sections.calibration(facts), *(observation_sections(view) if view else []),
+        run_sections.proofs(facts), run_sections.stages(facts), run_sections.reproduce(facts)]
     return Page(facts.recipe.name, "reapkit run", [part for part in parts if part is not None], _subtitle(facts), BADGES.get(facts.verdict),
-                "Intervals are 95 % bootstrap intervals over rows. Curves of the observation are forecasts; the numbers against the base are measured.",
-                view.page_data() if view else {})
+                FOOTER, view.page_data() if view else {}, slider(view) if view else None)
 
 
 def _subtitle(facts: RunFacts) -> str:
     final = facts.quantized or facts.pruned
     if final is None:
         return facts.recipe.description or f"{facts.model.source}, stopped before any weight was written."
-    removed = 1 - sum(final.experts.values()) / sum(facts.base.experts.values())
+    removed = percent(1 - sum(final.experts.values()) / sum(facts.base.experts.values()), 0)
     scheme = f", {facts.quantization['scheme']}" if facts.quantization and facts.quantization.get("scheme") else ""
-    text = (f"{facts.model.source} from {human_experts(facts.base.experts)} to {human_experts(final.experts)} experts per layer ({percent(removed, 0)} removed"
-            f"{scheme}), {human_bytes(facts.base.nbytes)} to {human_bytes(final.nbytes)}.")
-    return f"{facts.recipe.description} {text}".strip()
+    experts = f"{human_experts(facts.base.experts)} to {human_experts(final.experts)} experts per layer ({removed} removed{scheme})"
+    sizes = f"{human_bytes(facts.base.nbytes)} to {human_bytes(final.nbytes)}"
+    return f"{facts.recipe.description} {facts.model.source} from {experts}, {sizes}.".strip()

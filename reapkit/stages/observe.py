@@ -20,9 +20,5 @@ def run(context: Context) -> dict[str, Any]:
     observation.save(context.payload)
     count = int(observation.tokens.sum())
     never = int((sum(observation.statistics["count"].unbind(1)) == 0).sum())
-    if never:
-        experts = len(observation.layers) * observation.num_experts
-        context.progress.warn(f"observe: {never} of {experts} experts received no scored token; they rank last. Raise "
-                              f"calibration.{'samples' if recipe.calibration.samples else 'tokens'} to see them.")
     return {"tokens": count, "scored_tokens": int(observation.scored_tokens.sum()), "never_routed": never, "device": context.device,
             "tokens_per_second": round(count / max(time.time() - started, 1e-9))}

@@ -7,7 +7,7 @@ from typing import Any
 from reapkit.checkpoint import Checkpoint
 from reapkit.selection import Selection
 from reapkit.stages import Context
-from reapkit.surgery import prune_checkpoint
+from reapkit.surgery.prune import prune_checkpoint
 
 
 def run(context: Context) -> dict[str, Any]:

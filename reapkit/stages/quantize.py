@@ -14,6 +14,7 @@ def run(context: Context) -> dict[str, Any]:
     tokens = context.inputs.get("calibrate")
     facts = quantize_checkpoint(context.inputs["prune"].payload, context.payload, context.recipe.quantize,
                                 calibration=CalibrationTokens.load(tokens.payload) if tokens else None,
-                                device=context.device, progress=context.progress)
+                                device=context.device, work=context.work, progress=context.progress,
+                                batch_tokens=context.recipe.runtime.batch_tokens, trust_remote_code=context.recipe.model.trust_remote_code)
     quantized = Checkpoint.open(context.payload)
     return {"bytes": quantized.nbytes, **facts}

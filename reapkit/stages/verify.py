@@ -20,6 +20,7 @@ from reapkit.store import write_json
 from reapkit.tables import human_experts
 from reapkit.verify import Request, prove
 
+PROBE_TOKENS = 64
 HEADLINE = ("perplexity", "perplexity_ratio", "kl_mean", "top1_agreement")
 
 
@@ -31,7 +32,7 @@ def run(context: Context) -> dict[str, Any]:
     metrics = {"base": yardstick.base_metrics}
     for name, directory in directories.items():
         metrics[name] = yardstick.measure_directory(directory, device=context.device, trust_remote_code=recipe.model.trust_remote_code,
-                                                    progress=context.progress)
+                                                    title=f"measure {name}", progress=context.progress)
     rows = [_row(name, context.model_directory if name == "base" else directories[name], metrics[name]) for name in metrics]
     verdict, results, advice = _judge(context, metrics, list(directories)[-1])
     write_json(context.payload / "verify.json", {"rows": rows, "metrics": metrics, "proofs": proofs, "gates": results, "verdict": verdict,
@@ -52,15 +53,24 @@ def _yardstick(context: Context) -> Yardstick:
 
 def _prove(context: Context, directories: dict[str, Path]) -> list[dict[str, Any]]:
     """Raises StageFailed naming the first proof that does not hold."""
-    chosen = Selection.load(context.inputs["select"].payload / "candidates" / context.candidate) if "select" in context.inputs else None
-    with context.progress.task("proofs in a fresh process", None) as task:
-        proofs = [asdict(proof) for proof in prove(Request(context.model_directory, directories, chosen, context.device))]
-        task.advance()
+    recipe, winner = context.recipe, context.inputs["prune"].summary["candidate"]
+    request = Request(context.model_directory, directories, Selection.load(context.inputs["select"].payload / "candidates" / winner),
+                      context.device, quantize=recipe.quantize if "quantized" in directories else None,
+                      probe=_probe(context), repaired=recipe.prune.repair is not None, trust_remote_code=recipe.model.trust_remote_code)
+    with context.progress.task("proofs in a fresh process"):
+        proofs = [asdict(proof) for proof in prove(request)]
     if failed := [proof for proof in proofs if not proof["passed"]]:
         write_json(context.payload / "verify.json", {"proofs": proofs})
         raise StageFailed(f"verify: {len(failed)} of {len(proofs)} proofs do not hold, first {failed[0]['directory']}, {failed[0]['name']}: "
                           f"{failed[0]['detail']}")
     return proofs
+
+
+def _probe(context: Context) -> list[list[int]]:
+    """Two real rows on which logits are compared."""
+    tokens = next(iter(load_packs(context).values()))
+    rows = [tokens.row(index).input_ids[:PROBE_TOKENS].tolist() for index in range(min(2, tokens.num_rows))]
+    return [row[:min(map(len, rows))] for row in rows]
 
 
 def _row(name: str, directory: Path, metrics: dict[str, Any]) -> dict[str, Any]:

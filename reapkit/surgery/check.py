@@ -28,8 +28,8 @@ LAYER = re.compile(r"(?:^|\.)([0-9]+)\.")
 def confirm_layout(source: Checkpoint, layout: Layout, keep: Mapping[int, Sequence[int]]) -> bool:
     """True where the model built without weights shrinks, layer by layer, by exactly the numbers that the layout would cut.
 
-    False where that cannot be asked: a model type of remote code, a quantized source whose tensors are not the model's own, or layers
-    that keep different numbers. Raises UnusableError naming the layer where model and layout disagree.
+    False where that cannot be asked: a model type of remote code, a quantized source whose tensors are not the model's own, or
+    layers that keep different numbers. Raises UnusableError naming the layer where model and layout disagree.
     """
     counts = {len(keep[index]) for index in layout.layers}
     model_class = getattr(transformers, (source.config.get("architectures") or [""])[0], None)
@@ -51,7 +51,8 @@ def confirm_layout(source: Checkpoint, layout: Layout, keep: Mapping[int, Sequen
     for index in stored.keys() | before.keys():
         if stored[index] - cut[index] != before[index] - after[index]:
             raise UnusableError(f"{source.path}: in layer {index} the checkpoint's names say that pruning removes "
-                                f"{stored[index] - cut[index]} numbers, the model that transformers builds {before[index] - after[index]}. "
+                                f"{stored[index] - cut[index]} numbers, the model that transformers builds "
+                                f"{before[index] - after[index]}. "
                                 "Please report the model, with its config.json and the names of that layer's tensors.")
     return True
 

@@ -39,8 +39,8 @@ class Counts:
 def config_edits(config: Mapping[str, Any], counts: Counts, rename: Renumber) -> dict[Path, Any]:
     """New values by path: every count of routed experts wherever nested, top-k, multi-token prediction, names of experts.
 
-    `rename` maps a module or tensor name to its new one, to itself, or to None where the module is gone. Other towers (vision, audio,
-    ...) are left alone. Raises UnusableError where no field that counts experts is found.
+    `rename` maps a module or tensor name to its new one, to itself, or to None where the module is gone. Other towers (vision,
+    audio, ...) are left alone. Raises UnusableError where no field that counts experts is found.
     """
     edits: dict[Path, Any] = {}
 
@@ -137,7 +137,8 @@ class _Node:
 def edit_json(text: str, edits: Mapping[Path, Any]) -> str:
     """`text` with the values at the given paths replaced, keys that are missing added at the end of their object.
 
-    Every other character stays as it is, white space and number spelling included. Raises KeyError for a path whose parent is missing.
+    Every other character stays as it is, white space and number spelling included. Raises KeyError for a path whose parent is
+    missing.
     """
     root = _locate(text, _SPACE.match(text).end())
     changes: list[tuple[int, int, str]] = []
@@ -206,18 +207,19 @@ def _inserted(text: str, parent: _Node, key: str, value: Any) -> tuple[int, int,
 
 
 def expert_renamer(renumber: Callable[[str, int, int], int | None], gone: Callable[[str], bool], whose: str) -> Renumber:
-    """Maps names such as `model.layers.3.mlp.experts.17.up_proj`: `renumber(name, 3, 17)` is the new expert or None; `gone` names vanish.
+    """Maps names such as `model.layers.3.mlp.experts.17.up_proj`: `renumber(name, 3, 17)` is the new expert or None; `gone`
+    names vanish.
 
     Raises UnusableError for a pattern that names expert numbers, which cannot be renumbered layer by layer.
     """
-    numbered = re.compile(r"(?P<head>(?:^|.*?\.)(?P<layer>[0-9]+)\.(?:.*\.)?experts\.)(?P<expert>[0-9]+)(?P<tail>(?:\..*)?)$", re.DOTALL)
+    numbered = re.compile(r"(?P<head>(?:^|.*?\.)(?P<layer>[0-9]+)\.(?:.*\.)?experts\.)(?P<expert>[0-9]+)(?P<tail>(?:\..*)?)$")
 
     def rename(name: str) -> str | None:
         if "experts" in name and re.search(r"experts[\\\[\]().]*\d", name):
             match = numbered.match(name)
             if name.startswith("re:") or not match or re.search(r"[*\\\[\]()|^$+?]", name):
-                raise UnusableError(f"{whose}: the pattern {name!r} names experts by number, which pruning renumbers layer by layer. "
-                                    "Replace it by the full module names.")
+                raise UnusableError(f"{whose}: the pattern {name!r} names experts by number, which pruning renumbers layer by "
+                                    "layer. Replace it by the full module names.")
             if gone(name):
                 return None
             new = renumber(name, int(match["layer"]), int(match["expert"]))

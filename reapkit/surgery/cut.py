@@ -1,4 +1,5 @@
-"""Which bytes of the source each tensor of the pruned checkpoint consists of, and how they are laid out in shards. Torch-free."""
+"""Which bytes of the source each tensor of the pruned checkpoint consists of, and how they are laid out in shards.
+Torch-free."""
 
 from __future__ import annotations
 
@@ -97,7 +98,8 @@ def _slice(tensor: TensorInfo, axis: int, num_experts: int, keep: Sequence[int])
     entries = [*keep, *range(num_experts, length)]
     bits = prod(tensor.shape[axis + 1:]) * DTYPE_BITS[tensor.dtype]
     if bits % 8:
-        raise UnusableError(f"tensor {tensor.name} packs entries of axis {axis} within one byte, so it cannot be sliced by expert.")
+        raise UnusableError(f"tensor {tensor.name} packs entries of axis {axis} within one byte, so it cannot be sliced by "
+                            f"expert.")
     inner, outer = bits // 8, prod(tensor.shape[:axis])
     ranges: list[tuple[int, int]] = []
     for block in range(outer):
@@ -113,7 +115,8 @@ def _slice(tensor: TensorInfo, axis: int, num_experts: int, keep: Sequence[int])
 
 
 def lay_out(source: Checkpoint, cuts: Sequence[Cut], max_shard_bytes: int) -> list[Shard]:
-    """The files of the result: filled in the source's order up to `max_shard_bytes` of tensors, large unchanged shards kept whole.
+    """The files of the result: filled in the source's order up to `max_shard_bytes` of tensors, large unchanged shards kept
+    whole.
 
     A tensor larger than `max_shard_bytes` gets a file of its own.
     """
@@ -161,11 +164,13 @@ def _unchanged(source: Checkpoint, cuts: Sequence[Cut], max_shard_bytes: int) ->
     candidates = {shard for shard, size in sizes.items()
                   if shard not in changed and left[shard] == 0 and max_shard_bytes // 2 <= size <= max_shard_bytes}
     # a shard may hold more than is in use: a tensor that the index finds elsewhere
-    return {shard for shard in candidates if len(_raw_header(source, shard)) + sizes[shard] == (source.path / shard).stat().st_size}
+    return {shard for shard in candidates
+            if len(_raw_header(source, shard)) + sizes[shard] == (source.path / shard).stat().st_size}
 
 
 def _aligned(cuts: Sequence[Cut]) -> tuple[Cut, ...]:
-    """In the given order where every tensor then starts at a multiple of its item size, else larger items first (readers map them)."""
+    """In the given order where every tensor then starts at a multiple of its item size, else larger items first (readers map
+    them)."""
     position = 0
     for cut in cuts:
         item = max(1, DTYPE_BITS[cut.dtype] // 8)
@@ -191,7 +196,8 @@ def encode_index(shards: Sequence[Shard]) -> bytes:
     """The index file: bytes of all tensors, and each tensor's file."""
     where = {cut.name: shard.name for shard in shards for cut in shard.cuts}
     total = sum(shard.payload_bytes for shard in shards)
-    return (json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}, indent=2) + "\n").encode()
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+    return (json.dumps(index, indent=2) + "\n").encode()
 
 
 def _raw_header(source: Checkpoint, shard: str) -> bytes:

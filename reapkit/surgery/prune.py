@@ -25,6 +25,7 @@ MANIFEST = "reapkit.json"
 QUANTIZER_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quantization_config.json")
 OTHER_WEIGHTS = (".bin", ".pth", ".pt", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data")
 RAGGED_KEY = "num_routed_experts_per_layer"
+RAGGED_MODULE = "modeling_ragged"
 
 
 @dataclass(frozen=True)
@@ -43,22 +44,26 @@ class PrunedCheckpoint:
 
 
 def prune_checkpoint(source: Checkpoint, selection: Selection, out: Path, *, max_shard_bytes: int = 5_000_000_000,
-                     mtp: Literal["auto", "observe", "drop"] = "auto", progress: Progress = SILENT) -> PrunedCheckpoint:
-    """Writes to `out` the checkpoint without the dropped experts: kept tensors bit-equal, config edited in place, the rest copied.
+                     mtp: Literal["auto", "observe", "drop"] = "auto", layout: Literal["uniform", "ragged"] = "uniform",
+                     progress: Progress = SILENT) -> PrunedCheckpoint:
+    """Writes to `out` the checkpoint without the dropped experts: kept tensors bit-equal, config edited, other files copied.
 
-    `mtp`: `drop` removes multi-token-prediction blocks and their config fields; `observe` needs the selection to cover them; `auto`
-    keeps them if it does (or if they hold no experts) and else drops them with a warning. Layers the selection omits stay whole.
-    Interrupted, it continues after the last finished shard when called again with the same arguments, and gives the same bytes.
+    `mtp`: `drop` removes multi-token-prediction blocks and their config fields; `observe` needs the selection to cover them;
+    `auto` keeps them if it does (or if they hold no experts) and else drops them with a warning. Layers the selection omits
+    stay whole. `layout: ragged` allows different numbers of experts per layer: config.json lists them, and a modelling file
+    that transformers can load them with travels along. Interrupted, it continues after the last finished shard when called
+    again with the same arguments, and gives the same bytes.
 
     Raises UnusableError for a selection that does not fit, StageFailed where the disk or the source gives way.
     """
     out = Path(out)
-    layout = read_layout(source)
-    drop_mtp = _drops_mtp(layout, selection, mtp, progress)
-    keep = _kept(layout, selection, source, drop_mtp)
-    shards = lay_out(source, cut_tensors(source, layout, keep, drop_mtp=drop_mtp), max_shard_bytes)
-    rename = _renamer(source, layout, keep, drop_mtp)
-    texts = _edited_texts(source, layout, keep, selection.experts_per_token, drop_mtp, rename)
+    found = read_layout(source)
+    drop_mtp = _drops_mtp(found, selection, mtp, progress)
+    keep = _kept(found, selection, source, drop_mtp)
+    is_ragged = _is_ragged(source, keep, layout)
+    shards = lay_out(source, cut_tensors(source, found, keep, drop_mtp=drop_mtp), max_shard_bytes)
+    rename = _renamer(source, found, keep, drop_mtp)
+    texts = _edited_texts(source, found, keep, selection.experts_per_token, drop_mtp, rename, is_ragged=is_ragged)
     copies, left_out = _other_files(source)
     with explained(source.path, out):
         out.mkdir(parents=True, exist_ok=True)
@@ -78,22 +83,23 @@ def prune_checkpoint(source: Checkpoint, selection: Selection, out: Path, *, max
             write_shards(source.path, out, left, task, finished)
         _write_small_files(source, out, shards, copies, texts)
         kept = {index: len(experts) for index, experts in keep.items()}
-        write_json(out / MANIFEST, {**manifest, "shards": dict(sorted(written.items())), "complete": True,
-                                    "source": source.identity, "keep": {str(index): list(keep[index]) for index in sorted(keep)}})
+        kept_by_layer = {str(index): list(keep[index]) for index in sorted(keep)}
+        write_json(out / MANIFEST, {**manifest, "complete": True, "source": source.identity, "keep": kept_by_layer,
+                                    "shards": dict(sorted(written.items()))})
     if left_out:
         progress.warn(f"prune: {len(left_out)} files that hold the unpruned weights in other formats were not copied, such as "
                       f"{left_out[0]}.")
-    return PrunedCheckpoint(out, written, kept, drop_mtp and bool(layout.mtp_tensors), left_out)
+    return PrunedCheckpoint(out, written, kept, drop_mtp and bool(found.mtp_tensors), left_out)
 
 
 def _drops_mtp(layout: Layout, selection: Selection, mtp: str, progress: Progress) -> bool:
     lacking = sorted(index for index in layout.mtp if index not in selection.layers)
     if mtp == "observe" and lacking:
-        raise UnusableError(f"prune.mtp: observe, but the selection has no experts for the multi-token-prediction layers {lacking}. "
-                            "Observe them, or set prune.mtp to drop.")
+        raise UnusableError("prune.mtp: observe, but the selection has no experts for the multi-token-prediction layers "
+                            f"{lacking}. Observe them, or set prune.mtp to drop.")
     if mtp == "auto" and lacking:
-        progress.warn(f"prune: multi-token-prediction layers {lacking} were not observed and are dropped; speculative decoding with "
-                      "them is lost.")
+        progress.warn(f"prune: multi-token-prediction layers {lacking} were not observed and are dropped; speculative decoding "
+                      "with them is lost.")
     return mtp == "drop" or bool(lacking)
 
 
@@ -102,32 +108,50 @@ def _kept(layout: Layout, selection: Selection, source: Checkpoint, drop_mtp: bo
     layers = {**layout.layers, **({} if drop_mtp else layout.mtp)}
     known = {**layout.layers, **layout.mtp}
     if strange := sorted(set(selection.layers) - set(known)):
-        raise UnusableError(f"the selection names layers {strange}, where {source.path} routes no experts. It has experts in layers "
-                            f"{min(known)} to {max(known)}. Use the selection of this model.")
+        raise UnusableError(f"the selection names layers {strange}, where {source.path} routes no experts. It has experts in "
+                            f"layers {min(known)} to {max(known)}. Use the selection of this model.")
     architecture = source.architecture
     top_k = selection.experts_per_token or architecture.num_experts_per_tok
     keep: dict[int, tuple[int, ...]] = {}
     for index, layer in layers.items():
         chosen = tuple(selection.layers[index].keep) if index in selection.layers else tuple(range(layer.num_experts))
         if list(chosen) != sorted(set(chosen)) or not chosen or chosen[0] < 0 or chosen[-1] >= layer.num_experts:
-            raise UnusableError(f"the selection of layer {index} must list different experts from 0 to {layer.num_experts - 1} in "
-                                f"ascending order, but it is {list(chosen)}.")
+            raise UnusableError(f"the selection of layer {index} must list different experts from 0 to {layer.num_experts - 1} "
+                                f"in ascending order, but it is {list(chosen)}.")
         if layer.table and len(chosen) < layer.num_experts:
-            raise UnusableError(f"layer {index} assigns tokens to experts by a fixed table ({layer.table}); dropping an expert would leave "
-                                f"its tokens without one. Exclude the layer with a cap {{layers: [{index}], keep_all: true}}.")
+            raise UnusableError(f"layer {index} assigns tokens to experts by a fixed table ({layer.table}); dropping an expert "
+                                f"would leave its tokens without one. Exclude the layer with a cap {{layers: [{index}], "
+                                "keep_all: true}}.")
         if len(chosen) < top_k:
-            raise UnusableError(f"the selection keeps {len(chosen)} experts in layer {index}, but each token is routed to {top_k}.")
+            raise UnusableError(f"the selection keeps {len(chosen)} experts in layer {index}, but each token is routed to "
+                                f"{top_k}.")
         group = layer.num_experts // architecture.n_group
         sizes = {sum(1 for expert in chosen if expert // group == number) for number in range(architecture.n_group)}
         if len(sizes) > 1:
-            raise UnusableError(f"the selection keeps unequal numbers of experts in the {architecture.n_group} groups of layer {index}; "
-                                "the router cuts its experts into equal groups (n_group).")
+            raise UnusableError(f"the selection keeps unequal numbers of experts in the {architecture.n_group} groups of layer "
+                                f"{index}; the router cuts its experts into equal groups (n_group).")
         keep[index] = chosen
-    counts = {len(chosen) for chosen in keep.values()}
-    if len(counts) > 1:
-        raise UnusableError(f"the selection keeps between {min(counts)} and {max(counts)} experts per layer; a checkpoint without "
-                            "ragged layout declares one number. Set prune.layout to ragged or loosen the caps.")
     return keep
+
+
+def _is_ragged(source: Checkpoint, keep: Mapping[int, Sequence[int]], layout: str) -> bool:
+    counts = {len(chosen) for chosen in keep.values()}
+    if len(counts) == 1:
+        return False
+    if layout == "uniform":
+        raise UnusableError(f"the selection keeps between {min(counts)} and {max(counts)} experts per layer; a checkpoint "
+                            "without ragged layout declares one number. Set prune.layout to ragged or loosen the caps.")
+    if source.config.get("auto_map") and not _is_ragged_source(source):
+        raise UnusableError(f"{source.path}: its config names modelling code of its own (auto_map), which cannot be told a "
+                            "number of experts per layer. Set prune.layout to uniform.")
+    if not source.config.get("architectures"):
+        raise UnusableError(f"{source.path}: config.json names no class in `architectures`, so no ragged model of it could be "
+                            "loaded. Set prune.layout to uniform.")
+    return True
+
+
+def _is_ragged_source(source: Checkpoint) -> bool:
+    return any(str(name).startswith(f"{RAGGED_MODULE}.") for name in (source.config.get("auto_map") or {}).values())
 
 
 def _renamer(source: Checkpoint, layout: Layout, keep: Mapping[int, Sequence[int]], drop_mtp: bool) -> Renumber:
@@ -146,29 +170,48 @@ def _renamer(source: Checkpoint, layout: Layout, keep: Mapping[int, Sequence[int
 
 
 def _edited_texts(source: Checkpoint, layout: Layout, keep: Mapping[int, Sequence[int]], experts_per_token: int | None,
-                  drop_mtp: bool, rename: Renumber) -> dict[str, str]:
-    """The JSON files of the result that differ from the source's, by file name."""
+                  drop_mtp: bool, rename: Renumber, *, is_ragged: bool) -> dict[str, str]:
+    """The text files of the result that surgery writes, by file name."""
     architecture = source.architecture
-    count = len(next(iter(keep.values())))
+    count = max(len(chosen) for chosen in keep.values())
     counts = Counts((architecture.num_experts, count),
                     (architecture.num_experts_per_tok, experts_per_token or architecture.num_experts_per_tok),
                     architecture.n_group, drop_mtp and bool(layout.mtp_tensors))
     edits = config_edits(source.config, counts, rename)
-    if RAGGED_KEY in text_config(source.config):  # a ragged source: its list must say what the layers now hold
-        numbers = [len(keep[layer]) if layer in keep else 0 for layer in range(architecture.num_hidden_layers)]
-        edits[(*text_section(source.config), RAGGED_KEY)] = numbers
-    texts = {"config.json": edit_json((source.path / "config.json").read_text(), edits)}
+    texts = {}
+    if is_ragged or RAGGED_KEY in text_config(source.config):  # a ragged source's list must say what its layers now hold
+        depth = max(architecture.num_hidden_layers, *(index + 1 for index in keep))
+        edits[(*text_section(source.config), RAGGED_KEY)] = [len(keep.get(layer, ())) for layer in range(depth)]
+    if is_ragged:
+        edits[("auto_map",)] = _auto_map(source.config["architectures"][0])
+    if is_ragged or _is_ragged_source(source):
+        texts[f"{RAGGED_MODULE}.py"] = Path(__file__).with_name("ragged_modeling.py").read_text()
+    texts["config.json"] = edit_json(_exact_text(source.path / "config.json"), edits)
     for name in QUANTIZER_FILES:
         if (source.path / name).is_file():
-            text = (source.path / name).read_text()
-            texts[name] = edit_json(text, renamed(json.loads(text), rename))
+            text = _exact_text(source.path / name)
+            try:
+                texts[name] = edit_json(text, renamed(json.loads(text), rename))
+            except ValueError as error:
+                raise UnusableError(f"{source.path / name}: not JSON ({error}). Download it again.") from None
     return texts
+
+
+def _exact_text(path: Path) -> str:
+    """The file's text with its own line ends."""
+    return path.read_bytes().decode()
+
+
+def _auto_map(model_class: str) -> dict[str, str]:
+    """Sends the loaders of causal and of multimodal models to the modelling file, where the class has its own name."""
+    auto = "AutoModelForCausalLM" if model_class.endswith("ForCausalLM") else "AutoModelForImageTextToText"
+    return {auto: f"{RAGGED_MODULE}.{model_class}"}
 
 
 def _other_files(source: Checkpoint) -> tuple[list[str], tuple[str, ...]]:
     """(files to copy, weights in other formats to leave out), relative to the source."""
     copies, left_out = [], []
-    written = {*source.shards, INDEX, "config.json", MANIFEST, *QUANTIZER_FILES}
+    written = {*source.shards, INDEX, "config.json", MANIFEST, f"{RAGGED_MODULE}.py", *QUANTIZER_FILES}
     for directory, folders, files in os.walk(source.path):
         folders[:] = sorted(folder for folder in folders if not folder.startswith(".") and folder != "__pycache__")
         for file in sorted(files):
@@ -194,17 +237,19 @@ def _is_other_weight(name: str) -> bool:
 def _plan_key(source: Checkpoint, keep: Mapping[int, Sequence[int]], texts: Mapping[str, str], shards: Sequence[Shard],
               drop_mtp: bool) -> str:
     return digest({"source": source.identity, "keep": sorted((index, list(chosen)) for index, chosen in keep.items()),
-                   "texts": dict(texts), "drop_mtp": drop_mtp, "shards": [(shard.name, shard.nbytes, shard.whole) for shard in shards]})
+                   "texts": dict(texts), "drop_mtp": drop_mtp,
+                   "shards": [(shard.name, shard.nbytes, shard.whole) for shard in shards]})
 
 
 def _resume(out: Path, key: str) -> dict[str, Any]:
     """The manifest of an earlier attempt at the same work with the shards that are there, or a fresh one."""
     try:
         found = json.loads((out / MANIFEST).read_text())
-    except (OSError, ValueError):
-        found = {}
-    if not isinstance(found, dict) or found.get("key") != key:
-        if any(path.name.endswith(".safetensors") for path in out.iterdir()) and found.get("key") != key:
+        same = found["key"] == key
+    except (OSError, ValueError, KeyError, TypeError):
+        same = False
+    if not same:
+        if any(path.name.endswith(".safetensors") for path in out.iterdir()):
             raise StageFailed(f"{out} already holds another checkpoint. Remove it or choose another output directory.")
         return {"key": key, "complete": False, "shards": {}}
     present = {name: shard for name, shard in found["shards"].items()

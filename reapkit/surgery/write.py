@@ -1,8 +1,8 @@
 """Bytes from shards to shards at the disk's speed. Torch-free.
 
-The kernel copies the payload (`copy_file_range`: no detour through this process, shared blocks where the file system can) while the
-source is read ahead, a second thread hashes what was written and starts its way to the disk, and the next shard begins before the
-last one is synced.
+The kernel copies the payload (`copy_file_range`: no detour through this process, shared blocks where the file system can) while
+the source is read ahead, a second thread hashes what was written and starts its way to the disk, and the next shard begins
+before the last one is synced.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ NO_KERNEL_COPY = (errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, err
 
 
 def write_shards(source: Path, out: Path, shards: Sequence[Shard], task: Task, finished: Callable[[Shard, str], None]) -> None:
-    """Writes the shards, each whole or not at all (beside, synced, renamed), and reports each with its sha256 (hex) once it is safe.
+    """Writes the shards, each whole or not at all (beside, synced, renamed), and reports each with its sha256 (hex) once it is
+    safe.
 
     Raises StageFailed where the disk is full or read-only, or the source changed or vanished meanwhile; finished shards stay.
     """
@@ -101,7 +102,8 @@ def require_space(out: Path, nbytes: int) -> None:
 
 @contextmanager
 def explained(source: Path, out: Path) -> Iterator[None]:
-    """Turns the operating system's refusals into StageFailed with what to do; finished shards stay and are not written again."""
+    """Turns the operating system's refusals into StageFailed with what to do; finished shards stay and are not written
+    again."""
     try:
         yield
     except OSError as error:
@@ -112,7 +114,8 @@ def explained(source: Path, out: Path) -> Iterator[None]:
                   errno.EACCES: f"{place}: permission denied. Make it accessible, then run again.",
                   errno.ENOENT: f"{place} vanished while {source} was read. Restore it, then run again.",
                   errno.EIO: f"{place}: the disk reported a failure. Check it, then run again."}
-        raise StageFailed(advice.get(error.errno, f"{place}: {error.strerror or error}. Finished shards are kept; run again.")) from error
+        raise StageFailed(advice.get(error.errno, f"{place}: {error.strerror or error}. Finished shards are kept; run "
+                                                  "again.")) from error
 
 
 def _partial(out: Path, shard: Shard) -> Path:
@@ -143,7 +146,8 @@ def _copy(source: Path, target: int, shard: Shard, marks: queue.SimpleQueue[int 
             marks.put(position)
             task.advance(length)
     if position != shard.nbytes:
-        raise StageFailed(f"{source}: gave {position} bytes for {shard.name} where {shard.nbytes} were planned. Please report this.")
+        raise StageFailed(f"{source}: gave {position} bytes for {shard.name} where {shard.nbytes} were planned. Please report "
+                          "this.")
 
 
 def _pieces(runs: Iterable[Run]) -> Iterator[Run]:
@@ -172,8 +176,11 @@ def _copy_range(source: int, target: int, begin: int, position: int, length: int
     by_kernel = True
     while length:
         try:
-            copied = (os.copy_file_range(source, target, length, begin, position) if by_kernel
-                      else _write_all(target, memoryview(os.pread(source, min(length, HASH_BYTES), begin)), position) - position)
+            if by_kernel:
+                copied = os.copy_file_range(source, target, length, begin, position)
+            else:
+                piece = os.pread(source, min(length, HASH_BYTES), begin)
+                copied = _write_all(target, memoryview(piece), position) - position
         except OSError as error:
             if not by_kernel or error.errno not in NO_KERNEL_COPY:
                 raise
@@ -183,13 +190,14 @@ def _copy_range(source: int, target: int, begin: int, position: int, length: int
             by_kernel = False  # some file systems say so instead of refusing
             continue
         if not copied:
-            raise StageFailed(f"{name}: ends at byte {begin}, before its last tensor: it changed while it was read. Download it again, "
-                              "then run again.")
+            raise StageFailed(f"{name}: ends at byte {begin}, before its last tensor: it changed while it was read. Download "
+                              "it again, then run again.")
         begin, position, length = begin + copied, position + copied, length - copied
 
 
 def _hash_behind(descriptor: int, marks: queue.SimpleQueue[int | None]) -> str:
-    """sha256 (hex) of a file that is being written, following the marks; what was hashed starts towards the disk, the end is synced."""
+    """sha256 (hex) of a file that is being written, following the marks; what was hashed starts towards the disk, the end is
+    synced."""
     sha, position = hashlib.sha256(), 0
     buffer = memoryview(bytearray(HASH_BYTES))
     try:
@@ -198,11 +206,12 @@ def _hash_behind(descriptor: int, marks: queue.SimpleQueue[int | None]) -> str:
             while position < mark:
                 got = os.preadv(descriptor, [buffer[:min(HASH_BYTES, mark - position)]], position)
                 if not got:
-                    raise StageFailed(f"the file that is being written ends at byte {position} instead of {mark}: something else changed it. "
-                                      "Run again.")
+                    raise StageFailed(f"the file that is being written ends at byte {position} instead of {mark}: something "
+                                      "else changed it. Run again.")
                 sha.update(buffer[:got])
                 position += got
-            os.posix_fadvise(descriptor, begin, position - begin, os.POSIX_FADV_DONTNEED)  # dirty pages are not dropped but written
+            # dirty pages are not dropped by this advice, they start on their way to the disk
+            os.posix_fadvise(descriptor, begin, position - begin, os.POSIX_FADV_DONTNEED)
         os.fsync(descriptor)
         return sha.hexdigest()
     finally:

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compressed_tensors.quantization import disable_quantization
 from safetensors import safe_open
 from torch import Tensor, nn
+from transformers import CompressedTensorsConfig
 
 from reapkit.architecture import text_config
 from reapkit.checkpoint import Checkpoint
@@ -119,16 +121,20 @@ def logits_of(model: nn.Module, rows: Tensor) -> Tensor:
 
 
 def loaded(directory: Path, rows: Tensor, expected: Tensor | None, reference: str, *, device: str, trust_remote_code: bool,
-           dtype: str | torch.dtype = "auto") -> list[Proof]:
+           dtype: str | torch.dtype = "auto", weights_only: bool = False) -> list[Proof]:
     """Loads the directory once and proves three things: every key is expected and none is missing, its logits, that it generates.
 
-    `expected` None: the logits are only checked to be finite, and `reference` says why.
+    `expected` None: the logits are only checked to be finite, and `reference` says why. `weights_only`: formats that also round
+    activations are loaded without doing so, since the reference does not.
     """
     config = load_config(directory, trust_remote_code=trust_remote_code)
+    plain = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if weights_only else dequantized(config)
     model, info = model_class(config, trust_remote_code).from_pretrained(
         directory, config=config, dtype=dtype, output_loading_info=True, device_map=device, trust_remote_code=trust_remote_code,
-        **({"experts_implementation": "eager"} if device == "cpu" else {}), **dequantized(config))
+        **({"experts_implementation": "eager"} if device == "cpu" else {}), **plain)
     model.eval()
+    if weights_only:
+        model.apply(disable_quantization)
     logits = logits_of(model, rows)
     equal = equal_logits(logits, expected, reference) if expected is not None else \
         Proof("logits", bool(torch.isfinite(logits).all()), f"finite; not compared: {reference}", measured=False)

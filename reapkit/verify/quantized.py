@@ -45,7 +45,7 @@ def prove_quantized(source: Path, directory: Path, spec: QuantizeSpec | None = N
             return proofs + [not_measured("loads", unread), not_measured("generates", unread),
                              Proof("logits", finite, f"of a model with the dequantized weights: {'finite' if finite else 'not finite'}")]
         return proofs + loaded(directory, rows, expected, "a model with the dequantized weights", device=device,
-                               trust_remote_code=trust_remote_code)
+                               trust_remote_code=trust_remote_code, weights_only=preset(spec).input_activations is not None)
     except Exception as error:  # whatever the loader dies of is the finding
         return proofs + [Proof("loads", False, f"{type(error).__name__}: {str(error)[:500]}")]
 

@@ -7,28 +7,44 @@ from itertools import accumulate
 
 import pytest
 
-from reapkit.calibration.packing import GROUP_TOKENS, Piece, cut, group_bounds, interleave, largest_remainder, limit, pack, pieces_of
+from reapkit.calibration.packing import (
+    GROUP_TOKENS,
+    Piece,
+    cut,
+    group_bounds,
+    interleave,
+    largest_remainder,
+    limit,
+    pack,
+    pieces_of,
+)
 
 
-@pytest.mark.parametrize(("total", "weights", "counts"), [
-    (1360, ["0.51", "0.24", "0.24"], [700, 330, 330]),  # the shares of a published card, which do not add up to one
-    (10, ["1", "1", "1"], [4, 3, 3]),
-    (2, ["0.5", "0.3", "0.2"], [1, 1, 0]),
-    (7, ["3"], [7]),
-    (100, ["0.1", "0.2", "0.7"], [10, 20, 70]),
-])
+@pytest.mark.parametrize(
+    ("total", "weights", "counts"),
+    [
+        (1360, ["0.51", "0.24", "0.24"], [700, 330, 330]),  # the shares of a published card, which do not add up to one
+        (10, ["1", "1", "1"], [4, 3, 3]),
+        (2, ["0.5", "0.3", "0.2"], [1, 1, 0]),
+        (7, ["3"], [7]),
+        (100, ["0.1", "0.2", "0.7"], [10, 20, 70]),
+    ],
+)
 def test_largest_remainder(total: int, weights: list[str], counts: list[int]) -> None:
     assert largest_remainder(total, [Decimal(weight) for weight in weights]) == counts
 
 
-@pytest.mark.parametrize(("overflow", "last_assistant", "kept"), [
-    ("truncate", 9, [(0, 4)]),
-    ("split", 9, [(0, 4), (4, 8), (8, 10)]),
-    ("window", 9, [(6, 10)]),
-    ("window", 6, [(3, 7)]),  # ends with the last assistant token; what follows predicts nothing that is scored
-    ("window", 1, [(0, 4)]),  # an early answer: as many tokens as fit all the same
-    ("window", -1, [(6, 10)]),
-])
+@pytest.mark.parametrize(
+    ("overflow", "last_assistant", "kept"),
+    [
+        ("truncate", 9, [(0, 4)]),
+        ("split", 9, [(0, 4), (4, 8), (8, 10)]),
+        ("window", 9, [(6, 10)]),
+        ("window", 6, [(3, 7)]),  # ends with the last assistant token; what follows predicts nothing that is scored
+        ("window", 1, [(0, 4)]),  # an early answer: as many tokens as fit all the same
+        ("window", -1, [(6, 10)]),
+    ],
+)
 def test_cut_of_ten_tokens_to_four(overflow: str, last_assistant: int, kept: list[tuple[int, int]]) -> None:
     assert cut(10, last_assistant, 4, overflow) == kept
     assert cut(4, last_assistant, 4, overflow) == [(0, 4)]
@@ -52,7 +68,10 @@ def test_concat_is_one_stream_cut_at_every_length() -> None:
 
 
 def test_concat_end_token_alone_in_the_next_row() -> None:
-    assert rows_of(pack([Piece(0, 0, 4, True), Piece(1, 0, 2, True)], 4, "concat")) == [[(0, 0, 4, False)], [(0, 4, 4, True), (1, 0, 2, True)]]
+    assert rows_of(pack([Piece(0, 0, 4, True), Piece(1, 0, 2, True)], 4, "concat")) == [
+        [(0, 0, 4, False)],
+        [(0, 4, 4, True), (1, 0, 2, True)],
+    ]
 
 
 def test_isolated_never_cuts_a_sample() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow
@@ -15,7 +16,7 @@ from words import spec, word_tokenizer, write_lines
 from reapkit import builtin
 from reapkit.calibration import sources
 from reapkit.calibration.prepare import prepare
-from reapkit.calibration.sources import PACK_START, open_walk, permutation
+from reapkit.calibration.sources import PACK_START, Walk, open_walk, permutation
 from reapkit.errors import UnusableError
 from reapkit.recipe.schema import MixEntry
 
@@ -26,11 +27,11 @@ def entry(source: str | Path, **fields: object) -> MixEntry:
     return MixEntry.model_validate({"name": "data", "source": str(source), **fields}, strict=False)
 
 
-def texts(walk: sources.Walk) -> list[str]:
+def texts(walk: Walk) -> list[str]:
     return [row["text"] for row in walk.read(range(walk.length))]
 
 
-def in_order(walk: sources.Walk) -> list[str]:
+def in_order(walk: Walk) -> list[str]:
     return [text for _, text in sorted(zip(walk.numbers.tolist(), texts(walk)))]
 
 
@@ -44,7 +45,9 @@ def test_jsonl_lines_blank_ones_apart(tmp_path: Path) -> None:
 def test_json_array_and_json_lines(tmp_path: Path) -> None:
     (tmp_path / "array.json").write_text(json.dumps(ROWS, indent=1))
     write_lines(tmp_path / "lines.json", ROWS)
-    assert in_order(open_walk(entry("array.json"), tmp_path, seed=1)) == in_order(open_walk(entry("lines.json"), tmp_path, seed=1))
+    assert in_order(open_walk(entry("array.json"), tmp_path, seed=1)) == in_order(
+        open_walk(entry("lines.json"), tmp_path, seed=1)
+    )
 
 
 def test_text_files_are_lines_and_others_documents(tmp_path: Path) -> None:
@@ -101,17 +104,23 @@ def test_large_datasets_are_streamed_in_a_seeded_order(tmp_path: Path, monkeypat
 
 def test_an_unknown_split_names_the_source(tmp_path: Path) -> None:
     dataset_directory(tmp_path / "set")
-    with pytest.raises(UnusableError, match=r"source 'data': .*split nowhere\) cannot be opened: .*Check the name, config and split"):
+    with pytest.raises(
+        UnusableError, match=r"source 'data': .*split nowhere\) cannot be opened: .*Check the name, config and split"
+    ):
         open_walk(entry("set", split="nowhere"), tmp_path, seed=1)
 
 
 def test_filter_keeps_rows_by_value_or_list_of_values(tmp_path: Path) -> None:
     write_lines(tmp_path / "data.jsonl", ROWS)
-    assert in_order(open_walk(entry("data.jsonl", filter={"domain": "prose"}), tmp_path, seed=1)) == [row["text"] for row in ROWS[::3]]
+    assert in_order(open_walk(entry("data.jsonl", filter={"domain": "prose"}), tmp_path, seed=1)) == [
+        row["text"] for row in ROWS[::3]
+    ]
     assert len(texts(open_walk(entry("data.jsonl", filter={"domain": ["prose", "code"]}), tmp_path, seed=1))) == 30
     with pytest.raises(UnusableError, match=r"source 'data': none of 30 rows passes the filter \{'domain': 'math'\}"):
         open_walk(entry("data.jsonl", filter={"domain": "math"}), tmp_path, seed=1)
-    with pytest.raises(UnusableError, match="source 'data', data.jsonl:1: the filter's column 'topic' is missing; the row has text, domain"):
+    with pytest.raises(
+        UnusableError, match="source 'data', data.jsonl:1: the filter's column 'topic' is missing; the row has text, domain"
+    ):
         open_walk(entry("data.jsonl", filter={"topic": "math"}), tmp_path, seed=1)
 
 
@@ -142,7 +151,12 @@ def test_held_out_rows_are_drawn_from_the_other_end(tmp_path: Path) -> None:
 
 def prepared(directory: Path, source: str, **fields: object) -> None:
     word_tokenizer(directory / "tokenizer", ["row number of the file"])
-    prepare(spec({"name": "data", "source": source}, **{"samples": 20, "packing": "none", **fields}), directory / "tokenizer", directory, directory / "out")
+    prepare(
+        spec({"name": "data", "source": source}, **{"samples": 20, "packing": "none", **fields}),
+        directory / "tokenizer",
+        directory,
+        directory / "out",
+    )
 
 
 class TestBadData:
@@ -150,13 +164,19 @@ class TestBadData:
 
     def test_broken_json_in_row_17(self, tmp_path: Path) -> None:
         write_lines(tmp_path / "data.jsonl", [*ROWS[:16], '{"text": "unfinished', *ROWS[16:19]])
-        with pytest.raises(UnusableError, match=r"^source 'data', data.jsonl:17: broken JSON \(Unterminated string .*\). Every line takes one JSON object.$"):
+        with pytest.raises(
+            UnusableError,
+            match=r"^source 'data', data.jsonl:17: broken JSON \(Unterminated string .*\). Every line takes one JSON object.$",
+        ):
             prepared(tmp_path, "data.jsonl")
 
     def test_a_column_of_none(self, tmp_path: Path) -> None:
         write_lines(tmp_path / "data.jsonl", [{"text": None}] * 20)
-        with pytest.raises(UnusableError, match=r"^source 'data' yields 0 of 20 samples: 20 rows were read, dropped: 20 empty \(first: data.jsonl:\d+\). "
-                                                r"Give it more data, a smaller weight, or lower calibration.samples.$"):
+        with pytest.raises(
+            UnusableError,
+            match=r"^source 'data' yields 0 of 20 samples: 20 rows were read, dropped: 20 empty \(first: data.jsonl:\d+\). "
+            r"Give it more data, a smaller weight, or lower calibration.samples.$",
+        ):
             prepared(tmp_path, "data.jsonl")
 
     def test_a_missing_column(self, tmp_path: Path) -> None:
@@ -166,8 +186,11 @@ class TestBadData:
 
     def test_one_huge_sample(self, tmp_path: Path) -> None:
         write_lines(tmp_path / "data.jsonl", [*ROWS[:19], {"text": "word " * (20 << 20)}])
-        with pytest.raises(UnusableError, match="^source 'data', data.jsonl:20: one sample of more than 8,388,608 bytes; at most 8,388,608 are read. "
-                                                "Split it into several rows.$"):
+        with pytest.raises(
+            UnusableError,
+            match="^source 'data', data.jsonl:20: one sample of more than 8,388,608 bytes; at most 8,388,608 are read. "
+            "Split it into several rows.$",
+        ):
             prepared(tmp_path, "data.jsonl")
 
     def test_a_huge_document(self, tmp_path: Path) -> None:
@@ -176,8 +199,12 @@ class TestBadData:
             prepared(tmp_path, "book.md")
 
     def test_invalid_utf8(self, tmp_path: Path) -> None:
-        (tmp_path / "data.jsonl").write_bytes(b"".join(json.dumps(row).encode() + b"\n" for row in ROWS[:19]) + b'{"text": "caf\xe9"}\n')
-        with pytest.raises(UnusableError, match=r"^source 'data', data.jsonl:20: not UTF-8 at byte 13 \(0xe9\). Convert the file to UTF-8.$"):
+        (tmp_path / "data.jsonl").write_bytes(
+            b"".join(json.dumps(row).encode() + b"\n" for row in ROWS[:19]) + b'{"text": "caf\xe9"}\n'
+        )
+        with pytest.raises(
+            UnusableError, match=r"^source 'data', data.jsonl:20: not UTF-8 at byte 13 \(0xe9\). Convert the file to UTF-8.$"
+        ):
             prepared(tmp_path, "data.jsonl")
 
     def test_messages_without_roles(self, tmp_path: Path) -> None:
@@ -204,5 +231,24 @@ class TestBadData:
     def test_a_template_that_refuses(self, tmp_path: Path) -> None:
         write_lines(tmp_path / "data.jsonl", [{"messages": [{"role": "assistant", "content": "row number of"}]}] * 20)
         (tmp_path / "chat.jinja").write_text("{{ raise_exception('roles must alternate') }}")
-        with pytest.raises(UnusableError, match=r"the chat template refuses this conversation \(TemplateError: roles must alternate\)"):
+        with pytest.raises(
+            UnusableError, match=r"the chat template refuses this conversation \(TemplateError: roles must alternate\)"
+        ):
             prepared(tmp_path, "data.jsonl", chat_template="chat.jinja")
+
+
+def test_filter_of_a_table_reads_its_columns_only(tmp_path: Path) -> None:
+    dataset_directory(tmp_path / "set")
+    assert in_order(open_walk(entry("set", filter={"domain": "prose"}), tmp_path, seed=1)) == [row["text"] for row in ROWS[::3]]
+    with pytest.raises(
+        UnusableError, match="source 'data', set row 0: the filter's column 'topic' is missing; the row has text, domain"
+    ):
+        open_walk(entry("set", filter={"topic": "x"}), tmp_path, seed=1)
+
+
+def test_the_hubs_commit_is_read_from_its_file_addresses() -> None:
+    address = f"hf://datasets/org/name@{'0a' * 20}/data/train.parquet"
+    builder = SimpleNamespace(config=SimpleNamespace(data_files={"train": [address]}))
+    assert sources._commit(builder, entry("org/name")) == "0a" * 20
+    builder = SimpleNamespace(config=SimpleNamespace(data_files=None))
+    assert sources._commit(builder, entry("org/name", revision="main")) == "main"

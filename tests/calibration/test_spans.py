@@ -15,16 +15,23 @@ from reapkit.calibration.tokens import CalibrationTokens
 from reapkit.errors import UnusableError
 from reapkit.recipe.schema import Spans
 
-VOCABULARY = ("user assistant system tool functions to commentary analysis final hello there how are you good fine thanks find the bug it is in line two "
-              "weather Rome sunny 20 degrees tools search q Rome? read file main.py open {\"q\": \"Rome\"} name of my dog Rex your is?")
+VOCABULARY = (
+    "user assistant system tool functions to commentary analysis final hello there how are you good fine thanks find the bug "
+    "it is in line two "
+    'weather Rome sunny 20 degrees tools search q Rome? read file main.py open {"q": "Rome"} name of my dog Rex your is?'
+)
 
 
-def prepared(directory: Path, template: str | None, rows: list, *, bos: bool = False, **fields: object) -> tuple[CalibrationTokens, list[str]]:
+def prepared(
+    directory: Path, template: str | None, rows: list, *, bos: bool = False, **fields: object
+) -> tuple[CalibrationTokens, list[str]]:
     """The rows as one source without packing, in the file's order, and each row in words."""
     directory.mkdir(exist_ok=True)
     tokenizer = word_tokenizer(directory / "tokenizer", [VOCABULARY], template, bos=bos)
     write_lines(directory / "data.jsonl", rows)
-    calibration = spec({"name": "chat", "source": "data.jsonl"}, **{"samples": len(rows), "packing": "none", "max_length": 64, **fields})
+    calibration = spec(
+        {"name": "chat", "source": "data.jsonl"}, **{"samples": len(rows), "packing": "none", "max_length": 64, **fields}
+    )
     summary = prepare(calibration, directory / "tokenizer", directory, directory / "out")
     tokens = CalibrationTokens.load(directory / "out")
     in_file_order = np.argsort(summary["sources"][0]["indices"])
@@ -37,7 +44,11 @@ def chat(*turns: tuple[str, str] | dict) -> dict:
 
 
 def call(name: str, thinking: str | None = None, **arguments: str) -> dict:
-    turn = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": name, "arguments": arguments}}]}
+    turn = {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"type": "function", "function": {"name": name, "arguments": arguments}}],
+    }
     return turn | ({"thinking": thinking} if thinking else {})
 
 
@@ -47,10 +58,16 @@ def way(tokens: CalibrationTokens) -> list[str]:
 
 class TestGeneration:
     def test_two_turns(self, tmp_path: Path) -> None:
-        tokens, rows = prepared(tmp_path, CHATML, [chat(("user", "how are you"), ("assistant", "good thanks"), ("user", "fine"), ("assistant", "hello"))])
+        tokens, rows = prepared(
+            tmp_path,
+            CHATML,
+            [chat(("user", "how are you"), ("assistant", "good thanks"), ("user", "fine"), ("assistant", "hello"))],
+        )
         assert way(tokens) == ["generation"]
-        assert rows == ["<|im_start|> user how are you <|im_end|> <|im_start|> assistant [good] [thanks] [<|im_end|>] "
-                        "<|im_start|> user fine <|im_end|> <|im_start|> assistant [hello] [<|im_end|>]"]
+        assert rows == [
+            "<|im_start|> user how are you <|im_end|> <|im_start|> assistant [good] [thanks] [<|im_end|>] "
+            "<|im_start|> user fine <|im_end|> <|im_start|> assistant [hello] [<|im_end|>]"
+        ]
 
     def test_scored_positions_are_those_before_assistant_tokens(self, tmp_path: Path) -> None:
         tokens, _ = prepared(tmp_path, CHATML, [chat(("user", "how are you"), ("assistant", "good thanks"))])
@@ -59,9 +76,15 @@ class TestGeneration:
         assert row.signal.equal(row.scored)
 
     def test_calls_count_and_answers_of_tools_do_not(self, tmp_path: Path) -> None:
-        _, rows = prepared(tmp_path, CHATML, [chat(("user", "weather Rome"), call("search", q="Rome"), ("tool", "sunny"), ("assistant", "it is sunny"))])
-        assert rows == ["<|im_start|> user weather Rome <|im_end|> <|im_start|> assistant [<call>] [search] [</call>] [<|im_end|>] "
-                        "<|im_start|> tool sunny <|im_end|> <|im_start|> assistant [it] [is] [sunny] [<|im_end|>]"]
+        _, rows = prepared(
+            tmp_path,
+            CHATML,
+            [chat(("user", "weather Rome"), call("search", q="Rome"), ("tool", "sunny"), ("assistant", "it is sunny"))],
+        )
+        assert rows == [
+            "<|im_start|> user weather Rome <|im_end|> <|im_start|> assistant [<call>] [search] [</call>] [<|im_end|>] "
+            "<|im_start|> tool sunny <|im_end|> <|im_start|> assistant [it] [is] [sunny] [<|im_end|>]"
+        ]
 
     def test_agrees_with_transformers(self, tmp_path: Path) -> None:
         example = chat(("user", "how are you"), ("assistant", "good thanks"), ("user", "fine"), ("assistant", "hello"))
@@ -74,34 +97,55 @@ class TestGeneration:
 
 class TestMarkers:
     def test_ready_made_text_without_any_template(self, tmp_path: Path) -> None:
-        """In the manner of DeepSeek-V3.2, which ships no template: the text carries its own special tokens, the first one too."""
+        """In the manner of DeepSeek-V3.2, which ships no template: the text carries its own special tokens, the first too."""
         tokens, rows = prepared(
-            tmp_path, None, [{"text": "<s> <|user|> how are you <|assistant|> good <eos> <|user|> fine <|assistant|> thanks <eos>"}], bos=True,
-            spans={"start": "<|assistant|>", "end": "<eos>"})
+            tmp_path,
+            None,
+            [{"text": "<s> <|user|> how are you <|assistant|> good <eos> <|user|> fine <|assistant|> thanks <eos>"}],
+            bos=True,
+            spans={"start": "<|assistant|>", "end": "<eos>"},
+        )
         assert way(tokens) == ["markers"]
         assert rows == ["<s> <|user|> how are you <|assistant|> [good] [<eos>] <|user|> fine <|assistant|> [thanks] [<eos>]"]
 
     def test_win_over_the_template(self, tmp_path: Path) -> None:
-        tokens, rows = prepared(tmp_path, QWEN, [chat(("user", "how are you"), ("assistant", "good"), ("user", "fine"), ("assistant", "thanks"))],
-                                spans={"start": "<|im_start|> assistant", "end": "<|im_end|>"})
+        tokens, rows = prepared(
+            tmp_path,
+            QWEN,
+            [chat(("user", "how are you"), ("assistant", "good"), ("user", "fine"), ("assistant", "thanks"))],
+            spans={"start": "<|im_start|> assistant", "end": "<|im_end|>"},
+        )
         assert way(tokens) == ["markers"]
-        assert rows == ["<|im_start|> user how are you <|im_end|> <|im_start|> assistant [good] [<|im_end|>] "
-                        "<|im_start|> user fine <|im_end|> <|im_start|> assistant [<think>] [</think>] [thanks] [<|im_end|>]"]
+        assert rows == [
+            "<|im_start|> user how are you <|im_end|> <|im_start|> assistant [good] [<|im_end|>] "
+            "<|im_start|> user fine <|im_end|> <|im_start|> assistant [<think>] [</think>] [thanks] [<|im_end|>]"
+        ]
 
     def test_open_turn_ends_before_the_next_start_or_with_the_text(self) -> None:
         assert marked_spans("A one A two B three A four", Spans(start="A", end="B")) == [(1, 6), (7, 13), (21, 26)]
         assert marked_spans("nothing here", Spans(start="A", end="B")) == []
 
     def test_no_marker_in_the_source_is_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(UnusableError, match=r"source 'chat': none of its 3 tokens is scored; assistant tokens were sought by between the "
-                                                r"recipe's markers. Compare calibration.spans with how the samples are rendered"):
+        with pytest.raises(
+            UnusableError,
+            match=r"source 'chat': none of its 3 tokens is scored; assistant tokens were sought by between the "
+            r"recipe's markers. Compare calibration.spans with how the samples are rendered",
+        ):
             prepared(tmp_path, None, [{"text": "how are you"}], spans={"start": "<|assistant|>", "end": "<eos>"})
 
 
 class TestPrefix:
     def test_plain_chatml_gives_the_same_as_generation_marks(self, tmp_path: Path) -> None:
         """Their marks leave out nothing but the blank behind the end token, which is no token here."""
-        rows = [chat(("system", "hello"), ("user", "how are you"), ("assistant", "good thanks"), ("user", "fine"), ("assistant", "hello"))]
+        rows = [
+            chat(
+                ("system", "hello"),
+                ("user", "how are you"),
+                ("assistant", "good thanks"),
+                ("user", "fine"),
+                ("assistant", "hello"),
+            )
+        ]
         marked, marked_rows = prepared(tmp_path / "a", CHATML, rows)
         found, found_rows = prepared(tmp_path / "b", PLAIN_CHATML, rows)
         assert (way(marked), way(found)) == (["generation"], ["prefix"])
@@ -109,10 +153,16 @@ class TestPrefix:
 
     def test_glm_turns_that_part_from_the_generation_prompt(self, tmp_path: Path) -> None:
         """The generation prompt opens a thought, the finished turn closes none: the turn begins where they part."""
-        tokens, rows = prepared(tmp_path, GLM, [chat(("user", "weather Rome"), call("search", q="Rome"), ("tool", "sunny"), ("assistant", "it is sunny"))])
+        tokens, rows = prepared(
+            tmp_path,
+            GLM,
+            [chat(("user", "weather Rome"), call("search", q="Rome"), ("tool", "sunny"), ("assistant", "it is sunny"))],
+        )
         assert way(tokens) == ["prefix"]
-        assert rows == ["<s> <|user|> weather Rome <|assistant|> [</think>] [<call>] [search] [q] [Rome] [</call>] "
-                        "<|observation|> sunny <|assistant|> [</think>] [it] [is] [sunny]"]
+        assert rows == [
+            "<s> <|user|> weather Rome <|assistant|> [</think>] [<call>] [search] [q] [Rome] [</call>] "
+            "<|observation|> sunny <|assistant|> [</think>] [it] [is] [sunny]"
+        ]
 
     def test_glm_thought_behind_the_generation_prompt(self, tmp_path: Path) -> None:
         answer = {"role": "assistant", "content": "good", "reasoning_content": "how are you"}
@@ -121,43 +171,79 @@ class TestPrefix:
 
     def test_glm_that_drops_earlier_thoughts_is_refused_with_the_way_out(self, tmp_path: Path) -> None:
         answer = {"role": "assistant", "content": "good", "reasoning_content": "how are you"}
-        with pytest.raises(UnusableError, match=r"source 'chat', data.jsonl:1: the chat template rewrites earlier turns: turn 2 .*Give markers, e.g. "
-                                                r'calibration.spans: \{"start": "<\|assistant\|><think>", "end": "<eos>"\}, or a '
-                                                r"calibration.chat_template with \{% generation %\} blocks"):
+        with pytest.raises(
+            UnusableError,
+            match=r"source 'chat', data.jsonl:1: the chat template rewrites earlier turns: turn 2 .*Give markers, e.g. "
+            r'calibration.spans: \{"start": "<\|assistant\|><think>", "end": "<eos>"\}, or a '
+            r"calibration.chat_template with \{% generation %\} blocks",
+        ):
             prepared(tmp_path, GLM, [chat(("user", "hello"), answer, ("user", "fine"), ("assistant", "thanks"))])
 
     def test_harmony_channels_and_calls(self, tmp_path: Path) -> None:
-        tokens, rows = prepared(tmp_path, HARMONY, [chat(("user", "weather Rome"), call("search", thinking="find the weather", q="Rome"),
-                                                         ("tool", "sunny"), ("assistant", "it is sunny"))])
+        tokens, rows = prepared(
+            tmp_path,
+            HARMONY,
+            [
+                chat(
+                    ("user", "weather Rome"),
+                    call("search", thinking="find the weather", q="Rome"),
+                    ("tool", "sunny"),
+                    ("assistant", "it is sunny"),
+                )
+            ],
+        )
         assert way(tokens) == ["prefix"]
         assert rows == [
             "<|start|> user <|message|> weather Rome <|end|> "
             "<|start|> assistant [<|channel|>] [analysis] [<|message|>] [find] [the] [weather] [<|end|>] "
-            "[<|start|>] [assistant] [to] [search] [<|channel|>] [commentary] [<|message|>] [{\"q\":] [\"Rome\"}] [<|calling|>] "
+            '[<|start|>] [assistant] [to] [search] [<|channel|>] [commentary] [<|message|>] [{"q":] ["Rome"}] [<|calling|>] '
             "<|start|> functions to assistant <|channel|> commentary <|message|> sunny <|end|> "
-            "<|start|> assistant [<|channel|>] [final] [<|message|>] [it] [is] [sunny] [<|return|>]"]
+            "<|start|> assistant [<|channel|>] [final] [<|message|>] [it] [is] [sunny] [<|return|>]"
+        ]
 
     def test_harmony_with_two_answers_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(UnusableError, match="rewrites earlier turns: turn 2"):
-            prepared(tmp_path, HARMONY, [chat(("user", "hello"), ("assistant", "good"), ("user", "fine"), ("assistant", "thanks"))])
+            prepared(
+                tmp_path, HARMONY, [chat(("user", "hello"), ("assistant", "good"), ("user", "fine"), ("assistant", "thanks"))]
+            )
 
     def test_qwen_thoughts(self, tmp_path: Path) -> None:
         answer = {"role": "assistant", "content": "good", "reasoning_content": "how are you"}
         _, rows = prepared(tmp_path, QWEN, [chat(("user", "hello"), answer), chat(("user", "hello"), ("assistant", "fine"))])
-        assert rows == ["<|im_start|> user hello <|im_end|> <|im_start|> assistant [<think>] [how] [are] [you] [</think>] [good] [<|im_end|>]",
-                        "<|im_start|> user hello <|im_end|> <|im_start|> assistant [<think>] [</think>] [fine] [<|im_end|>]"]
+        assert rows == [
+            "<|im_start|> user hello <|im_end|> <|im_start|> assistant [<think>] [how] [are] [you] [</think>] [good] [<|im_end|>]",
+            "<|im_start|> user hello <|im_end|> <|im_start|> assistant [<think>] [</think>] [fine] [<|im_end|>]",
+        ]
 
     def test_qwen_with_two_user_turns_is_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(UnusableError, match=r'e.g. calibration.spans: \{"start": "<\|im_start\|> assistant ", "end": "<eos>"\}'):
-            prepared(tmp_path, QWEN, [chat(("user", "hello"), ("assistant", "good"), ("user", "fine"), ("assistant", "thanks"))])
+        with pytest.raises(
+            UnusableError, match=r'e.g. calibration.spans: \{"start": "<\|im_start\|> assistant ", "end": "<eos>"\}'
+        ):
+            prepared(
+                tmp_path, QWEN, [chat(("user", "hello"), ("assistant", "good"), ("user", "fine"), ("assistant", "thanks"))]
+            )
 
     def test_many_calls_in_a_row(self, tmp_path: Path) -> None:
         """Agentic data: the tool turns between are context, every assistant turn counts."""
-        _, rows = prepared(tmp_path, PLAIN_CHATML, [chat(("user", "find the bug"), call("search", q="bug"), ("tool", "line two"), call("read", q="file"),
-                                                         ("tool", "main.py"), ("assistant", "it is in line two"))])
-        assert rows == ["<|im_start|> user find the bug <|im_end|> <|im_start|> assistant [<call>] [search] [</call>] [<|im_end|>] "
-                        "<|im_start|> tool line two <|im_end|> <|im_start|> assistant [<call>] [read] [</call>] [<|im_end|>] "
-                        "<|im_start|> tool main.py <|im_end|> <|im_start|> assistant [it] [is] [in] [line] [two] [<|im_end|>]"]
+        _, rows = prepared(
+            tmp_path,
+            PLAIN_CHATML,
+            [
+                chat(
+                    ("user", "find the bug"),
+                    call("search", q="bug"),
+                    ("tool", "line two"),
+                    call("read", q="file"),
+                    ("tool", "main.py"),
+                    ("assistant", "it is in line two"),
+                )
+            ],
+        )
+        assert rows == [
+            "<|im_start|> user find the bug <|im_end|> <|im_start|> assistant [<call>] [search] [</call>] [<|im_end|>] "
+            "<|im_start|> tool line two <|im_end|> <|im_start|> assistant [<call>] [read] [</call>] [<|im_end|>] "
+            "<|im_start|> tool main.py <|im_end|> <|im_start|> assistant [it] [is] [in] [line] [two] [<|im_end|>]"
+        ]
 
 
 class TestOwnTemplate:
@@ -169,18 +255,28 @@ class TestOwnTemplate:
 
     def test_replaces_one_that_rewrites(self, tmp_path: Path) -> None:
         (tmp_path / "chat.jinja").write_text(PLAIN_CHATML)
-        tokens, rows = prepared(tmp_path, QWEN, [chat(("user", "hello"), ("assistant", "good"), ("user", "fine"), ("assistant", "thanks"))],
-                                chat_template="chat.jinja")
+        tokens, rows = prepared(
+            tmp_path,
+            QWEN,
+            [chat(("user", "hello"), ("assistant", "good"), ("user", "fine"), ("assistant", "thanks"))],
+            chat_template="chat.jinja",
+        )
         assert way(tokens) == ["prefix"]
-        assert rows == ["<|im_start|> user hello <|im_end|> <|im_start|> assistant [good] [<|im_end|>] "
-                        "<|im_start|> user fine <|im_end|> <|im_start|> assistant [thanks] [<|im_end|>]"]
+        assert rows == [
+            "<|im_start|> user hello <|im_end|> <|im_start|> assistant [good] [<|im_end|>] "
+            "<|im_start|> user fine <|im_end|> <|im_start|> assistant [thanks] [<|im_end|>]"
+        ]
 
     def test_that_is_not_there(self, tmp_path: Path) -> None:
-        with pytest.raises(UnusableError, match=r"calibration.chat_template: .*chat.jinja cannot be read \(FileNotFoundError\)"):
+        with pytest.raises(
+            UnusableError, match=r"calibration.chat_template: .*chat.jinja cannot be read \(FileNotFoundError\)"
+        ):
             prepared(tmp_path, None, [chat(("user", "hello"), ("assistant", "good"))], chat_template="chat.jinja")
 
     def test_missing_altogether(self, tmp_path: Path) -> None:
-        with pytest.raises(UnusableError, match="source 'chat', data.jsonl:1: the model ships no chat template. Give calibration.chat_template"):
+        with pytest.raises(
+            UnusableError, match="source 'chat', data.jsonl:1: the model ships no chat template. Give calibration.chat_template"
+        ):
             prepared(tmp_path, None, [chat(("user", "hello"), ("assistant", "good"))])
 
 
@@ -201,7 +297,10 @@ class TestText:
 
 class TestWhatIsScored:
     def test_nothing_scored_names_the_source(self, tmp_path: Path) -> None:
-        with pytest.raises(UnusableError, match="source 'chat': none of its 5 tokens is scored; assistant tokens were sought by prefix rendering"):
+        with pytest.raises(
+            UnusableError,
+            match="source 'chat': none of its 5 tokens is scored; assistant tokens were sought by prefix rendering",
+        ):
             prepared(tmp_path, PLAIN_CHATML, [chat(("user", "hello there"))])
         assert not (tmp_path / "out" / "calibration.json").exists()
 
@@ -211,12 +310,17 @@ class TestWhatIsScored:
 
     def test_less_than_a_twentieth_warns_with_numbers(self, tmp_path: Path) -> None:
         tokens, _ = prepared(tmp_path, PLAIN_CHATML, [chat(("user", "hello " * 50), ("assistant", "good"))])
-        assert tokens.summary["warnings"] == ["source 'chat': 2 of 57 tokens are scored (3.5%); the rest is context and says nothing about experts. "
-                                              "Check the source's assistant turns, or choose calibration.score: all."]
+        assert tokens.summary["warnings"] == [
+            "source 'chat': 2 of 57 tokens are scored (3.5%); the rest is context and says nothing about experts. "
+            "Check the source's assistant turns, or choose calibration.score: all."
+        ]
 
     def test_example_shows_the_scored_stretches(self, tmp_path: Path) -> None:
         tokens, _ = prepared(tmp_path, PLAIN_CHATML, [chat(("user", "hello"), ("assistant", "good"))])
-        assert tokens.summary["sources"][0]["example"] == [["<|im_start|> user hello <|im_end|> <|im_start|> assistant", False], ["good <|im_end|>", True]]
+        assert tokens.summary["sources"][0]["example"] == [
+            ["<|im_start|> user hello <|im_end|> <|im_start|> assistant", False],
+            ["good <|im_end|>", True],
+        ]
 
 
 class TestTokenizers:
@@ -227,7 +331,7 @@ class TestTokenizers:
             def encode(self, text: str, add_special_tokens: bool) -> list[int]:
                 return [1] * add_special_tokens + [len(word) for word in text.split()]
 
-        (ids, marks), = encode([Rendered("a bb <x>ccc dddd</x> e", [(8, 16)], "markers", True)], Slow())
+        ((ids, marks),) = encode([Rendered("a bb <x>ccc dddd</x> e", [(8, 16)], "markers", True)], Slow())
         assert (ids.tolist(), marks.tolist()) == ([1, 1, 2, 3, 3, 4, 4, 1], [0, 0, 0, 0, 1, 1, 0, 0])
 
     def test_a_character_of_several_tokens_counts_whole(self, tmp_path: Path) -> None:
@@ -235,9 +339,13 @@ class TestTokenizers:
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers
         from transformers import PreTrainedTokenizerFast
 
-        backend = Tokenizer(models.BPE({letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+        backend = Tokenizer(
+            models.BPE({letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, [])
+        )
         backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
         text = "ab🙂cd"
-        (ids, marks), = encode([Rendered(text, [(1, 3)], "markers", False)], PreTrainedTokenizerFast(tokenizer_object=backend))
+        ((ids, marks),) = encode(
+            [Rendered(text, [(1, 3)], "markers", False)], PreTrainedTokenizerFast(tokenizer_object=backend)
+        )
         assert len(ids) == 8
         assert marks.tolist() == [0, 1, 1, 1, 1, 1, 0, 0]

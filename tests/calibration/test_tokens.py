@@ -17,8 +17,17 @@ from reapkit.errors import UnusableError
 def written(path: Path, *, score: str = "completion", packing: str = "concat") -> CalibrationTokens:
     """Three rows: two samples (3 + 2 tokens), one of four, one of a single token."""
     path.mkdir(exist_ok=True)
-    file = create_tensors(path / "tokens.safetensors", {"input_ids": ("int32", 10), "assistant": ("uint8", 10), "row_offsets": ("int64", 4),
-                                                        "row_source": ("int16", 3), "sample_offsets": ("int64", 5), "part_sample": ("int32", 4)})
+    file = create_tensors(
+        path / "tokens.safetensors",
+        {
+            "input_ids": ("int32", 10),
+            "assistant": ("uint8", 10),
+            "row_offsets": ("int64", 4),
+            "row_source": ("int16", 3),
+            "sample_offsets": ("int64", 5),
+            "part_sample": ("int32", 4),
+        },
+    )
     file["input_ids"][:] = np.arange(10, 20)
     file["assistant"][:] = [0, 1, 1, 1, 1, 0, 0, 1, 0, 1]
     file["row_offsets"][:] = [0, 5, 9, 10]
@@ -27,8 +36,17 @@ def written(path: Path, *, score: str = "completion", packing: str = "concat") -
     file["part_sample"][:] = [0, 1, 0, 2]
     for tensor in file.values():
         tensor.flush()
-    (path / "calibration.json").write_text(json.dumps({"sources": [{"name": "a"}, {"name": "b"}], "score": score, "packing": packing,
-                                                       "groups": [0, 2, 3], "snapshots": [0, 0, 0, 1]}))
+    (path / "calibration.json").write_text(
+        json.dumps(
+            {
+                "sources": [{"name": "a"}, {"name": "b"}],
+                "score": score,
+                "packing": packing,
+                "groups": [0, 2, 3],
+                "snapshots": [0, 0, 0, 1],
+            }
+        )
+    )
     return CalibrationTokens.load(path)
 
 
@@ -64,13 +82,15 @@ def test_batches_pad_on_the_right_and_keep_the_order(tmp_path: Path) -> None:
     assert both.position_ids is None
 
 
-@pytest.mark.parametrize(("batch_tokens", "rows"), [(1, [(0,), (1,), (2,)]), (5, [(0,), (1,), (2,)]), (8, [(0,), (1, 2)]), (15, [(0, 1, 2)])])
+@pytest.mark.parametrize(
+    ("batch_tokens", "rows"), [(1, [(0,), (1,), (2,)]), (5, [(0,), (1,), (2,)]), (8, [(0,), (1, 2)]), (15, [(0, 1, 2)])]
+)
 def test_batches_stay_within_their_tokens(tmp_path: Path, batch_tokens: int, rows: list[tuple[int, ...]]) -> None:
     assert [batch.rows for batch in batches(written(tmp_path), range(3), batch_tokens)] == rows
 
 
 def test_isolated_positions_restart_at_every_sample(tmp_path: Path) -> None:
-    batch, = batches(written(tmp_path, packing="isolated"), [0, 2], 100)
+    (batch,) = batches(written(tmp_path, packing="isolated"), [0, 2], 100)
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1], [0, 0, 0, 0, 0]]
 
 
@@ -84,7 +104,10 @@ def test_file_is_what_safetensors_reads(tmp_path: Path) -> None:
 
 def test_empty_tensors_are_written_too(tmp_path: Path) -> None:
     create_tensors(tmp_path / "x.safetensors", {"a": ("int64", 0), "b": ("uint8", 3)})["b"][:] = 1
-    assert {name: tensor.tolist() for name, tensor in load_file(tmp_path / "x.safetensors").items()} == {"a": [], "b": [1, 1, 1]}
+    assert {name: tensor.tolist() for name, tensor in load_file(tmp_path / "x.safetensors").items()} == {
+        "a": [],
+        "b": [1, 1, 1],
+    }
 
 
 def test_missing_calibration_is_named(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,9 +11,10 @@ from held_out import held_out
 
 import tiny
 from reapkit.checkpoint import Checkpoint
+from reapkit.evaluate import bench
 from reapkit.evaluate import candidates as module
 from reapkit.evaluate.advice import summary_rows
-from reapkit.evaluate.bench import Bench, Candidate
+from reapkit.evaluate.bench import Candidate, MaskedBench
 from reapkit.evaluate.candidates import eaft_settings, evaluate
 from reapkit.evaluate.directory import Yardstick
 from reapkit.evaluate.outputs import EAFT
@@ -42,7 +45,10 @@ def model():
 
 @pytest.fixture(scope="module")
 def packs(tmp_path_factory):
-    return {24: held_out(tmp_path_factory.mktemp("pack24")), 12: held_out(tmp_path_factory.mktemp("pack12"), lengths=(12,) * 18, seed=5)}
+    return {
+        24: held_out(tmp_path_factory.mktemp("pack24")),
+        12: held_out(tmp_path_factory.mktemp("pack12"), lengths=(12,) * 18, seed=5),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +88,11 @@ def test_rejection_says_which_gate_by_how_much_and_what_to_change(model, packs):
     assert all(entry["verdict"] == "reject" for entry in found["candidates"])
     lines = found["advice"].splitlines()
     assert lines[0] == "None of 2 candidates passes; nearest is keep12: rejected."
-    assert lines[1].startswith("  kl_mean ") and "(all, 24 tokens), limit ≤ 1e-06: reject" in lines[1] and lines[1].endswith("beyond it")
+    assert (
+        lines[1].startswith("  kl_mean ")
+        and "(all, 24 tokens), limit ≤ 1e-06: reject" in lines[1]
+        and lines[1].endswith("beyond it")
+    )
     assert any(line.startswith("  prose alone: kl_mean") for line in lines)
     assert "prune less" in lines[-1] and "It passes no preset." in lines[-1]
 
@@ -115,21 +125,21 @@ def test_without_confirm_rows_the_deciding_ones_are_final(model, tmp_path):
 def test_a_killed_evaluation_goes_on_with_the_candidates_it_finished(model, packs, tmp_path, monkeypatch):
     pack, given = {24: packs[24]}, [candidate(8), candidate(12)]
     undisturbed = evaluate(model, pack, given, TIGHT, **SETTINGS)
-    real, measured = Bench._positions, []
+    real, measured = MaskedBench.positions, []
 
     def killed(self, each, length):
         if each.name == "keep12":
             raise KeyboardInterrupt
         return real(self, each, length)
 
-    monkeypatch.setattr(Bench, "_positions", killed)
+    monkeypatch.setattr(MaskedBench, "positions", killed)
     with pytest.raises(KeyboardInterrupt):
         evaluate(model, pack, given, TIGHT, work_directory=tmp_path, **SETTINGS)
-    monkeypatch.setattr(Bench, "_positions", real)
-    import reapkit.evaluate.bench as bench
-
+    monkeypatch.setattr(MaskedBench, "positions", real)
     real_measure = bench.measure
-    monkeypatch.setattr(bench, "measure", lambda *args, **kwargs: measured.append(kwargs["title"]) or real_measure(*args, **kwargs))
+    monkeypatch.setattr(
+        bench, "measure", lambda *args, **kwargs: measured.append(kwargs["title"]) or real_measure(*args, **kwargs)
+    )
     again = evaluate(model, pack, given, TIGHT, work_directory=tmp_path, **SETTINGS)
     assert again == undisturbed
     assert measured == ["evaluate keep12", "evaluate keep12"]  # decide, then confirm
@@ -146,6 +156,12 @@ def test_summary_rows_show_base_candidates_controls_and_the_confirmed_choice(loo
     assert next(summary_rows(loose, "french"))["perplexity"] == loose["base"]["24"]["french"]["perplexity"]["value"]
 
 
+def test_what_prints_and_advises_imports_without_torch():
+    modules = "reapkit.evaluate.advice, reapkit.evaluate.tool_calls, reapkit.evaluate.equal_bytes"
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_eaft_settings_are_the_recipes():
     assert eaft_settings(SaliencySpec(), ObserveSpec()) == EAFT
 
@@ -158,20 +174,30 @@ def test_a_masked_candidate_has_the_pruned_checkpoints_own_numbers(model, packs,
     yardstick = Yardstick.of(model, packs, batch_tokens=64)
     assert load_model(tmp_path / "pruned").config.num_experts == 8
     on_disk = yardstick.measure_directory(tmp_path / "pruned")
-    bench = Bench.of_part(model, packs, "confirm", None, eaft=EAFT, batch_tokens=64, progress=module.SILENT)
-    as_mask = bench.metrics(chosen)
+    confirm = MaskedBench.of_part(model, packs, "confirm", None, eaft=EAFT, batch_tokens=64, progress=module.SILENT)
+    as_mask = confirm.metrics(chosen)
     for length, groups in as_mask.items():
         for group, metrics in groups.items():
             for name, value in metrics.items():
                 if isinstance(value, dict):
-                    assert on_disk[length][group][name]["value"] == pytest.approx(value["value"], rel=1e-4, abs=1e-6), (length, group, name)
+                    assert on_disk[length][group][name]["value"] == pytest.approx(value["value"], rel=1e-4, abs=1e-6), (
+                        length,
+                        group,
+                        name,
+                    )
     unpruned = yardstick.measure_directory(tmp_path / "base")
     assert unpruned["24"]["all"]["kl_mean"]["value"] == pytest.approx(0, abs=1e-6)  # another kernel on load
 
 
 def test_generation_is_measured_and_judged(model, packs):
-    found = evaluate(model, packs, [candidate(8)], resolve({"loop_share_delta": {"max": 1.0}}), generation=GenerationSpec(prompts=6,
-                     max_new_tokens=12), **SETTINGS)
+    found = evaluate(
+        model,
+        packs,
+        [candidate(8)],
+        resolve({"loop_share_delta": {"max": 1.0}}),
+        generation=GenerationSpec(prompts=6, max_new_tokens=12),
+        **SETTINGS,
+    )
     written = found["candidates"][0]["generation"]["all"]
     assert written["rows"] == 4 and written["unfinished_share"]["value"] >= 0
     [result] = found["candidates"][0]["gates"]

@@ -67,12 +67,21 @@ def test_sampled_continuations_follow_the_seed_and_leave_the_generator_alone(mod
 def test_shares_count_loops_and_endings_against_the_base():
     prompts = [Prompt(0, (1,), (2,)), Prompt(0, (1,), (2,)), Prompt(1, (1,), (2,)), Prompt(2, (1,), (2,))]
     base = both(*[Continuation(FRESH, True)] * 4)
-    written = {"greedy": [Continuation(LOOPING, False), Continuation(FRESH, True), Continuation(LOOPING, False), Continuation(LOOPING, False)],
-               "sampled": [Continuation(FRESH, True)] * 4}
+    written = {
+        "greedy": [
+            Continuation(LOOPING, False),
+            Continuation(FRESH, True),
+            Continuation(LOOPING, False),
+            Continuation(LOOPING, False),
+        ],
+        "sampled": [Continuation(FRESH, True)] * 4,
+    }
     found = summarize(base, written, prompts, ("code", "prose", "french"), frozenset({"french"}))
     assert found["all"]["rows"] == 3
     assert found["all"]["loop_share"]["value"] == found["all"]["loop_share_delta"]["value"] == pytest.approx(2 / 6)
-    assert found["all"]["greedy_loop_share"]["value"] == pytest.approx(2 / 3) and found["all"]["sampled_loop_share"]["value"] == 0
+    assert (
+        found["all"]["greedy_loop_share"]["value"] == pytest.approx(2 / 3) and found["all"]["sampled_loop_share"]["value"] == 0
+    )
     assert found["all"]["unfinished_share"]["value"] == pytest.approx(2 / 6)
     assert found["code"]["loop_share"]["value"] == pytest.approx(1 / 4)
     assert found["french"]["loop_share"] == {"value": 0.5, "interval": None}
@@ -92,10 +101,16 @@ def codes(text):
 
 
 def test_tool_calls_are_judged_where_prompt_and_reference_have_them():
-    tool = json.dumps({"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}})
+    tool = json.dumps(
+        {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}}
+    )
     good, bad = (json.dumps({"name": "add", "arguments": {"a": value}}) for value in (1, "one"))
-    prompts = [Prompt(0, codes(tool), codes(good)), Prompt(0, codes(tool), codes(good)), Prompt(0, codes(tool), codes("No need.")),
-               Prompt(1, codes("Hello"), codes(good))]
+    prompts = [
+        Prompt(0, codes(tool), codes(good)),
+        Prompt(0, codes(tool), codes(good)),
+        Prompt(0, codes(tool), codes("No need.")),
+        Prompt(1, codes("Hello"), codes(good)),
+    ]
     base = both(*[Continuation(codes(good), True)] * 4)
     written = both(Continuation(codes(good), True), *[Continuation(codes(bad), True)] * 3)
     found = summarize(base, written, prompts, ("tools", "prose"), tokenizer=Text())

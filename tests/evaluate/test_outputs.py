@@ -8,7 +8,7 @@ from held_out import held_out
 
 import tiny
 from reapkit.calibration.tokens import batches
-from reapkit.errors import UnusableError
+from reapkit.errors import StageFailed, UnusableError
 from reapkit.evaluate import head, outputs
 from reapkit.evaluate.outputs import Pack, base_outputs, compare, describe_base, measure
 from reapkit.masking import masked
@@ -143,3 +143,12 @@ def test_a_pack_without_measured_positions_is_refused(model, tmp_path):
     silent = held_out(tmp_path, lengths=(1, 1, 1))
     with pytest.raises(UnusableError, match="pack of 24 tokens measures no position: its 3 rows"):
         base_outputs(model, Pack.part(silent, "decide", 24), batch_tokens=BATCH)
+
+
+def test_logits_that_are_not_finite_are_no_measurement(pack, base):
+    broken = tiny.build("qwen3_moe").requires_grad_(False)
+    broken.model.norm.weight[0] = float("nan")
+    with pytest.raises(
+        StageFailed, match=f"evaluate: {pack.num_positions} of {pack.num_positions} measured positions have logits"
+    ):
+        measure(broken, pack, base, batch_tokens=BATCH)

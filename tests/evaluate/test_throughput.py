@@ -1,5 +1,7 @@
 """Throughput is measured in a process of its own and fails loudly."""
 
+import subprocess
+
 import pytest
 
 import tiny
@@ -24,6 +26,8 @@ def test_decoding_reads_its_cache(monkeypatch):
     assert set(widths) == {PROMPT_TOKENS, 1} and widths[1:1 + NEW_TOKENS] == [1] * NEW_TOKENS
 
 
-def test_a_failing_process_is_reported_with_its_last_words(tmp_path):
-    with pytest.raises(StageFailed, match="throughput of .* ended with 1: "):
+def test_a_failing_process_is_reported_with_its_last_words(tmp_path, monkeypatch):
+    ended = subprocess.CompletedProcess([], 1, stdout="", stderr="Traceback\nMemoryError: no more")
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: ended)
+    with pytest.raises(StageFailed, match="throughput of .* ended with 1: MemoryError: no more"):
         throughput_of(tmp_path)

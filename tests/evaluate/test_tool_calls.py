@@ -4,8 +4,11 @@ import pytest
 
 from reapkit.evaluate.tool_calls import calls, json_objects, offered_tools, schema_problem, valid_calls
 
-SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}, "units": {"enum": ["C", "F"]}},
-          "required": ["city"]}
+SCHEMA = {
+    "type": "object",
+    "properties": {"city": {"type": "string"}, "days": {"type": "integer"}, "units": {"enum": ["C", "F"]}},
+    "required": ["city"],
+}
 PROMPT = ('<|im_start|>system\nTools {like {these}:\n{"name": "weather", "parameters": ' + str(SCHEMA).replace("'", '"') + "}\n"
           '{"type": "function", "function": {"name": "stop", "parameters": {}}}\n<|im_end|>')
 

@@ -54,6 +54,40 @@ def test_streaming_equals_resident_bit_for_bit(model_type: str, tmp_path: Path):
     assert not list((tmp_path / "streaming").rglob("*inputs*")), "hidden states are gone when they are no longer needed"
 
 
+@pytest.mark.parametrize("scheme", ["fp8", "mxfp4"])
+def test_quantized_checkpoints_are_dequantized_layer_by_layer(scheme: str, tmp_path: Path):
+    with tiny.quiet():
+        if scheme == "fp8":
+            model = tiny.build("deepseek_v3", hidden_size=256, moe_intermediate_size=128)
+            path = tiny.as_block_fp8(tiny.save_hub_layout(model, tmp_path / "model"))
+        else:
+            model = tiny.build("gpt_oss", intermediate_size=64)
+            path = tiny.as_mxfp4(tiny.save_hub_layout(model, tmp_path / "model"))
+        resident = load_model(path)
+    tokens = tiny_tokens(tmp_path / "calibration")
+    expected = observe(resident, tokens, ObserveSpec(), batch_tokens=48, work_directory=tmp_path / "resident")
+    got = observe_streaming(path, tokens, ObserveSpec(), batch_tokens=48, work_directory=tmp_path / "streaming")
+    assert expected.statistics["gate_norm_sum"].sum() > 0
+    assert_equal(got, expected)
+
+
+def test_layers_that_leave_more_behind_than_their_output_start_again(tmp_path: Path):
+    """gemma's last layers read keys and values of earlier ones: a checkpoint of hidden states is not enough, and that is noticed."""
+    kinds = ["sliding_attention", "full_attention"] * 2
+    with tiny.quiet():
+        path = tiny.save_hub_layout(tiny.build("gemma4_text", num_hidden_layers=4, num_kv_shared_layers=2, layer_types=kinds), tmp_path / "model")
+        resident = load_model(path)
+    tokens = tiny_tokens(tmp_path / "calibration")
+    expected = observe(resident, tokens, ObserveSpec(), batch_tokens=48, work_directory=tmp_path / "resident")
+    script = KILLED.format(tests=str(Path(tiny.__file__).parent), root=str(Path(tiny.__file__).parents[1]), layers=3, minutes=0,
+                           calibration=str(tmp_path / "calibration"), work=str(tmp_path / "work"), model=str(path))
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == -9
+    layers = []
+    got = observe_streaming(path, tokens, ObserveSpec(), batch_tokens=48, work_directory=tmp_path / "work", progress=Noting(layers))
+    assert layers[0] == "layer 0"
+    assert_equal(got, expected)
+
+
 @pytest.mark.parametrize("budget", ["waves", "disk"])
 def test_hidden_states_beyond_the_budget(budget: str, tmp_path: Path):
     path, tokens, expected = prepared("qwen3_moe", tmp_path)

@@ -8,6 +8,8 @@ import json
 import random
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from reapkit.layout import pruned_sizes, read_layout
 from reapkit.masking import masked
 from reapkit.selection import LayerSelection, Selection
 from reapkit.surgery import prune as module
+from reapkit.surgery.check import confirm_layout
 from reapkit.surgery.prune import MANIFEST, prune_checkpoint
 
 torch.set_num_threads(1)
@@ -32,7 +35,8 @@ IDS = torch.randint(0, 250, (2, 20), generator=torch.Generator().manual_seed(1))
 EXPERT = re.compile(r"^(.*\.(\d+)\..*experts\.)(\d+)(\..*)$")
 
 
-def select(source: Checkpoint, ratio: float = 0.5, experts_per_token: int | None = None, seed: int = 0, mtp: bool = False) -> Selection:
+def select(source: Checkpoint, ratio: float = 0.5, experts_per_token: int | None = None, seed: int = 0,
+           mtp: bool = False) -> Selection:
     """Random experts kept, as many in every group of a grouped router."""
     draw, architecture, layout = random.Random(seed), source.architecture, read_layout(source)
     layers = {}
@@ -92,7 +96,8 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 @contextlib.contextmanager
 def masked_softmax(model: torch.nn.Module, keep: Mapping[int, tuple[int, ...]]) -> Iterator[None]:
     """qwen3_moe whose routers score dropped experts minus infinity: an oracle that shares no code with surgery."""
-    routers = {int(name.split(".")[2]): module for name, module in model.named_modules() if isinstance(module, Qwen3MoeTopKRouter)}
+    routers = {int(name.split(".")[2]): module for name, module in model.named_modules()
+               if isinstance(module, Qwen3MoeTopKRouter)}
     weights = {layer: router.weight.data for layer, router in routers.items()}
     linear = torch.nn.functional.linear
 
@@ -150,13 +155,15 @@ def test_pruned_checkpoints_are_proven(tmp_path, checkpoints, tmp_path_factory, 
     assert_bit_equal(source, tmp_path / "out", selection)
     pruned = Checkpoint.open(tmp_path / "out")
     kept = len(next(iter(selection.keep.values())))
-    assert pruned.architecture.num_experts == kept and {layer.num_experts for layer in read_layout(pruned).layers.values()} == {kept}
+    assert pruned.architecture.num_experts == kept and {layer.num_experts
+                                                        for layer in read_layout(pruned).layers.values()} == {kept}
     assert (pruned.numel, pruned.nbytes) == pruned_sizes(source, written.kept)
     original = load(source.path, model_type)
     with masked(original, selection.keep):
         expected = logits(original)
     assert (logits(load(tmp_path / "out", model_type)) - expected).abs().max() < 1e-5
     assert (logits(original) - expected).abs().max() > 1e-3
+    assert confirm_layout(source, read_layout(source), selection.keep)
 
 
 FUSED = [name for name in ARCHITECTURES if name not in ("gpt_oss", "llama4_text", "granitemoe", "gemma4_text", "qwen3_vl_moe")]
@@ -191,12 +198,14 @@ def synthetic(path: Path, weights: Mapping[str, torch.Tensor], **config: object)
         save_file({name: weights[name] for name in part}, path / shard, metadata={"format": "pt"})
         where |= dict.fromkeys(part, shard)
     (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": where}))
-    (path / "config.json").write_text(json.dumps({"hidden_size": 64, "num_hidden_layers": 2, "num_experts_per_tok": 2, **config}, indent=2))
+    (path / "config.json").write_text(json.dumps({"hidden_size": 64, "num_hidden_layers": 2, "num_experts_per_tok": 2,
+                                                  **config}, indent=2))
     return Checkpoint.open(path)
 
 
 def random_bytes(*shape: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
-    return torch.randint(0, 120, shape).to(torch.uint8).view(dtype) if dtype.itemsize == 1 else torch.randint(-999, 999, shape).to(dtype)
+    return torch.randint(0, 120, shape).to(torch.uint8).view(dtype) if dtype.itemsize == 1 else torch.randint(-999, 999,
+                                                                                                              shape).to(dtype)
 
 
 def test_block_fp8_scales_travel_with_their_weights(tmp_path):
@@ -239,7 +248,8 @@ def test_packed_experts_keep_scales_and_shapes_and_their_names_are_renumbered(tm
     for layer in range(2):
         for expert in range(8):
             name = f"model.layers.{layer}.mlp.experts.{expert}.up_proj"
-            weights |= {f"{name}.weight_packed": random_bytes(32, 8, dtype=torch.int32), f"{name}.weight_scale": torch.rand(32, 1).half(),
+            weights |= {f"{name}.weight_packed": random_bytes(32, 8, dtype=torch.int32),
+                        f"{name}.weight_scale": torch.rand(32, 1).half(),
                         f"{name}.weight_shape": torch.tensor([32, 64])}
         weights[f"model.layers.{layer}.mlp.gate.weight"] = torch.rand(8, 64)
     del weights["model.layers.1.mlp.experts.3.up_proj.weight_packed"]
@@ -263,8 +273,8 @@ def test_quantizer_files_are_renumbered_and_else_copied_byte_for_byte(tmp_path, 
     source = Checkpoint.open(tmp_path / "source")
     keep = tuple(range(8, 16))
     prune_checkpoint(source, Selection("x", dict.fromkeys(range(3), LayerSelection(keep, (), ()))), tmp_path / "out")
-    assert (tmp_path / "out" / "hf_quant_config.json").read_bytes() == other.replace(b'"lm_head","model.layers.0.mlp.experts.15.up_proj" ',
-                                                                                     b'"lm_head", "model.layers.0.mlp.experts.7.up_proj"')
+    expected = other.replace(b'"lm_head","model.layers.0.mlp.experts.15.up_proj" ', b'"lm_head", "model.layers.0.mlp.experts.7.up_proj"')
+    assert (tmp_path / "out" / "hf_quant_config.json").read_bytes() == expected
     assert (tmp_path / "out" / "quantize_config.json").read_bytes() == b'{"bits":  4 }'
 
 
@@ -322,12 +332,14 @@ def test_multi_token_prediction_with_numbers_of_its_own_is_pruned_and_renamed_ap
     assert torch.equal(after["mtp.layers.0.mlp.experts.0.up_proj.weight"], weights["mtp.layers.0.mlp.experts.1.up_proj.weight"])
     assert torch.equal(after["mtp.layers.0.mlp.gate.weight"], weights["mtp.layers.0.mlp.gate.weight"][[1, 3]])
     config = Checkpoint.open(tmp_path / "kept").config
-    assert config["quantization_config"]["ignore"] == ["model.layers.1.mlp.experts.1.up_proj", "mtp.layers.0.mlp.experts.1.up_proj", "mtp.fc"]
+    assert config["quantization_config"]["ignore"] == ["model.layers.1.mlp.experts.1.up_proj",
+                                                       "mtp.layers.0.mlp.experts.1.up_proj", "mtp.fc"]
     assert config["mtp_num_hidden_layers"] == 1
     prune_checkpoint(source, Selection("x", chosen), tmp_path / "dropped", mtp="drop")
     config = Checkpoint.open(tmp_path / "dropped").config
     assert not any(name.startswith("mtp") for name in tensors(tmp_path / "dropped"))
-    assert config["quantization_config"]["ignore"] == ["model.layers.1.mlp.experts.1.up_proj"] and config["mtp_num_hidden_layers"] == 0
+    assert config["quantization_config"]["ignore"] == ["model.layers.1.mlp.experts.1.up_proj"]
+    assert config["mtp_num_hidden_layers"] == 0
 
 
 def test_observed_multi_token_prediction_needs_a_selection(tmp_path, with_mtp):
@@ -342,10 +354,13 @@ def test_observed_multi_token_prediction_needs_a_selection(tmp_path, with_mtp):
 def test_everything_else_is_copied_byte_for_byte_and_stale_things_are_not(tmp_path, checkpoints, tmp_path_factory):
     path = tmp_path / "source"
     shutil.copytree(saved("qwen3_moe", checkpoints, tmp_path_factory), path)
-    copied = {"tokenizer.json": b"{}", "chat_template.jinja": b"{{ x }}\r\n", "generation_config.json": b'{"a":1}', "modeling_x.py": b"x",
+    copied = {"tokenizer.json": b"{}", "chat_template.jinja": b"{{ x }}\r\n", "generation_config.json": b'{"a":1}',
+              "modeling_x.py": b"x",
               "speech/model.safetensors": b"other", "a b/\u00fc.txt": b"", ".gitattributes": b"*.bin"}
-    left = {".git/HEAD": b"", "__pycache__/x.pyc": b"", ".cache/huggingface/x": b"", "pytorch_model.bin": b"", "original/model.safetensors": b"",
-            "pytorch_model.bin.index.json": b"", "model.safetensors.index.json": b'{"weight_map": {}}', "consolidated.00.pth": b""}
+    left = {".git/HEAD": b"", "__pycache__/x.pyc": b"", ".cache/huggingface/x": b"", "pytorch_model.bin": b"",
+            "original/model.safetensors": b"",
+            "pytorch_model.bin.index.json": b"", "model.safetensors.index.json": b'{"weight_map": {}}',
+            "consolidated.00.pth": b""}
     for name, content in {**copied, **left}.items():
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_bytes(content)
@@ -358,7 +373,8 @@ def test_everything_else_is_copied_byte_for_byte_and_stale_things_are_not(tmp_pa
         assert (tmp_path / "out" / name).read_bytes() == content
     assert not any((tmp_path / "out" / name).exists() for name in left)
     assert (tmp_path / "out" / "merges.txt").read_bytes() == b"linked" and not (tmp_path / "out" / "merges.txt").is_symlink()
-    assert set(written.left_out) == {"pytorch_model.bin", "original/model.safetensors", "pytorch_model.bin.index.json", "consolidated.00.pth"}
+    assert set(written.left_out) == {"pytorch_model.bin", "original/model.safetensors", "pytorch_model.bin.index.json",
+                                     "consolidated.00.pth"}
     before, after = (path / "config.json").read_text(), (tmp_path / "out" / "config.json").read_text()
     assert after == before.replace('"num_experts": 16', '"num_experts": 8')
 
@@ -380,7 +396,8 @@ def test_shards_that_lose_nothing_are_the_same_bytes(tmp_path):
     weights = {f"model.layers.1.mlp.experts.{expert}.up_proj.weight": torch.rand(64, 64) for expert in range(8)}
     weights |= {"model.layers.1.mlp.gate.weight": torch.rand(8, 64)}
     source = synthetic(tmp_path / "source", weights, model_type="qwen3_moe", num_experts=8)
-    save_file({"a.weight": torch.rand(200, 64)}, tmp_path / "source" / "model-extra.safetensors", metadata={"format": "pt", "by": "me"})
+    save_file({"a.weight": torch.rand(200, 64)}, tmp_path / "source" / "model-extra.safetensors",
+              metadata={"format": "pt", "by": "me"})
     index = json.loads((tmp_path / "source" / "model.safetensors.index.json").read_text())
     index["weight_map"]["a.weight"] = "model-extra.safetensors"
     (tmp_path / "source" / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -423,7 +440,8 @@ def test_a_second_run_writes_no_shard_and_an_interrupted_one_goes_on(tmp_path, c
         patch.setattr(module, "write_shards", write_two)
         with pytest.raises(StageFailed, match="killed"):
             prune_checkpoint(source, selection, tmp_path / "out", **options)
-    assert not (tmp_path / "out" / "config.json").exists() and not json.loads((tmp_path / "out" / MANIFEST).read_text())["complete"]
+    assert not (tmp_path / "out" / "config.json").exists()
+    assert not json.loads((tmp_path / "out" / MANIFEST).read_text())["complete"]
     monkeypatch.setattr(module, "write_shards", write_rest)
     prune_checkpoint(source, selection, tmp_path / "out", **options)
     assert resumed and not set(resumed) & set(written)
@@ -440,7 +458,8 @@ def test_a_second_run_writes_no_shard_and_an_interrupted_one_goes_on(tmp_path, c
 
 def refused(source: Checkpoint, out: Path, keep: Mapping[int, tuple[int, ...]], top_k: int | None = None) -> str:
     with pytest.raises(UnusableError) as error:
-        prune_checkpoint(source, Selection("x", {layer: LayerSelection(kept, (), ()) for layer, kept in keep.items()}, top_k), out)
+        prune_checkpoint(source, Selection("x", {layer: LayerSelection(kept, (), ()) for layer, kept in keep.items()}, top_k),
+                         out)
     assert not out.exists()
     return str(error.value)
 
@@ -458,12 +477,14 @@ def test_selections_that_do_not_fit_are_refused(tmp_path, checkpoints, tmp_path_
 
 
 def test_a_layer_that_routes_by_table_only_stays_whole(tmp_path):
-    weights = {"model.layers.0.mlp.gate.weight": torch.rand(8, 64), "model.layers.0.mlp.gate.tid2eid": torch.zeros(9, 2, dtype=torch.int64),
-               "model.layers.0.mlp.experts.down_proj": torch.rand(8, 64, 4)}
+    site = "model.layers.0.mlp"
+    weights = {f"{site}.gate.weight": torch.rand(8, 64), f"{site}.gate.tid2eid": torch.zeros(9, 2, dtype=torch.int64),
+               f"{site}.experts.down_proj": torch.rand(8, 64, 4)}
     source = synthetic(tmp_path / "source", weights, model_type="deepseek_v4", n_routed_experts=8)
     assert "layer 0 assigns tokens to experts by a fixed table" in refused(source, tmp_path / "out", {0: (0, 1, 2)})
     prune_checkpoint(source, Selection("x", {0: LayerSelection(tuple(range(8)), (), ())}), tmp_path / "whole")
-    assert torch.equal(tensors(tmp_path / "whole")["model.layers.0.mlp.experts.down_proj"], weights["model.layers.0.mlp.experts.down_proj"])
+    after = tensors(tmp_path / "whole")
+    assert all(torch.equal(after[name], weight) for name, weight in weights.items())
 
 
 def test_another_checkpoint_in_the_way_is_not_overwritten(tmp_path, checkpoints, tmp_path_factory):
@@ -473,3 +494,38 @@ def test_another_checkpoint_in_the_way_is_not_overwritten(tmp_path, checkpoints,
         prune_checkpoint(source, select(source, seed=1), tmp_path / "out")
     with pytest.raises(StageFailed, match="is the source itself"):
         prune_checkpoint(source, select(source), source.path)
+
+
+KILLED = """
+import os, signal, sys
+from reapkit.checkpoint import Checkpoint
+from reapkit.selection import LayerSelection, Selection
+from reapkit.surgery.prune import prune_checkpoint
+
+source, out, calls = sys.argv[1], sys.argv[2], int(sys.argv[3])
+copy = os.copy_file_range
+
+def killed(*arguments):
+    global calls
+    calls -= 1
+    if not calls:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return copy(*arguments)
+
+os.copy_file_range = killed
+keep = LayerSelection(tuple(range(0, 16, 2)), (), ())
+prune_checkpoint(Checkpoint.open(source), Selection("x", dict.fromkeys(range(3), keep)), out, max_shard_bytes=200_000)
+"""
+
+
+def test_a_killed_process_leaves_what_the_next_one_completes(tmp_path, checkpoints, tmp_path_factory):
+    source = Checkpoint.open(saved("qwen3_moe", checkpoints, tmp_path_factory))
+    for calls in (5, 20, 10**6):
+        command = [sys.executable, "-c", KILLED, str(source.path), str(tmp_path / "out"), str(calls)]
+        assert subprocess.run(command).returncode == (0 if calls == 10**6 else -9)
+        assert (tmp_path / "out" / "config.json").exists() == (calls == 10**6)
+    chosen = Selection("x", dict.fromkeys(range(3), LayerSelection(tuple(range(0, 16, 2)), (), ())))
+    prune_checkpoint(source, chosen, tmp_path / "whole", max_shard_bytes=200_000)
+    names = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert filecmp.cmpfiles(tmp_path / "whole", tmp_path / "out", names, shallow=False)[0] == names

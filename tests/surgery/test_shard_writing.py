@@ -34,7 +34,8 @@ def out(tmp_path) -> Path:
     return path
 
 
-def shard(number: int, shard: str = "a", ranges: tuple[tuple[int, int], ...] = ((100, 5000), (7000, 1), (200_000, 90_000))) -> Shard:
+def shard(number: int, shard: str = "a", ranges: tuple[tuple[int, int], ...] = ((100, 5000), (7000, 1),
+                                                                                (200_000, 90_000))) -> Shard:
     cut = Cut(f"t{number}", "U8", (sum(length for _, length in ranges),), shard, ranges)
     return Shard(f"{number}.safetensors", encode_header([cut], {}), (cut,))
 
@@ -69,13 +70,15 @@ def test_bytes_and_hashes_are_right(source, out, monkeypatch, by_kernel, piece):
 
 
 def test_a_whole_shard_is_the_same_file(source, out):
-    whole = Shard("1.safetensors", (source / "a").read_bytes()[:100], (Cut("x", "U8", (SIZE - 100,), "a", ((100, SIZE - 100),)),), "a")
+    whole = Shard("1.safetensors", (source / "a").read_bytes()[:100], (Cut("x", "U8", (SIZE - 100,), "a",
+                                                                           ((100, SIZE - 100),)),), "a")
     hashes = written(source, out, [whole])
     assert (out / "1.safetensors").read_bytes() == (source / "a").read_bytes()
     assert hashes == {"1.safetensors": hashlib.sha256((source / "a").read_bytes()).hexdigest()}
 
 
-@pytest.mark.parametrize("code, words", [(errno.ENOSPC, "is full. Free space there, then run again"), (errno.EROFS, "is read-only"),
+@pytest.mark.parametrize("code, words", [(errno.ENOSPC, "is full. Free space there, then run again"),
+                                         (errno.EROFS, "is read-only"),
                                          (errno.EIO, "the disk reported a failure")])
 def test_a_failing_disk_leaves_finished_shards_and_nothing_half_written(source, out, monkeypatch, code, words):
     copy, calls = os.copy_file_range, []

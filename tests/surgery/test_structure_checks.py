@@ -6,7 +6,7 @@ import dataclasses
 import json
 
 import pytest
-from tests.tiny import ARCHITECTURES, build, save_hub_layout
+from tests.tiny import build, save_hub_layout
 
 from reapkit.checkpoint import Checkpoint
 from reapkit.errors import UnusableError
@@ -18,13 +18,6 @@ from reapkit.surgery.prune import prune_checkpoint
 
 def half(layout: Layout) -> dict[int, tuple[int, ...]]:
     return {index: tuple(range(0, layer.num_experts, 2)) for index, layer in layout.layers.items()}
-
-
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
-def test_models_shrink_by_what_the_layout_cuts(tmp_path, model_type):
-    source = Checkpoint.open(save_hub_layout(build(model_type), tmp_path / "source"))
-    layout = read_layout(source)
-    assert confirm_layout(source, layout, half(layout))
 
 
 def test_a_row_that_was_overlooked_is_noticed(tmp_path):
@@ -45,7 +38,8 @@ def test_what_transformers_does_not_know_cannot_be_confirmed(tmp_path):
 def test_shards_are_checked_against_their_record(tmp_path):
     source, out = Checkpoint.open(save_hub_layout(build("mixtral"), tmp_path / "source")), tmp_path / "out"
     keep = half(read_layout(source))
-    written = prune_checkpoint(source, Selection("x", {i: LayerSelection(k, (), ()) for i, k in keep.items()}), out, max_shard_bytes=300_000)
+    written = prune_checkpoint(source, Selection("x", {i: LayerSelection(k, (), ()) for i, k in keep.items()}), out,
+                               max_shard_bytes=300_000)
     assert verify_shards(out) == {name: shard["sha256"] for name, shard in written.shards.items()}
     assert read_manifest(out)["keep"] == {str(index): list(kept) for index, kept in keep.items()}
     shard = out / sorted(written.shards)[1]

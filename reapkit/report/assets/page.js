@@ -8,16 +8,7 @@
 
   // ------------------------------------------------------------------------------------------ frame
 
-  const remembered = (() => { try { return localStorage.getItem("reapkit-theme"); } catch { return null; } })();
-  if (remembered) root.dataset.theme = remembered;
-  if (/[#&]theme=(light|dark)/.test(location.hash)) root.dataset.theme = RegExp.$1;
-  const isDark = () => (root.dataset.theme || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light")) === "dark";
-  document.getElementById("theme").addEventListener("click", () => {
-    root.dataset.theme = isDark() ? "light" : "dark";
-    try { localStorage.setItem("reapkit-theme", root.dataset.theme); } catch { /* private window: the choice lasts for this page */ }
-    redraw();
-  });
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => redraw());
+  document.getElementById("theme").addEventListener("click", () => root.switchTheme());
   for (const button of document.querySelectorAll(".copy")) {
     button.addEventListener("click", async () => {
       await navigator.clipboard.writeText(button.parentElement.querySelector("code").textContent);
@@ -35,7 +26,6 @@
   }, { rootMargin: "-20% 0px -70% 0px" });
   document.querySelectorAll("main > section").forEach((section) => spy.observe(section));
 
-  let redraw = () => {};
   const source = document.getElementById("page-data");
   if (!source) return;
 
@@ -170,15 +160,16 @@
         const shares = page.sources.map((name, s) => `${name} ${short(matrices[`lift${s}`].at(layer, e))}×`);
         return `layer ${layers[layer]}, expert ${e}<br>traffic against an even expert: ${shares.join(", ")}`;
       }));
+      const square = (name, color) => ({ type: "scatter", x: [null], y: [null], mode: "markers", name, marker: { color, size: 11, symbol: "square" } });
+      const n = page.sources.length;
       if (view < 0) {
-        const n = page.sources.length;
         trace.zmin = -0.5; trace.zmax = n - 0.5;
         trace.colorscale = page.sources.flatMap((_, s) => [[s / n, `--c${(s % 8) + 1}`], [(s + 1) / n, `--c${(s % 8) + 1}`]]);
-        trace.colorbar = { ...trace.colorbar, tickvals: page.sources.map((_, s) => s), ticktext: page.sources };
+        spec.data.push(...page.sources.map((name, s) => square(name, `--c${(s % 8) + 1}`)));
       } else {
-        trace.zmin = 0; trace.zmax = 3;
+        trace.zmin = 0; trace.zmax = Math.min(n, 3);
         trace.colorscale = [[0, "--heat-low"], [1, "--heat-high"]];
-        trace.colorbar = { ...trace.colorbar, tickvals: [0, 1, 2, 3], ticktext: ["0", "1 (even)", "2", "3 and more"] };
+        spec.data.push(square("hardly ever", "--heat-low"), square(`${Math.min(n, 3)} times an even expert, or more`, "--heat-high"));
       }
       return spec;
     },
@@ -238,6 +229,7 @@
         + `Tail risk ${percent(mean(tail), 0)}${covered.length ? `, redundancy coverage ${percent(mean(covered), 0)}` : ""}.`;
   };
 
+  const PAPER_WIDTH = 640;  // pixels between the margins of an A4 or letter page
   const SLOW = new Set(["heat"]);
   let pending = null, later = null;
   const moved = () => {
@@ -274,11 +266,27 @@
       for (const entry of entries) if (entry.isIntersecting) { onSight.unobserve(entry.target); draw(entry.target); }
     }, { rootMargin: "600px 0px" });
     charts.forEach((chart) => onSight.observe(chart));
-    redraw = () => drawn.forEach(draw);
+    const redraw = () => drawn.forEach(draw);
+    root.addEventListener("themechange", redraw);
     const drawAll = () => charts.forEach((chart) => { if (!drawn.has(chart)) draw(chart); });
-    window.addEventListener("beforeprint", () => { drawAll(); charts.forEach((chart) => Plotly.relayout(chart, { width: Math.min(660, chart.clientWidth) })); });
-    window.addEventListener("afterprint", () => charts.forEach((chart) => Plotly.relayout(chart, { width: null, autosize: true })));
-    document.querySelectorAll("details").forEach((fold) => fold.addEventListener("toggle", () => fold.querySelectorAll(".chart").forEach((c) => drawn.has(c) && Plotly.Plots.resize(c))));
+    const folds = [...document.querySelectorAll("details")];
+    let opened = [], theme = "";
+    window.addEventListener("beforeprint", () => {
+      theme = root.dataset.theme;
+      root.dataset.theme = "light";
+      redraw();
+      opened = folds.filter((fold) => !fold.open);
+      opened.forEach((fold) => { fold.open = true; });
+      drawAll();
+      charts.forEach((chart) => Plotly.relayout(chart, { width: Math.min(PAPER_WIDTH, chart.clientWidth) }));
+    });
+    window.addEventListener("afterprint", () => {
+      root.dataset.theme = theme;
+      opened.forEach((fold) => { fold.open = false; });
+      redraw();
+      charts.forEach((chart) => Plotly.relayout(chart, { width: null, autosize: true }));
+    });
+    folds.forEach((fold) => fold.addEventListener("toggle", () => fold.querySelectorAll(".chart").forEach((c) => drawn.has(c) && Plotly.Plots.resize(c))));
     if (location.hash.includes("draw=all")) drawAll();
     root.dataset.ready = "yes";
   }).catch((error) => {

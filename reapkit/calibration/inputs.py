@@ -1,0 +1,92 @@
+"""What every source of one preparation shares: the recipe's calibration, the tokenizer, the folders, who watches."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+from reapkit.calibration.spans import read_template
+from reapkit.errors import UnusableError
+from reapkit.hashing import digest
+from reapkit.progress import Progress
+from reapkit.recipe.schema import CalibrationSpec, MixEntry
+from reapkit.resolve import is_local, local_path, source_identity, tokenizer_identity
+
+VERSION = 1
+"""Of the tokens' meaning; raise it when the same recipe would give other tokens."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The arguments of a preparation, and what is read from them when first needed."""
+
+    calibration: CalibrationSpec
+    tokenizer_directory: Path
+    recipe_directory: Path
+    work: Path
+    trust_remote_code: bool
+    progress: Progress
+
+    @cached_property
+    def template(self) -> str | None:
+        """The recipe's own chat template."""
+        return read_template(self.calibration.chat_template, self.recipe_directory)
+
+    @cached_property
+    def tokenizer_hash(self) -> str:
+        return digest(tokenizer_identity(self.tokenizer_directory))
+
+    @cached_property
+    def vocabulary(self) -> int | None:
+        """How many token ids the model's embedding has, where its config says."""
+        try:
+            config = json.loads((self.tokenizer_directory / "config.json").read_text())
+        except (OSError, ValueError):
+            return None
+        return config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+
+    def tokenizer(self) -> Any:
+        """Loaded when first asked for: sources of token ids need none. Raises UnusableError where it cannot be loaded."""
+        return _load_tokenizer(self.tokenizer_directory, self.trust_remote_code, self.tokenizer_hash)
+
+    def end_token(self) -> int:
+        """The id that `concat` puts between samples. Raises UnusableError where the tokenizer has none."""
+        token = self.tokenizer().eos_token_id
+        if token is None:
+            raise UnusableError(f"{self.tokenizer_directory}: the tokenizer has no end token (eos_token), which "
+                                "`packing: concat` puts between samples. Choose `packing: none` or `isolated`.")
+        return token
+
+    def part_key(self, entry: MixEntry, held_out: Collection[str] | None, skip: int) -> str:
+        """Names what decides which samples a source gives and how they are tokenized; not how many, nor how they are packed."""
+        calibration = self.calibration
+        return digest([VERSION, identity(entry, self.recipe_directory), entry.model_dump(mode="json", exclude={"weight"}),
+                       self.tokenizer_hash, calibration.seed, calibration.score, self.template,
+                       calibration.spans and calibration.spans.model_dump(mode="json"), held_out and sorted(held_out), skip])
+
+
+def identity(entry: MixEntry, recipe_directory: Path) -> dict[str, Any]:
+    """What names a source's content, local directories in the hub's layout included."""
+    if is_local(entry.source, recipe_directory) and (directory := local_path(entry.source, recipe_directory)).is_dir():
+        files = sorted(file for file in directory.rglob("*") if file.is_file() and not file.name.startswith("."))
+        return {"files": {str(file.relative_to(directory)): [file.stat().st_size, file.stat().st_mtime_ns] for file in files}}
+    return source_identity(entry, recipe_directory)
+
+
+@lru_cache(maxsize=2)
+def _load_tokenizer(directory: Path, trust_remote_code: bool, identity: str) -> Any:
+    """The tokenizer of a directory; `identity` makes sure that changed files are read again."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UnusableError(f"{directory}: its tokenizer cannot be loaded ({type(error).__name__}: {error}).") from None
+    if tokenizer.is_fast:  # some are saved with settings of their training
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+    return tokenizer

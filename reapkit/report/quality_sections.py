@@ -1,0 +1,167 @@
+"""The sections about what the pruning cost: candidates against gates, then source by source."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from reapkit.gates import UNION
+from reapkit.report.blocks import Chart, Folded, Grid, Note, Section, Table
+from reapkit.report.charts import axis, names_axis, upright, whiskers
+from reapkit.report.facts import RunFacts
+from reapkit.report.measures import METRICS, SHARES, TONES, badge, heading, limit, measured_models, shown, with_interval
+from reapkit.report.wording import extreme, listed
+from reapkit.tables import human_bytes
+
+LEFT, RIGHT = "left", "right"
+SAME_AS_BASE = {"perplexity_ratio": 1.0, "kl_mean": 0.0, "top1_agreement": 1.0}
+
+
+# ---------------------------------------------------------------------------------------------- gates
+
+
+def gates(facts: RunFacts) -> Section | None:
+    """Every candidate against every gate."""
+    evaluation = facts.evaluation
+    if not evaluation or not evaluation.get("gates"):
+        return None
+    metrics = [metric for metric in dict.fromkeys(gate["metric"] for gate in evaluation["gates"]) if metric in METRICS]
+    charts = [chart for metric in metrics for chart in _gate_charts(evaluation, metric)]
+    blocks: list[Any] = [Grid(charts, wide=True)] if charts else []
+    if better := _better_control(evaluation):
+        blocks.append(Note("warn", better))
+    chosen = _chosen(evaluation)
+    blocks.append(results_table(f"{chosen['name']}, gate by gate", chosen["gates"]))
+    if len(evaluation["candidates"]) > 1:
+        blocks.append(_candidate_table(facts, evaluation))
+    if confirm := evaluation.get("confirm"):
+        blocks.append(results_table(f"{confirm['candidate']} again on the confirm rows, which it was not chosen on", confirm["gates"]))
+    lead = ("Candidates were measured as masks on the loaded model, before any weight was written. Whiskers are 95 % intervals over "
+            "resampled rows.")
+    return Section("gates", "Candidates against the gates", blocks, lead, "Gates")
+
+
+def _chosen(evaluation: Mapping[str, Any]) -> Mapping[str, Any]:
+    return next(entry for entry in evaluation["candidates"] if entry["name"] == evaluation["chosen"])
+
+
+def _of_mix(entry: Mapping[str, Any], metric: str) -> Mapping[str, Any] | None:
+    """A metric over the whole mix, at the longest rows."""
+    metrics = entry.get("metrics") or {}
+    return metrics[max(metrics, key=int)].get(UNION, {}).get(metric) if metrics else None
+
+
+def _better_control(evaluation: Mapping[str, Any]) -> str:
+    """A sentence where a control at the same budget lost less than the chosen candidate, else nothing."""
+    chosen = _chosen(evaluation)
+    own = _of_mix(chosen, "kl_mean")
+    found = [(control, _of_mix(control, "kl_mean")) for control in evaluation.get("controls", ())]
+    better = [(control, kl["value"]) for control, kl in found if own and kl and kl["value"] < own["value"]]
+    if not better:
+        return ""
+    control, kl = min(better, key=lambda pair: pair[1])
+    return (f"The control {control['criterion']} loses less than {chosen['name']} at the same budget (KL {shown('kl_mean', kl)} against "
+            f"{shown('kl_mean', own['value'])}). On this model and mix saliency.criterion: {control['criterion']} decides better; try it as "
+            "a candidate.")
+
+
+def _gate_charts(evaluation: Mapping[str, Any], metric: str) -> Iterator[Chart]:
+    """Candidates and controls on one metric over the mix, with its limits; nothing where it was not measured."""
+    gate = next((gate for gate in evaluation["gates"] if gate["metric"] == metric and gate["source"] == UNION), None)
+    entries = [(entry, _of_mix(entry, metric)) for entry in (*evaluation["candidates"], *evaluation.get("controls", ()))]
+    entries = [(entry, measured) for entry, measured in entries if measured]
+    if not entries or gate is None:
+        return
+    found = [measured for _, measured in entries]
+    judged = [entry in evaluation["candidates"] for entry, _ in entries]
+    names = [entry["name"] if ours else f"{entry['criterion']} (control)" for (entry, _), ours in zip(entries, judged, strict=True)]
+    colors = [f"--{TONES.get(entry.get('verdict', ''), 'accent')}" if ours else "--neutral"
+              for (entry, _), ours in zip(entries, judged, strict=True)]
+    data = [whiskers(names, found, [with_interval(metric, measured) for measured in found], colors)]
+    form = (".1%" if "delta" in metric else ".0%") if metric in SHARES else ""
+    limits = [gate[side] for side in ("min", "max") if gate.get(side) is not None]
+    layout = {"shapes": [upright(value, color="--text", width=1.5, dash="dash") for value in limits], "margin": {"l": 20, "b": 28},
+              "xaxis": axis(form=form, nticks=5, zeroline=False), "yaxis": names_axis(showgrid=False)}
+    sentence = _gate_sentence(metric, gate, names, found, max(evaluation["base"], key=int, default="–"))
+    yield Chart(f"gate-{metric.replace('_', '-')}", heading(metric), sentence, data, layout, 56 + 32 * len(names))
+
+
+def _gate_sentence(metric: str, gate: Mapping[str, Any], names: Sequence[str], found: Sequence[Mapping[str, Any]], length: str) -> str:
+    values = [measured["value"] for measured in found]
+    least, most = (gate.get(side) for side in ("min", "max"))
+    inside = [name for name, value in zip(names, values, strict=True)
+              if (most is None or value <= most) and (least is None or value >= least)]
+    worst = extreme(values, names, largest=most is not None)
+    last = (f"{worst[0]} is {'highest' if most is not None else 'lowest'} with {shown(metric, worst[1])}." if len(names) > 1 else
+            f"Measured: {with_interval(metric, found[0])}.")
+    within = f"Inside it: {listed(inside)}" if inside else "None is inside it"
+    return f"Limit {limit(metric, gate)} over all sources, {length} tokens per row. {within}. {last}"
+
+
+def results_table(title: str, results: Sequence[Mapping[str, Any]]) -> Table:
+    """Each gate's limit, what was measured, and the room left or lacking."""
+    rows = []
+    for entry in results:
+        metric, excess = entry["metric"], entry.get("excess")
+        room = "–" if excess is None else f"{shown(metric, abs(excess))} {'beyond' if excess > 0 else 'to spare'}"
+        value = with_interval(metric, entry) if entry.get("value") is not None else "not measured"
+        rows.append((METRICS.get(metric, metric), entry["source"], entry["pack"] or "–", limit(metric, entry), value, room,
+                     badge(entry["verdict"])))
+    columns = [("gate", LEFT), ("source", LEFT), ("rows of", RIGHT), ("limit", RIGHT), ("measured", RIGHT), ("room", RIGHT), ("", LEFT)]
+    return Table(columns, rows, title)
+
+
+def _candidate_table(facts: RunFacts, evaluation: Mapping[str, Any]) -> Table:
+    rows = []
+    for entry in evaluation["candidates"]:
+        sizes = facts.planned.get(entry["name"])
+        failed = [f"{result['metric']} ({result['source']})" for result in entry["gates"] if result["verdict"] in ("reject", "undecided")]
+        untried = "larger than one that passed" if entry["metrics"] is None else "–"
+        rows.append((entry["name"], entry.get("experts", "–"), human_bytes(sizes.nbytes if sizes else entry.get("bytes")),
+                     badge(entry["verdict"]), listed(dict.fromkeys(failed), 3) if failed else untried))
+    columns = [("candidate", LEFT), ("experts", RIGHT), ("size", RIGHT), ("", LEFT), ("why", LEFT)]
+    return Table(columns, rows, "Every candidate, smallest first")
+
+
+# ---------------------------------------------------------------------------------------------- source by source
+
+
+def quality(facts: RunFacts) -> Section | None:
+    """Each source's loss with its interval: what an average over the mix hides."""
+    models = measured_models(facts)
+    if not models:
+        return None
+    length = max(next(iter(models.values())), key=int)
+    found = {name: metrics[length] for name, metrics in models.items()}
+    charts = [_source_chart(found, metric) for metric in SAME_AS_BASE]
+    metrics = ("perplexity", *SAME_AS_BASE)
+    rows = [("all of the mix" if group == UNION else group, name, *(with_interval(metric, groups[group].get(metric)) for metric in metrics))
+            for group in next(iter(found.values())) for name, groups in found.items() if group in groups]
+    columns = [("source", LEFT), ("model", LEFT), ("perplexity", RIGHT), ("against base", RIGHT), ("KL", RIGHT), ("same top-1", RIGHT)]
+    lead = f"Held-out rows of {length} tokens; whiskers are 95 % intervals." + (
+        " These rows took no part in any decision." if facts.verification and facts.recipe.evaluate.packs.confirm else "")
+    blocks = [Grid(charts[:2], wide=True), charts[2], Folded("All numbers", [Table(columns, rows)])]
+    return Section("quality", "Quality, source by source", blocks, lead, "Quality")
+
+
+def _source_chart(found: Mapping[str, Mapping[str, Any]], metric: str) -> Chart:
+    """Every group of every model on one metric; `found`: {model: {group: metrics}}."""
+    data = []
+    for index, (name, groups) in enumerate(found.items()):
+        measured = {group: metrics[metric] for group, metrics in groups.items() if metric in metrics}
+        labels = [with_interval(metric, each) for each in measured.values()]
+        names = ["all" if group == UNION else group for group in measured]
+        color = f"--c{index + 1}"
+        data.append(whiskers(names, list(measured.values()), labels, color, name=name, symbol=("circle", "diamond")[index % 2], whisker=color))
+    last, groups = list(found.items())[-1]
+    layout = {"shapes": [upright(SAME_AS_BASE[metric], color="--muted", width=1, dash="dot")], "margin": {"l": 20},
+              "xaxis": axis(form=".0%" if metric in SHARES else "", nticks=6, zeroline=False), "yaxis": names_axis()}
+    return Chart(f"source-{metric.replace('_', '-')}", heading(metric), _source_sentence(last, groups, metric), data, layout,
+                 90 + 30 * len(groups))
+
+
+def _source_sentence(model: str, groups: Mapping[str, Any], metric: str) -> str:
+    sources = [group for group in groups if group != UNION and metric in groups[group]]
+    worst = extreme([groups[group][metric]["value"] for group in sources], sources, largest=metric != "top1_agreement")
+    over = f"{model}: {shown(metric, groups[UNION][metric]['value'])} over the mix" if metric in groups.get(UNION, {}) else model
+    return f"{over}; {worst[0]} suffers most with {with_interval(metric, groups[worst[0]][metric])}." if len(sources) > 1 else f"{over}."

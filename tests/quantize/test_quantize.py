@@ -1,0 +1,198 @@
+"""Quantized directories: exact bits on disk, the source's names and config, one progress of ours, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import build, save_hub_layout
+from tiny_tokens import tiny_tokens
+
+from reapkit.checkpoint import Checkpoint
+from reapkit.errors import RecipeError
+from reapkit.quantize import quantize_checkpoint
+from reapkit.quantize.calibrated import equal_batches
+from reapkit.quantize.dense import PackedDirectory, relative_error
+from reapkit.recipe.schema import QuantizeSpec
+from reapkit.schemes import SCHEMES, quantized_bytes, targets
+from reapkit.verify.quantized import prove_quantized
+
+PER_EXPERT = ("qwen3_moe", "mixtral", "minimax_m2", "phimoe", "glm4_moe")
+STACKED = ("granitemoe", "gpt_oss", "gemma4_text")
+
+
+def spec_of(scheme: str = "W3A16", method: str = "rtn", **more: object) -> QuantizeSpec:
+    group = {} if SCHEMES[scheme].fixed else {"group_size": 32}
+    return QuantizeSpec(scheme=scheme, method=method, **{**group, **more})
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory):
+    """`saved(model_type)`: a tiny bf16 checkpoint with a companion file, saved once."""
+    directories: dict[str, Path] = {}
+
+    def of(model_type: str) -> Path:
+        if model_type not in directories:
+            wide = {"hidden_size_per_layer_input": 32} if model_type == "gemma4_text" else {}
+            path = save_hub_layout(build(model_type, dtype=torch.bfloat16, num_hidden_layers=2, **wide), tmp_path_factory.mktemp(model_type) / "model")
+            (path / "chat_template.jinja").write_text("{{ messages }}")
+            (path / "README.md").write_text("the source's card")
+            directories[model_type] = path
+        return directories[model_type]
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory):
+    return tiny_tokens(tmp_path_factory.mktemp("tokens"), lengths=(40, 24, 40, 24, 40, 17, 40, 24), score="all")
+
+
+def holds(source: Path, out: Path, spec: QuantizeSpec) -> dict[str, bool]:
+    """Every proof holds; name -> whether it could be measured."""
+    proofs = prove_quantized(source, out, spec)
+    assert not [proof for proof in proofs if not proof.passed]
+    return {proof.name: proof.measured for proof in proofs}
+
+
+@pytest.mark.parametrize("scheme", ["W2A16", "W3A16", "W8A16", "FP8_DYNAMIC", "FP8_BLOCK", "MXFP4A16", "MXFP8A16", "NVFP4A16"])
+def test_every_scheme_takes_exactly_the_bytes_predicted_and_is_proven(saved, tmp_path: Path, scheme: str) -> None:
+    source, spec = saved("qwen3_moe"), spec_of(scheme)
+    facts = quantize_checkpoint(source, tmp_path / "out", spec)
+    assert facts["nbytes"] == Checkpoint.open(tmp_path / "out").nbytes == quantized_bytes(Checkpoint.open(source), spec)
+    assert holds(source, tmp_path / "out", spec)["loads"] == SCHEMES[scheme].experts_reload
+
+
+def test_w3a16_with_groups_of_128_is_three_and_an_eighth_bits(tmp_path: Path) -> None:
+    model = build("qwen3_moe", dtype=torch.bfloat16, hidden_size=128, moe_intermediate_size=128, num_experts=4, num_hidden_layers=2)
+    source = save_hub_layout(model, tmp_path / "model")
+    facts = quantize_checkpoint(source, tmp_path / "out", QuantizeSpec(scheme="W3A16", method="rtn", ignore=("re:.*self_attn.*",)))
+    assert facts["bits_per_weight"] == 3.125
+    assert facts["quantized_matrices"] == 2 * 4 * 3
+
+
+@pytest.mark.parametrize("model_type", PER_EXPERT)
+def test_gptq_is_saved_under_the_names_that_load(saved, tokens, tmp_path: Path, model_type: str) -> None:
+    source, spec = saved(model_type), spec_of(method="gptq")
+    facts = quantize_checkpoint(source, tmp_path / "out", spec, calibration=tokens, batch_tokens=80)
+    assert holds(source, tmp_path / "out", spec) == dict.fromkeys(("tensors", "dequantized", "loads", "logits", "generates"), True)
+    assert facts["calibration_tokens"] == tokens.num_tokens
+
+
+@pytest.mark.parametrize("model_type", STACKED)
+def test_stacked_experts_are_written_one_by_one(saved, tmp_path: Path, model_type: str) -> None:
+    source, spec = saved(model_type), spec_of("W4A16")
+    facts = quantize_checkpoint(source, tmp_path / "out", spec)
+    measured = holds(source, tmp_path / "out", spec)
+    assert measured["tensors"] and measured["dequantized"] and measured["logits"] and not measured["loads"]
+    assert facts["nbytes"] == quantized_bytes(Checkpoint.open(source), spec)
+
+
+def test_config_and_companions_are_the_sources_own(saved, tmp_path: Path) -> None:
+    source = saved("mixtral")
+    quantize_checkpoint(source, tmp_path / "out", spec_of())
+    before, after = ((directory / "config.json").read_text() for directory in (source, tmp_path / "out"))
+    quantization = json.loads(after)["quantization_config"]
+    assert {**json.loads(before), "quantization_config": quantization} == json.loads(after)
+    assert after.startswith(before.rstrip().removesuffix("}").rstrip())
+    assert {"lm_head", "model.layers.0.block_sparse_moe.gate", "model.layers.0.mlp.gate"} <= set(quantization["ignore"])
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert not (tmp_path / "out" / "README.md").exists()
+
+
+def test_shards_stay_shards(tmp_path: Path) -> None:
+    source = save_hub_layout(build("qwen3_moe", dtype=torch.bfloat16), tmp_path / "model", max_shard_size="200KB")
+    quantize_checkpoint(source, tmp_path / "out", spec_of())
+    assert Checkpoint.open(tmp_path / "out").shards == Checkpoint.open(source).shards
+    assert len(Checkpoint.open(source).shards) > 1
+    holds(source, tmp_path / "out", spec_of())
+
+
+def test_gptq_beats_rounding_on_what_it_was_calibrated_for(saved, tokens, tmp_path: Path) -> None:
+    from reapkit.models import load_model
+
+    source = saved("glm4_moe")
+    rows = [tokens.row(row).input_ids[None] for row in range(tokens.num_rows)]
+
+    def logits(directory: Path) -> torch.Tensor:
+        model = load_model(directory)
+        with torch.no_grad():
+            return torch.cat([model(row, use_cache=False).logits.float().flatten() for row in rows])
+
+    base = logits(source)
+    loss = {}
+    for method in ("rtn", "gptq"):
+        quantize_checkpoint(source, tmp_path / method, spec_of(method=method), calibration=tokens)
+        loss[method] = relative_error(logits(tmp_path / method), base)
+    assert loss["gptq"] < loss["rtn"]
+
+
+def test_experts_that_saw_no_token_are_rounded_and_not_erased(saved, tmp_path: Path) -> None:
+    source = saved("qwen3_moe")
+    few = tiny_tokens(tmp_path / "tokens", lengths=(2,), groups=1, score="all")
+    facts = quantize_checkpoint(source, tmp_path / "out", spec_of(method="gptq"), calibration=few)
+    unseen = facts["experts_rounded_to_nearest"]["model.layers.0.mlp.experts"]
+    assert len(unseen) >= 16 - 2 * 4 and set(unseen.values()) == {0}
+    old, new = Checkpoint.open(source), Checkpoint.open(tmp_path / "out")
+    with PackedDirectory(old, new, targets(old, spec_of())) as packed:
+        errors = [relative_error(packed.dense(name), packed.source_dense(name))
+                  for expert in unseen for name in [f"model.layers.0.mlp.experts.{expert}.up_proj.weight"]]
+    assert max(errors) < 0.3
+
+
+def test_awq_keeps_the_rescaled_norms_and_routers(saved, tokens, tmp_path: Path) -> None:
+    source, spec = saved("qwen3_moe"), spec_of("W4A16", method="awq")
+    quantize_checkpoint(source, tmp_path / "out", spec, calibration=tokens)
+    measured = holds(source, tmp_path / "out", spec)
+    assert measured["loads"] and measured["logits"] and not measured["dequantized"]
+    old, new = (load_file(directory / "model.safetensors") for directory in (source, tmp_path / "out"))
+    assert not torch.equal(old["model.layers.0.mlp.gate.weight"], new["model.layers.0.mlp.gate.weight"])
+
+
+def test_block_fp8_sources_are_dequantized_first(saved, tokens, tmp_path: Path) -> None:
+    source = Path(str(saved("qwen3_moe")))
+    fp8 = tmp_path / "fp8"
+    fp8.mkdir()
+    tensors, plain, packed = load_file(source / "model.safetensors"), {}, {}
+    plan = targets(Checkpoint.open(source), spec_of())
+    for name, tensor in tensors.items():
+        if name in plan.matrices:
+            grid = [math.ceil(side / 32) for side in tensor.shape]
+            scale = torch.rand(grid, generator=torch.Generator().manual_seed(len(packed))) * 0.01 + 0.001
+            whole = scale.repeat_interleave(32, 0)[: tensor.shape[0]].repeat_interleave(32, 1)[:, : tensor.shape[1]]
+            packed[name], packed[f"{name}_scale_inv"] = (tensor.float() / whole).to(torch.float8_e4m3fn), scale
+            plain[name] = (packed[name].float() * whole).to(torch.bfloat16)
+        else:
+            packed[name] = plain[name] = tensor
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [32, 32]}
+    (fp8 / "config.json").write_text(json.dumps(config))
+    save_file(packed, fp8 / "model.safetensors", metadata={"format": "pt"})
+    for method in ("rtn", "gptq"):
+        facts = quantize_checkpoint(fp8, tmp_path / method, spec_of(method=method), calibration=tokens)
+        assert facts["nbytes"] == quantized_bytes(Checkpoint.open(fp8), spec_of())
+        holds(fp8, tmp_path / method, spec_of(method=method))
+    assert not list(tmp_path.glob("*.dequantized"))
+
+
+def test_a_spec_that_does_not_fit_is_refused_before_anything_is_written(saved, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="quantize.group_size: 64 does not divide the input width 32"):
+        quantize_checkpoint(saved("qwen3_moe"), tmp_path / "out", spec_of(group_size=64))
+    with pytest.raises(RecipeError, match="leaves no matrix to quantize"):
+        quantize_checkpoint(saved("qwen3_moe"), tmp_path / "out", spec_of(ignore=("re:.*",)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_batches_are_rows_of_one_length_and_all_of_them(tokens) -> None:
+    shapes = [tuple(batch["input_ids"].shape) for batch in equal_batches(tokens, 80)]
+    assert shapes == [(2, 40), (2, 40), (3, 24), (1, 17)]
+
+
+def test_nothing_is_printed(saved, tokens, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    quantize_checkpoint(saved("qwen3_moe"), tmp_path / "out", spec_of(method="gptq"), calibration=tokens)
+    captured = capfd.readouterr()
+    assert captured.out == captured.err == ""

@@ -1,0 +1,75 @@
+"""The card says what the run measured, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import yaml
+
+import synthetic
+from reapkit.report import model_card
+
+
+def front_matter(card: str) -> dict:
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+@pytest.fixture(scope="module")
+def facts():
+    return synthetic.facts()
+
+
+def test_front_matter_is_what_the_hub_reads(facts):
+    assert front_matter(model_card(facts, "quantized")) == {
+        "base_model": "some-lab/Small-MoE", "base_model_relation": "quantized", "library_name": "transformers", "pipeline_tag": "text-generation",
+        "license": "apache-2.0", "datasets": ["theblackcat102/evol-codealpaca-v1", "Salesforce/xlam-function-calling-60k"],
+        "tags": ["moe", "mixture-of-experts", "pruning", "reap", "reapkit", "qwen3_moe", "compressed-tensors", "w3a16"]}
+    assert "base_model_relation" not in front_matter(model_card(facts, "pruned"))
+
+
+def test_a_local_base_of_unknown_license_gets_neither_link_nor_license(facts):
+    local = dataclasses.replace(facts, model=dataclasses.replace(facts.model, source="/models/mine", hub=False, license=None), hub_datasets=())
+    card = model_card(local, "pruned")
+    assert not {"base_model", "license", "datasets"} & set(front_matter(card)) and "huggingface.co" not in card and "License" not in card
+
+
+def test_tables_hold_the_mix_and_the_measured_numbers(facts):
+    card = model_card(facts, "quantized")
+    assert "| 100 | 22 % | 2,000 | 22 % | code generation |" in card
+    assert "| quantized | 1.9 MB | 6.300 | 1.050 | 0.0350 | 94.5 % |" in card and "| prose | 1.070 (1.052 to 1.088) |" in card
+    assert "| Routed experts per layer | 8 (base: 16) |" in card and "3.250 bits per quantized weight" in card
+    assert "| pruned | 4.25 MB" in model_card(facts, "pruned")
+
+
+def test_what_was_not_measured_is_not_claimed(facts):
+    unmeasured = model_card(dataclasses.replace(facts, verification=None, evaluation=None), "pruned")
+    assert "measured nothing" in unmeasured and "Proved" not in unmeasured and "gates passed" not in unmeasured
+    as_mask = model_card(dataclasses.replace(facts, verification=None), "quantized")
+    assert "The written directory itself was not measured" in as_mask and "before quantization" in as_mask
+    proved = model_card(facts, "pruned")
+    assert "- pruned, tensors: 96 tensors equal" in proved and "no memory" not in proved and "3e-6" not in proved
+    limits = model_card(facts, "quantized")
+    assert "No task benchmark was run." in limits and "Free generation" in limits and "started no serving engine" in limits
+
+
+def test_serving_follows_scheme_and_layout(facts):
+    assert "humming" in model_card(facts, "quantized") and "4 and 8 bits only" in model_card(facts, "quantized")
+    assert "any version that serves the base model" in model_card(facts, "pruned")
+    ragged = dataclasses.replace(facts.pruned, experts={0: 8, 1: 6})
+    assert "vllm serve" not in model_card(dataclasses.replace(facts, pruned=ragged), "pruned")
+    unread = dataclasses.replace(facts, quantization={**facts.quantization, "experts_reload_in_transformers": False})
+    assert "AutoModelForCausalLM" not in model_card(unread, "quantized")
+
+
+def test_eaft_is_cited_only_where_it_was_used(facts):
+    assert "2601.02151" not in model_card(facts, "pruned") and "2510.13999" in model_card(facts, "pruned")
+    chosen = {name: dataclasses.replace(selection, criterion="eaft-reap") for name, selection in facts.selections.items()}
+    assert "2601.02151" in model_card(dataclasses.replace(facts, selections=chosen), "pruned")
+    counted = {name: dataclasses.replace(selection, criterion="frequency") for name, selection in facts.selections.items()}
+    assert "## Citation" not in model_card(dataclasses.replace(facts, selections=counted), "pruned")
+
+
+def test_a_model_that_was_not_written_has_no_card():
+    with pytest.raises(ValueError, match="wrote no pruned model"):
+        model_card(synthetic.facts(rejected=True), "pruned")

@@ -1,0 +1,128 @@
+"""Pages stand alone, say something about every chart, and survive whatever a run could not fill."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+
+import pytest
+
+import synthetic
+from reapkit.report import write_observation_report, write_run_report
+from reapkit.report.blocks import Chart, Table
+from reapkit.report.observation_report import observation_page
+from reapkit.report.page import as_json, render
+from reapkit.report.run_report import run_page
+
+
+def blocks(page):
+    def walk(items):
+        for item in items:
+            yield item
+            yield from walk(getattr(item, "blocks", ()))
+
+    return [block for section in page.sections for block in walk(section.blocks)]
+
+
+def text(page) -> str:
+    """The page's words without its style, script and data."""
+    html = render(page)
+    return re.sub(r"<(style|script)\b.*?</\1>", "", html, flags=re.S)
+
+
+@pytest.fixture(scope="module")
+def observed():
+    return synthetic.observation()
+
+
+@pytest.fixture(scope="module")
+def finished(observed):
+    return synthetic.facts(observed=observed)
+
+
+def test_a_page_needs_nothing_from_elsewhere_and_equal_facts_give_equal_bytes(finished, tmp_path):
+    for name in ("one.html", "two.html"):
+        write_run_report(finished, tmp_path / name)
+    html = (tmp_path / "one.html").read_text()
+    assert html == (tmp_path / "two.html").read_text()
+    frame = re.sub(r"<script\b.*?</script>", "", html, flags=re.S)
+    assert not re.findall(r"""(?:src|href)\s*=\s*["']?(?!#|data:)[^"'> ]+""", frame) and "@import" not in frame and "url(" not in frame
+
+
+def test_observation_page_has_every_section_and_a_sentence_for_every_chart(observed):
+    page = observation_page(observed)
+    assert [section.id for section in page.sections] == ["recorded", "cut", "experts", "drivers", "layers", "distributions", "sources", "eaft",
+                                                         "convergence", "never"]
+    charts = [block for block in blocks(page) if isinstance(block, Chart)]
+    assert len(charts) == 14 and len({chart.id for chart in charts}) == 14
+    assert all(chart.sentence.endswith(".") and re.search(r"\d", chart.sentence) for chart in charts)
+
+
+@pytest.mark.parametrize("lacking", ["coactivation", "trace", "sources", "experts"])
+def test_an_observation_without_some_part_leaves_only_that_part_out(lacking):
+    observed = synthetic.observation(coactivation=lacking != "coactivation", trace=lacking != "trace", sources=1 if lacking == "sources" else 3,
+                                     experts=8 if lacking == "experts" else 16)
+    page = observation_page(observed)
+    ids = [section.id for section in page.sections]
+    assert ("eaft" in ids) == (lacking != "trace") and ("sources" in ids) == (lacking != "sources")
+    assert ("coverage" in [block.id for block in blocks(page) if isinstance(block, Chart)]) == (lacking != "coactivation")
+    assert "nan" not in text(page).lower().split()
+
+
+def test_numbers_in_the_sentences_are_those_of_the_statistics(observed):
+    from reapkit import statistics
+    from reapkit.report.wording import percent
+
+    selection = synthetic.selection(observed, 8)
+    metrics = statistics.report_metrics(observed, selection)
+    cut = next(block for block in blocks(observation_page(observed, selection)) if getattr(block, "id", "") == "cut-curve")
+    assert percent(metrics["traffic_deleted"]) in cut.sentence and percent(metrics["saliency_mass_deleted"]) in cut.sentence
+    balance = next(block for block in blocks(observation_page(observed, selection)) if getattr(block, "id", "") == "balance")
+    assert balance.data[0]["y"] == metrics["balance_cv"]
+
+
+def test_what_comes_from_data_cannot_break_out_of_the_page(observed):
+    hostile = '</script><img src=x onerror=alert(1)>'
+    named = dataclasses.replace(observed, sources=(hostile, *observed.sources[1:]))
+    html = render(observation_page(named))
+    assert "<img" not in html and hostile not in html
+    assert json.loads(str(as_json({"name": hostile, "rate": float("nan")}))) == {"name": hostile, "rate": None}
+
+
+def test_a_finished_run_shows_sizes_quality_and_how_to_repeat_it(finished):
+    words = text(run_page(finished))
+    for expected in ("7.3 MB → 1.9 MB", "Passed its gates", "reapkit apply small.yaml --set prune.ratio=0.5", "W3A16", "&lt;a&gt; list", "<mark>def f(x)",
+                     "observe: 2 of 64 experts received no scored token", "largest difference 3e-6"):
+        assert expected in words
+    ids = [section.id for section in run_page(finished).sections]
+    assert ids[:6] == ["result", "gates", "quality", "decision", "quantization", "calibration"] and ids[-3:] == ["proofs", "stages", "reproduce"]
+
+
+def test_a_rejected_run_names_gate_source_amount_and_what_to_change(observed):
+    page = run_page(synthetic.facts(rejected=True, observed=observed, losses={"ratio-0.5": 0.3, "ratio-0.4": 0.2}))
+    words = text(page)
+    for expected in ("Rejected by its gates", "nothing was written", "limit ≤ 1.05: reject, 0.26 beyond it", "agentic alone", "prune less"):
+        assert expected in words
+    table = next(block for block in blocks(page) if isinstance(block, Table) and block.title.startswith("ratio-0.5, gate by gate"))
+    assert table.rows[0][:6] == ("perplexity against the base", "all", "512", "at most 1.050", "1.300 (1.236 to 1.364)", "0.250 beyond")
+    assert "quantization" not in [section.id for section in page.sections] and "not reached" in words
+
+
+def test_a_control_that_does_better_is_pointed_out(finished):
+    evaluation = {**finished.evaluation, "controls": [{"name": "control-frequency", "criterion": "frequency", "experts": "8",
+                                                       "metrics": {"512": synthetic.groups(0.01, synthetic.SOURCES[:3])}}]}
+    assert "The control frequency loses less than ratio-0.5" in text(run_page(dataclasses.replace(finished, evaluation=evaluation)))
+    assert "loses less" not in text(run_page(finished))
+
+
+def test_a_run_stopped_early_still_has_a_page(observed, tmp_path):
+    stopped = dataclasses.replace(synthetic.facts(rejected=True, observed=observed), chosen=None, observation=None, selections={}, evaluation=None,
+                                  calibration=None, stages=(), warnings=(), versions={})
+    write_run_report(stopped, tmp_path / "report.html")
+    assert [section.id for section in run_page(stopped).sections] == ["result", "stages", "reproduce"]
+
+
+def test_observation_report_is_written_whole(observed, tmp_path):
+    write_observation_report(observed, synthetic.selection(observed, 4), tmp_path / "new" / "observation.html")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["observation.html"]

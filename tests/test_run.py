@@ -1,0 +1,198 @@
+"""The main job on the packaged model, small: one recipe to a pruned, 3-bit, proven model; and everything that can go wrong on the way."""
+
+from __future__ import annotations
+
+import errno
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from reapkit.checkpoint import Checkpoint
+from reapkit.cli import _run
+from reapkit.errors import RejectedByGates, StageFailed
+from reapkit.planning import make_plan
+from reapkit.progress import Progress
+from reapkit.recipe.loading import LoadedRecipe, load
+from reapkit.run import Run, apply
+
+DEMO = Path(__file__).parents[1] / "recipes" / "demo.yaml"
+SMALL = ("calibration.samples=48", "calibration.max_length=256", "evaluate.packs={samples: 24, lengths: [256]}", "evaluate.generation=null",
+         "evaluate.gates={kl_mean: {max: 5}}", "evaluate.controls=[random]", "quantize.method=rtn")
+
+
+def recipe(root: Path, *overrides: str) -> LoadedRecipe:
+    return load(DEMO, (*SMALL, f"runtime.store={root / 'store'}", f"output.directory={root / 'run'}", *overrides))
+
+
+def fingerprint(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("run")
+
+
+@pytest.fixture(scope="module")
+def finished(root: Path) -> Run:
+    torch.set_num_threads(2)
+    return apply(recipe(root))
+
+
+def test_every_stage_ran_and_left_its_files(finished: Run) -> None:
+    assert finished.executed == [stage.name for stage in finished.plan.stages]
+    names = {path.name for path in finished.directory.iterdir()}
+    assert {"calibration", "observation", "selection", "evaluation", "pruned", "quantized", "verify.json", "report.html", "run.json",
+            "recipe.resolved.yaml"} <= names
+
+
+@pytest.mark.parametrize("name", ["pruned", "quantized"])
+def test_the_results_load_in_plain_transformers_and_generate(finished: Run, name: str) -> None:
+    directory = finished.directory / name
+    model, info = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "What is 2 + 3?"}], add_generation_prompt=True, return_tensors="pt",
+                                           return_dict=True)
+    assert model.generate(**prompt, max_new_tokens=8, min_new_tokens=8).shape[1] == prompt["input_ids"].shape[1] + 8
+    assert json.loads((directory / "config.json").read_text())["num_experts"] == 16
+    assert (directory / "README.md").read_text().startswith("---\n")
+
+
+def test_the_final_numbers_are_in_order(finished: Run) -> None:
+    rows = {row["name"]: row for row in finished.summary("verify")["rows"]}
+    assert list(rows) == ["base", "pruned", "quantized"]
+    assert rows["base"]["kl_mean"] == 0 and rows["base"]["perplexity"] < rows["pruned"]["perplexity"]
+    assert 0 < rows["pruned"]["kl_mean"] < rows["quantized"]["kl_mean"]
+    proofs = json.loads((finished.directory / "verify.json").read_text())["proofs"]
+    assert {proof["directory"] for proof in proofs} == {"pruned", "quantized"} and all(proof["passed"] for proof in proofs)
+
+
+def test_the_plan_foretold_the_bytes(finished: Run) -> None:
+    candidate = finished.plan.candidates[0]
+    assert Checkpoint.open(finished.directory / "pruned").nbytes == finished.plan.pruned(candidate).nbytes
+    written = Checkpoint.open(finished.directory / "quantized").nbytes
+    assert abs(finished.plan.quantized_nbytes(candidate) - written) <= 0.01 * written
+
+
+def test_a_second_run_executes_nothing(finished: Run, root: Path) -> None:
+    before = fingerprint(root / "store")
+    again = apply(recipe(root))
+    assert again.executed == [] and fingerprint(root / "store") == before
+
+
+def test_runtime_changes_execute_nothing(finished: Run, root: Path) -> None:
+    assert apply(recipe(root, "runtime.batch_tokens=512", "runtime.checkpoint_minutes=1")).executed == []
+
+
+def test_another_criterion_reuses_the_observation(finished: Run, root: Path) -> None:
+    assert apply(recipe(root, "saliency.criterion=frequency", f"output.directory={root / 'other'}"), until="select").executed == ["select"]
+
+
+def test_a_rejected_candidate_writes_no_model_and_says_why(finished: Run, root: Path) -> None:
+    strict = recipe(root, "evaluate.gates={kl_mean: {max: 0.000001}}", f"output.directory={root / 'rejected'}")
+    with pytest.raises(RejectedByGates, match="kl_mean"):
+        apply(strict)
+    assert not (root / "rejected" / "pruned").exists()
+    assert "kl_mean" in (root / "rejected" / "report.html").read_text()
+
+
+def test_a_rejection_may_be_a_warning(finished: Run, root: Path) -> None:
+    lenient = recipe(root, "evaluate.gates={kl_mean: {max: 0.000001}}", "evaluate.on_reject=warn", f"output.directory={root / 'lenient'}")
+    run = apply(lenient, until="prune")
+    assert run.warnings and (root / "lenient" / "pruned" / "model.safetensors").is_file()
+
+
+def test_a_rejected_quantization_is_not_published(finished: Run, root: Path) -> None:
+    strict = recipe(root, "evaluate.gates_quantized={kl_mean: {max: 0.000001}}", f"output.directory={root / 'unpublished'}")
+    with pytest.raises(RejectedByGates, match="quantize.scheme: W4A16"):
+        apply(strict)
+    assert (root / "unpublished" / "quantized.rejected").is_dir() and not (root / "unpublished" / "quantized").exists()
+    assert (root / "unpublished" / "report.html").is_file()
+
+
+def test_only_what_is_kept_stays_on_disk(finished: Run, root: Path) -> None:
+    wanted = recipe(root, "output.keep=[quantized]", f"output.directory={root / 'lean'}")
+    assert apply(wanted).executed == []
+    assert not (root / "lean" / "pruned").exists() and (root / "lean" / "quantized" / "model.safetensors").is_file()
+    assert apply(wanted).executed == []  # dropped files are no reason to run
+    assert apply(recipe(root)).executed == ["prune"]  # unless they are wanted again
+
+
+class Interrupting(Progress):
+    """Ctrl-C after some units of the task whose title begins with `title`."""
+
+    def __init__(self, title: str, units: float):
+        self.title, self.left = title, units
+
+    @contextmanager
+    def task(self, title: str, total: float | None = None, unit: str = "") -> Iterator[Interrupting]:
+        self.active = title.startswith(self.title)
+        yield self
+        self.active = False
+
+    def advance(self, units: float = 1) -> None:
+        if self.active:
+            self.left -= units
+            if self.left < 0:
+                raise KeyboardInterrupt
+
+    def note(self, text: str) -> None:
+        pass
+
+
+def test_interrupted_in_the_middle_it_goes_on_and_ends_with_the_same_bytes(finished: Run, root: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        apply(recipe(tmp_path), until="observe", progress=Interrupting("observe", 2000))
+    assert not (tmp_path / "run" / "observation").exists()
+    resumed = apply(recipe(tmp_path), until="observe")
+    assert resumed.executed == ["observe"]
+    assert fingerprint(tmp_path / "run" / "observation") == fingerprint(root / "run" / "observation")
+
+
+def test_a_full_disk_fails_the_stage_and_can_be_resumed(finished: Run, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import reapkit.stages.select as stage
+
+    def full(context: object) -> dict:
+        raise OSError(errno.ENOSPC, "No space left on device", "selection.json")
+
+    changed = recipe(root, "saliency.prior_count=2", f"output.directory={root / 'full'}")
+    with monkeypatch.context() as patched:
+        patched.setattr(stage, "run", full)
+        with pytest.raises(StageFailed, match="select: no space left on device.*Free some.*Run the same command again"):
+            apply(changed, until="select")
+    assert make_plan(changed).stage("select").artifact is None
+    assert apply(changed, until="select").executed == ["select"]
+
+
+def test_a_grid_takes_the_smallest_that_passes(finished: Run, root: Path) -> None:
+    measured = finished.summary("verify")["rows"][1]["kl_mean"]
+    grid = recipe(root, "prune={candidates: {ratio: [0.9375, 0.5]}}", f"evaluate.gates={{kl_mean: {{max: {measured * 3}}}}}",
+                  f"output.directory={root / 'grid'}")
+    run = apply(grid, until="prune")
+    assert run.summary("evaluate")["chosen"] == "reap-r0.5" and run.summary("prune")["experts"] == {str(i): 16 for i in range(4)}
+
+
+def test_the_command_line_ends_with_the_documented_codes(root: Path, finished: Run, capsys: pytest.CaptureFixture) -> None:
+    where = [f"--set={text}" for text in (*SMALL, f"runtime.store={root / 'store'}", f"output.directory={root / 'run'}")]
+    assert _run(["apply", str(DEMO), *where, "--json"], debug=False) == 0
+    assert json.loads(capsys.readouterr().out)["executed"] == []
+    assert _run(["apply", str(DEMO), *where, "--set", "prune.ratio=2"], debug=False) == 2
+    assert _run(["apply", str(DEMO), *where, "--set", "model.source=./nowhere"], debug=False) == 3
+    assert _run(["apply", str(DEMO), *where, "--set", "evaluate.gates={kl_mean: {max: 0.000001}}"], debug=False) == 5
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_plan_runs_without_torch() -> None:
+    code = ("import sys; sys.modules['torch'] = None; from reapkit.cli import _run; "
+            f"sys.exit(_run(['plan', {str(DEMO)!r}, '--json'], False))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["base"]["experts"] == {str(layer): 32 for layer in range(4)}
