@@ -13,9 +13,13 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from reapkit.differences import compare_recipes
 from reapkit.errors import ReapkitError, RecipeError, UnusableError
+from reapkit.lock import check_lock, lock_path, read_lock, recipe_digest, revisions, write_lock
 from reapkit.planning import STAGES, load_and_plan
-from reapkit.tables import plan_as_json, plan_tables, result_table
+from reapkit.recipe.loading import find_recipe, load
+from reapkit.starter import starting_recipe
+from reapkit.tables import difference_tables, plan_as_json, plan_tables, result_table
 
 app = typer.Typer(name="reapkit", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="Compress Mixture-of-Experts language models from one YAML recipe.\n\nExample: reapkit apply demo",
@@ -78,17 +82,31 @@ def _show_plan(recipe: str, overrides: list[str], as_json: bool) -> None:
 @app.command()
 def apply(recipe: RecipeArgument, overrides: Overrides = [],
           until: Annotated[str | None, typer.Option(metavar="STAGE", help=f"Stop after a stage: {', '.join(STAGES)}.")] = None,
-          dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False, as_json: Json = False) -> None:
+          dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
+          locked: Annotated[bool, typer.Option("--locked", help="Take revisions from the lock; refuse to differ from it.")] = False,
+          as_json: Json = False) -> None:
     """Run a recipe: calibrate, observe, select, evaluate, prune, quantize, verify, report. Finished stages are skipped.
 
     Example: reapkit apply demo
     """
     if until is not None and until not in STAGES:
         raise RecipeError(f"--until: found '{until}'. Allowed: {', '.join(STAGES)}.")
+    if locked:
+        overrides = [*overrides, *_pinned(recipe, overrides)]
     if dry_run:
         _show_plan(recipe, overrides, as_json)
     else:
         _apply(recipe, overrides, until, as_json)
+
+
+def _pinned(recipe: str, overrides: list[str]) -> list[str]:
+    """The revisions that the recipe's lock pins, once everything else agrees with it."""
+    loaded = load(recipe, overrides)
+    path = lock_path(loaded, find_recipe(recipe))
+    lock = read_lock(path)
+    pins = revisions(lock, loaded)
+    check_lock(lock, load(recipe, [*overrides, *pins]), recipe_digest(loaded), path)
+    return pins
 
 
 def _apply(recipe: str, overrides: list[str], until: str | None, as_json: bool) -> None:
@@ -123,6 +141,50 @@ for _stage, _purpose in (("observe", "Run the calibration through the model and 
                          ("prune", "Write the pruned checkpoint"),
                          ("quantize", "Write the quantized checkpoint")):
     _stage_command(_stage, _purpose)
+
+
+@app.command()
+def lock(recipe: RecipeArgument, overrides: Overrides = [], as_json: Json = False) -> None:
+    """Write NAME.lock.json beside the recipe: revisions, file hashes and versions that `apply --locked` insists on.
+
+    Example: reapkit lock my-recipe.yaml
+    """
+    loaded = load_and_plan(recipe, overrides, download=True).loaded
+    path = lock_path(loaded, find_recipe(recipe))
+    written = write_lock(loaded, path)
+    print(json.dumps({"path": str(path), **written}) if as_json else f"{path}: {len(written['sources'])} sources and the model locked")
+
+
+@app.command()
+def init(model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, model directory or builtin:demo.")],
+         output: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", help="Where to write it; default NAME.yaml.")] = None,
+         as_json: Json = False) -> None:
+    """Write a commented starting recipe for a model, filled from its config and headers.
+
+    Example: reapkit init /models/my-moe -o my-moe.yaml
+    """
+    name, text = starting_recipe(model, Path.cwd())
+    path = output or Path(f"{name}.yaml")
+    if path.exists():
+        raise RecipeError(f"{path}: is there already. Choose another name with -o.")
+    path.write_text(text)
+    print(json.dumps({"path": str(path), "name": name}) if as_json else f"{path}: written. Next: reapkit plan {path}")
+
+
+@app.command()
+def compare(left: Annotated[str, typer.Argument(metavar="A.yaml")], right: Annotated[str, typer.Argument(metavar="B.yaml")],
+            as_json: Json = False) -> None:
+    """Show in what two recipes differ, and which stages the second runs anew after the first.
+
+    Example: reapkit compare recipes/demo.yaml mine.yaml
+    """
+    difference = compare_recipes(load(left), load(right))
+    if as_json:
+        print(json.dumps({"fields": [{"path": path, "left": a, "right": b} for path, a, b in difference.fields],
+                          "stages": difference.stages}))
+        return
+    for table in difference_tables(difference):
+        _out().print(table)
 
 
 @app.command()

@@ -59,6 +59,24 @@ def _hub_snapshot(repository: str, revision: str | None, download: bool) -> Path
                             "Check the name, the network and `hf auth login`, or give a local directory.") from None
 
 
+def hub_revision(repository: str, kind: str) -> str:
+    """The commit that a hub repository's main branch has now (`kind`: model or dataset), or that the local cache holds.
+
+    Raises UnusableError where neither the hub nor the cache knows it.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    try:
+        return HfApi().repo_info(repository, repo_type=kind).sha
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
+        cached = Path(constants.HF_HUB_CACHE) / f"{kind}s--{repository.replace('/', '--')}" / "refs" / "main"
+        if cached.is_file():
+            return cached.read_text().strip()
+        raise UnusableError(f"{repository}: its commit cannot be had ({type(error).__name__}). Go online, or write `revision:` into the "
+                            "recipe.") from None
+
+
 def tokenizer_identity(directory: Path) -> dict[str, str]:
     """sha256 of each tokenizer file of a model directory."""
     files = sorted({file for pattern in TOKENIZER_FILES for file in directory.glob(pattern) if file.is_file()})

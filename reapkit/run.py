@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
-import platform
 import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from reapkit.errors import RejectedByGates, ReapkitError, StageFailed
+from reapkit.lock import make_lock, versions
 from reapkit.planning import STAGES, Plan, Stage, make_plan, store_of
 from reapkit.progress import SILENT, Progress
 from reapkit.recipe.loading import LoadedRecipe, as_loaded
@@ -23,7 +23,6 @@ from reapkit.report.facts import recipe_yaml
 from reapkit.stages import Context
 from reapkit.store import Artifact, write_json
 
-PACKAGES = ("reapkit", "torch", "transformers", "llmcompressor", "compressed-tensors", "datasets", "safetensors")
 LINKS = {"calibrate": "calibration", "packs": "packs", "observe": "observation", "select": "selection", "evaluate": "evaluation",
          "prune": "pruned", "quantize": "quantized", "verify": "verification", "report": "report"}
 RESUMED_IN_PLACE = ("prune",)  # it knows what an earlier attempt finished; other stages keep partial work in `work`
@@ -189,7 +188,17 @@ def _link(run: Run) -> None:
                 (target / "README.md").unlink(missing_ok=True)
                 shutil.copy(card, target / "README.md")
     (run.directory / "recipe.resolved.yaml").write_text(recipe_yaml(run.plan.recipe))
+    write_json(run.directory / "lock.json", make_lock(run.plan.loaded) | {"drawn": _drawn(run)})
     write_json(run.directory / "run.json", describe(run))
+
+
+def _drawn(run: Run) -> dict[str, Any]:
+    """Which rows of each source the calibration took, by index, and the hash of their texts."""
+    artifact = run.artifacts.get("calibrate")
+    if artifact is None or not artifact.has_payload:
+        return {}
+    summary = json.loads((artifact.payload / "calibration.json").read_text())
+    return {source["name"]: {"indices": source["indices"], "sha256": source["sha256"]} for source in summary["sources"]}
 
 
 def publish(payload: Path, target: Path) -> None:
@@ -220,14 +229,3 @@ def describe(run: Run) -> dict[str, Any]:
                             "seconds": artifact.manifest["seconds"], "summary": dict(artifact.summary)}
     return {"name": run.plan.recipe.name, "recipe": run.plan.loaded.shown,
             "model": run.plan.recipe.model.source, "stages": stages, "warnings": list(dict.fromkeys(run.warnings)), "versions": versions()}
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and the packages that shape results."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found

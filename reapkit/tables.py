@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich import box
 from rich.table import Table
 
+from reapkit.differences import RecipeDifference
 from reapkit.planning import Plan, Sizes
 
 
@@ -76,6 +78,18 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
             "base": sizes(plan.base),
             "candidates": [{"name": c.name, "pruned": sizes(plan.pruned(c)), "quantized_bytes": plan.quantized_nbytes(c)}
                            for c in plan.candidates]}
+
+
+def difference_tables(difference: RecipeDifference) -> list[Table | str]:
+    """The fields in which two recipes differ, and what that reruns."""
+    fields = _table("fields that differ", [("field", "left"), ("first", "left"), ("second", "left")])
+    for path, left, right in difference.fields:
+        fields.add_row(path, *(json.dumps(value) if isinstance(value, (dict, list, bool, type(None))) else str(value) for value in (left, right)))
+    if not difference.fields:
+        return ["The recipes say the same."]
+    if difference.stages is None:
+        return [fields, "A model is not at hand, so the stages that rerun are not known."]
+    return [fields, f"Stages that run anew: {', '.join(difference.stages) or 'none'}"]
 
 
 def result_table(verification: Mapping[str, Any]) -> Table:

@@ -40,30 +40,33 @@ def quantize_checkpoint(source: Path, out: Path, spec: QuantizeSpec, *, calibrat
     checkpoint = Checkpoint.open(source)
     if problems := check_quantize(checkpoint, spec):
         raise RecipeError(problems)
-    scheme, plan = scheme_of(spec), targets(checkpoint, spec, read_layout(checkpoint))
+    raw = spec.recipe is not None
+    plan = targets(checkpoint, spec, read_layout(checkpoint))
     if not plan.matrices:
         raise RecipeError([Problem("quantize.ignore", "leaves no matrix to quantize. Remove some of it, or set scheme: null.")])
     out.mkdir(parents=True, exist_ok=True)
     target = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
-    quantization = preset(spec)
-    if spec.method == "rtn" and not plan.has_stacked_experts:
+    if not raw and spec.method == "rtn" and not plan.has_stacked_experts:
         from reapkit.quantize.rtn import quantize_shards
 
-        written, facts = quantize_shards(checkpoint, out, plan, quantization, device=target, progress=progress)
+        scheme = preset(spec)
+        written, facts = quantize_shards(checkpoint, out, plan, scheme, device=target, progress=progress)
     else:
         from reapkit.quantize.calibrated import quantize_loaded
 
-        if calibration is None and spec.method != "rtn":
-            raise ValueError(f"{spec.method} needs calibration tokens")
+        if calibration is None and (raw or spec.method != "rtn"):
+            raise ValueError(f"{'a raw recipe' if raw else spec.method} needs calibration tokens")
         with _in_bf16(checkpoint, (work or out.parent) / f"{out.name}.dequantized", progress) as plain:
-            written, facts = quantize_loaded(plain, out, plan, spec, quantization, calibration, device=target, batch_tokens=batch_tokens,
-                                             trust_remote_code=trust_remote_code, progress=progress)
-    finish_directory(checkpoint, out, quantization, plan, trust_remote_code=trust_remote_code)
-    measured = measure(out, plan, written)
+            done = quantize_loaded(plain, out, plan, spec, None if raw else preset(spec), calibration, device=target,
+                                   batch_tokens=batch_tokens, trust_remote_code=trust_remote_code, progress=progress)
+        written, plan, scheme, facts = done.written, done.plan, done.scheme, done.facts
+    finish_directory(checkpoint, out, scheme, plan, trust_remote_code=trust_remote_code)
     if lost := sorted(set(plan.matrices) - set(written)):
         raise StageFailed(f"quantize: {len(lost)} matrices were not quantized, such as {lost[0]}. This is a defect; please report the model.")
-    return {"scheme": scheme.name, "method": spec.method, "group_size": scheme.group if scheme.fixed else spec.group_size,
-            **measured, "left": _left_by_reason(plan.left), "experts_reload_in_transformers": scheme.experts_reload, **facts}
+    named = {"scheme": "raw recipe", "method": "raw recipe", "experts_reload_in_transformers": None} if raw else {
+        "scheme": scheme_of(spec).name, "method": spec.method,
+        "experts_reload_in_transformers": scheme_of(spec).experts_reload and not plan.has_stacked_experts}
+    return {**named, "group_size": scheme.weights.group_size, **measure(out, plan, written), "left": _left_by_reason(plan.left), **facts}
 
 
 @contextmanager

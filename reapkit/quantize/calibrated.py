@@ -11,17 +11,21 @@ import gc
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from compressed_tensors.compressors.format import infer_module_format
+from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import QuantizationScheme, disable_quantization, enable_quantization, fake_quantize
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from reapkit.calibration.tokens import CalibrationTokens, batches
 from reapkit.checkpoint import Checkpoint
-from reapkit.errors import StageFailed, UnusableError
+from reapkit.errors import Problem, RecipeError, StageFailed, UnusableError
 from reapkit.models import load_model
 from reapkit.progress import Progress
 from reapkit.quantize.dense import relative_error
@@ -41,10 +45,20 @@ PACKING_TOLERANCE = 1e-2
 """bf16 keeps 8 bits of a weight that the quantizer computed in float32."""
 
 
-def quantize_loaded(checkpoint: Checkpoint, out: Path, plan: Targets, spec: QuantizeSpec, scheme: QuantizationScheme,
+@dataclass(frozen=True)
+class Quantized:
+    """What was written: source tensor -> prefixes, what the plan became, the one scheme of it all, facts for the report."""
+
+    written: dict[str, list[str]]
+    plan: Targets
+    scheme: QuantizationScheme
+    facts: dict[str, Any]
+
+
+def quantize_loaded(checkpoint: Checkpoint, out: Path, plan: Targets, spec: QuantizeSpec, scheme: QuantizationScheme | None,
                     calibration: CalibrationTokens | None, *, device: torch.device, batch_tokens: int, trust_remote_code: bool,
-                    progress: Progress) -> tuple[dict[str, list[str]], dict[str, Any]]:
-    """Quantizes a loaded model and writes it under the source's names; returns (matrix -> written prefixes, facts)."""
+                    progress: Progress) -> Quantized:
+    """Quantizes a loaded model and writes it under the source's names. `scheme` None: `spec.recipe` decides what is quantized, and how."""
     with quiet():
         from llmcompressor.modeling.moe.linearize import linearize_moe
 
@@ -54,21 +68,62 @@ def quantize_loaded(checkpoint: Checkpoint, out: Path, plan: Targets, spec: Quan
     places = place_matrices(model, names, checkpoint, plan)
     wanted = {id(module) for pieces in places.values() for module in pieces.values()}
     ignore = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and id(module) not in wanted]
-    rows = list(equal_batches(calibration, batch_tokens)) if calibration is not None else []
-    with count_tokens(model) as counts, _unchanged_without_rounding(model, rows if spec.method == "awq" else []), quiet():
+    modifiers = raw_modifiers(spec) if scheme is None else _modifiers(spec, scheme, ignore)
+    kinds = {type(modifier).__name__ for modifier in modifiers}
+    rows = list(equal_batches(calibration, batch_tokens)) if calibration is not None and kinds != {"QuantizationModifier"} else []
+    with count_tokens(model) as counts, _unchanged_without_rounding(model, rows if "AWQModifier" in kinds else []), quiet():
         try:
-            _oneshot(model, _modifiers(spec, scheme, ignore), rows, spec, device, progress)
+            _oneshot(model, modifiers, rows, spec, device, progress)
         except (ValueError, NotImplementedError) as error:
             instead = "gptq" if spec.method in ("awq", "autoround") else "rtn"
-            raise UnusableError(f"llm-compressor cannot run {spec.method} on {type(model).__name__}: {str(error)[:300]}. Choose method: "
-                                f"{instead}.") from error
-    unseen = set() if spec.method == "rtn" or spec.calibrate_all_experts else {
+            raise UnusableError(f"llm-compressor cannot run {' and '.join(sorted(kinds))} on {type(model).__name__}: {str(error)[:300]}. "
+                                f"Choose method: {instead}.") from error
+    if scheme is None:
+        plan, scheme = _as_the_recipe_left_it(model, places, plan)
+    unseen = set() if "GPTQModifier" not in kinds or spec.calibrate_all_experts else {
         (path, expert) for path, seen in counts.items() for expert, tokens in enumerate(seen.tolist()) if tokens == 0}
-    _write(checkpoint, out, places, names, model, scheme, unseen, progress)
-    facts = {} if spec.method == "rtn" else _token_facts(counts, rows)
+    _write(checkpoint, out, places, plan, names, model, scheme, unseen, progress)
+    facts = _token_facts(counts, rows) if rows else {}
     del model
     _release()
-    return {name: list(pieces) for name, pieces in places.items()}, facts
+    return Quantized({name: list(places[name]) for name in plan.matrices}, plan, scheme, facts)
+
+
+def raw_modifiers(spec: QuantizeSpec) -> list[Any]:
+    """The modifiers of a raw llm-compressor recipe (a mapping, YAML text, or the path of a file), built by llm-compressor's own classes.
+
+    Raises RecipeError with what they say.
+    """
+    with quiet():
+        from llmcompressor.recipe import Recipe
+
+        text = spec.recipe if isinstance(spec.recipe, str) else yaml.safe_dump(spec.recipe, sort_keys=False)
+        try:
+            return list(Recipe.create_instance(text).modifiers)
+        except Exception as error:  # pydantic, yaml and lookups: all of them are about the recipe
+            raise RecipeError([Problem("quantize.recipe", f"llm-compressor refuses it: {str(error)[:500]}")]) from error
+
+
+def _as_the_recipe_left_it(model: nn.Module, places: Mapping[str, Mapping[str, nn.Linear]], plan: Targets) -> tuple[Targets, QuantizationScheme]:
+    """The matrices that a raw recipe quantized, and the scheme it gave them all."""
+    schemes = {name: getattr(module, "quantization_scheme", None) for name, module in model.named_modules()}
+    known = {id(module) for pieces in places.values() for module in pieces.values()}
+    strange = [name for name, module in model.named_modules() if schemes[name] is not None and id(module) not in known]
+    if strange:
+        raise RecipeError([Problem("quantize.recipe", f"quantizes {strange[0]}, which reapkit never does ({len(strange)} such modules: routers, "
+                                                      "heads, gates). Add them to the recipe's ignore.")])
+    chosen = {name: [module.quantization_scheme for module in pieces.values() if getattr(module, "quantization_scheme", None)]
+              for name, pieces in places.items()}
+    found = [scheme for schemes_of in chosen.values() for scheme in schemes_of]
+    if not found:
+        raise RecipeError([Problem("quantize.recipe", "quantizes nothing. Give it a quantizing modifier whose targets fit, such as Linear.")])
+    if any(scheme.weights != found[0].weights for scheme in found):
+        raise RecipeError([Problem("quantize.recipe", "uses several schemes, and reapkit writes one. Use one config group.")])
+    scheme = found[0].model_copy(deep=True, update={"targets": ["Linear"]})
+    scheme.format = CompressionFormat(infer_module_format(nn.Linear, scheme))
+    matrices = {name: matrix for name, matrix in plan.matrices.items() if chosen[name]}
+    left = {matrix.module: "the recipe leaves it" for name, matrix in plan.matrices.items() if not chosen[name]}
+    return Targets(matrices, {**plan.left, **left}), scheme
 
 
 # ---------------------------------------------------------------------------------------------- which module is which tensor
@@ -187,7 +242,7 @@ def _oneshot(model: nn.Module, modifiers: list[Any], rows: list[dict[str, Tensor
     from llmcompressor import oneshot
 
     layers = decoder_layers(model)
-    passes = 2 if rows and spec.method == "gptq" else 1
+    passes = 1 if spec.method == "autoround" else 2
     with progress.task(f"quantize ({spec.method})", total=len(layers) * max(len(rows), 1) * passes, unit="layer batches") as task, \
             _advancing(layers, task), _causal(device), _proven(model, layers, rows):
         oneshot(model=model, processor=_NoProcessor(), recipe=modifiers, dataset=DataLoader(rows, batch_size=None) if rows else None,
@@ -328,8 +383,8 @@ def _token_facts(counts: Mapping[str, Tensor], rows: list[dict[str, Tensor]]) ->
 # ---------------------------------------------------------------------------------------------- writing
 
 
-def _write(checkpoint: Checkpoint, out: Path, places: Mapping[str, Mapping[str, nn.Linear]], names: LoadedNames, model: nn.Module,
-           scheme: QuantizationScheme, unseen: set[tuple[str, int]], progress: Progress) -> None:
+def _write(checkpoint: Checkpoint, out: Path, places: Mapping[str, Mapping[str, nn.Linear]], plan: Targets, names: LoadedNames,
+           model: nn.Module, scheme: QuantizationScheme, unseen: set[tuple[str, int]], progress: Progress) -> None:
     """Packs each quantized linear under its source's name; everything else as the model now holds it, or as the source does."""
     parameters = dict(model.named_parameters())
     forgotten = {id(linear) for path, expert in unseen for linear in model.get_submodule(path)[expert].modules()}
@@ -339,16 +394,17 @@ def _write(checkpoint: Checkpoint, out: Path, places: Mapping[str, Mapping[str, 
             parts = round_to_nearest(source.to(linear.weight.dtype), scheme)
         else:
             kept = {name: tensor.detach() for name, tensor in linear.named_parameters() if name.startswith("weight")}
-            parts = compress(kept, linear.quantization_scheme)
-            _check_packed(prefix, parts, linear)
+            parts = compress(kept, scheme)
+            _check_packed(prefix, parts, linear, scheme)
         return {f"{prefix}.{part}": tensor.cpu().contiguous() for part, tensor in parts.items()}
 
     def replacement(name: str) -> dict[str, Tensor] | None:
-        if name in places:
+        if name in plan.matrices:
             stacked = len(checkpoint.tensors[name].shape) == 3
             return {key: tensor for prefix, linear in places[name].items()
                     for key, tensor in pack(prefix, linear, None if stacked else read_tensor(checkpoint, name)).items()}
-        parameter = parameters.get(names.rename(name))
+        left = list(places.get(name, {}).values())
+        parameter = left[0].weight if len(left) == 1 else parameters.get(names.rename(name))
         if parameter is None:
             return None
         source = read_tensor(checkpoint, name)
@@ -361,11 +417,11 @@ def _write(checkpoint: Checkpoint, out: Path, places: Mapping[str, Mapping[str, 
         write_shards(checkpoint, out, replacement, progress)
 
 
-def _check_packed(prefix: str, parts: dict[str, Tensor], linear: nn.Linear) -> None:
+def _check_packed(prefix: str, parts: dict[str, Tensor], linear: nn.Linear, scheme: QuantizationScheme) -> None:
     """Raises StageFailed where a packed matrix, dequantized, is not what the quantizer decided (to the rounding of its dtype)."""
     decided = fake_quantize(linear.weight, linear.weight_scale, getattr(linear, "weight_zero_point", None),
                             linear.quantization_scheme.weights, global_scale=getattr(linear, "weight_global_scale", None))
-    gap = relative_error(decompress(parts, linear.quantization_scheme), decided)
+    gap = relative_error(decompress(parts, scheme), decided)
     if not gap <= PACKING_TOLERANCE:
         raise StageFailed(f"quantize: {prefix} dequantizes to another matrix than the quantizer's (relative difference {gap:.2g}). This is "
                           "a defect of ours or of compressed-tensors; please report the model and the scheme.")

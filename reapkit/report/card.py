@@ -1,4 +1,4 @@
-"""The model card: what the directory is, how it was made, what was measured, how to serve it. Nothing the run did not measure."""
+"""The model card: what a directory is, how it was made, what was measured, how to serve it; nothing the run did not measure."""
 
 from __future__ import annotations
 
@@ -34,16 +34,18 @@ CITATIONS = {"reap": (REAP_CITATION,), "eaft-reap": (REAP_CITATION, EAFT_CITATIO
 PURPOSES = {
     "theblackcat102/evol-codealpaca-v1": "code generation", "Salesforce/xlam-function-calling-60k": "function and tool calling",
     "SWE-bench/SWE-smith-trajectories": "agentic, multi-turn software work", "open-r1/Mixture-of-Thoughts": "step-by-step reasoning",
-    "builtin:code": "code", "builtin:tools": "function and tool calling", "builtin:prose": "English prose", "builtin:math": "arithmetic and word problems",
+    "builtin:code": "code", "builtin:tools": "function and tool calling", "builtin:prose": "English prose",
+    "builtin:math": "arithmetic and word problems",
 }
-FORMAT_PURPOSES = {"xlam": "function and tool calling", "messages": "conversations", "prompt": "instructions", "text": "plain text", "tokens": "given tokens"}
+FORMAT_PURPOSES = {"xlam": "function and tool calling", "messages": "conversations", "prompt": "instructions", "text": "plain text",
+                   "tokens": "given tokens"}
 
 CRITERIA = {
-    "reap": "S = mean over the positions routed to the expert of g · ‖f(x)‖₂, with g the gate weight the model applied and f(x) the expert's output",
-    "eaft-reap": "S = mean over the positions routed to the expert of w · g · ‖f(x)‖₂, with w by how sure and how right the model was at that position",
-    "frequency": "S = how many positions were routed to the expert", "weighted-frequency": "S = the gate weight the expert received",
-    "ean": "S = sum of ‖f(x)‖₂ over the positions routed to the expert", "ean-mean": "S = mean of ‖f(x)‖₂ over the positions routed to the expert",
-    "random": "random, as a control",
+    "reap": "g · ‖f(x)‖₂ over the positions routed to the expert, with g the gate weight the model applied and f(x) the expert's output",
+    "eaft-reap": "w · g · ‖f(x)‖₂ over the positions routed to the expert, with w by how sure and how right the model was there",
+    "frequency": "how many positions were routed to the expert", "weighted-frequency": "the gate weight the expert received",
+    "ean": "the sum of ‖f(x)‖₂ over the positions routed to the expert", "ean-mean": "‖f(x)‖₂ over the positions routed to the expert",
+    "random": "random numbers, as a control",
 }
 
 
@@ -56,9 +58,9 @@ def model_card(facts: RunFacts, which: Literal["pruned", "quantized"]) -> str:
     if sizes is None:
         raise ValueError(f"this run wrote no {which} model")
     scheme = _scheme(facts) if which == "quantized" else None
-    parts = [_front_matter(facts, scheme), f"# {_title(facts, sizes, scheme)}", _opening(facts, sizes, scheme), _properties(facts, sizes, scheme),
-             _calibration(facts), _method(facts, sizes, which), _results(facts, which), _proofs(facts, which), _limits(facts, which), _serving(facts, sizes, scheme),
-             _recipe(facts), _citation(facts)]
+    parts = [_front_matter(facts, scheme), f"# {_title(facts, sizes, scheme)}", _opening(facts, sizes, scheme),
+             _properties(facts, sizes, scheme), _calibration(facts), _method(facts, sizes, which), _results(facts, which),
+             _proofs(facts, which), _limits(facts, which), _serving(facts, sizes, scheme), _recipe(facts), _citation(facts)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -80,7 +82,7 @@ def _removed(facts: RunFacts, sizes: Sizes) -> str:
 
 def _front_matter(facts: RunFacts, scheme: str | None) -> str:
     criterion = facts.selection.criterion if facts.selection else facts.recipe.saliency.criterion
-    tags = ["moe", "mixture-of-experts", "pruning", *([criterion] if criterion in ("reap", "eaft-reap") else []), "reapkit", facts.model.model_type,
+    tags = ["moe", "mixture-of-experts", "pruning", *([criterion] if criterion in CITATIONS else []), "reapkit", facts.model.model_type,
             *(["compressed-tensors", scheme.lower()] if scheme else [])]
     fields: dict[str, Any] = {"base_model": facts.model.source} if facts.model.hub else {}
     if scheme and facts.model.hub:
@@ -111,11 +113,13 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 def _properties(facts: RunFacts, sizes: Sizes, scheme: str | None) -> str:
     selection, base = facts.selection, facts.base
     top_k = (selection.experts_per_token if selection else None) or facts.model.num_experts_per_tok
-    rows = [("Base model", facts.model.source + (f" @ {facts.model.revision}" if facts.model.revision else "")), ("Architecture", facts.model.model_type),
+    before = facts.model.num_experts_per_tok
+    parameters, base_parameters = (f"{human_count(each.parameters)}, {human_count(each.active_parameters)} active" for each in (sizes, base))
+    rows = [("Base model", facts.model.source + (f" @ {facts.model.revision}" if facts.model.revision else "")),
+            ("Architecture", facts.model.model_type),
             ("Routed experts per layer", f"{human_experts(sizes.experts)} (base: {human_experts(base.experts)})"),
-            ("Experts per token", f"{top_k}" + (f" (base: {facts.model.num_experts_per_tok})" if top_k != facts.model.num_experts_per_tok else "")),
-            ("Parameters", f"{human_count(sizes.parameters)}, {human_count(sizes.active_parameters)} active (base: {human_count(base.parameters)}, "
-                           f"{human_count(base.active_parameters)} active)"),
+            ("Experts per token", f"{top_k}" + (f" (base: {before})" if top_k != before else "")),
+            ("Parameters", f"{parameters} (base: {base_parameters})"),
             ("Size of the weights", f"{human_bytes(sizes.nbytes)} (base: {human_bytes(base.nbytes)})")]
     if scheme:
         found = facts.quantization or {}
@@ -134,14 +138,15 @@ def _calibration(facts: RunFacts) -> str:
     formats = {entry.name: entry.format for entry in facts.recipe.calibration.mix}
     samples = sum(source["samples"] for source in found["sources"])
     scored = sum(source["scored_tokens"] for source in found["sources"])
-    rows = [(_linked(source["source"], facts), count(source["samples"]), percent(source["samples"] / samples, 0), count(source["scored_tokens"]),
-             percent(source["scored_tokens"] / scored if scored else None, 0), _purpose(source, formats.get(source["name"])))
-            for source in found["sources"]]
+    rows = [(_linked(source["source"], facts), count(source["samples"]), percent(source["samples"] / samples, 0),
+             count(source["scored_tokens"]), percent(source["scored_tokens"] / scored if scored else None, 0),
+             _purpose(source, formats.get(source["name"]))) for source in found["sources"]]
     table = _table(("Source", "Samples", "Share of samples", "Scored tokens", "Share of scored", "Purpose"), rows)
     length = found.get("max_length", facts.recipe.calibration.max_length)
-    what = "positions that predict an assistant token" if found.get("score", facts.recipe.calibration.score) == "completion" else "every position"
-    return ("## Calibration mix\n\nWhich experts stay depends on what the model read: an expert that none of these sources uses ranks last.\n\n"
-            f"{table}\n\nRows of up to {count(length)} tokens; scored: {what}.")
+    completion = found.get("score", facts.recipe.calibration.score) == "completion"
+    what = "positions that predict an assistant token" if completion else "every position"
+    return ("## Calibration mix\n\nWhich experts stay depends on what the model read: an expert that none of these sources uses ranks "
+            f"last.\n\n{table}\n\nRows of up to {count(length)} tokens; scored: {what}.")
 
 
 def _linked(source: str, facts: RunFacts) -> str:
@@ -163,17 +168,21 @@ def _method(facts: RunFacts, sizes: Sizes, which: str) -> str:
     criterion = selection.criterion if selection else facts.recipe.saliency.criterion
     details = selection.details if selection else {}
     formula = f" (`{details['formula']}`)" if details.get("formula") else ""
-    steps = ["The calibration ran through the base model once; for every scored token the routing the model really used was recorded: which experts, "
-             "with which gate weight, and the norm of their outputs.",
+    steps = ["The calibration ran through the base model once; for every scored token the routing the model really used was recorded: "
+             "which experts, with which gate weight, and the norm of their outputs.",
              f"Each routed expert got a saliency by `{criterion}`{formula}: {CRITERIA.get(criterion, 'a criterion of its own')}.",
-             f"In each layer the least salient experts went; {human_experts(sizes.experts)} of {human_experts(facts.base.experts)} stay. "
-             + _protected(details) + "Router rows were removed with their experts."]
+             f"{'The least salient experts of all layers together' if details.get('allocation') == 'global' else 'In each layer the least salient experts'} "
+             f"went; {human_experts(sizes.experts)} of {human_experts(facts.base.experts)} stay. {_protected(details)}Router rows were removed "
+             "with their experts."]
     if selection and selection.experts_per_token:
         steps.append(f"Each token is routed to {selection.experts_per_token} experts instead of {facts.model.num_experts_per_tok}.")
+    if facts.recipe.prune.repair:
+        steps.append(f"The kept experts were re-fitted in closed form ({facts.recipe.prune.repair}).")
     if which == "quantized":
-        left = [reason for reason in (facts.quantization or {}).get("left", {})]
-        steps.append(f"Weights were quantized with llm-compressor ({_scheme(facts)}, {(facts.quantization or {}).get('method', facts.recipe.quantize.method)})"
-                     + (f"; left in full precision: {listed(left, 12)}." if left else "."))
+        found = facts.quantization or {}
+        how = f"{_scheme(facts)}, {found.get('method', facts.recipe.quantize.method)}"
+        left = f"; left in full precision: {listed(found['left'], 12)}" if found.get("left") else ""
+        steps.append(f"Weights were quantized with llm-compressor ({how}){left}.")
     return "## Method\n\n" + "\n".join(f"{number}. {step}" for number, step in enumerate(steps, 1))
 
 
@@ -194,8 +203,8 @@ def _results(facts: RunFacts, which: str) -> str:
 
 def _verified_results(facts: RunFacts, rows: Sequence[Mapping[str, Any]], which: str) -> str:
     table = _table(("Model", "Size", "Perplexity", "Against base", "Mean KL", "Same most likely token"),
-                   [(row["name"], human_bytes(row["bytes"]), f"{row['perplexity']:.3f}", f"{row['perplexity_ratio']:.3f}", f"{row['kl_mean']:.4f}",
-                     percent(row["top1_agreement"])) for row in rows])
+                   [(row["name"], human_bytes(row["bytes"]), f"{row['perplexity']:.3f}", f"{row['perplexity_ratio']:.3f}",
+                     f"{row['kl_mean']:.4f}", percent(row["top1_agreement"])) for row in rows])
     text = f"## Results\n\nMeasured on held-out rows of the calibration's sources, with the directory loaded from disk.\n\n{table}"
     metrics = measured_models(facts).get(which)
     return text + (f"\n\n{_by_source(metrics)}" if metrics else "")
@@ -205,14 +214,15 @@ def _mask_results(facts: RunFacts) -> str:
     found = measured_models(facts)
     if not found:
         return "## Results\n\nThis run measured nothing on this model."
-    name, metrics = next(iter(found.items()))
-    return ("## Results\n\nThe written directory itself was not measured. Measured was the same selection as a mask on the base model, before quantization, "
-            f"on held-out rows.\n\n{_by_source(metrics)}")
+    metrics = next(iter(found.values()))
+    return ("## Results\n\nThe written directory itself was not measured. Measured was the same selection as a mask on the base model, "
+            f"before quantization, on held-out rows.\n\n{_by_source(metrics)}")
 
 
 def _by_source(metrics: Mapping[str, Any]) -> str:
     pack = max(metrics, key=int)
-    rows = [("all of the mix" if group == UNION else group, *(with_interval(metric, found.get(metric)) for metric in ("perplexity_ratio", "kl_mean", "top1_agreement")))
+    shown = ("perplexity_ratio", "kl_mean", "top1_agreement")
+    rows = [("all of the mix" if group == UNION else group, *(with_interval(metric, found.get(metric)) for metric in shown))
             for group, found in metrics[pack].items()]
     return (f"By source, rows of {pack} tokens, 95 % intervals in parentheses:\n\n"
             + _table(("Source", "Perplexity against base", "Mean KL", "Same most likely token"), rows))
@@ -230,22 +240,31 @@ def _proofs(facts: RunFacts, which: str) -> str:
 def _limits(facts: RunFacts, which: str) -> str:
     sources = [entry.name for entry in facts.recipe.calibration.mix]
     extra = [entry.name for entry in facts.recipe.evaluate.extra_packs]
-    lines = [f"Quality was compared with the base model on {listed(sources, 12)}" + (f" and, outside the calibration, {listed(extra, 12)}" if extra else "")
-             + ". What is not listed was not measured: pruning may have cost languages, domains and skills that these rows do not exercise.",
+    outside = f" and, outside the calibration, {listed(extra, 12)}" if extra else ""
+    lines = [f"Quality was compared with the base model on {listed(sources, 12)}{outside}. What is not listed was not measured: pruning may "
+             "have cost languages, domains and skills that these rows do not exercise.",
              "Perplexity, KL and agreement say how close the model is to its base on given text; they are no benchmark scores."]
     if not any(entry.get("generation") for entry in (facts.evaluation or {}).get("candidates", ())):
         lines.append("Free generation (loops, broken tool calls) was not measured.")
     if facts.recipe.evaluate.lm_eval is None:
         lines.append("No task benchmark was run.")
-    verdict = (facts.verification or {}).get("verdict") if which == "quantized" or facts.quantized is None else (facts.evaluation or {}).get("verdict")
-    if verdict in ("pass", "reject", "undecided"):
-        lines.append({"pass": "The recipe's gates passed.", "reject": "The recipe's gates rejected this result.",
-                      "undecided": "The recipe's gates left it undecided: the intervals straddle a limit."}[verdict])
-    if which == "quantized" and verdict == "not judged":
-        lines.append("The recipe set no gates for the quantized model.")
+    lines += _verdicts(facts, which)
     if never := (facts.selection.details.get("never_routed") if facts.selection else None):
         lines.append(f"{plural(sum(map(len, never.values())), 'expert')} received no calibration token and ranked last.")
     return "### Limits\n\n" + "\n".join(f"- {line}" for line in lines)
+
+
+def _verdicts(facts: RunFacts, which: str) -> list[str]:
+    """What the gates said of the pruning, judged as a mask, and of the final directory."""
+    words = {"pass": "passed", "reject": "were not passed", "undecided": "were left undecided"}
+    lines = []
+    if said := words.get((facts.evaluation or {}).get("verdict", "")):
+        lines.append(f"The recipe's gates for the pruning {said}, judged as a mask on the base model.")
+    final = (facts.verification or {}).get("verdict")
+    if which == "quantized" and final:
+        lines.append(f"The recipe's gates for the quantized model {words[final]}." if final in words else
+                     "The recipe set no gates for the quantized model.")
+    return lines
 
 
 # ---------------------------------------------------------------------------------------------- use
@@ -256,18 +275,19 @@ def _serving(facts: RunFacts, sizes: Sizes, scheme: str | None) -> str:
     ragged = len(set(sizes.experts.values())) > 1
     engine = engine_for(scheme, ragged=ragged)
     trust = facts.recipe.model.trust_remote_code or ragged
-    versions = {name: facts.versions.get(name) for name in ("transformers", "compressed-tensors", "torch") if facts.versions.get(name)}
-    with_versions = listed((f"{name} {version}" for name, version in versions.items() if name != "compressed-tensors" or scheme), 9) if versions else ""
+    packages = ("transformers", "torch", *(["compressed-tensors"] if scheme else []))
+    versions = [f"{name} {facts.versions[name]}" for name in packages if facts.versions.get(name)]
+    made = f" (made with {listed(versions)})" if versions else ""
     reload = (facts.quantization or {}).get("experts_reload_in_transformers", True) or scheme is None
-    notes = [f"transformers: {'loads it' if reload else 'does not read routed experts in this scheme'}"
-             + (f" (made with {with_versions}){'; needs `compressed-tensors` installed' if scheme else ''}." if with_versions else "."),
-             f"vLLM: {engine.vllm}.".replace("..", "."), f"SGLang: {engine.sglang}.", "This run started no serving engine."]
+    reads = f"reads it{'; `compressed-tensors` must be installed' if scheme else ''}" if reload else "does not read routed experts in this scheme"
+    notes = [f"transformers: {reads}{made}.", f"vLLM: {engine.vllm}", f"SGLang: {engine.sglang}.", "This run started no serving engine."]
     blocks = ["## Use it", "\n".join(f"- {note}" for note in notes)]
     if not ragged:
         blocks.append(f"```bash\nvllm serve {target}{' --trust-remote-code' if trust else ''}\n```")
     if reload:
+        code = ', trust_remote_code=True' if trust else ""
         blocks.append("```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-                      f'model = AutoModelForCausalLM.from_pretrained("{target}", dtype="auto", device_map="auto"{", trust_remote_code=True" if trust else ""})\n'
+                      f'model = AutoModelForCausalLM.from_pretrained("{target}", dtype="auto", device_map="auto"{code})\n'
                       f'tokenizer = AutoTokenizer.from_pretrained("{target}")\n```')
     return "\n\n".join(blocks)
 

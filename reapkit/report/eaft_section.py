@@ -10,8 +10,9 @@ import torch
 from reapkit.eaft import REGIONS, Thresholds, region_of, source_thresholds
 from reapkit.recipe.schema import EaftSpec
 from reapkit.report.blocks import Chart, Note, Section, Table
+from reapkit.report.charts import axis, grid, shade
 from reapkit.report.view import View
-from reapkit.report.wording import count, percent
+from reapkit.report.wording import percent, plural
 from reapkit.saliency import source_alphas
 
 BINS = 48
@@ -24,20 +25,25 @@ def eaft_section(view: View) -> Section:
     """Where positions lie in (p, H), the borders, each region's share, and what the conflict term changed if it was used."""
     used = (view.selection.details.get("eaft") if view.selection else None) or {}
     borders, shares = _measured(view) if not used else (_borders_of(used), used["shares"])
-    sentence = (f"{percent(shares['all']['conflict'], 2)} of the positions are confident conflicts (low p, low H), {percent(shares['all']['uncertain'], 2)} "
-                f"are uncertain (low p, high H). " + _weight_matters(shares["all"]["conflict"]))
+    conflict, uncertain = shares["all"]["conflict"], shares["all"]["uncertain"]
+    sentence = (f"{percent(conflict, 2)} of the positions are confident conflicts (low p, low H), {percent(uncertain, 2)} are uncertain "
+                f"(low p, high H). {_weight_matters(conflict)}")
     rows = [(name, *(percent(row[region], 2) for region in REGIONS[:3])) for name, row in shares.items()]
+    columns = [("source", "left"), ("conflict", "right"), ("uncertain", "right"), ("good", "right")]
     blocks: list[Any] = [Chart("regions", "Confidence and correctness", sentence, [_density(view)], _layout(borders), 400),
-                         Table([("source", "left"), ("conflict", "right"), ("uncertain", "right"), ("good", "right")], rows, narrow=True)]
-    if used:
-        changed = used.get("changed_by_conflict")
-        if changed is not None:
-            tone = "info" if changed else "warn"
-            blocks.append(Note(tone, f"The conflict weight {used['weights']['conflict']:g} changed {count(changed)} kept experts against a run that weighs "
-                               "conflict positions like the rest." if changed else "The conflict term changed no kept expert: criterion reap decides the same."))
+                         Table(columns, rows, narrow=True)]
+    if used.get("changed_by_conflict") is not None:
+        blocks.append(_effect(used["changed_by_conflict"], used["weights"]["conflict"]))
     lead = ("p is the probability of the reference token, H the entropy over the top logits divided by its maximum. "
             + ("These regions weighed the saliency." if used else "Default quantiles; this cut did not use them."))
     return Section("eaft", "EAFT regions", blocks, lead, "EAFT")
+
+
+def _effect(changed: int, weight: float) -> Note:
+    if not changed:
+        return Note("warn", "The conflict term changed no kept expert: without it the same experts stay.")
+    return Note("info", f"The conflict weight {weight:g} changed {plural(changed, 'kept expert')} against a run that weighs conflict positions "
+                        "like the rest.")
 
 
 def _weight_matters(share: float) -> str:
@@ -49,14 +55,14 @@ def _measured(view: View) -> tuple[list[Thresholds], dict[str, dict[str, float]]
     observation, spec = view.observation, EaftSpec()
     trace = observation.eaft
     borders = source_thresholds(trace, len(observation.sources), spec, source_alphas(observation, view.mix))
-    shares, total = {}, torch.zeros(len(REGIONS), dtype=torch.float64)
+    positions = {}
     for index, name in enumerate(observation.sources):
         mine = trace.source == index
-        found = torch.bincount(region_of(trace.p[mine], trace.h[mine], borders[index]), minlength=len(REGIONS)).double()
-        total += found
-        shares[name] = found
-    shares = {"all": total, **shares}
-    return list(borders[:1]), {name: dict(zip(REGIONS, (row / max(1.0, float(row.sum()))).tolist(), strict=True)) for name, row in shares.items()}
+        region = region_of(trace.p[mine], trace.h[mine], borders[index])
+        positions[name] = torch.bincount(region, minlength=len(REGIONS)).double()
+    positions = {"all": sum(positions.values()), **positions}
+    shares = {name: (row / max(1.0, float(row.sum()))).tolist() for name, row in positions.items()}
+    return list(borders[:1]), {name: dict(zip(REGIONS, row, strict=True)) for name, row in shares.items()}
 
 
 def _borders_of(used: dict[str, Any]) -> list[Thresholds]:
@@ -70,10 +76,10 @@ def _density(view: View) -> dict[str, Any]:
     place = 1 + trace.p.double().clamp_min(LEAST_P).log10() / DECADES
     x, y = ((values * BINS).long().clamp(0, BINS - 1) for values in (place, trace.h.double()))
     cells = torch.bincount(y * BINS + x, minlength=BINS * BINS).view(BINS, BINS)
-    return {"type": "heatmap", "x": [LEAST_P ** (1 - edge / BINS) for edge in range(BINS + 1)], "y": [edge / BINS for edge in range(BINS + 1)],
-            "z": [[math.log10(n) if n else None for n in row] for row in cells.tolist()],
-            "text": [[f"{n:,} positions" for n in row] for row in cells.tolist()], "hovertemplate": "p %{x:.3g}, H %{y:.2f}: %{text}<extra></extra>",
-            "colorscale": [[0, "--heat-low"], [1, "--heat-high"]], "showscale": False, "hoverongaps": False}
+    edges = [edge / BINS for edge in range(BINS + 1)]
+    return grid(edges, x=[LEAST_P ** (1 - edge) for edge in edges], z=[[math.log10(n) if n else None for n in row] for row in cells.tolist()],
+                text=[[f"{n:,} positions" for n in row] for row in cells.tolist()], colorscale=shade("--heat-low", "--heat-high"),
+                hovertemplate="p %{x:.3g}, H %{y:.2f}: %{text}<extra></extra>")
 
 
 def _layout(borders: list[Thresholds]) -> dict[str, Any]:
@@ -84,14 +90,15 @@ def _layout(borders: list[Thresholds]) -> dict[str, Any]:
         shapes += [_region(edge, 0, one.h_low, "--bad"), _region(edge, one.h_high, 1, "--warn")]
     if len(borders) == 1:
         notes = [_label("conflict", borders[0].h_low / 2, "--bad"), _label("uncertain", (1 + borders[0].h_high) / 2, "--warn")]
-    return {"shapes": shapes, "annotations": notes, "yaxis": {"title": {"text": "entropy H"}, "range": [0, 1], "zeroline": False},
-            "xaxis": {"title": {"text": "p of the reference token"}, "type": "log", "range": [-DECADES, 0], "dtick": 1, "zeroline": False, "exponentformat": "none"}}
+    return {"shapes": shapes, "annotations": notes, "yaxis": axis("entropy H", range=[0, 1], zeroline=False),
+            "xaxis": axis("p of the reference token", type="log", range=[-DECADES, 0], dtick=1, zeroline=False, exponentformat="none")}
 
 
 def _region(edge: float, low: float, high: float, color: str) -> dict[str, Any]:
-    return {"type": "rect", "x0": LEAST_P, "x1": edge, "y0": low, "y1": high, "line": {"color": color, "width": 2}, "fillcolor": "rgba(0,0,0,0)"}
+    return {"type": "rect", "x0": LEAST_P, "x1": edge, "y0": low, "y1": high, "line": {"color": color, "width": 2},
+            "fillcolor": "rgba(0,0,0,0)"}
 
 
 def _label(text: str, height: float, color: str) -> dict[str, Any]:
-    return {"showarrow": False, "x": -DECADES + 0.06, "xanchor": "left", "y": height, "text": text, "font": {"size": 12, "color": color},
-            "bgcolor": "--surface", "borderpad": 2}
+    return {"showarrow": False, "x": -DECADES + 0.06, "xanchor": "left", "y": height, "text": text, "bgcolor": "--surface", "borderpad": 2,
+            "font": {"size": 12, "color": color}}

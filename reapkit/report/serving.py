@@ -23,9 +23,10 @@ ENGINES: Mapping[str, Engine] = {
     **{f"W{bits}A16": Engine(HUMMING, f"not supported: {INTEGER_SGLANG}") for bits in (2, 3, 5, 6, 7)},
     **{f"W{bits}A16": Engine(MARLIN, "supported") for bits in (4, 8)},
 }
-UNKNOWN = Engine("check that your version reads this compressed-tensors scheme for experts", "check that your version reads this scheme")
-PLAIN = Engine("any version that serves the base model; vLLM on CPU too", "any version that serves the base model")
-RAGGED = Engine("not from the config alone: layers hold different numbers of experts", "not supported: layers hold different numbers of experts")
+UNKNOWN = Engine("check that your version reads this compressed-tensors scheme for experts.", "check that your version reads this scheme")
+PLAIN = Engine("any version that serves the base model.", "any version that serves the base model")
+RAGGED = Engine("not from the config alone: layers hold different numbers of experts.",
+                "not supported: layers hold different numbers of experts")
 
 
 def engine_for(scheme: str | None, *, ragged: bool = False) -> Engine:

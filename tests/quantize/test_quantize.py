@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from tiny import build, save_hub_layout
 from tiny_tokens import tiny_tokens
 
 from reapkit.checkpoint import Checkpoint
-from reapkit.errors import RecipeError
+from reapkit.errors import RecipeError, StageFailed
+import reapkit.quantize.calibrated as calibrated
 from reapkit.quantize import quantize_checkpoint
 from reapkit.quantize.calibrated import equal_batches
 from reapkit.quantize.dense import PackedDirectory, relative_error
@@ -196,3 +198,39 @@ def test_nothing_is_printed(saved, tokens, tmp_path: Path, capfd: pytest.Capture
     quantize_checkpoint(saved("qwen3_moe"), tmp_path / "out", spec_of(method="gptq"), calibration=tokens)
     captured = capfd.readouterr()
     assert captured.out == captured.err == ""
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral"])
+def test_calibration_looks_at_no_later_token(saved, tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str) -> None:
+    """With the repair taken out, llm-compressor's pipeline calibrates these two bidirectionally, and the run must notice."""
+    quantize_checkpoint(saved(model_type), tmp_path / "right", spec_of(method="gptq"), calibration=tokens)
+    monkeypatch.setattr(calibrated, "_causal", lambda device: nullcontext())
+    with pytest.raises(StageFailed, match="calibration met another attention than the model's own"):
+        quantize_checkpoint(saved(model_type), tmp_path / "wrong", spec_of(method="gptq"), calibration=tokens)
+
+
+def test_the_session_of_llmcompressor_is_released(saved, tokens, tmp_path: Path) -> None:
+    from llmcompressor.core import active_session
+
+    quantize_checkpoint(saved("qwen3_moe"), tmp_path / "out", spec_of(method="gptq"), calibration=tokens)
+    assert active_session().state.model is None
+
+
+def test_a_raw_recipe_decides_what_is_quantized(saved, tokens, tmp_path: Path) -> None:
+    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}
+    group = {"targets": ["re:.*experts.*_proj$"], "weights": weights}
+    spec = QuantizeSpec(recipe={"stage": {"modifiers": {"GPTQModifier": {"config_groups": {"group_0": group}, "ignore": ["lm_head"]}}}})
+    facts = quantize_checkpoint(saved("qwen3_moe"), tmp_path / "out", spec, calibration=tokens)
+    assert facts["quantized_matrices"] == 2 * 16 * 3 and "model.layers.0.self_attn.q_proj" in facts["left"]["the recipe leaves it"]
+    assert holds(saved("qwen3_moe"), tmp_path / "out", spec)["loads"]
+    names = set(Checkpoint.open(tmp_path / "out").tensors)
+    assert "model.layers.0.self_attn.q_proj.weight" in names and "model.layers.1.mlp.experts.7.up_proj.weight_packed" in names
+
+
+@pytest.mark.parametrize(("recipe", "message"), [
+    ({"stage": {"modifiers": {"GPTQModifierr": {}}}}, "llm-compressor refuses it"),
+    ({"stage": {"modifiers": {"QuantizationModifier": {"targets": ["Linear"], "scheme": "FP8_DYNAMIC"}}}}, "quantizes lm_head, which reapkit never does"),
+])
+def test_a_raw_recipe_that_cannot_be_written_is_refused(saved, tokens, tmp_path: Path, recipe: dict, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        quantize_checkpoint(saved("qwen3_moe"), tmp_path / "out", QuantizeSpec(recipe=recipe), calibration=tokens)
