@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from reapkit.architecture import text_config
 from reapkit.budget import Candidate, candidates
 from reapkit.checkpoint import Checkpoint
 from reapkit.criteria import criterion_fingerprint, criterion_problem
@@ -148,7 +149,7 @@ def _check(loaded: LoadedRecipe, checkpoint: Checkpoint, layout: Layout) -> tupl
         grid = candidates(recipe.prune, recipe.saliency, checkpoint.architecture, tuple(layout.layers))
     except RecipeError as error:
         problems += error.problems
-    problems += check_quantize(checkpoint, recipe.quantize)
+    problems += check_quantize(checkpoint, recipe.quantize) + _length_problems(recipe, checkpoint)
     problems += [Problem(f"saliency.mix.{name}", f"no source of calibration.mix has this name.{closest(name, names)} Allowed: {', '.join(names)}.")
                  for name in recipe.saliency.mix or {} if name not in names]
     problems += [problem for i, name in enumerate(recipe.evaluate.controls)
@@ -162,6 +163,17 @@ def _check(loaded: LoadedRecipe, checkpoint: Checkpoint, layout: Layout) -> tupl
     if problems:
         raise loaded.located(RecipeError(list(dict.fromkeys(problems))))
     return grid
+
+
+def _length_problems(recipe: Recipe, checkpoint: Checkpoint) -> list[Problem]:
+    """Rows the user made longer than the model's positions would be read where it was never trained."""
+    longest = text_config(checkpoint.config).get("max_position_embeddings")
+    calibration, packs = recipe.calibration, recipe.evaluate.packs
+    lengths = {"calibration.max_length": calibration.max_length} if "max_length" in calibration.model_fields_set else {}
+    if "lengths" in packs.model_fields_set:
+        lengths |= {f"evaluate.packs.lengths[{i}]": length for i, length in enumerate(packs.lengths)}
+    return [Problem(path, f"{length}, but the model reads at most {longest} tokens (max_position_embeddings). Choose at most {longest}.")
+            for path, length in lengths.items() if isinstance(longest, int) and length > longest]
 
 
 def _own_criteria(grid: tuple[Candidate, ...], controls: Sequence[str]) -> dict[str, str]:

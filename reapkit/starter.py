@@ -6,6 +6,7 @@ import re
 from math import gcd
 from pathlib import Path
 
+from reapkit.architecture import text_config
 from reapkit.checkpoint import Checkpoint
 from reapkit.layout import read_layout
 from reapkit.recipe.schema import ModelSpec, QuantizeSpec
@@ -24,14 +25,15 @@ def starting_recipe(model: str, directory: Path) -> tuple[str, str]:
     checkpoint = Checkpoint.open(path)
     architecture, layout = checkpoint.architecture, read_layout(checkpoint)
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", model.removeprefix("builtin:").rstrip("/").split("/")[-1]).strip("-.") or "model"
-    group = group_size(checkpoint)
+    group, longest = group_size(checkpoint), text_config(checkpoint.config).get("max_position_embeddings") or 2048
     mix = _MIX_BUILTIN if model.startswith("builtin:") else _MIX
     facts = (f"{architecture.model_type}: {len(layout.layers)} MoE layers of {architecture.num_hidden_layers}, top-"
              f"{architecture.num_experts_per_tok} of {architecture.num_experts} experts, {checkpoint.nbytes / 1e9:.3g} GB")
     quantize = _quantize(checkpoint, group)
     return name, _TEMPLATE.format(name=name, model=model, facts=facts, mix=mix, quantize=quantize,
                                   keep=architecture.num_experts - architecture.num_experts // 2, experts=architecture.num_experts,
-                                  top_k=architecture.num_experts_per_tok)
+                                  top_k=architecture.num_experts_per_tok, length=min(2048, longest),
+                                  lengths=[length for length in (1024, 2048) if length <= longest] or [longest])
 
 
 def group_size(checkpoint: Checkpoint) -> int | None:
@@ -71,7 +73,7 @@ model:
 
 calibration:
   samples: 1360                 # more samples: steadier decisions, longer observation
-  max_length: 2048              # tokens per row
+  max_length: {length:<4}              # tokens per row
   mix:
 {mix}
 
@@ -83,6 +85,7 @@ prune:
   # candidates: {{ratio: [0.5, 0.4, 0.25]}}   # instead of ratio: the smallest that passes the gates wins
 
 evaluate:
+  packs: {{lengths: {lengths}}} # held-out rows are compared at these lengths
   gates: near-lossless          # strict, near-lossless, size-first, or limits of your own; nothing is written unless they pass
 
 {quantize}
