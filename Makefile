@@ -11,7 +11,7 @@ demo: $(STAMP)
 	$(BIN)/reapkit apply recipes/demo.yaml
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not gpu and not long"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu and not long"
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -2,8 +2,8 @@
 
     python benchmarks/observe.py [--dtype float32|bfloat16] [--device cpu|cuda] [--pairs 7] [--json FILE]
 
-The model is a random qwen3_moe of hidden 1024, 64 experts, top-8, 4 layers; the plain forward runs transformers' fastest experts
-implementation on the device, both sides without the LM head, and with it where EAFT signals are collected.
+The model is a random qwen3_moe of hidden 1024, 64 experts, top-8, 4 layers; the plain forward runs transformers' fastest
+experts implementation on the device, both sides without the LM head, and with it where EAFT signals are collected.
 """
 
 from __future__ import annotations
@@ -32,13 +32,27 @@ from reapkit.recipe.schema import ObserveSpec
 
 
 def build(dtype: torch.dtype, device: str, vocabulary: int) -> torch.nn.Module:
-    config = AutoConfig.for_model("qwen3_moe", vocab_size=vocabulary, hidden_size=1024, intermediate_size=2048, moe_intermediate_size=512,
-                                  num_hidden_layers=4, num_attention_heads=16, num_key_value_heads=4, head_dim=64, num_experts=64,
-                                  num_experts_per_tok=8, norm_topk_prob=True, max_position_embeddings=4096)
+    config = AutoConfig.for_model(
+        "qwen3_moe",
+        vocab_size=vocabulary,
+        hidden_size=1024,
+        intermediate_size=2048,
+        moe_intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        head_dim=64,
+        num_experts=64,
+        num_experts_per_tok=8,
+        norm_topk_prob=True,
+        max_position_embeddings=4096,
+    )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
     model.to_empty(device=device)
-    block = (0.1 * (torch.rand(1 << 18) - 0.5)).to(device=device, dtype=dtype)  # drawing 400 million normals would take longer than the test
+    block = (0.1 * (torch.rand(1 << 18) - 0.5)).to(
+        device=device, dtype=dtype
+    )  # drawing 400 million normals would take longer than the test
     for parameter in model.parameters():
         flat = parameter.data.view(-1)
         flat.copy_(block.repeat(-(-flat.numel() // block.numel()))[: flat.numel()])
@@ -55,7 +69,9 @@ def one_batch(rows: int, length: int, vocabulary: int) -> Batch:
     everywhere = torch.ones_like(ids, dtype=torch.bool)
     signal = everywhere.clone()
     signal[:, -1] = False
-    return Batch(ids, torch.full((rows,), length), everywhere, everywhere, signal, torch.arange(rows) % 3, None, tuple(range(rows)))
+    return Batch(
+        ids, torch.full((rows,), length), everywhere, everywhere, signal, torch.arange(rows) % 3, None, tuple(range(rows))
+    )
 
 
 def fastest_plain(model: torch.nn.Module, run: Callable[[], object]) -> str:
@@ -87,7 +103,11 @@ def timed(run: Callable[[], object]) -> float:
 def watching(model: torch.nn.Module, batch: Batch, eaft: bool) -> Iterator[BatchWatch]:
     sites = find_experts(model)
     with tempfile.TemporaryDirectory() as directory:
-        trace = TraceFile(Path(directory) / "trace.safetensors", [site.layer for site in sites], 8, int(batch.signal.sum())) if eaft else None
+        trace = (
+            TraceFile(Path(directory) / "trace.safetensors", [site.layer for site in sites], 8, int(batch.signal.sum()))
+            if eaft
+            else None
+        )
         session = Session(sites, None, ObserveSpec(eaft=eaft), Path(directory), trace, (0,), 8, "qwen3_moe", {})
         yield BatchWatch(session, batch, GroupSums(sites, 3).add)
 
@@ -118,11 +138,18 @@ def main() -> None:
     batch = one_batch(arguments.tokens // 512, 512, arguments.vocabulary)
     ids = batch.input_ids.to(arguments.device)
     best = fastest_plain(model, lambda: final_hidden(model, ids))
-    result = {"device": arguments.device, "dtype": arguments.dtype, "tokens": arguments.tokens, "plain": best,
-              "machine": platform.processor() or platform.machine(), "torch": torch.__version__,
-              "transformers": transformers.__version__}
+    result = {
+        "device": arguments.device,
+        "dtype": arguments.dtype,
+        "tokens": arguments.tokens,
+        "plain": best,
+        "machine": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
     for eaft in (False, True):
         with watching(model, batch, eaft) as watch:
+
             def observed() -> None:
                 with intercepted(watch.session.sites, watch):
                     hidden = final_hidden(model, ids)
@@ -135,7 +162,9 @@ def main() -> None:
             measured = ratios(plain, observed, arguments.pairs)
         name = "eaft" if eaft else "statistics"
         result[name] = {"median": round(statistics.median(measured), 4), "ratios": [round(ratio, 4) for ratio in measured]}
-        print(f"{name:11s} {result[name]['median']:.3f}x a plain forward ({best}), pairs {min(measured):.3f} to {max(measured):.3f}")
+        print(
+            f"{name:11s} {result[name]['median']:.3f}x a plain forward ({best}), pairs {min(measured):.3f} to {max(measured):.3f}"
+        )
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
 

@@ -2,9 +2,9 @@
 
     python benchmarks/streaming.py [--layers 24] [--tokens 8192] [--json FILE] [--keep DIR]
 
-Writes a random qwen3_moe checkpoint, one shard per layer (24 layers of 400 MB in bfloat16 are 10 GB), observes it in one process with one
-thread and prints: seconds to read the shards, seconds of plain compute (one layer's share measured, times the layers), seconds streamed;
-and the peak of the process's anonymous memory beside one layer's bytes.
+Writes a random qwen3_moe checkpoint, one shard per layer (24 layers of 400 MB in bfloat16 are 10 GB), observes it in one
+process with one thread and prints: seconds to read the shards, seconds of plain compute (one layer's share measured, times the
+layers), seconds streamed; and the peak of the process's anonymous memory beside one layer's bytes.
 """
 
 from __future__ import annotations
@@ -33,9 +33,20 @@ ROW = 512
 
 def write_checkpoint(path: Path, layers: int, hidden: int, experts: int, intermediate: int) -> int:
     """Random, one shard per layer; returns the bytes of a layer."""
-    config = AutoConfig.for_model("qwen3_moe", vocab_size=4096, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=1,
-                                  moe_intermediate_size=intermediate, num_attention_heads=hidden // 64, num_key_value_heads=4, head_dim=64,
-                                  num_experts=experts, num_experts_per_tok=8, norm_topk_prob=True)
+    config = AutoConfig.for_model(
+        "qwen3_moe",
+        vocab_size=4096,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=1,
+        moe_intermediate_size=intermediate,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=4,
+        head_dim=64,
+        num_experts=experts,
+        num_experts_per_tok=8,
+        norm_topk_prob=True,
+    )
     with torch.device("cpu"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(path)
@@ -44,7 +55,9 @@ def write_checkpoint(path: Path, layers: int, hidden: int, experts: int, interme
     where = {}
     parts = {"rest": {name: tensor for name, tensor in one.items() if ".layers." not in name}}
     for layer in range(layers):
-        parts[f"{layer:04d}"] = {name.replace(".layers.0.", f".layers.{layer}."): tensor for name, tensor in one.items() if ".layers." in name}
+        parts[f"{layer:04d}"] = {
+            name.replace(".layers.0.", f".layers.{layer}."): tensor for name, tensor in one.items() if ".layers." in name
+        }
     for part, tensors in parts.items():
         file = f"model-{part}.safetensors"
         save_file(tensors, path / file, metadata={"format": "pt"})
@@ -58,12 +71,27 @@ def write_checkpoint(path: Path, layers: int, hidden: int, experts: int, interme
 def write_tokens(path: Path, tokens: int) -> CalibrationTokens:
     path.mkdir()
     rows = tokens // ROW
-    file = create_tensors(path / TOKENS_FILE, {"input_ids": ("int32", tokens), "assistant": ("uint8", tokens), "row_offsets": ("int64", rows + 1),
-                                               "row_source": ("int16", rows), "sample_offsets": ("int64", rows + 1), "part_sample": ("int32", rows)})
+    file = create_tensors(
+        path / TOKENS_FILE,
+        {
+            "input_ids": ("int32", tokens),
+            "assistant": ("uint8", tokens),
+            "row_offsets": ("int64", rows + 1),
+            "row_source": ("int16", rows),
+            "sample_offsets": ("int64", rows + 1),
+            "part_sample": ("int32", rows),
+        },
+    )
     file["input_ids"][:] = np.random.default_rng(0).integers(0, 4096, tokens)
     file["assistant"][:] = 1
     file["row_offsets"][:] = file["sample_offsets"][:] = ROW * np.arange(rows + 1)
-    summary = {"sources": [{"name": "random"}], "score": "all", "packing": "none", "groups": [0, rows], "snapshots": [0, 0, 0, 0]}
+    summary = {
+        "sources": [{"name": "random"}],
+        "score": "all",
+        "packing": "none",
+        "groups": [0, rows],
+        "snapshots": [0, 0, 0, 0],
+    }
     (path / SUMMARY_FILE).write_text(json.dumps(summary))
     return CalibrationTokens.load(path)
 
@@ -103,20 +131,31 @@ def seconds_of_plain_compute(path: Path, layers: int, tokens: CalibrationTokens,
         config = json.loads((path / "config.json").read_text())
         (Path(directory) / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
         index = json.loads((path / "model.safetensors.index.json").read_text())
-        kept = {name: file for name, file in index["weight_map"].items() if file in ("model-rest.safetensors", "model-0000.safetensors")}
+        kept = {
+            name: file
+            for name, file in index["weight_map"].items()
+            if file in ("model-rest.safetensors", "model-0000.safetensors")
+        }
         (Path(directory) / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": kept}))
         model = load_model(directory)
         rows = [tokens.row(row).input_ids for row in range(tokens.num_rows)]
         per_batch = max(1, batch_tokens // ROW)
         start = time.perf_counter()
         for first in range(0, len(rows), per_batch):
-            final_hidden(model, torch.stack(rows[first:first + per_batch]))
+            final_hidden(model, torch.stack(rows[first : first + per_batch]))
         return layers * (time.perf_counter() - start)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in (("layers", 24), ("hidden", 1024), ("experts", 128), ("intermediate", 512), ("tokens", 8192), ("batch-tokens", 2048)):
+    for name, default in (
+        ("layers", 24),
+        ("hidden", 1024),
+        ("experts", 128),
+        ("intermediate", 512),
+        ("tokens", 8192),
+        ("batch-tokens", 2048),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -131,14 +170,24 @@ def main() -> None:
         before, memory = anonymous_bytes(), PeakMemory()
         memory.start()
         start = time.perf_counter()
-        observe_streaming(path, tokens, ObserveSpec(eaft=False), batch_tokens=arguments.batch_tokens, work_directory=Path(directory) / "work")
+        observe_streaming(
+            path, tokens, ObserveSpec(eaft=False), batch_tokens=arguments.batch_tokens, work_directory=Path(directory) / "work"
+        )
         streamed = time.perf_counter() - start
         memory.stopped.set()
         read = seconds_to_read(path)
-    result = {"checkpoint_bytes": total, "layer_bytes": layer_bytes, "tokens": arguments.tokens, "read_seconds": round(read, 2),
-              "compute_seconds": round(compute, 2), "streamed_seconds": round(streamed, 2),
-              "over_the_larger": round(streamed / max(read, compute), 3), "peak_bytes": memory.peak - before,
-              "peak_in_layers": round((memory.peak - before) / layer_bytes, 2), "torch": torch.__version__}
+    result = {
+        "checkpoint_bytes": total,
+        "layer_bytes": layer_bytes,
+        "tokens": arguments.tokens,
+        "read_seconds": round(read, 2),
+        "compute_seconds": round(compute, 2),
+        "streamed_seconds": round(streamed, 2),
+        "over_the_larger": round(streamed / max(read, compute), 3),
+        "peak_bytes": memory.peak - before,
+        "peak_in_layers": round((memory.peak - before) / layer_bytes, 2),
+        "torch": torch.__version__,
+    }
     print(json.dumps(result, indent=2))
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")

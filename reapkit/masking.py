@@ -1,4 +1,6 @@
-"""A candidate on the loaded model: dropped experts leave the routing, no weight is written, and the block's end restores everything."""
+"""A candidate on the loaded model: dropped experts leave the routing, no weight is written, and the block's end restores
+everything.
+"""
 
 from __future__ import annotations
 
@@ -15,21 +17,30 @@ from reapkit.errors import UnusableError
 from reapkit.observe.experts import Experts, RoutedExperts, find_experts, intercepted
 
 ROUTER_NAMES = re.compile(r"gate|gating|.*router.*|.*statics.*")
-TOP_K_NAMES = ("top_k", "topk", "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts",
-               "num_selected_experts")
+TOP_K_NAMES = (
+    "top_k",
+    "topk",
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_topk",
+    "moe_k",
+    "top_k_experts",
+    "num_selected_experts",
+)
 GROUP_NAMES = ("num_group", "n_group", "num_expert_group")
 
 
 @contextmanager
 def masked(model: nn.Module, keep: Mapping[int, Sequence[int]], experts_per_token: int | None = None) -> Iterator[None]:
-    """Inside the block the model routes as its pruned self: only to `keep[layer]` (decoder index -> expert indices) of each layer.
+    """Inside the block the model routes as its pruned self: only to `keep[layer]` (decoder index -> expert indices) of each
+    layer.
 
-    Router rows, biases and per-expert scales are sliced in memory, in ascending expert order, and the indices the router returns are
-    mapped back to the original experts, so softmax, group scoring and renormalisation run over the kept ones alone. Layers that
-    `keep` does not name stay whole. `experts_per_token` overrides top-k everywhere.
+    Router rows, biases and per-expert scales are sliced in memory, in ascending expert order, and the indices the router
+    returns are mapped back to the original experts, so softmax, group scoring and renormalisation run over the kept ones alone.
+    Layers that `keep` does not name stay whole. `experts_per_token` overrides top-k everywhere.
 
-    Raises UnusableError where a layer has no routed experts, keeps too few, keeps unequal numbers per routing group, or routes by a
-    fixed table.
+    Raises UnusableError where a layer has no routed experts, keeps too few, keeps unequal numbers per routing group, or routes
+    by a fixed table.
     """
     sites = {site.layer: site for site in find_experts(model)}
     if unknown := sorted(set(keep) - set(sites)):
@@ -50,8 +61,10 @@ def _back_to_original(kept: Mapping[int, Tensor], experts_per_token: int | None)
 
     def handler(site: RoutedExperts, hidden: Tensor, index: Tensor, gates: Tensor, inner: Experts) -> Tensor:
         if experts_per_token is not None and index.shape[1] != experts_per_token:
-            raise UnusableError(f"prune.experts_per_token: {experts_per_token}, but the router of layer {site.layer} still returns "
-                                f"{index.shape[1]} experts per token; this architecture's top-k cannot be overridden.")
+            raise UnusableError(
+                f"prune.experts_per_token: {experts_per_token}, but the router of layer {site.layer} still returns "
+                f"{index.shape[1]} experts per token; this architecture's top-k cannot be overridden."
+            )
         if site.layer in kept:
             where = (site.layer, index.device)
             if where not in on_device:
@@ -63,12 +76,13 @@ def _back_to_original(kept: Mapping[int, Tensor], experts_per_token: int | None)
 
 
 def routing_modules(site: RoutedExperts) -> Iterator[tuple[str, nn.Module]]:
-    """The modules whose tensors may have an expert axis, beside the experts and the shared experts; the block itself comes first."""
+    """The modules whose tensors may have an expert axis, beside the experts and the shared experts; the block itself comes
+    first.
+    """
     yield "", site.block
     for child, module in site.block.named_children():
         if ROUTER_NAMES.fullmatch(child) and "shared" not in child and module is not site.module:
-            for name, inner in module.named_modules(prefix=child):
-                yield name, inner
+            yield from module.named_modules(prefix=child)
 
 
 @contextmanager
@@ -79,7 +93,7 @@ def _sliced(site: RoutedExperts, kept: Tensor) -> Iterator[None]:
     undo: list[tuple[dict[str, Any], str, Any]] = []
     try:
         rows = 0
-        for name, module in routing_modules(site):
+        for _, module in routing_modules(site):
             for store in (module._parameters, module._buffers):
                 for key, tensor in list(store.items()):
                     if tensor is None or total not in tensor.shape:
@@ -91,7 +105,9 @@ def _sliced(site: RoutedExperts, kept: Tensor) -> Iterator[None]:
                 if _is_count(key, value, total):
                     _set(undo, vars(module), key, len(kept))
         if not rows:
-            raise UnusableError(f"layer {site.layer}: no tensor with {total} rows beside {site.name}, so its router cannot be masked.")
+            raise UnusableError(
+                f"layer {site.layer}: no tensor with {total} rows beside {site.name}, so its router cannot be masked."
+            )
         yield
     finally:
         for store, key, value in reversed(undo):
@@ -115,14 +131,18 @@ def _refuse_bad_keep(site: RoutedExperts, kept: Tensor) -> None:
         raise UnusableError(f"{where}: kept experts {kept.tolist()} are not distinct numbers from 0 to {site.num_experts - 1}.")
     for name, module in routing_modules(site):
         if name and any(not tensor.is_floating_point() and tensor.numel() > 1 for tensor in module.buffers(recurse=False)):
-            raise UnusableError(f"{where}: its router reads expert numbers from a fixed table, so dropping experts is undefined. "
-                                "Exclude the layer with a cap {layers: ..., keep_all: true}.")
+            raise UnusableError(
+                f"{where}: its router reads expert numbers from a fixed table, so dropping experts is undefined. "
+                "Exclude the layer with a cap {layers: ..., keep_all: true}."
+            )
         groups = next((vars(module)[key] for key in GROUP_NAMES if isinstance(vars(module).get(key), int)), 1)
         if groups > 1:
             per_group = torch.bincount(kept // (site.num_experts // groups), minlength=groups).tolist()
             if len(set(per_group)) > 1:
-                raise UnusableError(f"{where}: routes in {groups} groups, of which {per_group} experts are kept; group-limited routing "
-                                    "needs equal numbers.")
+                raise UnusableError(
+                    f"{where}: routes in {groups} groups, of which {per_group} experts are kept; group-limited routing "
+                    "needs equal numbers."
+                )
 
 
 @contextmanager

@@ -16,12 +16,14 @@ from reapkit.errors import UnusableError
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load_model(path: str | Path, *, device: str = "cpu", dtype: str | torch.dtype = "auto",
-               trust_remote_code: bool = False) -> nn.Module:
+def load_model(
+    path: str | Path, *, device: str = "cpu", dtype: str | torch.dtype = "auto", trust_remote_code: bool = False
+) -> nn.Module:
     """The checkpoint's own class in evaluation mode, without gradients, on `device` ("auto": spread over the accelerators).
 
-    `dtype`: "auto" (the checkpoint's), "float32", "bfloat16", "float16" or a torch dtype. Block-FP8 and MXFP4 weights are dequantized.
-    The experts run by the implementation that is fastest there. Raises UnusableError where the weights do not fit the class.
+    `dtype`: "auto" (the checkpoint's), "float32", "bfloat16", "float16" or a torch dtype. Block-FP8 and MXFP4 weights are
+    dequantized. The experts run by the implementation that is fastest there. Raises UnusableError where the weights do not fit
+    the class.
     """
     path = Path(path)
     config = load_config(path, trust_remote_code=trust_remote_code)
@@ -29,16 +31,27 @@ def load_model(path: str | Path, *, device: str = "cpu", dtype: str | torch.dtyp
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="You passed `quantization_config`")  # that we override how it loads is meant
         model, info = model_class(config, trust_remote_code).from_pretrained(
-            path, config=config, dtype=DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype, output_loading_info=True,
-            device_map=device, trust_remote_code=trust_remote_code, **implementation, **dequantized(config))
+            path,
+            config=config,
+            dtype=DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype,
+            output_loading_info=True,
+            device_map=device,
+            trust_remote_code=trust_remote_code,
+            **implementation,
+            **dequantized(config),
+        )
     if missing := sorted(info["missing_keys"]):
-        raise UnusableError(f"{path}: {len(missing)} tensors that {type(model).__name__} needs are missing, such as {missing[0]}; "
-                            "transformers would fill them at random. Download the checkpoint again.")
+        raise UnusableError(
+            f"{path}: {len(missing)} tensors that {type(model).__name__} needs are missing, such as {missing[0]}; "
+            "transformers would fill them at random. Download the checkpoint again."
+        )
     return widened(model.eval().requires_grad_(False), model.dtype)
 
 
 def widened(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """`module` without floats narrower than `dtype`: MXFP4 weights always unpack to bfloat16, whatever the rest of the model is in."""
+    """`module` without floats narrower than `dtype`: MXFP4 weights always unpack to bfloat16, whatever the rest of the model is
+    in.
+    """
     for parameter in module.parameters():
         if parameter.is_floating_point() and parameter.dtype.itemsize < dtype.itemsize and parameter.device.type != "meta":
             parameter.data = parameter.data.to(dtype)
@@ -51,7 +64,9 @@ def load_config(path: str | Path, *, trust_remote_code: bool = False) -> transfo
         return transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except ValueError as error:
         kind = json.loads((Path(path) / "config.json").read_text()).get("model_type")
-        raise UnusableError(f"{path}: transformers {transformers.__version__} cannot read a config of model_type '{kind}': {error}") from error
+        raise UnusableError(
+            f"{path}: transformers {transformers.__version__} cannot read a config of model_type '{kind}': {error}"
+        ) from error
 
 
 def model_class(config: transformers.PretrainedConfig, trust_remote_code: bool = False) -> type[Any]:
@@ -62,7 +77,9 @@ def model_class(config: transformers.PretrainedConfig, trust_remote_code: bool =
 
 
 def dequantized(config: transformers.PretrainedConfig) -> dict[str, Any]:
-    """Arguments of `from_pretrained` that turn FP8, MXFP4 and compressed-tensors weights into plain ones; other schemes load as they are."""
+    """Arguments of `from_pretrained` that turn FP8, MXFP4 and compressed-tensors weights into plain ones; other schemes load as
+    they are.
+    """
     settings = getattr(config, "quantization_config", None)
     method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
     if method == "fp8":
@@ -70,7 +87,9 @@ def dequantized(config: transformers.PretrainedConfig) -> dict[str, Any]:
         return {"quantization_config": transformers.FineGrainedFP8Config(dequantize=True, weight_block_size=block)}
     if method == "mxfp4":
         return {"quantization_config": transformers.Mxfp4Config(dequantize=True)}
-    if method == "compressed-tensors":  # else weights are unpacked by a hook on the whole model's forward, which the base model's lacks
+    if (
+        method == "compressed-tensors"
+    ):  # else weights are unpacked by a hook on the whole model's forward, which the base model's lacks
         return {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)}
     return {}
 
@@ -98,7 +117,8 @@ def decoder(model: nn.Module) -> nn.Module:
 def head_logits(model: nn.Module, hidden: Tensor) -> Tensor:
     """Float32 logits [positions, vocabulary] of final hidden states [positions, hidden].
 
-    The model's own forward runs with its decoder replaced by `hidden`, so scaling and soft-capping of logits are the architecture's.
+    The model's own forward runs with its decoder replaced by `hidden`, so scaling and soft-capping of logits are the
+    architecture's.
     """
     base = decoder(model)
     ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)

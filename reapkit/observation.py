@@ -1,4 +1,6 @@
-"""What one pass over the calibration says about every routed expert: additive, per source, complete enough to decide anything later."""
+"""What one pass over the calibration says about every routed expert: additive, per source, complete enough to decide anything
+later.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,8 @@ class Trace:
     """The exact EAFT material: every position with a signal, in row order, and what each of its slots contributed.
 
     `source` int16 [T] (index into `Observation.sources`), `p` float32 [T] (full-vocabulary probability of the reference token),
-    `h` float32 [T] (entropy of the softmax over the top-k logits / ln k), and per layer `routed(layer)` = (`expert` int16 [T, top_k],
-    `gate_norm` float32 [T, top_k]), read when asked for.
+    `h` float32 [T] (entropy of the softmax over the top-k logits / ln k), and per layer `routed(layer)` = (`expert` int16 [T,
+    top_k], `gate_norm` float32 [T, top_k]), read when asked for.
     """
 
     source: Tensor
@@ -61,6 +63,7 @@ class Trace:
 
     def then(self, other: Trace, other_source: Tensor) -> Trace:
         """This trace followed by `other`, whose source s becomes `other_source[s]`."""
+
         def routed(layer: int) -> tuple[Tensor, Tensor]:
             return tuple(torch.cat(pair) for pair in zip(self.routed(layer), other.routed(layer), strict=True))
 
@@ -83,10 +86,11 @@ class Observation:
     """Statistics of L MoE layers, S sources of the mix and E experts over the scored positions; two of the same model add up.
 
     `layers`: decoder indices. `tokens`, `scored_tokens`: int64 [S], positions that are not padding, and those that are scored.
-    `statistics`: float64 [L, S, E] each, by the names of SUMS: N, Σg, Σn, Σgn, Σ(gn)², with g the gate weight as the model hands it to
-    its experts and n the L2 norm of the expert's output before the gate. `maxima`: float32 [L, S, E] each, by the names of MAXIMA:
-    over every position that is not padding, and (`…_scored`) over the scored ones. `coactivation`: int64 [L, S, E, E], positions routed
-    to both. `snapshots`: float64 [4, L, S, E], `count` and `gate_norm_sum` after 1/16, 1/8, 1/4 and 1/2 of the rows. `eaft`: the trace.
+    `statistics`: float64 [L, S, E] each, by the names of SUMS: N, Σg, Σn, Σgn, Σ(gn)², with g the gate weight as the model
+    hands it to its experts and n the L2 norm of the expert's output before the gate. `maxima`: float32 [L, S, E] each, by the
+    names of MAXIMA: over every position that is not padding, and (`…_scored`) over the scored ones. `coactivation`: int64 [L,
+    S, E, E], positions routed to both. `snapshots`: float64 [4, L, S, E], `count` and `gate_norm_sum` after 1/16, 1/8, 1/4 and
+    1/2 of the rows. `eaft`: the trace.
     """
 
     model_type: str
@@ -104,15 +108,27 @@ class Observation:
     meta: Mapping[str, Any] = field(default_factory=dict)
 
     def save(self, directory: Path) -> None:
-        """Writes observation.safetensors, observation.json and, where there is a trace, trace.safetensors: equal inputs, equal bytes."""
+        """Writes observation.safetensors, observation.json and, where there is a trace, trace.safetensors: equal inputs, equal
+        bytes.
+        """
         directory.mkdir(parents=True, exist_ok=True)
         if self.eaft is not None:
             self.eaft.save(directory / "trace.safetensors", self.layers)
-        save_file({name: tensor.contiguous() for name, tensor in self._tensors().items()}, directory / "observation.safetensors")
-        facts = {"format": FORMAT_VERSION, "model_type": self.model_type, "layers": list(self.layers),
-                 "num_experts": self.num_experts, "num_experts_per_tok": self.num_experts_per_tok, "sources": list(self.sources),
-                 "tokens": self.tokens.tolist(), "scored_tokens": self.scored_tokens.tolist(),
-                 "eaft": self.eaft is not None, "meta": dict(self.meta)}
+        save_file(
+            {name: tensor.contiguous() for name, tensor in self._tensors().items()}, directory / "observation.safetensors"
+        )
+        facts = {
+            "format": FORMAT_VERSION,
+            "model_type": self.model_type,
+            "layers": list(self.layers),
+            "num_experts": self.num_experts,
+            "num_experts_per_tok": self.num_experts_per_tok,
+            "sources": list(self.sources),
+            "tokens": self.tokens.tolist(),
+            "scored_tokens": self.scored_tokens.tolist(),
+            "eaft": self.eaft is not None,
+            "meta": dict(self.meta),
+        }
         (directory / "observation.json").write_text(json.dumps(facts, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
     @classmethod
@@ -122,18 +138,32 @@ class Observation:
         try:
             facts = json.loads((directory / "observation.json").read_text())
         except (OSError, ValueError) as error:
-            raise UnusableError(f"{directory}: no readable observation.json there ({error}). Give an observation's directory.") from None
+            raise UnusableError(
+                f"{directory}: no readable observation.json there ({error}). Give an observation's directory."
+            ) from None
         if facts.get("format") != FORMAT_VERSION:
-            raise UnusableError(f"{directory}: observation format {facts.get('format')}, this version reads {FORMAT_VERSION}. "
-                                "Observe again, or use the version of reapkit that wrote it.")
+            raise UnusableError(
+                f"{directory}: observation format {facts.get('format')}, this version reads {FORMAT_VERSION}. "
+                "Observe again, or use the version of reapkit that wrote it."
+            )
         with safe_open(directory / "observation.safetensors", "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         trace = Trace.load(directory / "trace.safetensors") if facts["eaft"] else None
-        return cls(model_type=facts["model_type"], layers=tuple(facts["layers"]), num_experts=facts["num_experts"],
-                   num_experts_per_tok=facts["num_experts_per_tok"], sources=tuple(facts["sources"]), tokens=tensors["tokens"],
-                   scored_tokens=tensors["scored_tokens"], statistics={name: tensors[name] for name in SUMS},
-                   maxima={name: tensors[name] for name in MAXIMA}, coactivation=tensors.get("coactivation"),
-                   snapshots={name: tensors[f"snapshots.{name}"] for name in SNAPSHOTS}, eaft=trace, meta=facts["meta"])
+        return cls(
+            model_type=facts["model_type"],
+            layers=tuple(facts["layers"]),
+            num_experts=facts["num_experts"],
+            num_experts_per_tok=facts["num_experts_per_tok"],
+            sources=tuple(facts["sources"]),
+            tokens=tensors["tokens"],
+            scored_tokens=tensors["scored_tokens"],
+            statistics={name: tensors[name] for name in SUMS},
+            maxima={name: tensors[name] for name in MAXIMA},
+            coactivation=tensors.get("coactivation"),
+            snapshots={name: tensors[f"snapshots.{name}"] for name in SNAPSHOTS},
+            eaft=trace,
+            meta=facts["meta"],
+        )
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {"tokens": self.tokens, "scored_tokens": self.scored_tokens, **self.statistics, **self.maxima}
@@ -148,34 +178,54 @@ class Observation:
         mine, theirs = self._identity(), other._identity()
         if differing := [name for name in mine if mine[name] != theirs[name]]:
             name = differing[0]
-            raise UnusableError(f"observations of different models cannot be added: {name} is {mine[name]} here and {theirs[name]} "
-                                "there. Merge observations of one checkpoint only.")
+            raise UnusableError(
+                f"observations of different models cannot be added: {name} is {mine[name]} here and {theirs[name]} "
+                "there. Merge observations of one checkpoint only."
+            )
         sources = tuple(dict.fromkeys(self.sources + other.sources))
         a, b = self.with_sources(sources), other.with_sources(sources)
         coactivation = None if a.coactivation is None or b.coactivation is None else a.coactivation + b.coactivation
         trace = None
         if self.eaft is not None and other.eaft is not None:
             trace = self.eaft.then(other.eaft, torch.tensor([sources.index(name) for name in other.sources]))
-        return replace(a, tokens=a.tokens + b.tokens, scored_tokens=a.scored_tokens + b.scored_tokens,
-                       statistics={name: a.statistics[name] + b.statistics[name] for name in SUMS},
-                       maxima={name: torch.maximum(a.maxima[name], b.maxima[name]) for name in MAXIMA}, coactivation=coactivation,
-                       snapshots={name: a.snapshots[name] + b.snapshots[name] for name in SNAPSHOTS}, eaft=trace)
+        return replace(
+            a,
+            tokens=a.tokens + b.tokens,
+            scored_tokens=a.scored_tokens + b.scored_tokens,
+            statistics={name: a.statistics[name] + b.statistics[name] for name in SUMS},
+            maxima={name: torch.maximum(a.maxima[name], b.maxima[name]) for name in MAXIMA},
+            coactivation=coactivation,
+            snapshots={name: a.snapshots[name] + b.snapshots[name] for name in SNAPSHOTS},
+            eaft=trace,
+        )
 
     def with_sources(self, sources: tuple[str, ...]) -> Observation:
         """The same statistics with one slice per name of `sources` (zeros for a source not observed); the trace is left out."""
+
         def spread(tensor: Tensor, dim: int) -> Tensor:
             shape = list(tensor.shape)
             shape[dim] = len(sources)
             wide = tensor.new_zeros(shape)
             return wide.index_copy_(dim, torch.tensor([sources.index(name) for name in self.sources]), tensor)
 
-        return replace(self, sources=sources, tokens=spread(self.tokens, 0), scored_tokens=spread(self.scored_tokens, 0),
-                       statistics={name: spread(tensor, 1) for name, tensor in self.statistics.items()},
-                       maxima={name: spread(tensor, 1) for name, tensor in self.maxima.items()},
-                       coactivation=None if self.coactivation is None else spread(self.coactivation, 1),
-                       snapshots={name: spread(tensor, 2) for name, tensor in self.snapshots.items()}, eaft=None)
+        return replace(
+            self,
+            sources=sources,
+            tokens=spread(self.tokens, 0),
+            scored_tokens=spread(self.scored_tokens, 0),
+            statistics={name: spread(tensor, 1) for name, tensor in self.statistics.items()},
+            maxima={name: spread(tensor, 1) for name, tensor in self.maxima.items()},
+            coactivation=None if self.coactivation is None else spread(self.coactivation, 1),
+            snapshots={name: spread(tensor, 2) for name, tensor in self.snapshots.items()},
+            eaft=None,
+        )
 
     def _identity(self) -> dict[str, Any]:
-        return {"model": self.meta.get("model"), "model_type": self.model_type, "layers": self.layers,
-                "num_experts": self.num_experts, "num_experts_per_tok": self.num_experts_per_tok,
-                "entropy_top_k": self.meta.get("entropy_top_k")}
+        return {
+            "model": self.meta.get("model"),
+            "model_type": self.model_type,
+            "layers": self.layers,
+            "num_experts": self.num_experts,
+            "num_experts_per_tok": self.num_experts_per_tok,
+            "entropy_top_k": self.meta.get("entropy_top_k"),
+        }

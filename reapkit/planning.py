@@ -25,7 +25,7 @@ from reapkit.layout import Layout, active_parameters, pruned_sizes, read_layout
 from reapkit.recipe.loading import LoadedRecipe, as_loaded, in_file_order, load
 from reapkit.recipe.messages import closest
 from reapkit.recipe.schema import Recipe
-from reapkit.resolve import model_directory, source_identity, tokenizer_identity
+from reapkit.resolve import model_directory, source_identity, template_identity, tokenizer_identity
 from reapkit.schemes import check_quantize, quantized_bytes
 from reapkit.store import Artifact, Store
 
@@ -197,7 +197,8 @@ def _specs(loaded: LoadedRecipe, checkpoint: Checkpoint, grid: tuple[Candidate, 
     final = "quantize" if quantizes else "prune"
     evaluate, prune = recipe.evaluate, recipe.prune
     specs = {
-        "calibrate": ({"calibration": _dump(recipe.calibration), "sources": sources, "tokenizer": tokenizer}, (), ()),
+        "calibrate": ({"calibration": _dump(recipe.calibration), "sources": sources, "tokenizer": tokenizer,
+                       "chat_template": template_identity(recipe.calibration.chat_template, directory)}, (), ()),
         "packs": ({"packs": _dump(evaluate.packs), "extra": [_dump(entry) for entry in evaluate.extra_packs],
                    "extra_sources": [source_identity(entry, directory) for entry in evaluate.extra_packs]}, ("calibrate",), ()),
         "observe": ({"observe": _dump(recipe.observe), "model": model}, ("calibrate",), ()),

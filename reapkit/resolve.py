@@ -83,10 +83,23 @@ def tokenizer_identity(directory: Path) -> dict[str, str]:
     return {file.name: digest_file(file) for file in files}
 
 
+def template_identity(template: str | None, directory: Path) -> str | None:
+    """sha256 of the recipe's own chat template. Raises UnusableError where the file is not there."""
+    if template is None:
+        return None
+    path = local_path(template, directory)
+    if not path.is_file():
+        raise UnusableError(f"calibration.chat_template: {path} is no file. Paths start from the recipe's folder.")
+    return digest_file(path)
+
+
 def source_identity(entry: MixEntry, directory: Path) -> dict[str, Any]:
     """What names the content of a mix entry: generator version, file hashes, or hub id with its revision."""
     if entry.source.startswith("builtin:"):
         return {"builtin": entry.source.removeprefix("builtin:"), "generators": _generators_identity()}
+    if is_local(entry.source, directory) and (folder := local_path(entry.source, directory)).is_dir():
+        inside = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
+        return {"files": {str(file.relative_to(folder)): [file.stat().st_size, file.stat().st_mtime_ns] for file in inside}}
     if is_local(entry.source, directory):
         return {"files": {Path(file).name: digest_file(Path(file)) for file in source_files(entry, directory)}}
     return {"hub": entry.source, "config": entry.config, "split": entry.split, "revision": entry.revision}

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from reapkit.errors import RejectedByGates, ReapkitError, StageFailed
+from reapkit.errors import ReapkitError, RejectedByGates, StageFailed, UnusableError
+from reapkit.estimates import missing_disk
 from reapkit.lock import make_lock, versions
 from reapkit.planning import STAGES, Plan, Stage, make_plan, store_of
 from reapkit.progress import SILENT, Progress
@@ -69,6 +70,8 @@ def apply(recipe: Recipe | LoadedRecipe | str | Path, *, until: str | None = Non
     """
     loaded = as_loaded(recipe)
     plan = make_plan(loaded, download=True)
+    if shortage := missing_disk(plan):
+        raise UnusableError(f"disk: {shortage}")
     run = Run(plan, run_directory(plan))
     try:
         for name in [stage.name for stage in plan.stages]:

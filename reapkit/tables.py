@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from rich import box
 from rich.table import Table
 
 from reapkit.differences import RecipeDifference
+from reapkit.estimates import estimate, missing_disk
 from reapkit.planning import Plan, Sizes
 
 
@@ -44,8 +46,8 @@ def _table(title: str, columns: Iterable[tuple[str, str]]) -> Table:
     return table
 
 
-def plan_tables(plan: Plan) -> list[Table]:
-    """The stages, and the sizes before and after."""
+def plan_tables(plan: Plan) -> list[Table | str]:
+    """The stages, the sizes before and after, and what it takes."""
     stages = _table(f"{plan.recipe.name}: stages", [("stage", "left"), ("state", "left"), ("key", "left"), ("why", "left")])
     for stage in plan.stages:
         stages.add_row(stage.name, "hit" if stage.hit else "will run", (stage.key or "later")[:12], stage.reason)
@@ -59,7 +61,26 @@ def plan_tables(plan: Plan) -> list[Table]:
         sizes.add_row(candidate.name if len(plan.candidates) > 1 else "pruned", *_size_cells(pruned))
         if (nbytes := plan.quantized_nbytes(candidate)) is not None:
             sizes.add_row("  quantized" if len(plan.candidates) > 1 else "quantized", human_experts(pruned.experts), "", "", human_bytes(nbytes))
-    return [stages, sizes]
+    return [stages, sizes, *_estimate_tables(plan)]
+
+
+def _estimate_tables(plan: Plan) -> list[Table | str]:
+    """Memory per placement, and what the observation costs."""
+    found = estimate(plan)
+    memory = _table("memory", [("placement", "left"), ("device", "right"), ("host", "right"), ("", "left")])
+    for name, footprint in found.footprints.items():
+        memory.add_row(name, human_bytes(footprint.device), human_bytes(footprint.host), "chosen" if name == found.placement else "")
+    free = human_bytes(found.machine.host) if found.machine.device is None else human_bytes(found.machine.device)
+    memory.add_row("free here", free, human_bytes(found.machine.host), "no accelerator" if found.machine.device is None else "")
+    lines = [f"observe: {'' if found.tokens_exact else 'at most '}{found.tokens:,} tokens, {found.flops:.2g} FLOP, "
+             f"{human_bytes(found.bytes_read)} read"]
+    if found.placement == "streaming":
+        lines.append(f"streaming: {human_bytes(found.hidden_bytes)} of hidden states wait between layers, {found.waves} "
+                     f"{'wave' if found.waves == 1 else 'waves'}")
+    lines.append(f"disk: {human_bytes(found.written)} will be written")
+    if shortage := missing_disk(plan):
+        lines.append(f"disk: {shortage}")
+    return [memory, "\n".join(lines)]
 
 
 def _size_cells(sizes: Sizes) -> tuple[str, str, str, str]:
@@ -75,6 +96,7 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
     return {"name": plan.recipe.name, "model": plan.recipe.model.source, "model_type": plan.checkpoint.architecture.model_type,
             "stages": [{"stage": s.name, "state": "hit" if s.hit else "run", "key": s.key, "reason": s.reason, "inputs": list(s.inputs)}
                        for s in plan.stages],
+            "estimates": asdict(estimate(plan)), "disk_shortage": missing_disk(plan),
             "base": sizes(plan.base),
             "candidates": [{"name": c.name, "pruned": sizes(plan.pruned(c)), "quantized_bytes": plan.quantized_nbytes(c)}
                            for c in plan.candidates]}

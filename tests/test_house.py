@@ -14,7 +14,7 @@ FLOORS = {
     0: "errors hashing progress",
     1: "recipe architecture gates criteria",
     2: "checkpoint layout schemes store builtin resolve layer_budget",
-    3: "allocation budget planning lock starter differences tables",
+    3: "allocation budget planning lock starter differences estimates tables",
     4: "observation saliency selection decision eaft statistics metrics",
     5: "models masking calibration observe surgery",
     6: "stages quantize evaluate verify report",

@@ -19,8 +19,8 @@ IDS = torch.randint(3, 250, (2, 21), generator=torch.Generator().manual_seed(5))
 def oracle(model, keep):
     """Router logits of dropped experts are pushed to minus infinity where they arise, and choice biases with them.
 
-    Every linear map onto the layer's experts inside its block is a router; sigmoid turns minus infinity into a score of zero, which a
-    bias could lift again, so biases that are added to scores are lowered too.
+    Every linear map onto the layer's experts inside its block is a router; sigmoid turns minus infinity into a score of zero,
+    which a bias could lift again, so biases that are added to scores are lowered too.
     """
     linear = torch.nn.functional.linear
     undo, current = [], []
@@ -66,9 +66,14 @@ def oracle(model, keep):
 def drawn_keep(model, seed=0):
     """Half the experts of every layer, equally many of each run of four."""
     draw = torch.Generator().manual_seed(seed)
-    return {site.layer: sorted(int(e) + 4 * group for group in range(site.num_experts // 4)
-                               for e in torch.randperm(4, generator=draw)[:3 if group == 0 and site.num_experts == 8 else 2])
-            for site in find_experts(model)}
+    return {
+        site.layer: sorted(
+            int(e) + 4 * group
+            for group in range(site.num_experts // 4)
+            for e in torch.randperm(4, generator=draw)[: 3 if group == 0 and site.num_experts == 8 else 2]
+        )
+        for site in find_experts(model)
+    }
 
 
 def logits(model):
@@ -93,7 +98,9 @@ def test_masked_equals_minus_infinity_on_the_choice_score(model_type: str):
 TOP_K_KEY = {"ernie4_5_moe": "moe_k", "hunyuan_v1_moe": "moe_topk", "gemma4_text": "top_k_experts"}
 
 
-@pytest.mark.parametrize("model_type", [name for name in tiny.ARCHITECTURES if name not in ("llama4_text", "phimoe", "qwen3_vl_moe")])
+@pytest.mark.parametrize(
+    "model_type", [name for name in tiny.ARCHITECTURES if name not in ("llama4_text", "phimoe", "qwen3_vl_moe")]
+)
 def test_experts_per_token_equals_a_model_configured_so(model_type: str):
     model = tiny.build(model_type)
     configured = tiny.build(model_type, **{TOP_K_KEY.get(model_type, "num_experts_per_tok"): 2})

@@ -43,7 +43,9 @@ def test_missing_tensors_are_refused(tmp_path: Path):
     tensors = load_file(tmp_path / "model.safetensors")
     tensors.pop("model.layers.1.mlp.gate.weight")
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UnusableError, match="1 tensors that Qwen3MoeForCausalLM needs are missing, such as model.layers.1.mlp.gate.weight"):
+    with pytest.raises(
+        UnusableError, match="1 tensors that Qwen3MoeForCausalLM needs are missing, such as model.layers.1.mlp.gate.weight"
+    ):
         load_model(tmp_path)
 
 

@@ -40,7 +40,9 @@ def test_saved_and_loaded_it_is_the_same(observed, tmp_path: Path):
     assert (loaded.layers, loaded.sources, loaded.num_experts, loaded.meta) == ((0, 1, 2), ("code", "prose"), 16, whole.meta)
     assert torch.equal(loaded.eaft.routed(2)[1], whole.eaft.routed(2)[1])
     loaded.save(tmp_path / "b")
-    assert [f.read_bytes() for f in sorted((tmp_path / "a").iterdir())] == [f.read_bytes() for f in sorted((tmp_path / "b").iterdir())]
+    assert [f.read_bytes() for f in sorted((tmp_path / "a").iterdir())] == [
+        f.read_bytes() for f in sorted((tmp_path / "b").iterdir())
+    ]
 
 
 def test_halves_add_up_to_the_whole(observed):
@@ -71,7 +73,9 @@ def test_other_sources_stand_beside_each_other(observed, tmp_path: Path):
 
 def test_different_models_do_not_add(observed):
     whole = observed[0]
-    with pytest.raises(UnusableError, match="observations of different models cannot be added: model is m here and other there"):
+    with pytest.raises(
+        UnusableError, match="observations of different models cannot be added: model is m here and other there"
+    ):
         whole + replace(whole, meta={**whole.meta, "model": "other"})
 
 

@@ -1,7 +1,7 @@
 """Tiny random MoE models of many transformers architectures, and their checkpoints as the hub publishes them.
 
-`build("qwen3_moe")` is a float32 causal LM of three layers, hidden 64, mostly 16 experts, 256 tokens; `save_hub_layout` writes it
-with the tensor names and config keys of the published checkpoints (per-expert tensors where the hub has them).
+`build("qwen3_moe")` is a float32 causal LM of three layers, hidden 64, mostly 16 experts, 256 tokens; `save_hub_layout` writes
+it with the tensor names and config keys of the published checkpoints (per-expert tensors where the hub has them).
 """
 
 from __future__ import annotations
@@ -20,12 +20,29 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig
 
-COMMON = dict(vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
-              num_key_value_heads=2, head_dim=16, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-MLA = dict(q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16, num_key_value_heads=4,
-           head_dim=8)
-LINEAR = dict(linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=16, linear_value_head_dim=16,
-              layer_types=["linear_attention", "full_attention", "linear_attention"])
+COMMON = dict(
+    vocab_size=256,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=256,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+MLA = dict(
+    q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16, num_key_value_heads=4, head_dim=8
+)
+LINEAR = dict(
+    linear_num_value_heads=4,
+    linear_num_key_heads=2,
+    linear_key_head_dim=16,
+    linear_value_head_dim=16,
+    layer_types=["linear_attention", "full_attention", "linear_attention"],
+)
 INDEXER = dict(index_head_dim=16, index_n_heads=2, index_topk=16)
 QWEN = dict(num_experts=16, num_experts_per_tok=4, moe_intermediate_size=32)
 SHARED = dict(shared_expert_intermediate_size=32)
@@ -48,24 +65,64 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "minimax_m2": dict(LOCAL),
     "olmoe": dict(num_experts=16, num_experts_per_tok=4, intermediate_size=32),
     "llama4_text": dict(LOCAL, num_experts_per_tok=1, intermediate_size_mlp=64, interleave_moe_layer_step=1),
-    "ernie4_5_moe": dict(moe_num_experts=16, moe_k=4, moe_intermediate_size=32, moe_num_shared_experts=1, moe_layer_start_index=1),
+    "ernie4_5_moe": dict(
+        moe_num_experts=16, moe_k=4, moe_intermediate_size=32, moe_num_shared_experts=1, moe_layer_start_index=1
+    ),
     "granitemoe": dict(LOCAL),
     "phimoe": dict(num_local_experts=16, num_experts_per_tok=2),
     "dots1": dict(ROUTED, n_group=1, topk_group=1),
     "hunyuan_v1_moe": dict(num_experts=16, moe_topk=4, moe_intermediate_size=32),
-    "nemotron_h": dict(n_routed_experts=16, num_experts_per_tok=4, moe_intermediate_size=32, moe_shared_expert_intermediate_size=32,
-                       num_hidden_layers=4, mamba_num_heads=8, mamba_head_dim=16, n_groups=2, ssm_state_size=16, chunk_size=16),
-    "gemma4_text": dict(num_experts=16, top_k_experts=4, moe_intermediate_size=32, enable_moe_block=True,
-                        vocab_size_per_layer_input=256, hidden_size_per_layer_input=8),
-    "kimi_linear": dict(QWEN, layer_types=["linear_attention", "full_attention", "linear_attention"], kv_lora_rank=16,
-                        qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16, num_key_value_heads=4, head_dim=8,
-                        linear_head_dim=16, linear_num_heads=4, mlp_layer_types=["dense", "sparse", "sparse"]),
+    "nemotron_h": dict(
+        n_routed_experts=16,
+        num_experts_per_tok=4,
+        moe_intermediate_size=32,
+        moe_shared_expert_intermediate_size=32,
+        num_hidden_layers=4,
+        mamba_num_heads=8,
+        mamba_head_dim=16,
+        n_groups=2,
+        ssm_state_size=16,
+        chunk_size=16,
+    ),
+    "gemma4_text": dict(
+        num_experts=16,
+        top_k_experts=4,
+        moe_intermediate_size=32,
+        enable_moe_block=True,
+        vocab_size_per_layer_input=256,
+        hidden_size_per_layer_input=8,
+    ),
+    "kimi_linear": dict(
+        QWEN,
+        layer_types=["linear_attention", "full_attention", "linear_attention"],
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=16,
+        num_key_value_heads=4,
+        head_dim=8,
+        linear_head_dim=16,
+        linear_num_heads=4,
+        mlp_layer_types=["dense", "sparse", "sparse"],
+    ),
     "lfm2_moe": dict(QWEN, num_dense_layers=1, layer_types=["conv", "full_attention", "conv"]),
     "qwen3_vl_moe": dict(
-        text_config=dict(COMMON, **QWEN, rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 2, 2],
-                                                             mrope_interleaved=True)),
-        vision_config=dict(depth=1, hidden_size=32, intermediate_size=64, num_heads=2, patch_size=4, out_hidden_size=64,
-                           num_position_embeddings=16, deepstack_visual_indexes=[0])),
+        text_config=dict(
+            COMMON,
+            **QWEN,
+            rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 2, 2], mrope_interleaved=True),
+        ),
+        vision_config=dict(
+            depth=1,
+            hidden_size=32,
+            intermediate_size=64,
+            num_heads=2,
+            patch_size=4,
+            out_hidden_size=64,
+            num_position_embeddings=16,
+            deepstack_visual_indexes=[0],
+        ),
+    ),
 }
 MULTIMODAL = {"qwen3_vl_moe": transformers.Qwen3VLMoeForConditionalGeneration}
 PUBLISHED_KEYS = {  # what transformers renames when it saves, and the hub still spells the old way
@@ -77,8 +134,8 @@ PUBLISHED_KEYS = {  # what transformers renames when it saves, and the hub still
 def build(model_type: str, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> nn.Module:
     """A random model in evaluation mode whose routing is decisive and whose experts matter.
 
-    Fresh weights of 0.02 route almost by chance and hide an expert's share of the logits below rounding, and biases start at zero:
-    matrices are drawn larger, and vectors that a checkpoint would have trained (router biases, scales) are drawn too.
+    Fresh weights of 0.02 route almost by chance and hide an expert's share of the logits below rounding, and biases start at
+    zero: matrices are drawn larger, and vectors that a checkpoint would have trained (router biases, scales) are drawn too.
     """
     common = {} if model_type in MULTIMODAL else COMMON
     config = AutoConfig.for_model(model_type, **{**common, **ARCHITECTURES[model_type], **overrides})
@@ -87,7 +144,9 @@ def build(model_type: str, dtype: torch.dtype = torch.float32, seed: int = 0, **
     model = auto(config) if auto else transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
-            if any(part in name for part in ("e_score_correction_bias", "per_expert_scale", "expert_bias")) or name.endswith("_bias"):
+            if any(part in name for part in ("e_score_correction_bias", "per_expert_scale", "expert_bias")) or name.endswith(
+                "_bias"
+            ):
                 tensor.add_(0.2 * torch.randn_like(tensor))
             elif name.endswith(("router.bias", "gate.bias")):
                 tensor.copy_(0.5 * torch.randn_like(tensor))
@@ -99,8 +158,8 @@ def build(model_type: str, dtype: torch.dtype = torch.float32, seed: int = 0, **
 def save_hub_layout(model: nn.Module, path: str | Path, *, mtp: bool = False, max_shard_size: str = "50GB") -> Path:
     """Writes `model` as the hub publishes its kind: tensor names, config keys; returns `path`.
 
-    With `mtp` a DeepSeek-style multi-token-prediction block is added after the last layer: a copy of that layer, four tensors of its
-    own, and `num_nextn_predict_layers: 1` in the config.
+    With `mtp` a DeepSeek-style multi-token-prediction block is added after the last layer: a copy of that layer, four tensors
+    of its own, and `num_nextn_predict_layers: 1` in the config.
     """
     path = Path(path)
     with quiet():
@@ -118,7 +177,9 @@ def save_hub_layout(model: nn.Module, path: str | Path, *, mtp: bool = False, ma
 
 
 def as_block_fp8(path: Path, block: int = 128) -> Path:
-    """Rewrites a saved checkpoint's expert matrices (sides divisible by `block`) as block FP8 with `…_scale_inv`, in the manner of DeepSeek-V3."""
+    """Rewrites a saved checkpoint's expert matrices (sides divisible by `block`) as block FP8 with `…_scale_inv`, in the way
+    of DeepSeek-V3.
+    """
     tensors = load_file(path / "model.safetensors")
     for name in [name for name in tensors if re.search(r"experts\..*proj\.weight$", name)]:
         weight = tensors.pop(name)
@@ -126,15 +187,26 @@ def as_block_fp8(path: Path, block: int = 128) -> Path:
         scale = blocks.abs().amax(dim=(1, 3)) / 448
         tensors[name] = (blocks / scale[:, None, :, None]).view_as(weight).to(torch.float8_e4m3fn)
         tensors[f"{name}_scale_inv"] = scale
-    return _rewritten(path, tensors, {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [block] * 2,
-                                      "modules_to_not_convert": ["self_attn", "mlp.gate", "lm_head", "layers.0.mlp"]})
+    return _rewritten(
+        path,
+        tensors,
+        {
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "activation_scheme": "dynamic",
+            "weight_block_size": [block] * 2,
+            "modules_to_not_convert": ["self_attn", "mlp.gate", "lm_head", "layers.0.mlp"],
+        },
+    )
 
 
 def as_mxfp4(path: Path) -> Path:
     """Rewrites a saved gpt_oss checkpoint's experts (inputs divisible by 32) as random MXFP4 blocks and scales."""
     tensors, draw = load_file(path / "model.safetensors"), torch.Generator().manual_seed(0)
     for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
-        experts, inputs, outputs = tensors.pop(name).shape  # published outputs first, in blocks of 32 inputs, two values per byte
+        experts, inputs, outputs = tensors.pop(
+            name
+        ).shape  # published outputs first, in blocks of 32 inputs, two values per byte
         tensors[f"{name}_blocks"] = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), generator=draw).to(torch.uint8)
         tensors[f"{name}_scales"] = torch.randint(118, 123, (experts, outputs, inputs // 32), generator=draw).to(torch.uint8)
     left = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
@@ -142,7 +214,9 @@ def as_mxfp4(path: Path) -> Path:
 
 
 def _rewritten(path: Path, tensors: dict[str, torch.Tensor], quantization: dict[str, Any]) -> Path:
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()}, path / "model.safetensors", metadata={"format": "pt"}
+    )
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}, indent=2))
     return path
@@ -156,7 +230,9 @@ def _add_mtp_block(path: Path, layer: int, hidden: int) -> None:
     for shard in sorted(path.glob("*.safetensors")):
         with safe_open(shard, "pt") as file:
             where |= dict.fromkeys(file.keys(), shard.name)
-            tensors |= {block + name.removeprefix(prefix): file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}
+            tensors |= {
+                block + name.removeprefix(prefix): file.get_tensor(name) for name in file.keys() if name.startswith(prefix)
+            }
     dtype = next(iter(tensors.values())).dtype
     tensors |= {f"{block}{name}.weight": torch.ones(hidden, dtype=dtype) for name in ("enorm", "hnorm", "shared_head.norm")}
     tensors[f"{block}eh_proj.weight"] = 0.1 * torch.randn(hidden, 2 * hidden, dtype=dtype)

@@ -14,7 +14,7 @@ from reapkit.errors import UnusableError
 from reapkit.hashing import digest
 from reapkit.progress import Progress
 from reapkit.recipe.schema import CalibrationSpec, MixEntry
-from reapkit.resolve import is_local, local_path, source_identity, tokenizer_identity
+from reapkit.resolve import source_identity, tokenizer_identity
 
 VERSION = 1
 """Of the tokens' meaning; raise it when the same recipe would give other tokens."""
@@ -64,17 +64,9 @@ class Inputs:
     def part_key(self, entry: MixEntry, held_out: Collection[str] | None, skip: int) -> str:
         """Names what decides which samples a source gives and how they are tokenized; not how many, nor how they are packed."""
         calibration = self.calibration
-        return digest([VERSION, identity(entry, self.recipe_directory), entry.model_dump(mode="json", exclude={"weight"}),
+        return digest([VERSION, source_identity(entry, self.recipe_directory), entry.model_dump(mode="json", exclude={"weight"}),
                        self.tokenizer_hash, calibration.seed, calibration.score, self.template,
                        calibration.spans and calibration.spans.model_dump(mode="json"), held_out and sorted(held_out), skip])
-
-
-def identity(entry: MixEntry, recipe_directory: Path) -> dict[str, Any]:
-    """What names a source's content, local directories in the hub's layout included."""
-    if is_local(entry.source, recipe_directory) and (directory := local_path(entry.source, recipe_directory)).is_dir():
-        files = sorted(file for file in directory.rglob("*") if file.is_file() and not file.name.startswith("."))
-        return {"files": {str(file.relative_to(directory)): [file.stat().st_size, file.stat().st_mtime_ns] for file in files}}
-    return source_identity(entry, recipe_directory)
 
 
 @lru_cache(maxsize=2)

@@ -33,13 +33,21 @@ class Positions:
     def of(cls, batch: Batch) -> Positions:
         source = batch.source[:, None].expand(batch.input_ids.shape).reshape(-1)
         rows = tuple((int(s), (batch.source == s).nonzero()[:, 0]) for s in batch.source.unique())
-        return cls(source, batch.valid.reshape(-1), batch.scored.reshape(-1), batch.signal.reshape(-1).nonzero()[:, 0], rows,
-                   tuple(batch.input_ids.shape))
+        return cls(
+            source,
+            batch.valid.reshape(-1),
+            batch.scored.reshape(-1),
+            batch.signal.reshape(-1).nonzero()[:, 0],
+            rows,
+            tuple(batch.input_ids.shape),
+        )
 
     def to(self, device: torch.device) -> Positions:
         move = dict(device=device, non_blocking=True)
         rows = tuple((s, index.to(**move)) for s, index in self.rows)
-        return Positions(self.source.to(**move), self.valid.to(**move), self.scored.to(**move), self.signal.to(**move), rows, self.shape)
+        return Positions(
+            self.source.to(**move), self.valid.to(**move), self.scored.to(**move), self.signal.to(**move), rows, self.shape
+        )
 
 
 class LayerSums:
@@ -63,7 +71,7 @@ class LayerSums:
         self.sums += bin_sums(torch.stack([torch.ones_like(g), g, n, gn, gn * gn], dim=1), scored, self.bins)
         sizes = torch.stack([pairs.norm, pairs.gate * pairs.norm, pairs.peak], dim=1)
         for first, where in ((0, torch.where(positions.valid[token], key, trash)), (3, scored)):
-            part = self.maxima[:, first:first + 3]
+            part = self.maxima[:, first : first + 3]
             part.scatter_reduce_(0, where[:, None].expand(-1, 3), sizes, "amax")
         self._add_coactivation(pairs, positions)
 
@@ -92,7 +100,9 @@ def bin_sums(values: Tensor, key: Tensor, bins: int) -> Tensor:
 
 
 def sorted_bin_sums(values: Tensor, key: Tensor, bins: int) -> Tensor:
-    """`bin_sums` where `index_add_` would be float atomics in any order: sorted by key, each segment summed from its first to its last."""
+    """`bin_sums` where `index_add_` would be float atomics in any order: sorted by key, each segment summed from its first to
+    its last.
+    """
     key, order = torch.sort(key, stable=True)
     edges = torch.searchsorted(key, torch.arange(bins + 1, device=key.device))
     return torch.segment_reduce(values[order], "sum", lengths=edges.diff(), axis=0, unsafe=True, initial=0.0)
@@ -130,6 +140,8 @@ def refuse_unusable(site: RoutedExperts, tensors: Mapping[str, Tensor]) -> None:
     broken = torch.stack([~tensors[name].isfinite().all(dim=0) for name in (*SUMS, *MAXIMA)]).any(dim=0)
     if broken.any():
         dtype = str(next(site.module.parameters()).dtype).removeprefix("torch.")
-        raise UnusableError(f"observe: NaN or infinity in layer {site.layer}, expert {int(broken.nonzero()[0])} "
-                            f"({int(broken.sum())} of its {len(broken)} experts), computed in {dtype}. "
-                            "Load the model in bfloat16 or float32, or download the checkpoint again.")
+        raise UnusableError(
+            f"observe: NaN or infinity in layer {site.layer}, expert {int(broken.nonzero()[0])} "
+            f"({int(broken.sum())} of its {len(broken)} experts), computed in {dtype}. "
+            "Load the model in bfloat16 or float32, or download the checkpoint again."
+        )

@@ -1,4 +1,6 @@
-"""Where a model's routed experts are, and how their calls are intercepted: whatever the architecture, exactly its own routing."""
+"""Where a model's routed experts are, and how their calls are intercepted: whatever the architecture, exactly its own
+routing.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +18,21 @@ from reapkit.errors import UnusableError
 IMPLEMENTATION = "reapkit"
 GATE_ON_INPUT = ("Llama4TextMoe",)  # blocks with their own experts loop, which scale the expert's input instead of its output
 NOT_TEXT = ("vision", "visual", "audio", "talker", "code_predictor", "image")
-EXAMPLES = ("qwen2_moe, qwen3_moe, qwen3_next, qwen3_vl_moe, glm4_moe, deepseek_v2, deepseek_v3, kimi_linear, minimax_m2, mixtral, gpt_oss, "
-            "olmoe, ernie4_5_moe, granitemoe, phimoe, dots1, hunyuan_v1_moe, nemotron_h, gemma4, lfm2_moe, jamba, llama4")
+EXAMPLES = (
+    "qwen2_moe, qwen3_moe, qwen3_next, qwen3_vl_moe, glm4_moe, deepseek_v2, deepseek_v3, kimi_linear, minimax_m2, mixtral, "
+    "gpt_oss, olmoe, ernie4_5_moe, granitemoe, phimoe, dots1, hunyuan_v1_moe, nemotron_h, gemma4, lfm2_moe, jamba, llama4"
+)
 
-Experts = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden [tokens, hidden], index [tokens, top_k], gates [tokens, top_k] -> [tokens, hidden]
+Experts = Callable[
+    [Tensor, Tensor, Tensor], Tensor
+]  # hidden [tokens, hidden], index [tokens, top_k], gates [tokens, top_k] -> [tokens, hidden]
 
 
 @dataclass(frozen=True, eq=False)
 class RoutedExperts:
-    """The routed experts of one decoder layer: the module that is called with (hidden, index, gates), and the block that calls it."""
+    """The routed experts of one decoder layer: the module that is called with (hidden, index, gates), and the block that calls
+    it.
+    """
 
     layer: int
     name: str
@@ -66,8 +74,10 @@ def find_experts(model: nn.Module) -> tuple[RoutedExperts, ...]:
                 found.setdefault(layer, []).append(RoutedExperts(layer, path, module, block, _count(module), adapted))
     sites = [_text_experts(layer, candidates) for layer, candidates in sorted(found.items())]
     if not sites:
-        raise UnusableError(f"model_type '{_model_type(model)}' hides its experts from transformers' experts interface, so it cannot be "
-                            f"observed. Known to work: {EXAMPLES}, and every other model that transformers dispatches through it.")
+        raise UnusableError(
+            f"model_type '{_model_type(model)}' hides its experts from transformers' experts interface, so it cannot be "
+            f"observed. Known to work: {EXAMPLES}, and every other model that transformers dispatches through it."
+        )
     return tuple(sites)
 
 
@@ -83,8 +93,10 @@ def _count(module: nn.Module) -> int:
 def _text_experts(layer: int, candidates: Sequence[RoutedExperts]) -> RoutedExperts:
     text = [site for site in candidates if not any(word in site.name for word in NOT_TEXT)]
     if len(text) != 1:
-        raise UnusableError(f"layer {layer} has {len(text)} sets of routed text experts ({', '.join(s.name for s in candidates)}); "
-                            "one is supported.")
+        raise UnusableError(
+            f"layer {layer} has {len(text)} sets of routed text experts ({', '.join(s.name for s in candidates)}); "
+            "one is supported."
+        )
     return text[0]
 
 
@@ -148,7 +160,9 @@ ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _dispatch)
 
 
 def _original(module: nn.Module) -> Experts:
-    """The fastest implementation transformers has for the module where it is: its own loop on a CPU, grouped kernels on a GPU."""
+    """The fastest implementation transformers has for the module where it is: its own loop on a CPU, grouped kernels on a
+    GPU.
+    """
     if next(module.parameters()).device.type == "cpu":
         return functools.partial(type(module).forward.__wrapped__, module)
     return functools.partial(grouped_mm_experts_forward, module)
@@ -204,8 +218,8 @@ class Pairs:
 def observed_forward(site: RoutedExperts, hidden: Tensor, index: Tensor, gates: Tensor) -> tuple[Tensor, Pairs]:
     """What the experts module returns, and what each pair put out before its gate.
 
-    Where the gate scales the input (llama4), norm is ‖f(g·x)‖ / g, so that gate times norm is what the pair adds to the output, and
-    the peak is that of f(g·x).
+    Where the gate scales the input (llama4), norm is ‖f(g·x)‖ / g, so that gate times norm is what the pair adds
+    to the output, and the peak is that of f(g·x).
     """
     expert, order = torch.sort(index.reshape(-1), stable=True)
     gate = gates.reshape(-1)[order]
@@ -214,8 +228,9 @@ def observed_forward(site: RoutedExperts, hidden: Tensor, index: Tensor, gates: 
     return out, Pairs(order, expert, gate.float(), norm, peak, index.shape[1])
 
 
-def _loop_over_experts(site: RoutedExperts, hidden: Tensor, expert: Tensor, token: Tensor, order: Tensor,
-                       gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _loop_over_experts(
+    site: RoutedExperts, hidden: Tensor, expert: Tensor, token: Tensor, order: Tensor, gate: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """One pass over the experts that were chosen; every intermediate stays in cache, so this beats a grouped call on a CPU."""
     out = torch.zeros_like(hidden)
     norm, peak = hidden.new_empty(len(expert), dtype=torch.float32), hidden.new_empty(len(expert), dtype=torch.float32)
@@ -234,12 +249,15 @@ def _loop_over_experts(site: RoutedExperts, hidden: Tensor, expert: Tensor, toke
     return out, norm, peak
 
 
-def _grouped(site: RoutedExperts, hidden: Tensor, expert: Tensor, token: Tensor, order: Tensor,
-             gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _grouped(
+    site: RoutedExperts, hidden: Tensor, expert: Tensor, token: Tensor, order: Tensor, gate: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """One grouped call on a row per pair with unit gates: no host synchronisation, no float atomics."""
     x = hidden[token]
     if site.gate_on_input:
-        y = torch.stack([site.expert(x * gate[:, None], number) for number in range(site.num_experts)])  # dense, as the model's own
+        y = torch.stack(
+            [site.expert(x * gate[:, None], number) for number in range(site.num_experts)]
+        )  # dense, as the model's own
         y = y[expert, torch.arange(len(expert), device=expert.device)]
     else:
         y = grouped_mm_experts_forward(site.module, x, expert[:, None], torch.ones_like(gate)[:, None])
@@ -252,7 +270,9 @@ def _grouped(site: RoutedExperts, hidden: Tensor, expert: Tensor, token: Tensor,
 
 
 def _sizes(y: Tensor) -> tuple[Tensor, Tensor]:
-    """L2 norm and largest magnitude per row, float32; the infinity norm is one kernel on a GPU and 15x slower than this on a CPU."""
+    """L2 norm and largest magnitude per row, float32; the infinity norm is one kernel on a GPU and 15x slower than this on a
+    CPU.
+    """
     peak = y.abs().amax(dim=-1) if y.device.type == "cpu" else torch.linalg.vector_norm(y, ord=float("inf"), dim=-1)
     return torch.linalg.vector_norm(y, dim=-1, dtype=torch.float32), peak.float()
 

@@ -37,7 +37,9 @@ class LayeredModel:
     Names and formats are converted by transformers' own mapping, FP8 and MXFP4 weights are dequantized.
     """
 
-    def __init__(self, path: str | Path, *, device: str = "cpu", dtype: str | torch.dtype = "auto", trust_remote_code: bool = False):
+    def __init__(
+        self, path: str | Path, *, device: str = "cpu", dtype: str | torch.dtype = "auto", trust_remote_code: bool = False
+    ):
         self.path, self.device = Path(path), torch.device(device)
         self._checkpoint = Checkpoint.open(path)
         config = load_config(path, trust_remote_code=trust_remote_code)
@@ -46,8 +48,13 @@ class LayeredModel:
         self.dtype = _resolve(dtype, config)
         self.model = _skeleton(config, self.dtype, trust_remote_code)
         if self._quantizer is not None:
-            self._quantizer.preprocess_model(model=self.model, dtype=self.dtype, device_map={"": device}, use_kernels=False,
-                                             checkpoint_files=[str(self.path / shard) for shard in self._checkpoint.shards])
+            self._quantizer.preprocess_model(
+                model=self.model,
+                dtype=self.dtype,
+                device_map={"": device},
+                use_kernels=False,
+                checkpoint_files=[str(self.path / shard) for shard in self._checkpoint.shards],
+            )
         self._conversions = get_model_conversion_mapping(self.model, None, self._quantizer)
         first = find_experts(self.model)[0]
         self.prefix = first.name[: re.search(rf"\.{first.layer}\.", first.name).start()]
@@ -65,7 +72,9 @@ class LayeredModel:
         self._refuse_missing((name, p) for name, p in self.model.named_parameters() if not name.startswith(self.prefix + "."))
 
     def load(self, layer: int) -> None:
-        """Reads decoder layer `layer`; may run in another thread than the forward. Raises UnusableError where a tensor is missing."""
+        """Reads decoder layer `layer`; may run in another thread than the forward. Raises UnusableError where a tensor is
+        missing.
+        """
         self._load(self._keys.get(layer, []))
         widened(self.layers[layer], self.dtype)
         self._refuse_missing((f"{self.prefix}.{layer}.{name}", p) for name, p in self.layers[layer].named_parameters())
@@ -85,7 +94,9 @@ class LayeredModel:
         return sum(self._checkpoint.tensors[key].nbytes for key in self._keys.get(layer, []))
 
     def _keys_by_layer(self) -> dict[int | None, list[str]]:
-        """Checkpoint tensors by the decoder layer they become part of; those the model has no place for (MTP blocks) are left out."""
+        """Checkpoint tensors by the decoder layer they become part of; those the model has no place for (MTP blocks) are left
+        out.
+        """
         inside = re.compile(rf"{re.escape(self.prefix)}\.(\d+)\.")
         keys: dict[int | None, list[str]] = {None: []}
         for key in self._checkpoint.tensors:
@@ -104,9 +115,18 @@ class LayeredModel:
         by_shard: dict[str, list[str]] = {}
         for key in keys:
             by_shard.setdefault(self._checkpoint.tensors[key].shard, []).append(key)
-        settings = LoadStateDictConfig(weight_mapping=copy.deepcopy(self._conversions), dtype=self.dtype, hf_quantizer=self._quantizer,
-                                       device_map={"": self.device}, dtype_plan=self.model._get_dtype_plan(self.dtype))
-        with ExitStack() as open_shards, torch.no_grad(), _no_progress_bars():  # closed again, so that mapped pages do not pile up
+        settings = LoadStateDictConfig(
+            weight_mapping=copy.deepcopy(self._conversions),
+            dtype=self.dtype,
+            hf_quantizer=self._quantizer,
+            device_map={"": self.device},
+            dtype_plan=self.model._get_dtype_plan(self.dtype),
+        )
+        with (
+            ExitStack() as open_shards,
+            torch.no_grad(),
+            _no_progress_bars(),
+        ):  # closed again, so that mapped pages do not pile up
             files = {shard: open_shards.enter_context(safe_open(self.path / shard, "pt")) for shard in by_shard}
             tensors = {key: files[shard].get_slice(key) for shard, names in by_shard.items() for key in names}
             if self._quantizer is None:
@@ -119,7 +139,12 @@ class LayeredModel:
 
         transformers' own conversion gives the same values by stacking and concatenating, at up to three times the memory.
         """
-        patterns = {pattern: converter for converter in self._converters if is_stacking(converter) for pattern in converter.source_patterns}
+        patterns = {
+            pattern: converter
+            for converter in self._converters
+            if is_stacking(converter)
+            for pattern in converter.source_patterns
+        }
         stacks: dict[str, dict[str, list[str]]] = {}
         for key in sorted(tensors, key=dot_natural_key):
             target, pattern = self._target(key)
@@ -140,14 +165,19 @@ class LayeredModel:
     def _refuse_missing(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
         missing = [name for name, parameter in parameters if parameter.device.type == "meta"]
         if missing:
-            raise UnusableError(f"{self.path}: {len(missing)} tensors that {type(self.model).__name__} needs are missing, such as "
-                                f"{missing[0]}. Download the checkpoint again.")
+            raise UnusableError(
+                f"{self.path}: {len(missing)} tensors that {type(self.model).__name__} needs are missing, such as "
+                f"{missing[0]}. Download the checkpoint again."
+            )
 
 
 def is_stacking(converter: WeightConverter) -> bool:
     """Does it stack per-expert matrices along a new first axis, with nothing but a concatenation of their rows besides?"""
     kinds = [(type(operation).__name__, getattr(operation, "dim", None)) for operation in converter.operations]
-    return len(converter.target_patterns) == 1 and kinds in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)])
+    return len(converter.target_patterns) == 1 and kinds in (
+        [("MergeModulelist", 0)],
+        [("MergeModulelist", 0), ("Concatenate", 1)],
+    )
 
 
 def _resolve(dtype: str | torch.dtype, config: transformers.PretrainedConfig) -> torch.dtype:
@@ -168,7 +198,9 @@ def _skeleton(config: transformers.PretrainedConfig, dtype: torch.dtype, trust_r
 
 
 def _rebuild_buffers(model: nn.Module, device: torch.device) -> None:
-    """Rotary tables and scales are in no checkpoint: the model's own initialisation computes them, its weights being on meta."""
+    """Rotary tables and scales are in no checkpoint: the model's own initialisation computes them, its weights being on
+    meta.
+    """
     for module in model.modules():
         computed = [name for name in module._non_persistent_buffers_set if module._buffers.get(name) is not None]
         for name in computed:

@@ -1,7 +1,7 @@
 """Many forwards of one model that advance together, layer by layer, so that each layer's weights are needed once.
 
-Every forward is the model's own, run in a greenlet that pauses before each decoder layer; whatever masks, rotary tables or extra streams
-the architecture passes between its layers stay in its frames.
+Every forward is the model's own, run in a greenlet that pauses before each decoder layer; whatever masks, rotary tables or
+extra streams the architecture passes between its layers stay in its frames.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ class Forward:
 class Lockstep:
     """Makes forwards of a model pause before each of its decoder layers; used as a context manager.
 
-    `start_at` makes the layers before it pass their input on, unread: a forward then arrives there at once, and is given its real hidden
-    states by `Forward.replace_hidden`.
+    `start_at` makes the layers before it pass their input on, unread: a forward then arrives there at once, and is given its
+    real hidden states by `Forward.replace_hidden`.
     """
 
     def __init__(self, layers: nn.ModuleList):
@@ -154,7 +154,9 @@ class Lockstep:
 
 
 class Spool:
-    """Where the hidden states of waiting forwards are: off the accelerator, on disk beyond `host_bytes` where there is a `directory`."""
+    """Where the hidden states of waiting forwards are: off the accelerator, on disk beyond `host_bytes` where there is a
+    `directory`.
+    """
 
     def __init__(self, device: torch.device, host_bytes: int | None, directory: Path | None):
         self._device, self._host_bytes, self._directory = device, host_bytes, directory
@@ -199,7 +201,14 @@ def _tensors_in(value: Any, seen: set[int]) -> Iterator[Tensor]:
         if value.device.type != "meta":
             yield value
         return
-    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else vars(value).values() \
-        if hasattr(value, "__dict__") else ()
+    inner = (
+        value.values()
+        if isinstance(value, Mapping)
+        else value
+        if isinstance(value, (list, tuple))
+        else vars(value).values()
+        if hasattr(value, "__dict__")
+        else ()
+    )
     for item in list(inner):
         yield from _tensors_in(item, seen)

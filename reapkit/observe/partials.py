@@ -1,4 +1,6 @@
-"""Row groups' partial sums on disk: written whole or not at all, added in group order, so that a killed run continues to the same bytes."""
+"""Row groups' partial sums on disk: written whole or not at all, added in group order, so that a killed run continues to the
+same bytes.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ class Partials:
         os.replace(temporary, self._file(group))
 
     def total(self, groups: Iterable[int], snapshots: Sequence[int]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """All statistics of the groups, added in the given order; and the SNAPSHOTS [stages, L, S, E] after `snapshots[stage]` groups."""
+        """All statistics of the groups, added in the given order; and the SNAPSHOTS [stages, L, S, E] after `snapshots[stage]`
+        groups.
+        """
         total: dict[str, Tensor] = {}
         taken: dict[int, dict[str, Tensor]] = {}
         for done, group in enumerate(groups, start=1):
@@ -72,13 +76,19 @@ class TraceFile:
                 stream.write(struct.pack("<Q", len(text)) + text)
                 stream.truncate(size)
             os.replace(temporary, file)
-        self._maps = {name: numpy.memmap(file, _NUMPY[entry["dtype"]], "r+", start + entry["data_offsets"][0], tuple(entry["shape"]))
-                      for name, entry in header.items()} if positions else {}
+        self._maps = (
+            {
+                name: numpy.memmap(file, _NUMPY[entry["dtype"]], "r+", start + entry["data_offsets"][0], tuple(entry["shape"]))
+                for name, entry in header.items()
+            }
+            if positions
+            else {}
+        )
 
     def write(self, name: str, at: int, values: Tensor) -> None:
         """Puts `values` [n, ...] at positions at … at + n of tensor `name`."""
         if len(values):
-            self._maps[name][at:at + len(values)] = values.cpu().numpy()
+            self._maps[name][at : at + len(values)] = values.cpu().numpy()
 
     def close(self) -> None:
         for array in self._maps.values():

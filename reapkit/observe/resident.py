@@ -19,20 +19,37 @@ from reapkit.recipe.schema import ObserveSpec
 
 
 @torch.no_grad()
-def observe(model: nn.Module, tokens: CalibrationTokens, spec: ObserveSpec, *, batch_tokens: int, work_directory: Path,
-            identity: str | None = None, progress: Progress = SILENT) -> Observation:
+def observe(
+    model: nn.Module,
+    tokens: CalibrationTokens,
+    spec: ObserveSpec,
+    *,
+    batch_tokens: int,
+    work_directory: Path,
+    identity: str | None = None,
+    progress: Progress = SILENT,
+) -> Observation:
     """The observation of `model` over `tokens`; killed and run again with the same arguments, it continues to the same bytes.
 
     Row groups' partial sums live under `work_directory` (the trace of the result too, so keep it until the result is saved).
     `identity` names the checkpoint. Raises UnusableError where experts cannot be watched or put out NaN or infinity.
     """
     device = model.get_input_embeddings().weight.device
-    session = Session.open(model, tokens, spec, batch_tokens=batch_tokens, work_directory=work_directory, identity=identity,
-                           placement="resident", device=device)
+    session = Session.open(
+        model,
+        tokens,
+        spec,
+        batch_tokens=batch_tokens,
+        work_directory=work_directory,
+        identity=identity,
+        placement="resident",
+        device=device,
+    )
     partials = Partials(session.directory)
     todo = [group for group in range(len(tokens.groups)) if not partials.has(group)]
-    with progress.task("observe", total=sum(int(tokens.row_lengths[row]) for group in todo for row in tokens.groups[group]),
-                       unit="tokens") as task:
+    with progress.task(
+        "observe", total=sum(int(tokens.row_lengths[row]) for group in todo for row in tokens.groups[group]), unit="tokens"
+    ) as task:
         for group in todo:
             sums, at = GroupSums(session.sites, len(tokens.sources)), session.trace_start[group] if spec.eaft else 0
             for batch in batches(tokens, tokens.groups[group], batch_tokens):

@@ -39,15 +39,36 @@ class Session:
     meta: Mapping[str, Any]
 
     @classmethod
-    def open(cls, model: nn.Module, tokens: CalibrationTokens, spec: ObserveSpec, *, batch_tokens: int, work_directory: Path,
-             identity: str | None, placement: str, device: torch.device, **layout: Any) -> Session:
-        """`layout`: whatever else decides which partial sums belong together. Raises UnusableError where the model's experts cannot be watched or the trace would be too large."""
+    def open(
+        cls,
+        model: nn.Module,
+        tokens: CalibrationTokens,
+        spec: ObserveSpec,
+        *,
+        batch_tokens: int,
+        work_directory: Path,
+        identity: str | None,
+        placement: str,
+        device: torch.device,
+        **layout: Any,
+    ) -> Session:
+        """`layout`: whatever else decides which partial sums belong together. Raises UnusableError where the model's experts
+        cannot be watched or the trace would be too large.
+        """
         sites = find_experts(model)
         text = model.config.get_text_config()
         top_k = next(int(value) for key in TOP_K_KEYS if isinstance(value := getattr(text, key, None), int))
-        meta = {"model": identity, "placement": placement, "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type, "dtype": str(model.dtype).removeprefix("torch."),
-                "kernels": kernels_on(device), "batch_tokens": batch_tokens, "entropy_top_k": spec.entropy_top_k,
-                "torch": torch.__version__, "transformers": transformers.__version__}
+        meta = {
+            "model": identity,
+            "placement": placement,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "kernels": kernels_on(device),
+            "batch_tokens": batch_tokens,
+            "entropy_top_k": spec.entropy_top_k,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
         layers = [site.layer for site in sites]
         how = digest({"meta": meta, "layers": layers, "top_k": top_k, "eaft": spec.eaft, **layout})[:12]
         directory = Path(work_directory) / f"sums-{how}"  # sums made in another way are not mixed with these
@@ -60,15 +81,26 @@ class Session:
         return cls(sites, tokens, spec, directory, trace, starts, top_k, text.model_type, meta)
 
     def observation(self, total: Mapping[str, Tensor], snapshots: Mapping[str, Tensor]) -> Observation:
-        """The observation that these sums, maxima, coactivation, token counts [L, S, ...] and snapshots [stages, L, S, E] make."""
+        """The observation that these sums, maxima, coactivation, token counts [L, S, ...] and snapshots [stages, L, S, E]
+        make.
+        """
         if self.trace is not None:
             self.trace.close()
         return Observation(
-            model_type=self.model_type, layers=tuple(site.layer for site in self.sites), num_experts=total["count"].shape[-1],
-            num_experts_per_tok=self.top_k, sources=tuple(self.tokens.sources), tokens=total["tokens"],
-            scored_tokens=total["scored_tokens"], statistics={name: total[name] for name in SUMS},
-            maxima={name: total[name] for name in MAXIMA}, coactivation=total["coactivation"], snapshots=snapshots,
-            eaft=None if self.trace is None else Trace.load(self.trace.file), meta=self.meta)
+            model_type=self.model_type,
+            layers=tuple(site.layer for site in self.sites),
+            num_experts=total["count"].shape[-1],
+            num_experts_per_tok=self.top_k,
+            sources=tuple(self.tokens.sources),
+            tokens=total["tokens"],
+            scored_tokens=total["scored_tokens"],
+            statistics={name: total[name] for name in SUMS},
+            maxima={name: total[name] for name in MAXIMA},
+            coactivation=total["coactivation"],
+            snapshots=snapshots,
+            eaft=None if self.trace is None else Trace.load(self.trace.file),
+            meta=self.meta,
+        )
 
 
 @dataclass(eq=False)
@@ -89,8 +121,10 @@ class BatchWatch:
         """The handler of `intercepted`."""
         positions = self.positions_on(hidden.device)
         if hidden.shape[0] != len(positions.source):
-            raise UnusableError(f"{site.name} was called with {hidden.shape[0]} positions for a batch of {len(positions.source)}: this "
-                                "architecture regroups tokens before its experts, so they cannot be told apart by source.")
+            raise UnusableError(
+                f"{site.name} was called with {hidden.shape[0]} positions for a batch of {len(positions.source)}: this "
+                "architecture regroups tokens before its experts, so they cannot be told apart by source."
+            )
         out, pairs = observed_forward(site, hidden, index, gates)
         self.add(site, pairs, positions)
         if self.session.trace is not None:
@@ -139,5 +173,7 @@ def _signals_before(tokens: CalibrationTokens) -> tuple[int, ...]:
 
 def _refuse_large(nbytes: int, spec: ObserveSpec) -> None:
     if nbytes > spec.trace_bytes:
-        raise UnusableError(f"observe.trace_bytes: the exact EAFT trace of this calibration takes {nbytes:,} bytes, allowed are "
-                            f"{spec.trace_bytes:,}. Raise observe.trace_bytes, lower calibration.samples, or set observe.eaft: false.")
+        raise UnusableError(
+            f"observe.trace_bytes: the exact EAFT trace of this calibration takes {nbytes:,} bytes, allowed are "
+            f"{spec.trace_bytes:,}. Raise observe.trace_bytes, lower calibration.samples, or set observe.eaft: false."
+        )

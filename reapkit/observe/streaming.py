@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,40 +17,65 @@ from torch import Tensor
 
 from reapkit.calibration.tokens import CalibrationTokens, batches
 from reapkit.models import final_hidden
-from reapkit.observation import MAXIMA, SNAPSHOTS, Observation
+from reapkit.observation import Observation
 from reapkit.observe.accumulate import LayerSums, Positions, refuse_unusable
 from reapkit.observe.experts import Experts, Pairs, RoutedExperts, intercepted
 from reapkit.observe.layers import LayeredModel
 from reapkit.observe.lockstep import Forward, Lockstep, Spool
 from reapkit.observe.session import BatchWatch, Session
+from reapkit.observe.totals import RunningTotal, assemble
 from reapkit.progress import SILENT, Progress
 from reapkit.recipe.schema import ObserveSpec
 
 
 @torch.no_grad()
-def observe_streaming(path: str | Path, tokens: CalibrationTokens, spec: ObserveSpec, *, batch_tokens: int, work_directory: Path,
-                      device: str = "cpu", dtype: str | torch.dtype = "auto", trust_remote_code: bool = False, identity: str | None = None,
-                      hidden_bytes: int | None = None, offload_directory: Path | None = None, checkpoint_minutes: float = 10,
-                      progress: Progress = SILENT) -> Observation:
+def observe_streaming(
+    path: str | Path,
+    tokens: CalibrationTokens,
+    spec: ObserveSpec,
+    *,
+    batch_tokens: int,
+    work_directory: Path,
+    device: str = "cpu",
+    dtype: str | torch.dtype = "auto",
+    trust_remote_code: bool = False,
+    identity: str | None = None,
+    hidden_bytes: int | None = None,
+    offload_directory: Path | None = None,
+    checkpoint_minutes: float = 10,
+    progress: Progress = SILENT,
+) -> Observation:
     """The same observation as `resident.observe` of the loaded checkpoint, with one or two decoder layers in memory.
 
-    `hidden_bytes`: budget for the paused batches' hidden states on the host; beyond it they go to `offload_directory`, or, without
-    one, the rows run in waves that each read the weights once. Killed and run again with the same arguments it continues: layers'
-    sums are kept as they finish, hidden states every `checkpoint_minutes`.
+    `hidden_bytes`: budget for the paused batches' hidden states on the host; beyond it they go to `offload_directory`, or,
+    without one, the rows run in waves that each read the weights once. Killed and run again with the same arguments it
+    continues: layers' sums are kept as they finish, hidden states every `checkpoint_minutes`.
     """
     layered = LayeredModel(path, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     waves = plan_waves(tokens, batch_tokens, layered, None if offload_directory else hidden_bytes)
-    session = Session.open(layered.model, tokens, spec, batch_tokens=batch_tokens, work_directory=work_directory, identity=identity,
-                           placement="streaming", device=layered.device, waves=[wave.stop for wave in waves])
+    session = Session.open(
+        layered.model,
+        tokens,
+        spec,
+        batch_tokens=batch_tokens,
+        work_directory=work_directory,
+        identity=identity,
+        placement="streaming",
+        device=layered.device,
+        waves=[wave.stop for wave in waves],
+    )
     layered.load_rest()
     pass_ = _Pass(layered, session, batch_tokens, hidden_bytes, offload_directory, checkpoint_minutes)
-    with Lockstep(layered.layers) as lockstep, ThreadPoolExecutor(1, thread_name_prefix="layer-reader") as reader, \
-            intercepted(session.sites, pass_.on_experts), \
-            progress.task("observe", total=len(waves) * len(layered.layers), unit="layers") as task:
+    with (
+        Lockstep(layered.layers) as lockstep,
+        ThreadPoolExecutor(1, thread_name_prefix="layer-reader") as reader,
+        intercepted(session.sites, pass_.on_experts),
+        progress.task("observe", total=len(waves) * len(layered.layers), unit="layers") as task,
+    ):
         for number, wave in enumerate(waves):
             if not pass_.finished(number):
                 pass_.run(number, wave, lockstep, reader, lambda layer: task.note(f"layer {layer}"), task.advance)
-    return session.observation(*_assemble(session, len(waves) - 1))
+    return session.observation(*assemble(session, len(waves) - 1))
 
 
 def plan_waves(tokens: CalibrationTokens, batch_tokens: int, layered: LayeredModel, hidden_bytes: int | None) -> list[range]:
@@ -82,8 +107,15 @@ class _Waiting:
 class _Pass:
     """One wave of row groups through all layers."""
 
-    def __init__(self, layered: LayeredModel, session: Session, batch_tokens: int, hidden_bytes: int | None,
-                 offload_directory: Path | None, checkpoint_minutes: float):
+    def __init__(
+        self,
+        layered: LayeredModel,
+        session: Session,
+        batch_tokens: int,
+        hidden_bytes: int | None,
+        offload_directory: Path | None,
+        checkpoint_minutes: float,
+    ):
         self.layered, self.session, self.batch_tokens = layered, session, batch_tokens
         self.spool, self.checkpoint_seconds = Spool(layered.device, hidden_bytes, offload_directory), 60 * checkpoint_minutes
         self.site_of = {site.layer: site for site in session.sites}
@@ -97,8 +129,15 @@ class _Pass:
     def finished(self, wave: int) -> bool:
         return self._file(wave, "done").exists()
 
-    def run(self, wave: int, groups: range, lockstep: Lockstep, reader: ThreadPoolExecutor, note: Callable[[int], None],
-            advance: Callable[[float], None]) -> None:
+    def run(
+        self,
+        wave: int,
+        groups: range,
+        lockstep: Lockstep,
+        reader: ThreadPoolExecutor,
+        note: Callable[[int], None],
+        advance: Callable[[float], None],
+    ) -> None:
         waiting = list(self._batches(groups))
         start, saved = self._checkpoint(wave, len(waiting))
         lockstep.start_at(start, saved["returns_tuple"] if saved else ())
@@ -120,8 +159,16 @@ class _Pass:
         for directory in self.session.directory.glob(f"wave-{wave:03d}-inputs-*"):
             shutil.rmtree(directory)
 
-    def _through_layers(self, wave: int, start: int, waiting: list[_Waiting], lockstep: Lockstep, reader: ThreadPoolExecutor,
-                        note: Callable[[int], None], advance: Callable[[float], None]) -> None:
+    def _through_layers(
+        self,
+        wave: int,
+        start: int,
+        waiting: list[_Waiting],
+        lockstep: Lockstep,
+        reader: ThreadPoolExecutor,
+        note: Callable[[int], None],
+        advance: Callable[[float], None],
+    ) -> None:
         count, last_checkpoint = len(self.layered.layers), time.monotonic()
         coming: Future = reader.submit(self.layered.load, start)
         for layer in range(start, count):
@@ -138,7 +185,7 @@ class _Pass:
 
     def _one_layer(self, wave: int, layer: int, waiting: list[_Waiting]) -> None:
         """Every batch through one layer; its sums are kept once all have passed."""
-        total = _RunningTotal.after(self._file(wave - 1, f"layer-{layer:04d}.safetensors"), self.session.tokens.snapshots)
+        total = RunningTotal.after(self._file(wave - 1, f"layer-{layer:04d}.safetensors"), self.session.tokens.snapshots)
         site = self.site_of.get(layer)
         for group in sorted({item.group for item in waiting}):
             if site is not None:
@@ -228,51 +275,6 @@ class _Pass:
             item.forward.replace_hidden(item.forward.hidden)
             self._park(item)
         return True
-
-
-class _RunningTotal:
-    """A layer's statistics over the row groups so far, added in group order; snapshots where they fall."""
-
-    def __init__(self, tensors: dict[str, Tensor], snapshots: Sequence[int]):
-        self.tensors, self.snapshots = tensors, snapshots
-
-    @classmethod
-    def after(cls, file: Path, snapshots: Sequence[int]) -> _RunningTotal:
-        """Going on from an earlier wave's file, if there is one."""
-        return cls(load_file(file) if file.exists() else {}, snapshots)
-
-    def add(self, group: int, part: dict[str, Tensor]) -> None:
-        for name, tensor in part.items():
-            if name in self.tensors:
-                tensor = torch.maximum(self.tensors[name], tensor) if name in MAXIMA else self.tensors[name] + tensor
-            self.tensors[name] = tensor
-        for stage, done in enumerate(self.snapshots):
-            if done == group + 1:
-                self.tensors |= {f"snapshot.{stage}.{name}": self.tensors[name].clone() for name in SNAPSHOTS}
-
-    def save(self, file: Path) -> None:
-        temporary = file.with_suffix(".writing")
-        save_file({name: tensor.contiguous() for name, tensor in self.tensors.items()}, temporary)
-        os.replace(temporary, file)
-
-
-def _assemble(session: Session, last_wave: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The layers' totals stacked to [L, S, ...], the snapshots to [stages, L, S, E]."""
-    layers = [load_file(session.directory / f"wave-{last_wave:03d}-layer-{site.layer:04d}.safetensors") for site in session.sites]
-    stages = range(len(session.tokens.snapshots))
-    snapshots = {name: torch.stack([torch.stack([layer.get(f"snapshot.{stage}.{name}", torch.zeros_like(layer[name])) for layer in layers])
-                                    for stage in stages]) for name in SNAPSHOTS}
-    total = {name: torch.stack([layer[name] for layer in layers]) for name in layers[0] if not name.startswith("snapshot.")}
-    return total | _token_counts(session.tokens), snapshots
-
-
-def _token_counts(tokens: CalibrationTokens) -> dict[str, Tensor]:
-    counts = {name: torch.zeros(len(tokens.sources), dtype=torch.int64) for name in ("tokens", "scored_tokens")}
-    for number in (number for group in tokens.groups for number in group):
-        row, source = tokens.row(number), int(tokens.row_source[number])
-        counts["tokens"][source] += len(row.input_ids)
-        counts["scored_tokens"][source] += row.scored.sum()
-    return counts
 
 
 def _write_by_rename(file: Path, text: str) -> None:

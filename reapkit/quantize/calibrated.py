@@ -99,9 +99,13 @@ def raw_modifiers(spec: QuantizeSpec) -> list[Any]:
 
         text = spec.recipe if isinstance(spec.recipe, str) else yaml.safe_dump(spec.recipe, sort_keys=False)
         try:
-            return list(Recipe.create_instance(text).modifiers)
+            modifiers = list(Recipe.create_instance(text).modifiers)
         except Exception as error:  # pydantic, yaml and lookups: all of them are about the recipe
             raise RecipeError([Problem("quantize.recipe", f"llm-compressor refuses it: {str(error)[:500]}")]) from error
+    if not modifiers:
+        raise RecipeError([Problem("quantize.recipe", "holds no modifier. llm-compressor reads stages whose names end in `_stage` and, in them, "
+                                                      "groups whose names end in `_modifiers`.")])
+    return modifiers
 
 
 def _as_the_recipe_left_it(model: nn.Module, places: Mapping[str, Mapping[str, nn.Linear]], plan: Targets) -> tuple[Targets, QuantizationScheme]:

@@ -128,8 +128,10 @@ class Spans(Section):
 
     start: str
     """Text that opens an assistant turn; scored tokens begin after it."""
-    end: str
-    """Text that closes it; the closing marker itself is scored, so that stopping is learnt."""
+    end: Annotated[
+        Annotated[str, Tag("(scalar)")] | Annotated[tuple[str, ...], Tag("(list)")], Discriminator(_by_shape)
+    ]
+    """Text (or any of several texts) that closes it; the closing marker itself is scored, so that stopping is learnt."""
 
 
 class MixEntry(Section):
@@ -551,3 +553,6 @@ class Recipe(Section):
     runtime: RuntimeSpec = RuntimeSpec()
     """Where it runs."""
     _loaded: Any = PrivateAttr(default=None)  # where it was written, for paths relative to it and for positions in messages
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Recipe) and self.__dict__ == other.__dict__  # wherever they were written

@@ -10,7 +10,7 @@ import yaml
 from reapkit.gates import UNION
 from reapkit.planning import Sizes
 from reapkit.report.facts import RunFacts
-from reapkit.report.measures import measured_models, verified_rows, with_interval
+from reapkit.report.measures import generated, measured_models, share_with_interval, verified_rows, with_interval
 from reapkit.report.serving import engine_for
 from reapkit.report.wording import count, listed, percent, plural
 from reapkit.tables import human_bytes, human_count, human_experts
@@ -244,10 +244,12 @@ def _limits(facts: RunFacts, which: str) -> str:
     lines = [f"Quality was compared with the base model on {listed(sources, 12)}{outside}. What is not listed was not measured: pruning may "
              "have cost languages, domains and skills that these rows do not exercise.",
              "Perplexity, KL and agreement say how close the model is to its base on given text; they are no benchmark scores."]
-    if not any(entry.get("generation") for entry in (facts.evaluation or {}).get("candidates", ())):
+    if not generated(facts):
         lines.append("Free generation (loops, broken tool calls) was not measured.")
     if facts.recipe.evaluate.lm_eval is None:
         lines.append("No task benchmark was run.")
+    lines += [f"Free continuations, pruned as a mask, share that loop: {share_with_interval(found)}; base: {share_with_interval(base)}."
+              for group, metric, base, found in generated(facts) if group == UNION and metric == "loop_share"]
     lines += _verdicts(facts, which)
     if never := (facts.selection.details.get("never_routed") if facts.selection else None):
         lines.append(f"{plural(sum(map(len, never.values())), 'expert')} received no calibration token and ranked last.")

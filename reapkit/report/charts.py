@@ -61,7 +61,7 @@ def shade(low: str, high: str) -> list[list[Any]]:
 
 def axis(title: str = "", form: str = "", **extra: Any) -> dict[str, Any]:
     """An axis with its title and number format."""
-    return {"title": {"text": title}, **({"tickformat": form} if form else {}), **extra}
+    return {**({"title": {"text": title}} if title else {}), **({"tickformat": form} if form else {}), **extra}
 
 
 def names_axis(**extra: Any) -> dict[str, Any]:

@@ -53,6 +53,24 @@ def badge(verdict: str) -> Markup:
     return Markup('<span class="verdict {}">{}</span>').format(TONES.get(verdict, "info"), verdict)
 
 
+def generated(facts: RunFacts) -> list[tuple[str, str, Mapping[str, Any] | None, Mapping[str, Any]]]:
+    """(group, metric, base's, candidate's) for every share measured on free continuations of the chosen candidate, else nothing."""
+    evaluation = facts.evaluation or {}
+    chosen = next((entry for entry in evaluation.get("candidates", ()) if entry["name"] == evaluation.get("chosen")), {})
+    base = evaluation.get("base_generation") or {}
+    return [(group, metric, base.get(group, {}).get(metric), found)
+            for group, metrics in (chosen.get("generation") or {}).items() for metric, found in metrics.items()
+            if isinstance(found, Mapping) and not metric.endswith("_delta") and metric in base.get(group, {})]
+
+
+def share_with_interval(measurement: Mapping[str, Any] | None) -> str:
+    """`18.8 % (8.3 % to 29.2 %)`."""
+    if measurement is None or measurement.get("value") is None:
+        return "–"
+    interval = measurement.get("interval")
+    return percent(measurement["value"]) + (f" ({percent(interval[0])} to {percent(interval[1])})" if interval else "")
+
+
 def verified_rows(facts: RunFacts) -> list[Mapping[str, Any]]:
     """The verification's rows: base, pruned, quantized."""
     return list((facts.verification or {}).get("rows", ()))

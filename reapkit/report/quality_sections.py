@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from markupsafe import Markup
+
 from reapkit.gates import UNION
 from reapkit.report.blocks import Chart, Folded, Grid, Note, Section, Table
 from reapkit.report.charts import axis, names_axis, upright, whiskers
 from reapkit.report.facts import RunFacts
-from reapkit.report.measures import METRICS, SHARES, TONES, badge, heading, limit, measured_models, shown, with_interval
+from reapkit.report.measures import (METRICS, SHARES, TONES, badge, generated, heading, limit, measured_models, share_with_interval, shown,
+                                     with_interval)
 from reapkit.report.wording import extreme, listed
 from reapkit.tables import human_bytes
 
@@ -140,8 +143,30 @@ def quality(facts: RunFacts) -> Section | None:
     columns = [("source", LEFT), ("model", LEFT), ("perplexity", RIGHT), ("against base", RIGHT), ("KL", RIGHT), ("same top-1", RIGHT)]
     lead = f"Held-out rows of {length} tokens; whiskers are 95 % intervals." + (
         " These rows took no part in any decision." if facts.verification and facts.recipe.evaluate.packs.confirm else "")
-    blocks = [Grid(charts[:2], wide=True), charts[2], Folded("All numbers", [Table(columns, rows)])]
+    blocks: list[Any] = [Grid(charts[:2], wide=True), charts[2], Folded("All numbers", [Table(columns, rows)])]
+    if written := generated(facts):
+        union = [each for each in written if each[0] == UNION]
+        by_source = [each for each in written if each[0] != UNION]
+        blocks += [_generation_table(facts, union, "Free continuations of held-out prompts"),
+                   Folded("Continuations, source by source", [_generation_table(facts, by_source)]), *_examples(facts)]
     return Section("quality", "Quality, source by source", blocks, lead, "Quality")
+
+
+def _generation_table(facts: RunFacts, written: Sequence[tuple[str, str, Any, Any]], title: str = "") -> Table:
+    rows = [("all of the mix" if group == UNION else group, metric.replace("_share", "").replace("_", " "), share_with_interval(base),
+             share_with_interval(found)) for group, metric, base, found in written]
+    columns = [("source", LEFT), ("share of continuations", LEFT), ("base", RIGHT), (f"{facts.chosen} (mask)", RIGHT)]
+    return Table(columns, rows, title)
+
+
+def _examples(facts: RunFacts) -> list[Folded]:
+    """The same prompt continued by base and candidate, side by side."""
+    examples = _chosen(facts.evaluation).get("examples") or ()
+    if not examples:
+        return []
+    rows = [(each["source"], *(Markup("<pre>{}</pre>").format(each[name]) for name in ("prompt", "base", "candidate"))) for each in examples]
+    columns = [("source", LEFT), ("prompt", LEFT), ("base", LEFT), (f"{facts.chosen} (mask)", LEFT)]
+    return [Folded("What they wrote", [Table(columns, rows)])]
 
 
 def _source_chart(found: Mapping[str, Mapping[str, Any]], metric: str) -> Chart:
@@ -154,7 +179,7 @@ def _source_chart(found: Mapping[str, Mapping[str, Any]], metric: str) -> Chart:
         color = f"--c{index + 1}"
         data.append(whiskers(names, list(measured.values()), labels, color, name=name, symbol=("circle", "diamond")[index % 2], whisker=color))
     last, groups = list(found.items())[-1]
-    layout = {"shapes": [upright(SAME_AS_BASE[metric], color="--muted", width=1, dash="dot")], "margin": {"l": 20},
+    layout = {"shapes": [upright(SAME_AS_BASE[metric], color="--muted", width=1, dash="dot")], "margin": {"l": 20, "b": 28},
               "xaxis": axis(form=".0%" if metric in SHARES else "", nticks=6, zeroline=False), "yaxis": names_axis()}
     return Chart(f"source-{metric.replace('_', '-')}", heading(metric), _source_sentence(last, groups, metric), data, layout,
                  90 + 30 * len(groups))

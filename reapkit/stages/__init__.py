@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+from reapkit.estimates import Estimates, estimate
 from reapkit.planning import Plan
 from reapkit.progress import Progress
 from reapkit.recipe.schema import Recipe
@@ -35,6 +38,22 @@ class Context:
         import torch
 
         return "cuda" if torch.cuda.is_available() else "cpu"
+
+    @cached_property
+    def estimates(self) -> Estimates:
+        """Memory and placement on this machine."""
+        return estimate(self.plan)
+
+    @property
+    def streams(self) -> bool:
+        """Whether layers go through memory one at a time instead of staying there."""
+        return self.estimates.placement == "streaming"
+
+    @property
+    def streaming(self) -> dict[str, Any]:
+        """Where waiting hidden states go, as the streaming functions take it."""
+        directory = self.recipe.runtime.offload_directory
+        return {"hidden_bytes": self.estimates.host_budget, "offload_directory": Path(directory) if directory else None}
 
     @property
     def model_directory(self) -> Path:

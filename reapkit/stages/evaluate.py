@@ -7,8 +7,10 @@ from typing import Any
 from reapkit.calibration.tokens import CalibrationTokens
 from reapkit.evaluate.bench import Candidate
 from reapkit.evaluate.candidates import eaft_settings, evaluate
+from reapkit.evaluate.streaming import evaluate_streaming
 from reapkit.gates import Gate, resolve
 from reapkit.models import load_model, load_tokenizer
+from reapkit.observe.layers import LayeredModel
 from reapkit.recipe.schema import Gates
 from reapkit.stages import Context
 from reapkit.stages.select import load_selections
@@ -17,16 +19,20 @@ from reapkit.store import write_json
 
 def run(context: Context) -> dict[str, Any]:
     recipe, spec = context.recipe, context.recipe.evaluate
-    model = load_model(context.model_directory, device=context.device, trust_remote_code=recipe.model.trust_remote_code)
     index = context.inputs["select"].summary
     selections = load_selections(context.inputs["select"].payload, [*index["candidates"], *index["controls"]])
     nbytes = {candidate.name: context.plan.pruned(candidate).nbytes for candidate in context.plan.candidates}
-    evaluation = evaluate(
-        model, load_packs(context), [Candidate(name, selections[name], nbytes[name]) for name in index["candidates"]],
-        gates_of(spec.gates, context), eaft=eaft_settings(recipe.saliency, recipe.observe),
-        controls=[Candidate(name, selections[name], control_of=index["candidates"][0]) for name in index["controls"]],
-        generation=spec.generation, tokenizer=load_tokenizer(context.model_directory), pack_samples=spec.packs.samples,
-        batch_tokens=recipe.runtime.batch_tokens, work_directory=context.work, progress=context.progress)
+    tried = [Candidate(name, selections[name], nbytes[name]) for name in index["candidates"]]
+    compared = {"controls": [Candidate(name, selections[name], control_of=candidate) for name, candidate in index["controls"].items()],
+                "eaft": eaft_settings(recipe.saliency, recipe.observe), "pack_samples": spec.packs.samples,
+                "batch_tokens": recipe.runtime.batch_tokens, "progress": context.progress}
+    where = {"device": context.device, "trust_remote_code": recipe.model.trust_remote_code}
+    gates, packs = gates_of(spec.gates, context), load_packs(context)
+    if context.streams:
+        evaluation = evaluate_streaming(LayeredModel(context.model_directory, **where), packs, tried, gates, **compared, **context.streaming)
+    else:
+        evaluation = evaluate(load_model(context.model_directory, **where), packs, tried, gates, generation=spec.generation,
+                              tokenizer=load_tokenizer(context.model_directory), work_directory=context.work, **compared)
     write_json(context.payload / "evaluation.json", evaluation)
     selections[evaluation["chosen"]].save(context.payload)
     return {name: evaluation[name] for name in ("chosen", "verdict", "advice")}

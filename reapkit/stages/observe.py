@@ -5,20 +5,39 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from torch import nn
+
+from reapkit.calibration.isolation import check_isolation
 from reapkit.calibration.tokens import CalibrationTokens
-from reapkit.models import load_model
+from reapkit.models import final_hidden, load_model
+from reapkit.observation import Observation
 from reapkit.observe.resident import observe
+from reapkit.observe.streaming import observe_streaming
 from reapkit.stages import Context
 
 
 def run(context: Context) -> dict[str, Any]:
-    recipe, tokens = context.recipe, CalibrationTokens.load(context.inputs["calibrate"].payload)
-    model = load_model(context.model_directory, device=context.device, trust_remote_code=recipe.model.trust_remote_code)
+    tokens = CalibrationTokens.load(context.inputs["calibrate"].payload)
     started = time.time()
-    observation = observe(model, tokens, recipe.observe, batch_tokens=recipe.runtime.batch_tokens, work_directory=context.work,
-                          progress=context.progress)
+    observation = (_streaming if context.streams else _resident)(context, tokens)
     observation.save(context.payload)
     count = int(observation.tokens.sum())
     never = int((sum(observation.statistics["count"].unbind(1)) == 0).sum())
     return {"tokens": count, "scored_tokens": int(observation.scored_tokens.sum()), "never_routed": never, "device": context.device,
-            "tokens_per_second": round(count / max(time.time() - started, 1e-9))}
+            "placement": context.estimates.placement, "tokens_per_second": round(count / max(time.time() - started, 1e-9))}
+
+
+def _resident(context: Context, tokens: CalibrationTokens) -> Observation:
+    recipe = context.recipe
+    model: nn.Module = load_model(context.model_directory, device=context.device, trust_remote_code=recipe.model.trust_remote_code)
+    check_isolation(lambda ids, positions: final_hidden(model, ids.to(model.device), positions.to(model.device)).cpu(), tokens)
+    return observe(model, tokens, recipe.observe, batch_tokens=recipe.runtime.batch_tokens, work_directory=context.work,
+                   identity=context.plan.checkpoint.identity, progress=context.progress)
+
+
+def _streaming(context: Context, tokens: CalibrationTokens) -> Observation:
+    recipe = context.recipe
+    return observe_streaming(context.model_directory, tokens, recipe.observe, batch_tokens=recipe.runtime.batch_tokens,
+                             work_directory=context.work, device=context.device, trust_remote_code=recipe.model.trust_remote_code,
+                             identity=context.plan.checkpoint.identity, checkpoint_minutes=recipe.runtime.checkpoint_minutes,
+                             progress=context.progress, **context.streaming)

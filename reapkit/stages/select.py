@@ -18,12 +18,12 @@ def run(context: Context) -> dict[str, Any]:
     grid = context.plan.candidates
     chosen = dict(zip(grid, select_all(observation, recipe.saliency, recipe.prune, architecture, grid), strict=True))
     others = controls(grid, recipe.evaluate.controls)
-    compared = dict(zip(others, select_all(observation, recipe.saliency, recipe.prune, architecture, others), strict=True)) if others else {}
+    compared = dict(zip(others, select_all(observation, recipe.saliency, recipe.prune, architecture, tuple(others)), strict=True)) if others else {}
     for candidate, selection in (chosen | compared).items():
         selection.save(context.payload / "candidates" / candidate.name)
     if len(grid) == 1:
         chosen[grid[0]].save(context.payload)
-    names = {"candidates": [candidate.name for candidate in chosen], "controls": [candidate.name for candidate in compared]}
+    names = {"candidates": [candidate.name for candidate in chosen], "controls": {control.name: others[control] for control in compared}}
     write_json(context.payload / "index.json", names)
     for warning in dict.fromkeys(warning for selection in chosen.values() for warning in selection.warnings):
         context.progress.warn(f"select: {warning}")
@@ -31,10 +31,10 @@ def run(context: Context) -> dict[str, Any]:
                                 for candidate, selection in chosen.items()}}
 
 
-def controls(grid: tuple[Candidate, ...], criteria: tuple[str, ...]) -> tuple[Candidate, ...]:
-    """The smallest candidate's budget under other criteria."""
-    return tuple(replace(grid[0], name=f"control-{criterion}", criterion=criterion) for criterion in criteria
-                 if criterion != grid[0].criterion)
+def controls(grid: tuple[Candidate, ...], criteria: tuple[str, ...]) -> dict[Candidate, str]:
+    """Each candidate's budget under other criteria: control -> the candidate it belongs to."""
+    return {replace(candidate, name=f"{criterion}-beside-{candidate.name}", criterion=criterion): candidate.name
+            for candidate in grid for criterion in criteria if criterion != candidate.criterion}
 
 
 def load_selections(payload: Any, names: list[str]) -> dict[str, Selection]:

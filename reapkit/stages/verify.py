@@ -10,9 +10,11 @@ from reapkit.checkpoint import Checkpoint
 from reapkit.errors import StageFailed
 from reapkit.evaluate.candidates import eaft_settings
 from reapkit.evaluate.directory import Yardstick
+from reapkit.evaluate.streaming import measure_streaming, yardstick_streaming
 from reapkit.gates import UNION, GateResult, judge, overall
 from reapkit.layout import read_layout
 from reapkit.models import load_model
+from reapkit.observe.layers import LayeredModel
 from reapkit.selection import Selection
 from reapkit.stages import Context
 from reapkit.stages.evaluate import gates_of, load_packs
@@ -25,14 +27,12 @@ HEADLINE = ("perplexity", "perplexity_ratio", "kl_mean", "top1_agreement")
 
 
 def run(context: Context) -> dict[str, Any]:
-    recipe = context.recipe
     directories = {LABELS[stage]: context.inputs[stage].payload for stage in LABELS if stage in context.inputs}
     proofs = _prove(context, directories)
     yardstick = _yardstick(context)
     metrics = {"base": yardstick.base_metrics}
     for name, directory in directories.items():
-        metrics[name] = yardstick.measure_directory(directory, device=context.device, trust_remote_code=recipe.model.trust_remote_code,
-                                                    title=f"measure {name}", progress=context.progress)
+        metrics[name] = _measured(context, yardstick, name, directory)
     rows = [_row(name, context.model_directory if name == "base" else directories[name], metrics[name]) for name in metrics]
     verdict, results, advice = _judge(context, metrics, list(directories)[-1])
     write_json(context.payload / "verify.json", {"rows": rows, "metrics": metrics, "proofs": proofs, "gates": results, "verdict": verdict,
@@ -45,10 +45,19 @@ LABELS = {"prune": "pruned", "quantize": "quantized"}
 
 def _yardstick(context: Context) -> Yardstick:
     """The base on rows that no decision has seen; the model leaves memory before the next one is loaded."""
-    recipe = context.recipe
-    base = load_model(context.model_directory, device=context.device, trust_remote_code=recipe.model.trust_remote_code)
-    return Yardstick.of(base, load_packs(context), eaft=eaft_settings(recipe.saliency, recipe.observe),
-                        batch_tokens=recipe.runtime.batch_tokens, work_directory=context.work, progress=context.progress)
+    recipe, packs = context.recipe, load_packs(context)
+    where = {"device": context.device, "trust_remote_code": recipe.model.trust_remote_code}
+    common = {"eaft": eaft_settings(recipe.saliency, recipe.observe), "batch_tokens": recipe.runtime.batch_tokens, "progress": context.progress}
+    if context.streams:
+        return yardstick_streaming(LayeredModel(context.model_directory, **where), packs, **common, **context.streaming)
+    return Yardstick.of(load_model(context.model_directory, **where), packs, work_directory=context.work, **common)
+
+
+def _measured(context: Context, yardstick: Yardstick, name: str, directory: Path) -> dict[str, Any]:
+    where = {"device": context.device, "trust_remote_code": context.recipe.model.trust_remote_code}
+    if context.streams:
+        return measure_streaming(yardstick, LayeredModel(directory, **where), progress=context.progress, **context.streaming)
+    return yardstick.measure_directory(directory, title=f"measure {name}", progress=context.progress, **where)
 
 
 def _prove(context: Context, directories: dict[str, Path]) -> list[dict[str, Any]]:

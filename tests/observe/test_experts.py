@@ -16,14 +16,17 @@ def logits(model):
         return model(IDS, use_cache=False).logits
 
 
-@pytest.mark.parametrize(("model_type", "overrides", "layers"), [
-    ("qwen3_moe", {}, (0, 1, 2)),
-    ("glm4_moe", {}, (1, 2)),
-    ("nemotron_h", {}, (1,)),
-    ("qwen3_moe", {"decoder_sparse_step": 2, "num_hidden_layers": 4}, (1, 3)),
-    ("llama4_text", {"interleave_moe_layer_step": 2, "num_hidden_layers": 4, "moe_layers": None}, (1, 3)),
-    ("qwen3_vl_moe", {}, (0, 1, 2)),
-])
+@pytest.mark.parametrize(
+    ("model_type", "overrides", "layers"),
+    [
+        ("qwen3_moe", {}, (0, 1, 2)),
+        ("glm4_moe", {}, (1, 2)),
+        ("nemotron_h", {}, (1,)),
+        ("qwen3_moe", {"decoder_sparse_step": 2, "num_hidden_layers": 4}, (1, 3)),
+        ("llama4_text", {"interleave_moe_layer_step": 2, "num_hidden_layers": 4, "moe_layers": None}, (1, 3)),
+        ("qwen3_vl_moe", {}, (0, 1, 2)),
+    ],
+)
 def test_layers_are_decoder_indices(model_type: str, overrides: dict, layers: tuple[int, ...]):
     assert tuple(site.layer for site in find_experts(tiny.build(model_type, **overrides))) == layers
 
@@ -35,7 +38,9 @@ def test_watching_does_not_change_the_model(model_type: str, dtype: torch.dtype)
     if model_type != "llama4_text":
         model.set_experts_implementation("eager")
     before = logits(model)
-    with intercepted(find_experts(model), lambda site, hidden, index, gates, inner: observed_forward(site, hidden, index, gates)[0]):
+    with intercepted(
+        find_experts(model), lambda site, hidden, index, gates, inner: observed_forward(site, hidden, index, gates)[0]
+    ):
         watched = logits(model)
     rounding = 1e-5 if dtype == torch.float32 else 0.02
     assert (watched - before).abs().max() <= rounding
@@ -52,6 +57,7 @@ def test_interceptions_nest_and_end_with_what_the_model_would_run(implementation
         def handler(site, hidden, index, gates, inner):
             calls.append((name, site.layer))
             return inner(hidden, index, gates)
+
         return handler
 
     with intercepted(find_experts(model), noting("outer")):

@@ -28,6 +28,7 @@ def captured_calls(model, ids):
     """What each layer's experts module was called with, by wrapping the modules of the running model."""
     calls, undo = {}, []
     for site in find_experts(model):
+
         def call(*args, site=site, forward=site.module.forward, **kwargs):
             calls[site.layer] = (site, *args, *kwargs.values())
             return forward(*args, **kwargs)
@@ -112,8 +113,10 @@ def test_llama4_counts_what_each_pair_adds(tmp_path: Path):
     expected = torch.zeros(3, 2, 16, dtype=torch.float64)
     for row in range(tokens.num_rows):
         inputs = {}
-        hooks = [layer.feed_forward.register_forward_pre_hook(lambda module, args, i=i: inputs.__setitem__(i, (module, args[0])))
-                 for i, layer in enumerate(model.model.layers)]
+        hooks = [
+            layer.feed_forward.register_forward_pre_hook(lambda module, args, i=i: inputs.__setitem__(i, (module, args[0])))
+            for i, layer in enumerate(model.model.layers)
+        ]
         with torch.no_grad():
             model(tokens.row(row).input_ids[None], use_cache=False)
             for layer, (block, hidden) in inputs.items():
@@ -157,7 +160,9 @@ def test_trace_holds_every_signal_in_row_order(model_type: str, tmp_path: Path):
 def test_padding_and_batching_do_not_change_what_is_counted(tmp_path: Path):
     model = tiny.build("glm4_moe")
     tokens = tiny_tokens(tmp_path / "calibration", score="all")
-    alone, together = (observe(model, tokens, ObserveSpec(), batch_tokens=size, work_directory=tmp_path / str(size)) for size in (1, 96))
+    alone, together = (
+        observe(model, tokens, ObserveSpec(), batch_tokens=size, work_directory=tmp_path / str(size)) for size in (1, 96)
+    )
     assert torch.equal(alone.statistics["count"], together.statistics["count"])
     assert alone.statistics["count"].sum(dim=(1, 2)).tolist() == [4 * 130, 4 * 130]
     assert torch.allclose(alone.statistics["gate_norm_sum"], together.statistics["gate_norm_sum"], rtol=1e-5)
@@ -210,8 +215,13 @@ def test_killed_and_run_again_gives_the_same_bytes(tmp_path: Path):
         observe(model, tokens, ObserveSpec(), batch_tokens=24, work_directory=tmp_path / work).save(tmp_path / f"{work}-saved")
         return b"".join(file.read_bytes() for file in sorted((tmp_path / f"{work}-saved").iterdir()))
 
-    script = KILLED.format(tests=str(Path(tiny.__file__).parent), root=str(Path(tiny.__file__).parents[1]), steps=5,
-                           calibration=str(tmp_path / "calibration"), work=str(tmp_path / "killed"))
+    script = KILLED.format(
+        tests=str(Path(tiny.__file__).parent),
+        root=str(Path(tiny.__file__).parents[1]),
+        steps=5,
+        calibration=str(tmp_path / "calibration"),
+        work=str(tmp_path / "killed"),
+    )
     assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == -9
     finished = list((tmp_path / "killed").rglob("group-*.safetensors"))
     assert 0 < len(finished) < len(tokens.groups)
@@ -223,7 +233,9 @@ def test_nan_names_layer_and_expert(tmp_path: Path):
     with torch.no_grad():
         model.model.layers[1].mlp.experts.down_proj[5, 0, 0] = torch.nan
     tokens = tiny_tokens(tmp_path / "calibration")
-    with pytest.raises(UnusableError, match=r"observe: NaN or infinity in layer 1, expert 5 \(1 of its 16 experts\), computed in float32"):
+    with pytest.raises(
+        UnusableError, match=r"observe: NaN or infinity in layer 1, expert 5 \(1 of its 16 experts\), computed in float32"
+    ):
         observe(model, tokens, ObserveSpec(), batch_tokens=48, work_directory=tmp_path / "work")
 
 
@@ -237,7 +249,9 @@ def test_a_model_without_observable_experts_is_refused():
 def test_a_trace_beyond_its_limit_is_refused_with_both_numbers(tmp_path: Path):
     tokens = tiny_tokens(tmp_path / "calibration")
     with pytest.raises(UnusableError, match=r"takes [\d,]+ bytes, allowed are 1,000"):
-        observe(tiny.build("qwen3_moe"), tokens, ObserveSpec(trace_bytes=1000), batch_tokens=48, work_directory=tmp_path / "work")
+        observe(
+            tiny.build("qwen3_moe"), tokens, ObserveSpec(trace_bytes=1000), batch_tokens=48, work_directory=tmp_path / "work"
+        )
 
 
 def test_the_model_is_left_as_it_was(tmp_path: Path):

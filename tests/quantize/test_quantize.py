@@ -219,7 +219,7 @@ def test_the_session_of_llmcompressor_is_released(saved, tokens, tmp_path: Path)
 def test_a_raw_recipe_decides_what_is_quantized(saved, tokens, tmp_path: Path) -> None:
     weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}
     group = {"targets": ["re:.*experts.*_proj$"], "weights": weights}
-    spec = QuantizeSpec(recipe={"stage": {"modifiers": {"GPTQModifier": {"config_groups": {"group_0": group}, "ignore": ["lm_head"]}}}})
+    spec = QuantizeSpec(recipe={"quantize_stage": {"quantize_modifiers": {"GPTQModifier": {"config_groups": {"group_0": group}, "ignore": ["lm_head"]}}}})
     facts = quantize_checkpoint(saved("qwen3_moe"), tmp_path / "out", spec, calibration=tokens)
     assert facts["quantized_matrices"] == 2 * 16 * 3 and "model.layers.0.self_attn.q_proj" in facts["left"]["the recipe leaves it"]
     assert holds(saved("qwen3_moe"), tmp_path / "out", spec)["loads"]
@@ -228,8 +228,10 @@ def test_a_raw_recipe_decides_what_is_quantized(saved, tokens, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("recipe", "message"), [
-    ({"stage": {"modifiers": {"GPTQModifierr": {}}}}, "llm-compressor refuses it"),
-    ({"stage": {"modifiers": {"QuantizationModifier": {"targets": ["Linear"], "scheme": "FP8_DYNAMIC"}}}}, "quantizes lm_head, which reapkit never does"),
+    ({"quantize_stage": {"quantize_modifiers": {"GPTQModifierr": {}}}}, "llm-compressor refuses it"),
+    ({"stage": {"modifiers": {"GPTQModifier": {}}}}, "holds no modifier"),
+    ({"quantize_stage": {"quantize_modifiers": {"QuantizationModifier": {"targets": ["Linear"], "scheme": "FP8_DYNAMIC"}}}},
+     "quantizes lm_head, which reapkit never does"),
 ])
 def test_a_raw_recipe_that_cannot_be_written_is_refused(saved, tokens, tmp_path: Path, recipe: dict, message: str) -> None:
     with pytest.raises(RecipeError, match=message):

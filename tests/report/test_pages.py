@@ -9,7 +9,7 @@ import re
 import pytest
 
 import synthetic
-from reapkit.report import write_observation_report, write_run_report
+from reapkit.report import model_card, write_observation_report, write_run_report
 from reapkit.report.blocks import Chart, Table
 from reapkit.report.observation_report import observation_page
 from reapkit.report.page import as_json, render
@@ -126,3 +126,13 @@ def test_a_run_stopped_early_still_has_a_page(observed, tmp_path):
 def test_observation_report_is_written_whole(observed, tmp_path):
     write_observation_report(observed, synthetic.selection(observed, 4), tmp_path / "new" / "observation.html")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["observation.html"]
+
+
+def test_free_continuations_are_shown_where_they_were_measured(finished):
+    loops = {"rows": 8, "loop_share": synthetic.measured(0.2, 0.1), "loop_share_delta": synthetic.measured(0.1, 0.1)}
+    evaluation = {**finished.evaluation, "base_generation": {"all": {"rows": 8, "loop_share": synthetic.measured(0.1, 0.05)}},
+                  "candidates": [{**finished.evaluation["candidates"][0], "generation": {"all": loops}}]}
+    measured = dataclasses.replace(finished, evaluation=evaluation)
+    assert "20.0 % (10.0 % to 30.0 %)" in text(run_page(measured)) and "Free continuations" not in text(run_page(finished))
+    card = model_card(measured, "pruned")
+    assert "share that loop: 20.0 %" in card and "Free generation (loops" not in card

@@ -1,0 +1,181 @@
+"""What a run takes: memory per placement, tokens, FLOPs, bytes read and written. From config and headers alone; torch-free.
+
+The figures are bounds to plan with, not measurements: weights are exact, activations are counted from the widths of one batch.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reapkit.architecture import text_config
+from reapkit.checkpoint import Checkpoint
+from reapkit.layout import LAYER, Layout
+from reapkit.planning import Plan
+
+COMPUTE_BYTES = 2  # bf16: FP8 and MXFP4 weights are dequantized to it
+LOGITS_BYTES = 256_000_000  # logits are taken in chunks of this size
+HIDDEN_COPIES = 8  # hidden-sized tensors that live at once in a decoder layer: residual, norms, attention in- and outputs
+SAFE_SHARE = 0.85  # of what is free; the rest is for fragmentation and the libraries themselves
+HOST_BASE_BYTES = 2_000_000_000  # Python, torch, transformers
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Peak bytes on the device and on the host in one placement; on a machine without accelerator both are the host's."""
+
+    device: int
+    host: int
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Free memory of the accelerators together (None: there is none) and of the host, in bytes."""
+
+    device: int | None
+    host: int
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """`tokens`: of the calibration, exact once it is prepared, else at most. `flops`: of the observing forward. `hidden_bytes`: what waits
+    between two layers in streaming; `written`: bytes that stages still to run leave on disk."""
+
+    tokens: int
+    tokens_exact: bool
+    flops: float
+    footprints: Mapping[str, Footprint]
+    hidden_bytes: int
+    bytes_read: int
+    written: int
+    machine: Machine
+    placement: str
+    waves: int
+    host_budget: int
+
+
+def estimate(plan: Plan) -> Estimates:
+    """The figures of a plan on this machine."""
+    tokens, exact = _tokens(plan)
+    footprints, hidden = _footprints(plan, tokens)
+    machine = machine_memory()
+    placement = plan.recipe.runtime.placement
+    if placement == "auto":
+        placement = choose_placement(footprints["resident"], machine)
+    budget = hidden_budget(footprints["streaming"], machine)
+    waves = 1 if placement == "resident" or plan.recipe.runtime.offload_directory else max(1, -(-hidden // max(budget, 1)))
+    return Estimates(tokens, exact, 2.0 * plan.base.active_parameters * tokens, footprints, hidden,
+                     plan.checkpoint.nbytes * (waves if placement == "streaming" else 1), _written(plan), machine, placement, waves, budget)
+
+
+def choose_placement(resident: Footprint, machine: Machine) -> str:
+    """resident where the whole model fits with room to spare, else streaming."""
+    room = machine.host if machine.device is None else machine.device
+    return "resident" if resident.device <= SAFE_SHARE * room else "streaming"
+
+
+def hidden_budget(streaming: Footprint, machine: Machine) -> int:
+    """Host bytes that paused hidden states may take."""
+    taken = streaming.host if machine.device is not None else max(streaming.host, streaming.device)
+    return max(0, int(SAFE_SHARE * machine.host) - taken)
+
+
+def machine_memory() -> Machine:
+    """What is free now: of NVIDIA devices by NVML, of the host by the kernel."""
+    return Machine(_nvidia_free(), _host_free())
+
+
+def missing_disk(plan: Plan) -> str | None:
+    """A sentence if the store's disk has no room for what is still to be written, else None."""
+    needed, place = _written(plan), Path(plan.recipe.runtime.store).absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if needed <= free:
+        return None
+    return (f"{place}: {needed / 1e9:.3g} GB will be written and {free / 1e9:.3g} GB are free. Free some, set runtime.store to another disk, "
+            "or keep less (output.keep).")
+
+
+def _tokens(plan: Plan) -> tuple[int, bool]:
+    calibrate = plan.stage("calibrate")
+    if calibrate.artifact is not None:
+        return sum(source["tokens"] for source in calibrate.artifact.summary["sources"].values()), True
+    calibration = plan.recipe.calibration
+    return calibration.tokens or calibration.samples * calibration.max_length, calibration.tokens is not None
+
+
+def _footprints(plan: Plan, tokens: int) -> tuple[dict[str, Footprint], int]:
+    text = text_config(plan.checkpoint.config)
+    weights = layer_weights(plan.checkpoint, plan.layout)
+    rest = weights.pop(None)
+    batch = activation_bytes(text, plan.recipe.runtime.batch_tokens)
+    hidden = tokens * int(text["hidden_size"]) * COMPUTE_BYTES
+    largest = max(weights.values())
+    statistics = len(plan.layout.layers) * len(plan.recipe.calibration.mix) * plan.checkpoint.architecture.num_experts * 8 * 20
+    statistics += len(plan.layout.layers) * len(plan.recipe.calibration.mix) * plan.checkpoint.architecture.num_experts ** 2 * 8
+    return {"resident": Footprint(rest + sum(weights.values()) + batch, HOST_BASE_BYTES + statistics),
+            "streaming": Footprint(rest + 2 * largest + batch, HOST_BASE_BYTES + statistics + largest)}, hidden
+
+
+def layer_weights(checkpoint: Checkpoint, layout: Layout) -> dict[int | None, int]:
+    """Bytes of each decoder layer as it computes, and (None) of everything else; multi-token-prediction blocks are not loaded."""
+    depth = checkpoint.architecture.num_hidden_layers
+    found: dict[int | None, int] = {None: 0}
+    for name, tensor in checkpoint.tensors.items():
+        if name in layout.mtp_tensors:
+            continue
+        match = LAYER.match(name)
+        layer = int(match["index"]) if match and int(match["index"]) < depth else None
+        found[layer] = found.get(layer, 0) + _computing_bytes(tensor.dtype, tensor.numel, name)
+    return found
+
+
+def _computing_bytes(dtype: str, numel: int, name: str) -> int:
+    if name.endswith("_blocks"):  # MXFP4 packs two weights into a byte
+        return 2 * numel * COMPUTE_BYTES
+    if dtype in ("F32", "F64", "I64"):
+        return numel * (4 if dtype == "F32" else 8)
+    return numel * COMPUTE_BYTES
+
+
+def activation_bytes(text: Mapping[str, Any], batch_tokens: int) -> int:
+    """What one batch needs beside the weights: hidden-sized tensors, the experts' widest pair tensors, a chunk of logits."""
+    hidden = int(text["hidden_size"])
+    inner = int(text.get("moe_intermediate_size") or text.get("intermediate_size") or hidden)
+    slots = next((int(text[key]) for key in ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+                  if isinstance(text.get(key), int)), 1)
+    return batch_tokens * COMPUTE_BYTES * (HIDDEN_COPIES * hidden + slots * (3 * inner + 2 * hidden)) + LOGITS_BYTES
+
+
+def _written(plan: Plan) -> int:
+    """The largest candidate decides; stages that are in the store write nothing."""
+    total = 0
+    if plan.stage("prune").must_run:
+        total += max(plan.pruned(candidate).nbytes for candidate in plan.candidates)
+    if any(stage.name == "quantize" and stage.must_run for stage in plan.stages):
+        total += max(plan.quantized_nbytes(candidate) or 0 for candidate in plan.candidates)
+    return total
+
+
+def _host_free() -> int:
+    try:
+        with open("/proc/meminfo") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _nvidia_free() -> int | None:
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        return sum(pynvml.nvmlDeviceGetMemoryInfo(handle).free for handle in handles) or None
+    except Exception:  # no driver, no library, no device: all mean that there is no accelerator to plan for
+        return None
