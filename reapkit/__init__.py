@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from reapkit.models import load_model
     from reapkit.observation import Observation
     from reapkit.planning import plan
     from reapkit.recipe import load_recipe
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
     from reapkit.selection import select
 
 __version__ = "0.1.0"
-__all__ = ["Observation", "apply", "load_recipe", "plan", "select"]
-_HOMES = {"Observation": "reapkit.observation", "load_recipe": "reapkit.recipe", "plan": "reapkit.planning", "apply": "reapkit.run",
+__all__ = ["Observation", "apply", "load_model", "load_recipe", "plan", "select"]
+_HOMES = {"Observation": "reapkit.observation", "load_model": "reapkit.models", "load_recipe": "reapkit.recipe", "plan": "reapkit.planning", "apply": "reapkit.run",
           "select": "reapkit.selection"}
 
 

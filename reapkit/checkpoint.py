@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import stat
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from reapkit.architecture import Architecture
 from reapkit.errors import UnusableError
@@ -20,10 +24,10 @@ DTYPE_BITS = {"F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, 
               "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I8": 8, "U8": 8, "BOOL": 8, "F4": 4, "C64": 64}
 HASHED_SHARD_BYTES = 64_000_000  # a tenth of a second; larger shards are hashed while observe first reads them
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit: a forged length must not make us allocate the file's size
+FIRST_READ_BYTES = 1 << 16  # holds most headers, which then cost one read
 
 
-@dataclass(frozen=True)
-class TensorInfo:
+class TensorInfo(NamedTuple):
     """One tensor of a shard: safetensors dtype code, shape, and its bytes [begin, end) as absolute offsets in the shard."""
 
     name: str
@@ -47,37 +51,56 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
     Raises UnusableError naming the file where it is truncated or inconsistent.
     """
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        prefix = stream.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-            raise UnusableError(f"{path}: not a safetensors file, or cut short ({size} bytes). Download it again.")
-        header = _parse_header(path, stream.read(length))
-    base, tensors, position = 8 + length, {}, 0
-    for name, (dtype, shape, begin, end) in sorted(header.items(), key=lambda item: item[1][2:]):
+    size, length, text = _read_header_text(path)
+    shard, base = path.name, 8 + length
+    try:
+        header = _parse_header(text)
+        header.pop("__metadata__", None)
+        found = [_parse_entry(name, entry, shard, base) for name, entry in header.items()]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UnusableError(f"{path}: its header is no safetensors header ({type(error).__name__}: {error}). Download it "
+                            "again.") from None
+    found.sort(key=itemgetter(4, 5))  # begin, end
+    position = base
+    for name, dtype, shape, _, begin, end in found:
         bits = DTYPE_BITS.get(dtype)
         if bits is None:
             raise UnusableError(f"{path}: tensor {name} has unknown dtype {dtype}. Upgrade reapkit.")
         if begin != position or (end - begin) * 8 != prod(shape) * bits:
-            raise UnusableError(f"{path}: tensor {name} has offsets {begin}..{end} that do not fit its shape. Download it "
-                                "again.")
+            raise UnusableError(f"{path}: tensor {name} has offsets {begin - base}..{end - base} that do not fit its shape. "
+                                "Download it again.")
         position = end
-        tensors[name] = TensorInfo(name, dtype, shape, path.name, base + begin, base + end)
-    if base + position != size:
-        raise UnusableError(f"{path}: holds {size} bytes where its header says {base + position}. Download it again.")
-    return tensors
+    if position != size:
+        raise UnusableError(f"{path}: holds {size} bytes where its header says {position}. Download it again.")
+    return {tensor.name: tensor for tensor in found}
 
 
-def _parse_header(path: Path, text: bytes) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
-    """name -> (dtype, shape, begin, end), every value of the type and sign that the format demands, every name once."""
+def _read_header_text(path: Path) -> tuple[int, int, bytes]:
+    """The file's size, its header's length and the header, in as few system calls as that takes: shards come by the thousand."""
+    file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
     try:
-        entries = json.loads(text, object_pairs_hook=_unique)
-        entries.pop("__metadata__", None)
-        return {name: _parse_entry(name, entry) for name, entry in entries.items()}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UnusableError(f"{path}: its header is no safetensors header ({type(error).__name__}: {error}). Download it "
-                            "again.") from None
+        size, start = os.fstat(file).st_size, os.read(file, FIRST_READ_BYTES)
+        length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
+        if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+            raise UnusableError(f"{path}: not a safetensors file, or cut short ({size} bytes). Download it again.")
+        while len(start) < 8 + length and (more := os.read(file, 8 + length - len(start))):
+            start += more
+    finally:
+        os.close(file)
+    return size, length, start[8:8 + length]
+
+
+def _parse_header(text: bytes) -> dict[str, Any]:
+    """The header as JSON. Raises ValueError where it gives a name twice, of which a parser would keep one.
+
+    Names given twice leave quotes in the text for which nothing parsed accounts; only then the text is parsed pair by pair.
+    """
+    header = json.loads(text)
+    metadata = header.get("__metadata__")
+    expected = 10 * (len(header) - 1) + 2 + 4 * len(metadata) if isinstance(metadata, dict) else 10 * len(header)
+    if text.count(b'"') == expected and b"\\" not in text:
+        return header
+    return json.loads(text, object_pairs_hook=_unique)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -87,19 +110,25 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _parse_entry(name: str, entry: Mapping[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
+_INTEGERS = {int}  # and not bool, which Python counts among the integers
+
+
+def _parse_entry(name: str, entry: Mapping[str, Any], shard: str, base: int) -> TensorInfo:
+    """Every value of the type and sign that the format demands."""
     name.encode()  # a lone surrogate could not be written back
     dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-    if type(dtype) is not str or any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
+    numbers = (begin, end, *shape)
+    if type(dtype) is not str or set(map(type, numbers)) != _INTEGERS or min(numbers) < 0:
         raise ValueError(f"tensor {name} has a dtype, shape or offset of a wrong kind")
-    return dtype, shape, begin, end
+    return TensorInfo(name, dtype, shape, shard, base + begin, base + end)
 
 
 def _read_index(path: Path) -> dict[str, str]:
     """Tensor name -> shard; shards lie in the directory itself. Raises UnusableError where the index says anything else."""
     try:
         weight_map = json.loads(path.read_text())["weight_map"]
-        wrong = [shard for shard in weight_map.values() if type(shard) is not str or shard != Path(shard).name or "\0" in shard]
+        wrong = [shard for shard in weight_map.values() if type(shard) is not str]
+        wrong = wrong or [shard for shard in sorted(set(weight_map.values())) if shard != Path(shard).name or "\0" in shard]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UnusableError(f"{path}: no index of shards ({type(error).__name__}: {error}). Download it again.") from None
     if wrong:
@@ -127,28 +156,8 @@ class Checkpoint:
             raise UnusableError(f"{path / 'config.json'}: not JSON ({error}).") from None
         if not isinstance(config, dict):
             raise UnusableError(f"{path / 'config.json'}: no JSON object. Download it again.")
-        index = path / "model.safetensors.index.json"
-        if index.is_file():
-            weight_map = _read_index(index)
-            shards = sorted(set(weight_map.values()))
-        else:
-            weight_map, shards = None, sorted(file.name for file in path.glob("*.safetensors"))
-        if not shards:
-            raise UnusableError(f"{path}: no safetensors weights there. reapkit reads safetensors only; convert .bin files "
-                                "first.")
-        tensors: dict[str, TensorInfo] = {}
-        for shard in shards:
-            if not (path / shard).is_file():
-                raise UnusableError(f"{path}: shard {shard} is missing. Download it again.")
-            found = read_header(path / shard)
-            if weight_map is not None:  # of two tensors of one name the index chooses
-                found = {name: tensor for name, tensor in found.items() if weight_map.get(name, shard) == shard}
-            if twice := next((name for name in found if name in tensors), None):
-                raise UnusableError(f"{path}: tensor {twice} lies in {tensors[twice].shard} and in {shard}. Remove the stale "
-                                    "one.")
-            tensors.update(found)
-        if weight_map is not None and (lost := sorted(set(weight_map) - set(tensors))):
-            raise UnusableError(f"{path}: the index names {len(lost)} tensors that no shard holds, such as {lost[0]}.")
+        with _collector_paused():
+            tensors = _read_tensors(path)
         return cls(path, config, tensors)
 
     @cached_property
@@ -159,12 +168,12 @@ class Checkpoint:
     def shards(self) -> tuple[str, ...]:
         return tuple(sorted({tensor.shard for tensor in self.tensors.values()}))
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
-    @property
+    @cached_property
     def numel(self) -> int:
         return sum(tensor.numel for tensor in self.tensors.values())
 
@@ -172,15 +181,56 @@ class Checkpoint:
     def identity(self) -> str:
         """What names this checkpoint in keys: config, headers and each shard's content where it is small, else its size and
         mtime."""
-        tensors = [(t.name, t.dtype, t.shape, t.shard, t.begin) for t in self.tensors.values()]
-        return digest({"config": self.config, "tensors": sorted(tensors), "shards": [_shard_identity(self.path / s) for s in self.shards]})
+        return digest({"config": self.config, "tensors": sorted(self.tensors.values()),
+                       "shards": [_shard_identity(self.path / shard) for shard in self.shards]})
+
+
+def _read_tensors(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of all shards that the index names, or without an index of all there are; of two of one name the index chooses.
+
+    Raises UnusableError naming what is missing or contradictory.
+    """
+    index = path / "model.safetensors.index.json"
+    weight_map = _read_index(index) if index.is_file() else None
+    shards = sorted(set(weight_map.values()) if weight_map is not None else (file.name for file in path.glob("*.safetensors")))
+    if not shards:
+        raise UnusableError(f"{path}: no safetensors weights there. reapkit reads safetensors only; convert .bin files first.")
+    tensors: dict[str, TensorInfo] = {}
+    for shard in shards:
+        if not (path / shard).is_file():
+            raise UnusableError(f"{path}: shard {shard} is missing. Download it again.")
+        found = read_header(path / shard)
+        if weight_map is not None:
+            found = {name: tensor for name, tensor in found.items() if weight_map.get(name, shard) == shard}
+        if not tensors.keys().isdisjoint(found):
+            twice = next(name for name in found if name in tensors)
+            raise UnusableError(f"{path}: tensor {twice} lies in {tensors[twice].shard} and in {shard}. Remove the stale one.")
+        tensors.update(found)
+    if weight_map is not None and (lost := sorted(weight_map.keys() - tensors.keys())):
+        raise UnusableError(f"{path}: the index names {len(lost)} tensors that no shard holds, such as {lost[0]}.")
+    return tensors
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Without the garbage collector, which would walk hundreds of thousands of new and lasting objects again and again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _shard_identity(path: Path) -> list[str | int]:
     """Hub caches name a shard by its sha256 and link to it; small files are hashed; others count as changed when touched."""
-    resolved, stat = path.resolve(), path.stat()
-    if len(resolved.name) == 64 and resolved.parent.name == "blobs":
-        return [path.name, resolved.name]
-    if stat.st_size <= HASHED_SHARD_BYTES:
+    facts = path.lstat()
+    if stat.S_ISLNK(facts.st_mode):
+        blob = path.resolve()
+        if len(blob.name) == 64 and blob.parent.name == "blobs":
+            return [path.name, blob.name]
+        facts = blob.stat()
+    if facts.st_size <= HASHED_SHARD_BYTES:
         return [path.name, digest_file(path)]
-    return [path.name, stat.st_size, stat.st_mtime_ns]
+    return [path.name, facts.st_size, facts.st_mtime_ns]

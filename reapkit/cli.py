@@ -17,7 +17,9 @@ from reapkit.differences import compare_recipes
 from reapkit.errors import ReapkitError, RecipeError, UnusableError
 from reapkit.lock import check_lock, lock_path, read_lock, recipe_digest, revisions, write_lock
 from reapkit.planning import STAGES, load_and_plan
+from reapkit.recipe.jsonschema import recipe_schema
 from reapkit.recipe.loading import find_recipe, load
+from reapkit.recipe.reference import language_page
 from reapkit.starter import starting_recipe
 from reapkit.tables import difference_tables, plan_as_json, plan_tables, result_table
 
@@ -188,14 +190,15 @@ def compare(left: Annotated[str, typer.Argument(metavar="A.yaml")], right: Annot
 
 
 @app.command()
-def schema() -> None:
+def schema(markdown: Annotated[bool, typer.Option("--markdown", help="The language on one page, for people.")] = False) -> None:
     """Print the recipe language as JSON Schema (2020-12).
 
     Example: reapkit schema > recipe.schema.json
     """
-    from reapkit.recipe.jsonschema import recipe_schema
-
-    print(json.dumps(recipe_schema(), indent=2))
+    if markdown:
+        print(language_page(), end="")
+    else:
+        print(json.dumps(recipe_schema(), indent=2))
 
 
 def _quiet_libraries() -> None:

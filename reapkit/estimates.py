@@ -126,12 +126,13 @@ def layer_weights(checkpoint: Checkpoint, layout: Layout) -> dict[int | None, in
     """Bytes of each decoder layer as it computes, and (None) of everything else; multi-token-prediction blocks are not loaded."""
     depth = checkpoint.architecture.num_hidden_layers
     found: dict[int | None, int] = {None: 0}
-    for name, tensor in checkpoint.tensors.items():
-        if name in layout.mtp_tensors:
+    for kind in layout.kinds:
+        tensor = kind.tensor
+        if tensor.name in layout.mtp_tensors:
             continue
-        match = LAYER.match(name)
+        match = LAYER.match(tensor.name)
         layer = int(match["index"]) if match and int(match["index"]) < depth else None
-        found[layer] = found.get(layer, 0) + _computing_bytes(tensor.dtype, tensor.numel, name)
+        found[layer] = found.get(layer, 0) + kind.count * _computing_bytes(tensor.dtype, tensor.numel, tensor.name)
     return found
 
 

@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from reapkit.architecture import text_config
 from reapkit.checkpoint import Checkpoint, TensorInfo
@@ -38,35 +40,70 @@ QUANTIZER_STATE = re.compile(r"(?:^|_)(?:weight|input|output|proj)_(?:global_)?s
 class MoeLayer:
     """The tensors of one layer that carry its expert axis.
 
-    `per_expert`: expert -> names. `stacked`: name -> axis that counts the experts, for weights and router rows alike; where
-    that axis is longer than `num_experts`, its last entries belong to no routed expert (zero experts, shared rows) and stay.
-    `table` names a fixed token-to-expert table: a layer that has one can only stay whole.
+    `parts`: what follows the expert's number, such as `gate_proj.weight` -> expert -> name. `stacked`: name -> axis that counts
+    the experts, for weights and router rows alike; where that axis is longer than `num_experts`, its last entries belong to no
+    routed expert (zero experts, shared rows) and stay. `table` names a fixed token-to-expert table: a layer that has one can only
+    stay whole.
     """
 
     index: int
     num_experts: int
-    per_expert: Mapping[int, tuple[str, ...]]
+    parts: Mapping[str, Mapping[int, str]]
     stacked: Mapping[str, int]
     table: str | None = None
+
+    @cached_property
+    def per_expert(self) -> Mapping[int, tuple[str, ...]]:
+        """Expert -> names, where each expert has tensors of its own."""
+        found: dict[int, list[str]] = defaultdict(list)
+        for names in self.parts.values():
+            for expert, name in names.items():
+                found[expert].append(name)
+        return {expert: tuple(names) for expert, names in sorted(found.items())}
 
     @property
     def names(self) -> Iterable[str]:
         yield from self.stacked
-        for names in self.per_expert.values():
-            yield from names
+        for names in self.parts.values():
+            yield from names.values()
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A tensor, or the tensors of one layer that differ in nothing but their expert: `names`, alike in dtype and shape.
+
+    `layer` owns the expert axis, if there is one; `axis` is its place in the shape, None where the experts lie one by one. Sums
+    over a checkpoint go over its kinds: there are thousands of them where there are hundreds of thousands of tensors.
+    """
+
+    tensor: TensorInfo
+    names: tuple[str, ...]
+    layer: MoeLayer | None = None
+    axis: int | None = None
+
+    @property
+    def count(self) -> int:
+        return len(self.names)
+
+    @property
+    def experts(self) -> int:
+        """Experts on the axis: the layer's, or more where an axis has entries of no routed expert."""
+        return self.layer.num_experts if self.axis is None else self.tensor.shape[self.axis]
 
 
 @dataclass(frozen=True)
 class Layout:
     """Decoder layers that route, multi-token-prediction blocks that route, and every tensor of such blocks, routing or not.
 
-    `stack` is the decoder layers' common prefix, such as `model.layers.`; `mtp` continues the decoder's numbers.
+    `stack` is the decoder layers' common prefix, such as `model.layers.`; `mtp` continues the decoder's numbers. `kinds` hold every
+    tensor once.
     """
 
     layers: Mapping[int, MoeLayer]
     mtp: Mapping[int, MoeLayer]
     mtp_tensors: frozenset[str]
     stack: str
+    kinds: tuple[Kind, ...]
 
 
 @dataclass(frozen=True)
@@ -78,18 +115,27 @@ class Parameters:
 
 
 def read_layout(checkpoint: Checkpoint) -> Layout:
-    """Finds every expert axis of the checkpoint; tensors of multi-token-prediction blocks are kept apart.
+    """Finds every expert axis of the checkpoint, once; tensors of multi-token-prediction blocks are kept apart.
 
     Raises UnusableError naming a tensor that might carry an expert axis but cannot be decided, or counts that contradict each
     other.
     """
+    if checkpoint not in _LAYOUTS:
+        _LAYOUTS[checkpoint] = _read_layout(checkpoint)
+    return _LAYOUTS[checkpoint]
+
+
+_LAYOUTS: WeakKeyDictionary[Checkpoint, Layout] = WeakKeyDictionary()
+
+
+def _read_layout(checkpoint: Checkpoint) -> Layout:
     depth = checkpoint.architecture.num_hidden_layers
     sites, others = _expert_sites(checkpoint)
     stack = _decoder_stack(checkpoint, sites)
-    mtp_tensors = frozenset(name for name in checkpoint.tensors if is_mtp_name(name, stack, depth))
+    mtp_tensors = frozenset(_mtp_names(sites, others, stack, depth))
     layers: dict[int, MoeLayer] = {}
     mtp: dict[int, MoeLayer] = {}
-    for site, (per_expert, stacked) in sites.items():
+    for site, (parts, stacked) in sites.items():
         parent, index = _place(site)
         is_mtp = bool(MTP.search(f"{parent}.")) or index >= depth
         index += depth if is_mtp and parent != stack else 0
@@ -97,7 +143,7 @@ def read_layout(checkpoint: Checkpoint) -> Layout:
         if index in found:
             raise UnusableError(f"{checkpoint.path}: layer {index} holds routed experts in two places, one of them {site}. "
                                 "reapkit prunes one set of routed experts per layer.")
-        layer = MoeLayer(index, _num_experts(site, per_expert, stacked, checkpoint), per_expert, dict.fromkeys(stacked, 0))
+        layer = MoeLayer(index, _num_experts(site, parts, stacked, checkpoint), parts, dict.fromkeys(stacked, 0))
         found[index] = _with_router(layer, site, others.pop((parent, _place(site)[1]), ()), checkpoint)
     for names in others.values():
         if lost := next((name for name in names if "expert" in name and not SHARED.search(name)), None):
@@ -106,7 +152,35 @@ def read_layout(checkpoint: Checkpoint) -> Layout:
         raise UnusableError(f"{checkpoint.path}: its config declares experts, but no tensor holds any. Choose the checkpoint "
                             "of a MoE model whose expert weights are stored as `experts`.")
     _agree_with_config(layers, checkpoint)
-    return Layout(dict(sorted(layers.items())), dict(sorted(mtp.items())), mtp_tensors, stack)
+    kinds = tuple(_kinds(checkpoint, [*layers.values(), *mtp.values()]))
+    return Layout(dict(sorted(layers.items())), dict(sorted(mtp.items())), mtp_tensors, stack, kinds)
+
+
+def _kinds(checkpoint: Checkpoint, layers: Iterable[MoeLayer]) -> Iterator[Kind]:
+    tensors, rest = checkpoint.tensors, dict(checkpoint.tensors)
+    for layer in layers:
+        for part in layer.parts.values():
+            alike: dict[tuple, list[str]] = defaultdict(list)
+            for name in part.values():
+                tensor = rest.pop(name)
+                alike[tensor.dtype, tensor.shape].append(name)
+            for names in alike.values():
+                yield Kind(tensors[names[0]], tuple(names), layer)
+        for name, axis in layer.stacked.items():
+            yield Kind(rest.pop(name), (name,), layer, axis)
+    for name, tensor in rest.items():
+        yield Kind(tensor, (name,))
+
+
+def _mtp_names(sites: Mapping[str, Any], others: Mapping[Any, Iterable[str]], stack: str, depth: int) -> Iterator[str]:
+    """Names of multi-token-prediction blocks; an expert's number says nothing about that, so one expert speaks for all."""
+    for parts, stacked in sites.values():
+        for part in parts.values():
+            if is_mtp_name(next(iter(part.values())), stack, depth):
+                yield from part.values()
+        yield from (name for name in stacked if is_mtp_name(name, stack, depth))
+    for names in others.values():
+        yield from (name for name in names if is_mtp_name(name, stack, depth))
 
 
 def pruned_sizes(checkpoint: Checkpoint, kept: Mapping[int, int], layout: Layout | None = None) -> tuple[int, int]:
@@ -119,16 +193,24 @@ def pruned_sizes(checkpoint: Checkpoint, kept: Mapping[int, int], layout: Layout
     numel, nbytes = checkpoint.numel, checkpoint.nbytes
     mtp_stays = all(index in kept for index in layout.mtp)
     if not mtp_stays:
-        dropped = [checkpoint.tensors[name] for name in layout.mtp_tensors]
-        numel, nbytes = numel - sum(t.numel for t in dropped), nbytes - sum(t.nbytes for t in dropped)
+        dropped = [kind for kind in layout.kinds if kind.names[0] in layout.mtp_tensors]
+        numel -= sum(kind.count * kind.tensor.numel for kind in dropped)
+        nbytes -= sum(kind.count * kind.tensor.nbytes for kind in dropped)
+    kinds = _by_layer(layout)
     for index, layer in {**layout.layers, **(layout.mtp if mtp_stays else {})}.items():
         removed = layer.num_experts - kept.get(index, layer.num_experts)
-        if removed:
-            parts = [(checkpoint.tensors[n], layer.num_experts) for names in layer.per_expert.values() for n in names]
-            parts += [(checkpoint.tensors[n], checkpoint.tensors[n].shape[axis]) for n, axis in layer.stacked.items()]
-            numel -= removed * sum(t.numel / whole for t, whole in parts).__round__()
-            nbytes -= removed * sum(t.nbytes / whole for t, whole in parts).__round__()
+        numel -= removed * round(sum(kind.count * kind.tensor.numel / kind.experts for kind in kinds[index]))
+        nbytes -= removed * round(sum(kind.count * kind.tensor.nbytes / kind.experts for kind in kinds[index]))
     return numel, nbytes
+
+
+def _by_layer(layout: Layout) -> Mapping[int, list[Kind]]:
+    """The kinds with an expert axis, by the layer that owns it."""
+    found: dict[int, list[Kind]] = defaultdict(list)
+    for kind in layout.kinds:
+        if kind.layer is not None:
+            found[kind.layer.index].append(kind)
+    return found
 
 
 def active_parameters(checkpoint: Checkpoint, layout: Layout, kept: Mapping[int, int] | None = None,
@@ -140,17 +222,17 @@ def active_parameters(checkpoint: Checkpoint, layout: Layout, kept: Mapping[int,
     """
     top_k = experts_per_token or checkpoint.architecture.num_experts_per_tok
     bits = _packed_bits(checkpoint.config)
-    weights = {name: _weights(tensor, bits) for name, tensor in checkpoint.tensors.items()}
-    total = active = sum(count for name, count in weights.items() if name not in layout.mtp_tensors)
+    total = active = sum(kind.count * _weights(kind.tensor, bits) for kind in layout.kinds if kind.names[0] not in layout.mtp_tensors)
+    kinds = _by_layer(layout)
     for index, layer in layout.layers.items():
         remaining = (kept or {}).get(index, layer.num_experts)
-        experts = sum(weights[name] for names in layer.per_expert.values() for name in names)
-        router = 0
-        for name, axis in layer.stacked.items():
-            if EXPERTS in name or STACKED_WITHOUT_EXPERTS.match(name):
-                experts += weights[name]
+        experts = router = 0
+        for kind in kinds[index]:
+            weights = kind.count * _weights(kind.tensor, bits)
+            if kind.axis is None or EXPERTS in kind.tensor.name or STACKED_WITHOUT_EXPERTS.match(kind.tensor.name):
+                experts += weights
             else:
-                router += weights[name] * (layer.num_experts - remaining) // checkpoint.tensors[name].shape[axis]
+                router += weights * (layer.num_experts - remaining) // kind.experts
         total -= experts * (layer.num_experts - remaining) // layer.num_experts + router
         active -= experts * (layer.num_experts - min(top_k, remaining)) // layer.num_experts + router
     return Parameters(total, active)
@@ -159,27 +241,33 @@ def active_parameters(checkpoint: Checkpoint, layout: Layout, kept: Mapping[int,
 _ASK = "It might count experts, and reapkit does not guess: please report the model, with this name and its config.json."
 
 
-def _expert_sites(checkpoint: Checkpoint) -> tuple[dict[str, tuple[dict[int, tuple[str, ...]], list[str]]],
+def _expert_sites(checkpoint: Checkpoint) -> tuple[dict[str, tuple[dict[str, dict[int, str]], list[str]]],
                                                    dict[tuple[str, int], list[str]]]:
-    """Modules that hold routed experts: path -> (names by expert, stacked names); and the other names, by (stack, layer)."""
-    per_expert: dict[str, dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
+    """Modules that hold routed experts: path -> (names by part and expert, stacked names); and the other names, by (stack, layer)."""
+    parts: dict[str, dict[str, dict[int, str]]] = defaultdict(lambda: defaultdict(dict))
     stacked: dict[str, list[str]] = defaultdict(list)
     others: dict[tuple[str, int], list[str]] = defaultdict(list)
     for name in checkpoint.tensors:
         site, found, rest = name.partition(EXPERTS)
         if found and "shared" not in site:
-            number, dot, _ = rest.partition(".")
-            if dot and number.isascii() and number.isdecimal() and (number[0] != "0" or number == "0"):
-                per_expert[site][int(number)].append(name)
+            number, dot, own = rest.partition(".")
+            expert = _expert_number(number) if dot else None
+            if expert is not None:
+                parts[site][own][expert] = name
             else:
                 stacked[site].append(name)
         elif (match := STACKED_WITHOUT_EXPERTS.match(name)) and not SHARED.search(name):
             stacked[match["site"]].append(name)
         else:
             others[_place(name)].append(name)
-    sites = {site: ({expert: tuple(names) for expert, names in sorted(per_expert.get(site, {}).items())}, stacked.get(site, []))
-             for site in dict.fromkeys([*per_expert, *stacked])}
+    sites = {site: (dict(parts.get(site, {})), stacked.get(site, [])) for site in dict.fromkeys([*parts, *stacked])}
     return sites, others
+
+
+@cache
+def _expert_number(text: str) -> int | None:
+    """7 of `7`; None of what is no number, or none that a number would be written as."""
+    return int(text) if text.isascii() and text.isdecimal() and (text[0] != "0" or text == "0") else None
 
 
 def _place(name: str) -> tuple[str, int]:
@@ -214,17 +302,18 @@ def is_mtp_name(name: str, stack: str, depth: int) -> bool:
     return ("mtp" in name or "nextn" in name) and MTP.search(name) is not None
 
 
-def _num_experts(site: str, per_expert: Mapping[int, Any], stacked: Iterable[str], checkpoint: Checkpoint) -> int:
+def _num_experts(site: str, parts: Mapping[str, Mapping[int, str]], stacked: Iterable[str], checkpoint: Checkpoint) -> int:
     """As many as the names or the stacked axes say, all of them alike."""
     axes = {name: checkpoint.tensors[name].shape for name in stacked if checkpoint.tensors[name].numel != 1}
     first = Counter(shape[0] for shape in axes.values() if shape)
-    count = len(per_expert) or (first.most_common(1)[0][0] if first else 0)
+    experts = set().union(*parts.values())
+    count = len(experts) or (first.most_common(1)[0][0] if first else 0)
     if not count:
         raise UnusableError(f"{checkpoint.path}: {site} names experts, but none of its tensors has an axis that counts them. "
                             f"{_ASK}")
-    if per_expert and max(per_expert) != count - 1:
-        missing = next(expert for expert in range(count) if expert not in per_expert)
-        raise UnusableError(f"{checkpoint.path}: {site} has experts up to {max(per_expert)} but no expert {missing}. Download "
+    if experts and max(experts) != count - 1:
+        missing = next(expert for expert in range(count) if expert not in experts)
+        raise UnusableError(f"{checkpoint.path}: {site} has experts up to {max(experts)} but no expert {missing}. Download "
                             "it again.")
     for name, shape in axes.items():
         if not shape or shape[0] != count:
@@ -259,7 +348,7 @@ def _with_router(layer: MoeLayer, site: str, names: Iterable[str], checkpoint: C
         raise UnusableError(f"{checkpoint.path}: {site} holds {layer.num_experts} experts, but no router with as many rows was "
                             "found beside them. Known names: gate.weight, router.weight, gate.wg.weight, router.layer.weight, "
                             "router.proj.weight.")
-    return MoeLayer(layer.index, layer.num_experts, layer.per_expert, stacked, table)
+    return MoeLayer(layer.index, layer.num_experts, layer.parts, stacked, table)
 
 
 def _router_axis(tensor: TensorInfo, own: str, lengths: list[int], hidden: int | None, checkpoint: Checkpoint) -> int | None:

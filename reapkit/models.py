@@ -12,7 +12,9 @@ import transformers
 from torch import Tensor, nn
 
 from reapkit.errors import UnusableError
+from reapkit.surgery.ragged_modeling import ragged
 
+RAGGED_KEY = "num_routed_experts_per_layer"
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -73,7 +75,9 @@ def model_class(config: transformers.PretrainedConfig, trust_remote_code: bool =
     """The class that the checkpoint names, else the causal LM that transformers has for its config."""
     remote = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     named = [getattr(transformers, name, None) for name in config.architectures or ()]
-    return named[0] if named and named[0] is not None and not remote else transformers.AutoModelForCausalLM
+    if not named or named[0] is None or remote:
+        return transformers.AutoModelForCausalLM
+    return ragged(named[0]) if getattr(config.get_text_config(), RAGGED_KEY, None) else named[0]
 
 
 def dequantized(config: transformers.PretrainedConfig) -> dict[str, Any]:

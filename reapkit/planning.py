@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from reapkit.architecture import text_config
-from reapkit.budget import Candidate, candidates
+from reapkit.budget import Candidate, budget_notes, candidates
 from reapkit.checkpoint import Checkpoint
 from reapkit.criteria import criterion_fingerprint, criterion_problem
 from reapkit.errors import Problem, ReapkitError, RecipeError
@@ -78,6 +78,14 @@ class Plan:
 
     def stage(self, name: str) -> Stage:
         return next(stage for stage in self.stages if stage.name == name)
+
+    @cached_property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should hear before it runs."""
+        notes = budget_notes(self.candidates[0].prune(self.recipe.prune), self.checkpoint.architecture, tuple(self.layout.layers))
+        if self.layout.mtp_tensors:
+            notes.append("The multi-token-prediction block will be dropped: engines lose speculative decoding with it.")
+        return tuple(notes)
 
     @cached_property
     def base(self) -> Sizes:
@@ -150,6 +158,7 @@ def _check(loaded: LoadedRecipe, checkpoint: Checkpoint, layout: Layout) -> tupl
     except RecipeError as error:
         problems += error.problems
     problems += check_quantize(checkpoint, recipe.quantize) + _length_problems(recipe, checkpoint)
+    problems += _unavailable(recipe, layout)
     problems += [Problem(f"saliency.mix.{name}", f"no source of calibration.mix has this name.{closest(name, names)} Allowed: {', '.join(names)}.")
                  for name in recipe.saliency.mix or {} if name not in names]
     problems += [problem for i, name in enumerate(recipe.evaluate.controls)
@@ -163,6 +172,19 @@ def _check(loaded: LoadedRecipe, checkpoint: Checkpoint, layout: Layout) -> tupl
     if problems:
         raise loaded.located(RecipeError(list(dict.fromkeys(problems))))
     return grid
+
+
+def _unavailable(recipe: Recipe, layout: Layout) -> list[Problem]:
+    """What the language can say and this version cannot do: refused, never silently left out."""
+    problems = []
+    if recipe.prune.repair is not None:
+        problems.append(Problem("prune.repair", "ridge is not available in this version. Remove it."))
+    if recipe.observe.reroute_tokens:
+        problems.append(Problem("observe.reroute_tokens", "the reroute criterion is not available in this version. Set it to 0."))
+    if recipe.prune.mtp == "observe" and layout.mtp_tensors:
+        problems.append(Problem("prune.mtp", "observing multi-token-prediction blocks is not available in this version. Choose drop or auto "
+                                             "(which drops them)."))
+    return problems
 
 
 def _length_problems(recipe: Recipe, checkpoint: Checkpoint) -> list[Problem]:
@@ -212,7 +234,7 @@ def _specs(loaded: LoadedRecipe, checkpoint: Checkpoint, grid: tuple[Candidate, 
     if quantizes:
         specs["quantize"] = ({"quantize": _dump(recipe.quantize), "max_shard_bytes": recipe.output.max_shard_bytes},
                              ("prune", "calibrate") if calibrated else ("prune",), ())
-    specs["verify"] = ({"gates_quantized": _dump(evaluate)["gates_quantized"]}, tuple(dict.fromkeys(("packs", "select", "prune", final))), ())
+    specs["verify"] = ({"gates_quantized": _dump(evaluate)["gates_quantized"], "lm_eval": _dump(evaluate)["lm_eval"]}, tuple(dict.fromkeys(("packs", "select", "prune", final))), ())
     specs["report"] = ({"name": recipe.name, "description": recipe.description, "card": recipe.output.card,
                         "source": recipe.model.source},
                        tuple(dict.fromkeys(("calibrate", "observe", "select", "evaluate", "prune", final, "verify"))), ())

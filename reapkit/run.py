@@ -88,7 +88,25 @@ def apply(recipe: Recipe | LoadedRecipe | str | Path, *, until: str | None = Non
         _link(run)
     _drop_unwanted(run)
     _stop_if_final_rejected(run)
+    _push(run, progress)
     return run
+
+
+def _push(run: Run, progress: Progress) -> None:
+    """Uploads the final directory, card included, where the recipe says so and the run came to its end."""
+    repository = run.plan.recipe.output.push_to_hub
+    final = next((stage for stage in reversed(MODEL_STAGES) if stage in run.artifacts), None)
+    if repository is None or "report" not in run.artifacts or final is None:
+        return
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    progress.say(f"upload: {repository}")
+    try:
+        HfApi().create_repo(repository, exist_ok=True)
+        HfApi().upload_folder(repo_id=repository, folder_path=run.directory / LINKS[final], commit_message=f"{run.plan.recipe.name} by reapkit")
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+        raise StageFailed(f"upload to {repository}: {error}. The result is in {run.directory / LINKS[final]}; run again to retry.") from error
 
 
 def _finished(run: Run, stage: Stage, progress: Progress) -> Artifact:

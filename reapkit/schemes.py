@@ -10,15 +10,15 @@ from __future__ import annotations
 import difflib
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import gcd
 
 from reapkit.architecture import text_config
 from reapkit.checkpoint import DTYPE_BITS, Checkpoint, TensorInfo
 from reapkit.errors import Problem, RecipeError
-from reapkit.layout import LAYER, Layout, read_layout
+from reapkit.layout import LAYER, Kind, Layout, read_layout
 from reapkit.recipe.schema import QuantizeSpec
 
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -131,27 +131,48 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
 def targets(checkpoint: Checkpoint, spec: QuantizeSpec, layout: Layout | None = None) -> Targets:
     """Decides for every matrix of the checkpoint whether it is quantized, and says why not where it is not."""
     layout = layout or read_layout(checkpoint)
-    routed = {name: index for index, layer in layout.layers.items() for names in layer.per_expert.values() for name in names}
-    stacked = {name: index for index, layer in layout.layers.items() for name in layer.stacked}
-    decoder = _decoder(layout)
+    routed = {name for layer in layout.layers.values() for names in layer.parts.values() for name in names.values()}
+    decide = _decider(checkpoint, spec, layout)
     matrices: dict[str, Matrix] = {}
     left: dict[str, str] = {}
     for name, tensor in checkpoint.tensors.items():
-        module = name.removesuffix(".weight")
-        if name in stacked and len(tensor.shape) == 3:
-            reason = _left_by_user(module, spec)
-            entry = _stacked_experts(tensor, stacked[name], checkpoint)
-        elif name.endswith(".weight") and len(tensor.shape) == 2 and tensor.dtype in (*FLOATS, "F8_E4M3"):
-            reason = _why_left(name, tensor, stacked, layout, decoder) or _left_by_user(module, spec)
-            match = LAYER.match(name)
-            entry = Matrix(tensor, 1, *tensor.shape, layer=int(match["index"]) if match else -1, routed=name in routed)
-        else:
-            continue
-        if reason:
-            left[module] = reason
-        else:
-            matrices[name] = entry
+        decided = decide(tensor)
+        if isinstance(decided, Matrix):
+            matrices[name] = replace(decided, routed=True) if name in routed else decided
+        elif decided is not None:
+            left[name.removesuffix(".weight")] = decided
     return Targets(matrices, left)
+
+
+def _decider(checkpoint: Checkpoint, spec: QuantizeSpec, layout: Layout) -> Callable[[TensorInfo], Matrix | str | None]:
+    """What becomes of a tensor: a matrix that is quantized, the reason why not, or None for what is no matrix at all."""
+    stacked = {name: index for index, layer in layout.layers.items() for name in layer.stacked}
+    decoder = _decoder(layout)
+
+    def decide(tensor: TensorInfo) -> Matrix | str | None:
+        name = tensor.name
+        if name in stacked and len(tensor.shape) == 3:
+            return _left_by_user(name, spec) or _stacked_experts(tensor, stacked[name], checkpoint)
+        if name.endswith(".weight") and len(tensor.shape) == 2 and tensor.dtype in (*FLOATS, "F8_E4M3"):
+            match = LAYER.match(name)
+            return (_why_left(name, tensor, stacked, layout, decoder) or _left_by_user(name, spec)
+                    or Matrix(tensor, 1, *tensor.shape, layer=int(match["index"]) if match else -1, routed=False))
+        return None
+
+    return decide
+
+
+def _decided_kinds(checkpoint: Checkpoint, spec: QuantizeSpec, layout: Layout) -> Iterator[tuple[Kind, Matrix | None]]:
+    """Every tensor of the checkpoint, those that differ in their expert only together, and the matrix it is quantized as, if it is.
+
+    Patterns of the user may tell experts apart; then each comes by itself.
+    """
+    decide = _decider(checkpoint, spec, layout) if spec.scheme is not None and spec.recipe is None else lambda tensor: None
+    for kind in layout.kinds:
+        each = (kind,) if not spec.ignore else (replace(kind, tensor=checkpoint.tensors[name], names=(name,)) for name in kind.names)
+        for one in each:
+            decided = decide(one.tensor)
+            yield one, decided if isinstance(decided, Matrix) else None
 
 
 def quantized_widths(checkpoint: Checkpoint, spec: QuantizeSpec) -> dict[int, list[str]]:
@@ -170,22 +191,19 @@ def quantized_bytes(checkpoint: Checkpoint, spec: QuantizeSpec, kept: Mapping[in
     """
     layout = read_layout(checkpoint)
     kept = {index: layer.num_experts for index, layer in {**layout.layers, **layout.mtp}.items()} if kept is None else kept
-    quantized = targets(checkpoint, spec, layout).matrices if spec.scheme is not None and spec.recipe is None else {}
-    scheme = scheme_of(spec) if quantized else None
-    shares = _kept_shares(checkpoint, layout, kept)
     dropped = frozenset() if all(index in kept for index in layout.mtp) else layout.mtp_tensors
     dequantized = is_fp8(checkpoint.config)
     total = Fraction(0)
-    for name, tensor in checkpoint.tensors.items():
-        if name in dropped or (dequantized and name.endswith("_scale_inv")):
+    for kind, matrix in _decided_kinds(checkpoint, spec, layout):
+        tensor = kind.tensor
+        if tensor.name in dropped or (dequantized and tensor.name.endswith("_scale_inv")):
             continue
-        if scheme and name in quantized:
-            matrix = quantized[name]
+        if matrix is not None:
             weight_bits = 16 if dequantized else DTYPE_BITS[tensor.dtype]
-            nbytes = matrix.count * scheme.nbytes(matrix.rows, matrix.columns, spec.group_size, weight_bits)
+            nbytes = matrix.count * scheme_of(spec).nbytes(matrix.rows, matrix.columns, spec.group_size, weight_bits)
         else:
             nbytes = tensor.numel * 2 if dequantized and tensor.dtype == "F8_E4M3" else tensor.nbytes
-        total += nbytes * shares.get(name, 1)
+        total += kind.count * nbytes * _kept_share(kind, kept)
     return round(total)
 
 
@@ -252,10 +270,10 @@ def _group_problems(checkpoint: Checkpoint, spec: QuantizeSpec, scheme: Scheme) 
     group = scheme.group if scheme.fixed else spec.group_size
     if group is None or scheme.rows_per_scale > 1:
         return []
+    if not any(matrix and matrix.columns % group for _, matrix in _decided_kinds(checkpoint, spec, read_layout(checkpoint))):
+        return []
     widths = quantized_widths(checkpoint, spec)
     misfits = {width: modules for width, modules in widths.items() if width % group}
-    if not misfits:
-        return []
     where = "; ".join(f"{width} ({len(modules)} matrices, such as {modules[0]})" for width, modules in misfits.items())
     if scheme.fixed:
         return [Problem("quantize.scheme", f"{scheme.name} shares a scale by {group} input columns, which does not divide {where}. Add "
@@ -267,8 +285,8 @@ def _group_problems(checkpoint: Checkpoint, spec: QuantizeSpec, scheme: Scheme) 
                                            "quantize.ignore.")]
 
 
-def _left_by_user(module: str, spec: QuantizeSpec) -> str | None:
-    return "the recipe ignores it" if matches(module, spec.ignore) else None
+def _left_by_user(name: str, spec: QuantizeSpec) -> str | None:
+    return "the recipe ignores it" if matches(name.removesuffix(".weight"), spec.ignore) else None
 
 
 def _decoder(layout: Layout) -> str:
@@ -304,11 +322,9 @@ def _stacked_experts(tensor: TensorInfo, layer: int, checkpoint: Checkpoint) -> 
     return Matrix(tensor, experts * parts, rows // parts, columns, layer, routed=True)
 
 
-def _kept_shares(checkpoint: Checkpoint, layout: Layout, kept: Mapping[int, int]) -> dict[str, Fraction]:
-    """Tensor -> the share of it that stays when its layer keeps `kept` experts; only tensors with an expert axis."""
-    shares: dict[str, Fraction] = {}
-    for index, layer in {**layout.layers, **layout.mtp}.items():
-        removed = layer.num_experts - kept.get(index, layer.num_experts)
-        shares |= {name: 1 - Fraction(removed, layer.num_experts) for names in layer.per_expert.values() for name in names}
-        shares |= {name: 1 - Fraction(removed, checkpoint.tensors[name].shape[axis]) for name, axis in layer.stacked.items()}
-    return shares
+def _kept_share(kind: Kind, kept: Mapping[int, int]) -> Fraction:
+    """The share of a kind's numbers that stay when its layer keeps `kept` experts; all of what has no expert axis."""
+    if kind.layer is None:
+        return Fraction(1)
+    removed = kind.layer.num_experts - kept.get(kind.layer.index, kind.layer.num_experts)
+    return 1 - Fraction(removed, kind.experts)

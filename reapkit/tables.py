@@ -80,7 +80,7 @@ def _estimate_tables(plan: Plan) -> list[Table | str]:
     lines.append(f"disk: {human_bytes(found.written)} will be written")
     if shortage := missing_disk(plan):
         lines.append(f"disk: {shortage}")
-    return [memory, "\n".join(lines)]
+    return [memory, "\n".join([*lines, *(f"note: {note}" for note in plan.notes)])]
 
 
 def _size_cells(sizes: Sizes) -> tuple[str, str, str, str]:
@@ -96,7 +96,7 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
     return {"name": plan.recipe.name, "model": plan.recipe.model.source, "model_type": plan.checkpoint.architecture.model_type,
             "stages": [{"stage": s.name, "state": "hit" if s.hit else "run", "key": s.key, "reason": s.reason, "inputs": list(s.inputs)}
                        for s in plan.stages],
-            "estimates": asdict(estimate(plan)), "disk_shortage": missing_disk(plan),
+            "estimates": asdict(estimate(plan)), "disk_shortage": missing_disk(plan), "notes": list(plan.notes),
             "base": sizes(plan.base),
             "candidates": [{"name": c.name, "pruned": sizes(plan.pruned(c)), "quantized_bytes": plan.quantized_nbytes(c)}
                            for c in plan.candidates]}

@@ -199,9 +199,9 @@ class ObserveSpec(Section):
     entropy_top_k: int = Field(default=20, ge=2)
     """Logits over which the entropy is taken."""
     reroute_tokens: int = Field(default=0, ge=0)
-    """Tokens per layer on which the reroute criterion is measured; 0: not collected."""
+    """Tokens per layer on which the reroute criterion is measured; 0: not collected. Not available in this version."""
     trace_bytes: int = Field(default=20_000_000_000, ge=0)
-    """Largest exact EAFT trace; above it a table with the declared quantiles is kept."""
+    """Largest EAFT trace on disk; a calibration that needs more is refused before it runs (lower it, or `eaft: false`)."""
 
 
 # ---------------------------------------------------------------------------------------------- saliency
@@ -355,9 +355,9 @@ class PruneSpec(Section):
     experts_per_token: int | None = Field(default=None, ge=1)
     """Top-k of the pruned model; null: as it is."""
     repair: Literal["ridge"] | None = None
-    """Re-fit the kept experts in closed form after pruning."""
+    """Re-fit the kept experts in closed form after pruning; not available in this version."""
     mtp: Literal["auto", "observe", "drop"] = "auto"
-    """What becomes of multi-token-prediction blocks."""
+    """What becomes of multi-token-prediction blocks; auto drops them, with a warning, in this version."""
 
     @model_validator(mode="after")
     def _check(self) -> PruneSpec:
@@ -549,7 +549,7 @@ class Recipe(Section):
     quantize: QuantizeSpec = QuantizeSpec()
     """How it is quantized."""
     output: OutputSpec = OutputSpec()
-    """What is left on disk."""
+    """What is kept, and where."""
     runtime: RuntimeSpec = RuntimeSpec()
     """Where it runs."""
     _loaded: Any = PrivateAttr(default=None)  # where it was written, for paths relative to it and for positions in messages

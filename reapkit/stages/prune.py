@@ -7,14 +7,17 @@ from typing import Any
 from reapkit.checkpoint import Checkpoint
 from reapkit.selection import Selection
 from reapkit.stages import Context
+from reapkit.surgery.check import confirm_layout
 from reapkit.surgery.prune import prune_checkpoint
 
 
 def run(context: Context) -> dict[str, Any]:
     recipe, source = context.recipe, context.plan.checkpoint
     selection = Selection.load(context.inputs["select"].payload / "candidates" / context.candidate)
+    confirm_layout(source, context.plan.layout, {index: selection.keep.get(index, tuple(range(layer.num_experts)))
+                                                 for index, layer in context.plan.layout.layers.items()})
     prune_checkpoint(source, selection, context.payload, max_shard_bytes=recipe.output.max_shard_bytes, mtp=recipe.prune.mtp,
-                     progress=context.progress)
+                     layout=recipe.prune.layout, progress=context.progress)
     pruned = Checkpoint.open(context.payload)
     return {"candidate": context.candidate, "bytes": pruned.nbytes, "parameters": pruned.numel,
             "experts": {str(layer): len(chosen.keep) for layer, chosen in selection.layers.items()}}

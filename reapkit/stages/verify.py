@@ -11,10 +11,12 @@ from reapkit.errors import StageFailed
 from reapkit.evaluate.candidates import eaft_settings
 from reapkit.evaluate.directory import Yardstick
 from reapkit.evaluate.streaming import measure_streaming, yardstick_streaming
+from reapkit.evaluate.task_benchmarks import run_benchmarks
 from reapkit.gates import UNION, GateResult, judge, overall
 from reapkit.layout import read_layout
 from reapkit.models import load_model
 from reapkit.observe.layers import LayeredModel
+from reapkit.quantize.quiet import quiet
 from reapkit.selection import Selection
 from reapkit.stages import Context
 from reapkit.stages.evaluate import gates_of, load_packs
@@ -33,10 +35,11 @@ def run(context: Context) -> dict[str, Any]:
     metrics = {"base": yardstick.base_metrics}
     for name, directory in directories.items():
         metrics[name] = _measured(context, yardstick, name, directory)
+    benchmarks = _benchmarks(context, {"base": context.model_directory, list(directories)[-1]: list(directories.values())[-1]})
     rows = [_row(name, context.model_directory if name == "base" else directories[name], metrics[name]) for name in metrics]
     verdict, results, advice = _judge(context, metrics, list(directories)[-1])
     write_json(context.payload / "verify.json", {"rows": rows, "metrics": metrics, "proofs": proofs, "gates": results, "verdict": verdict,
-                                                 "advice": advice})
+                                                 "advice": advice, "lm_eval": benchmarks})
     return {"rows": rows, "proofs": len(proofs), "verdict": verdict, "advice": advice}
 
 
@@ -55,9 +58,10 @@ def _yardstick(context: Context) -> Yardstick:
 
 def _measured(context: Context, yardstick: Yardstick, name: str, directory: Path) -> dict[str, Any]:
     where = {"device": context.device, "trust_remote_code": context.recipe.model.trust_remote_code}
-    if context.streams:
-        return measure_streaming(yardstick, LayeredModel(directory, **where), progress=context.progress, **context.streaming)
-    return yardstick.measure_directory(directory, title=f"measure {name}", progress=context.progress, **where)
+    with quiet():  # compressed-tensors draws bars of its own while it unpacks
+        if context.streams:
+            return measure_streaming(yardstick, LayeredModel(directory, **where), progress=context.progress, **context.streaming)
+        return yardstick.measure_directory(directory, title=f"measure {name}", progress=context.progress, **where)
 
 
 def _prove(context: Context, directories: dict[str, Path]) -> list[dict[str, Any]]:
@@ -73,6 +77,16 @@ def _prove(context: Context, directories: dict[str, Path]) -> list[dict[str, Any
         raise StageFailed(f"verify: {len(failed)} of {len(proofs)} proofs do not hold, first {failed[0]['directory']}, {failed[0]['name']}: "
                           f"{failed[0]['detail']}")
     return proofs
+
+
+def _benchmarks(context: Context, directories: dict[str, Path]) -> dict[str, Any] | None:
+    """Task benchmarks of base and result, lm-eval's own output kept beside verify.json."""
+    spec, recipe = context.recipe.evaluate.lm_eval, context.recipe
+    if spec is None:
+        return None
+    tasks = [str(recipe_file) if (recipe_file := context.plan.loaded.directory / task).is_file() else task for task in spec.tasks]
+    return {name: run_benchmarks(directory, tasks, context.payload / "lm_eval" / name, limit=spec.limit, device=context.device,
+                                 trust_remote_code=recipe.model.trust_remote_code) for name, directory in directories.items()}
 
 
 def _probe(context: Context) -> list[list[int]]:

@@ -1,0 +1,64 @@
+"""The language's two descriptions, for editors and for people, say what the types say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from reapkit.recipe.jsonschema import recipe_schema
+from reapkit.recipe.loading import load, load_recipe
+from reapkit.recipe.reference import language_page
+from reapkit.recipe.schema import Recipe
+from reapkit.report.facts import recipe_yaml
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_committed_schema_is_current() -> None:
+    assert json.loads((ROOT / "recipe.schema.json").read_text()) == recipe_schema(), "run: reapkit schema > recipe.schema.json"
+
+
+def test_the_page_in_the_readme_is_current() -> None:
+    readme = (ROOT / "README.md").read_text()
+    page = readme.split("<!-- made by `reapkit schema --markdown` -->\n")[1].split("\n<!-- end of the recipe language -->")[0]
+    assert page == language_page().strip(), "put the output of `reapkit schema --markdown` between the markers of README.md"
+
+
+def test_every_field_is_described() -> None:
+    def missing(schema: dict) -> list[str]:
+        return [name for name, field in schema.get("properties", {}).items() if not field.get("description")]
+
+    schema = recipe_schema()
+    assert {name: found for name, model in {"recipe": schema, **schema["$defs"]}.items() if (found := missing(model))} == {}
+
+
+def test_a_resolved_recipe_loads_again_as_the_same(tmp_path: Path) -> None:
+    recipe = load_recipe(ROOT / "recipes/demo.yaml")
+    again = tmp_path / "again.yaml"
+    again.write_text(recipe_yaml(recipe))
+    assert load_recipe(again) == recipe != load_recipe(ROOT / "recipes/demo.yaml", ["prune.ratio=0.25"])
+
+
+def test_numbers_are_read_as_written() -> None:
+    recipe = load(ROOT / "recipes/demo.yaml", ["prune.ratio=1e-1", "observe.trace_bytes=20_000_000", "name=no", "model.revision='0123'"]).recipe
+    assert str(recipe.prune.ratio) == "0.1" and recipe.observe.trace_bytes == 20_000_000
+    assert recipe.name == "no" and recipe.model.revision == "0123"  # YAML 1.1 would have made them false and 83
+
+
+def test_children_merge_over_their_parent(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text((ROOT / "recipes/demo.yaml").read_text())
+    (tmp_path / "child.yaml").write_text(yaml.safe_dump({
+        "extends": "base.yaml", "name": "child", "prune": {"ratio": None, "keep_experts": 8},
+        "calibration": {"mix": [{"name": "tools", "weight": 0.9}, {"name": "prose", "remove": True},
+                                {"name": "own", "source": "own.jsonl"}]}}))
+    recipe = load_recipe(tmp_path / "child.yaml")
+    assert recipe.prune.ratio is None and recipe.prune.keep_experts == 8
+    assert [(entry.name, str(entry.weight)) for entry in recipe.calibration.mix] == [("code", "0.3"), ("tools", "0.9"), ("math", "0.2"), ("own", "1")]
+
+
+@pytest.mark.parametrize("name", ["trust_remote_code", "ratio", "mix", "gates"])
+def test_editors_get_types(name: str) -> None:
+    assert f'"{name}"' in json.dumps(Recipe.model_json_schema(mode="validation"))
