@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import os
 import stat
@@ -51,8 +52,11 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
     Raises UnusableError naming the file where it is truncated or inconsistent.
     """
-    size, length, text = _read_header_text(path)
-    shard, base = path.name, 8 + length
+    return _tensors_of(path, *_read_header_text(path))
+
+
+def _tensors_of(path: Path, size: int, text: bytes) -> dict[str, TensorInfo]:
+    shard, base = path.name, 8 + len(text)
     try:
         header = _parse_header(text)
         header.pop("__metadata__", None)
@@ -75,8 +79,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     return {tensor.name: tensor for tensor in found}
 
 
-def _read_header_text(path: Path) -> tuple[int, int, bytes]:
-    """The file's size, its header's length and the header, in as few system calls as that takes: shards come by the thousand."""
+def _read_header_text(path: Path) -> tuple[int, bytes]:
+    """The file's size and its header, in as few system calls as that takes: shards come by the thousand."""
     file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
     try:
         size, start = os.fstat(file).st_size, os.read(file, FIRST_READ_BYTES)
@@ -87,7 +91,7 @@ def _read_header_text(path: Path) -> tuple[int, int, bytes]:
             start += more
     finally:
         os.close(file)
-    return size, length, start[8:8 + length]
+    return size, start[8:8 + length]
 
 
 def _parse_header(text: bytes) -> dict[str, Any]:
@@ -143,6 +147,8 @@ class Checkpoint:
     path: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
+    stored: str | None = None
+    """sha256 of index and headers as they are stored; None for tensors that were never read."""
 
     @classmethod
     def open(cls, path: str | os.PathLike) -> Checkpoint:
@@ -156,9 +162,8 @@ class Checkpoint:
             raise UnusableError(f"{path / 'config.json'}: not JSON ({error}).") from None
         if not isinstance(config, dict):
             raise UnusableError(f"{path / 'config.json'}: no JSON object. Download it again.")
-        with _collector_paused():
-            tensors = _read_tensors(path)
-        return cls(path, config, tensors)
+        with collector_paused():
+            return cls(path, config, *_read_tensors(path))
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -181,17 +186,19 @@ class Checkpoint:
     def identity(self) -> str:
         """What names this checkpoint in keys: config, headers and each shard's content where it is small, else its size and
         mtime."""
-        return digest({"config": self.config, "tensors": sorted(self.tensors.values()),
+        return digest({"config": self.config, "tensors": self.stored or sorted(self.tensors.values()),
                        "shards": [_shard_identity(self.path / shard) for shard in self.shards]})
 
 
-def _read_tensors(path: Path) -> dict[str, TensorInfo]:
+def _read_tensors(path: Path) -> tuple[dict[str, TensorInfo], str]:
     """The tensors of all shards that the index names, or without an index of all there are; of two of one name the index chooses.
+    And the sha256 of all that was read.
 
     Raises UnusableError naming what is missing or contradictory.
     """
     index = path / "model.safetensors.index.json"
     weight_map = _read_index(index) if index.is_file() else None
+    sha = hashlib.sha256(index.read_bytes() if weight_map is not None else b"")
     shards = sorted(set(weight_map.values()) if weight_map is not None else (file.name for file in path.glob("*.safetensors")))
     if not shards:
         raise UnusableError(f"{path}: no safetensors weights there. reapkit reads safetensors only; convert .bin files first.")
@@ -199,8 +206,10 @@ def _read_tensors(path: Path) -> dict[str, TensorInfo]:
     for shard in shards:
         if not (path / shard).is_file():
             raise UnusableError(f"{path}: shard {shard} is missing. Download it again.")
-        found = read_header(path / shard)
-        if weight_map is not None:
+        size, text = _read_header_text(path / shard)
+        sha.update(f"{shard}\n{len(text)}\n".encode() + text)
+        found = _tensors_of(path / shard, size, text)
+        if weight_map is not None and list(map(weight_map.get, found)) != [shard] * len(found):
             found = {name: tensor for name, tensor in found.items() if weight_map.get(name, shard) == shard}
         if not tensors.keys().isdisjoint(found):
             twice = next(name for name in found if name in tensors)
@@ -208,11 +217,11 @@ def _read_tensors(path: Path) -> dict[str, TensorInfo]:
         tensors.update(found)
     if weight_map is not None and (lost := sorted(weight_map.keys() - tensors.keys())):
         raise UnusableError(f"{path}: the index names {len(lost)} tensors that no shard holds, such as {lost[0]}.")
-    return tensors
+    return tensors, sha.hexdigest()
 
 
 @contextmanager
-def _collector_paused() -> Iterator[None]:
+def collector_paused() -> Iterator[None]:
     """Without the garbage collector, which would walk hundreds of thousands of new and lasting objects again and again."""
     was_enabled = gc.isenabled()
     gc.disable()

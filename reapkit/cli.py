@@ -225,6 +225,8 @@ def main(arguments: list[str] | None = None) -> None:
 def _run(arguments: list[str], debug: bool) -> int:
     try:
         result = typer.main.get_command(app).main(args=arguments, prog_name="reapkit", standalone_mode=False)
+        if result == 130:  # typer turns Ctrl-C into this code without a word
+            raise KeyboardInterrupt
         return result if isinstance(result, int) else 0
     except typer.Exit as stop:
         return stop.exit_code

@@ -54,6 +54,7 @@ class Estimates:
     written: int
     machine: Machine
     placement: str
+    fits: bool
     waves: int
     host_budget: int
 
@@ -67,9 +68,12 @@ def estimate(plan: Plan) -> Estimates:
     if placement == "auto":
         placement = choose_placement(footprints["resident"], machine)
     budget = hidden_budget(footprints["streaming"], machine)
-    waves = 1 if placement == "resident" or plan.recipe.runtime.offload_directory else max(1, -(-hidden // max(budget, 1)))
+    least = plan.recipe.runtime.batch_tokens * int(text_config(plan.checkpoint.config)["hidden_size"]) * COMPUTE_BYTES
+    waves = -(-hidden // max(budget, least))
+    waves = 1 if placement == "resident" or plan.recipe.runtime.offload_directory else max(1, waves)
+    fits = footprints[placement].device <= (machine.host if machine.device is None else machine.device) and footprints[placement].host <= machine.host
     return Estimates(tokens, exact, 2.0 * plan.base.active_parameters * tokens, footprints, hidden,
-                     plan.checkpoint.nbytes * (waves if placement == "streaming" else 1), _written(plan), machine, placement, waves, budget)
+                     plan.checkpoint.nbytes * (waves if placement == "streaming" else 1), _written(plan), machine, placement, fits, waves, budget)
 
 
 def choose_placement(resident: Footprint, machine: Machine) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from reapkit.architecture import text_config
-from reapkit.checkpoint import Checkpoint, TensorInfo
+from reapkit.checkpoint import Checkpoint, TensorInfo, collector_paused
 from reapkit.errors import UnusableError
 
 EXPERTS = ".experts."
@@ -121,7 +121,8 @@ def read_layout(checkpoint: Checkpoint) -> Layout:
     other.
     """
     if checkpoint not in _LAYOUTS:
-        _LAYOUTS[checkpoint] = _read_layout(checkpoint)
+        with collector_paused():
+            _LAYOUTS[checkpoint] = _read_layout(checkpoint)
     return _LAYOUTS[checkpoint]
 
 

@@ -74,7 +74,9 @@ def _estimate_tables(plan: Plan) -> list[Table | str]:
     memory.add_row("free here", free, human_bytes(found.machine.host), "no accelerator" if found.machine.device is None else "")
     lines = [f"observe: {'' if found.tokens_exact else 'at most '}{found.tokens:,} tokens, {found.flops:.2g} FLOP, "
              f"{human_bytes(found.bytes_read)} read"]
-    if found.placement == "streaming":
+    if not found.fits:
+        lines.append(f"memory: {found.placement} does not fit into what is free here; lower runtime.batch_tokens or use a larger machine")
+    elif found.placement == "streaming":
         lines.append(f"streaming: {human_bytes(found.hidden_bytes)} of hidden states wait between layers, {found.waves} "
                      f"{'wave' if found.waves == 1 else 'waves'}")
     lines.append(f"disk: {human_bytes(found.written)} will be written")

@@ -123,6 +123,13 @@ def test_pruning_first_shrinks_the_prediction_by_the_experts(checkpoint) -> None
     assert whole - half == (experts + routers) // 2
 
 
+def test_one_expert_may_be_left_out_of_the_prediction(checkpoint) -> None:
+    source, left = checkpoint("qwen3_moe"), "model.layers.1.mlp.experts.3.up_proj"
+    matrix = targets(source, W3).matrices[f"{left}.weight"]
+    more = quantized_bytes(source, W3.model_copy(update={"ignore": (left,)})) - quantized_bytes(source, W3)
+    assert more == matrix.tensor.nbytes - SCHEMES["W3A16"].nbytes(matrix.rows, matrix.columns, 32, 32)
+
+
 def test_patterns() -> None:
     assert matches("model.layers.0.mlp", ["re:.*mlp"]) and matches("lm_head", ["lm_head"]) and not matches("lm_heads", ["lm_head"])
 

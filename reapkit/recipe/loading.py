@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from pydantic import ValidationError
 
 from reapkit.errors import Problem, RecipeError
 from reapkit.recipe.document import Node, json_text, parse_document, read_document, walk
-from reapkit.recipe.messages import closest, problems_of
+from reapkit.recipe.messages import closest, may_be_null, problems_of
 from reapkit.recipe.schema import Recipe
 
 SHIPPED = tuple(folder for folder in (Path(__file__).parents[1] / "_recipes", Path(__file__).parents[2] / "recipes") if folder.is_dir())
@@ -132,7 +133,8 @@ def _read_with_parents(path: Path, chain: tuple[Path, ...], problems: list[Probl
         near = [str(file.relative_to(path.parent)) for file in path.parent.rglob("*.yaml") if file != path]
         problems.append(parent.problem("extends", f"found '{parent.value}', but there is no such file.{closest(parent.value, near)}"))
         return document
-    return _merge(_read_with_parents(parent_path, (*chain, resolved), problems), document)
+    inherited = _read_with_parents(parent_path, (*chain, resolved), problems)
+    return _merge(_rebased(inherited, parent_path.parent, path.parent), document)
 
 
 def _shown(path: Path) -> str:
@@ -142,27 +144,56 @@ def _shown(path: Path) -> str:
         return str(path)
 
 
-def _merge(parent: Node, child: Node) -> Node:
-    """Deep merge, the child wins; lists of named items merge by name; null removes an optional value.
+def _merge(parent: Node, child: Node, path: str = "") -> Node:
+    """Deep merge, the child wins; lists of named items merge by name; null goes back to the default.
 
-    A mapping that names another kind (`format: {prompt: ...}` over `{text: ...}`) replaces: formats do not blend.
+    A null stays where the field may be null (`quantize.scheme: null` means none); an item whose `source` is null is removed. A mapping
+    that names another kind (`format: {prompt: ...}` over `{text: ...}`) replaces: formats do not blend.
     """
     if isinstance(parent.value, dict) and isinstance(child.value, dict):
         merged = dict(parent.value)
         for key, node in child.value.items():
-            blend = key in merged and key not in ("format", "filter")
-            merged[key] = _merge(merged[key], node) if blend else node
+            place = f"{path}.{key}" if path else key
+            if node.value is None and key in merged and not may_be_null(place):
+                del merged[key]
+            elif key in merged and key not in ("format", "filter"):
+                merged[key] = _merge(merged[key], node, place)
+            else:
+                merged[key] = node
         return replace(child, value=merged)
     if _is_named_list(parent) and _is_named_list(child):
         items = {_name(item): item for item in parent.value}
         for item in child.value:
             name = _name(item)
-            if set(item.value) == {"name", "remove"} and item.value["remove"].value is True:
-                items.pop(name, None)
-                continue
-            items[name] = _merge(items[name], item) if name in items else item
+            if name in items and "source" in item.value and item.value["source"].value is None:
+                del items[name]
+            else:
+                items[name] = _merge(items[name], item, f"{path}[0]") if name in items else item
         return replace(child, value=list(items.values()))
     return child
+
+
+def _rebased(document: Node, here: Path, there: Path) -> Node:
+    """A parent's relative paths, which start from its own folder `here`, as seen from the child's folder `there`."""
+    if here.resolve() == there.resolve() or not isinstance(document.value.get("calibration", document).value, dict):
+        return document
+
+    def moved(node: Node) -> Node:
+        path = node.value
+        if not isinstance(path, str) or Path(path).is_absolute() or not (any(here.glob(path)) if path else False):
+            return node
+        return replace(node, value=os.path.relpath(here.resolve() / path, there.resolve()))
+
+    calibration = dict(document.value["calibration"].value) if "calibration" in document.value else {}
+    if "chat_template" in calibration:
+        calibration["chat_template"] = moved(calibration["chat_template"])
+    if "mix" in calibration and isinstance(calibration["mix"].value, list):
+        items = [replace(item, value={**item.value, "source": moved(item.value["source"])})
+                 if isinstance(item.value, dict) and "source" in item.value else item for item in calibration["mix"].value]
+        calibration["mix"] = replace(calibration["mix"], value=items)
+    if not calibration:
+        return document
+    return replace(document, value={**document.value, "calibration": replace(document.value["calibration"], value=calibration)})
 
 
 def _is_named_list(node: Node) -> bool:

@@ -139,6 +139,17 @@ def models_at(path: str) -> list[type[BaseModel]]:
     return models
 
 
+def may_be_null(path: str) -> bool:
+    """Whether the field at a path takes null for a value; unknown fields do, so that they are reported as they were written."""
+    head, _, last = path.rpartition(".")
+    fields = [model.model_fields[last] for model in models_at(head) if last in model.model_fields]
+    return not fields or any(_takes_none(field.annotation) for field in fields)
+
+
+def _takes_none(annotation: Any) -> bool:
+    return annotation is type(None) or any(_takes_none(argument) for argument in get_args(annotation) if get_origin(annotation) is not dict)
+
+
 def _fields_at(parent: Node, root: Node, path: str) -> list[str]:
     return list(dict.fromkeys(name for model in models_at(path) for name in model.model_fields))
 

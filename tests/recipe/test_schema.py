@@ -52,11 +52,27 @@ def test_children_merge_over_their_parent(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text((ROOT / "recipes/demo.yaml").read_text())
     (tmp_path / "child.yaml").write_text(yaml.safe_dump({
         "extends": "base.yaml", "name": "child", "prune": {"ratio": None, "keep_experts": 8},
-        "calibration": {"mix": [{"name": "tools", "weight": 0.9}, {"name": "prose", "remove": True},
+        "quantize": {"group_size": None, "scheme": None},
+        "calibration": {"mix": [{"name": "tools", "weight": 0.9}, {"name": "prose", "source": None},
                                 {"name": "own", "source": "own.jsonl"}]}}))
     recipe = load_recipe(tmp_path / "child.yaml")
+    assert recipe.quantize.group_size == 128 and recipe.quantize.scheme is None  # back to the default; null is a value of its own
     assert recipe.prune.ratio is None and recipe.prune.keep_experts == 8
     assert [(entry.name, str(entry.weight)) for entry in recipe.calibration.mix] == [("code", "0.3"), ("tools", "0.9"), ("math", "0.2"), ("own", "1")]
+
+
+def test_a_parents_paths_start_from_the_parent(tmp_path: Path) -> None:
+    (tmp_path / "base" / "data").mkdir(parents=True)
+    (tmp_path / "base" / "data" / "own.jsonl").write_text("{}")
+    (tmp_path / "base" / "template.jinja").write_text("")
+    base = yaml.safe_load((ROOT / "recipes/demo.yaml").read_text())
+    base["calibration"] |= {"chat_template": "template.jinja"}
+    base["calibration"]["mix"] += [{"name": "own", "source": "data/*.jsonl"}]
+    (tmp_path / "base" / "base.yaml").write_text(yaml.safe_dump(base))
+    (tmp_path / "child.yaml").write_text("extends: base/base.yaml\nname: child\n")
+    calibration = load_recipe(tmp_path / "child.yaml").calibration
+    assert calibration.chat_template == "base/template.jinja" and calibration.mix[-1].source == "base/data/*.jsonl"
+    assert calibration.mix[0].source == "builtin:code"
 
 
 @pytest.mark.parametrize("name", ["trust_remote_code", "ratio", "mix", "gates"])

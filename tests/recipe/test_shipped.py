@@ -106,6 +106,15 @@ def test_experts_and_parameters_after_pruning(recipe: str, planned) -> None:
     assert [sizes.parameters / 1e9 for sizes in pruned] == pytest.approx(list(expected.billions), rel=0.005)
 
 
+@pytest.mark.parametrize("recipe", ["deepseek-v3.2-w3a16", "gpt-oss-20b-eaft", "qwen3.5-397b-a17b"])
+def test_kinds_hold_every_tensor_once(recipe: str, planned) -> None:
+    checkpoint, kinds = planned(recipe).checkpoint, planned(recipe).layout.kinds
+    assert sorted(name for kind in kinds for name in kind.names) == sorted(checkpoint.tensors)
+    assert all((checkpoint.tensors[name].dtype, checkpoint.tensors[name].shape) == (kind.tensor.dtype, kind.tensor.shape)
+               for kind in kinds for name in kind.names)
+    assert len(kinds) < 5_000
+
+
 @pytest.mark.parametrize(("recipe", "bytes_per_weight", "bytes_per_row"), [
     ("glm-code-agentic", 3.125 / 8, 0),
     ("glm-code-agentic-w4a16", 4.125 / 8, 0),
