@@ -10,7 +10,7 @@ import stat
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from operator import itemgetter
@@ -26,6 +26,7 @@ DTYPE_BITS = {"F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, 
 HASHED_SHARD_BYTES = 64_000_000  # a tenth of a second; larger shards are hashed while observe first reads them
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit: a forged length must not make us allocate the file's size
 FIRST_READ_BYTES = 1 << 16  # holds most headers, which then cost one read
+INDEX = "model.safetensors.index.json"
 
 
 class TensorInfo(NamedTuple):
@@ -127,7 +128,7 @@ def _parse_entry(name: str, entry: Mapping[str, Any], shard: str, base: int) -> 
     return TensorInfo(name, dtype, shape, shard, base + begin, base + end)
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def read_index(path: Path) -> dict[str, str]:
     """Tensor name -> shard; shards lie in the directory itself. Raises UnusableError where the index says anything else."""
     try:
         weight_map = json.loads(path.read_text())["weight_map"]
@@ -140,6 +141,14 @@ def _read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
+class AbsentShard(NamedTuple):
+    """A shard that is not on this machine: its size, its header as it is stored, and the sha256 of the whole file."""
+
+    nbytes: int
+    header: bytes
+    sha256: str
+
+
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
     """A complete model directory: config, tensors by name, files."""
@@ -149,10 +158,12 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
     stored: str | None = None
     """sha256 of index and headers as they are stored; None for tensors that were never read."""
+    shard_hashes: Mapping[str, str] = field(default_factory=dict)
+    """sha256 of the shards that are not on this machine."""
 
     @classmethod
-    def open(cls, path: str | os.PathLike) -> Checkpoint:
-        """Reads config.json and every shard's header. Raises UnusableError naming what is missing."""
+    def open(cls, path: str | os.PathLike, *, absent: Mapping[str, AbsentShard] | None = None) -> Checkpoint:
+        """Reads config.json and the header of every shard that is not `absent`. Raises UnusableError naming what is missing."""
         path = Path(path)
         if not (path / "config.json").is_file():
             raise UnusableError(f"{path}: no config.json there. Give a model directory or a hub id.")
@@ -163,7 +174,7 @@ class Checkpoint:
         if not isinstance(config, dict):
             raise UnusableError(f"{path / 'config.json'}: no JSON object. Download it again.")
         with collector_paused():
-            return cls(path, config, *_read_tensors(path))
+            return cls(path, config, *_read_tensors(path, absent or {}), {name: shard.sha256 for name, shard in (absent or {}).items()})
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -187,26 +198,27 @@ class Checkpoint:
         """What names this checkpoint in keys: config, headers and each shard's content where it is small, else its size and
         mtime."""
         return digest({"config": self.config, "tensors": self.stored or sorted(self.tensors.values()),
-                       "shards": [_shard_identity(self.path / shard) for shard in self.shards]})
+                       "shards": [[shard, self.shard_hashes[shard]] if shard in self.shard_hashes else _shard_identity(self.path / shard)
+                                  for shard in self.shards]})
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, TensorInfo], str]:
+def _read_tensors(path: Path, absent: Mapping[str, AbsentShard]) -> tuple[dict[str, TensorInfo], str]:
     """The tensors of all shards that the index names, or without an index of all there are; of two of one name the index chooses.
     And the sha256 of all that was read.
 
     Raises UnusableError naming what is missing or contradictory.
     """
-    index = path / "model.safetensors.index.json"
-    weight_map = _read_index(index) if index.is_file() else None
+    index = path / INDEX
+    weight_map = read_index(index) if index.is_file() else None
     sha = hashlib.sha256(index.read_bytes() if weight_map is not None else b"")
-    shards = sorted(set(weight_map.values()) if weight_map is not None else (file.name for file in path.glob("*.safetensors")))
+    shards = sorted(set(weight_map.values()) if weight_map is not None else {file.name for file in path.glob("*.safetensors")} | absent.keys())
     if not shards:
         raise UnusableError(f"{path}: no safetensors weights there. reapkit reads safetensors only; convert .bin files first.")
     tensors: dict[str, TensorInfo] = {}
     for shard in shards:
-        if not (path / shard).is_file():
+        if shard not in absent and not (path / shard).is_file():
             raise UnusableError(f"{path}: shard {shard} is missing. Download it again.")
-        size, text = _read_header_text(path / shard)
+        size, text = absent[shard][:2] if shard in absent else _read_header_text(path / shard)
         sha.update(f"{shard}\n{len(text)}\n".encode() + text)
         found = _tensors_of(path / shard, size, text)
         if weight_map is not None and list(map(weight_map.get, found)) != [shard] * len(found):

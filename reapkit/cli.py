@@ -15,6 +15,7 @@ from rich.console import Console
 
 from reapkit.differences import compare_recipes
 from reapkit.errors import ReapkitError, RecipeError, UnusableError
+from reapkit.inspection import inspect as look_into
 from reapkit.lock import check_lock, lock_path, read_lock, recipe_digest, revisions, write_lock
 from reapkit.planning import STAGES, load_and_plan
 from reapkit.recipe.jsonschema import recipe_schema
@@ -41,7 +42,7 @@ def _out() -> Console:
 @app.command()
 def validate(recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="Recipes to check.")],
              overrides: Overrides = [], as_json: Json = False) -> None:
-    """Check recipes, against their model where it is at hand; every problem is shown at once.
+    """Check recipes, against their model where it is local, cached or on the hub; every problem is shown at once.
 
     Example: reapkit validate recipes/demo.yaml
     """
@@ -112,7 +113,7 @@ def _pinned(recipe: str, overrides: list[str]) -> list[str]:
 
 
 def _apply(recipe: str, overrides: list[str], until: str | None, as_json: bool) -> None:
-    loaded = load_and_plan(recipe, overrides, download=True).loaded  # every contradiction is found before torch is imported
+    loaded = load_and_plan(recipe, overrides).loaded  # every contradiction is found before weights are fetched or torch is imported
     _quiet_libraries()
     from reapkit.run import apply as run_recipe
     from reapkit.run import describe
@@ -151,7 +152,7 @@ def lock(recipe: RecipeArgument, overrides: Overrides = [], as_json: Json = Fals
 
     Example: reapkit lock my-recipe.yaml
     """
-    loaded = load_and_plan(recipe, overrides, download=True).loaded
+    loaded = load_and_plan(recipe, overrides).loaded
     path = lock_path(loaded, find_recipe(recipe))
     written = write_lock(loaded, path)
     print(json.dumps({"path": str(path), **written}) if as_json else f"{path}: {len(written['sources'])} sources and the model locked")
@@ -187,6 +188,35 @@ def compare(left: Annotated[str, typer.Argument(metavar="A.yaml")], right: Annot
         return
     for table in difference_tables(difference):
         _out().print(table)
+
+
+@app.command()
+def inspect(path: Annotated[str, typer.Argument(metavar="PATH", help="A recipe, a checkpoint, a run, or an artifact of one.")],
+            as_json: Json = False) -> None:
+    """Show what lies at a path: recipe, checkpoint, calibration, packs, observation, selection, evaluation or run.
+
+    Example: reapkit inspect runs/demo/calibration
+    """
+    found = look_into(path)
+    if as_json:
+        print(json.dumps(found.to_json()))
+        return
+    console = _out()
+    for block in found.blocks(colour=console.is_terminal and console.color_system is not None and not console.no_color):
+        console.print(block)
+
+
+@app.command()
+def export(observation: Annotated[str, typer.Argument(metavar="OBSERVATION", help="Directory of an observation, or of a run.")],
+           directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where the files go.")], as_json: Json = False) -> None:
+    """Write an observation as saliency.parquet, ranking_by_layer.json and profile.md.
+
+    Example: reapkit export runs/demo/observation saliency
+    """
+    from reapkit.inspection.exporting import export_at
+
+    written = [str(file) for file in export_at(observation, directory)]
+    print(json.dumps({"files": written}) if as_json else "\n".join(written))
 
 
 @app.command()

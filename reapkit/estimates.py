@@ -20,6 +20,7 @@ from reapkit.planning import Plan
 COMPUTE_BYTES = 2  # bf16: FP8 and MXFP4 weights are dequantized to it
 LOGITS_BYTES = 256_000_000  # logits are taken in chunks of this size
 HIDDEN_COPIES = 8  # hidden-sized tensors that live at once in a decoder layer: residual, norms, attention in- and outputs
+STREAMED_LAYERS = 3  # one computing, one read ahead, and what its conversion to stacked experts holds meanwhile
 SAFE_SHARE = 0.85  # of what is free; the rest is for fragmentation and the libraries themselves
 HOST_BASE_BYTES = 2_000_000_000  # Python, torch, transformers
 
@@ -123,7 +124,7 @@ def _footprints(plan: Plan, tokens: int) -> tuple[dict[str, Footprint], int]:
     statistics = len(plan.layout.layers) * len(plan.recipe.calibration.mix) * plan.checkpoint.architecture.num_experts * 8 * 20
     statistics += len(plan.layout.layers) * len(plan.recipe.calibration.mix) * plan.checkpoint.architecture.num_experts ** 2 * 8
     return {"resident": Footprint(rest + sum(weights.values()) + batch, HOST_BASE_BYTES + statistics),
-            "streaming": Footprint(rest + 2 * largest + batch, HOST_BASE_BYTES + statistics + largest)}, hidden
+            "streaming": Footprint(rest + STREAMED_LAYERS * largest + batch, HOST_BASE_BYTES + statistics + largest)}, hidden
 
 
 def layer_weights(checkpoint: Checkpoint, layout: Layout) -> dict[int | None, int]:

@@ -12,12 +12,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from reapkit.checkpoint import Checkpoint
 from reapkit.errors import UnusableError
 from reapkit.hashing import digest
+from reapkit.hub import hub_revision
 from reapkit.recipe.loading import LoadedRecipe
 from reapkit.recipe.schema import MixEntry
-from reapkit.resolve import hub_revision, is_local, model_directory, source_identity, tokenizer_identity
+from reapkit.resolve import is_local, model_checkpoint, source_identity, tokenizer_identity
 from reapkit.store import write_json
 
 FORMAT = 1
@@ -42,12 +42,12 @@ def make_lock(loaded: LoadedRecipe) -> dict[str, Any]:
     Raises UnusableError where a model, source or hub revision cannot be found.
     """
     recipe, directory = loaded.recipe, loaded.directory
-    path = model_directory(recipe.model, directory, download=False)
+    checkpoint = model_checkpoint(recipe.model, directory)
     entries = {f"calibration.mix.{entry.name}": entry for entry in recipe.calibration.mix}
     entries |= {f"evaluate.extra_packs.{entry.name}": entry for entry in recipe.evaluate.extra_packs}
     return {"format": FORMAT, "name": recipe.name, "recipe": recipe_digest(loaded),
-            "model": {"source": recipe.model.source, "revision": _model_revision(loaded, path), "identity": Checkpoint.open(path).identity,
-                      "tokenizer": tokenizer_identity(path)},
+            "model": {"source": recipe.model.source, "revision": _model_revision(loaded, checkpoint.path),
+                      "identity": checkpoint.identity, "tokenizer": tokenizer_identity(checkpoint.path)},
             "sources": {place: _source(entry, directory) for place, entry in entries.items()},
             "versions": versions()}
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from reapkit import builtin
 from reapkit.architecture import text_config
 from reapkit.budget import Candidate, budget_notes, candidates
 from reapkit.checkpoint import Checkpoint
@@ -25,7 +26,7 @@ from reapkit.layout import Layout, active_parameters, pruned_sizes, read_layout
 from reapkit.recipe.loading import LoadedRecipe, as_loaded, in_file_order, load
 from reapkit.recipe.messages import closest
 from reapkit.recipe.schema import Recipe
-from reapkit.resolve import model_directory, source_identity, template_identity, tokenizer_identity
+from reapkit.resolve import model_checkpoint, source_identity, template_identity, tokenizer_identity
 from reapkit.schemes import check_quantize, quantized_bytes
 from reapkit.store import Artifact, Store
 
@@ -135,14 +136,15 @@ def load_and_plan(name: str, overrides: Sequence[str] = (), *, download: bool = 
 
 
 def make_plan(loaded: LoadedRecipe, *, download: bool = False) -> Plan:
-    """The plan of a recipe against its checkpoint and the store.
+    """The plan of a recipe against its checkpoint and the store; of a hub model that is not in the cache, from its metadata.
 
+    `download` fetches the hub model first: a run needs it, a plan does not.
     Raises RecipeError with every contradiction between recipe and checkpoint at its line, UnusableError for the checkpoint.
     """
     recipe = loaded.recipe
     if str(loaded.directory) not in sys.path:
         sys.path.append(str(loaded.directory))  # `saliency.criterion: module:function` finds a module beside its recipe
-    checkpoint = Checkpoint.open(model_directory(recipe.model, loaded.directory, download=download))
+    checkpoint = model_checkpoint(recipe.model, loaded.directory, download=download)
     layout = read_layout(checkpoint)
     grid = _check(loaded, checkpoint, layout)
     stages = _stages(loaded, checkpoint, grid, Store(recipe.runtime.store))
@@ -158,7 +160,7 @@ def _check(loaded: LoadedRecipe, checkpoint: Checkpoint, layout: Layout) -> tupl
     except RecipeError as error:
         problems += error.problems
     problems += check_quantize(checkpoint, recipe.quantize) + _length_problems(recipe, checkpoint)
-    problems += _unavailable(recipe, layout)
+    problems += _unavailable(recipe, layout) + _source_problems(recipe)
     problems += [Problem(f"saliency.mix.{name}", f"no source of calibration.mix has this name.{closest(name, names)} Allowed: {', '.join(names)}.")
                  for name in recipe.saliency.mix or {} if name not in names]
     problems += [problem for i, name in enumerate(recipe.evaluate.controls)
@@ -172,6 +174,20 @@ def _check(loaded: LoadedRecipe, checkpoint: Checkpoint, layout: Layout) -> tupl
     if problems:
         raise loaded.located(RecipeError(list(dict.fromkeys(problems))))
     return grid
+
+
+def _source_problems(recipe: Recipe) -> list[Problem]:
+    """Packaged sources that exist, and a name of its own for every source."""
+    mix, extra, known = recipe.calibration.mix, recipe.evaluate.extra_packs, [f"builtin:{name}" for name in builtin.SOURCES]
+    places = [(f"calibration.mix[{i}]", entry) for i, entry in enumerate(mix)] + [(f"evaluate.extra_packs[{i}]", entry) for i, entry in enumerate(extra)]
+    problems = [Problem(f"{place}.source", f"found '{entry.source}', which is not packaged.{closest(entry.source, known)} Allowed: {', '.join(known)}.")
+                for place, entry in places if entry.source.startswith("builtin:") and entry.source not in known]
+    taken = [entry.name for entry in mix]
+    for i, entry in enumerate(extra):
+        if entry.name in taken:
+            problems.append(Problem(f"evaluate.extra_packs[{i}].name", f"'{entry.name}' is the name of another source. Give every source its own."))
+        taken.append(entry.name)
+    return problems
 
 
 def _unavailable(recipe: Recipe, layout: Layout) -> list[Problem]:

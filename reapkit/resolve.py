@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from reapkit import builtin
+from reapkit.checkpoint import Checkpoint
 from reapkit.errors import UnusableError
 from reapkit.hashing import digest, digest_file
+from reapkit.hub import TOKENIZER_FILES, cached_snapshot, download_snapshot, hub_checkpoint
 from reapkit.recipe.schema import MixEntry, ModelSpec
-
-TOKENIZER_FILES = ("tokenizer*", "*.jinja", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json", "*.model", "*.tiktoken")
 
 
 def is_local(source: str, directory: Path) -> bool:
@@ -26,55 +26,23 @@ def local_path(source: str, directory: Path) -> Path:
     return path if path.is_absolute() else directory / path
 
 
-def model_directory(model: ModelSpec, directory: Path, *, download: bool) -> Path:
-    """The model's directory: packaged, local or in the hub's cache; `download` fetches what is missing.
+def model_checkpoint(model: ModelSpec, directory: Path, *, download: bool = False) -> Checkpoint:
+    """The model as its config and headers describe it: packaged, local, in the hub's cache, or else from the hub's metadata.
 
-    Raises UnusableError naming the source and what would help.
+    `download` fetches what is missing in the cache first. Raises UnusableError naming the source and what would help.
     """
     source = model.source
     if source.startswith("builtin:"):
         if source != "builtin:demo":
             raise UnusableError(f"model.source: '{source}' is not packaged. The only packaged model is builtin:demo.")
-        return builtin.MODEL_DIRECTORY
+        return Checkpoint.open(builtin.MODEL_DIRECTORY)
     if is_local(source, directory):
         path = local_path(source, directory)
         if not path.is_dir():
             raise UnusableError(f"model.source: {path} is no directory. Give a model directory, a hub id or builtin:demo.")
-        return path
-    return _hub_snapshot(source, model.revision, download)
-
-
-def _hub_snapshot(repository: str, revision: str | None, download: bool) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(repository, revision=revision, local_files_only=not download,
-                                      ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"]))
-    except HFValidationError:
-        raise UnusableError(f"model.source: '{repository}' is neither a directory nor a hub id (org/name).") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        state = "could not be downloaded" if download else "is not in the local hub cache"
-        raise UnusableError(f"model.source: {repository} {state} ({type(error).__name__}). "
-                            "Check the name, the network and `hf auth login`, or give a local directory.") from None
-
-
-def hub_revision(repository: str, kind: str) -> str:
-    """The commit that a hub repository's main branch has now (`kind`: model or dataset), or that the local cache holds.
-
-    Raises UnusableError where neither the hub nor the cache knows it.
-    """
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
-
-    try:
-        return HfApi().repo_info(repository, repo_type=kind).sha
-    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
-        cached = Path(constants.HF_HUB_CACHE) / f"{kind}s--{repository.replace('/', '--')}" / "refs" / "main"
-        if cached.is_file():
-            return cached.read_text().strip()
-        raise UnusableError(f"{repository}: its commit cannot be had ({type(error).__name__}). Go online, or write `revision:` into the "
-                            "recipe.") from None
+        return Checkpoint.open(path)
+    path = download_snapshot(source, model.revision) if download else cached_snapshot(source, model.revision)
+    return Checkpoint.open(path) if path is not None else hub_checkpoint(source, model.revision)
 
 
 def tokenizer_identity(directory: Path) -> dict[str, str]:

@@ -10,7 +10,7 @@ from reapkit.architecture import text_config
 from reapkit.checkpoint import Checkpoint
 from reapkit.layout import read_layout
 from reapkit.recipe.schema import ModelSpec, QuantizeSpec
-from reapkit.resolve import model_directory
+from reapkit.resolve import model_checkpoint
 from reapkit.schemes import quantized_already, quantized_widths
 
 GROUP_SIZES = (128, 64, 32, 16)
@@ -21,8 +21,7 @@ def starting_recipe(model: str, directory: Path) -> tuple[str, str]:
 
     Raises UnusableError where there is no such model or it is no MoE.
     """
-    path = model_directory(ModelSpec(source=model), directory, download=False)
-    checkpoint = Checkpoint.open(path)
+    checkpoint = model_checkpoint(ModelSpec(source=model), directory)
     architecture, layout = checkpoint.architecture, read_layout(checkpoint)
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", model.removeprefix("builtin:").rstrip("/").split("/")[-1]).strip("-.") or "model"
     group, longest = group_size(checkpoint), text_config(checkpoint.config).get("max_position_embeddings") or 2048

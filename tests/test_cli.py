@@ -24,7 +24,7 @@ def test_a_signal_saves_and_says_how_to_go_on(number: int, tmp_path: Path) -> No
     process = subprocess.Popen([sys.executable, "-m", "reapkit", "apply", DEMO, *where], stderr=subprocess.PIPE, text=True,
                                env=os.environ | {"PYTHONPATH": str(ROOT)})
     deadline = time.monotonic() + 120
-    while not list((tmp_path / "store").glob("observe-*/work/*")) and time.monotonic() < deadline:
+    while not list((tmp_path / "store").glob("observe-*/*")) and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(number)
     said = process.communicate(timeout=120)[1]

@@ -13,12 +13,12 @@ PACKAGE = Path(__file__).parents[1] / "reapkit"
 FLOORS = {
     0: "errors hashing progress",
     1: "recipe architecture gates criteria",
-    2: "checkpoint layout schemes store builtin resolve layer_budget",
+    2: "checkpoint hub layout schemes store builtin resolve layer_budget",
     3: "allocation budget planning lock starter differences estimates tables",
     4: "observation saliency selection decision eaft statistics metrics",
     5: "models masking calibration observe surgery",
     6: "stages quantize evaluate verify report",
-    7: "run export",
+    7: "run export inspection",
     8: "cli terminal llmcompressor __init__ __main__",
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms.split()}

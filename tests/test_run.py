@@ -157,6 +157,27 @@ def test_interrupted_in_the_middle_it_goes_on_and_ends_with_the_same_bytes(finis
     assert fingerprint(tmp_path / "run" / "observation") == fingerprint(root / "run" / "observation")
 
 
+def test_streaming_gives_the_same_observation_and_the_same_numbers(finished: Run, root: Path, tmp_path: Path) -> None:
+    streamed = apply(recipe(tmp_path, "runtime.placement=streaming"), until="verify")
+    assert fingerprint(streamed.directory / "selection") == fingerprint(root / "run" / "selection")
+    observed = ("observation.safetensors", "trace.safetensors")
+    assert [(streamed.directory / "observation" / name).read_bytes() for name in observed] == \
+        [(root / "run" / "observation" / name).read_bytes() for name in observed]
+    for row, expected in zip(streamed.summary("verify")["rows"], finished.summary("verify")["rows"], strict=True):
+        assert row["name"] == expected["name"] and row["bytes"] == expected["bytes"]
+        assert row["kl_mean"] == pytest.approx(expected["kl_mean"], rel=1e-3, abs=1e-6)
+        assert row["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-3)
+
+
+def test_layers_may_keep_different_numbers(finished: Run, root: Path) -> None:
+    ragged = recipe(root, "prune.layout=ragged", "prune.allocation=global", "quantize.scheme=null", f"output.directory={root / 'ragged'}")
+    run = apply(ragged, until="verify")
+    counts = run.summary("prune")["experts"].values()
+    assert sum(counts) == 64 and len(set(counts)) > 1
+    proofs = json.loads((root / "ragged" / "verify.json").read_text())["proofs"]
+    assert proofs and all(proof["passed"] for proof in proofs)
+
+
 def test_a_full_disk_fails_the_stage_and_can_be_resumed(finished: Run, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import reapkit.stages.select as stage
 

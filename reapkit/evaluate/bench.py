@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -61,7 +62,7 @@ class Candidate:
                 "experts_per_token": self.selection.experts_per_token, "bytes": self.nbytes, "control_of": self.control_of}
 
 
-class Bench:
+class Bench(ABC):
     """Candidates' numbers on one part of the packs, "decide" or "confirm"; where they come from is the subclass's."""
 
     packs: Mapping[int, Pack]
@@ -70,9 +71,9 @@ class Bench:
     measures_all = False
     """Whether every candidate has been measured anyway, so that none need be left untried."""
 
+    @abstractmethod
     def positions(self, candidate: Candidate, length: int) -> Positions:
         """The candidate's signals at the pack's measured positions."""
-        raise NotImplementedError
 
     def base_metrics(self) -> dict[str, Any]:
         """The base's own numbers by length and group."""

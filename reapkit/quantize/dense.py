@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +14,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from reapkit.checkpoint import Checkpoint
+from reapkit.progress import SILENT, Progress
 from reapkit.quantize.formats import PARTS, decompress, scheme_on_disk
-from reapkit.schemes import Matrix, Targets, expert_prefixes
+from reapkit.quantize.writing import copy_companions, write_index, write_shards
+from reapkit.recipe.schema import QuantizeSpec
+from reapkit.schemes import Matrix, Targets, expert_prefixes, targets
 
 
 class PackedDirectory:
@@ -74,6 +79,28 @@ class PackedDirectory:
                 yield name, self.read(self.directory, name)
             else:
                 yield name, self.read(self.source, name)
+
+
+def write_dense(source: Path, directory: Path, spec: QuantizeSpec, out: Path, progress: Progress = SILENT) -> None:
+    """Writes to `out` the source with the weights that the packed directory stands for: a plain checkpoint that any loader reads.
+
+    For looking at a result whose format this transformers cannot read, or whose model does not fit into memory; shard by shard.
+    """
+    old, new = Checkpoint.open(source), Checkpoint.open(directory)
+    plan = targets(old, spec)
+    out.mkdir(parents=True, exist_ok=True)
+    with PackedDirectory(old, new, plan) as packed:
+        def value(name: str) -> dict[str, Tensor]:
+            if name.endswith("_scale_inv"):
+                return {}
+            if name in plan.matrices:
+                return {name: packed.dense(name)}
+            return {name: packed.read(new, name) if name in new.tensors else packed.source_dense(name)}
+
+        write_shards(old, out, value, progress)
+    copy_companions(old, out)
+    (out / "config.json").write_text(json.dumps({key: value for key, value in old.config.items() if key != "quantization_config"}, indent=2))
+    write_index(out)
 
 
 def unblocked(weight: Tensor, scale: Tensor, block: Sequence[int]) -> Tensor:

@@ -27,7 +27,7 @@ OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
 
 def write_shards(checkpoint: Checkpoint, out: Path, replacement: Callable[[str], dict[str, Tensor] | None], progress: Progress) -> None:
     """Writes the source's shards one at a time: what `replacement` gives for a tensor stands in its place, the rest is copied."""
-    with progress.task("write the quantized weights", total=len(checkpoint.tensors), unit="tensors") as task:
+    with progress.task("write weights", total=len(checkpoint.tensors), unit="tensors") as task:
         for shard in checkpoint.shards:
             tensors: dict[str, Tensor] = {}
             with safe_open(checkpoint.path / shard, "pt") as file:

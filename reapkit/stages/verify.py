@@ -16,6 +16,7 @@ from reapkit.gates import UNION, GateResult, judge, overall
 from reapkit.layout import read_layout
 from reapkit.models import load_model
 from reapkit.observe.layers import LayeredModel
+from reapkit.quantize.dense import write_dense
 from reapkit.quantize.quiet import quiet
 from reapkit.selection import Selection
 from reapkit.stages import Context
@@ -58,10 +59,19 @@ def _yardstick(context: Context) -> Yardstick:
 
 def _measured(context: Context, yardstick: Yardstick, name: str, directory: Path) -> dict[str, Any]:
     where = {"device": context.device, "trust_remote_code": context.recipe.model.trust_remote_code}
+    if name == "quantized" and _needs_dense(context):
+        write_dense(context.inputs["prune"].payload, directory, context.recipe.quantize, context.work / "dense", context.progress)
+        directory = context.work / "dense"
     with quiet():  # compressed-tensors draws bars of its own while it unpacks
         if context.streams:
             return measure_streaming(yardstick, LayeredModel(directory, **where), progress=context.progress, **context.streaming)
         return yardstick.measure_directory(directory, title=f"measure {name}", progress=context.progress, **where)
+
+
+def _needs_dense(context: Context) -> bool:
+    """Packed weights are read a layer at a time, and in formats that transformers does not know, only after they are unpacked to disk."""
+    facts = context.inputs["quantize"].summary
+    return context.recipe.quantize.recipe is None and (context.streams or not facts.get("experts_reload_in_transformers", True))
 
 
 def _prove(context: Context, directories: dict[str, Path]) -> list[dict[str, Any]]:

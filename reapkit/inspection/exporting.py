@@ -1,0 +1,55 @@
+"""Writes an observation's tables for other tools, with all that lies around it: its calibration, its run, its speed."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from reapkit.errors import RecipeError, UnusableError
+from reapkit.export import export
+from reapkit.inspection.recognise import Found, read_json, recognise
+from reapkit.observation import Observation
+from reapkit.recipe.loading import load
+from reapkit.report.facts import recipe_yaml
+from reapkit.store import KEY_LETTERS
+
+
+def export_at(path: str | Path, directory: Path) -> list[Path]:
+    """saliency.parquet, ranking_by_layer.json and profile.md below `directory`, from an observation, its store artifact or a run.
+
+    Raises UnusableError where there is no observation.
+    """
+    found = recognise(path)
+    place = found.place / "observation" if found.kind == "run" else found.place
+    if found.kind not in ("run", "observation") or not (place / "observation.json").is_file():
+        raise UnusableError(f"{path}: no observation there. Give an observation's directory, its artifact in the store, or a run that has one.")
+    return export(Observation.load(place), directory, **_around(found, place))
+
+
+def _around(found: Found, place: Path) -> dict[str, Any]:
+    """What the neighbours of an observation say; what is not there is left out."""
+    if found.artifact:
+        key = found.artifact["inputs"].get("calibrate", "")
+        file = found.place.parent.parent / f"calibrate-{key[:KEY_LETTERS]}" / "payload" / "calibration.json"
+        told: dict[str, Any] = {"tokens_per_second": found.artifact["summary"].get("tokens_per_second")}
+    else:
+        file, told = place.parent / "calibration" / "calibration.json", _of_run(place.parent / "run.json")
+    return told | ({"calibration": read_json(file)} if file.is_file() else {})
+
+
+def _of_run(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    run = read_json(file, ("recipe", "model", "stages"))
+    speed = run["stages"].get("observe", {}).get("summary", {}).get("tokens_per_second")
+    return {"model": run["model"], "reproduce": _command(run["recipe"], file.parent / "recipe.resolved.yaml"), "tokens_per_second": speed}
+
+
+def _command(recipe: str, resolved: Path) -> str | None:
+    """What makes the observation again; None where the recipe is gone or says something else by now, or `--set` changed it."""
+    try:
+        same = resolved.is_file() and recipe_yaml(load(recipe).recipe) == resolved.read_text(encoding="utf-8")
+    except RecipeError:
+        return None
+    return f"reapkit observe {shlex.quote(recipe)}" if same else None

@@ -1,0 +1,88 @@
+"""Tables, lines and highlighted text for a terminal of 80 columns. Whatever a file says is shown as text, never obeyed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Group
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+Block = Table | Text | Group | Padding
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""What a terminal might obey instead of showing: escape sequences, carriage returns, changes of direction."""
+SCORED_STYLE = "black on green"
+OPEN, CLOSE = "⟦", "⟧"
+EXCERPT, LEAD = 900, 240  # characters of a sample that are shown, and of what comes before its first highlighted token
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, left: Sequence[str] = ()) -> Table:
+    """A table whose first column, and those named in `left`, hold text that may wrap; the others hold numbers, set right."""
+    made = Table(title=Text(plain(title)), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for place, name in enumerate(columns):
+        text = place == 0 or name in left
+        made.add_column(Text(name), justify="left" if text else "right", overflow="fold", no_wrap=not text)
+    for row in rows:
+        made.add_row(*(Text(plain(cell)) for cell in row))
+    return made
+
+
+def lines(*texts: str, style: str = "") -> Text:
+    """Lines of plain text; a line break within one stays."""
+    return Text("\n".join(plain(text) for text in texts), style=style)
+
+
+def notes(heading: str, texts: Sequence[str]) -> list[Text]:
+    """`heading` and its lines, or nothing where there are none."""
+    return [lines(heading, *(f"  {text}" for text in texts), "")] if texts else []
+
+
+def plain(value: Any) -> str:
+    """A value as one can read it: counts with thousands, None as a dash, control characters visible."""
+    if value is None:
+        return "-"
+    text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    return CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    """`0.1234` as `12.3%`, None as a dash."""
+    return "-" if share is None else f"{share:.{digits}%}"
+
+
+def counted(amounts: Mapping[str, int]) -> str:
+    """`14 saliency, 2 cap`."""
+    return ", ".join(f"{amount:,} {name}" for name, amount in amounts.items()) or "-"
+
+
+def all_last(by_source: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The items with the one of all sources together at the end, as in every table."""
+    return sorted(by_source.items(), key=lambda item: item[0] == "all")
+
+
+def excerpt(stretches: Sequence[Sequence[Any]]) -> list[tuple[str, bool]]:
+    """[text, highlighted] stretches cut to what fits a screen: the last of what precedes the first highlight, then what follows."""
+    shown, room = [], EXCERPT
+    for place, (text, marked) in enumerate(stretches):
+        if place == 0 and not marked and len(text) > LEAD:
+            text = "…" + text[-LEAD:]
+        if len(text) > room:
+            shown.append((text[:room] + "…", bool(marked)))
+            break
+        shown.append((text, bool(marked)))
+        room -= len(text)
+    return shown
+
+
+def highlighted(stretches: Sequence[tuple[str, bool]], *, colour: bool) -> Padding:
+    """The text, indented, its marked stretches coloured or, without colour, between ⟦ and ⟧."""
+    text = Text()
+    for part, marked in stretches:
+        part = plain(part)
+        text.append(part if colour or not marked else f"{OPEN}{part}{CLOSE}", style=SCORED_STYLE if colour and marked else "")
+    text.rstrip()
+    return Padding(text, (0, 0, 1, 2))

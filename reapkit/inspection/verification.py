@@ -1,0 +1,25 @@
+"""What verify proved and measured on the written directories. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from reapkit.inspection.evaluation import gate_table
+from reapkit.inspection.recognise import read_json
+from reapkit.inspection.render import Block, lines, table
+from reapkit.tables import result_table
+
+
+def facts(directory: Path) -> dict[str, Any]:
+    """verify.json without the metrics of every source."""
+    found = read_json(directory / "verify.json", ("rows", "proofs", "gates", "verdict", "advice"))
+    return {name: found[name] for name in ("verdict", "advice", "rows", "proofs", "gates")}
+
+
+def blocks(found: Mapping[str, Any], *, colour: bool) -> list[Block]:
+    """Final numbers, proofs, gates, verdict."""
+    rows = [(proof["directory"], proof["name"], "yes" if proof["passed"] else "NO", proof["detail"]) for proof in found["proofs"]]
+    return [result_table(found), table("Proofs", ("directory", "proof", "passed", "found"), rows, left=("proof", "passed", "found")),
+            *gate_table("Gates", found["gates"]), lines(f"verdict: {found['verdict']}", *([found["advice"]] if found["advice"] else []))]
