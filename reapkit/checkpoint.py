@@ -211,7 +211,10 @@ def _read_tensors(path: Path, absent: Mapping[str, AbsentShard]) -> tuple[dict[s
     index = path / INDEX
     weight_map = read_index(index) if index.is_file() else None
     sha = hashlib.sha256(index.read_bytes() if weight_map is not None else b"")
-    shards = sorted(set(weight_map.values()) if weight_map is not None else {file.name for file in path.glob("*.safetensors")} | absent.keys())
+    if weight_map is not None:
+        shards = sorted(set(weight_map.values()))
+    else:
+        shards = sorted({file.name for file in path.glob("*.safetensors")} | absent.keys())
     if not shards:
         raise UnusableError(f"{path}: no safetensors weights there. reapkit reads safetensors only; convert .bin files first.")
     tensors: dict[str, TensorInfo] = {}

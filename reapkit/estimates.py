@@ -160,7 +160,8 @@ def activation_bytes(text: Mapping[str, Any], batch_tokens: int) -> int:
 
 def _written(plan: Plan) -> int:
     """The largest candidate decides; stages that are in the store write nothing."""
-    total = 0
+    absent = {shard for shard in plan.checkpoint.shards if not (plan.checkpoint.path / shard).exists()}
+    total = sum(tensor.nbytes for tensor in plan.checkpoint.tensors.values() if tensor.shard in absent) if absent else 0  # to be downloaded
     if plan.stage("prune").must_run:
         total += max(plan.pruned(candidate).nbytes for candidate in plan.candidates)
     if any(stage.name == "quantize" and stage.must_run for stage in plan.stages):

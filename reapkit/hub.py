@@ -38,7 +38,8 @@ def hub_checkpoint(repository: str, revision: str | None) -> Checkpoint:
         planned = [name for name in files if any(fnmatchcase(name, pattern) for pattern in PLANNED_FILES)]
         path = Path(snapshot_download(repository, revision=info.sha, allow_patterns=planned + unhashed, tqdm_class=_silent_bar()))
         shards = _indexed(path) or {name for name in files if name.endswith(".safetensors")}
-        absent = _absent_shards(repository, info.sha, [files[name] for name in sorted(shards) if name in files and files[name].lfs is not None])
+        remote = [files[name] for name in sorted(shards) if name in files and files[name].lfs is not None]
+        absent = {} if cached_snapshot(repository, info.sha) else _absent_shards(repository, info.sha, remote)
     return Checkpoint.open(path, absent=absent)
 
 
@@ -183,8 +184,8 @@ def _explanation(error: BaseException, repository: str, revision: str | None, st
     if isinstance(error, RevisionNotFoundError):
         return f"model.revision: {repository} has no revision '{revision}' on {hub}. Name one of its commits, tags or branches."
     if isinstance(error, RepositoryNotFoundError):
-        return (f"model.source: {repository} is neither a directory, nor in the local hub cache, nor to be seen on {hub}. Check the name; if it "
-                "is private, log in with `hf auth login`.")
+        return (f"model.source: {repository} is neither a directory, nor in the local hub cache, nor to be seen on {hub}. Check the name; "
+                "if it is private, log in with `hf auth login`.")
     if isinstance(error, OfflineModeIsEnabled):
         return f"model.source: {repository} {state}, and HF_HUB_OFFLINE forbids to ask {hub}. Unset it, or give a local directory."
     response = getattr(error, "response", None)

@@ -199,6 +199,16 @@ class Observation:
             eaft=trace,
         )
 
+    def saliency(self, criterion: str = "reap", **settings: Any) -> Tensor:
+        """Saliency of every expert, float64 [L, E], -inf for those never routed; `settings` as in a recipe's `saliency:` section.
+
+        Raises RecipeError for an unknown criterion, UnusableError where this observation lacks what the criterion needs.
+        """
+        from reapkit.recipe.schema import SaliencySpec
+        from reapkit.saliency import saliency
+
+        return saliency(self, SaliencySpec.model_validate({"criterion": criterion, **settings}, strict=False))
+
     def with_sources(self, sources: tuple[str, ...]) -> Observation:
         """The same statistics with one slice per name of `sources` (zeros for a source not observed); the trace is left out."""
 

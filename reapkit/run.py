@@ -69,9 +69,9 @@ def apply(recipe: Recipe | LoadedRecipe | str | Path, *, until: str | None = Non
     Raises RejectedByGates when the verdict stops the run, StageFailed when a stage fails for want of disk or memory.
     """
     loaded = as_loaded(recipe)
-    plan = make_plan(loaded, download=True)
-    if shortage := missing_disk(plan):
+    if shortage := missing_disk(make_plan(loaded)):
         raise UnusableError(f"disk: {shortage}")
+    plan = make_plan(loaded, download=True)
     run = Run(plan, run_directory(plan))
     try:
         for name in [stage.name for stage in plan.stages]:
@@ -123,9 +123,18 @@ def _finished(run: Run, stage: Stage, progress: Progress) -> Artifact:
             return made
         progress.say(f"{stage.name}: running ({stage.reason})")
         artifact = _execute(run, stage, progress)
+    progress.say(f"{stage.name}: done in {artifact.manifest['seconds']:.0f} s{_remark(artifact)}")
     run.executed.append(stage.name)
     run.warnings += artifact.manifest["warnings"]
     return artifact
+
+
+def _remark(artifact: Artifact) -> str:
+    """What is worth a word at the end of a stage."""
+    summary = artifact.summary
+    if artifact.stage == "observe":
+        return f", {summary['tokens']:,} tokens, {summary['tokens_per_second']:,} tokens/s"
+    return f". {summary['advice']}" if artifact.stage == "evaluate" else ""
 
 
 def _execute(run: Run, stage: Stage, progress: Progress) -> Artifact:

@@ -127,6 +127,12 @@ def test_a_lock_and_a_first_recipe_need_no_download(hub: Hub) -> None:
     assert make_lock(load("r.yaml")) == lock
 
 
+def test_a_commit_that_is_cached_under_another_name_is_not_read_again(hub: Hub) -> None:
+    planned = {stage.name: stage.key for stage in make_plan(load("r.yaml", [f"model.revision={COMMIT}"]), download=True).stages}
+    served = hub.served.copy()
+    assert keys() == planned and hub.served == served
+
+
 def test_a_cached_model_needs_no_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     planned = keys(download=True)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
