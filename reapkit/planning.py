@@ -27,7 +27,7 @@ from reapkit.recipe.loading import LoadedRecipe, as_loaded, in_file_order, load
 from reapkit.recipe.messages import closest
 from reapkit.recipe.schema import Recipe
 from reapkit.resolve import model_checkpoint, source_identity, template_identity, tokenizer_identity
-from reapkit.schemes import check_quantize, quantized_bytes
+from reapkit.schemes import check_quantize, quantized_bytes, scheme_of, targets
 from reapkit.store import Artifact, Store
 
 STAGES = ("calibrate", "packs", "observe", "select", "evaluate", "prune", "quantize", "verify", "report")
@@ -86,6 +86,12 @@ class Plan:
         notes = budget_notes(self.candidates[0].prune(self.recipe.prune), self.checkpoint.architecture, tuple(self.layout.layers))
         if self.layout.mtp_tensors:
             notes.append("The multi-token-prediction block will be dropped: engines lose speculative decoding with it.")
+        if self.recipe.quantize.scheme is not None and self.recipe.quantize.recipe is None:
+            found = targets(self.checkpoint, self.recipe.quantize, self.layout)
+            routed = any(matrix.routed for matrix in found.matrices.values())
+            if found.has_stacked_experts or routed and not scheme_of(self.recipe.quantize).experts_reload:
+                notes.append(f"transformers cannot read this model's routed experts in {self.recipe.quantize.scheme}; engines with one module per "
+                             "expert, such as vLLM, can. The result is proven without the loader.")
         return tuple(notes)
 
     @cached_property

@@ -1,4 +1,4 @@
-"""What lies at a path, as facts for machines and as tables of 80 columns for people. Torch only where an observation is read."""
+"""What lies at a path: facts for machines, tables of 80 columns for people. Torch only where an observation is read."""
 
 from __future__ import annotations
 
@@ -43,8 +43,10 @@ def inspect(path: str | Path) -> Inspection:
     try:
         return Inspection(found, _module(found.kind).facts(found.place) if found.kind else {})
     except (LookupError, TypeError, ValueError, AttributeError, StopIteration, OSError, SafetensorError) as error:
-        raise UnusableError(f"{found.place}: a {found.kind} that cannot be read ({type(error).__name__}: {error}), so it is damaged or of "
-                            "another version. Make it again.") from error
+        raise UnusableError(
+            f"{found.place}: a {found.kind} that cannot be read ({type(error).__name__}: {error}), so it is damaged or of "
+            "another version. Make it again."
+        ) from error
 
 
 def _module(kind: str) -> Any:
@@ -54,6 +56,8 @@ def _module(kind: str) -> Any:
 def _provenance(found: Found) -> Block:
     artifact = found.artifact
     where = human_bytes(artifact["bytes"]) if artifact["bytes"] is not None else "payload dropped, only its manifest is left"
-    return lines(f"{artifact['stage']} {artifact['key'][:12]}: made {artifact['finished']} in {artifact['seconds']:.1f} s, {where}",
-                 *(f"warning: {warning}" for warning in artifact["warnings"]),
-                 *(f"open {found.place / 'report.html'}" for _ in range(artifact["stage"] == "report" and found.kind is None)))
+    return lines(
+        f"{artifact['stage']} {artifact['key'][:12]}: made {artifact['finished']} in {artifact['seconds']:.1f} s, {where}",
+        *(f"warning: {warning}" for warning in artifact["warnings"]),
+        *(f"open {found.place / 'report.html'}" for _ in range(artifact["stage"] == "report" and found.kind is None)),
+    )

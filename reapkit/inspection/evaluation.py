@@ -20,9 +20,15 @@ def facts(directory: Path) -> dict[str, Any]:
     evaluation = read_json(directory / "evaluation.json", NEEDED)
     chosen = next(entry for entry in evaluation["candidates"] if entry["name"] == evaluation["chosen"])
     groups = list(dict.fromkeys(group for found in evaluation["base"].values() for group in found if group != UNION))
-    return {**{name: evaluation[name] for name in ("verdict", "chosen", "advice", "packs")}, "rows": list(summary_rows(evaluation)),
-            "by_source": {group: [row for row in summary_rows(evaluation, group) if row["name"] == evaluation["chosen"]] for group in groups},
-            "gates": chosen["gates"], "confirm_gates": (evaluation["confirm"] or {}).get("gates", [])}
+    return {
+        **{name: evaluation[name] for name in ("verdict", "chosen", "advice", "packs")},
+        "rows": list(summary_rows(evaluation)),
+        "by_source": {
+            group: [row for row in summary_rows(evaluation, group) if row["name"] == evaluation["chosen"]] for group in groups
+        },
+        "gates": chosen["gates"],
+        "confirm_gates": (evaluation["confirm"] or {}).get("gates", []),
+    }
 
 
 def blocks(found: Mapping[str, Any], *, colour: bool) -> list[Block]:
@@ -30,29 +36,68 @@ def blocks(found: Mapping[str, Any], *, colour: bool) -> list[Block]:
     rows = found["rows"]
     confirm = [row for row in rows if row["role"] == "confirm"]
     sources = [(group, row) for group, of in found["by_source"].items() for row in of if row["role"] == "candidate"]
-    return [lines(f"evaluation: {found['chosen']}: {found['verdict']}"),
-            _rows("On the rows that decide", [row for row in rows if row["role"] != "confirm"]),
-            *([_rows("On the rows kept to confirm", confirm)] if confirm else []),
-            table(f"{found['chosen']} by source", ("source", "tokens", "perplexity", "ratio", "KL", "top-1 same"),
-                  [(group, row["length"], _number(row["perplexity"]), _number(row["perplexity_ratio"]), _number(row["kl_mean"], 4),
-                    percent(row["top1_agreement"])) for group, row in sources]),
-            *gate_table(f"Gates of {found['chosen']}", found["gates"]), *gate_table("Gates on the confirm rows", found["confirm_gates"]),
-            lines(found["advice"])]
+    return [
+        lines(f"evaluation: {found['chosen']}: {found['verdict']}"),
+        _rows("On the rows that decide", [row for row in rows if row["role"] != "confirm"]),
+        *([_rows("On the rows kept to confirm", confirm)] if confirm else []),
+        table(
+            f"{found['chosen']} by source",
+            ("source", "tokens", "perplexity", "ratio", "KL", "top-1 same"),
+            [
+                (
+                    group,
+                    row["length"],
+                    _number(row["perplexity"]),
+                    _number(row["perplexity_ratio"]),
+                    _number(row["kl_mean"], 4),
+                    percent(row["top1_agreement"]),
+                )
+                for group, row in sources
+            ],
+        ),
+        *gate_table(f"Gates of {found['chosen']}", found["gates"]),
+        *gate_table("Gates on the confirm rows", found["confirm_gates"]),
+        lines(found["advice"]),
+    ]
 
 
 def _rows(title: str, rows: Sequence[Mapping[str, Any]]) -> Block:
-    cells = [(row["name"].replace("-beside-", " beside "), row["length"], row["experts"], human_bytes(row["bytes"]), _number(row["perplexity"]),
-              _number(row["kl_mean"], 4), percent(row["top1_agreement"]), row["verdict"] or "-") for row in rows]
+    cells = [
+        (
+            row["name"].replace("-beside-", " beside "),
+            row["length"],
+            row["experts"],
+            human_bytes(row["bytes"]),
+            _number(row["perplexity"]),
+            _number(row["kl_mean"], 4),
+            percent(row["top1_agreement"]),
+            row["verdict"] or "-",
+        )
+        for row in rows
+    ]
     return table(title, ("", "tokens", "experts", "size", "perplexity", "KL", "same", "verdict"), cells)
 
 
 def gate_table(title: str, gates: Sequence[Mapping[str, Any]]) -> list[Block]:
     """Gates with value, interval, limit and verdict; nothing where there are none."""
     results = [GateResult.from_json(gate) for gate in gates]
-    rows = [(result.gate.metric, result.gate.source, result.pack or "-", _number(result.value, 4),
-             "-" if result.interval is None else f"{result.interval[0]:.4g} to {result.interval[1]:.4g}", result.gate.limit, result.verdict)
-            for result in results]
-    return [table(title, ("gate", "source", "pack", "value", "interval", "limit", "verdict"), rows, left=("source", "verdict"))] if rows else []
+    rows = [
+        (
+            result.gate.metric,
+            result.gate.source,
+            result.pack or "-",
+            _number(result.value, 4),
+            "-" if result.interval is None else f"{result.interval[0]:.4g} to {result.interval[1]:.4g}",
+            result.gate.limit,
+            result.verdict,
+        )
+        for result in results
+    ]
+    return (
+        [table(title, ("gate", "source", "pack", "value", "interval", "limit", "verdict"), rows, left=("source", "verdict"))]
+        if rows
+        else []
+    )
 
 
 def _number(value: float | None, digits: int = 3) -> str:

@@ -6,6 +6,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from reapkit.errors import RecipeError, UnusableError
 from reapkit.export import export
 from reapkit.inspection.recognise import Found, read_json, recognise
@@ -14,16 +16,21 @@ from reapkit.recipe.loading import load
 from reapkit.report.facts import recipe_yaml
 from reapkit.store import KEY_LETTERS
 
+SHAPING = ("model", "calibration", "observe")
+"""The sections of a recipe that an observation depends on."""
+
 
 def export_at(path: str | Path, directory: Path) -> list[Path]:
-    """saliency.parquet, ranking_by_layer.json and profile.md below `directory`, from an observation, its store artifact or a run.
+    """saliency.parquet, ranking_by_layer.json and profile.md below `directory`, from an observation, its artifact or a run.
 
     Raises UnusableError where there is no observation.
     """
     found = recognise(path)
     place = found.place / "observation" if found.kind == "run" else found.place
     if found.kind not in ("run", "observation") or not (place / "observation.json").is_file():
-        raise UnusableError(f"{path}: no observation there. Give an observation's directory, its artifact in the store, or a run that has one.")
+        raise UnusableError(
+            f"{path}: no observation there. Give an observation's directory, its artifact in the store, or a run that has one."
+        )
     return export(Observation.load(place), directory, **_around(found, place))
 
 
@@ -43,13 +50,17 @@ def _of_run(file: Path) -> dict[str, Any]:
         return {}
     run = read_json(file, ("recipe", "model", "stages"))
     speed = run["stages"].get("observe", {}).get("summary", {}).get("tokens_per_second")
-    return {"model": run["model"], "reproduce": _command(run["recipe"], file.parent / "recipe.resolved.yaml"), "tokens_per_second": speed}
+    return {
+        "model": run["model"],
+        "reproduce": _command(run["recipe"], file.parent / "recipe.resolved.yaml"),
+        "tokens_per_second": speed,
+    }
 
 
 def _command(recipe: str, resolved: Path) -> str | None:
-    """What makes the observation again; None where the recipe is gone or says something else by now, or `--set` changed it."""
+    """What makes the observation again; None where the recipe is gone, or differs from the run's in what shapes it."""
     try:
-        same = resolved.is_file() and recipe_yaml(load(recipe).recipe) == resolved.read_text(encoding="utf-8")
-    except RecipeError:
+        now, then = yaml.safe_load(recipe_yaml(load(recipe).recipe)), yaml.safe_load(resolved.read_text(encoding="utf-8"))
+    except (RecipeError, OSError):
         return None
-    return f"reapkit observe {shlex.quote(recipe)}" if same else None
+    return f"reapkit observe {shlex.quote(recipe)}" if all(now[section] == then[section] for section in SHAPING) else None

@@ -28,21 +28,31 @@ def facts(directory: Path) -> dict[str, Any]:
     summed = totals(observation)
     ranking = ranking_by_layer(observation, saliency(observation, SaliencySpec()))
     counts = {layer: max(1, observation.num_experts // 2) for layer in observation.layers}
-    return {"model_type": observation.model_type, "layers": list(observation.layers), "num_experts": observation.num_experts,
-            "num_experts_per_tok": observation.num_experts_per_tok, "meta": dict(observation.meta),
-            "sources": _sources(observation), "never_routed": _never(observation, summed.count),
-            "ranking": {str(layer): ranking[f"layer_{layer}"] for layer in observation.layers},
-            "concentration": {str(size): shares for size, shares in concentration(summed.gate_norm_sum).items()},
-            "balance_cv": balance(summed.count),
-            "convergence": [{name: step[name] for name in ("rows", "overlap", "chance", "rank_correlation")}
-                            for step in convergence(observation, counts)],
-            "eaft": None if observation.eaft is None else _eaft(observation)}
+    return {
+        "model_type": observation.model_type,
+        "layers": list(observation.layers),
+        "num_experts": observation.num_experts,
+        "num_experts_per_tok": observation.num_experts_per_tok,
+        "meta": dict(observation.meta),
+        "sources": _sources(observation),
+        "never_routed": _never(observation, summed.count),
+        "ranking": {str(layer): ranking[f"layer_{layer}"] for layer in observation.layers},
+        "concentration": {str(size): shares for size, shares in concentration(summed.gate_norm_sum).items()},
+        "balance_cv": balance(summed.count),
+        "convergence": [
+            {name: step[name] for name in ("rows", "overlap", "chance", "rank_correlation")}
+            for step in convergence(observation, counts)
+        ],
+        "eaft": None if observation.eaft is None else _eaft(observation),
+    }
 
 
 def _sources(observation: Observation) -> list[dict[str, Any]]:
     unseen = (observation.statistics["count"] == 0).sum((0, 2)).tolist()
     rows = zip(observation.sources, observation.tokens.tolist(), observation.scored_tokens.tolist(), unseen, strict=True)
-    return [{"name": name, "tokens": tokens, "scored_tokens": scored, "never_routed": never} for name, tokens, scored, never in rows]
+    return [
+        {"name": name, "tokens": tokens, "scored_tokens": scored, "never_routed": never} for name, tokens, scored, never in rows
+    ]
 
 
 def _never(observation: Observation, count: torch.Tensor) -> dict[str, list[int]]:
@@ -63,35 +73,70 @@ def _eaft(observation: Observation) -> dict[str, Any]:
 
 def blocks(found: Mapping[str, Any], *, colour: bool) -> list[Block]:
     """Per source, per layer, how settled it is, and EAFT regions."""
-    return [_heading(found), _sources_table(found), _layers_table(found), *notes("experts that received no scored token", _unrouted(found)),
-            *_settled(found), *_regions(found)]
+    return [
+        _heading(found),
+        _sources_table(found),
+        _layers_table(found),
+        *notes("experts that received no scored token", _unrouted(found)),
+        *_settled(found),
+        *_regions(found),
+    ]
 
 
 def _heading(found: Mapping[str, Any]) -> Block:
     meta = found["meta"]
     how = ", ".join(str(meta[name]) for name in ("device", "dtype", "placement", "kernels") if meta.get(name))
     whose = f"; model {str(meta['model'])[:12]}" if meta.get("model") else ""
-    return lines(f"observation of {found['model_type']}: {len(found['layers'])} MoE layers ({ranges(found['layers'])}), "
-                 f"top-{found['num_experts_per_tok']} of {found['num_experts']} experts", *([how + whose] if how + whose else []))
+    return lines(
+        f"observation of {found['model_type']}: {len(found['layers'])} MoE layers ({ranges(found['layers'])}), "
+        f"top-{found['num_experts_per_tok']} of {found['num_experts']} experts",
+        *([how + whose] if how + whose else []),
+    )
 
 
 def _sources_table(found: Mapping[str, Any]) -> Block:
     scored = sum(source["scored_tokens"] for source in found["sources"])
-    rows = [(source["name"], source["tokens"], source["scored_tokens"], percent(source["scored_tokens"] / scored if scored else None),
-             source["never_routed"]) for source in found["sources"]]
-    total = ("all", sum(source["tokens"] for source in found["sources"]), scored, percent(1.0 if scored else None),
-             sum(map(len, found["never_routed"].values())))
-    return table("Tokens, and experts of all layers never routed to",
-                 ("source", "tokens", "scored", "of scored", "never routed"), [*rows, total])
+    rows = [
+        (
+            source["name"],
+            source["tokens"],
+            source["scored_tokens"],
+            percent(source["scored_tokens"] / scored if scored else None),
+            source["never_routed"],
+        )
+        for source in found["sources"]
+    ]
+    total = (
+        "all",
+        sum(source["tokens"] for source in found["sources"]),
+        scored,
+        percent(1.0 if scored else None),
+        sum(map(len, found["never_routed"].values())),
+    )
+    return table(
+        "Tokens, and experts of all layers never routed to",
+        ("source", "tokens", "scored", "of scored", "never routed"),
+        [*rows, total],
+    )
 
 
 def _layers_table(found: Mapping[str, Any]) -> Block:
     sizes = [str(size) for size in SHOWN_SIZES if str(size) in found["concentration"]]
-    rows = [(layer, *(percent(found["concentration"][size][row]) for size in sizes),
-             "-" if (spread := found["balance_cv"][row]) is None else f"{spread:.2f}",
-             " ".join(map(str, found["ranking"][str(layer)][:TOP]))) for row, layer in enumerate(found["layers"])]
-    return table("Share of Σgn in the top experts, std/mean of use, ranking",
-                 ("layer", *(f"top {size}" for size in sizes), "spread", "most salient (reap)"), rows, left=("most salient (reap)",))
+    rows = [
+        (
+            layer,
+            *(percent(found["concentration"][size][row]) for size in sizes),
+            "-" if (spread := found["balance_cv"][row]) is None else f"{spread:.2f}",
+            " ".join(map(str, found["ranking"][str(layer)][:TOP])),
+        )
+        for row, layer in enumerate(found["layers"])
+    ]
+    return table(
+        "Share of Σgn in the top experts, std/mean of use, ranking",
+        ("layer", *(f"top {size}" for size in sizes), "spread", "most salient (reap)"),
+        rows,
+        left=("most salient (reap)",),
+    )
 
 
 def _unrouted(found: Mapping[str, Any]) -> list[str]:
@@ -99,8 +144,11 @@ def _unrouted(found: Mapping[str, Any]) -> list[str]:
 
 
 def _settled(found: Mapping[str, Any]) -> list[Block]:
-    steps = [f"after {step['rows']} of the rows: {percent(step['overlap'])} of the kept experts, rank correlation "
-             f"{'-' if step['rank_correlation'] is None else format(step['rank_correlation'], '.3f')}" for step in found["convergence"]]
+    steps = [
+        f"after {step['rows']} of the rows: {percent(step['overlap'])} of the kept experts, rank correlation "
+        f"{'-' if step['rank_correlation'] is None else format(step['rank_correlation'], '.3f')}"
+        for step in found["convergence"]
+    ]
     chance = percent(found["convergence"][0]["chance"]) if found["convergence"] else "-"
     return notes(f"how settled reap's kept half is, against all rows (chance {chance})", steps)
 
@@ -111,6 +159,9 @@ def _regions(found: Mapping[str, Any]) -> list[Block]:
         return [lines("no EAFT trace: eaft-reap needs observe.eaft: true")]
     rows = [(name, *(percent(shares[region], 2) for region in REGIONS[:3])) for name, shares in all_last(eaft["shares"])]
     conflict = eaft["shares"]["all"]["conflict"]
-    little = ([lines(f"With {percent(conflict, 2)} of the positions in conflict, their weight can hardly turn a decision.")]
-              if conflict < SMALL_CONFLICT_SHARE else [])
+    little = (
+        [lines(f"With {percent(conflict, 2)} of the positions in conflict, their weight can hardly turn a decision.")]
+        if conflict < SMALL_CONFLICT_SHARE
+        else []
+    )
     return [table("EAFT regions (default quantiles)", ("source", *REGIONS[:3]), rows), *little]

@@ -25,14 +25,18 @@ def facts(file: Path) -> dict[str, Any]:
 
 
 def _fields(model: BaseModel, plain: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
-    """(path, plain value, whether it is the default) of every leaf; an entry of a list of sections is one leaf, without its defaults."""
+    """(path, plain value, whether it is the default) of every leaf; an entry of the mix is one leaf, without its defaults."""
     for name in type(model).model_fields:
         value, path = getattr(model, name), f"{prefix}{name}"
         if isinstance(value, BaseModel):
             yield from _fields(value, plain[name], f"{path}.")
         elif value and isinstance(value, (list, tuple)) and isinstance(value[0], BaseModel):
             for place, (item, entry) in enumerate(zip(value, plain[name], strict=True)):
-                yield f"{path}[{place}]", {key: entry[key] for key in type(item).model_fields if key in item.model_fields_set}, False
+                yield (
+                    f"{path}[{place}]",
+                    {key: entry[key] for key in type(item).model_fields if key in item.model_fields_set},
+                    False,
+                )
         else:
             yield path, plain[name], name not in model.model_fields_set
 
@@ -42,8 +46,16 @@ def _mix(recipe: Recipe) -> list[dict[str, Any]]:
     unit, total = ("samples", calibration.samples) if calibration.samples is not None else ("tokens", calibration.tokens)
     weights = [entry.weight for entry in calibration.mix]
     amounts = largest_remainder(total, weights)
-    return [{"name": entry.name, "source": entry.source, "weight": str(entry.weight), "share": float(entry.weight / sum(weights)), unit: amount}
-            for entry, amount in zip(calibration.mix, amounts, strict=True)]
+    return [
+        {
+            "name": entry.name,
+            "source": entry.source,
+            "weight": str(entry.weight),
+            "share": float(entry.weight / sum(weights)),
+            unit: amount,
+        }
+        for entry, amount in zip(calibration.mix, amounts, strict=True)
+    ]
 
 
 def blocks(found: Mapping[str, Any], *, colour: bool) -> list[Block]:
@@ -52,13 +64,19 @@ def blocks(found: Mapping[str, Any], *, colour: bool) -> list[Block]:
     unit = "samples" if recipe["calibration"]["samples"] is not None else "tokens"
     mix = [(entry["name"], entry["source"], entry["weight"], percent(entry["share"]), entry[unit]) for entry in found["mix"]]
     fields = [(field["path"], _shown(field["value"]), "default" if field["default"] else "") for field in found["fields"]]
-    return [lines(f"recipe {recipe['name']}" + (f": {recipe['description']}" if recipe["description"] else "")),
-            table("Calibration mix", ("source", "from", "weight", "share", unit), mix, left=("from",)),
-            table("Values in force", ("field", "value", ""), fields, left=("value", ""))]
+    return [
+        lines(f"recipe {recipe['name']}" + (f": {recipe['description']}" if recipe["description"] else "")),
+        table("Calibration mix", ("source", "from", "weight", "share", unit), mix, left=("from",)),
+        table("Values in force", ("field", "value", ""), fields, left=("value", "")),
+    ]
 
 
 def _shown(value: Any) -> str:
     """As YAML on one line; long integers with underscores, which YAML reads."""
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:_}"
-    return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10_000).removesuffix("\n...\n").strip()
+    return (
+        yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10_000)
+        .removesuffix("\n...\n")
+        .strip()
+    )

@@ -11,18 +11,28 @@ from typing import Any
 from reapkit.errors import RecipeError, UnusableError
 from reapkit.recipe.loading import find_recipe
 
-MARKS = {"run.json": "run", "evaluation.json": "evaluation", "verify.json": "verification", "calibration.json": "calibration",
-         "observation.json": "observation", "selection.json": "selection", "config.json": "checkpoint"}
+MARKS = {
+    "run.json": "run",
+    "evaluation.json": "evaluation",
+    "verify.json": "verification",
+    "calibration.json": "calibration",
+    "observation.json": "observation",
+    "selection.json": "selection",
+    "config.json": "checkpoint",
+}
 """The file that says what a directory is; the first that is there decides, so that a run comes before what it holds."""
-LOOKED_FOR = ("a recipe (.yaml), a run (run.json), a calibration or packs (calibration.json), an observation (observation.json), a "
-              "selection (selection.json), an evaluation (evaluation.json), a verification (verify.json), a checkpoint (config.json), "
-              "a store artifact (manifest.json)")
+LOOKED_FOR = (
+    "a recipe (.yaml), a run (run.json), a calibration or packs (calibration.json), an observation (observation.json), a "
+    "selection (selection.json), an evaluation (evaluation.json), a verification (verify.json), a checkpoint (config.json), "
+    "a store artifact (manifest.json)"
+)
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a path is: `kind` names a module of this package, `place` is what it reads. In a store, `artifact` says how it was made;
-    `kind` is None where the payload is gone or says nothing more.
+    """What a path is: `kind` names a module of this package, `place` is what it reads.
+
+    In a store, `artifact` says how it was made; `kind` is None where the payload is gone or says nothing more.
     """
 
     kind: str | None
@@ -40,7 +50,9 @@ def recognise(path: str | Path) -> Found:
     try:
         return Found("recipe", find_recipe(str(path)))
     except RecipeError as error:
-        raise RecipeError(f"{path}: no such file or directory. Give {LOOKED_FOR}, or a shipped recipe's name.\n{error}") from None
+        raise RecipeError(
+            f"{path}: no such file or directory. Give {LOOKED_FOR}, or a shipped recipe's name.\n{error}"
+        ) from None
 
 
 def _file(file: Path) -> Found:
@@ -59,7 +71,9 @@ def _directory(directory: Path) -> Found:
     if kind is None:
         names = sorted(entry.name for entry in directory.iterdir())
         if stored := [name for name in names if _is_artifact(directory / name)]:
-            raise UnusableError(f"{directory}: a store of {len(stored)} artifacts. Inspect one of them, such as {directory / stored[0]}.")
+            raise UnusableError(
+                f"{directory}: a store of {len(stored)} artifacts. Inspect one of them, such as {directory / stored[0]}."
+            )
         holds = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "") if names else "nothing"
         raise UnusableError(f"{directory}: holds {holds}, and none of what is inspected. Looked for {LOOKED_FOR}.")
     return Found(kind, directory)
@@ -86,7 +100,9 @@ def _artifact(directory: Path) -> Found:
     there = payload.is_dir()
     files = sum(file.stat().st_size for file in payload.rglob("*") if file.is_file()) if there else None
     made = {name: manifest[name] for name in ("stage", "key", "finished", "seconds", "summary", "warnings")} | {"bytes": files}
-    return Found(_kind(payload) if there else None, payload if there else directory, made | {"inputs": manifest.get("inputs", {})})
+    return Found(
+        _kind(payload) if there else None, payload if there else directory, made | {"inputs": manifest.get("inputs", {})}
+    )
 
 
 def read_json(file: Path, needed: Iterable[str] = ()) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, 
     made = Table(title=Text(plain(title)), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for place, name in enumerate(columns):
         text = place == 0 or name in left
-        made.add_column(Text(name), justify="left" if text else "right", overflow="fold", no_wrap=not text)
+        made.add_column(Text(plain(name)), justify="left" if text else "right", overflow="fold", no_wrap=not text)
     for row in rows:
         made.add_row(*(Text(plain(cell)) for cell in row))
     return made
@@ -46,7 +46,7 @@ def plain(value: Any) -> str:
     if value is None:
         return "-"
     text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-    return CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+    return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def percent(share: float | None, digits: int = 1) -> str:
@@ -65,7 +65,7 @@ def all_last(by_source: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 
 def excerpt(stretches: Sequence[Sequence[Any]]) -> list[tuple[str, bool]]:
-    """[text, highlighted] stretches cut to what fits a screen: the last of what precedes the first highlight, then what follows."""
+    """[text, highlighted] stretches cut to what fits a screen: a little before the first highlight, then what follows."""
     shown, room = [], EXCERPT
     for place, (text, marked) in enumerate(stretches):
         if place == 0 and not marked and len(text) > LEAD:

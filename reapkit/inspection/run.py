@@ -15,16 +15,27 @@ from reapkit.tables import human_bytes, result_table
 def facts(directory: Path) -> dict[str, Any]:
     """run.json in short, and the samples that calibration and packs share by content: `leaked`, which must be empty."""
     run = read_json(directory / "run.json", ("name", "recipe", "model", "stages", "warnings", "versions"))
-    stages = {name: {key: run["stages"][name][key] for key in ("key", "artifact", "executed", "seconds", "summary")}
-              for name in STAGES if name in run["stages"]}
-    return {**{name: run[name] for name in ("name", "recipe", "model", "warnings", "versions")}, "stages": stages, **_leaked(directory)}
+    stages = {
+        name: {key: run["stages"][name][key] for key in ("key", "artifact", "executed", "seconds", "summary")}
+        for name in STAGES
+        if name in run["stages"]
+    }
+    return {
+        **{name: run[name] for name in ("name", "recipe", "model", "warnings", "versions")},
+        "stages": stages,
+        **_leaked(directory),
+    }
 
 
 def _leaked(directory: Path) -> dict[str, Any]:
-    """`held_out`: samples in packs by length; `leaked`: of these, per length and source, how many the calibration holds too. None where
-    one of the two is not there.
+    """`held_out`: samples in packs by length; `leaked`: of these, per length and source, how many the calibration holds too.
+
+    Both are None where calibration or packs are not there.
     """
-    calibration, packs = directory / "calibration" / "calibration.json", sorted((directory / "packs").glob("*/calibration.json"))
+    calibration, packs = (
+        directory / "calibration" / "calibration.json",
+        sorted((directory / "packs").glob("*/calibration.json")),
+    )
     if not calibration.is_file() or not packs:
         return {"held_out": None, "leaked": None}
     known = {content for source in read_json(calibration, ("sources",))["sources"] for content in source["hashes"]}
@@ -32,22 +43,43 @@ def _leaked(directory: Path) -> dict[str, Any]:
     for file in packs:
         sources = read_json(file, ("sources",))["sources"]
         held_out[file.parent.name] = sum(len(source["hashes"]) for source in sources)
-        leaked |= {f"{file.parent.name}/{source['name']}": count for source in sources if (count := sum(content in known for content in source["hashes"]))}
+        leaked |= {
+            f"{file.parent.name}/{source['name']}": count
+            for source in sources
+            if (count := sum(content in known for content in source["hashes"]))
+        }
     return {"held_out": held_out, "leaked": leaked}
 
 
 def blocks(found: Mapping[str, Any], *, colour: bool) -> list[Block]:
     """Stages, final table, verdict, leaks, warnings."""
     stages = found["stages"]
-    rows = [(name, "ran" if stage["executed"] else "in the store", f"{stage['seconds']:,.1f} s", stage["artifact"], _outcome(name, stage["summary"]))
-            for name, stage in stages.items()]
-    made: list[Block] = [lines(f"run {found['name']}: {found['model']}, recipe {found['recipe']}", ", ".join(f"{name} {version}" for name, version in
-                                                                                         found["versions"].items() if name in SHOWN_VERSIONS)),
-                         table("Stages", ("stage", "", "took", "artifact", "outcome"), rows, left=("", "artifact", "outcome"))]
+    rows = [
+        (
+            name,
+            "ran" if stage["executed"] else "in the store",
+            f"{stage['seconds']:,.1f} s",
+            stage["artifact"],
+            _outcome(name, stage["summary"]),
+        )
+        for name, stage in stages.items()
+    ]
+    made: list[Block] = [
+        lines(
+            f"run {found['name']}: {found['model']}, recipe {found['recipe']}",
+            ", ".join(f"{name} {version}" for name, version in found["versions"].items() if name in SHOWN_VERSIONS),
+        ),
+        table("Stages", ("stage", "", "took", "artifact", "outcome"), rows, left=("", "artifact", "outcome")),
+    ]
     if "verify" in stages:
         made.append(result_table(stages["verify"]["summary"]))
     advice = (stages.get("evaluate") or {"summary": {}})["summary"].get("advice")
-    return [*made, *([lines(advice, "")] if advice else []), lines(_separation(found), ""), *notes("warnings", found["warnings"])]
+    return [
+        *made,
+        *([lines(advice, "")] if advice else []),
+        lines(_separation(found), ""),
+        *notes("warnings", found["warnings"]),
+    ]
 
 
 SHOWN_VERSIONS = ("reapkit", "torch", "transformers", "llmcompressor")
@@ -60,14 +92,20 @@ def _separation(found: Mapping[str, Any]) -> str:
     if not found["leaked"]:
         return f"held-out samples ({held_out}) that the calibration holds too: none"
     leaks = ", ".join(f"{place} {count:,}" for place, count in found["leaked"].items())
-    return (f"warning: held-out samples that the calibration holds too: {leaks}. These packs were made for another calibration, so the numbers "
-            "flatter the result. Remove both artifacts from the store and run again.")
+    return (
+        f"warning: held-out samples that the calibration holds too: {leaks}. These packs were made for another "
+        "calibration, so the numbers flatter the result. Remove both artifacts from the store and run again."
+    )
 
 
 def _outcome(stage: str, summary: Mapping[str, Any]) -> str:
     """A few words; a stage with nothing to say says nothing."""
     if stage in ("prune", "quantize"):
-        return " ".join(str(part) for part in (human_bytes(summary.get("bytes")), summary.get("scheme") or "", summary.get("method") or "") if part)
+        return " ".join(
+            str(part)
+            for part in (human_bytes(summary.get("bytes")), summary.get("scheme") or "", summary.get("method") or "")
+            if part
+        )
     if stage == "select":
         return ", ".join(f"{count:,} dropped by {name}" for name, count in summary.get("dropped", {}).items())
     if stage == "observe":

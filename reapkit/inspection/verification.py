@@ -20,6 +20,16 @@ def facts(directory: Path) -> dict[str, Any]:
 
 def blocks(found: Mapping[str, Any], *, colour: bool) -> list[Block]:
     """Final numbers, proofs, gates, verdict."""
-    rows = [(proof["directory"], proof["name"], "yes" if proof["passed"] else "NO", proof["detail"]) for proof in found["proofs"]]
-    return [result_table(found), table("Proofs", ("directory", "proof", "passed", "found"), rows, left=("proof", "passed", "found")),
-            *gate_table("Gates", found["gates"]), lines(f"verdict: {found['verdict']}", *([found["advice"]] if found["advice"] else []))]
+    rows = [(proof["directory"], proof["name"], _outcome(proof), proof["detail"]) for proof in found["proofs"]]
+    return [
+        result_table(found),
+        table("Proofs", ("directory", "proof", "passed", "found"), rows, left=("proof", "passed", "found")),
+        *gate_table("Gates", found["gates"]),
+        lines(f"verdict: {found['verdict']}", *([found["advice"]] if found["advice"] else [])),
+    ]
+
+
+def _outcome(proof: Mapping[str, Any]) -> str:
+    if not proof["measured"]:
+        return "not measured"
+    return "yes" if proof["passed"] else "NO"

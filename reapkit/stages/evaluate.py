@@ -12,6 +12,7 @@ from reapkit.gates import Gate, resolve
 from reapkit.models import load_model, load_tokenizer
 from reapkit.observe.layers import LayeredModel
 from reapkit.recipe.schema import Gates
+from reapkit.resolve import tokenizer_identity
 from reapkit.stages import Context
 from reapkit.stages.select import load_selections
 from reapkit.store import write_json
@@ -32,10 +33,15 @@ def run(context: Context) -> dict[str, Any]:
         evaluation = evaluate_streaming(LayeredModel(context.model_directory, **where), packs, tried, gates, **compared, **context.streaming)
     else:
         evaluation = evaluate(load_model(context.model_directory, **where), packs, tried, gates, generation=spec.generation,
-                              tokenizer=load_tokenizer(context.model_directory), work_directory=context.work, **compared)
+                              tokenizer=_tokenizer(context), work_directory=context.work, **compared)
     write_json(context.payload / "evaluation.json", evaluation)
     selections[evaluation["chosen"]].save(context.payload)
     return {name: evaluation[name] for name in ("chosen", "verdict", "advice")}
+
+
+def _tokenizer(context: Context) -> Any:
+    """The model's tokenizer; None where the calibration gave tokens and the model ships none."""
+    return load_tokenizer(context.model_directory) if tokenizer_identity(context.model_directory) else None
 
 
 def load_packs(context: Context) -> dict[int, CalibrationTokens]:
