@@ -220,6 +220,43 @@ def export(observation: Annotated[str, typer.Argument(metavar="OBSERVATION", hel
 
 
 @app.command()
+def merge(observations: Annotated[list[str], typer.Argument(metavar="OBSERVATION...", help="Observations of one model, from any machines.")],
+          output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Where the sum goes.")], as_json: Json = False) -> None:
+    """Add observations of the same model: other data, other machines, one decision.
+
+    Example: reapkit merge monday/observation tuesday/observation -o both
+    """
+    from functools import reduce
+    from operator import add
+
+    from reapkit.observation import Observation
+
+    if output.exists():
+        raise RecipeError(f"{output}: is there already. Choose another directory with -o.")
+    merged = reduce(add, (Observation.load(Path(directory)) for directory in observations))
+    merged.save(output)
+    facts = {"directory": str(output), "tokens": int(merged.tokens.sum()), "sources": list(merged.sources)}
+    print(json.dumps(facts) if as_json else f"{output}: {len(observations)} observations, {facts['tokens']:,} tokens of {', '.join(merged.sources)}")
+
+
+@app.command()
+def report(observation: Annotated[str, typer.Argument(metavar="OBSERVATION", help="Directory of an observation.")],
+           output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The page.")] = Path("observation.html"),
+           selection: Annotated[Path | None, typer.Option("--selection", metavar="DIR", help="Mark what this selection drops.")] = None,
+           as_json: Json = False) -> None:
+    """Draw an observation as one HTML page that opens offline; a run draws its own report.
+
+    Example: reapkit report runs/demo/observation --selection runs/demo/selection
+    """
+    from reapkit.observation import Observation
+    from reapkit.report import write_observation_report
+    from reapkit.selection import Selection
+
+    write_observation_report(Observation.load(Path(observation)), Selection.load(selection) if selection else None, output)
+    print(json.dumps({"file": str(output)}) if as_json else str(output))
+
+
+@app.command()
 def schema(markdown: Annotated[bool, typer.Option("--markdown", help="The language on one page, for people.")] = False) -> None:
     """Print the recipe language as JSON Schema (2020-12).
 
@@ -249,7 +286,18 @@ def main(arguments: list[str] | None = None) -> None:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     signal.signal(signal.SIGTERM, _terminate)
-    sys.exit(_run(arguments, debug))
+    try:
+        code = _run(arguments, debug)
+    except KeyboardInterrupt:  # it came while another error was being dealt with
+        code = _interrupted()
+    sys.exit(code)
+
+
+def _interrupted() -> int:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # we are leaving already
+    print("Interrupted. Finished stages are kept; run the same command again to go on.", file=sys.stderr)
+    return 130
 
 
 def _run(arguments: list[str], debug: bool) -> int:
@@ -264,8 +312,7 @@ def _run(arguments: list[str], debug: bool) -> int:
         error.show()
         return RecipeError.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        print("Interrupted. Finished stages are kept; run the same command again to go on.", file=sys.stderr)
-        return 130
+        return _interrupted()
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")
         return 0

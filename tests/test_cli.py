@@ -28,7 +28,7 @@ def test_a_signal_saves_and_says_how_to_go_on(number: int, tmp_path: Path) -> No
         time.sleep(0.1)
     process.send_signal(number)
     said = process.communicate(timeout=120)[1]
-    assert process.returncode == 130
+    assert process.returncode == 130, said
     assert "Interrupted. Finished stages are kept; run the same command again to go on." in said
     assert "Traceback" not in said
 

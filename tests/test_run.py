@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from reapkit.checkpoint import Checkpoint
 from reapkit.cli import _run
 from reapkit.errors import RejectedByGates, StageFailed
+from reapkit.observation import Observation
 from reapkit.planning import make_plan
 from reapkit.progress import Progress
 from reapkit.recipe.loading import LoadedRecipe, load
@@ -209,6 +210,17 @@ def test_the_command_line_ends_with_the_documented_codes(root: Path, finished: R
     assert _run(["apply", str(DEMO), *where, "--set", "model.source=./nowhere"], debug=False) == 3
     assert _run(["apply", str(DEMO), *where, "--set", "evaluate.gates={kl_mean: {max: 0.000001}}"], debug=False) == 5
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_observations_are_merged_and_drawn(finished: Run, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    observation = str(root / "run" / "observation")
+    assert _run(["merge", observation, observation, "-o", str(tmp_path / "both")], debug=False) == 0
+    once, twice = Observation.load(Path(observation)), Observation.load(tmp_path / "both")
+    assert torch.equal(twice.statistics["gate_norm_sum"], 2 * once.statistics["gate_norm_sum"]) and len(twice.eaft) == 2 * len(once.eaft)
+    assert torch.equal(twice.saliency("reap"), once.saliency("reap"))
+    assert _run(["merge", observation, "-o", str(tmp_path / "both")], debug=False) == 2
+    assert _run(["report", str(tmp_path / "both"), "-o", str(tmp_path / "page.html"), "--selection", str(root / "run" / "selection")], debug=False) == 0
+    assert "<html" in (tmp_path / "page.html").read_text()[:500]
 
 
 def test_plan_runs_without_torch() -> None:
