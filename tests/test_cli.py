@@ -41,13 +41,15 @@ def test_nothing_is_wider_than_the_terminal(arguments: list[str]) -> None:
     assert max(len(line) for line in done.stdout.splitlines()) <= 80 or arguments[0] == "validate"
 
 
-def test_every_command_has_help_with_an_example() -> None:
-    listing = subprocess.run([sys.executable, "-m", "reapkit", "--help"], capture_output=True, text=True).stdout
+def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture) -> None:
+    assert _run(["--help"], debug=False) == 0
+    listing = capsys.readouterr().out
     commands = [line.split()[0] for line in listing.split("Commands:")[1].splitlines() if line.startswith("  ") and not line.startswith("   ")]
-    assert {"apply", "plan", "validate", "lock", "init", "compare", "schema", "observe", "select", "evaluate", "prune", "quantize"} <= set(commands)
+    assert {"apply", "plan", "validate", "lock", "init", "compare", "inspect", "export", "merge", "report", "schema", "observe", "select",
+            "evaluate", "prune", "quantize"} <= set(commands)
     for command in commands:
-        said = subprocess.run([sys.executable, "-m", "reapkit", command, "--help"], capture_output=True, text=True).stdout
-        assert "Example: reapkit " in said, command
+        assert _run([command, "--help"], debug=False) == 0
+        assert "Example: reapkit " in capsys.readouterr().out, command
 
 
 def test_init_writes_a_recipe_that_is_valid_and_never_overwrites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

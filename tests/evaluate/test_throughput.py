@@ -9,6 +9,7 @@ from reapkit.errors import StageFailed
 from reapkit.evaluate.throughput import NEW_TOKENS, PROMPT_TOKENS, measure, throughput_of
 
 
+@pytest.mark.long
 def test_a_directory_is_measured_in_a_fresh_process(tmp_path):
     tiny.save_hub_layout(tiny.build("qwen3_moe"), tmp_path / "model")
     found = throughput_of(tmp_path / "model")
