@@ -290,6 +290,11 @@ def main(arguments: list[str] | None = None) -> None:
         code = _run(arguments, debug)
     except KeyboardInterrupt:  # it came while another error was being dealt with
         code = _interrupted()
+    if code == 130:
+        # Python dies of SIGINT at its end if one ever crossed an exec() of text (imports do that), handled or not: leave with our code.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 
