@@ -93,6 +93,14 @@ def test_runtime_changes_execute_nothing(finished: Run, root: Path) -> None:
     assert apply(recipe(root, "runtime.batch_tokens=512", "runtime.checkpoint_minutes=1")).executed == []
 
 
+def test_cached_samples_give_the_same_bytes_as_fresh_ones(finished: Run, root: Path, tmp_path: Path) -> None:
+    smaller = ("calibration.samples=32",)
+    cached = apply(recipe(root, *smaller, f"output.directory={root / 'smaller'}"), until="packs")
+    fresh = apply(recipe(tmp_path, *smaller), until="packs")
+    for name in ("calibration", "packs"):
+        assert fingerprint(cached.directory / name) == fingerprint(fresh.directory / name)
+
+
 def test_another_criterion_reuses_the_observation(finished: Run, root: Path) -> None:
     assert apply(recipe(root, "saliency.criterion=frequency", f"output.directory={root / 'other'}"), until="select").executed == ["select"]
 

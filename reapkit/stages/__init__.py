@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from reapkit.estimates import Estimates, estimate
-from reapkit.planning import Plan
+from reapkit.planning import Plan, store_of
 from reapkit.progress import Progress
 from reapkit.recipe.schema import Recipe
 from reapkit.store import Artifact
@@ -38,6 +39,13 @@ class Context:
         import torch
 
         return "cuda" if torch.cuda.is_available() else "cpu"
+
+    @contextmanager
+    def sample_cache(self) -> Iterator[Path]:
+        """Where tokenized samples stay between runs, by the content of their source; one preparation at a time."""
+        store = store_of(self.recipe)
+        with store.locked("samples", "cache", lambda: self.progress.say("another run is preparing samples; waiting")):
+            yield store.root / "samples"
 
     @cached_property
     def estimates(self) -> Estimates:

@@ -9,8 +9,9 @@ from reapkit.stages import Context
 
 
 def run(context: Context) -> dict[str, Any]:
-    summary = prepare(context.recipe.calibration, context.model_directory, context.plan.loaded.directory, context.payload, context.progress,
-                      work=context.work, trust_remote_code=context.recipe.model.trust_remote_code)
+    with context.sample_cache() as cache:
+        summary = prepare(context.recipe.calibration, context.model_directory, context.plan.loaded.directory, context.payload,
+                          context.progress, work=cache, trust_remote_code=context.recipe.model.trust_remote_code)
     return shares(summary)
 
 

@@ -12,8 +12,9 @@ from reapkit.stages.calibrate import shares
 def run(context: Context) -> dict[str, Any]:
     recipe, found = context.recipe, {}
     for length in recipe.evaluate.packs.lengths:
-        summary = prepare_packs(recipe.calibration, recipe.evaluate, length, context.inputs["calibrate"].payload, context.model_directory,
-                                context.plan.loaded.directory, context.payload / str(length), context.progress,
-                                work=context.work, trust_remote_code=recipe.model.trust_remote_code)
+        with context.sample_cache() as cache:
+            summary = prepare_packs(recipe.calibration, recipe.evaluate, length, context.inputs["calibrate"].payload,
+                                    context.model_directory, context.plan.loaded.directory, context.payload / str(length),
+                                    context.progress, work=cache, trust_remote_code=recipe.model.trust_remote_code)
         found[str(length)] = shares(summary)
     return found
