@@ -1,0 +1,29 @@
+"""The application that the commands register with, and the arguments that they share."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(name="reapkit", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+                  help="Compress Mixture-of-Experts language models from one YAML recipe.\n\nExample: reapkit apply demo",
+                  context_settings={"help_option_names": ["-h", "--help"]})
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="Path of a recipe, or the name of a shipped one.")]
+Overrides = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a field: --set prune.ratio=0.25")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document for machines.")]
+
+
+def out() -> Console:
+    return Console(highlight=False)
+
+
+def quiet_libraries() -> None:
+    """The libraries' own bars and advice would break ours; must happen before they are imported."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("TQDM_DISABLE", "1")

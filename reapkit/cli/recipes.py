@@ -1,0 +1,173 @@
+"""Commands on recipes: validate, plan, apply and its stages, lock, init, schema."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from reapkit.cli.app import Json, Overrides, RecipeArgument, app, out, quiet_libraries
+from reapkit.errors import RecipeError, UnusableError
+from reapkit.lock import (
+    check_lock,
+    lock_path,
+    read_lock,
+    recipe_digest,
+    revisions,
+    write_lock,
+)
+from reapkit.planning import STAGES, load_and_plan
+from reapkit.recipe.jsonschema import recipe_schema
+from reapkit.recipe.loading import find_recipe, load
+from reapkit.recipe.reference import language_page
+from reapkit.starter import starting_recipe
+from reapkit.tables import plan_as_json, plan_tables, result_table
+
+
+@app.command()
+def validate(recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="Recipes to check.")],
+             overrides: Overrides = [], as_json: Json = False) -> None:
+    """Check recipes, against their model where it is local, cached or on the hub; every problem is shown at once.
+
+    Example: reapkit validate recipes/demo.yaml
+    """
+    problems, notes = [], {}
+    for name in recipes:
+        try:
+            load_and_plan(name, overrides)
+            notes[name] = "valid"
+        except RecipeError as error:
+            problems += error.problems
+        except UnusableError as error:
+            notes[name] = f"valid in itself; not checked against its model: {error}"
+    if as_json:
+        print(json.dumps({"valid": not problems, "notes": notes, "problems": [vars(problem) for problem in problems]}))
+    elif not problems:
+        for name, note in notes.items():
+            print(f"{name}: {note}")
+    if problems:
+        raise typer.Exit(RecipeError.exit_code) if as_json else RecipeError(problems)
+
+
+@app.command()
+def plan(recipe: RecipeArgument, overrides: Overrides = [], as_json: Json = False) -> None:
+    """Show what would run: stages, experts, parameters and bytes before and after. Reads config and headers only.
+
+    Example: reapkit plan demo --set prune.ratio=0.25
+    """
+    _show_plan(recipe, overrides, as_json)
+
+
+def _show_plan(recipe: str, overrides: list[str], as_json: bool) -> None:
+    made = load_and_plan(recipe, overrides)
+    if as_json:
+        print(json.dumps(plan_as_json(made)))
+        return
+    for table in plan_tables(made):
+        out().print(table)
+
+
+@app.command()
+def apply(recipe: RecipeArgument, overrides: Overrides = [],
+          until: Annotated[str | None, typer.Option(metavar="STAGE", help=f"Stop after a stage: {', '.join(STAGES)}.")] = None,
+          dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
+          locked: Annotated[bool, typer.Option("--locked", help="Take revisions from the lock; refuse to differ from it.")] = False,
+          as_json: Json = False) -> None:
+    """Run a recipe: calibrate, observe, select, evaluate, prune, quantize, verify, report. Finished stages are skipped.
+
+    Example: reapkit apply demo
+    """
+    if until is not None and until not in STAGES:
+        raise RecipeError(f"--until: found '{until}'. Allowed: {', '.join(STAGES)}.")
+    if locked:
+        overrides = [*overrides, *_pinned(recipe, overrides)]
+    if dry_run:
+        _show_plan(recipe, overrides, as_json)
+    else:
+        _apply(recipe, overrides, until, as_json)
+
+
+def _pinned(recipe: str, overrides: list[str]) -> list[str]:
+    """The revisions that the recipe's lock pins, once everything else agrees with it."""
+    loaded = load(recipe, overrides)
+    path = lock_path(loaded, find_recipe(recipe))
+    lock = read_lock(path)
+    pins = revisions(lock, loaded)
+    check_lock(lock, load(recipe, [*overrides, *pins]), recipe_digest(loaded), path)
+    return pins
+
+
+def _apply(recipe: str, overrides: list[str], until: str | None, as_json: bool) -> None:
+    loaded = load_and_plan(recipe, overrides).loaded  # every contradiction is found before weights are fetched or torch is imported
+    quiet_libraries()
+    from reapkit.run import apply as run_recipe
+    from reapkit.run import describe
+    from reapkit.terminal import make_progress
+
+    run = run_recipe(loaded, until=until, progress=make_progress())
+    if as_json:
+        print(json.dumps({**describe(run), "directory": str(run.directory), "executed": run.executed}))
+        return
+    console = out()
+    if "verify" in run.artifacts:
+        console.print(result_table(run.summary("verify")))
+    console.print(f"{'Nothing to do, all of it was there' if not run.executed else 'Done'}: {run.directory}"
+                  + (f"  (open {run.directory / 'report.html'})" if "report" in run.artifacts else ""), soft_wrap=True, markup=False)
+
+
+def _stage_command(stage: str, purpose: str) -> None:
+    def command(recipe: RecipeArgument, overrides: Overrides = [], as_json: Json = False) -> None:
+        _apply(recipe, overrides, stage, as_json)
+
+    command.__doc__ = f"{purpose} (apply --until {stage}).\n\nExample: reapkit {stage} demo"
+    app.command(name=stage)(command)
+
+
+for _stage, _purpose in (("observe", "Run the calibration through the model and keep its routing statistics"),
+                         ("select", "Decide which experts stay"),
+                         ("evaluate", "Compare the candidates, as masks, with the base"),
+                         ("prune", "Write the pruned checkpoint"),
+                         ("quantize", "Write the quantized checkpoint")):
+    _stage_command(_stage, _purpose)
+
+
+@app.command()
+def lock(recipe: RecipeArgument, overrides: Overrides = [], as_json: Json = False) -> None:
+    """Write NAME.lock.json beside the recipe: revisions, file hashes and versions that `apply --locked` insists on.
+
+    Example: reapkit lock my-recipe.yaml
+    """
+    loaded = load_and_plan(recipe, overrides).loaded
+    path = lock_path(loaded, find_recipe(recipe))
+    written = write_lock(loaded, path)
+    print(json.dumps({"path": str(path), **written}) if as_json else f"{path}: {len(written['sources'])} sources and the model locked")
+
+
+@app.command()
+def init(model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, model directory or builtin:demo.")],
+         output: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", help="Where to write it; default NAME.yaml.")] = None,
+         as_json: Json = False) -> None:
+    """Write a commented starting recipe for a model, filled from its config and headers.
+
+    Example: reapkit init /models/my-moe -o my-moe.yaml
+    """
+    name, text = starting_recipe(model, Path.cwd())
+    path = output or Path(f"{name}.yaml")
+    if path.exists():
+        raise RecipeError(f"{path}: is there already. Choose another name with -o.")
+    path.write_text(text)
+    print(json.dumps({"path": str(path), "name": name}) if as_json else f"{path}: written. Next: reapkit plan {path}")
+
+
+@app.command()
+def schema(markdown: Annotated[bool, typer.Option("--markdown", help="The language on one page, for people.")] = False) -> None:
+    """Print the recipe language as JSON Schema (2020-12).
+
+    Example: reapkit schema > recipe.schema.json
+    """
+    if markdown:
+        print(language_page(), end="")
+    else:
+        print(json.dumps(recipe_schema(), indent=2))
