@@ -43,14 +43,22 @@ class RoutedExperts:
 
     def expert(self, hidden: Tensor, expert: int) -> Tensor:
         """f(x) of one expert, [tokens, hidden], by the layout that the class declares to transformers' experts interface."""
+        inner = self.activation(hidden, expert)
+        return inner @ self.module.down_proj[expert] if self.gate_on_input else _linear(self.module, "down_proj", inner, expert)
+
+    def activation(self, hidden: Tensor, expert: int) -> Tensor:
+        """What one expert's `down_proj` reads, [tokens, intermediate]."""
         module = self.module
         if self.gate_on_input:
             gate, up = (hidden @ module.gate_up_proj[expert]).chunk(2, dim=-1)
-            return (up * module.act_fn(gate)) @ module.down_proj[expert]
-        name = "gate_up_proj" if module.has_gate else "up_proj"
-        inner = _linear(module, name, hidden, expert)
-        inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
-        return _linear(module, "down_proj", inner, expert)
+            return up * module.act_fn(gate)
+        inner = _linear(module, "gate_up_proj" if module.has_gate else "up_proj", hidden, expert)
+        return module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
+
+    @property
+    def down_proj_is_transposed(self) -> bool:
+        """Whether `down_proj[e]` is [intermediate, hidden], multiplied from the right."""
+        return self.gate_on_input or bool(self.module.is_transposed)
 
 
 def _linear(module: nn.Module, name: str, hidden: Tensor, expert: int) -> Tensor:

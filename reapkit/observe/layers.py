@@ -93,6 +93,23 @@ class LayeredModel:
         """Bytes on disk of a decoder layer, or (None) of everything else."""
         return sum(self._checkpoint.tensors[key].nbytes for key in self._keys.get(layer, []))
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the checkpoint's weights are dequantized while they are read."""
+        return self._quantizer is not None
+
+    def sources_of(self, parameter: str) -> tuple[str | None, dict[int, str]]:
+        """The checkpoint tensors that stacked experts' `parameter` is made of: one name for all experts, or one name by expert."""
+        names = [key for key in self._checkpoint.tensors if self._target(key)[0] == parameter]
+        if len(names) == 1:
+            return names[0], {}
+        return None, {int(match.group(1)): name for name in names if (match := re.search(r"\.experts\.(\d+)\.", name))}
+
+    def read(self, name: str, entry: int | None = None) -> torch.Tensor:
+        """A checkpoint tensor, or one entry of its first axis, as it is stored."""
+        with safe_open(self.path / self._checkpoint.tensors[name].shard, "pt") as shard:
+            return shard.get_tensor(name) if entry is None else shard.get_slice(name)[entry]
+
     def _keys_by_layer(self) -> dict[int | None, list[str]]:
         """Checkpoint tensors by the decoder layer they become part of; those the model has no place for (MTP blocks) are left
         out.
