@@ -71,7 +71,7 @@ def _judging_rows(tokens: CalibrationTokens, rows: Sequence[int]) -> set[int]:
     """Every so many-th row of each source; the last row where no source has that many."""
     by_source: dict[int, list[int]] = {}
     for row in rows:
-        by_source.setdefault(tokens.row(row).source, []).append(row)
+        by_source.setdefault(int(tokens.row_source[row]), []).append(row)
     chosen = {row for of_source in by_source.values() for row in of_source[HELD_OUT_EVERY - 1::HELD_OUT_EVERY]}
     return chosen or {rows[-1]}
 
@@ -121,7 +121,7 @@ class _Pass:
                  for name in (None, *self.selections)}
         found: dict[str, dict[int, LayerNames]] = {name: {} for name in self.selections}
         facts: dict[str, dict[str, Any]] = {name: {} for name in self.selections}
-        with (Lockstep(layered.layers) as lockstep, ThreadPoolExecutor(1, thread_name_prefix="layer-reader") as reader,
+        with (Lockstep(layered.layers) as lockstep, self._watched(), ThreadPoolExecutor(1, thread_name_prefix="layer-reader") as reader,
               intercepted(tuple(sites.values()), self._on_experts), progress.task("repair", total=last + 1, unit="layers") as task):
             for item in (item for each in items.values() for item in each):
                 item.forward = lockstep.forward(lambda item=item: self._forward(item.batch))
@@ -131,18 +131,18 @@ class _Pass:
                 coming.result()
                 if layer < last:
                     coming = reader.submit(layered.load, layer + 1)
-                with self._watched(layered.layers[layer]):
-                    for item in items[None]:
-                        self._advance(item)
-                        item.output = self._output(item)
-                    for name, selection in self.selections.items():
-                        fitted = self._pruned(layer, sites.get(layer), selection, items[name], items[None])
-                        if fitted is not None:
-                            facts[name][str(layer)] = {"strength": fitted.strength, "fitted": fitted.fitted, "held_out": fitted.held_out}
-                        if fitted is not None and fitted.corrections:
-                            found[name][layer] = self._save(layer, sites[layer], selection.keep[layer], fitted, items[name], out / name)
+                for item in items[None]:
+                    self._advance(item)
+                    item.output = self._output(item)
+                for name, selection in self.selections.items():
+                    fitted = self._pruned(layer, sites.get(layer), selection, items[name], items[None])
+                    if fitted is not None:
+                        facts[name][str(layer)] = {"strength": fitted.strength, "fitted": fitted.fitted, "held_out": fitted.held_out}
+                    if fitted is not None and fitted.corrections:
+                        found[name][layer] = self._save(layer, sites[layer], selection.keep[layer], fitted, items[name], out / name)
                 for item in (item for each in items.values() for item in each):
                     item.output = item.call = None
+                self.seen = _Layer()
                 layered.drop(layer)
                 task.advance(1)
         return {name: self._finished(out / name, found[name], facts[name]) for name in self.selections}
@@ -168,20 +168,21 @@ class _Pass:
         self.spool.park(item.forward, f"{item.name or 'base'}-{item.number}")
 
     @contextmanager
-    def _watched(self, layer: nn.Module) -> Iterator[None]:
+    def _watched(self) -> Iterator[None]:
+        """Hooks behind those that pause: a forward that waits before a layer has its hooks already, later ones would be missed."""
         def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
             self.seen.call = (args, kwargs)
 
         def after(module: nn.Module, args: tuple, output: Any) -> None:
             self.seen.output = output[0] if isinstance(output, tuple) else output
 
-        handles = [layer.register_forward_pre_hook(before, with_kwargs=True), layer.register_forward_hook(after)]
+        handles = [handle for layer in self.layered.layers
+                   for handle in (layer.register_forward_pre_hook(before, with_kwargs=True), layer.register_forward_hook(after))]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
-            self.seen = _Layer()
 
     def _on_experts(self, site: RoutedExperts, hidden: Tensor, index: Tensor, gates: Tensor, inner: Experts) -> Tensor:
         self.seen.experts = (hidden, index, gates)

@@ -53,8 +53,8 @@ def naive(path: Path, selection: Selection, tokens, scale: float) -> dict[int, d
     rows = [tokens.row(number) for number in range(tokens.num_rows)]
     targets = [layer_outputs(original, row) for row in rows]
     seen_of = {}
-    for number, row in enumerate(rows):
-        seen_of.setdefault(row.source, []).append(number)
+    for number, source in enumerate(tokens.row_source):
+        seen_of.setdefault(int(source), []).append(number)
     judging = {number for numbers in seen_of.values() for number in numbers[7::8]}
     found = {}
     for site in find_experts(pruned):
@@ -163,6 +163,6 @@ def test_a_norm_behind_the_experts_is_refused(tmp_path: Path) -> None:
 def test_quantized_checkpoints_are_refused(tmp_path: Path) -> None:
     model = tiny.build("deepseek_v3")
     tiny.save_hub_layout(model, tmp_path / "model")
-    tiny.as_block_fp8(tmp_path / "model")
+    tiny.as_block_fp8(tmp_path / "model", block=16)
     with pytest.raises(UnusableError, match="re-fits plain weights, but this checkpoint is quantized"):
         repair(LayeredModel(tmp_path / "model"), tiny_tokens(tmp_path / "tokens", lengths=LENGTHS), {"half": half(model)}, tmp_path / "repair")
