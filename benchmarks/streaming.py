@@ -1,57 +1,80 @@
 """Time and peak memory of a streamed observation, against reading the shards and against the plain forward of the same layers.
 
-    python benchmarks/streaming.py [--layers 24] [--tokens 8192] [--json FILE] [--keep DIR]
+    python benchmarks/streaming.py [--gigabytes 10] [--dtype bfloat16] [--rounds 3] [--directory DIR] [--json FILE]
 
-Writes a random qwen3_moe checkpoint, one shard per layer (24 layers of 400 MB in bfloat16 are 10 GB), observes it in one
-process with one thread and prints: seconds to read the shards, seconds of plain compute (one layer's share measured, times the
-layers), seconds streamed; and the peak of the process's anonymous memory beside one layer's bytes.
+Writes a random qwen3_moe checkpoint, one shard per layer, and measures in turns, each in a process of its own with one torch thread:
+reading all shards into one buffer, the plain forward (one layer's share measured, times the layers), and the streamed observation
+with its hashes of the shards, all with the shards in the page cache; then reading and observing once with the page cache dropped.
+Reported: medians, the observation over the larger of reading and computing, and the highest resident memory that the kernel saw of
+the observing process (VmHWM, everything counted) against what was resident before (interpreter, libraries, after observing a
+model of a few MB) plus two layers, embeddings and head, the hidden
+states, and what the plan counts for a batch and for buffers.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
 import tempfile
-import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 from reapkit.calibration.tokens import SUMMARY_FILE, TOKENS_FILE, CalibrationTokens, create_tensors
+from reapkit.checkpoint import Checkpoint
+from reapkit.estimates import COMPUTE_BYTES, LOGITS_BYTES, READ_BUFFER_BYTES, activation_bytes, layer_weights
+from reapkit.layout import read_layout
 from reapkit.models import final_hidden, load_model
 from reapkit.observe.streaming import observe_streaming
 from reapkit.recipe.schema import ObserveSpec
+from reapkit.shards import ShardHashes
 
 ROW = 512
 
 
-def write_checkpoint(path: Path, layers: int, hidden: int, experts: int, intermediate: int) -> int:
-    """Random, one shard per layer; returns the bytes of a layer."""
+@dataclass(frozen=True)
+class Shape:
+    """What decides a layer's size."""
+
+    hidden: int
+    experts: int
+    intermediate: int
+
+
+def write_checkpoint(path: Path, nbytes: int, shape: Shape, dtype: torch.dtype) -> None:
+    """Random, one shard per layer, as many layers as make `nbytes`; all layers hold the same numbers."""
     config = AutoConfig.for_model(
         "qwen3_moe",
         vocab_size=4096,
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
+        hidden_size=shape.hidden,
+        intermediate_size=2 * shape.hidden,
         num_hidden_layers=1,
-        moe_intermediate_size=intermediate,
-        num_attention_heads=hidden // 64,
+        moe_intermediate_size=shape.intermediate,
+        num_attention_heads=shape.hidden // 64,
         num_key_value_heads=4,
         head_dim=64,
-        num_experts=experts,
+        num_experts=shape.experts,
         num_experts_per_tok=8,
         norm_topk_prob=True,
     )
     with torch.device("cpu"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.save_pretrained(path)
     one = load_file(path / "model.safetensors")
     (path / "model.safetensors").unlink()
+    layers = max(3, round(nbytes / sum(tensor.nbytes for name, tensor in one.items() if ".layers." in name)))
     where = {}
     parts = {"rest": {name: tensor for name, tensor in one.items() if ".layers." not in name}}
     for layer in range(layers):
@@ -65,7 +88,6 @@ def write_checkpoint(path: Path, layers: int, hidden: int, experts: int, interme
     (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
     saved = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**saved, "num_hidden_layers": layers}))
-    return sum(tensor.nbytes for tensor in parts["0000"].values())
 
 
 def write_tokens(path: Path, tokens: int) -> CalibrationTokens:
@@ -96,99 +118,161 @@ def write_tokens(path: Path, tokens: int) -> CalibrationTokens:
     return CalibrationTokens.load(path)
 
 
-def seconds_to_read(path: Path) -> float:
+# ---------------------------------------------------------------------------------------------- measured, each in its own process
+
+
+def read(path: Path, tokens: CalibrationTokens) -> dict[str, float]:
+    """All shards into one buffer, which is touched before."""
+    shards = sorted(path.glob("*.safetensors"))
+    buffer = memoryview(bytearray(max(shard.stat().st_size for shard in shards)))
     start = time.perf_counter()
-    for shard in sorted(path.glob("*.safetensors")):
-        with safe_open(shard, "pt") as file:
-            for name in file.keys():
-                file.get_tensor(name).sum()
-    return time.perf_counter() - start
-
-
-class PeakMemory(threading.Thread):
-    """The highest anonymous resident memory seen, sampled."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.peak, self.stopped = 0, threading.Event()
-
-    def run(self) -> None:
-        while not self.stopped.wait(0.02):
-            self.peak = max(self.peak, anonymous_bytes())
-
-
-def anonymous_bytes() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
+    for shard in shards:
+        file, done = os.open(shard, os.O_RDONLY), 0
+        while count := os.preadv(file, [buffer[done : done + (1 << 30)]], done):
+            done += count
+        os.close(file)
+    return {"seconds": time.perf_counter() - start}
 
 
 @torch.no_grad()
-def seconds_of_plain_compute(path: Path, layers: int, tokens: CalibrationTokens, batch_tokens: int) -> float:
+def compute(path: Path, tokens: CalibrationTokens) -> dict[str, float]:
     """One layer's forward over all tokens, measured on a copy of the checkpoint with one layer, times the layers."""
+    config = json.loads((path / "config.json").read_text())
     with tempfile.TemporaryDirectory() as directory:
-        for name in ("model-rest.safetensors", "model-0000.safetensors"):
+        kept = ("model-rest.safetensors", "model-0000.safetensors")
+        for name in kept:
             (Path(directory) / name).symlink_to(path / name)
-        config = json.loads((path / "config.json").read_text())
         (Path(directory) / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
         index = json.loads((path / "model.safetensors.index.json").read_text())
-        kept = {
-            name: file
-            for name, file in index["weight_map"].items()
-            if file in ("model-rest.safetensors", "model-0000.safetensors")
-        }
-        (Path(directory) / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": kept}))
+        where = {name: file for name, file in index["weight_map"].items() if file in kept}
+        (Path(directory) / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
         model = load_model(directory)
-        rows = [tokens.row(row).input_ids for row in range(tokens.num_rows)]
-        per_batch = max(1, batch_tokens // ROW)
-        start = time.perf_counter()
-        for first in range(0, len(rows), per_batch):
-            final_hidden(model, torch.stack(rows[first : first + per_batch]))
-        return layers * (time.perf_counter() - start)
+    batch = torch.stack([tokens.row(row).input_ids for row in range(tokens.num_rows)])
+    final_hidden(model, batch)  # pages, caches and kernels as in a layer that is not the first
+    start = time.perf_counter()
+    final_hidden(model, batch)
+    return {"seconds": config["num_hidden_layers"] * (time.perf_counter() - start)}
+
+
+def observe(path: Path, tokens: CalibrationTokens) -> dict[str, float]:
+    """The streamed observation and its hashes; resident bytes before it, and the highest that the kernel saw.
+
+    A model of a few MB goes first: what libraries load and keep with their first use is no model's.
+    """
+    _observed(path.with_name("small"), CalibrationTokens.load(path.with_name("few-tokens")))
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
+    before, start = status("VmRSS"), time.perf_counter()
+    _observed(path, tokens)
+    return {"seconds": time.perf_counter() - start, "before": before, "peak": status("VmHWM")}
+
+
+def _observed(path: Path, tokens: CalibrationTokens) -> None:
+    with tempfile.TemporaryDirectory() as work, ShardHashes(path, Path(work) / "shards.json") as hashes:
+        observe_streaming(path, tokens, ObserveSpec(eaft=False), batch_tokens=len(tokens.row_lengths) * ROW, work_directory=Path(work),
+                          reading=hashes.begin)
+        hashes.keep()
+
+
+MEASURED = {"read": read, "compute": compute, "observe": observe}
+
+
+def status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name + ":")) * 1024
+
+
+def in_child(name: str, directory: Path) -> dict[str, float]:
+    command = [sys.executable, __file__, "--child", name, "--directory", str(directory)]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def child(name: str, directory: Path) -> None:
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+    print(json.dumps(MEASURED[name](directory / "model", CalibrationTokens.load(directory / "tokens"))))
+
+
+# ---------------------------------------------------------------------------------------------- the bound and the report
+
+
+def bound(path: Path, tokens: int, dtype: torch.dtype) -> dict[str, int]:
+    """What the observation may take beside what was resident before it."""
+    checkpoint = Checkpoint.open(path)
+    weights = layer_weights(checkpoint, read_layout(checkpoint))
+    rest, wider = weights.pop(None), dtype.itemsize // COMPUTE_BYTES
+    batch = (activation_bytes(checkpoint.config, tokens) - LOGITS_BYTES) * wider
+    hidden = tokens * checkpoint.config["hidden_size"] * dtype.itemsize
+    return {"two_layers": 2 * max(weights.values()), "embeddings_and_head": rest, "hidden_states": hidden, "batch": batch,
+            "buffers": READ_BUFFER_BYTES}
+
+
+def drop_from_cache(path: Path) -> None:
+    os.sync()
+    for shard in path.glob("*.safetensors"):
+        file = os.open(shard, os.O_RDONLY)
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(file)
+
+
+def measure(arguments: argparse.Namespace, dtype: torch.dtype) -> dict[str, object]:
+    with tempfile.TemporaryDirectory(dir=arguments.directory) as name:
+        directory = Path(name)
+        path = directory / "model"
+        write_checkpoint(path, int(arguments.gigabytes * 1e9), Shape(arguments.hidden, arguments.experts, arguments.intermediate), dtype)
+        write_tokens(directory / "tokens", arguments.tokens)
+        write_checkpoint(directory / "small", 0, Shape(256, 8, 32), dtype)
+        write_tokens(directory / "few-tokens", ROW)
+        allowed = bound(path, arguments.tokens, dtype)
+        nbytes = Checkpoint.open(path).nbytes
+        drop_from_cache(path)
+        cold = {"read": in_child("read", directory)["seconds"]}
+        drop_from_cache(path)
+        cold["observe"] = in_child("observe", directory)["seconds"]
+        turns = [{name: in_child(name, directory) for name in MEASURED} for _ in range(arguments.rounds)]
+    seconds = {name: statistics.median(turn[name]["seconds"] for turn in turns) for name in MEASURED}
+    peak = max(turn["observe"]["peak"] - turn["observe"]["before"] for turn in turns)
+    layer = allowed["two_layers"] / 2
+    return {
+        "checkpoint_bytes": nbytes,
+        "checkpoint_over_bound": round(nbytes / sum(allowed.values()), 2),
+        "tokens": arguments.tokens,
+        "seconds_warm": {name: round(value, 2) for name, value in seconds.items()},
+        "over_the_larger": round(statistics.median(turn["observe"]["seconds"] / max(turn["read"]["seconds"], turn["compute"]["seconds"])
+                                                   for turn in turns), 3),
+        "seconds_cold": {name: round(value, 2) for name, value in cold.items()},
+        "over_the_larger_cold": round(cold["observe"] / max(cold["read"], seconds["compute"]), 3),
+        "resident_before_bytes": turns[0]["observe"]["before"],
+        "peak_over_before_bytes": peak,
+        "bound_bytes": allowed,
+        "peak_over_bound": round(peak / sum(allowed.values()), 3),
+        "peak_in_layers": round((peak - allowed["embeddings_and_head"] - allowed["hidden_states"]) / layer, 2),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in (
-        ("layers", 24),
-        ("hidden", 1024),
-        ("experts", 128),
-        ("intermediate", 512),
-        ("tokens", 8192),
-        ("batch-tokens", 2048),
-    ):
+    parser.add_argument("--gigabytes", type=float, default=10)
+    for name, default in (("hidden", 1024), ("experts", 128), ("intermediate", 512), ("tokens", 2048), ("rounds", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--dtype", choices=["bfloat16", "float32", "both"], default="both")
+    parser.add_argument("--directory", type=Path, help="where the checkpoint is written, and deleted again")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--child", choices=MEASURED, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    if arguments.child:
+        return child(arguments.child, arguments.directory)
     logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "model"
-        layer_bytes = write_checkpoint(path, arguments.layers, arguments.hidden, arguments.experts, arguments.intermediate)
-        tokens = write_tokens(Path(directory) / "tokens", arguments.tokens)
-        total = sum(file.stat().st_size for file in path.glob("*.safetensors"))
-        compute = seconds_of_plain_compute(path, arguments.layers, tokens, arguments.batch_tokens)
-        before, memory = anonymous_bytes(), PeakMemory()
-        memory.start()
-        start = time.perf_counter()
-        observe_streaming(
-            path, tokens, ObserveSpec(eaft=False), batch_tokens=arguments.batch_tokens, work_directory=Path(directory) / "work"
-        )
-        streamed = time.perf_counter() - start
-        memory.stopped.set()
-        read = seconds_to_read(path)
     result = {
-        "checkpoint_bytes": total,
-        "layer_bytes": layer_bytes,
-        "tokens": arguments.tokens,
-        "read_seconds": round(read, 2),
-        "compute_seconds": round(compute, 2),
-        "streamed_seconds": round(streamed, 2),
-        "over_the_larger": round(streamed / max(read, compute), 3),
-        "peak_bytes": memory.peak - before,
-        "peak_in_layers": round((memory.peak - before) / layer_bytes, 2),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "python": platform.python_version(),
         "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "argv": [f"{name}={value}" for name, value in vars(arguments).items() if name not in ("json", "directory", "child")],
     }
-    print(json.dumps(result, indent=2))
+    for dtype in ("bfloat16", "float32") if arguments.dtype == "both" else (arguments.dtype,):
+        result[dtype] = measure(arguments, getattr(torch, dtype))
+        print(json.dumps({dtype: result[dtype]}, indent=2), flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
 

@@ -12,165 +12,26 @@ interval excludes zero. Calibration mixes are post-hoc weights of one observatio
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from reapkit.builtin import MODEL_DIRECTORY
-from reapkit.calibration.prepare import prepare, prepare_packs
-from reapkit.calibration.tokens import CalibrationTokens, batches
-from reapkit.checkpoint import Checkpoint
-from reapkit.masking import masked
-from reapkit.models import load_model
 from reapkit.observation import Observation
-from reapkit.observe.resident import observe
-from reapkit.recipe.schema import (
-    CalibrationSpec,
-    EvaluateSpec,
-    MixEntry,
-    ObserveSpec,
-    PacksSpec,
-    PruneSpec,
-    SaliencySpec,
-)
-from reapkit.selection import Selection, select
 
-SOURCES = ("code", "tools", "prose", "math")
+sys.path.insert(0, str(Path(__file__).parent))
+from pruning_study import LENGTH, SOURCES, Cost, Losses, Noise, Study  # noqa: F401 (Losses: beside the rest)
+
 RATIOS = (Decimal("0.25"), Decimal("0.5"), Decimal("0.625"))
 CRITERIA = {"reap": {}, "reap, sum": {"criterion": "reap", "reduction": "sum"}, "frequency": {}, "weighted-frequency": {},
             "ean": {}, "ean-mean": {}, "eaft-reap": {},
             "eaft-reap, per source": {"criterion": "eaft-reap", "eaft": {"thresholds": "per-source"}}}
 MIXES = {"all four sources": None, "code alone": {"code": Decimal(1)}, "prose and math": {"prose": Decimal("0.5"), "math": Decimal("0.5")}}
 RANDOM_SEEDS = range(5)
-LENGTH = 512
-BATCH_TOKENS = 8192
 BASELINE = "reap"
-
-
-@dataclass(frozen=True)
-class Losses:
-    """Negative log likelihood summed over each held-out row's measured positions. `source`, `count`: int64 [rows]."""
-
-    nll: np.ndarray
-    count: np.ndarray
-    source: np.ndarray
-
-    def by_source(self) -> dict[str, float]:
-        """Mean loss of each source, nats per token."""
-        return {name: float(self.nll[self.source == s].sum() / self.count[self.source == s].sum()) for s, name in enumerate(SOURCES)}
-
-
-class Study:
-    """The packaged model, held-out rows of all sources, and the unpruned model's loss on them."""
-
-    def __init__(self, scratch: Path, samples: int, held_out: int):
-        self.scratch, self.samples = scratch, samples
-        self.architecture = Checkpoint.open(MODEL_DIRECTORY).architecture
-        self.model = load_model(MODEL_DIRECTORY)
-        prepare(mix(SOURCES, samples), MODEL_DIRECTORY, Path.cwd(), scratch / "drawn")
-        packs = EvaluateSpec(packs=PacksSpec(samples=held_out, lengths=(LENGTH,), confirm=Decimal(0)))
-        prepare_packs(mix(SOURCES, samples), packs, LENGTH, scratch / "drawn", MODEL_DIRECTORY, Path.cwd(), scratch / "held-out")
-        self.held_out = CalibrationTokens.load(scratch / "held-out")
-        self.held_out_texts = {row_key(self.held_out, row) for row in range(self.held_out.num_rows)}
-        self.base = self.losses()
-
-    def calibrated(self, seed: int = 42) -> Observation:
-        """An observation of one draw of calibration rows. Raises ValueError where it shares a row with the held-out ones."""
-        out = self.scratch / f"calibration-{seed}"
-        prepare(mix(SOURCES, self.samples, seed), MODEL_DIRECTORY, Path.cwd(), out)
-        tokens = CalibrationTokens.load(out)
-        if shared := self.held_out_texts & {row_key(tokens, row) for row in range(tokens.num_rows)}:
-            raise ValueError(f"{len(shared)} rows of draw {seed} are held-out rows.")
-        return observe(self.model, tokens, ObserveSpec(), batch_tokens=BATCH_TOKENS, work_directory=out / "work")
-
-    @torch.no_grad()
-    def losses(self) -> Losses:
-        """Over the positions that predict a scored token."""
-        nll, count, source = [], [], []
-        for batch in batches(self.held_out, range(self.held_out.num_rows), BATCH_TOKENS):
-            log_probabilities = self.model(batch.input_ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
-            found = -log_probabilities.gather(-1, batch.input_ids[:, 1:, None])[..., 0].double()
-            measured = batch.signal[:, :-1]
-            nll += (found * measured).sum(1).tolist()
-            count += measured.sum(1).tolist()
-            source += [SOURCES.index(self.held_out.sources[s]) for s in batch.source.tolist()]
-        return Losses(np.array(nll), np.array(count), np.array(source))
-
-    def pruned(self, selection: Selection) -> Losses:
-        """Of the model routed to the kept experts only; nothing is written."""
-        with masked(self.model, selection.keep):
-            return self.losses()
-
-    def select(self, observation: Observation, ratio: Decimal, **saliency: object) -> Selection:
-        prune = PruneSpec(ratio=ratio, protect={"super_experts": False})
-        return select(observation, SaliencySpec.model_validate(saliency, strict=False), prune, self.architecture)
-
-
-def mix(sources: Iterable[str], samples: int, seed: int = 42) -> CalibrationSpec:
-    """Equal shares of the packaged generators."""
-    entries = tuple(MixEntry(name=name, source=f"builtin:{name}") for name in sources)
-    return CalibrationSpec(samples=samples, max_length=LENGTH, mix=entries, seed=seed)
-
-
-def row_key(tokens: CalibrationTokens, row: int) -> bytes:
-    return tokens.row(row).input_ids.numpy().tobytes()
-
-
-@dataclass(frozen=True)
-class Noise:
-    """The same resampled rows (within each source) and draws for every cell, so that cells can be compared in pairs."""
-
-    rows: np.ndarray
-    """int64 [resamples, rows]: how often each row is taken."""
-    draws: np.ndarray
-    """int64 [resamples, draws]: how often each draw is taken."""
-
-    @classmethod
-    def of(cls, base: Losses, num_draws: int, resamples: int = 2000, seed: int = 0) -> Noise:
-        random = np.random.default_rng(seed)
-        rows = np.zeros((resamples, len(base.source)), dtype=np.int64)
-        for source in range(len(SOURCES)):
-            members = np.flatnonzero(base.source == source)
-            rows[:, members] = random.multinomial(len(members), np.full(len(members), 1 / len(members)), size=resamples)
-        return cls(rows, random.multinomial(num_draws, np.full(num_draws, 1 / num_draws), size=resamples))
-
-
-@dataclass(frozen=True)
-class Cost:
-    """A cell: the mean increase, nats per token, and its value in every resample."""
-
-    value: float
-    resampled: np.ndarray
-
-    @classmethod
-    def of(cls, base: Losses, draws: Sequence[Losses], noise: Noise) -> Cost:
-        increases = [pruned.nll - base.nll for pruned in draws]
-        values = [_mean_over_sources(increase, base, np.ones((1, len(increase)), dtype=np.int64))[0] for increase in increases]
-        resampled = np.stack([_mean_over_sources(increase, base, noise.rows) for increase in increases], axis=1)
-        weights = noise.draws if len(draws) == noise.draws.shape[1] else np.ones((len(resampled), len(draws)))
-        return cls(float(np.mean(values)), (resampled * weights).sum(1) / weights.sum(1))
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        low, high = np.quantile(self.resampled, [0.025, 0.975])
-        return float(low), float(high)
-
-    def against(self, other: Cost) -> str:
-        """"lower" or "higher" where the paired interval of the difference excludes zero, else ""."""
-        low, high = np.quantile(self.resampled - other.resampled, [0.025, 0.975])
-        return "lower" if high < 0 else "higher" if low > 0 else ""
-
-
-def _mean_over_sources(increase: np.ndarray, base: Losses, taken: np.ndarray) -> np.ndarray:
-    """float64 [resamples]: the mean over sources of increase per token, rows counted as often as they are `taken`."""
-    shares = [(taken[:, base.source == s] @ increase[base.source == s]) / (taken[:, base.source == s] @ base.count[base.source == s])
-              for s in range(len(SOURCES))]
-    return np.mean(shares, axis=0)
 
 
 Table = dict[str, dict[Decimal, Cost]]

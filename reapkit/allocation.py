@@ -22,17 +22,24 @@ BY_HAND, SUPER, CORE = "protected by hand", "super expert", "core"
 class LayerRanking:
     """A layer's experts by saliency, best first. `saliency`: -inf for experts never routed. `protected`: expert -> reason.
 
-    `groups` > 1: experts are routed in that many groups of equal size, each of which keeps the same number.
+    `groups` > 1: experts are routed in that many groups of equal size, each of which keeps the same number. `path`: the order in
+    which experts go (those it does not name stay longest), where saliency alone does not say it. `costs`: what removing each
+    costs, comparable between layers, in place of normalised saliency.
     """
 
     saliency: tuple[float, ...]
     protected: Mapping[int, str]
     groups: int = 1
+    path: tuple[int, ...] | None = None
+    costs: tuple[float, ...] | None = None
 
     @cached_property
     def order(self) -> list[int]:
         """Protected experts first, then by saliency; ties go to the lower index."""
         experts = range(len(self.saliency))
+        if self.path is not None:
+            turn = {expert: i for i, expert in enumerate(self.path)}
+            return sorted(experts, key=lambda expert: (expert not in self.protected, -turn.get(expert, len(experts)), expert))
         return sorted(experts, key=lambda expert: (expert not in self.protected, -self.saliency[expert], expert))
 
     def group(self, expert: int) -> int:
@@ -64,7 +71,9 @@ class LayerRanking:
 
     @cached_property
     def normalised(self) -> list[float] | None:
-        """S_e / Σ|S| over the routed experts, signed, -inf for those never routed; None where Σ|S| = 0."""
+        """S_e / Σ|S| over the routed experts, signed, -inf for those never routed; None where Σ|S| = 0. `costs` where there are."""
+        if self.costs is not None:
+            return list(self.costs)
         scale = sum(abs(value) for value in self.saliency if value != NEVER_ROUTED)
         return [value if value == NEVER_ROUTED else value / scale for value in self.saliency] if scale > 0 else None
 
@@ -167,13 +176,17 @@ def _kept_reason(ranking: LayerRanking, expert: int, position: int, count: int, 
         return "rounding"
     if ranking.saliency[expert] == NEVER_ROUTED:
         return "never routed, fills the budget"
-    return "saliency" if plain else "group quota"
+    return _by(ranking) if plain else "group quota"
 
 
 def _dropped_reason(ranking: LayerRanking, expert: int, plain: bool) -> str:
     if ranking.saliency[expert] == NEVER_ROUTED:
         return "never routed"
-    return "group quota" if plain else "saliency"
+    return "group quota" if plain else _by(ranking)
+
+
+def _by(ranking: LayerRanking) -> str:
+    return "saliency" if ranking.path is None else "removal path"
 
 
 def _too_many_protected(layer: int, ranking: LayerRanking, kept: int) -> Problem:

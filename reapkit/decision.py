@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -24,10 +24,11 @@ from reapkit.allocation import (
 from reapkit.architecture import Architecture
 from reapkit.budget import Candidate, candidates
 from reapkit.eaft import Regions, measure_regions, summarise, weights_without_conflict
-from reapkit.errors import RecipeError
+from reapkit.errors import RecipeError, UnusableError
 from reapkit.layer_budget import LayerBudget, kept_unit, layer_budgets, ranges
 from reapkit.observation import Observation
 from reapkit.recipe.schema import PruneSpec, SaliencySpec
+from reapkit.removal import REROUTE, removal
 from reapkit.saliency import formula, saliency, source_alphas
 from reapkit.selection import LayerSelection, Selection
 
@@ -46,9 +47,16 @@ class Shared:
     regions: Regions | None
     protected: tuple[Mapping[int, str], ...]
 
-    def rankings(self, values: Tensor) -> dict[int, LayerRanking]:
-        rows = zip(self.observation.layers, values.tolist(), self.protected, strict=True)
-        return {layer: LayerRanking(tuple(row), kept, self.architecture.n_group) for layer, row, kept in rows}
+    def rankings(self, values: Tensor, spec: SaliencySpec) -> dict[int, LayerRanking]:
+        layers, groups = self.observation.layers, self.architecture.n_group
+        rows = zip(layers, values.tolist(), self.protected, strict=True)
+        plain = {layer: LayerRanking(tuple(row), kept, groups) for layer, row, kept in rows}
+        if spec.criterion not in REROUTE:
+            return plain
+        found = removal(self.observation, spec.criterion, self.alphas)
+        orders = found.order or (None,) * len(layers)
+        return {layer: replace(plain[layer], path=order, costs=tuple(cost))
+                for layer, order, cost in zip(layers, orders, found.cost.tolist(), strict=True)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,8 +84,8 @@ def decide(observation: Observation, spec: SaliencySpec, prune: PruneSpec, archi
     needs_regions = prune.protect.core_per_layer or any(candidate.criterion == "eaft-reap" for candidate in chosen)
     regions = measure_regions(observation, spec.eaft, alphas) if needs_regions else None
     shared = Shared(observation, architecture, alphas, regions, _protected(observation, prune, alphas, regions))
-    rankings = {name: shared.rankings(saliency(observation, spec.model_copy(update={"criterion": name}), regions))
-                for name in dict.fromkeys(candidate.criterion for candidate in chosen)}
+    specs = {name: spec.model_copy(update={"criterion": name}) for name in dict.fromkeys(candidate.criterion for candidate in chosen)}
+    rankings = {name: shared.rankings(saliency(observation, one, regions), one) for name, one in specs.items()}
     return tuple(_selection(shared, candidate, _terms(candidate, spec, prune, shared), rankings[candidate.criterion])
                  for candidate in chosen)
 
@@ -104,6 +112,9 @@ def _protected(observation: Observation, prune: PruneSpec, alphas: Sequence[Frac
         for layer, experts in enumerate(top.tolist()):
             protected[layer].update({expert: CORE for expert in experts if mass[layer, expert] > 0})
     if prune.protect.super_experts:
+        if "activation_max" not in observation.maxima:
+            raise UnusableError("prune.protect.super_experts: this observation has no activation_max, by which super experts are found. "
+                                "Set prune.protect.super_experts: false, or observe with reapkit.")
         weighed = [source for source, alpha in enumerate(alphas) if alpha]
         for layer, experts in enumerate(super_experts(observation.maxima["activation_max"][:, weighed].amax(1))):
             protected[layer].update(dict.fromkeys(experts, SUPER))
@@ -163,7 +174,7 @@ def _eaft(shared: Shared, terms: Terms, layers: Mapping[int, LayerSelection]) ->
     if terms.spec.criterion != "eaft-reap":
         return None
     values = saliency(shared.observation, terms.spec, shared.regions, weights_without_conflict(terms.spec.eaft))
-    rankings = shared.rankings(values)
+    rankings = shared.rankings(values, terms.spec)
     counts = terms.counts(rankings)
     changed = {str(layer): len(set(layers[layer].keep) - set(ranking.keep(counts[layer])))
                for layer, ranking in rankings.items()}

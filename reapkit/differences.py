@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ class RecipeDifference:
 
 def compare_recipes(left: LoadedRecipe, right: LoadedRecipe) -> RecipeDifference:
     """Raises RecipeError where one of them contradicts its checkpoint."""
-    fields = tuple(_fields(left.recipe.model_dump(mode="json"), right.recipe.model_dump(mode="json"), ""))
+    fields = tuple((path, *values) for path, values in differing_fields([each.recipe.model_dump(mode="json") for each in (left, right)]))
     try:
         keys = [{stage.name: stage.key for stage in make_plan(each).stages} for each in (left, right)]
     except UnusableError:
@@ -30,14 +30,17 @@ def compare_recipes(left: LoadedRecipe, right: LoadedRecipe) -> RecipeDifference
                                           or name in keys[0] and keys[0][name] is None))
 
 
-def _fields(left: Any, right: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
-    """Mappings by key and lists of named items by name; other values whole."""
-    left, right = _by_name(left), _by_name(right)
-    if isinstance(left, Mapping) and isinstance(right, Mapping):
-        for key in dict.fromkeys((*left, *right)):
-            yield from _fields(left.get(key), right.get(key), f"{path}.{key}" if path else str(key))
-    elif left != right:
-        yield path, left, right
+def differing_fields(recipes: Sequence[Any]) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """(path, what each says) of every field that is not the same in all: mappings by key and lists of named items by name, others whole."""
+    yield from _differing([_by_name(recipe) for recipe in recipes], "")
+
+
+def _differing(values: Sequence[Any], path: str) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    if all(isinstance(value, Mapping) for value in values):
+        for key in dict.fromkeys(key for value in values for key in value):
+            yield from _differing([_by_name(value.get(key)) for value in values], f"{path}.{key}" if path else str(key))
+    elif any(value != values[0] for value in values):
+        yield path, tuple(values)
 
 
 def _by_name(value: Any) -> Any:

@@ -7,7 +7,7 @@ experts routed to at t made that prediction, so the region of t weighs their con
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reapkit.eaft_table import H_CELLS, P_CELLS, Table, border, cell_bounds
 from reapkit.errors import UnusableError
 from reapkit.observation import Observation, Trace
 from reapkit.recipe.schema import EaftSpec
@@ -40,7 +41,8 @@ class Thresholds:
 class Regions:
     """An observation's EAFT sums by region, from which any weights follow.
 
-    `thresholds`: one per source (equal ones if pooled). `positions`: int64 [S, R]. `count`, `gate_norm_sum`: float64
+    `thresholds`: one per source (equal ones if pooled). `realised`: the quantiles that a table could cut at, by name, one set per
+    source; None of an exact trace. `positions`: int64 [S, R]. `count`, `gate_norm_sum`: float64
     [L, S, R, E], N and Σgn over the positions of that region routed to the expert; regions in the order of REGIONS.
     """
 
@@ -49,6 +51,7 @@ class Regions:
     positions: Tensor
     count: Tensor
     gate_norm_sum: Tensor
+    realised: tuple[Mapping[str, float], ...] | None = None
 
     def sums(self, alphas: Sequence[Fraction], weights: Sequence[float]) -> Tensor:
         """Σ w·g·n by expert, Tensor[L, E] float64: regions weighed by `weights`, sources by α."""
@@ -77,12 +80,14 @@ def weights_without_conflict(spec: EaftSpec) -> tuple[float, ...]:
     return (weights[OTHER], *weights[1:])
 
 
-def trace_of(observation: Observation) -> Trace:
-    """The observation's EAFT trace. Raises UnusableError where none was collected or it holds numbers that are not finite."""
+def material_of(observation: Observation) -> Trace | Table:
+    """The observation's EAFT material. Raises UnusableError where none was collected or it holds numbers that are not finite."""
     trace = observation.eaft
     if trace is None:
         raise UnusableError("the observation holds no EAFT signals, which eaft-reap and prune.protect.core_per_layer need. Set "
                             "observe.eaft: true and observe again, or choose another criterion.")
+    if isinstance(trace, Table):
+        return trace
     bad = int((~(trace.p.isfinite() & trace.h.isfinite())).sum())
     if bad:
         raise UnusableError(f"the EAFT signals of {bad} of {len(trace)} positions are not finite: the logits overflowed. "
@@ -93,9 +98,12 @@ def trace_of(observation: Observation) -> Trace:
 def measure_regions(observation: Observation, spec: EaftSpec, alphas: Sequence[Fraction]) -> Regions:
     """Sorts every position of the trace into its region and sums N and Σgn by layer, source, region and expert, in float64.
 
-    `alphas` weigh the sources in pooled quantiles. Raises UnusableError without a usable trace.
+    `alphas` weigh the sources in pooled quantiles. Raises UnusableError without usable material, or where a table cannot be cut at
+    the quantiles.
     """
-    trace = trace_of(observation)
+    trace = material_of(observation)
+    if isinstance(trace, Table):
+        return _regions_of_table(trace, spec, alphas)
     sources, experts = len(observation.sources), observation.num_experts
     source = trace.source.long()
     thresholds = source_thresholds(trace, sources, spec, alphas)
@@ -110,6 +118,49 @@ def measure_regions(observation: Observation, spec: EaftSpec, alphas: Sequence[F
     return Regions(spec, thresholds, positions, torch.stack(counts), torch.stack(masses))
 
 
+def region_positions(observation: Observation, spec: EaftSpec, alphas: Sequence[Fraction]) -> Regions:
+    """As `measure_regions`, without the sums: the layers' part of a trace, gigabytes of a large one, is not read."""
+    trace = material_of(observation)
+    if isinstance(trace, Table):
+        return _regions_of_table(trace, spec, alphas)
+    thresholds = source_thresholds(trace, len(observation.sources), spec, alphas)
+    positions = torch.zeros((len(observation.sources), len(REGIONS)), dtype=torch.int64)
+    for source, borders in enumerate(thresholds):
+        mine = trace.source == source
+        positions[source] = torch.bincount(region_of(trace.p[mine], trace.h[mine], borders), minlength=len(REGIONS))
+    return Regions(spec, thresholds, positions, torch.empty(0), torch.empty(0))
+
+
+def _regions_of_table(table: Table, spec: EaftSpec, alphas: Sequence[Fraction]) -> Regions:
+    sources = range(len(table.positions))
+    if spec.thresholds == "pooled":
+        cuts = [_table_borders(table, list(sources), alphas, spec)] * len(sources)
+    else:
+        cuts = [_table_borders(table, [source], (Fraction(1),), spec) for source in sources]
+    positions = torch.zeros(len(sources), len(REGIONS), dtype=torch.int64)
+    shape = (table.count.shape[0], len(sources), len(REGIONS), table.count.shape[-1])
+    count, mass = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
+    for source, (borders, _) in enumerate(cuts):
+        (p_from, p_to), (h_from, h_to) = cell_bounds(table.p_edges[source]), cell_bounds(table.h_edges[source])
+        p_from, p_to = (bound[:, None].expand(P_CELLS, H_CELLS) for bound in (p_from, p_to))
+        region = region_of(p_to, h_to.expand(P_CELLS, H_CELLS), borders, p_from=p_from, h_from=h_from.expand(P_CELLS, H_CELLS)).flatten()
+        positions[source].index_add_(0, region, table.positions[source].flatten())
+        count[:, source].index_add_(1, region, table.count[:, source].flatten(1, 2))
+        mass[:, source].index_add_(1, region, table.gate_norm_sum[:, source].flatten(1, 2))
+    return Regions(spec, tuple(borders for borders, _ in cuts), positions, count, mass, tuple(realised for _, realised in cuts))
+
+
+def _table_borders(table: Table, sources: list[int], alphas: Sequence[Fraction], spec: EaftSpec) -> tuple[Thresholds, dict[str, float]]:
+    by_p = (table.p_edges[sources], table.positions[sources].sum(2))
+    by_h = (table.h_edges[sources], table.positions[sources].sum(1))
+    quantiles, good = spec.quantiles, spec.good
+    found = {"p_low": border(*by_p, alphas, quantiles.p_low, "quantiles.p_low"), "h_low": border(*by_h, alphas, quantiles.h_low, "quantiles.h_low"),
+             "h_high": border(*by_h, alphas, quantiles.h_high, "quantiles.h_high", upward=True)}
+    if good != "rest":
+        found |= {"p_high": border(*by_p, alphas, good.p_high, "good.p_high", upward=True), "h_mid": border(*by_h, alphas, good.h_mid, "good.h_mid")}
+    return Thresholds(**{name: each.value for name, each in found.items()}), {name: each.realised for name, each in found.items()}
+
+
 def _layer_sums(expert: Tensor, gate_norm: Tensor, group: Tensor, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
     """N and Σgn [S, R, E] of one layer; `expert`, `gate_norm`: [T, top_k], `group`: [T] = source and region together."""
     cells = math.prod(shape)
@@ -122,12 +173,15 @@ def _layer_sums(expert: Tensor, gate_norm: Tensor, group: Tensor, shape: tuple[i
     return count.view(shape), mass.view(shape)
 
 
-def region_of(p: Tensor, h: Tensor, borders: Thresholds) -> Tensor:
-    """The region of each position, int64: conflict first, then uncertain, then good, then other."""
+def region_of(p: Tensor, h: Tensor, borders: Thresholds, *, p_from: Tensor | None = None, h_from: Tensor | None = None) -> Tensor:
+    """The region of each position, int64: conflict first, then uncertain, then good, then other. Of cells: `p`, `h` are the greatest
+    values they can hold, `p_from`, `h_from` the least.
+    """
+    p_from, h_from = p if p_from is None else p_from, h if h_from is None else h_from
     wrong = p <= borders.p_low
-    good = torch.ones_like(wrong) if borders.p_high is None else (p >= borders.p_high) & (h <= borders.h_mid)
+    good = torch.ones_like(wrong) if borders.p_high is None else (p_from >= borders.p_high) & (h <= borders.h_mid)
     region = torch.where(good, GOOD, OTHER)
-    region = torch.where(wrong & (h >= borders.h_high), UNCERTAIN, region)
+    region = torch.where(wrong & (h_from >= borders.h_high), UNCERTAIN, region)
     return torch.where(wrong & (h <= borders.h_low), CONFLICT, region)
 
 
@@ -179,10 +233,11 @@ def summarise(regions: Regions, sources: Sequence[str], alphas: Sequence[Fractio
     spec = regions.spec
     positions = regions.positions.tolist()
     pooled = spec.thresholds == "pooled"
-    named = [("pooled", regions.thresholds[0])] if pooled else zip(sources, regions.thresholds, strict=True)
+    named = [("pooled", regions.thresholds[0])] if pooled else list(zip(sources, regions.thresholds, strict=True))
     shares = {name: _shares(row) for name, row in zip(sources, positions, strict=True)}
     whole = [sum(alpha * row[region] for row, alpha in zip(positions, alphas, strict=True)) for region in range(len(REGIONS))]
-    return {"thresholds": {name: _finite(borders) for name, borders in named},
+    realised = regions.realised and dict(zip([name for name, _ in named], regions.realised, strict=False))
+    return {"thresholds": {name: _finite(borders) for name, borders in named}, "realised": realised,
             "weights": dict(zip(REGIONS, region_weights(spec), strict=True)),
             "positions": {name: dict(zip(REGIONS, row, strict=True)) for name, row in zip(sources, positions, strict=True)},
             "shares": {"all": _shares(whole), **shares}}

@@ -20,9 +20,12 @@ from reapkit.planning import Plan
 COMPUTE_BYTES = 2  # bf16: FP8 and MXFP4 weights are dequantized to it
 LOGITS_BYTES = 256_000_000  # logits are taken in chunks of this size
 HIDDEN_COPIES = 8  # hidden-sized tensors that live at once in a decoder layer: residual, norms, attention in- and outputs
-STREAMED_LAYERS = 3  # one computing, one read ahead, and what its conversion to stacked experts holds meanwhile
+STREAMED_LAYERS = 2  # one computing, one read ahead, each in a block that is filled again (measured by benchmarks/streaming.py)
+READ_BUFFER_BYTES = 100_000_000  # what is cast or dequantized at once, the hashes' chunks, kernels that torch keeps
 SAFE_SHARE = 0.85  # of what is free; the rest is for fragmentation and the libraries themselves
 HOST_BASE_BYTES = 2_000_000_000  # Python, torch, transformers
+REROUTE_WIDTH = 256  # numbers kept of an expert's output on a sampled token: inner products with the others, at most this many projections
+REROUTE_CHUNK_BYTES = 512 << 20  # of all experts' outputs held at once
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,17 @@ class Machine:
 
 
 @dataclass(frozen=True)
+class Reroute:
+    """The reroute sample: tokens, FLOPs of all experts on it in all layers, bytes on the device while one layer's path is found, and
+    bytes of block inputs that wait on disk."""
+
+    tokens: int
+    flops: float
+    device: int
+    waiting: int
+
+
+@dataclass(frozen=True)
 class Estimates:
     """`tokens`: of the calibration, exact once it is prepared, else at most. `flops`: of the observing forward. `hidden_bytes`: what waits
     between two layers in streaming; `written`: bytes that stages still to run leave on disk."""
@@ -58,12 +72,16 @@ class Estimates:
     fits: bool
     waves: int
     host_budget: int
+    reroute: Reroute | None = None
 
 
 def estimate(plan: Plan) -> Estimates:
     """The figures of a plan on this machine."""
     tokens, exact = _tokens(plan)
     footprints, hidden = _footprints(plan, tokens)
+    reroute = _reroute(plan, tokens)
+    if reroute is not None:
+        footprints = {name: Footprint(each.device + reroute.device, each.host) for name, each in footprints.items()}
     machine = machine_memory()
     placement = plan.recipe.runtime.placement
     if placement == "auto":
@@ -74,7 +92,7 @@ def estimate(plan: Plan) -> Estimates:
     waves = 1 if placement == "resident" or plan.recipe.runtime.offload_directory else max(1, waves)
     fits = footprints[placement].device <= (machine.host if machine.device is None else machine.device) and footprints[placement].host <= machine.host
     return Estimates(tokens, exact, 2.0 * plan.base.active_parameters * tokens, footprints, hidden,
-                     plan.checkpoint.nbytes * (waves if placement == "streaming" else 1), _written(plan), machine, placement, fits, waves, budget)
+                     plan.checkpoint.nbytes * (waves if placement == "streaming" else 1), _written(plan), machine, placement, fits, waves, budget, reroute)
 
 
 def choose_placement(resident: Footprint, machine: Machine) -> str:
@@ -124,7 +142,21 @@ def _footprints(plan: Plan, tokens: int) -> tuple[dict[str, Footprint], int]:
     statistics = len(plan.layout.layers) * len(plan.recipe.calibration.mix) * plan.checkpoint.architecture.num_experts * 8 * 20
     statistics += len(plan.layout.layers) * len(plan.recipe.calibration.mix) * plan.checkpoint.architecture.num_experts ** 2 * 8
     return {"resident": Footprint(rest + sum(weights.values()) + batch, HOST_BASE_BYTES + statistics),
-            "streaming": Footprint(rest + STREAMED_LAYERS * largest + batch, HOST_BASE_BYTES + statistics + largest)}, hidden
+            "streaming": Footprint(rest + STREAMED_LAYERS * largest + READ_BUFFER_BYTES + batch, HOST_BASE_BYTES + statistics + largest)}, hidden
+
+
+def _reroute(plan: Plan, tokens: int) -> Reroute | None:
+    """Every expert computes every sampled token once: two FLOPs per weight of its three matrices, and the inner products."""
+    sampled = min(plan.recipe.observe.reroute_tokens, tokens)
+    if not sampled:
+        return None
+    text, experts, layers = text_config(plan.checkpoint.config), plan.checkpoint.architecture.num_experts, len(plan.layout.layers)
+    hidden, kept = int(text["hidden_size"]), min(experts, REROUTE_WIDTH)
+    inner = int(text.get("moe_intermediate_size") or text.get("intermediate_size") or hidden)
+    flops = 2.0 * layers * sampled * experts * hidden * (3 * inner + kept)
+    waiting = sampled * hidden * COMPUTE_BYTES * (layers if plan.recipe.runtime.placement != "streaming" else 1)
+    chunk = min(REROUTE_CHUNK_BYTES, 4 * sampled * experts * hidden)
+    return Reroute(sampled, flops, 4 * sampled * experts * kept + 2 * chunk, waiting)
 
 
 def layer_weights(checkpoint: Checkpoint, layout: Layout) -> dict[int | None, int]:

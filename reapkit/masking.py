@@ -49,7 +49,7 @@ def masked(model: nn.Module, keep: Mapping[int, Sequence[int]], experts_per_toke
     with ExitStack() as stack:
         for layer, site in sites.items():
             if layer in kept:
-                stack.enter_context(_sliced(site, kept[layer]))
+                stack.enter_context(sliced_routing(site, kept[layer]))
             if experts_per_token is not None:
                 stack.enter_context(_routing_to(site, experts_per_token))
         stack.enter_context(intercepted(tuple(sites.values()), _back_to_original(kept, experts_per_token)))
@@ -86,32 +86,40 @@ def routing_modules(site: RoutedExperts) -> Iterator[tuple[str, nn.Module]]:
 
 
 @contextmanager
-def _sliced(site: RoutedExperts, kept: Tensor) -> Iterator[None]:
-    """Router tensors hold only the kept rows, and the counts beside them say so."""
-    total = site.num_experts
-    _refuse_bad_keep(site, kept)
+def sliced_routing(site: RoutedExperts, kept: Tensor) -> Iterator[None]:
+    """Inside the block the router's tensors hold only the rows of `kept` (int64, ascending), and the counts beside them say so."""
     undo: list[tuple[dict[str, Any], str, Any]] = []
     try:
-        rows = 0
-        for _, module in routing_modules(site):
-            for store in (module._parameters, module._buffers):
-                for key, tensor in list(store.items()):
-                    if tensor is None or total not in tensor.shape:
-                        continue
-                    part = tensor.detach().index_select(tensor.shape.index(total), kept.to(tensor.device))
-                    _set(undo, store, key, nn.Parameter(part, requires_grad=False) if store is module._parameters else part)
-                    rows += 1
-            for key, value in list(vars(module).items()):
-                if _is_count(key, value, total):
-                    _set(undo, vars(module), key, len(kept))
-        if not rows:
-            raise UnusableError(
-                f"layer {site.layer}: no tensor with {total} rows beside {site.name}, so its router cannot be masked."
-            )
+        slice_routing(site, kept, undo)
         yield
     finally:
         for store, key, value in reversed(undo):
             store[key] = value
+
+
+def slice_routing(site: RoutedExperts, kept: Tensor, undo: list[tuple[dict[str, Any], str, Any]]) -> None:
+    """Slices the router to the rows of `kept` (int64, ascending); what each (store, key) held before is appended to `undo`.
+
+    Raises UnusableError where the router cannot route to `kept`, or has no rows to slice.
+    """
+    total = site.num_experts
+    _refuse_bad_keep(site, kept)
+    rows = 0
+    for _, module in routing_modules(site):
+        for store in (module._parameters, module._buffers):
+            for key, tensor in list(store.items()):
+                if tensor is None or total not in tensor.shape:
+                    continue
+                part = tensor.detach().index_select(tensor.shape.index(total), kept.to(tensor.device))
+                _set(undo, store, key, nn.Parameter(part, requires_grad=False) if store is module._parameters else part)
+                rows += 1
+        for key, value in list(vars(module).items()):
+            if _is_count(key, value, total):
+                _set(undo, vars(module), key, len(kept))
+    if not rows:
+        raise UnusableError(
+            f"layer {site.layer}: no tensor with {total} rows beside {site.name}, so its router cannot be masked."
+        )
 
 
 def _is_count(name: str, value: Any, total: int) -> bool:

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from reapkit.eaft_table import Table
 from reapkit.errors import UnusableError
 
 SUMS = ("count", "gate_sum", "norm_sum", "gate_norm_sum", "gate_norm_sq_sum")
@@ -82,6 +83,32 @@ def _link_or_copy(source: Path, target: Path) -> None:
 
 
 @dataclass(frozen=True, eq=False)
+class Reroute:
+    """What removal costs on a sample of tokens once they are re-routed (see reroute), by layer.
+
+    Paths are those of each source, of all sources with equal weights, and of the mix by its scored tokens: S + 2 in this order.
+    `tokens` int64 [S]: sampled of each source. `order` int64 [L, S + 2, E]: experts as the backward greedy path removes them, -1
+    beyond the last that can go. `error` float64 [L, S + 2, E]: mean ‖y(A) − y(all)‖² / ‖r‖² once each is gone. `single` float64
+    [L, S, E]: the same summed over a source's tokens after removing one expert alone.
+    """
+
+    tokens: Tensor
+    order: Tensor
+    error: Tensor
+    single: Tensor
+
+
+class Columns(dict[str, Tensor]):
+    """Statistics by name; one that was not measured, as in an observation made by another tool, says so when it is asked for."""
+
+    def __missing__(self, name: str) -> Tensor:
+        raise UnusableError(
+            f"this observation has no {name}: whoever made it did not measure it. "
+            "Choose what does without it, or observe with reapkit."
+        )
+
+
+@dataclass(frozen=True, eq=False)
 class Observation:
     """Statistics of L MoE layers, S sources of the mix and E experts over the scored positions; two of the same model add up.
 
@@ -90,7 +117,7 @@ class Observation:
     hands it to its experts and n the L2 norm of the expert's output before the gate. `maxima`: float32 [L, S, E] each, by the
     names of MAXIMA: over every position that is not padding, and (`…_scored`) over the scored ones. `coactivation`: int64 [L,
     S, E, E], positions routed to both. `snapshots`: float64 [4, L, S, E], `count` and `gate_norm_sum` after 1/16, 1/8, 1/4 and
-    1/2 of the rows. `eaft`: the trace.
+    1/2 of the rows. `eaft`: the trace, or a table. `reroute`: removal paths, which do not add up: a sum of two observations has none.
     """
 
     model_type: str
@@ -104,15 +131,16 @@ class Observation:
     maxima: Mapping[str, Tensor]
     coactivation: Tensor | None
     snapshots: Mapping[str, Tensor]
-    eaft: Trace | None = None
+    eaft: Trace | Table | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
+    reroute: Reroute | None = None
 
     def save(self, directory: Path) -> None:
         """Writes observation.safetensors, observation.json and, where there is a trace, trace.safetensors: equal inputs, equal
         bytes.
         """
         directory.mkdir(parents=True, exist_ok=True)
-        if self.eaft is not None:
+        if isinstance(self.eaft, Trace):
             self.eaft.save(directory / "trace.safetensors", self.layers)
         save_file(
             {name: tensor.contiguous() for name, tensor in self._tensors().items()}, directory / "observation.safetensors"
@@ -126,7 +154,7 @@ class Observation:
             "sources": list(self.sources),
             "tokens": self.tokens.tolist(),
             "scored_tokens": self.scored_tokens.tolist(),
-            "eaft": self.eaft is not None,
+            "eaft": isinstance(self.eaft, Trace),
             "meta": dict(self.meta),
         }
         (directory / "observation.json").write_text(json.dumps(facts, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
@@ -148,7 +176,7 @@ class Observation:
             )
         with safe_open(directory / "observation.safetensors", "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        trace = Trace.load(directory / "trace.safetensors") if facts["eaft"] else None
+        trace = Trace.load(directory / "trace.safetensors") if facts["eaft"] else Table.from_tensors(tensors)
         return cls(
             model_type=facts["model_type"],
             layers=tuple(facts["layers"]),
@@ -157,17 +185,22 @@ class Observation:
             sources=tuple(facts["sources"]),
             tokens=tensors["tokens"],
             scored_tokens=tensors["scored_tokens"],
-            statistics={name: tensors[name] for name in SUMS},
-            maxima={name: tensors[name] for name in MAXIMA},
+            statistics=Columns((name, tensors[name]) for name in SUMS if name in tensors),
+            maxima=Columns((name, tensors[name]) for name in MAXIMA if name in tensors),
             coactivation=tensors.get("coactivation"),
-            snapshots={name: tensors[f"snapshots.{name}"] for name in SNAPSHOTS},
+            snapshots=Columns((name, tensors[f"snapshots.{name}"]) for name in SNAPSHOTS if f"snapshots.{name}" in tensors),
             eaft=trace,
+            reroute=_reroute(tensors),
             meta=facts["meta"],
         )
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {"tokens": self.tokens, "scored_tokens": self.scored_tokens, **self.statistics, **self.maxima}
         tensors |= {f"snapshots.{name}": tensor for name, tensor in self.snapshots.items()}
+        if isinstance(self.eaft, Table):
+            tensors |= self.eaft.tensors()
+        if self.reroute is not None:
+            tensors |= {f"reroute.{name}": tensor for name, tensor in vars(self.reroute).items()}
         return tensors if self.coactivation is None else tensors | {"coactivation": self.coactivation}
 
     def __add__(self, other: Observation) -> Observation:
@@ -186,7 +219,11 @@ class Observation:
         a, b = self.with_sources(sources), other.with_sources(sources)
         coactivation = None if a.coactivation is None or b.coactivation is None else a.coactivation + b.coactivation
         trace = None
-        if self.eaft is not None and other.eaft is not None:
+        if isinstance(self.eaft, Table) or isinstance(other.eaft, Table):
+            if self.eaft is not None and other.eaft is not None:
+                raise UnusableError("EAFT tables of p and H have edges of their own and cannot be added. Observe with a larger "
+                                    "observe.trace_bytes, or with observe.eaft: false.")
+        elif self.eaft is not None and other.eaft is not None:
             trace = self.eaft.then(other.eaft, torch.tensor([sources.index(name) for name in other.sources]))
         return replace(
             a,
@@ -197,6 +234,7 @@ class Observation:
             coactivation=coactivation,
             snapshots={name: a.snapshots[name] + b.snapshots[name] for name in SNAPSHOTS},
             eaft=trace,
+            reroute=None,
         )
 
     def saliency(self, criterion: str = "reap", **settings: Any) -> Tensor:
@@ -223,11 +261,12 @@ class Observation:
             sources=sources,
             tokens=spread(self.tokens, 0),
             scored_tokens=spread(self.scored_tokens, 0),
-            statistics={name: spread(tensor, 1) for name, tensor in self.statistics.items()},
-            maxima={name: spread(tensor, 1) for name, tensor in self.maxima.items()},
+            statistics=Columns((name, spread(tensor, 1)) for name, tensor in self.statistics.items()),
+            maxima=Columns((name, spread(tensor, 1)) for name, tensor in self.maxima.items()),
             coactivation=None if self.coactivation is None else spread(self.coactivation, 1),
-            snapshots={name: spread(tensor, 2) for name, tensor in self.snapshots.items()},
+            snapshots=Columns((name, spread(tensor, 2)) for name, tensor in self.snapshots.items()),
             eaft=None,
+            reroute=None,
         )
 
     def _identity(self) -> dict[str, Any]:
@@ -239,3 +278,9 @@ class Observation:
             "num_experts_per_tok": self.num_experts_per_tok,
             "entropy_top_k": self.meta.get("entropy_top_k"),
         }
+
+
+def _reroute(tensors: Mapping[str, Tensor]) -> Reroute | None:
+    if "reroute.order" not in tensors:
+        return None
+    return Reroute(**{name: tensors[f"reroute.{name}"] for name in Reroute.__dataclass_fields__})

@@ -30,8 +30,8 @@ from reapkit.resolve import model_checkpoint, source_identity, template_identity
 from reapkit.schemes import check_quantize, quantized_bytes, scheme_of, targets
 from reapkit.store import Artifact, Store
 
-STAGES = ("calibrate", "packs", "observe", "select", "evaluate", "prune", "quantize", "verify", "report")
-VERSIONS = {"calibrate": 1, "packs": 1, "observe": 1, "select": 1, "evaluate": 1, "prune": 1, "quantize": 1, "verify": 1, "report": 1}
+STAGES = ("calibrate", "packs", "observe", "select", "repair", "evaluate", "prune", "quantize", "verify", "report")
+VERSIONS = {"calibrate": 1, "packs": 1, "observe": 1, "select": 1, "repair": 1, "evaluate": 2, "prune": 1, "quantize": 2, "verify": 2, "report": 2}
 """Raised by one whenever a stage's code would give other bytes for the same spec."""
 
 
@@ -166,9 +166,10 @@ def _check(loaded: LoadedRecipe, checkpoint: Checkpoint, layout: Layout) -> tupl
     except RecipeError as error:
         problems += error.problems
     problems += check_quantize(checkpoint, recipe.quantize) + _length_problems(recipe, checkpoint)
-    problems += _unavailable(recipe, layout) + _source_problems(recipe)
+    problems += _unavailable(recipe, layout, checkpoint) + _source_problems(recipe)
     problems += [Problem(f"saliency.mix.{name}", f"no source of calibration.mix has this name.{closest(name, names)} Allowed: {', '.join(names)}.")
                  for name in recipe.saliency.mix or {} if name not in names]
+    problems += _unmeasured(recipe)
     problems += [problem for i, name in enumerate(recipe.evaluate.controls)
                  if (problem := criterion_problem(name, f"evaluate.controls[{i}]"))]
     for gates in (recipe.evaluate.gates, recipe.evaluate.gates_quantized):
@@ -196,13 +197,23 @@ def _source_problems(recipe: Recipe) -> list[Problem]:
     return problems
 
 
-def _unavailable(recipe: Recipe, layout: Layout) -> list[Problem]:
+def _unmeasured(recipe: Recipe) -> list[Problem]:
+    """Criteria that need what the observation would not collect."""
+    if recipe.observe.reroute_tokens:
+        return []
+    grid = recipe.prune.candidates.criterion if recipe.prune.candidates else None
+    named = {f"prune.candidates.criterion[{i}]": name for i, name in enumerate(grid)} if grid else {"saliency.criterion": recipe.saliency.criterion}
+    named |= {f"evaluate.controls[{i}]": name for i, name in enumerate(recipe.evaluate.controls)}
+    return [Problem(path, f"{name} is measured while observing, and observe.reroute_tokens is 0. Set it to 8192.")
+            for path, name in named.items() if name in ("reroute", "reroute-single")]
+
+
+def _unavailable(recipe: Recipe, layout: Layout, checkpoint: Checkpoint) -> list[Problem]:
     """What the language can say and this version cannot do: refused, never silently left out."""
     problems = []
-    if recipe.prune.repair is not None:
-        problems.append(Problem("prune.repair", "ridge is not available in this version. Remove it."))
-    if recipe.observe.reroute_tokens:
-        problems.append(Problem("observe.reroute_tokens", "the reroute criterion is not available in this version. Set it to 0."))
+    if recipe.prune.repair is not None and "quantization_config" in checkpoint.config:
+        problems.append(Problem("prune.repair", "ridge re-fits plain weights, but this checkpoint is quantized. Start from its bfloat16 version, "
+                                                "or remove it."))
     if recipe.prune.mtp == "observe" and layout.mtp_tensors:
         problems.append(Problem("prune.mtp", "observing multi-token-prediction blocks is not available in this version. Choose drop or auto "
                                              "(which drops them)."))
@@ -240,6 +251,7 @@ def _specs(loaded: LoadedRecipe, checkpoint: Checkpoint, grid: tuple[Candidate, 
     calibrated = quantizes and (recipe.quantize.method != "rtn" or recipe.quantize.recipe is not None)
     final = "quantize" if quantizes else "prune"
     evaluate, prune = recipe.evaluate, recipe.prune
+    repaired = () if prune.repair is None else ("repair",)
     specs = {
         "calibrate": ({"calibration": _dump(recipe.calibration), "sources": sources, "tokenizer": tokenizer,
                        "chat_template": template_identity(recipe.calibration.chat_template, directory)}, (), ()),
@@ -248,18 +260,22 @@ def _specs(loaded: LoadedRecipe, checkpoint: Checkpoint, grid: tuple[Candidate, 
         "observe": ({"observe": _dump(recipe.observe), "model": model}, ("calibrate",), ()),
         "select": ({"saliency": _dump(recipe.saliency), "own_criteria": _own_criteria(grid, evaluate.controls), "prune": _dump(prune, exclude={"repair", "mtp"}),
                     "controls": list(evaluate.controls)}, ("observe",), ()),
-        "evaluate": ({"evaluate": _dump(evaluate, exclude={"gates_quantized", "on_reject", "on_undecided", "lm_eval"})},
-                     ("packs", "select"), ()),
+        **({"repair": ({"repair": prune.repair, "model": model}, ("calibrate", "select"), ())} if repaired else {}),
+        "evaluate": ({"evaluate": _dump(evaluate, exclude={"gates_quantized", "on_reject", "on_undecided", "lm_eval", "throughput",
+                                                           "equal_bytes"})},
+                     ("packs", "select", *repaired), ()),
         "prune": ({"candidate": winner, "mtp": prune.mtp, "repair": prune.repair, "model": model,
-                   "max_shard_bytes": recipe.output.max_shard_bytes}, ("select",), ("evaluate",)),
+                   "max_shard_bytes": recipe.output.max_shard_bytes}, ("select", *repaired), ("evaluate",)),
     }
     if quantizes:
         specs["quantize"] = ({"quantize": _dump(recipe.quantize), "max_shard_bytes": recipe.output.max_shard_bytes},
                              ("prune", "calibrate") if calibrated else ("prune",), ())
-    specs["verify"] = ({"gates_quantized": _dump(evaluate)["gates_quantized"], "lm_eval": _dump(evaluate)["lm_eval"]}, tuple(dict.fromkeys(("packs", "select", "prune", final))), ())
+    alone = {"group_size": recipe.quantize.group_size, "ignore": list(recipe.quantize.ignore)} if evaluate.equal_bytes else None
+    specs["verify"] = ({**{name: _dump(evaluate)[name] for name in ("gates_quantized", "lm_eval", "throughput")}, "equal_bytes": alone},
+                       tuple(dict.fromkeys(("packs", "select", *repaired, "prune", final))), ())
     specs["report"] = ({"name": recipe.name, "description": recipe.description, "card": recipe.output.card,
                         "source": recipe.model.source},
-                       tuple(dict.fromkeys(("calibrate", "observe", "select", "evaluate", "prune", final, "verify"))), ())
+                       tuple(dict.fromkeys(("calibrate", "observe", "select", *repaired, "evaluate", "prune", final, "verify"))), ())
     return specs
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from reapkit.errors import ReapkitError, RejectedByGates, StageFailed, UnusableError
+from reapkit.errors import ReapkitError, RecipeError, RejectedByGates, StageFailed, UnusableError
 from reapkit.estimates import missing_disk
 from reapkit.lock import make_lock, versions
 from reapkit.planning import STAGES, Plan, Stage, make_plan, store_of
@@ -24,7 +24,7 @@ from reapkit.report.facts import recipe_yaml
 from reapkit.stages import Context
 from reapkit.store import Artifact, write_json
 
-LINKS = {"calibrate": "calibration", "packs": "packs", "observe": "observation", "select": "selection", "evaluate": "evaluation",
+LINKS = {"calibrate": "calibration", "packs": "packs", "observe": "observation", "select": "selection", "repair": "repair", "evaluate": "evaluation",
          "prune": "pruned", "quantize": "quantized", "verify": "verification", "report": "report"}
 RESUMED_IN_PLACE = ("prune",)  # it knows what an earlier attempt finished; other stages keep partial work in `work`
 MODEL_STAGES = ("prune", "quantize")
@@ -63,6 +63,17 @@ def run_directory(plan: Plan) -> Path:
     return Path(plan.recipe.output.directory or f"runs/{plan.recipe.name}")
 
 
+def _check_raw_recipe(loaded: LoadedRecipe) -> None:
+    """llm-compressor's own classes read a raw recipe before any stage runs. Raises RecipeError with its place."""
+    if loaded.recipe.quantize.recipe is not None:
+        from reapkit.quantize.calibrated import raw_modifiers
+
+        try:
+            raw_modifiers(loaded.recipe.quantize)
+        except RecipeError as error:
+            raise loaded.located(error) from error
+
+
 def apply(recipe: Recipe | LoadedRecipe | str | Path, *, until: str | None = None, progress: Progress = SILENT) -> Run:
     """Runs the recipe to its end, or to the end of stage `until`. Finished stages are skipped, interrupted ones resumed.
 
@@ -72,6 +83,7 @@ def apply(recipe: Recipe | LoadedRecipe | str | Path, *, until: str | None = Non
     if shortage := missing_disk(make_plan(loaded)):
         raise UnusableError(f"disk: {shortage}")
     plan = make_plan(loaded, download=True)
+    _check_raw_recipe(loaded)
     run = Run(plan, run_directory(plan))
     try:
         for name in [stage.name for stage in plan.stages]:
@@ -134,7 +146,9 @@ def _remark(artifact: Artifact) -> str:
     summary = artifact.summary
     if artifact.stage == "observe":
         return f", {summary['tokens']:,} tokens, {summary['tokens_per_second']:,} tokens/s"
-    return f". {summary['advice']}" if artifact.stage == "evaluate" else ""
+    if artifact.stage != "evaluate":
+        return ""
+    return f". {summary['advice']}" if summary["verdict"] == "pass" else f": {summary['verdict']}"  # the reasons come with the error
 
 
 def _execute(run: Run, stage: Stage, progress: Progress) -> Artifact:
@@ -171,16 +185,20 @@ def _stop_if_rejected(run: Run, progress: Progress) -> None:
     action = {"reject": evaluate.on_reject, "undecided": evaluate.on_undecided}.get(summary["verdict"], "go on")
     if action == "stop":
         write_rejected_report(run.plan, run.artifacts, run.directory)
-        raise RejectedByGates(summary["advice"])
+        raise RejectedByGates(f"{summary['advice']}\nNo weight was written. All numbers: {run.directory / 'report.html'}")
     if action == "warn":
         progress.warn(summary["advice"])
         run.warnings.append(summary["advice"])
 
 
 def _stop_if_final_rejected(run: Run) -> None:
-    summary = run.summary("verify")
-    if summary.get("verdict") == "reject":
-        raise RejectedByGates(summary["advice"])
+    """A rejected directory is not published; an undecided one is there, and the command says that nobody knows yet."""
+    summary, evaluate = run.summary("verify"), run.plan.recipe.evaluate
+    final = next((LINKS[stage] for stage in reversed(MODEL_STAGES) if stage in run.artifacts), "")
+    where = {"reject": f"It was kept as {run.directory / f'{final}.rejected'}, unpublished.",
+             "undecided": f"It was written to {run.directory / final}, and not uploaded."}.get(summary.get("verdict"))
+    if where and (summary["verdict"] == "reject" or evaluate.on_undecided == "stop"):
+        raise RejectedByGates(f"{summary['advice']}\n{where} All numbers: {run.directory / 'report.html'}")
 
 
 def _drop_unwanted(run: Run) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +18,9 @@ from torch import Tensor
 from reapkit.criteria import user_criterion
 from reapkit.eaft import Regions, eaft_saliency, measure_regions, region_weights
 from reapkit.errors import Problem, RecipeError, UnusableError
-from reapkit.observation import MAXIMA, SUMS, Observation
+from reapkit.observation import MAXIMA, SUMS, Columns, Observation
 from reapkit.recipe.schema import SaliencySpec
+from reapkit.removal import REROUTE, removal
 
 
 
@@ -43,6 +45,11 @@ class Totals:
     norm_max_scored: Tensor
     gate_norm_max_scored: Tensor
     activation_max_scored: Tensor
+
+    def __getattribute__(self, name: str) -> Any:
+        """What the observation does not have cannot be asked for. Raises UnusableError."""
+        value = super().__getattribute__(name)
+        return Columns()[name] if value is None else value
 
     def mean(self, sums: Tensor, prior_count: float = 0.0) -> Tensor:
         """Σ / (N + λ) with λ in tokens; an expert without tokens becomes 0/0 = NaN unless λ > 0, and ranks last either way."""
@@ -79,8 +86,8 @@ def totals(observation: Observation, mix: Mapping[str, Decimal] | None = None) -
     """
     alphas = source_alphas(observation, mix)
     return Totals(observation.layers, mean_alpha(observation, alphas),
-                  **{name: add_sources(observation.statistics[name], alphas) for name in SUMS},
-                  **{name: _largest(observation.maxima[name], alphas) for name in MAXIMA})
+                  **{name: add_sources(observation.statistics[name], alphas) if name in observation.statistics else None for name in SUMS},
+                  **{name: _largest(observation.maxima[name], alphas) if name in observation.maxima else None for name in MAXIMA})
 
 
 def mean_alpha(observation: Observation, alphas: tuple[Fraction, ...]) -> float:
@@ -155,7 +162,8 @@ FORMULAS = {"reap": "Σgn", "ean-mean": "Σn", "eaft-reap": "Σwgn"}
 
 def formula(spec: SaliencySpec) -> str:
     """What is computed for each expert, in the words of the report."""
-    fixed = {"ean": "Σn", "frequency": "N", "weighted-frequency": "Σg", "random": f"random (seed {spec.seed})"}
+    fixed = {"reroute": "‖y(A) − y‖² / ‖r‖² along the removal path", "reroute-single": "‖y(A) − y‖² / ‖r‖² without it alone",
+             "ean": "Σn", "frequency": "N", "weighted-frequency": "Σg", "random": f"random (seed {spec.seed})"}
     if spec.criterion not in FORMULAS:
         return fixed.get(spec.criterion, spec.criterion)
     if spec.reduction == "sum":
@@ -179,6 +187,8 @@ def saliency(observation: Observation, spec: SaliencySpec, regions: Regions | No
         values = eaft_saliency(regions, alphas, weights or region_weights(spec.eaft), mean=spec.reduction == "mean",
                                prior_count=spec.prior_count * summed.mean_alpha)
         routed = regions.counts(alphas) > 0
+    elif spec.criterion in REROUTE:
+        values, routed = removal(observation, spec.criterion, source_alphas(observation, spec.mix)).saliency, summed.count > 0
     else:
         criterion = CRITERIA.get(spec.criterion) or user_criterion(spec.criterion)
         values, routed = _checked_shape(criterion(summed, spec), summed, spec.criterion), summed.count > 0

@@ -74,6 +74,9 @@ def _estimate_tables(plan: Plan) -> list[Table | str]:
     memory.add_row("free here", free, human_bytes(found.machine.host), "no accelerator" if found.machine.device is None else "")
     lines = [f"observe: {'' if found.tokens_exact else 'at most '}{found.tokens:,} tokens, {found.flops:.2g} FLOP, "
              f"{human_bytes(found.bytes_read)} read"]
+    if found.reroute is not None:
+        lines.append(f"reroute: {found.reroute.tokens:,} tokens through every expert, {found.reroute.flops:.2g} FLOP, {human_bytes(found.reroute.device)} "
+                     f"on the device, {human_bytes(found.reroute.waiting)} on disk")
     if not found.fits:
         lines.append(f"memory: {found.placement} does not fit into what is free here; lower runtime.batch_tokens or use a larger machine")
     elif found.placement == "streaming":
@@ -120,7 +123,7 @@ def result_table(verification: Mapping[str, Any]) -> Table:
     """Base, pruned and quantized side by side: experts, bytes, perplexity and KL on the confirm rows."""
     table = _table("Measured on held-out rows kept for the final numbers",
                    [("", "left"), ("experts", "right"), ("size", "right"), ("perplexity", "right"), ("KL", "right"), ("top-1 same", "right")])
-    for row in verification["rows"]:
+    for row in (*verification["rows"], *filter(None, [verification.get("equal_bytes")])):
         table.add_row(row["name"], str(row["experts"]), human_bytes(row["bytes"]), f"{row['perplexity']:.3f}", f"{row['kl_mean']:.4f}",
                       f"{row['top1_agreement']:.1%}")
     return table

@@ -15,6 +15,7 @@ from reapkit.criteria import criterion_fingerprint, criterion_problem, user_crit
 from reapkit.errors import RecipeError
 from reapkit.recipe.loading import load
 from reapkit.recipe.schema import BUILTIN_CRITERIA
+from reapkit.removal import REROUTE
 from reapkit.saliency import CRITERIA, saliency
 
 
@@ -30,7 +31,7 @@ def installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def test_every_built_in_name_is_computed() -> None:
-    assert set(BUILTIN_CRITERIA) == {*CRITERIA, "eaft-reap"}
+    assert set(BUILTIN_CRITERIA) == {*CRITERIA, "eaft-reap", *REROUTE}
     assert all(criterion_problem(name) is None and criterion_fingerprint(name) is None for name in BUILTIN_CRITERIA)
 
 
@@ -48,7 +49,7 @@ def test_what_is_no_function_is_refused(installed: Path) -> None:
 def test_an_unknown_name_lists_the_known_ones(installed: Path) -> None:
     problem = criterion_problem("stedy", "prune.candidates.criterion[2]")
     assert str(problem) == ("prune.candidates.criterion[2]: found 'stedy'. Known: reap, eaft-reap, frequency, "
-                            "weighted-frequency, ean, ean-mean, random, number, steady, or your own as module:function. Did "
+                            "weighted-frequency, ean, ean-mean, reroute, reroute-single, random, number, steady, or your own as module:function. Did "
                             "you mean 'steady'?")
     with pytest.raises(RecipeError, match="found 'nothing like it'. Known: reap, .* as module:function.$"):
         user_criterion("nothing like it")

@@ -13,12 +13,12 @@ PACKAGE = Path(__file__).parents[1] / "reapkit"
 FLOORS = {
     0: "errors hashing progress",
     1: "recipe architecture gates criteria",
-    2: "checkpoint hub layout schemes store builtin resolve layer_budget",
+    2: "checkpoint shards hub layout schemes store builtin resolve layer_budget",
     3: "allocation budget planning lock starter differences estimates tables",
-    4: "observation saliency selection decision eaft statistics metrics",
-    5: "models masking calibration observe surgery",
-    6: "stages quantize evaluate verify report",
-    7: "run export inspection",
+    4: "observation saliency selection decision eaft eaft_table statistics metrics ridge reroute removal",
+    5: "foreign models masking calibration observe surgery repair",
+    6: "stages quantize evaluate verify report serving",
+    7: "run export inspection comparison",
     8: "cli terminal llmcompressor __init__ __main__",
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms.split()}

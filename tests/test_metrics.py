@@ -145,6 +145,36 @@ def test_kl_by_confidence_splits_every_position(pair):
     )
 
 
+def test_confidence_bins_and_histograms_equal_a_naive_count(pair, index):
+    base, candidate = pair
+    edges = metrics.signals.CONFIDENCE_EDGES
+    for low, high, found in zip(edges[:-1], edges[1:], metrics.kl_by_confidence(base.confidence, candidate.kl), strict=True):
+        inside = [t for t in range(40) if low <= base.confidence[t].item() < high or (high == 1.0 == base.confidence[t].item())]
+        assert found["confidence"] == [low, high] and found["share"] == pytest.approx(len(inside) / 40)
+        if inside:
+            assert found["kl_mean"] == pytest.approx(sum(candidate.kl[t].item() for t in inside) / len(inside), rel=1e-5)
+    limits = Thresholds(torch.full((40,), 0.02), torch.full((40,), 0.6))
+    measured = summarize_candidate(base, candidate, index, limits, limits)["all"]["js_distance"]["value"]
+    cells = [[0] * 400 for _ in range(2)]
+    for each, counts in zip(pair, cells, strict=True):
+        for t in range(30):  # the third source is outside
+            counts[min(19, int(each.p[t].item() * 20)) * 20 + min(19, int(each.entropy[t].item() * 20))] += 1
+    p, q = ([count / 30 for count in counts] for counts in cells)
+    m = [(x + y) / 2 for x, y in zip(p, q)]
+    divergence = sum(x * math.log2(x / z) for x, z in zip(p, m) if x) / 2 + sum(y * math.log2(y / z) for y, z in zip(q, m) if y) / 2
+    assert measured == pytest.approx(math.sqrt(divergence), rel=1e-6)
+
+
+def test_differences_of_two_candidates_are_paired(pair, index):
+    base, candidate = pair
+    same = metrics.summarize_difference(candidate, candidate, index)
+    assert same["all"]["kl_mean_delta"] == {"value": 0.0, "interval": [0.0, 0.0]}
+    found = metrics.summarize_difference(base, candidate, index)["tools"]
+    t = [*range(7, 15), *range(22, 30)]
+    assert found["kl_mean_delta"]["value"] == pytest.approx(sum(candidate.kl[i].item() for i in t) / 16, rel=1e-6)
+    assert found["nll_delta"]["value"] == pytest.approx(sum(candidate.nll[i].item() - base.nll[i].item() for i in t) / 16, rel=1e-5)
+
+
 def test_js_distance_equals_its_definition():
     a, b = [3, 1, 0, 4], [1, 1, 2, 0]
     p, q = [x / 8 for x in a], [x / 4 for x in b]

@@ -1,15 +1,17 @@
-"""Commands on finished directories: merge."""
+"""Commands on finished directories: merge, verify, serve-check, import, gc."""
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from reapkit.cli.app import Json, app
-from reapkit.errors import RecipeError
+from reapkit.cli.app import Json, app, out
+from reapkit.errors import RecipeError, UnusableError
+from reapkit.inspection.render import table
 
 
 @app.command()
@@ -30,3 +32,95 @@ def merge(observations: Annotated[list[str], typer.Argument(metavar="OBSERVATION
     merged.save(output)
     facts = {"directory": str(output), "tokens": int(merged.tokens.sum()), "sources": list(merged.sources)}
     print(json.dumps(facts) if as_json else f"{output}: {len(observations)} observations, {facts['tokens']:,} tokens of {', '.join(merged.sources)}")
+
+
+@app.command()
+def verify(directory: Annotated[Path, typer.Argument(metavar="DIR", help="A model directory that prune or quantize wrote, or a run.")],
+           as_json: Json = False) -> None:
+    """Check a written model against the record inside it: sha256 of every shard, index, names, shapes, expert counts.
+
+    Works wherever the directory was copied to. Ends with 0 where all holds, else with 3.
+
+    Example: reapkit verify runs/demo/pruned
+    """
+    from reapkit.surgery.sealed import check_directory, written_directories
+    from reapkit.terminal import make_progress
+
+    progress = make_progress()
+    found = {place: check_directory(place, progress) for place in written_directories(directory)}
+    passed = all(finding.passed for findings in found.values() for finding in findings)
+    if as_json:
+        print(json.dumps({"passed": passed, "directories": {str(place): [vars(finding) for finding in findings] for place, findings in found.items()}}))
+    else:
+        for place, findings in found.items():
+            rows = [(finding.name, "holds" if finding.passed else "FAILS", finding.detail) for finding in findings]
+            out().print(table(str(place), ("checked", "", "found"), rows, left=("", "found")))
+        if not passed:
+            print("This is not what was written. Copy the directory again, or write it again.", file=sys.stderr)
+    raise typer.Exit(0 if passed else UnusableError.exit_code)
+
+
+@app.command(name="serve-check")
+def serve_check(directory: Annotated[Path, typer.Argument(metavar="DIR", help="A model directory, as prune or quantize wrote it.")],
+                base: Annotated[Path | None, typer.Option("--base", metavar="DIR", help="The model it was made from, served and compared too.")] = None,
+                prompts: Annotated[int, typer.Option("--prompts", metavar="N", min=1, help="How many prompts.")] = 4,
+                new_tokens: Annotated[int, typer.Option("--new-tokens", metavar="N", min=1, help="Greedy tokens after each prompt.")] = 16,
+                vllm_python: Annotated[Path | None, typer.Option("--vllm-python", metavar="PATH",
+                                                                 help="A Python that has vLLM; default: REAPKIT_VLLM_PYTHON, else this one.")] = None,
+                dtype: Annotated[str, typer.Option("--dtype", metavar="DTYPE", help="auto, float32, bfloat16 or float16, in both engines.")] = "auto",
+                device: Annotated[str, typer.Option("--device", metavar="DEVICE", help="Where transformers runs: cpu, cuda:0 or auto.")] = "cpu",
+                tensor_parallel: Annotated[int, typer.Option("--tensor-parallel", metavar="N", min=1, help="GPUs that vLLM spreads the model over.")] = 1,
+                trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run modelling code that lies in the directory.")] = False,
+                as_json: Json = False) -> None:
+    """Generate greedily with transformers and with vLLM, and compare token by token.
+
+    Where vLLM has no kernel for a quantized directory, its own weight loaders check names, shapes and packing instead. Ends with 0 where
+    all is equal, 4 where something differs (and says whether it is a near-tie), 3 where an engine refuses the directory.
+
+    Example: reapkit serve-check runs/demo/pruned --base Qwen3-30B-A3B --vllm-python ~/vllm/bin/python
+    """
+    dtypes = ("auto", "float32", "bfloat16", "float16")
+    if dtype not in dtypes:
+        raise RecipeError(f"--dtype: {dtype!r} is none of {', '.join(dtypes)}.")
+    from reapkit.cli.app import quiet_libraries
+
+    quiet_libraries()
+    from reapkit.serving import serve_check as check
+
+    found = check(directory, base, prompts=prompts, new_tokens=new_tokens, vllm=vllm_python, dtype=dtype, device=device,
+                  tensor_parallel=tensor_parallel, trust_remote_code=trust_remote_code)
+    if as_json:
+        print(json.dumps({**found.to_json(), "exit_code": found.exit_code}))
+    else:
+        engines = " and ".join(f"{name} {version}" for name, version in found.engines.items())
+        print(f"{engines}: {found.prompts} prompts, {found.new_tokens} greedy tokens each")
+        print("\n".join([*(f"{one.directory}: {one.outcome}: {one.detail}" for one in found.comparisons), *found.notes]))
+    raise typer.Exit(found.exit_code)
+
+
+@app.command("import")
+def import_(file: Annotated[Path, typer.Argument(metavar="FILE", help="A llm-compressor REAP report (.json) or a Cerebras observer state (.pt).")],
+            output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Where the selection or observation goes.")],
+            model: Annotated[Path | None, typer.Option(metavar="DIR", help="The model before pruning: says what the file does not.")] = None,
+            as_json: Json = False) -> None:
+    """Turn what another tool measured or decided into an observation or a selection of ours; no code of the file is run.
+
+    Example: reapkit import observations.pt -o observation
+    """
+    from reapkit.checkpoint import Checkpoint
+    from reapkit.foreign import read_foreign
+    from reapkit.selection import Selection
+
+    if output.exists():
+        raise RecipeError(f"{output}: is there already. Choose another directory with -o.")
+    found = read_foreign(file, None if model is None else Checkpoint.open(model).architecture)
+    found.save(output)
+    if isinstance(found, Selection):
+        facts = {"directory": str(output), "kind": "selection", "layers": len(found.layers),
+                 "dropped": sum(len(layer.drop) for layer in found.layers.values())}
+        text = f"selection of {facts['layers']} layers, {facts['dropped']} experts dropped"
+    else:
+        facts = {"directory": str(output), "kind": "observation", "layers": len(found.layers), "experts": found.num_experts,
+                 "tokens": int(found.tokens.sum()), "statistics": list(found.statistics)}
+        text = f"observation of {facts['layers']} layers and {facts['tokens']:,} tokens with {', '.join(facts['statistics'])}"
+    print(json.dumps(facts) if as_json else f"{output}: {text}")

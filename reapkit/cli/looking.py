@@ -3,32 +3,54 @@
 from __future__ import annotations
 
 import json
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from reapkit.cli.app import Json, app, out
-from reapkit.differences import compare_recipes
+from reapkit.errors import RecipeError
 from reapkit.inspection import inspect as look_into
-from reapkit.recipe.loading import load
-from reapkit.tables import difference_tables
 
 
 @app.command()
-def compare(left: Annotated[str, typer.Argument(metavar="A.yaml")], right: Annotated[str, typer.Argument(metavar="B.yaml")],
+def compare(paths: Annotated[list[str], typer.Argument(metavar="A B...", help="Recipes, observations, selections or runs, all of one kind.")],
+            criterion: Annotated[str, typer.Option("--criterion", metavar="NAME", help="Of observations: the saliency that ranks.")] = "reap",
+            ratio: Annotated[str, typer.Option("--ratio", metavar="R", help="Of observations: the share of experts that goes.")] = "0.5",
+            different_models: Annotated[bool, typer.Option("--different-models", help="Compare observations of different models.")] = False,
+            html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a page that opens offline, too.")] = None,
             as_json: Json = False) -> None:
-    """Show in what two recipes differ, and which stages the second runs anew after the first.
+    """Show what two or more recipes, observations, selections or runs have in common, and in what they differ.
 
-    Example: reapkit compare recipes/demo.yaml mine.yaml
+    Of observations it answers whether a calibration is large enough: do two of the same sources keep the same experts? Of runs it
+    sets sizes, quality with its intervals, verdicts and recipes side by side.
+
+    Example: reapkit compare monday/observation tuesday/observation --ratio 0.5
     """
-    difference = compare_recipes(load(left), load(right))
+    from reapkit.comparison import Terms
+    from reapkit.comparison import compare as compare_all
+
+    found = compare_all(paths, Terms(criterion, _ratio(ratio), different_models))
+    if html is not None:
+        found.save_page(html)
     if as_json:
-        print(json.dumps({"fields": [{"path": path, "left": a, "right": b} for path, a, b in difference.fields],
-                          "stages": difference.stages}))
+        print(json.dumps(found.to_json() | ({"html": str(html)} if html else {})))
         return
-    for table in difference_tables(difference):
-        out().print(table)
+    for block in found.blocks():
+        out().print(block)
+    if html is not None:
+        print(html)
+
+
+def _ratio(text: str) -> Decimal:
+    try:
+        ratio = Decimal(text)
+        if not ratio.is_finite() or not 0 < ratio < 1:
+            raise ValueError
+    except (InvalidOperation, ValueError):
+        raise RecipeError(f"--ratio: found '{text}'. Allowed: a number between 0 and 1, such as 0.5.") from None
+    return ratio
 
 
 @app.command()

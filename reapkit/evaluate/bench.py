@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,9 +25,10 @@ from reapkit.evaluate.outputs import (
     save_positions,
 )
 from reapkit.masking import masked
-from reapkit.metrics import Positions
+from reapkit.metrics import Positions, summarize_difference
 from reapkit.progress import Progress
 from reapkit.recipe.schema import GenerationSpec
+from reapkit.repair.weights import RepairedWeights, repaired
 from reapkit.selection import Selection
 
 
@@ -37,12 +39,22 @@ def packs_of_part(tokens: Mapping[int, CalibrationTokens], part: str) -> dict[in
 
 @dataclass(frozen=True)
 class Candidate:
-    """A selection to try. `nbytes`: the pruned checkpoint's size; `control_of`: the candidate whose budget a control shares."""
+    """A selection to try. `nbytes`: the pruned checkpoint's size; `control_of`: the candidate whose budget a control shares;
+    `weights`: its re-fitted experts.
+    """
 
     name: str
     selection: Selection
     nbytes: int | None = None
     control_of: str | None = None
+    weights: RepairedWeights | None = None
+
+    @contextmanager
+    def on(self, model: nn.Module, layers: Collection[int] | None = None) -> Iterator[None]:
+        """Inside the block `model` is this candidate; `layers`: only these are in memory, the others stay as they are."""
+        keep = {layer: kept for layer, kept in self.selection.keep.items() if layers is None or layer in layers}
+        with masked(model, keep, self.selection.experts_per_token), repaired(model, self.weights, layers):
+            yield
 
     @property
     def kept(self) -> dict[int, int]:
@@ -57,7 +69,9 @@ class Candidate:
     def describe(self) -> dict[str, Any]:
         kept = self.kept
         low, high = min(kept.values()), max(kept.values())
+        dropped = sum(len(layer.drop) for layer in self.selection.layers.values())
         return {"name": self.name, "criterion": self.selection.criterion, "kept": {str(layer): n for layer, n in kept.items()},
+                "removed": dropped / (dropped + sum(kept.values())), "num_experts": (dropped + sum(kept.values())) // len(kept),
                 "experts": str(low) if low == high else f"{low} to {high}",
                 "experts_per_token": self.selection.experts_per_token, "bytes": self.nbytes, "control_of": self.control_of}
 
@@ -82,6 +96,11 @@ class Bench(ABC):
     def metrics(self, candidate: Candidate) -> dict[str, Any]:
         """The candidate's numbers by length and group."""
         return {str(length): compare(self.bases[length], self.positions(candidate, length), pack, self.eaft)
+                for length, pack in self.packs.items()}
+
+    def against(self, candidate: Candidate, other: Candidate) -> dict[str, Any]:
+        """By how much `other` is further from the base than `candidate`, by length and group, paired row by row."""
+        return {str(length): summarize_difference(self.positions(candidate, length), self.positions(other, length), pack.index)
                 for length, pack in self.packs.items()}
 
     def generation(self, candidate: Candidate | None) -> dict[str, Any]:
@@ -132,7 +151,7 @@ class MaskedBench(Bench):
         if path is not None and path.is_file():
             return load_positions(path)
         base = self.bases[length]
-        with masked(self.model, candidate.selection.keep, candidate.selection.experts_per_token):
+        with candidate.on(self.model):
             found = measure(self.model, self.packs[length], base, batch_tokens=self.batch_tokens, top_k=self.eaft["top_k"],
                             title=f"evaluate {candidate.name}", progress=self.progress)
         if path is not None:
@@ -164,7 +183,7 @@ class MaskedBench(Bench):
             return super().generation(candidate)
         base, written = self._base_written, self._base_written
         if candidate is not None:
-            with masked(self.model, candidate.selection.keep, candidate.selection.experts_per_token):
+            with candidate.on(self.model):
                 written = self._write(candidate.name)
         pack = self.packs[max(self.packs)]
         shares = generation.summarize(base, written, self.prompts, pack.tokens.sources, pack.outside, self.tokenizer)

@@ -51,11 +51,12 @@ def evaluate(
     `evaluate.extra_packs` stay outside the union. `tokenizer` is needed for tool calls and examples only, `pack_samples` for
     the advice only.
 
-    Shape: `{"format", "eaft", "packs": {length: {part: {rows, tokens, positions}}}, "gates": [gate],
+    Shape: `{"format", "eaft", "packs": {length: {part: {rows, tokens, positions}}}, "outside": [source], "gates": [gate],
     "base": {length: {group: metrics}}, "base_generation": {group: metrics} | None,
-    "candidates": [{name, criterion, kept: {layer: n}, experts, experts_per_token, bytes,
+    "candidates": [{name, criterion, kept: {layer: n}, removed: share, num_experts, experts, experts_per_token, bytes,
     metrics: {length: {group: metrics}} | None, generation: {group: metrics} | None, examples, gates: [result], verdict}],
-    "controls": [{name, ..., metrics}], "confirm": {candidate, base, metrics, gates, verdict} | None, "winner": name | None,
+    "controls": [{name, ..., metrics, against: {length: {group: what it loses more than the chosen}}}],
+    "confirm": {candidate, base, metrics, gates, verdict} | None, "winner": name | None,
     "chosen": the winner's name, else that of the nearest to passing, "verdict": "pass" | "reject" | "undecided",
     "advice": text, "pack_samples"}`. A group is `all` (the mix) or a source; a metric is
     `{"value", "interval": [low, high] | None}` (see `metrics.rows`); counts are integers.
@@ -83,12 +84,13 @@ def give_verdict(decide: Bench, confirm: Bench, candidates: Sequence[Candidate],
         "format": FORMAT_VERSION,
         "eaft": dict(decide.eaft),
         "packs": _describe_packs(dict(zip(PARTS, (decide, confirm)))),
+        "outside": sorted(next(iter(decide.packs.values())).outside),
         "gates": [asdict(gate) for gate in gates],
         "base": decide.base_metrics(),
         "base_generation": decide.generation(None)["generation"],
         "candidates": table,
         "controls": [
-            each.describe() | {"metrics": decide.metrics(each)}
+            each.describe() | {"metrics": decide.metrics(each), "against": decide.against(by_name[chosen["name"]], each)}
             for each in controls
             if each.control_of in (None, chosen["name"])
         ],

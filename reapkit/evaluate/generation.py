@@ -132,13 +132,13 @@ def summarize(
 
     loop_share, loop_share_delta, unfinished_share, unfinished_share_delta (both modes together), greedy_loop_share,
     sampled_loop_share, distinct_4; with a tokenizer, where prompts offer functions and the reference calls one: tool_prompts,
-    tool_call_validity and tool_call_validity_delta (greedy).
+    tool_call_validity and tool_call_validity_delta (both modes together), greedy_tool_call_validity, sampled_tool_call_validity.
     """
     source = torch.tensor([prompt.source for prompt in prompts])
     counted = torch.tensor([sources[prompt.source] not in outside for prompt in prompts])
     members = {UNION: counted} | {name: source == i for i, name in enumerate(sources)}
     per_prompt = _per_prompt(base, written)
-    tools = _tool_sums(base["greedy"], written["greedy"], prompts, tokenizer) if tokenizer is not None else None
+    tools = _tool_sums(base, written, prompts, tokenizer) if tokenizer is not None else None
     result = {}
     for group, chosen in members.items():
         if not chosen.any():
@@ -181,22 +181,23 @@ def _shares(s: Sums) -> dict[str, Tensor]:
     }
 
 
-def _tool_sums(
-    base: Sequence[Continuation], written: Sequence[Continuation], prompts: Sequence[Prompt], tokenizer: Any
-) -> dict[str, Tensor]:
-    rows = []
-    for prompt, of_base, own in zip(prompts, base, written):
-        tools = offered_tools(tokenizer.decode(prompt.tokens))
-        if not tools or not calls(tokenizer.decode(prompt.reference)):
-            rows.append((0.0, 0.0, 0.0))
-            continue
-        rows.append((1.0, *(float(valid_calls(tokenizer.decode(each.tokens), tools)) for each in (of_base, own))))
-    n, valid_base, valid = torch.tensor(rows, dtype=torch.float64).T
-    return {"n": n, "base_valid": valid_base, "valid": valid}
+def _tool_sums(base: Written, written: Written, prompts: Sequence[Prompt], tokenizer: Any) -> dict[str, Tensor]:
+    """Per prompt whether it asks for a call (n), and which of its continuations are nothing but valid calls."""
+    offered = [offered_tools(tokenizer.decode(prompt.tokens)) for prompt in prompts]
+    asks = [bool(tools) and bool(calls(tokenizer.decode(prompt.reference))) for tools, prompt in zip(offered, prompts)]
+
+    def valid(found: Sequence[Continuation]) -> Tensor:
+        return torch.tensor([float(ask and valid_calls(tokenizer.decode(each.tokens), tools))
+                             for ask, tools, each in zip(asks, offered, found)], dtype=torch.float64)
+
+    return {"n": torch.tensor(asks, dtype=torch.float64), **{f"valid_{mode}": valid(written[mode]) for mode in MODES},
+            **{f"base_valid_{mode}": valid(base[mode]) for mode in MODES}}
 
 
 def _validity(s: Sums) -> dict[str, Tensor]:
-    return {"tool_call_validity": s["valid"] / s["n"], "tool_call_validity_delta": (s["valid"] - s["base_valid"]) / s["n"]}
+    own, of_base = (sum(s[f"{prefix}valid_{mode}"] for mode in MODES) / (s["n"] * len(MODES)) for prefix in ("", "base_"))
+    return {"tool_call_validity": own, "tool_call_validity_delta": own - of_base,
+            **{f"{mode}_tool_call_validity": s[f"valid_{mode}"] / s["n"] for mode in MODES}}
 
 
 def examples(base: Written, written: Written, prompts: Sequence[Prompt], sources: Sequence[str], tokenizer: Any,

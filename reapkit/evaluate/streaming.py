@@ -29,13 +29,11 @@ from reapkit.evaluate.outputs import (
     refuse_broken,
 )
 from reapkit.gates import Gate
-from reapkit.masking import masked
 from reapkit.metrics import Positions
 from reapkit.models import final_hidden, head_logits
 from reapkit.observe.layers import LayeredModel
 from reapkit.observe.lockstep import Forward, Lockstep, Spool
 from reapkit.progress import SILENT, Progress
-from reapkit.selection import Selection
 
 PROBE_TOKENS = 16
 Place = tuple[str, int]
@@ -67,7 +65,7 @@ def evaluate_streaming(layered: LayeredModel, packs: Mapping[int, CalibrationTok
     """
     by_part = {part: packs_of_part(packs, part) for part in PARTS}
     places = {(part, length): pack for part, of_part in by_part.items() for length, pack in of_part.items()}
-    tried = {each.name: each.selection for each in (*candidates, *controls)}
+    tried = {each.name: each for each in (*candidates, *controls)}
     spool = Spool(layered.device, hidden_bytes, offload_directory)
     bases, found = _Pass(layered, places, tried, batch_tokens, eaft["top_k"], spool, offload_directory).run(progress)
     benches = [StreamedBench(by_part[part], eaft, {length: bases[part, length] for length in by_part[part]},
@@ -134,16 +132,16 @@ class _Pass:
         self,
         layered: LayeredModel,
         places: Mapping[Place, Pack],
-        selections: Mapping[str, Selection],
+        candidates: Mapping[str, Candidate],
         batch_tokens: int,
         top_k: int,
         spool: Spool,
         directory: Path | None,
     ):
-        self.layered, self.places, self.selections = layered, places, selections
+        self.layered, self.places, self.candidates = layered, places, candidates
         self.top_k, self.spool, self.directory = top_k, spool, directory
         self.variants: dict[str | None, list[_Item]] = {
-            name: list(self._items(name, batch_tokens)) for name in (None, *selections)
+            name: list(self._items(name, batch_tokens)) for name in (None, *candidates)
         }
 
     def _items(self, name: str | None, batch_tokens: int) -> Iterator[_Item]:
@@ -188,9 +186,7 @@ class _Pass:
         """The mask of a candidate, over the one layer that has weights."""
         if name is None:
             return nullcontext()
-        selection = self.selections[name]
-        keep = {layer: selection.keep[layer]} if layer in selection.keep else {}
-        return masked(self.layered.model, keep, selection.experts_per_token)
+        return self.candidates[name].on(self.layered.model, (layer,))
 
     def _advance(self, item: _Item) -> None:
         if item.forward.hidden is not None:

@@ -11,10 +11,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from reapkit.architecture import text_config
+from reapkit.checkpoint import Checkpoint
 from reapkit.errors import StageFailed, UnusableError
 
 MAX_NEW_TOKENS = 1024
-"""Told to lm-eval explicitly: its own default cuts reasoning models off after 256 tokens."""
+"""Told to lm-eval explicitly: its own default cuts reasoning models off after 256 tokens. At most half of what the model reads."""
 
 
 def run_benchmarks(
@@ -34,6 +36,9 @@ def run_benchmarks(
     (`acc`, `acc_stderr`, ...), the filter appended where it is not `none`. Raises UnusableError where lm-eval is not installed,
     StageFailed with its last words where it fails.
     """
+    longest = text_config(Checkpoint.open(model).config).get("max_position_embeddings")
+    if isinstance(longest, int):
+        max_new_tokens = max(1, min(max_new_tokens, longest // 2))
     if importlib.util.find_spec("lm_eval") is None:
         raise UnusableError(
             "evaluate.lm_eval needs the package lm-eval, which is not installed. Run: pip install 'reapkit[lm-eval]'."

@@ -8,16 +8,17 @@ from typing import Any
 
 import torch
 
-from reapkit.eaft import REGIONS, Regions, region_of, source_thresholds, summarise, trace_of
+from reapkit.eaft import REGIONS, region_positions, summarise
 from reapkit.export import ranking_by_layer
 from reapkit.inspection.render import Block, all_last, lines, notes, percent, table
 from reapkit.layer_budget import ranges
 from reapkit.observation import Observation
 from reapkit.recipe.schema import EaftSpec, SaliencySpec
 from reapkit.saliency import saliency, source_alphas, totals
-from reapkit.statistics import balance, concentration, convergence
+from reapkit.statistics import balance, concentration, convergence, first_half, first_half_sentence
 
 TOP = 6
+REMOVED = (0.25, 0.5, 0.625)  # shares of a layer's experts at which inspect shows a removal path
 SHOWN_SIZES = (4, 8, 16)
 SMALL_CONFLICT_SHARE = 0.005
 
@@ -41,9 +42,11 @@ def facts(directory: Path) -> dict[str, Any]:
         "balance_cv": balance(summed.count),
         "convergence": [
             {name: step[name] for name in ("rows", "overlap", "chance", "rank_correlation")}
-            for step in convergence(observation, counts)
+            for step in (convergence(observation, counts) if observation.snapshots else ())
         ],
+        "first_half": first_half(observation, counts),
         "eaft": None if observation.eaft is None else _eaft(observation),
+        "reroute": None if observation.reroute is None else _reroute(observation),
     }
 
 
@@ -61,14 +64,20 @@ def _never(observation: Observation, count: torch.Tensor) -> dict[str, list[int]
 
 
 def _eaft(observation: Observation) -> dict[str, Any]:
-    """Region borders and shares under the default quantiles. The layers' sums, gigabytes of a large trace, are not read."""
-    trace, spec, alphas = trace_of(observation), EaftSpec(), source_alphas(observation, None)
-    thresholds = source_thresholds(trace, len(observation.sources), spec, alphas)
-    positions = torch.zeros((len(observation.sources), len(REGIONS)), dtype=torch.int64)
-    for source, borders in enumerate(thresholds):
-        mine = trace.source == source
-        positions[source] = torch.bincount(region_of(trace.p[mine], trace.h[mine], borders), minlength=len(REGIONS))
-    return summarise(Regions(spec, thresholds, positions, torch.empty(0), torch.empty(0)), observation.sources, alphas)
+    """Region borders and shares under the default quantiles."""
+    alphas = source_alphas(observation, None)
+    return summarise(region_positions(observation, EaftSpec(), alphas), observation.sources, alphas)
+
+
+def _reroute(observation: Observation) -> dict[str, Any]:
+    """The sample, and by layer the error of the mix's path where it has removed each of REMOVED (None beyond its end)."""
+    found = observation.reroute
+    steps = {share: int(observation.num_experts * share) for share in REMOVED}
+    errors, ends = found.error[:, -1], (found.order[:, -1] >= 0).sum(-1).tolist()
+    return {"tokens": dict(zip(observation.sources, found.tokens.tolist(), strict=True)), "removed": list(REMOVED),
+            "error": {str(layer): [float(row[step - 1]) if 0 < step <= end else None for step in steps.values()]
+                      for layer, row, end in zip(observation.layers, errors, ends, strict=True)},
+            "first": {str(layer): row[row >= 0][:TOP].tolist() for layer, row in zip(observation.layers, found.order[:, -1], strict=True)}}
 
 
 def blocks(found: Mapping[str, Any], *, colour: bool) -> list[Block]:
@@ -80,6 +89,7 @@ def blocks(found: Mapping[str, Any], *, colour: bool) -> list[Block]:
         *notes("experts that received no scored token", _unrouted(found)),
         *_settled(found),
         *_regions(found),
+        *_paths(found),
     ]
 
 
@@ -150,6 +160,9 @@ def _settled(found: Mapping[str, Any]) -> list[Block]:
         for step in found["convergence"]
     ]
     chance = percent(found["convergence"][0]["chance"]) if found["convergence"] else "-"
+    half = found["first_half"]
+    if half is not None:
+        steps.append(first_half_sentence(half))
     return notes(f"how settled reap's kept half is, against all rows (chance {chance})", steps)
 
 
@@ -164,4 +177,23 @@ def _regions(found: Mapping[str, Any]) -> list[Block]:
         if conflict < SMALL_CONFLICT_SHARE
         else []
     )
-    return [table("EAFT regions (default quantiles)", ("source", *REGIONS[:3]), rows), *little]
+    return [table("EAFT regions (default quantiles)", ("source", *REGIONS[:3]), rows), *little, *_in_cells(eaft["realised"])]
+
+
+def _in_cells(realised: Mapping[str, Mapping[str, float]] | None) -> list[Block]:
+    """That a table stands in for the exact trace, and where it can cut."""
+    if not realised:
+        return []
+    cuts = "; ".join(", ".join(f"{name} {level:.3g}" for name, level in levels.items()) for levels in realised.values())
+    return [lines(f"Summed in 32 x 16 cells of (p, H), since the exact trace exceeds observe.trace_bytes. Quantiles realised: {cuts}.")]
+
+
+def _paths(found: Mapping[str, Any]) -> list[Block]:
+    reroute = found["reroute"]
+    if reroute is None:
+        return []
+    sample = ", ".join(f"{count:,} of {name}" for name, count in reroute["tokens"].items())
+    rows = [(layer, *("-" if error is None else percent(error, 2) for error in reroute["error"][str(layer)]),
+             " ".join(map(str, reroute["first"][str(layer)]))) for layer in found["layers"]]
+    return [table(f"Removal paths: change of the residual stream once tokens are re-routed (squared, relative; sample: {sample})",
+                  ("layer", *(f"{percent(share, 1)} gone" for share in reroute["removed"]), "first to go"), rows, left=("first to go",))]

@@ -1,7 +1,7 @@
 """How far a candidate is from its base: signals of logits, bootstrap intervals, statistics over rows. Pure tensor maths."""
 
 from reapkit.metrics.bootstrap import bootstrap_weights, measurement, measurements
-from reapkit.metrics.rows import RowIndex, regions, summarize_base, summarize_candidate
+from reapkit.metrics.rows import RowIndex, regions, summarize_base, summarize_candidate, summarize_difference
 from reapkit.metrics.signals import (
     Positions,
     Thresholds,
@@ -33,6 +33,7 @@ __all__ = [
     "regions",
     "summarize_base",
     "summarize_candidate",
+    "summarize_difference",
     "thresholds",
     "top_entropy",
 ]

@@ -125,6 +125,21 @@ def summarize_candidate(base: Positions, candidate: Positions, index: RowIndex, 
     return result
 
 
+def summarize_difference(candidate: Positions, other: Positions, index: RowIndex, resamples: int = RESAMPLES) -> dict[str, Any]:
+    """Per group by how much `other` loses more than `candidate` at the same positions: kl_mean_delta, nll_delta, each with its paired
+    interval. Positive where the candidate is nearer to the base.
+    """
+    sums = {name: index.sum_rows(values) for name, values in
+            {"n": torch.ones(len(candidate)), "kl": other.kl.double() - candidate.kl, "nll": other.nll.double() - candidate.nll}.items()}
+    result = {}
+    for group, rows in index.groups().items():
+        own = {name: each[rows] for name, each in sums.items()}
+        weights = bootstrap_weights(index.source[rows], resamples)
+        result[group] = {"rows": rows.numel()} | measurements(own, lambda s: {f"{name}_delta": s[short] / s["n"] for name, short in
+                                                                              (("kl_mean", "kl"), ("nll", "nll"))}, weights)
+    return result
+
+
 def _of_candidate(s: Sums) -> dict[str, Tensor]:
     n = s["n"]
     nll, delta = s["nll"] / n, (s["nll"] - s["base_nll"]) / n

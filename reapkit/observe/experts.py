@@ -17,6 +17,7 @@ from reapkit.errors import UnusableError
 
 IMPLEMENTATION = "reapkit"
 GATE_ON_INPUT = ("Llama4TextMoe",)  # blocks with their own experts loop, which scale the expert's input instead of its output
+LINEARISED = "LinearExperts2D"
 NOT_TEXT = ("vision", "visual", "audio", "talker", "code_predictor", "image")
 EXAMPLES = (
     "qwen2_moe, qwen3_moe, qwen3_next, qwen3_vl_moe, glm4_moe, deepseek_v2, deepseek_v3, kimi_linear, minimax_m2, mixtral, "
@@ -40,9 +41,12 @@ class RoutedExperts:
     block: nn.Module
     num_experts: int
     gate_on_input: bool = False
+    linearised: bool = False
 
     def expert(self, hidden: Tensor, expert: int) -> Tensor:
         """f(x) of one expert, [tokens, hidden], by the layout that the class declares to transformers' experts interface."""
+        if self.linearised:
+            return self.module[expert](hidden)
         inner = self.activation(hidden, expert)
         return inner @ self.module.down_proj[expert] if self.gate_on_input else _linear(self.module, "down_proj", inner, expert)
 
@@ -75,11 +79,12 @@ def find_experts(model: nn.Module) -> tuple[RoutedExperts, ...]:
     found: dict[int, list[RoutedExperts]] = {}
     for name, block in model.named_modules():
         for child, module in block.named_children():
-            adapted = type(block).__name__ in GATE_ON_INPUT and child == "experts"
-            if adapted or is_dispatched(module):
+            linearised = is_linearised(module)
+            adapted = type(block).__name__ in GATE_ON_INPUT and child == "experts" and not linearised
+            if adapted or linearised or is_dispatched(module):
                 path = f"{name}.{child}" if name else child
                 layer = next((int(part) for part in path.split(".") if part.isdigit()), 0)
-                found.setdefault(layer, []).append(RoutedExperts(layer, path, module, block, _count(module), adapted))
+                found.setdefault(layer, []).append(RoutedExperts(layer, path, module, block, _count(module), adapted, linearised))
     sites = [_text_experts(layer, candidates) for layer, candidates in sorted(found.items())]
     if not sites:
         raise UnusableError(
@@ -92,6 +97,11 @@ def find_experts(model: nn.Module) -> tuple[RoutedExperts, ...]:
 def is_dispatched(module: nn.Module) -> bool:
     """Does transformers dispatch this module's forward through its experts interface?"""
     return hasattr(type(module).forward, "__wrapped__") and hasattr(module, "has_gate") and hasattr(module, "is_transposed")
+
+
+def is_linearised(module: nn.Module) -> bool:
+    """Has llm-compressor replaced this experts module by a list of one MLP per expert, called with the same arguments?"""
+    return any(kind.__name__ == LINEARISED for kind in type(module).__mro__)
 
 
 def _count(module: nn.Module) -> int:
@@ -141,16 +151,22 @@ def _redirect(site: RoutedExperts, call: Experts) -> Callable[[], None]:
     module.__dict__["_routed_call"] = call
     if outer is not None:
         return functools.partial(module.__dict__.__setitem__, "_routed_call", outer)
+    replaced = block if site.gate_on_input else module if site.linearised else None
+    forward = None if replaced is None else replaced.__dict__.get("forward")
     if site.gate_on_input:
         block.forward = functools.partial(_gate_on_input_block, block)
+    elif site.linearised:
+        module.forward = functools.partial(_dispatch_linearised, module)
     else:
         previous = module.config._experts_implementation
         module.config._experts_implementation = IMPLEMENTATION
 
     def restore() -> None:
         del module.__dict__["_routed_call"]
-        if site.gate_on_input:
-            del block.forward
+        if forward is not None:
+            replaced.forward = forward
+        elif replaced is not None:
+            del replaced.forward
         else:
             module.config._experts_implementation = previous
 
@@ -162,6 +178,10 @@ def _dispatch(module: nn.Module, hidden: Tensor, index: Tensor, gates: Tensor) -
     if call is None:  # a module that shares the config but is not watched, such as a vision tower's experts
         return _original(module)(hidden, index, gates)
     return call(hidden, index, gates)
+
+
+def _dispatch_linearised(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    return module.__dict__["_routed_call"](hidden_states, top_k_index, top_k_weights)
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _dispatch)
@@ -179,6 +199,8 @@ def _original(module: nn.Module) -> Experts:
 def _plain(site: RoutedExperts) -> Experts:
     if site.gate_on_input:
         return functools.partial(_sum_over_pairs, site)
+    if site.linearised:
+        return functools.partial(type(site.module).forward, site.module)
     name = site.module.config._experts_implementation
     if name in (None, "eager", IMPLEMENTATION):
         return _original(site.module)
@@ -231,7 +253,7 @@ def observed_forward(site: RoutedExperts, hidden: Tensor, index: Tensor, gates: 
     """
     expert, order = torch.sort(index.reshape(-1), stable=True)
     gate = gates.reshape(-1)[order]
-    run = _loop_over_experts if hidden.device.type == "cpu" else _grouped
+    run = _loop_over_experts if hidden.device.type == "cpu" or site.linearised else _grouped
     out, norm, peak = run(site, hidden, expert, order // index.shape[1], order, gate)
     return out, Pairs(order, expert, gate.float(), norm, peak, index.shape[1])
 

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
-from collections.abc import Iterable
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
-from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
     convert_and_load_state_dict_in_model,
-    dot_natural_key,
     rename_source_key,
 )
 from transformers.modeling_utils import LoadStateDictConfig
@@ -27,20 +25,27 @@ from transformers.quantizers.auto import get_hf_quantizer
 from reapkit.checkpoint import Checkpoint
 from reapkit.errors import UnusableError
 from reapkit.models import DTYPES, dequantized, load_config, model_class, widened
+from reapkit.observe.arenas import Arena, Arenas
 from reapkit.observe.experts import find_experts
+from reapkit.observe.filling import Filling, Fillings, Stored, place_all
+from reapkit.shards import ShardReader
 
 
 class LayeredModel:
     """The checkpoint's own class with its weights on the meta device, filled and emptied layer by layer.
 
     `model`: the whole skeleton. `layers`: its decoder layers. After `load_rest()` everything but the layers is on `device`.
-    Names and formats are converted by transformers' own mapping, FP8 and MXFP4 weights are dequantized.
+    Names and formats are converted as transformers' own mapping says, FP8 and MXFP4 weights are dequantized. Two layers that are in
+    memory at once take two blocks of the largest one's size, filled again and again; beside them only buffers of a few MB. (Weights
+    that must be permuted or interleaved go through transformers' conversion, which holds up to two more copies of theirs meanwhile.)
+    `reading`, where set, is told the shards that are read next.
     """
 
     def __init__(
         self, path: str | Path, *, device: str = "cpu", dtype: str | torch.dtype = "auto", trust_remote_code: bool = False
     ):
         self.path, self.device = Path(path), torch.device(device)
+        _keep_few_kernels()
         self._checkpoint = Checkpoint.open(path)
         config = load_config(path, trust_remote_code=trust_remote_code)
         settings = dequantized(config).get("quantization_config")
@@ -62,12 +67,20 @@ class LayeredModel:
         self._renamings = [entry for entry in self._conversions if isinstance(entry, WeightRenaming)]
         self._converters = [entry for entry in self._conversions if isinstance(entry, WeightConverter)]
         self._expected = self.model.state_dict()  # on meta: names and shapes
+        self._dtype_plan = self.model._get_dtype_plan(self.dtype) or {}
+        self._targets = {key: self._target(key) for key in self._checkpoint.tensors}
         self._keys = self._keys_by_layer()
+        self._plans = Fillings(self._checkpoint.tensors, self._targets, self._expected, self._converters, self._dtype_of,
+                               model=self.model, quantized=self._quantizer is not None, mapped=self.device.type == "cpu")
+        largest = max(sum(filling.nbytes for filling in self._fillings(layer)) for layer in range(len(self.layers)))
+        self._arenas, self._staging = Arenas(largest, self.device), None
+        self._facts: dict[str, tuple[int, int]] = {}
+        self.reading: Callable[[list[str]], None] | None = None
         _rebuild_buffers(self.model, self.device)
 
     def load_rest(self) -> None:
         """Everything outside the decoder layers: embeddings, norms, head, other towers."""
-        self._load(self._keys[None])
+        self._read(None)
         self.model.tie_weights()
         self._refuse_missing((name, p) for name, p in self.model.named_parameters() if not name.startswith(self.prefix + "."))
 
@@ -75,12 +88,14 @@ class LayeredModel:
         """Reads decoder layer `layer`; may run in another thread than the forward. Raises UnusableError where a tensor is
         missing.
         """
-        self._load(self._keys.get(layer, []))
+        self._read(layer)
         widened(self.layers[layer], self.dtype)
         self._refuse_missing((f"{self.prefix}.{layer}.{name}", p) for name, p in self.layers[layer].named_parameters())
 
     def drop(self, layer: int) -> None:
-        """Frees what `load` read."""
+        """Frees what `load` read: its memory is the next layer's once no tensor refers to it."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()  # else the next layer would need memory of its own meanwhile
         for module in self.layers[layer].modules():
             for name, tensor in list(module._parameters.items()):
                 if tensor is not None:
@@ -100,15 +115,16 @@ class LayeredModel:
 
     def sources_of(self, parameter: str) -> tuple[str | None, dict[int, str]]:
         """The checkpoint tensors that stacked experts' `parameter` is made of: one name for all experts, or one name by expert."""
-        names = [key for key in self._checkpoint.tensors if self._target(key)[0] == parameter]
+        names = [key for key, (target, _) in self._targets.items() if target == parameter]
         if len(names) == 1:
             return names[0], {}
         return None, {int(match.group(1)): name for name in names if (match := re.search(r"\.experts\.(\d+)\.", name))}
 
     def read(self, name: str, entry: int | None = None) -> torch.Tensor:
         """A checkpoint tensor, or one entry of its first axis, as it is stored."""
-        with safe_open(self.path / self._checkpoint.tensors[name].shard, "pt") as shard:
-            return shard.get_tensor(name) if entry is None else shard.get_slice(name)[entry]
+        with ShardReader(self.path, self._facts) as reader:
+            stored = Stored(reader, self._checkpoint.tensors[name])
+            return stored[...] if entry is None else stored.entries(entry, entry + 1)[0]
 
     def _keys_by_layer(self) -> dict[int | None, list[str]]:
         """Checkpoint tensors by the decoder layer they become part of; those the model has no place for (MTP blocks) are left
@@ -116,8 +132,7 @@ class LayeredModel:
         """
         inside = re.compile(rf"{re.escape(self.prefix)}\.(\d+)\.")
         keys: dict[int | None, list[str]] = {None: []}
-        for key in self._checkpoint.tensors:
-            target, _ = self._target(key)
+        for key, (target, _) in self._targets.items():
             match = inside.match(target if target in self._expected else key)
             layer = int(match.group(1)) if match else None
             if layer is None or layer < len(self.layers):
@@ -128,56 +143,59 @@ class LayeredModel:
         """The parameter that a checkpoint tensor becomes (part of), and the pattern of the conversion that makes it so."""
         return rename_source_key(key, self._renamings, self._converters, self.model.base_model_prefix, self._expected)
 
-    def _load(self, keys: Iterable[str]) -> None:
-        by_shard: dict[str, list[str]] = {}
-        for key in keys:
-            by_shard.setdefault(self._checkpoint.tensors[key].shard, []).append(key)
+    def _read(self, layer: int | None) -> None:
+        """The layer's tensors, straight to their place where that is known, the others through transformers' own conversion."""
+        keys, fillings = self._keys.get(layer, []), self._fillings(layer)
+        if self.reading is not None:
+            self.reading(sorted({self._checkpoint.tensors[key].shard for key in keys}))
+        with ShardReader(self.path, self._facts) as reader, torch.no_grad():
+            reader.announce(self._checkpoint.tensors[key] for key in keys)
+            placed = self._placed(layer, fillings, reader)
+            for target, tensor in placed.items():
+                _put(self.model, target, tensor)
+            done = {key for filling in fillings for key in filling.keys}
+            if left := {key: Stored(reader, self._checkpoint.tensors[key]) for key in keys if key not in done}:
+                self._convert(left)
+
+    def _fillings(self, layer: int | None) -> list[Filling]:
+        return self._plans.of(self._keys.get(layer, []))
+
+    def _placed(self, layer: int | None, fillings: list[Filling], reader: ShardReader) -> dict[str, Tensor]:
+        """On the device; an accelerator's arena is filled from pinned memory by a stream of its own, beside the forward's."""
+        arenas = self._arenas if layer is not None else Arenas(sum(filling.nbytes for filling in fillings), self.device)
+        if self.device.type == "cpu":
+            return place_all(fillings, arenas.take(), reader)
+        nbytes = sum(filling.nbytes for filling in fillings)
+        if self._staging is None or len(self._staging) < nbytes:
+            self._staging = torch.empty(max(nbytes, arenas.nbytes), dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        place_all(fillings, Arena(self._staging), reader)
+        with _own_stream(self.device) as stream:
+            arena = arenas.take()
+            arena.block[:nbytes].copy_(self._staging[:nbytes], non_blocking=True)
+        if stream is not None:
+            arena.block.record_stream(torch.cuda.default_stream(self.device))
+            stream.synchronize()  # the staging memory is free for the next layer, and whoever waits for this one may compute
+        if layer is None:
+            self._staging = None
+        return {filling.target: arena.tensor(filling.shape, filling.dtype, filling.phase) for filling in fillings}
+
+    def _dtype_of(self, target: str) -> torch.dtype:
+        """As transformers loads it: the skeleton's, except what the class keeps in another."""
+        for pattern, dtype in self._dtype_plan.items():
+            if re.search(pattern.replace("*", ".*"), target):
+                return dtype
+        return self._expected[target].dtype
+
+    def _convert(self, tensors: dict[str, Stored]) -> None:
         settings = LoadStateDictConfig(
             weight_mapping=copy.deepcopy(self._conversions),
             dtype=self.dtype,
             hf_quantizer=self._quantizer,
             device_map={"": self.device},
-            dtype_plan=self.model._get_dtype_plan(self.dtype),
+            dtype_plan=self._dtype_plan,
         )
-        with (
-            ExitStack() as open_shards,
-            torch.no_grad(),
-            _no_progress_bars(),
-        ):  # closed again, so that mapped pages do not pile up
-            files = {shard: open_shards.enter_context(safe_open(self.path / shard, "pt")) for shard in by_shard}
-            tensors = {key: files[shard].get_slice(key) for shard, names in by_shard.items() for key in names}
-            if self._quantizer is None:
-                self._fill_stacks(tensors)
-            if tensors:
-                convert_and_load_state_dict_in_model(model=self.model, state_dict=tensors, load_config=settings)
-
-    def _fill_stacks(self, tensors: dict[str, Any]) -> None:
-        """Takes the per-expert tensors that are merely stacked (gate beside up) out of `tensors` and copies each to its place.
-
-        transformers' own conversion gives the same values by stacking and concatenating, at up to three times the memory.
-        """
-        patterns = {
-            pattern: converter
-            for converter in self._converters
-            if is_stacking(converter)
-            for pattern in converter.source_patterns
-        }
-        stacks: dict[str, dict[str, list[str]]] = {}
-        for key in sorted(tensors, key=dot_natural_key):
-            target, pattern = self._target(key)
-            if pattern in patterns and target in self._expected:
-                stacks.setdefault(target, {}).setdefault(pattern, []).append(key)
-        for target, parts in stacks.items():
-            order = [pattern for pattern in patterns[next(iter(parts))].source_patterns if pattern in parts]
-            whole = torch.empty_like(self._expected[target], device=self.device)
-            columns = [int(tensors[parts[pattern][0]].get_shape()[0]) for pattern in order]
-            if sum(columns) != whole.shape[1] or any(len(parts[pattern]) != whole.shape[0] for pattern in order):
-                continue  # an unexpected layout is left to transformers
-            for pattern, place in zip(order, whole.split(columns, dim=1), strict=True):
-                for expert, key in enumerate(parts[pattern]):
-                    place[expert].copy_(tensors.pop(key)[:])
-            module, name = target.rsplit(".", 1)
-            self.model.get_submodule(module)._parameters[name] = nn.Parameter(whole, requires_grad=False)
+        with _no_progress_bars():
+            convert_and_load_state_dict_in_model(model=self.model, state_dict=tensors, load_config=settings)
 
     def _refuse_missing(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
         missing = [name for name, parameter in parameters if parameter.device.type == "meta"]
@@ -188,13 +206,34 @@ class LayeredModel:
             )
 
 
-def is_stacking(converter: WeightConverter) -> bool:
-    """Does it stack per-expert matrices along a new first axis, with nothing but a concatenation of their rows besides?"""
-    kinds = [(type(operation).__name__, getattr(operation, "dim", None)) for operation in converter.operations]
-    return len(converter.target_patterns) == 1 and kinds in (
-        [("MergeModulelist", 0)],
-        [("MergeModulelist", 0), ("Concatenate", 1)],
-    )
+def _keep_few_kernels() -> None:
+    """Up to 32 compiled matrix products stay in memory instead of 1,024 in each of two caches, unless the user set them otherwise.
+
+    In bf16 on a CPU every number of tokens that an expert gets is a shape with a kernel of about 0.5 MB, seldom met again: together
+    as much as a layer or two. Both are read at a process's first such product; compiling again costs less than it takes to measure.
+    """
+    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):  # torch's and oneDNN's own
+        os.environ.setdefault(name, "32")
+
+
+def _put(model: nn.Module, target: str, tensor: Tensor) -> None:
+    module, _, name = target.rpartition(".")
+    owner = model.get_submodule(module)
+    if name in owner._buffers:
+        owner._buffers[name] = tensor
+    else:
+        owner._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+
+
+@contextmanager
+def _own_stream(device: torch.device):
+    """Work inside goes beside what the default stream does; None where the device has no streams that we know."""
+    if device.type != "cuda":
+        yield None
+        return
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        yield stream
 
 
 def _resolve(dtype: str | torch.dtype, config: transformers.PretrainedConfig) -> torch.dtype:

@@ -90,9 +90,13 @@ class TraceFile:
         if len(values):
             self._maps[name][at : at + len(values)] = values.cpu().numpy()
 
-    def close(self) -> None:
+    def flush(self) -> None:
+        """What was written can be read from the file."""
         for array in self._maps.values():
             array.flush()
+
+    def close(self) -> None:
+        self.flush()
         self._maps = {}
 
 

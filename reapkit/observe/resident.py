@@ -14,6 +14,7 @@ from reapkit.observe.accumulate import GroupSums
 from reapkit.observe.experts import intercepted
 from reapkit.observe.partials import Partials
 from reapkit.observe.session import BatchWatch, Session
+from reapkit.observe.table import PILOT_POSITIONS
 from reapkit.progress import SILENT, Progress
 from reapkit.recipe.schema import ObserveSpec
 
@@ -45,21 +46,48 @@ def observe(
         placement="resident",
         device=device,
     )
+    if session.table is not None and not session.table.has_edges:
+        session.table.set_edges(*_pilot(model, session, batch_tokens, device))
     partials = Partials(session.directory)
     todo = [group for group in range(len(tokens.groups)) if not partials.has(group)]
-    with progress.task(
-        "observe", total=sum(int(tokens.row_lengths[row]) for group in todo for row in tokens.groups[group]), unit="tokens"
-    ) as task:
+    with (
+        session.sampling(),
+        progress.task(
+            "observe", total=sum(int(tokens.row_lengths[row]) for group in todo for row in tokens.groups[group]), unit="tokens"
+        ) as task,
+    ):
         for group in todo:
             sums, at = GroupSums(session.sites, len(tokens.sources)), session.trace_start[group] if spec.eaft else 0
+            if session.table is not None:
+                session.table.begin(range(group, group + 1))
             for batch in batches(tokens, tokens.groups[group], batch_tokens):
                 watch = BatchWatch(session, batch, sums.add, at)
                 _observe_batch(model, watch, device)
                 sums.count_tokens(batch)
                 at += watch.num_signals
                 task.advance(int(batch.lengths.sum()))
-            partials.write(group, sums.tensors())
+            session.keep_sample(group, [site.layer for site in session.sites])
+            in_cells = {} if session.table is None else session.table.tensors(group)
+            partials.write(group, sums.tensors() | in_cells)
+            if session.table is not None:
+                session.table.end()
+    if session.sample is not None:
+        session.sample.finish_all(progress)
     return session.observation(*partials.total(range(len(tokens.groups)), tokens.snapshots))
+
+
+def _pilot(model: nn.Module, session: Session, batch_tokens: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """p, H and source at the signal positions of the first rows, whatever rows are observed later: every attempt gets the same."""
+    seen: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    rows = [row for group in session.tokens.groups for row in group]
+    for batch in batches(session.tokens, rows, batch_tokens):
+        if sum(len(source) for _, _, source in seen) >= PILOT_POSITIONS:
+            break
+        watch = BatchWatch(session, batch, lambda *_: None)
+        positions = None if batch.position_ids is None else batch.position_ids.to(device)
+        p, h, source = watch.signals(model, final_hidden(model, batch.input_ids.to(device), positions))
+        seen.append((p.cpu(), h.cpu(), source))
+    return tuple(torch.cat(parts) for parts in zip(*seen, strict=True))
 
 
 def _observe_batch(model: nn.Module, watch: BatchWatch, device: torch.device) -> None:

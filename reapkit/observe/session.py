@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,16 @@ import transformers
 from torch import Tensor, nn
 
 from reapkit.calibration.tokens import Batch, CalibrationTokens
+from reapkit.eaft_table import Table
 from reapkit.errors import UnusableError
 from reapkit.hashing import digest
 from reapkit.observation import MAXIMA, SUMS, Observation, Trace
 from reapkit.observe.accumulate import Positions
 from reapkit.observe.experts import Experts, Pairs, RoutedExperts, find_experts, kernels_on, observed_forward
 from reapkit.observe.partials import TraceFile, trace_nbytes
+from reapkit.observe.reroute import Capture
 from reapkit.observe.signals import signals_of_hidden
+from reapkit.observe.table import TableSums
 from reapkit.recipe.schema import ObserveSpec
 
 TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
@@ -32,11 +36,12 @@ class Session:
     tokens: CalibrationTokens
     spec: ObserveSpec
     directory: Path
-    trace: TraceFile | None
+    trace: TraceFile | TableSums | None
     trace_start: tuple[int, ...]
     top_k: int
     model_type: str
     meta: Mapping[str, Any]
+    sample: Capture | None = None
 
     @classmethod
     def open(
@@ -53,7 +58,7 @@ class Session:
         **layout: Any,
     ) -> Session:
         """`layout`: whatever else decides which partial sums belong together. Raises UnusableError where the model's experts
-        cannot be watched or the trace would be too large.
+        cannot be watched.
         """
         sites = find_experts(model)
         text = model.config.get_text_config()
@@ -70,15 +75,33 @@ class Session:
             "transformers": transformers.__version__,
         }
         layers = [site.layer for site in sites]
+        if spec.reroute_tokens:
+            layout |= {"reroute_tokens": spec.reroute_tokens}
+        starts = _signals_before(tokens) if spec.eaft else ()
+        in_cells = spec.eaft and trace_nbytes(len(sites), top_k, starts[-1]) > spec.trace_bytes
+        if in_cells:
+            layout |= {"table": True}
         how = digest({"meta": meta, "layers": layers, "top_k": top_k, "eaft": spec.eaft, **layout})[:12]
         directory = Path(work_directory) / f"sums-{how}"  # sums made in another way are not mixed with these
         directory.mkdir(parents=True, exist_ok=True)
-        starts = _signals_before(tokens) if spec.eaft else ()
         trace = None
         if spec.eaft:
-            _refuse_large(trace_nbytes(len(sites), top_k, starts[-1]), spec)
-            trace = TraceFile(directory / "trace.safetensors", layers, top_k, starts[-1])
-        return cls(sites, tokens, spec, directory, trace, starts, top_k, text.model_type, meta)
+            if in_cells:
+                experts = max(site.num_experts for site in sites)
+                trace = TableSums(directory, tuple(layers), top_k, experts, len(tokens.sources), starts)
+            else:
+                trace = TraceFile(directory / "trace.safetensors", layers, top_k, starts[-1])
+        sample = Capture(model, sites, tokens, directory, spec.reroute_tokens) if spec.reroute_tokens else None
+        return cls(sites, tokens, spec, directory, trace, starts, top_k, text.model_type, meta, sample)
+
+    def sampling(self) -> AbstractContextManager[None]:
+        """What the reroute criterion needs of the sampled tokens is kept inside."""
+        return nullcontext() if self.sample is None else self.sample.watching()
+
+    def keep_sample(self, group: int, layers: Sequence[int]) -> None:
+        """Writes a finished row group's sampled tokens in these layers."""
+        if self.sample is not None:
+            self.sample.keep_group(group, layers)
 
     def observation(self, total: Mapping[str, Tensor], snapshots: Mapping[str, Tensor]) -> Observation:
         """The observation that these sums, maxima, coactivation, token counts [L, S, ...] and snapshots [stages, L, S, E]
@@ -98,9 +121,21 @@ class Session:
             maxima={name: total[name] for name in MAXIMA},
             coactivation=total["coactivation"],
             snapshots=snapshots,
-            eaft=None if self.trace is None else Trace.load(self.trace.file),
+            eaft=self._eaft(total),
             meta=self.meta,
+            reroute=None if self.sample is None else self.sample.result(),
         )
+
+
+    @property
+    def table(self) -> TableSums | None:
+        """Where the EAFT material goes if not into an exact trace."""
+        return self.trace if isinstance(self.trace, TableSums) else None
+
+    def _eaft(self, total: Mapping[str, Tensor]) -> Trace | Table | None:
+        if self.trace is None:
+            return None
+        return Trace.load(self.trace.file) if self.table is None else self.table.result(total)
 
 
 @dataclass(eq=False)
@@ -125,6 +160,8 @@ class BatchWatch:
                 f"{site.name} was called with {hidden.shape[0]} positions for a batch of {len(positions.source)}: this "
                 "architecture regroups tokens before its experts, so they cannot be told apart by source."
             )
+        if self.session.sample is not None:
+            self.session.sample.note(site, self.batch)
         out, pairs = observed_forward(site, hidden, index, gates)
         self.add(site, pairs, positions)
         if self.session.trace is not None:
@@ -156,11 +193,14 @@ class BatchWatch:
 
     def finish(self, model: nn.Module, hidden: Tensor) -> None:
         """Writes p and H of the batch's signals, from its final hidden states [batch, tokens, hidden]."""
+        for name, values in zip(("p", "h", "source"), self.signals(model, hidden), strict=True):
+            self.session.trace.write(name, self.trace_at, values)
+
+    def signals(self, model: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """p, H and the source of the batch's signals, from its final hidden states [batch, tokens, hidden]."""
         at_signals = hidden.reshape(-1, hidden.shape[-1])[self.positions_on(hidden.device).signal]
         p, h = signals_of_hidden(model, at_signals, self.references().to(hidden.device), self.session.spec.entropy_top_k)
-        source = self._host.source[self._host.signal].to(torch.int16)
-        for name, values in (("p", p), ("h", h), ("source", source)):
-            self.session.trace.write(name, self.trace_at, values)
+        return p, h, self._host.source[self._host.signal].to(torch.int16)
 
 
 def _signals_before(tokens: CalibrationTokens) -> tuple[int, ...]:
@@ -170,10 +210,3 @@ def _signals_before(tokens: CalibrationTokens) -> tuple[int, ...]:
         starts.append(starts[-1] + sum(int(tokens.row(row).signal.sum()) for row in group))
     return tuple(starts)
 
-
-def _refuse_large(nbytes: int, spec: ObserveSpec) -> None:
-    if nbytes > spec.trace_bytes:
-        raise UnusableError(
-            f"observe.trace_bytes: the exact EAFT trace of this calibration takes {nbytes:,} bytes, allowed are "
-            f"{spec.trace_bytes:,}. Raise observe.trace_bytes, lower calibration.samples, or set observe.eaft: false."
-        )

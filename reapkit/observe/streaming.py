@@ -23,7 +23,8 @@ from reapkit.observe.experts import Experts, Pairs, RoutedExperts, intercepted
 from reapkit.observe.layers import LayeredModel
 from reapkit.observe.lockstep import Forward, Lockstep, Spool
 from reapkit.observe.session import BatchWatch, Session
-from reapkit.observe.totals import RunningTotal, assemble
+from reapkit.observe.table import add_in_order
+from reapkit.observe.totals import RunningTotal, assemble, save_by_rename
 from reapkit.progress import SILENT, Progress
 from reapkit.recipe.schema import ObserveSpec
 
@@ -43,15 +44,18 @@ def observe_streaming(
     hidden_bytes: int | None = None,
     offload_directory: Path | None = None,
     checkpoint_minutes: float = 10,
+    reading: Callable[[list[str]], None] | None = None,
     progress: Progress = SILENT,
 ) -> Observation:
     """The same observation as `resident.observe` of the loaded checkpoint, with one or two decoder layers in memory.
 
     `hidden_bytes`: budget for the paused batches' hidden states on the host; beyond it they go to `offload_directory`, or,
     without one, the rows run in waves that each read the weights once. Killed and run again with the same arguments it
-    continues: layers' sums are kept as they finish, hidden states every `checkpoint_minutes`.
+    continues: layers' sums are kept as they finish, hidden states every `checkpoint_minutes`. `reading` is told the shards that
+    are read next.
     """
     layered = LayeredModel(path, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    layered.reading = reading
     waves = plan_waves(tokens, batch_tokens, layered, None if offload_directory else hidden_bytes)
     session = Session.open(
         layered.model,
@@ -68,6 +72,7 @@ def observe_streaming(
     pass_ = _Pass(layered, session, batch_tokens, hidden_bytes, offload_directory, checkpoint_minutes)
     with (
         Lockstep(layered.layers) as lockstep,
+        session.sampling(),
         ThreadPoolExecutor(1, thread_name_prefix="layer-reader") as reader,
         intercepted(session.sites, pass_.on_experts),
         progress.task("observe", total=len(waves) * len(layered.layers), unit="layers") as task,
@@ -138,6 +143,9 @@ class _Pass:
         note: Callable[[int], None],
         advance: Callable[[float], None],
     ) -> None:
+        table = self.session.table
+        if table is not None:
+            table.begin(groups)
         waiting = list(self._batches(groups))
         start, saved = self._checkpoint(wave, len(waiting))
         lockstep.start_at(start, saved["returns_tuple"] if saved else ())
@@ -155,7 +163,14 @@ class _Pass:
         self._through_layers(wave, start, waiting, lockstep, reader, note, advance)
         lockstep.forget([item.forward for item in waiting])
         lockstep.start_at(0, ())
+        if table is not None:
+            table.set_edges_of_spool()
+            earlier = self._file(wave - 1, "table.safetensors")
+            summed = add_in_order(load_file(earlier) if earlier.exists() else {}, table, groups)
+            save_by_rename(summed, self._file(wave, "table.safetensors"))
         _write_by_rename(self._file(wave, "done"), "")
+        if table is not None:
+            table.end()
         for directory in self.session.directory.glob(f"wave-{wave:03d}-inputs-*"):
             shutil.rmtree(directory)
 
@@ -199,9 +214,12 @@ class _Pass:
                 if not item.forward.finished:
                     self._park(item)
             if site is not None:
+                self.session.keep_sample(group, [layer])
                 tensors = self.sums.tensors()
                 refuse_unusable(site, tensors)
                 total.add(group, tensors)
+        if site is not None and self.session.sample is not None and waiting[-1].group == len(self.session.tokens.groups) - 1:
+            self.session.sample.finish(site)
         if site is not None:
             total.save(self._file(wave, f"layer-{layer:04d}.safetensors"))
 

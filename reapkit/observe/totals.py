@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -36,9 +36,14 @@ class RunningTotal:
                 self.tensors |= {f"snapshot.{stage}.{name}": self.tensors[name].clone() for name in SNAPSHOTS}
 
     def save(self, file: Path) -> None:
-        temporary = file.with_suffix(".writing")
-        save_file({name: tensor.contiguous() for name, tensor in self.tensors.items()}, temporary)
-        os.replace(temporary, file)
+        save_by_rename(self.tensors, file)
+
+
+def save_by_rename(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """A file that exists is complete."""
+    temporary = file.with_suffix(".writing")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+    os.replace(temporary, file)
 
 
 def assemble(session: Session, last_wave: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -57,7 +62,8 @@ def assemble(session: Session, last_wave: int) -> tuple[dict[str, Tensor], dict[
         for name in SNAPSHOTS
     }
     total = {name: torch.stack([layer[name] for layer in layers]) for name in layers[0] if not name.startswith("snapshot.")}
-    return total | _token_counts(session.tokens), snapshots
+    in_cells = {} if session.table is None else load_file(session.directory / f"wave-{last_wave:03d}-table.safetensors")
+    return total | in_cells | _token_counts(session.tokens), snapshots
 
 
 def _token_counts(tokens: CalibrationTokens) -> dict[str, Tensor]:

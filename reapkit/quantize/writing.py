@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -41,10 +42,17 @@ def write_shards(checkpoint: Checkpoint, out: Path, replacement: Callable[[str],
 def finish_directory(checkpoint: Checkpoint, out: Path, scheme: QuantizationScheme, plan: Targets, *, trust_remote_code: bool) -> None:
     """Adds everything but the weights; config.json is the source's own text plus `quantization_config`."""
     copy_companions(checkpoint, out)
-    ignore = sorted({"lm_head", *plan.left, *_loaded_names(checkpoint, plan.left, trust_remote_code)})
+    ignore = sorted({"lm_head", *plan.left, *_loaded_names(checkpoint, plan.left, trust_remote_code), *_stacked_patterns(plan)})
     text = (checkpoint.path / "config.json").read_text()
     (out / "config.json").write_text(edit_json(text, {("quantization_config",): quantization_config(scheme, ignore)}))
     write_index(out)
+
+
+def _stacked_patterns(plan: Targets) -> set[str]:
+    """Patterns for experts that stay stacked: engines ask for each expert's matrix by a name that no such checkpoint holds."""
+    sites = {match[1] for name in plan.left if (match := re.fullmatch(r"(.*\.experts)\.[a-z_]+", name))}
+    touched = {site for site in sites if any(matrix.module.startswith(f"{site}.") for matrix in plan.matrices.values())}
+    return {f"re:{re.escape(site)}\\..*" for site in sites - touched}
 
 
 def copy_companions(checkpoint: Checkpoint, out: Path) -> None:

@@ -121,7 +121,7 @@ def _read_with_parents(path: Path, chain: tuple[Path, ...], problems: list[Probl
     if resolved in chain:
         names = " -> ".join(file.name for file in (*chain[chain.index(resolved):], resolved))
         raise RecipeError([Problem("extends", f"goes in a circle: {names}. Remove one of them.", str(path))])
-    document = read_document(path, _shown(path))
+    document = _with_raw_recipe(read_document(path, _shown(path)), path, problems)
     parent = document.value.pop("extends", None)
     if parent is None or parent.value is None:
         return document
@@ -135,6 +135,22 @@ def _read_with_parents(path: Path, chain: tuple[Path, ...], problems: list[Probl
         return document
     inherited = _read_with_parents(parent_path, (*chain, resolved), problems)
     return _merge(_rebased(inherited, parent_path.parent, path.parent), document)
+
+
+def _with_raw_recipe(document: Node, path: Path, problems: list[Problem]) -> Node:
+    """`quantize.recipe` as the text of the file it names, which is found from the recipe's own folder: what it says is what counts."""
+    section = document.value.get("quantize")
+    node = section.value.get("recipe") if section is not None and isinstance(section.value, dict) else None
+    if node is None or not isinstance(node.value, str) or "\n" in node.value or not node.value.endswith((".yaml", ".yml")):
+        return document
+    file = path.parent / node.value
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        problems.append(node.problem("quantize.recipe", f"found '{node.value}', but there is no such file that can be read. The path starts from the "
+                                                        "recipe's own folder."))
+        return document
+    return replace(document, value={**document.value, "quantize": replace(section, value={**section.value, "recipe": replace(node, value=text)})})
 
 
 def _shown(path: Path) -> str:

@@ -199,9 +199,9 @@ class ObserveSpec(Section):
     entropy_top_k: int = Field(default=20, ge=2)
     """Logits over which the entropy is taken."""
     reroute_tokens: int = Field(default=0, ge=0)
-    """Tokens per layer on which the reroute criterion is measured; 0: not collected. Not available in this version."""
+    """Tokens on which the reroute criteria are measured in every layer, 8192 for instance; 0: not collected."""
     trace_bytes: int = Field(default=20_000_000_000, ge=0)
-    """Largest EAFT trace on disk; a calibration that needs more is refused before it runs (lower it, or `eaft: false`)."""
+    """Largest exact EAFT trace; a calibration that needs more is summed in a table of 32 x 16 cells of (p, H) instead."""
 
 
 # ---------------------------------------------------------------------------------------------- saliency
@@ -255,14 +255,14 @@ class EaftSpec(Section):
     """Good is everything else, or a stricter region."""
 
 
-BUILTIN_CRITERIA = ("reap", "eaft-reap", "frequency", "weighted-frequency", "ean", "ean-mean", "random")
+BUILTIN_CRITERIA = ("reap", "eaft-reap", "frequency", "weighted-frequency", "ean", "ean-mean", "reroute", "reroute-single", "random")
 
 
 class SaliencySpec(Section):
     """How much each expert matters."""
 
     criterion: str = "reap"
-    """reap, eaft-reap, frequency, weighted-frequency, ean, ean-mean or random."""
+    """reap, eaft-reap, frequency, weighted-frequency, ean, ean-mean, reroute, reroute-single or random."""
     reduction: Literal["mean", "sum"] = "mean"
     """Over the positions routed to the expert."""
     prior_count: float = Field(default=0.0, ge=0)
@@ -448,6 +448,15 @@ class LmEvalSpec(Section):
     """Documents per task."""
 
 
+class ThroughputSpec(Section):
+    """Speed and memory of base and result, by each engine that is installed."""
+
+    prompt_tokens: int = Field(default=256, ge=1)
+    """Tokens read at once."""
+    new_tokens: int = Field(default=32, ge=1)
+    """Tokens generated one by one."""
+
+
 class EvaluateSpec(Section):
     """What the pruned model must hold against the base before anything is written."""
 
@@ -469,6 +478,10 @@ class EvaluateSpec(Section):
     """Generation metrics, or null."""
     lm_eval: LmEvalSpec | None = None
     """Task benchmarks, or null."""
+    throughput: ThroughputSpec | None = ThroughputSpec()
+    """Prefill and decode speed and peak memory of base and result, or null."""
+    equal_bytes: bool = True
+    """Measure the unpruned model beside the result, quantized alone to about the same bytes."""
 
 
 # ---------------------------------------------------------------------------------------------- quantize, output, runtime

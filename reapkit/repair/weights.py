@@ -46,8 +46,11 @@ class RepairedWeights:
     facts: Mapping[str, Any]
 
     def save_index(self) -> None:
-        write_json(self.directory / INDEX, {"layers": {str(layer): names.to_json() for layer, names in self.layers.items()},
-                                            "facts": dict(self.facts)})
+        write_json(self.directory / INDEX, self.describe())
+
+    def describe(self) -> dict[str, Any]:
+        """What the index file holds: the tensors' names, and how the fit went."""
+        return {"layers": {str(layer): names.to_json() for layer, names in self.layers.items()}, "facts": dict(self.facts)}
 
     @classmethod
     def load(cls, directory: str | Path) -> RepairedWeights:

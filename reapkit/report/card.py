@@ -45,6 +45,9 @@ CRITERIA = {
     "eaft-reap": "w · g · ‖f(x)‖₂ over the positions routed to the expert, with w by how sure and how right the model was there",
     "frequency": "how many positions were routed to the expert", "weighted-frequency": "the gate weight the expert received",
     "ean": "the sum of ‖f(x)‖₂ over the positions routed to the expert", "ean-mean": "‖f(x)‖₂ over the positions routed to the expert",
+    "reroute": "how far the layer's output moves, relative to the residual stream, once the expert is gone and its tokens are routed to those "
+               "left, removing one after another",
+    "reroute-single": "how far the layer's output moves, relative to the residual stream, without the expert alone, its tokens re-routed",
     "random": "random numbers, as a control",
 }
 

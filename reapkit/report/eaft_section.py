@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 
-from reapkit.eaft import REGIONS, Thresholds, region_of, source_thresholds
+from reapkit.eaft import REGIONS, Thresholds, region_positions
+from reapkit.eaft_table import Table as EaftTable
+from reapkit.eaft_table import cell_bounds
+from reapkit.observation import Trace
 from reapkit.recipe.schema import EaftSpec
 from reapkit.report.blocks import Chart, Note, Section, Table
 from reapkit.report.charts import axis, grid, shade
@@ -34,6 +37,9 @@ def eaft_section(view: View) -> Section:
                          Table(columns, rows, narrow=True)]
     if used.get("changed_by_conflict") is not None:
         blocks.append(_effect(used["changed_by_conflict"], used["weights"]["conflict"]))
+    if realised := used.get("realised"):
+        cuts = "; ".join(", ".join(f"{name} {level:.3g}" for name, level in levels.items()) for levels in realised.values())
+        blocks.append(Note("info", f"The exact trace exceeded observe.trace_bytes: positions were summed in 32 x 16 cells of (p, H). Quantiles realised: {cuts}."))
     lead = ("p is the probability of the reference token, H the entropy over the top logits divided by its maximum. "
             + ("These regions weighed the saliency." if used else "Default quantiles; this cut did not use them."))
     return Section("eaft", "EAFT regions", blocks, lead, "EAFT")
@@ -52,17 +58,12 @@ def _weight_matters(share: float) -> str:
 
 
 def _measured(view: View) -> tuple[list[Thresholds], dict[str, dict[str, float]]]:
-    observation, spec = view.observation, EaftSpec()
-    trace = observation.eaft
-    borders = source_thresholds(trace, len(observation.sources), spec, source_alphas(observation, view.mix))
-    positions = {}
-    for index, name in enumerate(observation.sources):
-        mine = trace.source == index
-        region = region_of(trace.p[mine], trace.h[mine], borders[index])
-        positions[name] = torch.bincount(region, minlength=len(REGIONS)).double()
-    positions = {"all": sum(positions.values()), **positions}
+    observation = view.observation
+    mix = None if isinstance(observation.eaft, EaftTable) else view.mix  # a table cannot be cut at every mix's quantiles
+    found = region_positions(observation, EaftSpec(), source_alphas(observation, mix))
+    positions = dict(zip(("all", *observation.sources), torch.cat([found.positions.sum(0, keepdim=True), found.positions]).double(), strict=True))
     shares = {name: (row / max(1.0, float(row.sum()))).tolist() for name, row in positions.items()}
-    return list(borders[:1]), {name: dict(zip(REGIONS, row, strict=True)) for name, row in shares.items()}
+    return list(found.thresholds[:1]), {name: dict(zip(REGIONS, row, strict=True)) for name, row in shares.items()}
 
 
 def _borders_of(used: dict[str, Any]) -> list[Thresholds]:
@@ -72,14 +73,24 @@ def _borders_of(used: dict[str, Any]) -> list[Thresholds]:
 
 def _density(view: View) -> dict[str, Any]:
     """Positions in equal steps of log p (all below the least p in the first) and of H."""
-    trace = view.observation.eaft
-    place = 1 + trace.p.double().clamp_min(LEAST_P).log10() / DECADES
-    x, y = ((values * BINS).long().clamp(0, BINS - 1) for values in (place, trace.h.double()))
-    cells = torch.bincount(y * BINS + x, minlength=BINS * BINS).view(BINS, BINS)
+    p, h, weight = _points(view.observation.eaft)
+    place = 1 + p.double().clamp_min(LEAST_P).log10() / DECADES
+    x, y = ((values * BINS).long().clamp(0, BINS - 1) for values in (place, h.double()))
+    cells = torch.bincount(y * BINS + x, weights=weight, minlength=BINS * BINS).view(BINS, BINS).long()
     edges = [edge / BINS for edge in range(BINS + 1)]
     return grid(edges, x=[LEAST_P ** (1 - edge) for edge in edges], z=[[math.log10(n) if n else None for n in row] for row in cells.tolist()],
                 text=[[f"{n:,} positions" for n in row] for row in cells.tolist()], colorscale=shade("--heat-low", "--heat-high"),
                 hovertemplate="p %{x:.3g}, H %{y:.2f}: %{text}<extra></extra>")
+
+
+def _points(material: Trace | EaftTable) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """p, H and how many positions: of every position, or of every cell of a table at its upper bounds."""
+    if isinstance(material, Trace):
+        return material.p, material.h, torch.ones(len(material), dtype=torch.float64)
+    p = torch.stack([cell_bounds(edges)[1].clamp_max(1) for edges in material.p_edges])
+    h = torch.stack([cell_bounds(edges)[1].clamp_max(1) for edges in material.h_edges])
+    shape = material.positions.shape
+    return p[:, :, None].expand(shape).flatten(), h[:, None, :].expand(shape).flatten(), material.positions.flatten().double()
 
 
 def _layout(borders: list[Thresholds]) -> dict[str, Any]:

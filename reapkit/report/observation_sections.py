@@ -9,6 +9,7 @@ from reapkit.report.blocks import Chart, Folded, Note, Section, Table, Text, Til
 from reapkit.report.charts import axis, grid, line, reference, shade
 from reapkit.report.cut_sections import cut_sections, grid_height, grid_layout
 from reapkit.report.eaft_section import eaft_section
+from reapkit.report.reroute_section import reroute_section
 from reapkit.report.view import View
 from reapkit.report.wording import count, extreme, listed, number, percent, plural
 
@@ -27,7 +28,8 @@ def observation_sections(view: View) -> list[Section]:
     """Every section that this observation can fill."""
     several, traced = len(view.observation.sources) > 1, view.observation.eaft is not None
     return [recorded(view), *cut_sections(view), *([specialisation(view)] if several else []),
-            *([eaft_section(view)] if traced else []), convergence(view), never_routed(view)]
+            *([eaft_section(view)] if traced else []), *([reroute_section(view)] if view.observation.reroute is not None else []),
+            convergence(view), never_routed(view)]
 
 
 # ---------------------------------------------------------------------------------------------- what was recorded

@@ -14,6 +14,7 @@ from reapkit.observe.layers import LayeredModel
 from reapkit.recipe.schema import Gates
 from reapkit.resolve import tokenizer_identity
 from reapkit.stages import Context
+from reapkit.stages.repair import load_repaired
 from reapkit.stages.select import load_selections
 from reapkit.store import write_json
 
@@ -23,8 +24,10 @@ def run(context: Context) -> dict[str, Any]:
     index = context.inputs["select"].summary
     selections = load_selections(context.inputs["select"].payload, [*index["candidates"], *index["controls"]])
     nbytes = {candidate.name: context.plan.pruned(candidate).nbytes for candidate in context.plan.candidates}
-    tried = [Candidate(name, selections[name], nbytes[name]) for name in index["candidates"]]
-    compared = {"controls": [Candidate(name, selections[name], control_of=candidate) for name, candidate in index["controls"].items()],
+    weights = load_repaired(context, list(selections))
+    tried = [Candidate(name, selections[name], nbytes[name], weights=weights.get(name)) for name in index["candidates"]]
+    compared = {"controls": [Candidate(name, selections[name], control_of=candidate, weights=weights.get(name))
+                             for name, candidate in index["controls"].items()],
                 "eaft": eaft_settings(recipe.saliency, recipe.observe), "pack_samples": spec.packs.samples,
                 "batch_tokens": recipe.runtime.batch_tokens, "progress": context.progress}
     where = {"device": context.device, "trust_remote_code": recipe.model.trust_remote_code}

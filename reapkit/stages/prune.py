@@ -5,19 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 from reapkit.checkpoint import Checkpoint
+from reapkit.planning import store_of
 from reapkit.selection import Selection
+from reapkit.shards import confirm_unchanged, record_of
 from reapkit.stages import Context
+from reapkit.stages.repair import load_repaired
 from reapkit.surgery.check import confirm_layout
 from reapkit.surgery.prune import prune_checkpoint
 
 
 def run(context: Context) -> dict[str, Any]:
     recipe, source = context.recipe, context.plan.checkpoint
+    confirm_unchanged(source.path, record_of(store_of(recipe).root, source.identity))
     selection = Selection.load(context.inputs["select"].payload / "candidates" / context.candidate)
     confirm_layout(source, context.plan.layout, {index: selection.keep.get(index, tuple(range(layer.num_experts)))
                                                  for index, layer in context.plan.layout.layers.items()})
     prune_checkpoint(source, selection, context.payload, max_shard_bytes=recipe.output.max_shard_bytes, mtp=recipe.prune.mtp,
-                     layout=recipe.prune.layout, progress=context.progress)
+                     layout=recipe.prune.layout, repaired=load_repaired(context, [context.candidate]).get(context.candidate), progress=context.progress)
     pruned = Checkpoint.open(context.payload)
     return {"candidate": context.candidate, "bytes": pruned.nbytes, "parameters": pruned.numel,
             "experts": {str(layer): len(chosen.keep) for layer, chosen in selection.layers.items()}}

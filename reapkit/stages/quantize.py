@@ -8,6 +8,7 @@ from reapkit.calibration.tokens import CalibrationTokens
 from reapkit.checkpoint import Checkpoint
 from reapkit.quantize import quantize_checkpoint
 from reapkit.stages import Context
+from reapkit.surgery.sealed import read_manifest, seal
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -16,5 +17,8 @@ def run(context: Context) -> dict[str, Any]:
                                 calibration=CalibrationTokens.load(tokens.payload) if tokens else None,
                                 device=context.device, work=context.work, progress=context.progress,
                                 batch_tokens=context.recipe.runtime.batch_tokens, trust_remote_code=context.recipe.model.trust_remote_code)
+    pruned = read_manifest(context.inputs["prune"].payload)
+    seal(context.payload, {name: pruned.get(name) for name in ("key", "source", "keep")} | {"scheme": facts["scheme"], "method": facts["method"]},
+         context.progress)
     quantized = Checkpoint.open(context.payload)
     return {"bytes": quantized.nbytes, **facts}

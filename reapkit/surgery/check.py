@@ -1,26 +1,21 @@
-"""What surgery believes against what transformers builds: the expert axes, and the directory that was written."""
+"""What surgery believes against what transformers builds: the expert axes."""
 
 from __future__ import annotations
 
-import json
 import re
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 
 from reapkit.checkpoint import Checkpoint
 from reapkit.errors import UnusableError
-from reapkit.hashing import digest_file
-from reapkit.layout import Layout, read_layout
-from reapkit.progress import SILENT, Progress
+from reapkit.layout import Layout
 from reapkit.surgery.config import Counts, config_edits, edit_json
 from reapkit.surgery.cut import cut_tensors
-from reapkit.surgery.prune import MANIFEST
 
 LAYER = re.compile(r"(?:^|\.)([0-9]+)\.")
 
@@ -79,38 +74,3 @@ def _numel(shape: Sequence[int]) -> int:
     for extent in shape:
         number *= extent
     return number
-
-
-def verify_shards(directory: Path, progress: Progress = SILENT) -> dict[str, str]:
-    """sha256 by shard, each equal to what was recorded when the directory was written; the layout agrees with the config.
-
-    Raises UnusableError naming the shard that differs or is missing, or a directory that reapkit did not finish.
-    """
-    manifest = read_manifest(directory)
-    checkpoint = Checkpoint.open(directory)
-    recorded = manifest["shards"]
-    if set(recorded) != set(checkpoint.shards):
-        odd = sorted(set(recorded) ^ set(checkpoint.shards))
-        raise UnusableError(f"{directory}: {MANIFEST} and the index disagree about {odd[0]}. Prune again.")
-    read_layout(checkpoint)
-    with progress.task("verify", sum(shard["bytes"] for shard in recorded.values()), "B") as task:
-        for name, shard in sorted(recorded.items()):
-            task.note(name)
-            if digest_file(directory / name) != shard["sha256"]:
-                raise UnusableError(f"{directory / name}: differs from what was written (sha256). Prune again.")
-            task.advance(shard["bytes"])
-    return {name: shard["sha256"] for name, shard in sorted(recorded.items())}
-
-
-def read_manifest(directory: Path) -> dict[str, Any]:
-    """What reapkit recorded beside a pruned checkpoint: source, kept experts, sha256 and bytes of each shard."""
-    try:
-        manifest = json.loads((directory / MANIFEST).read_text())
-        complete = manifest["complete"] and isinstance(manifest["shards"], dict)
-    except FileNotFoundError:
-        raise UnusableError(f"{directory}: no {MANIFEST} there, so it was not pruned by reapkit.") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UnusableError(f"{directory / MANIFEST}: unreadable ({type(error).__name__}: {error}). Prune again.") from None
-    if not complete:
-        raise UnusableError(f"{directory}: pruning was not finished there. Run it again, it goes on where it stopped.")
-    return manifest

@@ -8,6 +8,7 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 
 from reapkit.checkpoint import DTYPE_BITS, Checkpoint, TensorInfo
 from reapkit.errors import UnusableError
@@ -19,7 +20,9 @@ INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class Cut:
-    """One tensor of the result: its name and shape there, and the byte ranges of one source shard it is made of, in order."""
+    """One tensor of the result: its name and shape there, and the byte ranges of one file it is made of, in order: a shard of the
+    source, or another file by its absolute path.
+    """
 
     name: str
     dtype: str
@@ -64,8 +67,12 @@ class Shard:
             yield pending
 
 
-def cut_tensors(source: Checkpoint, layout: Layout, keep: Mapping[int, Sequence[int]], *, drop_mtp: bool) -> list[Cut]:
-    """The tensors of the result in the source's order: kept experts renumbered from 0, stacked axes sliced, the rest whole."""
+def cut_tensors(source: Checkpoint, layout: Layout, keep: Mapping[int, Sequence[int]], *, drop_mtp: bool,
+                replaced: Mapping[str, tuple[Path, TensorInfo]] | None = None) -> list[Cut]:
+    """The tensors of the result in the source's order: kept experts renumbered from 0, stacked axes sliced, the rest whole.
+
+    `replaced`: source tensor name -> the file that holds its new bytes, as they are to be written, and where in it.
+    """
     layers = {**layout.layers, **({} if drop_mtp else layout.mtp)}
     dropped = set(layout.mtp_tensors) if drop_mtp else set()
     renamed: dict[str, str] = {}
@@ -84,7 +91,10 @@ def cut_tensors(source: Checkpoint, layout: Layout, keep: Mapping[int, Sequence[
     for tensor in sorted(source.tensors.values(), key=lambda tensor: (tensor.shard, tensor.begin, tensor.end)):
         if tensor.name in dropped:
             continue
-        if tensor.name in sliced:
+        if replaced and tensor.name in replaced:
+            file, info = replaced[tensor.name]
+            cuts.append(Cut(renamed.get(tensor.name, tensor.name), info.dtype, info.shape, str(file.absolute()), ((info.begin, info.nbytes),)))
+        elif tensor.name in sliced:
             layer, axis = sliced[tensor.name]
             cuts.append(_slice(tensor, axis, layer.num_experts, keep[layer.index]))
         else:
@@ -160,7 +170,8 @@ def _unchanged(source: Checkpoint, cuts: Sequence[Cut], max_shard_bytes: int) ->
         info = source.tensors.get(cut.name)
         if info is None or info.shard != cut.shard or cut.ranges != ((info.begin, info.nbytes),):
             changed.add(cut.shard)
-        left[cut.shard] -= cut.nbytes
+        if cut.shard in left:
+            left[cut.shard] -= cut.nbytes
     candidates = {shard for shard, size in sizes.items()
                   if shard not in changed and left[shard] == 0 and max_shard_bytes // 2 <= size <= max_shard_bytes}
     # a shard may hold more than is in use: a tensor that the index finds elsewhere

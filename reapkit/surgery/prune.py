@@ -10,16 +10,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 from reapkit.architecture import text_config
-from reapkit.checkpoint import Checkpoint
+from reapkit.checkpoint import Checkpoint, TensorInfo
 from reapkit.errors import StageFailed, UnusableError
 from reapkit.hashing import digest
 from reapkit.layout import Layout, is_mtp_name, read_layout
 from reapkit.progress import SILENT, Progress
+from reapkit.repair.weights import RepairedWeights
 from reapkit.selection import Selection
 from reapkit.store import write_json
 from reapkit.surgery.config import Counts, Renumber, config_edits, edit_json, expert_renamer, renamed, text_section
 from reapkit.surgery.cut import INDEX, Shard, cut_tensors, encode_index, lay_out
-from reapkit.surgery.write import copy_file, explained, require_space, write_file, write_shards
+from reapkit.surgery.write import (
+    copy_file,
+    explained,
+    require_space,
+    write_file,
+    write_shards,
+)
 
 MANIFEST = "reapkit.json"
 QUANTIZER_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quantization_config.json")
@@ -45,13 +52,13 @@ class PrunedCheckpoint:
 
 def prune_checkpoint(source: Checkpoint, selection: Selection, out: Path, *, max_shard_bytes: int = 5_000_000_000,
                      mtp: Literal["auto", "observe", "drop"] = "auto", layout: Literal["uniform", "ragged"] = "uniform",
-                     progress: Progress = SILENT) -> PrunedCheckpoint:
+                     repaired: RepairedWeights | None = None, progress: Progress = SILENT) -> PrunedCheckpoint:
     """Writes to `out` the checkpoint without the dropped experts: kept tensors bit-equal, config edited, other files copied.
 
     `mtp`: `drop` removes multi-token-prediction blocks and their config fields; `observe` needs the selection to cover them;
     `auto` keeps them if it does (or if they hold no experts) and else drops them with a warning. Layers the selection omits
     stay whole. `layout: ragged` allows different numbers of experts per layer: config.json lists them, and a modelling file
-    that transformers can load them with travels along. Interrupted, it continues after the last finished shard when called
+    that transformers can load them with travels along. `repaired`: re-fitted expert matrices that take the place of the source's. Interrupted, it continues after the last finished shard when called
     again with the same arguments, and gives the same bytes.
 
     Raises UnusableError for a selection that does not fit, StageFailed where the disk or the source gives way.
@@ -61,7 +68,8 @@ def prune_checkpoint(source: Checkpoint, selection: Selection, out: Path, *, max
     drop_mtp = _drops_mtp(found, selection, mtp, progress)
     keep = _kept(found, selection, source, drop_mtp)
     is_ragged = _is_ragged(source, keep, layout)
-    shards = lay_out(source, cut_tensors(source, found, keep, drop_mtp=drop_mtp), max_shard_bytes)
+    replaced = None if repaired is None else _fitting(repaired, keep)
+    shards = lay_out(source, cut_tensors(source, found, keep, drop_mtp=drop_mtp, replaced=replaced), max_shard_bytes)
     rename = _renamer(source, found, keep, drop_mtp)
     texts = _edited_texts(source, found, keep, selection.experts_per_token, drop_mtp, rename, is_ragged=is_ragged)
     copies, left_out = _other_files(source)
@@ -69,7 +77,7 @@ def prune_checkpoint(source: Checkpoint, selection: Selection, out: Path, *, max
         out.mkdir(parents=True, exist_ok=True)
         if out.resolve() == source.path.resolve():
             raise StageFailed(f"{out} is the source itself. Choose another output directory.")
-        manifest = _resume(out, _plan_key(source, keep, texts, shards, drop_mtp))
+        manifest = _resume(out, _plan_key(source, keep, texts, shards, drop_mtp, repaired))
         written = dict(manifest["shards"])
         left = [shard for shard in shards if shard.name not in written]
         require_space(out, sum(shard.nbytes for shard in left))
@@ -90,6 +98,14 @@ def prune_checkpoint(source: Checkpoint, selection: Selection, out: Path, *, max
         progress.warn(f"prune: {len(left_out)} files that hold the unpruned weights in other formats were not copied, such as "
                       f"{left_out[0]}.")
     return PrunedCheckpoint(out, written, kept, drop_mtp and bool(found.mtp_tensors), left_out)
+
+
+def _fitting(repaired: RepairedWeights, keep: Mapping[int, Sequence[int]]) -> dict[str, tuple[Path, TensorInfo]]:
+    for layer, names in repaired.layers.items():
+        if tuple(keep.get(layer, ())) != names.keep:
+            raise UnusableError(f"{repaired.directory}: layer {layer} was re-fitted for other kept experts than the selection's. Run the repair "
+                                "stage again.")
+    return repaired.tensors()
 
 
 def _drops_mtp(layout: Layout, selection: Selection, mtp: str, progress: Progress) -> bool:
@@ -235,8 +251,9 @@ def _is_other_weight(name: str) -> bool:
 
 
 def _plan_key(source: Checkpoint, keep: Mapping[int, Sequence[int]], texts: Mapping[str, str], shards: Sequence[Shard],
-              drop_mtp: bool) -> str:
-    return digest({"source": source.identity, "keep": sorted((index, list(chosen)) for index, chosen in keep.items()),
+              drop_mtp: bool, repaired: RepairedWeights | None) -> str:
+    return digest({**({} if repaired is None else {"repaired": repaired.describe()}),
+                   "source": source.identity, "keep": sorted((index, list(chosen)) for index, chosen in keep.items()),
                    "texts": dict(texts), "drop_mtp": drop_mtp,
                    "shards": [(shard.name, shard.nbytes, shard.whole) for shard in shards]})
 

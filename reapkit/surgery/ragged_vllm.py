@@ -39,7 +39,7 @@ def refuse_unservable(vllm_config: Any) -> None:
         if getattr(parallel, field, False):
             raise ValueError(f"{field} assumes equal numbers of experts in all layers, but this checkpoint's differ. Switch it "
                              "off.")
-    if getattr(vllm_config.model_config, "quantization", None) == "mxfp4":
+    if getattr(vllm_config.model_config, "quantization", None) in ("mxfp4", "gpt_oss_mxfp4"):
         raise ValueError("vLLM's mxfp4 experts assume equal numbers in all layers, but this checkpoint's differ. Use a bf16 "
                          "checkpoint.")
 

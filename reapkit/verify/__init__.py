@@ -30,7 +30,7 @@ class Request:
     """What is to be proven: `directories` by label, `pruned` against `source` and `quantized` against the pruned one (or `source`).
 
     `quantize`: what the quantized directory was asked to be; without it, what its config.json says. `probe`: token rows for logits and
-    generation, made up where there are none. `repaired`: the pruned experts were re-fitted.
+    generation, made up where there are none. `repaired`: the directory of the kept experts' re-fitted weights.
     """
 
     source: Path
@@ -39,21 +39,22 @@ class Request:
     device: str = "cpu"
     quantize: QuantizeSpec | None = None
     probe: Sequence[Sequence[int]] = field(default=())
-    repaired: bool = False
+    repaired: Path | None = None
     trust_remote_code: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return {"source": str(self.source), "directories": {name: str(path) for name, path in self.directories.items()},
                 "selection": self.selection and self.selection.to_json(), "device": self.device,
                 "quantize": self.quantize and self.quantize.model_dump(mode="json"), "probe": [list(row) for row in self.probe],
-                "repaired": self.repaired, "trust_remote_code": self.trust_remote_code}
+                "repaired": self.repaired and str(self.repaired), "trust_remote_code": self.trust_remote_code}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Request:
         """The inverse of `to_json`."""
         return cls(Path(data["source"]), {name: Path(path) for name, path in data["directories"].items()},
                    data["selection"] and Selection.from_json(data["selection"]), data["device"],
-                   data["quantize"] and QuantizeSpec.model_validate_json(json.dumps(data["quantize"])), data["probe"], data["repaired"],
+                   data["quantize"] and QuantizeSpec.model_validate_json(json.dumps(data["quantize"])), data["probe"],
+                   data["repaired"] and Path(data["repaired"]),
                    data["trust_remote_code"])
 
 

@@ -69,6 +69,26 @@ def test_the_smallest_that_passes_wins_and_larger_ones_are_not_tried(loose):
     assert [control["name"] for control in loose["controls"]] == ["control"]
 
 
+def test_a_control_is_compared_with_the_chosen_row_by_row(loose):
+    [control] = loose["controls"]
+    chosen = next(entry for entry in loose["candidates"] if entry["name"] == loose["chosen"])
+    for length, groups in control["against"].items():
+        for group, found in groups.items():
+            own, other = (entry["metrics"][length][group] for entry in (chosen, control))
+            assert found["kl_mean_delta"]["value"] == pytest.approx(other["kl_mean"]["value"] - own["kl_mean"]["value"], rel=1e-5, abs=1e-9)
+            assert found["nll_delta"]["value"] == pytest.approx(other["nll"]["value"] - own["nll"]["value"], rel=1e-4, abs=1e-7)
+    low, high = control["against"]["24"]["all"]["kl_mean_delta"]["interval"]
+    assert low < control["against"]["24"]["all"]["kl_mean_delta"]["value"] < high
+
+
+def test_a_control_that_is_better_is_advised(model, packs):
+    worse, better = candidate(5, "worse"), candidate(14, "better", control_of="worse")
+    found = evaluate(model, {24: packs[24]}, [worse], TIGHT, controls=[better], **SETTINGS)
+    assert found["controls"][0]["against"]["24"]["all"]["kl_mean_delta"]["interval"][1] < 0
+    assert "    --set saliency.criterion=random" in found["advice"]
+    assert "'prune.candidates.ratio=[0.3438, 0.1719, 0.08594]'" in found["advice"]
+
+
 def test_an_evaluation_is_json_and_names_every_group(loose):
     assert json.loads(json.dumps(loose, allow_nan=False)) == loose
     assert list(loose["base"]) == ["24", "12"] and list(loose["base"]["24"]) == ["all", "code", "prose", "french"]
@@ -87,14 +107,17 @@ def test_rejection_says_which_gate_by_how_much_and_what_to_change(model, packs):
     assert found["verdict"] == "reject" and found["winner"] is None and found["chosen"] == "keep12"
     assert all(entry["verdict"] == "reject" for entry in found["candidates"])
     lines = found["advice"].splitlines()
-    assert lines[0] == "None of 2 candidates passes; nearest is keep12: rejected."
-    assert (
-        lines[1].startswith("  kl_mean ")
-        and "(all, 24 tokens), limit ≤ 1e-06: reject" in lines[1]
-        and lines[1].endswith("beyond it")
-    )
-    assert any(line.startswith("  prose alone: kl_mean") for line in lines)
-    assert "prune less" in lines[-1] and "It passes no preset." in lines[-1]
+    assert lines[0] == "None of 2 candidates passes the gates; nearest is keep12 (12 experts kept): rejected."
+    assert lines[1].split() == ["gate", "source", "rows", "of", "measured", "limit", "beyond", "by"]
+    assert lines[2].split()[:3] == ["kl_mean", "all", "24"] and " ≤ 1e-06 " in lines[2]
+    by = found["candidates"][1]["gates"][0]["excess"]
+    assert lines[2].endswith(f" {by:.3g}") and by > 0
+    assert lines[4] == "  kl_mean: how far its predictions are from the base's, in nats; 0 is the same"
+    groups = found["candidates"][1]["metrics"]["24"]
+    worst = max(("code", "prose", "french"), key=lambda name: groups[name]["kl_mean"]["value"])
+    assert lines[5].startswith(f"  worst source: kl_mean {groups[worst]['kl_mean']['value']:.4g} ({worst})")
+    assert "    --set 'prune.candidates.ratio=[0.125, 0.0625]'" in lines  # of 16 experts 4 were removed: 2, then 1
+    assert lines[-1] == "    --set evaluate.on_reject=warn" and "it passes no preset" in lines[-2]
 
 
 def test_undecided_says_how_many_samples_it_would_take(model, packs):
@@ -104,7 +127,9 @@ def test_undecided_says_how_many_samples_it_would_take(model, packs):
     assert found["verdict"] == "undecided" and found["winner"] is None and found["chosen"] == "keep8"
     [result] = found["candidates"][0]["gates"]
     assert result["more_rows"] == pytest.approx(18, abs=1)
-    assert "raise evaluate.packs.samples from 18 to about 7" in found["advice"]
+    rows = result["more_rows"] + result["rows"]
+    assert f"    --set evaluate.packs.samples={-(-18 * rows // result['rows'])}\n" in found["advice"]
+    assert "    --set evaluate.on_undecided=warn" in found["advice"]
 
 
 def test_a_winner_that_fails_on_the_confirm_rows_is_no_winner(model, packs, monkeypatch):
@@ -112,7 +137,7 @@ def test_a_winner_that_fails_on_the_confirm_rows_is_no_winner(model, packs, monk
     monkeypatch.setattr(module, "_confirm", lambda bench, chosen, gates: confirm(bench, chosen, TIGHT))
     found = evaluate(model, packs, [candidate(8)], LOOSE, **SETTINGS)
     assert found["verdict"] == "reject" and found["winner"] is None and found["candidates"][0]["verdict"] == "pass"
-    assert "The candidate keep8: rejected on the confirm rows, after passing on the others." in found["advice"]
+    assert "The candidate keep8 (8 experts kept): rejected on the confirm rows, after passing on the others." in found["advice"]
 
 
 def test_without_confirm_rows_the_deciding_ones_are_final(model, tmp_path):

@@ -112,11 +112,13 @@ def test_tool_calls_are_judged_where_prompt_and_reference_have_them():
         Prompt(1, codes("Hello"), codes(good)),
     ]
     base = both(*[Continuation(codes(good), True)] * 4)
-    written = both(Continuation(codes(good), True), *[Continuation(codes(bad), True)] * 3)
+    written = {"greedy": [Continuation(codes(good), True), *[Continuation(codes(bad), True)] * 3],
+               "sampled": [Continuation(codes(bad), True)] * 4}
     found = summarize(base, written, prompts, ("tools", "prose"), tokenizer=Text())
     assert found["tools"]["tool_prompts"] == found["all"]["tool_prompts"] == 2
-    assert found["tools"]["tool_call_validity"]["value"] == 0.5
-    assert found["tools"]["tool_call_validity_delta"]["value"] == -0.5
+    validity = {name: measured["value"] for name, measured in found["tools"].items() if "validity" in name}
+    assert validity == {"tool_call_validity": 0.25, "tool_call_validity_delta": -0.75, "greedy_tool_call_validity": 0.5,
+                        "sampled_tool_call_validity": 0.0}
     assert "tool_prompts" not in found["prose"]
     shown = examples(base, written, prompts, ("tools", "prose"), Text())
     assert [each["source"] for each in shown] == ["tools", "prose"] and shown[1]["candidate"] == bad

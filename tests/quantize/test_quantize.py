@@ -15,9 +15,9 @@ from tiny_tokens import tiny_tokens
 
 from reapkit.checkpoint import Checkpoint
 from reapkit.errors import RecipeError, StageFailed
-import reapkit.quantize.calibrated as calibrated
+import reapkit.quantize.oneshot as oneshot
 from reapkit.quantize import quantize_checkpoint
-from reapkit.quantize.calibrated import equal_batches
+from reapkit.quantize.oneshot import equal_batches
 from reapkit.quantize.dense import PackedDirectory, relative_error
 from reapkit.recipe.schema import QuantizeSpec
 from reapkit.schemes import SCHEMES, quantized_bytes, targets
@@ -205,7 +205,7 @@ def test_nothing_is_printed(saved, tokens, tmp_path: Path, capfd: pytest.Capture
 def test_calibration_looks_at_no_later_token(saved, tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str) -> None:
     """With the repair taken out, llm-compressor's pipeline calibrates these two bidirectionally, and the run must notice."""
     quantize_checkpoint(saved(model_type), tmp_path / "right", spec_of(method="gptq"), calibration=tokens)
-    monkeypatch.setattr(calibrated, "_causal", lambda device: nullcontext())
+    monkeypatch.setattr(oneshot, "causal_tracing", nullcontext)
     with pytest.raises(StageFailed, match="calibration met another attention than the model's own"):
         quantize_checkpoint(saved(model_type), tmp_path / "wrong", spec_of(method="gptq"), calibration=tokens)
 

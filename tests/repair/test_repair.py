@@ -6,10 +6,11 @@ import random
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from safetensors import safe_open
+from tiny_tokens import tiny_tokens
 
-import tiny
 from reapkit.errors import UnusableError
 from reapkit.masking import masked
 from reapkit.models import final_hidden, load_model
@@ -17,9 +18,8 @@ from reapkit.observe.experts import find_experts, intercepted
 from reapkit.observe.layers import LayeredModel
 from reapkit.repair.refit import repair
 from reapkit.repair.weights import RepairedWeights, repaired
-from reapkit.ridge import STRENGTHS, descend, ExpertFeatures
+from reapkit.ridge import STRENGTHS, ExpertFeatures, descend
 from reapkit.selection import LayerSelection, Selection
-from tiny_tokens import tiny_tokens
 
 LENGTHS = (24, 17, 9, 20, 9, 24, 13, 22, 24, 24, 21, 24, 24, 18, 24, 24, 23, 24)
 

@@ -7,13 +7,17 @@ import json
 import re
 
 import pytest
+import torch
 
 import synthetic
+from reapkit.observation import Reroute
 from reapkit.report import model_card, write_observation_report, write_run_report
 from reapkit.report.blocks import Chart, Table
 from reapkit.report.observation_report import observation_page
 from reapkit.report.page import as_json, render
+from reapkit.report.reroute_section import reroute_section
 from reapkit.report.run_report import run_page
+from reapkit.report.view import View
 
 
 def blocks(page):
@@ -57,6 +61,21 @@ def test_observation_page_has_every_section_and_a_sentence_for_every_chart(obser
     charts = [block for block in blocks(page) if isinstance(block, Chart)]
     assert len(charts) == 14 and len({chart.id for chart in charts}) == 14
     assert all(chart.sentence.endswith(".") and re.search(r"\d", chart.sentence) for chart in charts)
+
+
+def test_removal_paths_are_drawn_with_the_numbers_they_hold(observed):
+    draw = torch.Generator().manual_seed(0)
+    layers, experts = len(observed.layers), observed.num_experts
+    order = torch.stack([torch.stack([torch.randperm(experts, generator=draw) for _ in range(4)]) for _ in range(layers)])
+    error = torch.rand(layers, 4, experts, generator=draw, dtype=torch.float64).cumsum(-1) / 100
+    order[..., -2:], error[..., -2:] = -1, 0
+    paths = Reroute(torch.tensor([5, 6, 7]), order, error, torch.zeros(layers, 3, experts, dtype=torch.float64))
+    section = reroute_section(View.of(dataclasses.replace(observed, reroute=paths), None))
+    half = error[:, -1, experts // 2 - 1]
+    worst = int(half.argmax())
+    assert f"by {100 * float(half.mean()):.2f}" in section.blocks[0].sentence and f"in layer {worst}." in section.blocks[0].sentence
+    assert section.blocks[0].data[0]["y"] == error[:, -1, : experts - 2].mean(0).tolist()
+    assert "5 of code, 6 of tools and 7 of prose" in section.lead
 
 
 @pytest.mark.parametrize("lacking", ["coactivation", "trace", "sources", "experts"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 from tests.tiny import build, save_hub_layout
@@ -12,8 +13,9 @@ from reapkit.checkpoint import Checkpoint
 from reapkit.errors import UnusableError
 from reapkit.layout import Layout, read_layout
 from reapkit.selection import LayerSelection, Selection
-from reapkit.surgery.check import confirm_layout, read_manifest, verify_shards
+from reapkit.surgery.check import confirm_layout
 from reapkit.surgery.prune import prune_checkpoint
+from reapkit.surgery.sealed import check_directory, read_manifest, seal
 
 
 def half(layout: Layout) -> dict[int, tuple[int, ...]]:
@@ -35,27 +37,51 @@ def test_what_transformers_does_not_know_cannot_be_confirmed(tmp_path):
     assert not confirm_layout(strange, read_layout(source), half(read_layout(source)))
 
 
-def test_shards_are_checked_against_their_record(tmp_path):
+def pruned(tmp_path):
     source, out = Checkpoint.open(save_hub_layout(build("mixtral"), tmp_path / "source")), tmp_path / "out"
     keep = half(read_layout(source))
-    written = prune_checkpoint(source, Selection("x", {i: LayerSelection(k, (), ()) for i, k in keep.items()}), out,
-                               max_shard_bytes=300_000)
-    assert verify_shards(out) == {name: shard["sha256"] for name, shard in written.shards.items()}
-    assert read_manifest(out)["keep"] == {str(index): list(kept) for index, kept in keep.items()}
+    return prune_checkpoint(source, Selection("x", {i: LayerSelection(k, (), ()) for i, k in keep.items()}), out, max_shard_bytes=300_000), out, keep
+
+
+def failed(out):
+    return {finding.name: finding.detail for finding in check_directory(out) if not finding.passed}
+
+
+def test_a_directory_is_checked_against_its_record_wherever_it_lies(tmp_path):
+    written, out, keep = pruned(tmp_path)
+    out = shutil.copytree(out, tmp_path / "elsewhere")
+    shutil.rmtree(tmp_path / "source")
+    assert [finding.name for finding in check_directory(out)] == ["config, index, headers", "shards as recorded", "experts, config", "sha256"]
+    assert not failed(out) and read_manifest(out)["keep"] == {str(index): list(kept) for index, kept in keep.items()}
+    resealed = seal(out, {"keep": read_manifest(out)["keep"]})
+    assert {name: shard["sha256"] for name, shard in resealed["shards"].items()} == {name: shard["sha256"] for name, shard in written.shards.items()}
     shard = out / sorted(written.shards)[1]
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(UnusableError, match=f"{shard.name}: differs from what was written"):
-        verify_shards(out)
+    assert list(failed(out)) == [f"sha256 {shard.name}"]
+    shard.write_bytes(content[:-1])
+    assert failed(out).keys() == {"config, index, headers", "shards as recorded", "experts, config", f"sha256 {shard.name}"}
+    shard.unlink()
+    assert failed(out)[f"sha256 {shard.name}"] == "missing"
+
+
+def test_a_config_that_counts_other_experts_and_a_stray_shard_are_seen(tmp_path):
+    _, out, keep = pruned(tmp_path)
+    config = out / "config.json"
+    config.write_text(config.read_text().replace(f'"num_local_experts": {len(keep[0])}', f'"num_local_experts": {2 * len(keep[0])}'))
+    assert failed(out).keys() == {"experts, config"}
+    shutil.copy(next(out.glob("*.safetensors")), out / "stray.safetensors")
+    assert failed(out)["shards as recorded"] == "stray.safetensors: not recorded, not in the index, there"
 
 
 def test_unfinished_and_foreign_directories_are_told_apart(tmp_path):
-    with pytest.raises(UnusableError, match="was not pruned by reapkit"):
-        verify_shards(tmp_path)
+    with pytest.raises(UnusableError, match="was not written by reapkit"):
+        check_directory(tmp_path)
     (tmp_path / "reapkit.json").write_text(json.dumps({"complete": False, "shards": {}}))
     with pytest.raises(UnusableError, match="was not finished there"):
-        verify_shards(tmp_path)
-    (tmp_path / "reapkit.json").write_text("[]")
-    with pytest.raises(UnusableError, match="unreadable"):
-        verify_shards(tmp_path)
+        check_directory(tmp_path)
+    for damaged in ("[]", '{"complete": true, "shards": {"a": 3}}', '{"complete": true, "shards": []}'):
+        (tmp_path / "reapkit.json").write_text(damaged)
+        with pytest.raises(UnusableError, match="unreadable"):
+            check_directory(tmp_path)

@@ -16,6 +16,7 @@ from reapkit.errors import StageFailed
 from reapkit.layout import read_layout
 from reapkit.quantize import quantize_checkpoint
 from reapkit.recipe.schema import QuantizeSpec
+from reapkit.repair.weights import LayerNames, RepairedWeights
 from reapkit.selection import LayerSelection, Selection
 from reapkit.surgery.prune import prune_checkpoint
 from reapkit.verify import Proof, Request, prove
@@ -115,12 +116,18 @@ def test_a_config_that_counts_otherwise_is_found(made, tmp_path: Path) -> None:
     assert "layer 0 holds 8 experts where config.json says 16" in proofs[1].detail
 
 
-def test_repaired_experts_have_no_reference(made, tmp_path: Path) -> None:
+def test_refitted_experts_are_proven_against_their_files(made, tmp_path: Path) -> None:
     source, pruned, _, selection = made
-    changed = copied(pruned, tmp_path)
-    edit(changed, lambda tensors: tensors["model.layers.0.mlp.experts.3.up_proj.weight"].mul_(2))
-    proofs = prove_pruned(source, changed, selection, repaired=True)
-    assert not failing(proofs) and not next(proof for proof in proofs if proof.name == "logits").measured
+    names = {expert: f"model.layers.1.mlp.experts.{expert}.down_proj.weight" for expert in selection.keep[1]}
+    old = load_file(source / WEIGHTS)
+    (tmp_path / "repair").mkdir()
+    save_file({name: old[name] * 1.5 for name in names.values()}, tmp_path / "repair" / "layer-0001.safetensors")
+    weights = RepairedWeights(tmp_path / "repair", {1: LayerNames("layer-0001.safetensors", selection.keep[1], None, names)}, {"layers": {}})
+    weights.save_index()
+    prune_checkpoint(Checkpoint.open(source), selection, tmp_path / "out", repaired=weights)
+    assert not failing(prove_pruned(source, tmp_path / "out", selection, repaired=tmp_path / "repair"))
+    assert failing(prove_pruned(source, tmp_path / "out", selection)) == {"tensors", "logits"}
+    assert failing(prove_pruned(source, pruned, selection, repaired=tmp_path / "repair")) == {"tensors", "logits"}
 
 
 def test_what_a_directory_says_it_is_suffices(made) -> None:

@@ -1,0 +1,125 @@
+"""REAP inside a llm-compressor recipe: importing this module registers `REAPModifier`.
+
+    import reapkit.llmcompressor
+    oneshot(model=..., dataset=..., recipe='''
+    compress_stage:
+      reap_modifiers:
+        REAPModifier: {ratio: 0.5}
+        GPTQModifier: {scheme: W4A16, targets: [Linear], ignore: [lm_head, "re:.*mlp.gate$"]}
+    ''', output_dir=...)
+
+The experts go before the calibration begins, so whatever follows in the recipe is calibrated on the pruned model, and on no other.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from llmcompressor.core import Event, State
+from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.factory import ModifierFactory
+from pydantic import Field, PrivateAttr, model_validator
+
+from reapkit.architecture import Architecture
+from reapkit.calibration.loader import tokens_of_loader
+from reapkit.errors import UnusableError
+from reapkit.observation import Observation
+from reapkit.observe.resident import observe
+from reapkit.quantize.oneshot import causal_tracing
+from reapkit.quantize.saving import save_as_the_source
+from reapkit.recipe.schema import ObserveSpec, PruneSpec, SaliencySpec
+from reapkit.selection import Selection, select
+from reapkit.surgery.loaded import prune_loaded
+
+__all__ = ["REAPModifier"]
+
+BUDGET = ("ratio", "keep_ratio", "keep_experts")
+
+
+class REAPModifier(Modifier):
+    """Prunes routed experts as a reapkit selection says, or decides itself from an observation; the rest of the recipe sees the pruned model.
+
+    One of: `selection` (path: nothing is decided any more), `observation` (path, with a budget), or only a budget: then the calibration
+    data is observed first, by a plain causal forward with the model's own routing, without its padding. `budget`: ratio, keep_ratio
+    or keep_experts; `criterion` and all else as in a reapkit recipe's `saliency` and `prune` sections.
+
+    `selection_path`: a directory where the decision is kept. Saving writes the tensor names and the config that the source has, so
+    that transformers and vLLM load the result. Raises at construction what the sections would refuse in a recipe; UnusableError
+    where model, selection and calibration do not fit.
+    """
+
+    selection: str | None = None
+    observation: str | None = None
+    ratio: float | None = None
+    keep_ratio: float | None = None
+    keep_experts: int | None = None
+    criterion: str | None = None
+    saliency: dict[str, Any] = Field(default_factory=dict)
+    prune: dict[str, Any] = Field(default_factory=dict)
+    selection_path: str | None = None
+    batch_tokens: int = Field(default=8192, ge=1)
+
+    _decision: Selection | None = PrivateAttr(default=None)
+    _causal: ExitStack = PrivateAttr(default_factory=ExitStack)
+
+    @model_validator(mode="after")
+    def _check(self) -> REAPModifier:
+        if self.selection is None:
+            self.sections()
+            return self
+        said = [name for name in (*BUDGET, "observation", "criterion", "saliency", "prune") if getattr(self, name)]
+        if said:
+            raise ValueError(f"a selection is given, which decides already; remove {', '.join(said)}")
+        return self
+
+    def sections(self) -> tuple[SaliencySpec, PruneSpec]:
+        """The settings as a recipe's sections."""
+        budget = {name: value for name in BUDGET if (value := getattr(self, name)) is not None}
+        criterion = {} if self.criterion is None else {"criterion": self.criterion}
+        return (SaliencySpec.model_validate_json(json.dumps({**self.saliency, **criterion})),
+                PruneSpec.model_validate_json(json.dumps({**self.prune, **budget})))
+
+    @property
+    def decision(self) -> Selection | None:
+        """What was decided, once the modifier has been initialized."""
+        return self._decision
+
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        model = state.model
+        self._decision = self._decide(state)
+        prune_loaded(model, self._decision)
+        save_as_the_source(model)
+        self._causal.enter_context(causal_tracing())  # whoever calibrates next would otherwise look at later tokens
+        if self.selection_path is not None:
+            self._decision.save(Path(self.selection_path))
+        return True
+
+    def on_finalize(self, state: State, **kwargs: Any) -> bool:
+        self._causal.close()
+        return True
+
+    def on_event(self, state: State, event: Event, **kwargs: Any) -> None:
+        """Everything has happened before the first event."""
+
+    def _decide(self, state: State) -> Selection:
+        if self.selection is not None:
+            return Selection.load(Path(self.selection))
+        saliency, prune = self.sections()
+        architecture = Architecture.from_config(state.model.config.to_dict())
+        if self.observation is not None:
+            return select(Observation.load(Path(self.observation)), saliency, prune, architecture)
+        data = getattr(state.data, "calib", None) if state.data is not None else None
+        if data is None:
+            raise UnusableError("REAPModifier: no calibration data to observe. Give oneshot a dataset, or the modifier an observation or selection.")
+        spec = ObserveSpec(eaft=saliency.criterion == "eaft-reap" or bool(prune.protect.core_per_layer))
+        with tempfile.TemporaryDirectory() as work:
+            tokens = tokens_of_loader(data, Path(work) / "tokens")
+            return select(observe(state.model, tokens, spec, batch_tokens=self.batch_tokens, work_directory=Path(work) / "observe"),
+                          saliency, prune, architecture)
+
+
+ModifierFactory.register("REAPModifier", REAPModifier)

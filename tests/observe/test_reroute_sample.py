@@ -1,0 +1,105 @@
+"""The sample behind the reroute criterion: the same tokens and the same bytes however the model is run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from tiny_tokens import tiny_tokens
+
+from reapkit.calibration.tokens import CalibrationTokens
+from reapkit.errors import UnusableError
+from reapkit.models import load_model
+from reapkit.observation import Observation
+from reapkit.observe.partials import Partials
+from reapkit.observe.reroute import sampled_positions
+from reapkit.observe.resident import observe
+from reapkit.observe.streaming import observe_streaming
+from reapkit.recipe.schema import ObserveSpec
+
+SPEC = ObserveSpec(eaft=False, reroute_tokens=40)
+
+
+def prepared(model_type: str, tmp_path: Path) -> tuple[Path, CalibrationTokens]:
+    with tiny.quiet():
+        return tiny.save_hub_layout(tiny.build(model_type), tmp_path / "model"), tiny_tokens(tmp_path / "calibration")
+
+
+def resident(path: Path, tokens: CalibrationTokens, work: Path, batch_tokens: int = 48) -> Observation:
+    return observe(load_model(path), tokens, SPEC, batch_tokens=batch_tokens, work_directory=work)
+
+
+def saved(observation: Observation, directory: Path) -> bytes:
+    observation.save(directory)
+    return (directory / "observation.safetensors").read_bytes()
+
+
+def test_sources_are_sampled_in_equal_numbers_as_far_as_they_go(tmp_path: Path) -> None:
+    tokens = tiny_tokens(tmp_path, sources=("a", "b", "c"), lengths=(30, 12, 6, 30, 12, 6, 0 + 1), groups=3)
+    scored = {row: tokens.row(row).scored for row in range(tokens.num_rows)}
+    totals = [sum(int(scored[row].sum()) for row in scored if tokens.row_source[row] == source) for source in range(3)]
+    chosen = sampled_positions(tokens, 20)
+    assert chosen == sampled_positions(tokens, 20)
+    assert all(scored[row][offset] for row, offsets in chosen.items() for offset in offsets)
+    assert all(sorted(set(offsets)) == offsets for offsets in chosen.values())
+    drawn = [sum(len(offsets) for row, offsets in chosen.items() if tokens.row_source[row] == source) for source in range(3)]
+    assert drawn == [7, 7, 6] if min(totals) >= 6 else drawn[totals.index(min(totals))] == min(totals) and sum(drawn) == 20
+    everything = sampled_positions(tokens, 10_000)
+    assert {row: len(offsets) for row, offsets in everything.items()} == {row: int(s.sum()) for row, s in scored.items() if s.any()}
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "glm4_moe", "gpt_oss"])
+def test_streaming_and_waves_give_the_resident_bytes(model_type: str, tmp_path: Path) -> None:
+    path, tokens = prepared(model_type, tmp_path)
+    expected = resident(path, tokens, tmp_path / "resident")
+    assert int(expected.reroute.tokens.sum()) == 40 and int((expected.reroute.order >= 0).sum()) == len(expected.layers) * 4 * 12
+    for number, budget in enumerate((None, 48 * 64 * 4)):
+        got = observe_streaming(path, tokens, SPEC, batch_tokens=48, work_directory=tmp_path / f"streaming-{number}", hidden_bytes=budget)
+        for name, tensor in vars(expected.reroute).items():
+            assert torch.equal(getattr(got.reroute, name), tensor), name
+    assert len(list(tmp_path.glob("streaming-1/sums-*/wave-*-done"))) > 1
+    assert not list(tmp_path.glob("*/sums-*/reroute-*-*.safetensors")), "inputs are dropped once their layer is done"
+
+
+def test_killed_and_run_again_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, tokens = prepared("qwen3_moe", tmp_path)
+    expected = saved(resident(path, tokens, tmp_path / "whole"), tmp_path / "a")
+    write = Partials.write
+
+    def killed(self: Partials, group: int, tensors: dict) -> None:
+        if group == 2:
+            raise KeyboardInterrupt
+        write(self, group, tensors)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Partials, "write", killed)
+        resident(path, tokens, tmp_path / "killed")
+    assert saved(resident(path, tokens, tmp_path / "killed"), tmp_path / "b") == expected
+
+
+def test_an_observation_keeps_its_paths_and_a_sum_has_none(tmp_path: Path) -> None:
+    path, tokens = prepared("qwen3_moe", tmp_path)
+    observation = resident(path, tokens, tmp_path / "work")
+    observation.save(tmp_path / "saved")
+    loaded = Observation.load(tmp_path / "saved")
+    assert all(torch.equal(getattr(loaded.reroute, name), tensor) for name, tensor in vars(observation.reroute).items())
+    assert (loaded + observation).reroute is None
+
+
+def test_what_cannot_be_rerouted_is_refused_before_it_runs(tmp_path: Path) -> None:
+    for model_type, why in {"llama4_text": "its gate scales the expert's input", "gemma4_text": "its experts have no block of their own"}.items():
+        with pytest.raises(UnusableError, match=f"model_type '{model_type}' cannot be re-routed in layer 0: {why}"):
+            observe(tiny.build(model_type), tiny_tokens(tmp_path / "c"), SPEC, batch_tokens=48, work_directory=tmp_path / "work")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("model_type", [name for name in tiny.ARCHITECTURES if name not in ("llama4_text", "gemma4_text")])
+def test_every_other_architecture_is_rerouted_by_its_own_block(model_type: str, tmp_path: Path) -> None:
+    observation = observe(tiny.build(model_type), tiny_tokens(tmp_path / "c"), SPEC, batch_tokens=48, work_directory=tmp_path / "work")
+    removed = (observation.reroute.order >= 0).sum(-1)
+    least = {"mixtral": 2, "phimoe": 2, "deepseek_v2": 8, "deepseek_v3": 8, "deepseek_v32": 8}.get(model_type, 4)
+    assert (removed == observation.num_experts - least).all() and (observation.reroute.error[:, -1, 0] >= 0).all()
+    last = observation.reroute.error[:, -1].gather(-1, removed[:, -1:] - 1)
+    assert (last > observation.reroute.error[:, -1, :1]).all() or model_type == "ernie4_5_moe"  # whose tiny router sends all tokens the same way
