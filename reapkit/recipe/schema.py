@@ -355,7 +355,7 @@ class PruneSpec(Section):
     experts_per_token: int | None = Field(default=None, ge=1)
     """Top-k of the pruned model; null: as it is."""
     repair: Literal["ridge"] | None = None
-    """Re-fit the kept experts in closed form after pruning; not available in this version."""
+    """ridge: re-fit the kept experts' output matrices in closed form so that they make up for the dropped ones."""
     mtp: Literal["auto", "observe", "drop"] = "auto"
     """What becomes of multi-token-prediction blocks; auto drops them, with a warning, in this version."""
 
