@@ -26,8 +26,8 @@ from reapkit.calibration.tokens import Batch
 from reapkit.models import final_hidden
 from reapkit.observe.accumulate import GroupSums
 from reapkit.observe.experts import find_experts, intercepted
-from reapkit.observe.partials import TraceFile
 from reapkit.observe.session import BatchWatch, Session
+from reapkit.observe.traces import GroupTraces
 from reapkit.recipe.schema import ObserveSpec
 
 
@@ -103,11 +103,8 @@ def timed(run: Callable[[], object]) -> float:
 def watching(model: torch.nn.Module, batch: Batch, eaft: bool) -> Iterator[BatchWatch]:
     sites = find_experts(model)
     with tempfile.TemporaryDirectory() as directory:
-        trace = (
-            TraceFile(Path(directory) / "trace.safetensors", [site.layer for site in sites], 8, int(batch.signal.sum()))
-            if eaft
-            else None
-        )
+        starts = (0, int(batch.signal.sum()))
+        trace = GroupTraces(Path(directory), [site.layer for site in sites], 8, starts) if eaft else None
         session = Session(sites, None, ObserveSpec(eaft=eaft), Path(directory), trace, (0,), 8, "qwen3_moe", {})
         yield BatchWatch(session, batch, GroupSums(sites, 3).add)
 

@@ -75,14 +75,15 @@ class Estimates:
     reroute: Reroute | None = None
 
 
-def estimate(plan: Plan) -> Estimates:
-    """The figures of a plan on this machine."""
+def estimate(plan: Plan, share: int = 1) -> Estimates:
+    """The figures of a plan on this machine, or on the `share`-th part of it that one of several processes has."""
     tokens, exact = _tokens(plan)
     footprints, hidden = _footprints(plan, tokens)
     reroute = _reroute(plan, tokens)
     if reroute is not None:
         footprints = {name: Footprint(each.device + reroute.device, each.host) for name, each in footprints.items()}
-    machine = machine_memory()
+    free = machine_memory()
+    machine = Machine(free.device and free.device // share, free.host // share)
     placement = plan.recipe.runtime.placement
     if placement == "auto":
         placement = choose_placement(footprints["resident"], machine)
@@ -112,9 +113,9 @@ def machine_memory() -> Machine:
     return Machine(_nvidia_free(), _host_free())
 
 
-def missing_disk(plan: Plan) -> str | None:
-    """A sentence if the store's disk has no room for what is still to be written, else None."""
-    needed, place = _written(plan), Path(plan.recipe.runtime.store).absolute()
+def missing_disk(plan: Plan, until: str | None = None) -> str | None:
+    """A sentence if the store's disk has no room for what is still to be written up to the end of stage `until`, else None."""
+    needed, place = _written(plan, until), Path(plan.recipe.runtime.store).absolute()
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
@@ -190,13 +191,14 @@ def activation_bytes(text: Mapping[str, Any], batch_tokens: int) -> int:
     return batch_tokens * COMPUTE_BYTES * (HIDDEN_COPIES * hidden + slots * (3 * inner + 2 * hidden)) + LOGITS_BYTES
 
 
-def _written(plan: Plan) -> int:
-    """The largest candidate decides; stages that are in the store write nothing."""
+def _written(plan: Plan, until: str | None = None) -> int:
+    """The largest candidate decides; stages that are in the store, or come after `until`, write nothing."""
+    reached = plan.leading_to(until)
     absent = {shard for shard in plan.checkpoint.shards if not (plan.checkpoint.path / shard).exists()}
     total = sum(tensor.nbytes for tensor in plan.checkpoint.tensors.values() if tensor.shard in absent) if absent else 0  # to be downloaded
-    if plan.stage("prune").must_run:
+    if "prune" in reached and plan.stage("prune").must_run:
         total += max(plan.pruned(candidate).nbytes for candidate in plan.candidates)
-    if any(stage.name == "quantize" and stage.must_run for stage in plan.stages):
+    if any(stage.name == "quantize" and stage.must_run and stage.name in reached for stage in plan.stages):
         total += max(plan.quantized_nbytes(candidate) or 0 for candidate in plan.candidates)
     return total
 

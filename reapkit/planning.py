@@ -22,6 +22,7 @@ from reapkit.criteria import criterion_fingerprint, criterion_problem
 from reapkit.errors import Problem, ReapkitError, RecipeError
 from reapkit.gates import resolve
 from reapkit.hashing import digest
+from reapkit.imported import ImportedObservation
 from reapkit.layout import Layout, active_parameters, pruned_sizes, read_layout
 from reapkit.recipe.loading import LoadedRecipe, as_loaded, in_file_order, load
 from reapkit.recipe.messages import closest
@@ -72,6 +73,7 @@ class Plan:
     layout: Layout
     candidates: tuple[Candidate, ...]
     stages: tuple[Stage, ...]
+    imported: ImportedObservation | None = None
 
     @property
     def recipe(self) -> Recipe:
@@ -79,6 +81,15 @@ class Plan:
 
     def stage(self, name: str) -> Stage:
         return next(stage for stage in self.stages if stage.name == name)
+
+    def leading_to(self, until: str | None) -> tuple[str, ...]:
+        """The stages, in order, that the end of stage `until` needs; all of them without one."""
+        if until is None or until not in {stage.name for stage in self.stages}:
+            return tuple(stage.name for stage in self.stages)
+        needed = {until}
+        for stage in reversed(self.stages):  # inputs stand before what reads them
+            needed |= {*stage.inputs, *stage.after} if stage.name in needed else set()
+        return tuple(stage.name for stage in self.stages if stage.name in needed)
 
     @cached_property
     def notes(self) -> tuple[str, ...]:
@@ -122,13 +133,13 @@ def plan(recipe: Recipe | LoadedRecipe | str | Path) -> Plan:
     return make_plan(as_loaded(recipe))
 
 
-def load_and_plan(name: str, overrides: Sequence[str] = (), *, download: bool = False) -> Plan:
+def load_and_plan(name: str, overrides: Sequence[str] = (), *, download: bool = False, observation: Path | None = None) -> Plan:
     """The plan of the recipe at a path or of a shipped name; what is wrong with the file and with the budget is raised together.
 
     Raises RecipeError with every problem, UnusableError for the checkpoint of a recipe that is right in itself.
     """
     try:
-        return make_plan(load(name, overrides), download=download)
+        return make_plan(load(name, overrides), download=download, observation=observation)
     except RecipeError as error:
         if error.partial is not None:
             try:
@@ -141,10 +152,11 @@ def load_and_plan(name: str, overrides: Sequence[str] = (), *, download: bool = 
         raise
 
 
-def make_plan(loaded: LoadedRecipe, *, download: bool = False) -> Plan:
+def make_plan(loaded: LoadedRecipe, *, download: bool = False, observation: Path | None = None) -> Plan:
     """The plan of a recipe against its checkpoint and the store; of a hub model that is not in the cache, from its metadata.
 
-    `download` fetches the hub model first: a run needs it, a plan does not.
+    `download` fetches the hub model first: a run needs it, a plan does not. `observation`: the directory of one made elsewhere, which
+    takes the place of observing; its content is its key, whatever the recipe's calibration says.
     Raises RecipeError with every contradiction between recipe and checkpoint at its line, UnusableError for the checkpoint.
     """
     recipe = loaded.recipe
@@ -153,8 +165,12 @@ def make_plan(loaded: LoadedRecipe, *, download: bool = False) -> Plan:
     checkpoint = model_checkpoint(recipe.model, loaded.directory, download=download)
     layout = read_layout(checkpoint)
     grid = _check(loaded, checkpoint, layout)
-    stages = _stages(loaded, checkpoint, grid, Store(recipe.runtime.store))
-    return Plan(loaded, checkpoint, layout, grid, stages)
+    store, imported = Store(recipe.runtime.store), None
+    if observation is not None:
+        imported = ImportedObservation.open(observation, store.root / "imports" / "hashes.json")
+        imported.check(checkpoint, layout)
+    stages = _stages(loaded, checkpoint, grid, store, imported)
+    return Plan(loaded, checkpoint, layout, grid, stages, imported)
 
 
 def _check(loaded: LoadedRecipe, checkpoint: Checkpoint, layout: Layout) -> tuple[Candidate, ...]:
@@ -241,7 +257,8 @@ def _dump(section: BaseModel, *, exclude: set[str] | None = None) -> dict[str, A
     return section.model_dump(mode="json", exclude=exclude)
 
 
-def _specs(loaded: LoadedRecipe, checkpoint: Checkpoint, grid: tuple[Candidate, ...], winner: str | None) -> dict[str, Any]:
+def _specs(loaded: LoadedRecipe, checkpoint: Checkpoint, grid: tuple[Candidate, ...], winner: str | None,
+           imported: ImportedObservation | None) -> dict[str, Any]:
     """Stage -> (resolved spec, input stages, stages it only waits for). What is meant to change the output is here; nothing else."""
     recipe, directory = loaded.recipe, loaded.directory
     tokenizer = tokenizer_identity(checkpoint.path)
@@ -257,7 +274,8 @@ def _specs(loaded: LoadedRecipe, checkpoint: Checkpoint, grid: tuple[Candidate, 
                        "chat_template": template_identity(recipe.calibration.chat_template, directory)}, (), ()),
         "packs": ({"packs": _dump(evaluate.packs), "extra": [_dump(entry) for entry in evaluate.extra_packs],
                    "extra_sources": [source_identity(entry, directory) for entry in evaluate.extra_packs]}, ("calibrate",), ()),
-        "observe": ({"observe": _dump(recipe.observe), "model": model}, ("calibrate",), ()),
+        "observe": ({"observe": _dump(recipe.observe), "model": model}, ("calibrate",), ()) if imported is None else (
+            {"imported": imported.content, "model": model}, (), ()),
         "select": ({"saliency": _dump(recipe.saliency), "own_criteria": _own_criteria(grid, evaluate.controls), "prune": _dump(prune, exclude={"repair", "mtp"}),
                     "controls": list(evaluate.controls)}, ("observe",), ()),
         **({"repair": ({"repair": prune.repair, "model": model}, ("calibrate", "select"), ())} if repaired else {}),
@@ -279,10 +297,11 @@ def _specs(loaded: LoadedRecipe, checkpoint: Checkpoint, grid: tuple[Candidate, 
     return specs
 
 
-def _stages(loaded: LoadedRecipe, checkpoint: Checkpoint, grid: tuple[Candidate, ...], store: Store) -> tuple[Stage, ...]:
+def _stages(loaded: LoadedRecipe, checkpoint: Checkpoint, grid: tuple[Candidate, ...], store: Store,
+            imported: ImportedObservation | None) -> tuple[Stage, ...]:
     """Keys forwards, then what must run backwards from the outputs that are wanted."""
     winner = grid[0].name if len(grid) == 1 else None
-    specs = _specs(loaded, checkpoint, grid, winner)
+    specs = _specs(loaded, checkpoint, grid, winner, imported)
     keys: dict[str, str | None] = {}
     for name, (spec, inputs, _) in specs.items():
         if name == "prune" and winner is None:

@@ -14,15 +14,17 @@ from typing import Any
 
 from reapkit.errors import ReapkitError, RecipeError, RejectedByGates, StageFailed, UnusableError
 from reapkit.estimates import missing_disk
+from reapkit.garbage import register
 from reapkit.lock import make_lock, versions
 from reapkit.planning import STAGES, Plan, Stage, make_plan, store_of
 from reapkit.progress import SILENT, Progress
+from reapkit.ranks import ALONE, Alone
 from reapkit.recipe.loading import LoadedRecipe, as_loaded
 from reapkit.recipe.schema import Recipe
 from reapkit.report import write_rejected_report
 from reapkit.report.facts import recipe_yaml
 from reapkit.stages import Context
-from reapkit.store import Artifact, write_json
+from reapkit.store import Artifact, link_or_copy, write_json
 
 LINKS = {"calibrate": "calibration", "packs": "packs", "observe": "observation", "select": "selection", "repair": "repair", "evaluate": "evaluation",
          "prune": "pruned", "quantize": "quantized", "verify": "verification", "report": "report"}
@@ -39,6 +41,7 @@ class Run:
     artifacts: dict[str, Artifact] = field(default_factory=dict)
     executed: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    ranks: Alone = ALONE
 
     def summary(self, stage: str) -> Mapping[str, Any]:
         """What the stage reported, or nothing if it did not come to it."""
@@ -74,22 +77,30 @@ def _check_raw_recipe(loaded: LoadedRecipe) -> None:
             raise loaded.located(error) from error
 
 
-def apply(recipe: Recipe | LoadedRecipe | str | Path, *, until: str | None = None, progress: Progress = SILENT) -> Run:
-    """Runs the recipe to its end, or to the end of stage `until`. Finished stages are skipped, interrupted ones resumed.
+def apply(recipe: Recipe | LoadedRecipe | str | Path, *, until: str | None = None, progress: Progress = SILENT,
+          observation: str | Path | None = None, ranks: Alone = ALONE) -> Run:
+    """Runs the recipe to its end, or what the end of stage `until` needs. Finished stages are skipped, interrupted ones resumed.
 
+    `observation`: the directory of one made elsewhere of this model, by which it decides instead of observing.
+    Of several `ranks` only rank 0 calls this; the others wait and help to observe.
     Raises RejectedByGates when the verdict stops the run, StageFailed when a stage fails for want of disk or memory.
     """
-    loaded = as_loaded(recipe)
-    if shortage := missing_disk(make_plan(loaded)):
+    loaded, elsewhere = as_loaded(recipe), None if observation is None else Path(observation)
+    first = make_plan(loaded, observation=elsewhere)
+    if shortage := missing_disk(first, until):
         raise UnusableError(f"disk: {shortage}")
-    plan = make_plan(loaded, download=True)
+    # entered before the plan that counts looks at the store, so that nobody clears away in between what it found
+    register(store_of(first.recipe), run_directory(first), {stage.name: stage.artifact.directory.name for stage in first.stages if stage.hit})
+    reads_model = set(first.leading_to(until)) - {"select"} - ({"observe"} if elsewhere else set())  # to decide anew takes no weights
+    plan = make_plan(loaded, download=bool(reads_model), observation=elsewhere)
     _check_raw_recipe(loaded)
-    run = Run(plan, run_directory(plan))
+    run = Run(plan, run_directory(plan), ranks=ranks)
+    ranks.share(store_of(plan.recipe).root)
     try:
-        for name in [stage.name for stage in plan.stages]:
+        for name in plan.leading_to(until):
             stage = run.plan.stage(name)
             if stage.key is None:
-                run.plan = make_plan(loaded)
+                run.plan = make_plan(loaded, observation=elsewhere)
                 stage = run.plan.stage(name)
             run.artifacts[name] = _finished(run, stage, progress)
             if name == "evaluate" and name != until:
@@ -123,11 +134,12 @@ def _push(run: Run, progress: Progress) -> None:
 
 def _finished(run: Run, stage: Stage, progress: Progress) -> Artifact:
     """The stage's artifact: from the store, or made now."""
-    if stage.hit:
+    store = store_of(run.plan.recipe)
+    register(store, run.directory, {stage.name: store.directory(stage.name, stage.key).name})
+    if stage.hit and store.get(stage.name, stage.key) is not None:  # registered by now, so nobody clears it away any more
         progress.say(f"{stage.name}: in the store ({stage.artifact.directory.name})")
         run.warnings += stage.artifact.manifest.get("warnings", [])
         return stage.artifact
-    store = store_of(run.plan.recipe)
     waiting = lambda: progress.say(f"{stage.name}: another run is making it; waiting")  # noqa: E731
     with store.locked(stage.name, stage.key, waiting):
         made = store.get(stage.name, stage.key)  # by whoever held the lock
@@ -145,7 +157,8 @@ def _remark(artifact: Artifact) -> str:
     """What is worth a word at the end of a stage."""
     summary = artifact.summary
     if artifact.stage == "observe":
-        return f", {summary['tokens']:,} tokens, {summary['tokens_per_second']:,} tokens/s"
+        speed = "imported" if summary["tokens_per_second"] is None else f"{summary['tokens_per_second']:,} tokens/s"
+        return f", {summary['tokens']:,} tokens, {speed}"
     if artifact.stage != "evaluate":
         return ""
     return f". {summary['advice']}" if summary["verdict"] == "pass" else f": {summary['verdict']}"  # the reasons come with the error
@@ -157,10 +170,10 @@ def _execute(run: Run, stage: Stage, progress: Progress) -> Artifact:
     work = payload.parent / "work"
     work.mkdir(exist_ok=True)
     inputs = {name: run.artifacts[name] for name in (*stage.inputs, *stage.after)}
-    context = Context(run.plan, inputs, payload, work, listening, stage.spec.get("candidate"))
+    context = Context(run.plan, inputs, payload, work, listening, stage.spec.get("candidate"), run.ranks)
     started = time.time()
     try:
-        summary = importlib.import_module(f"reapkit.stages.{stage.name}").run(context)
+        summary = importlib.import_module(f"reapkit.stages.{'imported' if 'imported' in stage.spec else stage.name}").run(context)
     except (OSError, MemoryError) as error:
         if isinstance(error, ReapkitError):
             raise
@@ -253,18 +266,11 @@ def publish(payload: Path, target: Path) -> None:
     """`target` mirrors `payload` by hard links (copies across file systems), replacing what was there."""
     fresh = target.with_name(f".{target.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
-    shutil.copytree(payload, fresh, copy_function=_link_or_copy, symlinks=True)
+    shutil.copytree(payload, fresh, copy_function=link_or_copy, symlinks=True)
     if target.is_symlink() or target.is_file():
         target.unlink()
     shutil.rmtree(target, ignore_errors=True)
     fresh.rename(target)
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
 
 
 def describe(run: Run) -> dict[str, Any]:

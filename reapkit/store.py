@@ -80,6 +80,17 @@ class Store:
                 fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
+    @contextmanager
+    def idle(self, name: str) -> Iterator[bool]:
+        """True, and then locked for the block, where no process is at the artifact of that directory name; False at once otherwise."""
+        with (self.root / f"{name}.lock").open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+            else:
+                yield True
+
     def begin(self, stage: str, key: str, *, resume: bool) -> Path:
         """The payload directory to write into: with `resume` as an earlier attempt left it, else empty."""
         directory = self.directory(stage, key)
@@ -114,3 +125,11 @@ def write_json(path: Path, value: Any) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     temporary.rename(path)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """`target` with the bytes of `source`: a hard link, or a copy where the file systems differ."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

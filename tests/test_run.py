@@ -24,7 +24,7 @@ from reapkit.recipe.loading import LoadedRecipe, load
 from reapkit.run import Run, apply
 
 DEMO = Path(__file__).parents[1] / "recipes" / "demo.yaml"
-SMALL = ("calibration.samples=48", "calibration.max_length=256", "evaluate.packs={samples: 24, lengths: [256]}", "evaluate.generation=null",
+SMALL = ("calibration.samples=48", "calibration.max_length=256", "evaluate.packs={samples: 24, lengths: [256]}", "evaluate.generation=null", "evaluate.throughput=null",
          "evaluate.gates={kl_mean: {max: 5}}", "evaluate.controls=[random]", "quantize.method=rtn")
 
 
@@ -107,9 +107,11 @@ def test_another_criterion_reuses_the_observation(finished: Run, root: Path) -> 
 
 def test_a_rejected_candidate_writes_no_model_and_says_why(finished: Run, root: Path) -> None:
     strict = recipe(root, "evaluate.gates={kl_mean: {max: 0.000001}}", f"output.directory={root / 'rejected'}")
-    with pytest.raises(RejectedByGates, match="kl_mean"):
+    with pytest.raises(RejectedByGates, match="kl_mean(.|\n)*No weight was written. All numbers: .*report.html") as rejected:
         apply(strict)
     assert not (root / "rejected" / "pruned").exists()
+    [advised] = [line.split("--set ")[1].strip("'") for line in str(rejected.value).splitlines() if "prune.candidates.ratio=" in line]
+    assert make_plan(recipe(root, advised)).candidates[0].name == "reap-r0.25"  # what it says to type is a recipe
     assert "kl_mean" in (root / "rejected" / "report.html").read_text()
 
 
@@ -121,10 +123,30 @@ def test_a_rejection_may_be_a_warning(finished: Run, root: Path) -> None:
 
 def test_a_rejected_quantization_is_not_published(finished: Run, root: Path) -> None:
     strict = recipe(root, "evaluate.gates_quantized={kl_mean: {max: 0.000001}}", f"output.directory={root / 'unpublished'}")
-    with pytest.raises(RejectedByGates, match="quantize.scheme: W4A16"):
+    with pytest.raises(RejectedByGates, match="The final model is rejected by evaluate.gates_quantized:(.|\n)*--set quantize.scheme=W4A16(.|\n)*quantized.rejected, unpublished"):
         apply(strict)
     assert (root / "unpublished" / "quantized.rejected").is_dir() and not (root / "unpublished" / "quantized").exists()
     assert (root / "unpublished" / "report.html").is_file()
+
+
+def test_an_undecided_quantization_ends_with_5_and_says_how_many_samples_it_takes(finished: Run, root: Path) -> None:
+    low, high = json.loads((root / "run" / "verify.json").read_text())["metrics"]["quantized"]["256"]["all"]["kl_mean"]["interval"]
+    doubtful = (f"evaluate.gates_quantized={{kl_mean: {{max: {low + 0.6 * (high - low)}}}}}", f"output.directory={root / 'doubtful'}")
+    with pytest.raises(RejectedByGates, match=r"undecided(.|\n)*--set evaluate.packs.samples=\d+(.|\n)*doubtful/quantized, and not uploaded"):
+        apply(recipe(root, *doubtful))
+    assert (root / "doubtful" / "quantized").is_dir() and not (root / "doubtful" / "quantized.rejected").exists()
+    assert apply(recipe(root, *doubtful, "evaluate.on_undecided=warn")).summary("verify")["verdict"] == "undecided"
+
+
+def test_the_unpruned_model_at_about_the_same_bytes_stands_beside_the_result(finished: Run) -> None:
+    found = json.loads((finished.directory / "verify.json").read_text())
+    control, final = found["equal_bytes"], found["rows"][-1]
+    assert control["target_bytes"] == final["bytes"] and control["scheme"] in control["note"]
+    assert 1 / 1.5 <= control["bytes"] / final["bytes"] <= 1.5
+    groups = control["metrics"]["256"]
+    assert set(groups) == set(found["metrics"]["quantized"]["256"]) and groups["all"]["kl_mean"]["value"] > 0
+    assert finished.summary("verify")["equal_bytes"]["kl_mean"] == groups["all"]["kl_mean"]["value"]
+    assert "The same bytes, spent otherwise" in (finished.directory / "report.html").read_text()
 
 
 def test_only_what_is_kept_stays_on_disk(finished: Run, root: Path) -> None:

@@ -17,7 +17,7 @@ name: {name}
 model: {{source: model}}
 calibration: {{samples: 60, max_length: 64, packing: none, mix: [{{name: ids, source: ids.jsonl, format: tokens}}]}}
 prune: {{ratio: 0.25}}
-evaluate: {{packs: {{samples: 12, lengths: [64]}}, gates: {{kl_mean: {{max: 9}}}}, generation: null}}
+evaluate: {{packs: {{samples: 12, lengths: [64]}}, gates: {{kl_mean: {{max: 9}}}}, generation: null, throughput: null}}
 quantize: {{scheme: W4A16, method: rtn, group_size: 16}}
 output: {{directory: {root}/run}}
 runtime: {{store: {root}/store}}

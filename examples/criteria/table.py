@@ -21,7 +21,7 @@ def write_tables(models: Sequence[Mapping[str, Any]], output: Path) -> None:
     models = merged(models)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.with_suffix(".md").write_text(markdown(models))
-    output.with_suffix(".json").write_text(json.dumps(list(models), indent=1) + "\n")
+    output.with_suffix(".json").write_text(json.dumps(models) + "\n")
 
 
 def merged(models: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

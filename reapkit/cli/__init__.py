@@ -10,8 +10,10 @@ from typing import Any
 
 import typer
 
+from reapkit import ranks
 from reapkit.cli import directories, looking, recipes
 from reapkit.cli.app import app
+from reapkit.cli.following import follow, follower_code
 from reapkit.errors import ReapkitError, RecipeError
 
 __all__ = ["app", "directories", "looking", "main", "recipes"]
@@ -29,10 +31,14 @@ def main(arguments: list[str] | None = None) -> None:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     signal.signal(signal.SIGTERM, _terminate)
+    team = None
     try:
-        code = _run(arguments, debug)
+        team = ranks.join() if ranks.launched() else None
+        code = follow(team, debug) if team and team.rank else _run(arguments, debug)
     except KeyboardInterrupt:  # it came while another error was being dealt with
         code = _interrupted()
+    if team:
+        code = _end_together(team, code)
     if code == 130:
         # Python dies of SIGINT at its end if one ever crossed an exec() of text (imports do that), handled or not: leave with our code.
         sys.stdout.flush()
@@ -41,11 +47,35 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(code)
 
 
-def _interrupted() -> int:
+def _end_together(team: ranks.Team, code: int) -> int:
+    """The code that all ranks end with; torchrun's signals to those that end last are ignored."""
+    _ignore_signals()
+    if team.rank == 0:
+        team.conclude(code)
+    else:
+        team.leave()
+    return code
+
+
+def _ignore_signals() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # we are leaving already
+
+
+def _interrupted() -> int:
+    _ignore_signals()
+    team = ranks.current()
+    if team.rank:
+        return follower_code(team, ranks.INTERRUPTED)
+    if team.world > 1 and (error := team.cause()) is not None and error.exit_code != ranks.INTERRUPTED:
+        return _told(error)
     print("Interrupted. Finished stages are kept; run the same command again to go on.", file=sys.stderr)
     return 130
+
+
+def _told(error: ReapkitError) -> int:
+    print(error if isinstance(error, RecipeError) else f"reapkit: {error}", file=sys.stderr)
+    return error.exit_code
 
 
 def _run(arguments: list[str], debug: bool) -> int:
@@ -67,8 +97,7 @@ def _run(arguments: list[str], debug: bool) -> int:
     except ReapkitError as error:
         if debug:
             traceback.print_exc()
-        print(error if isinstance(error, RecipeError) else f"reapkit: {error}", file=sys.stderr)
-        return error.exit_code
+        return _told(error)
     except Exception as error:  # a defect of ours: say so, and how to report it
         if debug:
             traceback.print_exc()

@@ -14,6 +14,7 @@ app = typer.Typer(name="reapkit", no_args_is_help=True, add_completion=False, pr
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="Path of a recipe, or the name of a shipped one.")]
 Overrides = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a field: --set prune.ratio=0.25")]
+Elsewhere = Annotated[str | None, typer.Option("--observation", metavar="DIR", help="Decide by this observation of the same model, made elsewhere.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document for machines.")]
 
 

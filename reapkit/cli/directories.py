@@ -124,3 +124,29 @@ def import_(file: Annotated[Path, typer.Argument(metavar="FILE", help="A llm-com
                  "tokens": int(found.tokens.sum()), "statistics": list(found.statistics)}
         text = f"observation of {facts['layers']} layers and {facts['tokens']:,} tokens with {', '.join(facts['statistics'])}"
     print(json.dumps(facts) if as_json else f"{output}: {text}")
+
+
+@app.command()
+def gc(store: Annotated[Path, typer.Option("--store", metavar="DIR", help="The artifact store, runtime.store of your recipes.")] = Path("runs/.store"),
+       dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would go.")] = False,
+       unfinished: Annotated[bool, typer.Option("--unfinished", help="Also remove partial work that nobody is at.")] = False,
+       as_json: Json = False) -> None:
+    """Remove the artifacts of a store that no run links to. What is in progress stays, and so does what can be resumed.
+
+    Example: reapkit gc --dry-run
+    """
+    from reapkit.garbage import collect
+    from reapkit.store import Store
+    from reapkit.tables import human_bytes
+
+    found = collect(Store(store), unfinished=unfinished, dry_run=dry_run)
+    if as_json:
+        print(json.dumps({"store": str(store), "dry_run": dry_run, "bytes": found.nbytes, "removed": [vars(each) for each in found.removed],
+                          "kept": found.kept}))
+        return
+    if found.removed:
+        rows = [(each.artifact, human_bytes(each.nbytes)) for each in found.removed]
+        out().print(table("Would be removed" if dry_run else "Removed", ("artifact", "frees"), rows))
+    kept = ", ".join(f"{len(names)} ({reason})" for reason, names in found.kept.items()) or "none"
+    many = f"{len(found.removed)} artifact{'' if len(found.removed) == 1 else 's'}"
+    print(f"{many}, {human_bytes(found.nbytes)} {'would be freed' if dry_run else 'freed'}; kept: {kept}")

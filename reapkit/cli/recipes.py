@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from reapkit.cli.app import Json, Overrides, RecipeArgument, app, out, quiet_libraries
+from reapkit.cli.app import Elsewhere, Json, Overrides, RecipeArgument, app, out, quiet_libraries
 from reapkit.errors import RecipeError, UnusableError
 from reapkit.lock import (
     check_lock,
@@ -19,6 +19,7 @@ from reapkit.lock import (
     write_lock,
 )
 from reapkit.planning import STAGES, load_and_plan
+from reapkit.ranks import current
 from reapkit.recipe.jsonschema import recipe_schema
 from reapkit.recipe.loading import find_recipe, load
 from reapkit.recipe.reference import language_page
@@ -60,8 +61,8 @@ def plan(recipe: RecipeArgument, overrides: Overrides = [], as_json: Json = Fals
     _show_plan(recipe, overrides, as_json)
 
 
-def _show_plan(recipe: str, overrides: list[str], as_json: bool) -> None:
-    made = load_and_plan(recipe, overrides)
+def _show_plan(recipe: str, overrides: list[str], as_json: bool, observation: str | None = None) -> None:
+    made = load_and_plan(recipe, overrides, observation=_directory_of(observation))
     if as_json:
         print(json.dumps(plan_as_json(made)))
         return
@@ -73,6 +74,7 @@ def _show_plan(recipe: str, overrides: list[str], as_json: bool) -> None:
 def apply(recipe: RecipeArgument, overrides: Overrides = [],
           until: Annotated[str | None, typer.Option(metavar="STAGE", help=f"Stop after a stage: {', '.join(STAGES)}.")] = None,
           dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
+          observation: Elsewhere = None,
           locked: Annotated[bool, typer.Option("--locked", help="Take revisions from the lock; refuse to differ from it.")] = False,
           as_json: Json = False) -> None:
     """Run a recipe: calibrate, observe, select, evaluate, prune, quantize, verify, report. Finished stages are skipped.
@@ -84,9 +86,9 @@ def apply(recipe: RecipeArgument, overrides: Overrides = [],
     if locked:
         overrides = [*overrides, *_pinned(recipe, overrides)]
     if dry_run:
-        _show_plan(recipe, overrides, as_json)
+        _show_plan(recipe, overrides, as_json, observation)
     else:
-        _apply(recipe, overrides, until, as_json)
+        _apply(recipe, overrides, until, as_json, observation)
 
 
 def _pinned(recipe: str, overrides: list[str]) -> list[str]:
@@ -99,14 +101,24 @@ def _pinned(recipe: str, overrides: list[str]) -> list[str]:
     return pins
 
 
-def _apply(recipe: str, overrides: list[str], until: str | None, as_json: bool) -> None:
-    loaded = load_and_plan(recipe, overrides).loaded  # every contradiction is found before weights are fetched or torch is imported
+def _directory_of(observation: str | None) -> Path | None:
+    """Where an observation's files lie, of its own directory, its artifact in a store or a run."""
+    if observation is None:
+        return None
+    from reapkit.inspection.recognise import observation_at
+
+    return observation_at(observation)
+
+
+def _apply(recipe: str, overrides: list[str], until: str | None, as_json: bool, observation: str | None = None) -> None:
+    elsewhere = _directory_of(observation)
+    loaded = load_and_plan(recipe, overrides, observation=elsewhere).loaded  # every contradiction is found before weights are fetched or torch is imported
     quiet_libraries()
     from reapkit.run import apply as run_recipe
     from reapkit.run import describe
     from reapkit.terminal import make_progress
 
-    run = run_recipe(loaded, until=until, progress=make_progress())
+    run = run_recipe(loaded, until=until, progress=make_progress(), observation=elsewhere, ranks=current())
     if as_json:
         print(json.dumps({**describe(run), "directory": str(run.directory), "executed": run.executed}))
         return
@@ -118,9 +130,13 @@ def _apply(recipe: str, overrides: list[str], until: str | None, as_json: bool) 
 
 
 def _stage_command(stage: str, purpose: str) -> None:
-    def command(recipe: RecipeArgument, overrides: Overrides = [], as_json: Json = False) -> None:
+    def deciding(recipe: RecipeArgument, overrides: Overrides = [], observation: Elsewhere = None, as_json: Json = False) -> None:
+        _apply(recipe, overrides, stage, as_json, observation)
+
+    def observing(recipe: RecipeArgument, overrides: Overrides = [], as_json: Json = False) -> None:
         _apply(recipe, overrides, stage, as_json)
 
+    command = observing if stage == "observe" else deciding
     command.__doc__ = f"{purpose} (apply --until {stage}).\n\nExample: reapkit {stage} demo"
     app.command(name=stage)(command)
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
-from reapkit.errors import RecipeError, UnusableError
+from reapkit.errors import RecipeError
 from reapkit.export import export
-from reapkit.inspection.recognise import Found, read_json, recognise
+from reapkit.inspection.recognise import Found, observation_at, read_json, recognise
 from reapkit.observation import Observation
 from reapkit.recipe.loading import load
 from reapkit.report.facts import recipe_yaml
@@ -25,12 +25,7 @@ def export_at(path: str | Path, directory: Path) -> list[Path]:
 
     Raises UnusableError where there is no observation.
     """
-    found = recognise(path)
-    place = found.place / "observation" if found.kind == "run" else found.place
-    if found.kind not in ("run", "observation") or not (place / "observation.json").is_file():
-        raise UnusableError(
-            f"{path}: no observation there. Give an observation's directory, its artifact in the store, or a run that has one."
-        )
+    found, place = recognise(path), observation_at(path)
     return export(Observation.load(place), directory, **_around(found, place))
 
 

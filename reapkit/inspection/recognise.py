@@ -55,6 +55,20 @@ def recognise(path: str | Path) -> Found:
         ) from None
 
 
+def observation_at(path: str | Path) -> Path:
+    """The directory with an observation's files: `path` itself, its artifact's payload, or what a run links to.
+
+    Raises UnusableError where there is none.
+    """
+    found = recognise(path)
+    place = found.place / "observation" if found.kind == "run" else found.place
+    if found.kind not in ("run", "observation") or not (place / "observation.json").is_file():
+        raise UnusableError(
+            f"{path}: no observation there. Give an observation's directory, its artifact in the store, or a run that has one."
+        )
+    return place
+
+
 def _file(file: Path) -> Found:
     if file.suffix in (".yaml", ".yml"):
         return Found("recipe", file)

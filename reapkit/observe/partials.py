@@ -4,9 +4,7 @@ same bytes.
 
 from __future__ import annotations
 
-import json
 import os
-import struct
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -33,10 +31,7 @@ class Partials:
         return self._file(group).exists()
 
     def write(self, group: int, tensors: Mapping[str, Tensor]) -> None:
-        """By rename, so that a file that exists is complete."""
-        temporary = self._file(group).with_suffix(".writing")
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
-        os.replace(temporary, self._file(group))
+        save_by_rename(tensors, self._file(group))
 
     def total(self, groups: Iterable[int], snapshots: Sequence[int]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """All statistics of the groups, added in the given order; and the SNAPSHOTS [stages, L, S, E] after `snapshots[stage]`
@@ -60,44 +55,11 @@ class Partials:
         return self.directory / f"group-{group:05d}.safetensors"
 
 
-class TraceFile:
-    """trace.safetensors, laid out in advance: every row group writes its own span, in any order and as often as it must."""
-
-    def __init__(self, file: Path, layers: Sequence[int], top_k: int, positions: int):
-        self.file, self.layers = file, tuple(layers)
-        header = trace_header(layers, top_k, positions)
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        start = 8 + len(text)
-        size = start + max(entry["data_offsets"][1] for entry in header.values())
-        if not file.exists() or file.stat().st_size != size:
-            temporary = file.with_suffix(".writing")
-            with temporary.open("wb") as stream:
-                stream.write(struct.pack("<Q", len(text)) + text)
-                stream.truncate(size)
-            os.replace(temporary, file)
-        self._maps = (
-            {
-                name: numpy.memmap(file, _NUMPY[entry["dtype"]], "r+", start + entry["data_offsets"][0], tuple(entry["shape"]))
-                for name, entry in header.items()
-            }
-            if positions
-            else {}
-        )
-
-    def write(self, name: str, at: int, values: Tensor) -> None:
-        """Puts `values` [n, ...] at positions at … at + n of tensor `name`."""
-        if len(values):
-            self._maps[name][at : at + len(values)] = values.cpu().numpy()
-
-    def flush(self) -> None:
-        """What was written can be read from the file."""
-        for array in self._maps.values():
-            array.flush()
-
-    def close(self) -> None:
-        self.flush()
-        self._maps = {}
+def save_by_rename(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """A file that exists is complete."""
+    temporary = file.with_suffix(f".{os.getpid()}.writing")  # of this process: a killed run's last rank may still be at its own
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+    os.replace(temporary, file)
 
 
 def trace_header(layers: Sequence[int], top_k: int, positions: int) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from reapkit.masking import sliced_routing
 from reapkit.observation import Reroute
 from reapkit.observe.experts import Experts, RoutedExperts, intercepted
 from reapkit.progress import Progress
+from reapkit.ranks import ALONE, Alone
 from reapkit.reroute import (
     PROJECTED,
     InnerProducts,
@@ -155,10 +156,11 @@ class Capture:
         for file in files:
             file.unlink(missing_ok=True)
 
-    def finish_all(self, progress: Progress) -> None:
-        """Every layer's paths, of a model that is in memory as a whole."""
-        with progress.task("reroute", total=len(self.sites), unit="layers") as task:
-            for site in self.sites:
+    def finish_all(self, progress: Progress, ranks: Alone = ALONE) -> None:
+        """Every layer's paths, of a model that is in memory as a whole; each rank does every world-th layer."""
+        mine = self.sites[ranks.rank :: ranks.world]
+        with progress.task("reroute", total=len(mine), unit="layers") as task:
+            for site in mine:
                 self.finish(site)
                 task.advance(1)
 
@@ -171,6 +173,10 @@ class Capture:
         blank = {"order": -1, "error": 0, "single": 0}
         return Reroute(counts, **{name: torch.stack([nn.functional.pad(layer[name], (0, width - layer[name].shape[-1]), value=value)
                                                      for layer in layers]) for name, value in blank.items()})
+
+    def unfinished(self) -> list[RoutedExperts]:
+        """The layers whose paths are still to be found."""
+        return [site for site in self.sites if not self._paths_of(site.layer).exists()]
 
     def _paths_of(self, layer: int) -> Path:
         return self.directory / f"reroute-{layer:04d}.safetensors"

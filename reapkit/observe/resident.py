@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from reapkit.calibration.tokens import CalibrationTokens, batches
 from reapkit.models import final_hidden
@@ -15,7 +16,8 @@ from reapkit.observe.experts import intercepted
 from reapkit.observe.partials import Partials
 from reapkit.observe.session import BatchWatch, Session
 from reapkit.observe.table import PILOT_POSITIONS
-from reapkit.progress import SILENT, Progress
+from reapkit.progress import SILENT, Progress, Task
+from reapkit.ranks import ALONE, Alone
 from reapkit.recipe.schema import ObserveSpec
 
 
@@ -29,11 +31,14 @@ def observe(
     work_directory: Path,
     identity: str | None = None,
     progress: Progress = SILENT,
-) -> Observation:
+    ranks: Alone = ALONE,
+) -> Observation | None:
     """The observation of `model` over `tokens`; killed and run again with the same arguments, it continues to the same bytes.
 
     Row groups' partial sums live under `work_directory` (the trace of the result too, so keep it until the result is saved).
-    `identity` names the checkpoint. Raises UnusableError where experts cannot be watched or put out NaN or infinity.
+    `identity` names the checkpoint. With several `ranks` each calls this with its own copy of the model; a row group is summed by
+    whoever comes first, and rank 0 returns the sum of all in group order, the others None. Raises UnusableError where experts
+    cannot be watched or put out NaN or infinity.
     """
     device = model.get_input_embeddings().weight.device
     session = Session.open(
@@ -45,35 +50,39 @@ def observe(
         identity=identity,
         placement="resident",
         device=device,
+        ranks=ranks,
     )
-    if session.table is not None and not session.table.has_edges:
-        session.table.set_edges(*_pilot(model, session, batch_tokens, device))
+    if session.table is not None:
+        if ranks.rank == 0 and not session.table.has_edges:
+            session.table.set_edges(*_pilot(model, session, batch_tokens, device))
+        ranks.meet("edges", session.directory)
     partials = Partials(session.directory)
-    todo = [group for group in range(len(tokens.groups)) if not partials.has(group)]
-    with (
-        session.sampling(),
-        progress.task(
-            "observe", total=sum(int(tokens.row_lengths[row]) for group in todo for row in tokens.groups[group]), unit="tokens"
-        ) as task,
-    ):
-        for group in todo:
-            sums, at = GroupSums(session.sites, len(tokens.sources)), session.trace_start[group] if spec.eaft else 0
+    todo = ranks.agreed("todo", lambda: [group for group in range(len(tokens.groups)) if not partials.has(group)])
+    count = sum(int(tokens.row_lengths[row]) for group in todo for row in tokens.groups[group])
+    with session.sampling(), progress.task("observe", total=count, unit="tokens") as task:
+        done = _Together(ranks, task)
+        for group in (todo[number] for number in ranks.claims("group", len(todo))):
+            partials.write(group, _sum_group(model, session, group, batch_tokens, done.advance))
             if session.table is not None:
-                session.table.begin(range(group, group + 1))
-            for batch in batches(tokens, tokens.groups[group], batch_tokens):
-                watch = BatchWatch(session, batch, sums.add, at)
-                _observe_batch(model, watch, device)
-                sums.count_tokens(batch)
-                at += watch.num_signals
-                task.advance(int(batch.lengths.sum()))
-            session.keep_sample(group, [site.layer for site in session.sites])
-            in_cells = {} if session.table is None else session.table.tensors(group)
-            partials.write(group, sums.tensors() | in_cells)
-            if session.table is not None:
-                session.table.end()
+                session.table.drop(group)
+        ranks.meet("sums", session.directory, done.look)
     if session.sample is not None:
-        session.sample.finish_all(progress)
-    return session.observation(*partials.total(range(len(tokens.groups)), tokens.snapshots))
+        session.sample.finish_all(progress, ranks)
+        ranks.meet("sample", session.directory)
+    return None if ranks.rank else session.observation(*partials.total(range(len(tokens.groups)), tokens.snapshots))
+
+
+def _sum_group(model: nn.Module, session: Session, group: int, batch_tokens: int, advance: Callable[[int], None]) -> dict[str, Tensor]:
+    tokens, device = session.tokens, model.get_input_embeddings().weight.device
+    sums, at = GroupSums(session.sites, len(tokens.sources)), session.trace_start[group] if session.spec.eaft else 0
+    for batch in batches(tokens, tokens.groups[group], batch_tokens):
+        watch = BatchWatch(session, batch, sums.add, at)
+        _observe_batch(model, watch, device)
+        sums.count_tokens(batch)
+        at += watch.num_signals
+        advance(int(batch.lengths.sum()))
+    session.keep_sample(group, [site.layer for site in session.sites])
+    return sums.tensors() | ({} if session.table is None else session.table.tensors(group))
 
 
 def _pilot(model: nn.Module, session: Session, batch_tokens: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -88,6 +97,21 @@ def _pilot(model: nn.Module, session: Session, batch_tokens: int, device: torch.
         p, h, source = watch.signals(model, final_hidden(model, batch.input_ids.to(device), positions))
         seen.append((p.cpu(), h.cpu(), source))
     return tuple(torch.cat(parts) for parts in zip(*seen, strict=True))
+
+
+class _Together:
+    """Shows what all ranks have done."""
+
+    def __init__(self, ranks: Alone, task: Task):
+        self._ranks, self._task, self._shown = ranks, task, 0
+
+    def advance(self, tokens: int) -> None:
+        total = self._ranks.add("tokens", tokens) if self._ranks.world > 1 else self._shown + tokens
+        self._task.advance(total - self._shown)
+        self._shown = total
+
+    def look(self) -> None:
+        self.advance(0)
 
 
 def _observe_batch(model: nn.Module, watch: BatchWatch, device: torch.device) -> None:

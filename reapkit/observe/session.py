@@ -19,12 +19,16 @@ from reapkit.hashing import digest
 from reapkit.observation import MAXIMA, SUMS, Observation, Trace
 from reapkit.observe.accumulate import Positions
 from reapkit.observe.experts import Experts, Pairs, RoutedExperts, find_experts, kernels_on, observed_forward
-from reapkit.observe.partials import TraceFile, trace_nbytes
+from reapkit.observe.partials import trace_nbytes
 from reapkit.observe.reroute import Capture
 from reapkit.observe.signals import signals_of_hidden
 from reapkit.observe.table import TableSums
+from reapkit.observe.traces import GroupTraces
+from reapkit.ranks import ALONE, Alone
 from reapkit.recipe.schema import ObserveSpec
 
+FILES = 2
+"""How unfinished work is laid out in files; raise it when that changes, so that older work is not taken for it."""
 TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 
 
@@ -36,7 +40,7 @@ class Session:
     tokens: CalibrationTokens
     spec: ObserveSpec
     directory: Path
-    trace: TraceFile | TableSums | None
+    trace: GroupTraces | TableSums | None
     trace_start: tuple[int, ...]
     top_k: int
     model_type: str
@@ -55,10 +59,11 @@ class Session:
         identity: str | None,
         placement: str,
         device: torch.device,
+        ranks: Alone = ALONE,
         **layout: Any,
     ) -> Session:
         """`layout`: whatever else decides which partial sums belong together. Raises UnusableError where the model's experts
-        cannot be watched.
+        cannot be watched, or where a rank would compute in another way than rank 0.
         """
         sites = find_experts(model)
         text = model.config.get_text_config()
@@ -74,6 +79,7 @@ class Session:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }
+        ranks.same("how", meta)
         layers = [site.layer for site in sites]
         if spec.reroute_tokens:
             layout |= {"reroute_tokens": spec.reroute_tokens}
@@ -81,16 +87,14 @@ class Session:
         in_cells = spec.eaft and trace_nbytes(len(sites), top_k, starts[-1]) > spec.trace_bytes
         if in_cells:
             layout |= {"table": True}
-        how = digest({"meta": meta, "layers": layers, "top_k": top_k, "eaft": spec.eaft, **layout})[:12]
+        how = digest({"meta": meta, "layers": layers, "top_k": top_k, "eaft": spec.eaft, "files": FILES, **layout})[:12]
         directory = Path(work_directory) / f"sums-{how}"  # sums made in another way are not mixed with these
         directory.mkdir(parents=True, exist_ok=True)
         trace = None
         if spec.eaft:
+            trace = GroupTraces(directory, layers, top_k, starts)
             if in_cells:
-                experts = max(site.num_experts for site in sites)
-                trace = TableSums(directory, tuple(layers), top_k, experts, len(tokens.sources), starts)
-            else:
-                trace = TraceFile(directory / "trace.safetensors", layers, top_k, starts[-1])
+                trace = TableSums(trace, max(site.num_experts for site in sites), len(tokens.sources))
         sample = Capture(model, sites, tokens, directory, spec.reroute_tokens) if spec.reroute_tokens else None
         return cls(sites, tokens, spec, directory, trace, starts, top_k, text.model_type, meta, sample)
 
@@ -107,8 +111,6 @@ class Session:
         """The observation that these sums, maxima, coactivation, token counts [L, S, ...] and snapshots [stages, L, S, E]
         make.
         """
-        if self.trace is not None:
-            self.trace.close()
         return Observation(
             model_type=self.model_type,
             layers=tuple(site.layer for site in self.sites),
@@ -126,7 +128,6 @@ class Session:
             reroute=None if self.sample is None else self.sample.result(),
         )
 
-
     @property
     def table(self) -> TableSums | None:
         """Where the EAFT material goes if not into an exact trace."""
@@ -135,7 +136,7 @@ class Session:
     def _eaft(self, total: Mapping[str, Tensor]) -> Trace | Table | None:
         if self.trace is None:
             return None
-        return Trace.load(self.trace.file) if self.table is None else self.table.result(total)
+        return Trace.load(self.trace.join()) if self.table is None else self.table.result(total)
 
 
 @dataclass(eq=False)
@@ -209,4 +210,3 @@ def _signals_before(tokens: CalibrationTokens) -> tuple[int, ...]:
     for group in tokens.groups:
         starts.append(starts[-1] + sum(int(tokens.row(row).signal.sum()) for row in group))
     return tuple(starts)
-

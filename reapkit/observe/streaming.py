@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,9 +23,10 @@ from reapkit.observe.experts import Experts, Pairs, RoutedExperts, intercepted
 from reapkit.observe.layers import LayeredModel
 from reapkit.observe.lockstep import Forward, Lockstep, Spool
 from reapkit.observe.session import BatchWatch, Session
-from reapkit.observe.table import add_in_order
-from reapkit.observe.totals import RunningTotal, assemble, save_by_rename
+from reapkit.observe.totals import WaveSums, assemble
+from reapkit.observe.waves import Wave, covering, drop_inputs, finished, plan_waves, write_by_rename
 from reapkit.progress import SILENT, Progress
+from reapkit.ranks import ALONE, Alone
 from reapkit.recipe.schema import ObserveSpec
 
 
@@ -46,17 +47,25 @@ def observe_streaming(
     checkpoint_minutes: float = 10,
     reading: Callable[[list[str]], None] | None = None,
     progress: Progress = SILENT,
-) -> Observation:
+    ranks: Alone = ALONE,
+) -> Observation | None:
     """The same observation as `resident.observe` of the loaded checkpoint, with one or two decoder layers in memory.
 
     `hidden_bytes`: budget for the paused batches' hidden states on the host; beyond it they go to `offload_directory`, or,
     without one, the rows run in waves that each read the weights once. Killed and run again with the same arguments it
     continues: layers' sums are kept as they finish, hidden states every `checkpoint_minutes`. `reading` is told the shards that
     are read next.
+
+    EAFT material that goes into a table waits on disk until its cells' edges are known: without a budget that cuts the rows into waves,
+    until all have passed, and the edges are all positions' quantiles; else until rank 0's first wave has passed, and they are its.
+
+    With several `ranks` each calls this and takes its share of the row groups through all layers, reading the shards itself; rank 0
+    returns the observation, the others None. One rank that reads and broadcasts would be slower: on one machine the second reader
+    finds the shards in the page cache (two readers at once: 1.8 GB/s each on 2 busy cores, where gloo broadcasts 0.9 GB/s), and
+    several machines read side by side; ranks also need not wait for each other at every layer.
     """
     layered = LayeredModel(path, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     layered.reading = reading
-    waves = plan_waves(tokens, batch_tokens, layered, None if offload_directory else hidden_bytes)
     session = Session.open(
         layered.model,
         tokens,
@@ -66,10 +75,11 @@ def observe_streaming(
         identity=identity,
         placement="streaming",
         device=layered.device,
-        waves=[wave.stop for wave in waves],
+        ranks=ranks,
     )
+    waves = _my_waves(session, layered, batch_tokens, None if offload_directory else hidden_bytes, ranks)
     layered.load_rest()
-    pass_ = _Pass(layered, session, batch_tokens, hidden_bytes, offload_directory, checkpoint_minutes)
+    pass_ = _Pass(layered, session, batch_tokens, hidden_bytes, offload_directory, checkpoint_minutes, alone=ranks.world == 1)
     with (
         Lockstep(layered.layers) as lockstep,
         session.sampling(),
@@ -77,26 +87,54 @@ def observe_streaming(
         intercepted(session.sites, pass_.on_experts),
         progress.task("observe", total=len(waves) * len(layered.layers), unit="layers") as task,
     ):
-        for number, wave in enumerate(waves):
-            if not pass_.finished(number):
-                pass_.run(number, wave, lockstep, reader, lambda layer: task.note(f"layer {layer}"), task.advance)
-    return session.observation(*assemble(session, len(waves) - 1))
+        for wave in waves:
+            pass_.run(wave, lockstep, reader, lambda layer: task.note(f"layer {layer}"), task.advance)
+            if session.table is not None and ranks.rank == 0 and _cut(waves):
+                session.table.set_edges_of(wave.groups)
+                session.table.add_in_order(finished(session.directory).__contains__)
+        ranks.meet("sums", session.directory)
+    if session.table is not None and ranks.rank == 0:
+        session.table.set_edges_of(range(len(tokens.groups)))
+        session.table.add_in_order(finished(session.directory).__contains__)
+    if session.sample is not None:
+        _finish_sample(session, layered, ranks)
+        ranks.meet("sample", session.directory)
+    if ranks.rank:
+        return None
+    drop_inputs(session.directory)
+    return session.observation(*assemble(session))
 
 
-def plan_waves(tokens: CalibrationTokens, batch_tokens: int, layered: LayeredModel, hidden_bytes: int | None) -> list[range]:
-    """Consecutive row groups whose hidden states fit the budget together; one wave where there is none."""
-    groups = range(len(tokens.groups))
-    if hidden_bytes is None:
-        return [groups]
-    width = layered.model.config.get_text_config().hidden_size * layered.dtype.itemsize
-    waves, start, used = [], 0, 0
-    for group in groups:
-        needed = width * sum(batch.input_ids.numel() for batch in batches(tokens, tokens.groups[group], batch_tokens))
-        if group > start and used + needed > hidden_bytes:
-            waves.append(range(start, group))
-            start, used = group, 0
-        used += needed
-    return [*waves, range(start, len(groups))]
+def _my_waves(session: Session, layered: LayeredModel, batch_tokens: int, budget: int | None, ranks: Alone) -> list[Wave]:
+    """This rank's, by rank 0's plan of what is left to do."""
+
+    def plan() -> list[list[Any]]:
+        tokens, width = session.tokens, layered.model.config.get_text_config().hidden_size * layered.dtype.itemsize
+        cost = {
+            group: width * sum(batch.input_ids.numel() for batch in batches(tokens, rows, batch_tokens))
+            for group, rows in enumerate(tokens.groups)
+        }
+        shares = plan_waves(session.directory, cost, ranks.world, len(layered.layers), budget)
+        return [[astuple(wave) for wave in share] for share in shares]
+
+    mine = ranks.agreed("waves", plan)[ranks.rank]
+    return [Wave(tuple(groups), start, taken_from) for groups, start, taken_from in mine]
+
+
+def _cut(waves: Sequence[Wave]) -> bool:
+    """Whether the budget made several waves of what could have passed together."""
+    return len(waves) > len({(wave.start, wave.taken_from) for wave in waves})
+
+
+def _finish_sample(session: Session, layered: LayeredModel, ranks: Alone) -> None:
+    """Paths of the layers that no wave could find alone: its other groups were still to come, or with another rank."""
+    unfinished = {site.layer for site in session.sample.unfinished()}
+    for site in session.sites[ranks.rank :: ranks.world]:
+        if site.layer in unfinished:
+            layered.load(site.layer)
+        session.sample.finish(site)
+        if site.layer in unfinished:
+            layered.drop(site.layer)
 
 
 @dataclass(eq=False)
@@ -107,6 +145,10 @@ class _Waiting:
     group: int
     number: int
     forward: Forward = field(init=False)
+
+    @property
+    def name(self) -> str:
+        return f"{self.group:05d}-{self.number:04d}"
 
 
 class _Pass:
@@ -120,7 +162,10 @@ class _Pass:
         hidden_bytes: int | None,
         offload_directory: Path | None,
         checkpoint_minutes: float,
+        *,
+        alone: bool,
     ):
+        self.root, self.alone = session.directory, alone
         self.layered, self.session, self.batch_tokens = layered, session, batch_tokens
         self.spool, self.checkpoint_seconds = Spool(layered.device, hidden_bytes, offload_directory), 60 * checkpoint_minutes
         self.site_of = {site.layer: site for site in session.sites}
@@ -131,52 +176,38 @@ class _Pass:
     def on_experts(self, site: RoutedExperts, hidden: Tensor, index: Tensor, gates: Tensor, inner: Experts) -> Tensor:
         return self.current(site, hidden, index, gates, inner)
 
-    def finished(self, wave: int) -> bool:
-        return self._file(wave, "done").exists()
-
     def run(
         self,
-        wave: int,
-        groups: range,
+        wave: Wave,
         lockstep: Lockstep,
         reader: ThreadPoolExecutor,
         note: Callable[[int], None],
         advance: Callable[[float], None],
     ) -> None:
-        table = self.session.table
-        if table is not None:
-            table.begin(groups)
-        waiting = list(self._batches(groups))
-        start, saved = self._checkpoint(wave, len(waiting))
-        lockstep.start_at(start, saved["returns_tuple"] if saved else ())
+        waiting = list(self._batches(wave.groups))
+        saved = json.loads((self.root / wave.taken_from / "facts.json").read_text()) if wave.taken_from else None
+        lockstep.start_at(wave.start, saved["returns_tuple"] if saved else ())
         for item in waiting:
             item.forward = lockstep.forward(self._forward(item))
             self.current = item.watch
             item.forward.advance()
             if not saved:
                 self._park(item)
-        if saved and not self._restore(wave, start, saved, waiting):
+        if saved and not self._restore(wave, saved["checksums"], waiting):
             lockstep.forget([item.forward for item in waiting])
-            shutil.rmtree(self._inputs(wave, start))
-            return self.run(wave, groups, lockstep, reader, note, advance)
-        advance(start)
-        self._through_layers(wave, start, waiting, lockstep, reader, note, advance)
+            return self.run(Wave(wave.groups), lockstep, reader, note, advance)
+        advance(wave.start)
+        directory = wave.directory(self.root)
+        self._through_layers(directory, wave.start, waiting, lockstep, reader, note, advance)
         lockstep.forget([item.forward for item in waiting])
         lockstep.start_at(0, ())
-        if table is not None:
-            table.set_edges_of_spool()
-            earlier = self._file(wave - 1, "table.safetensors")
-            summed = add_in_order(load_file(earlier) if earlier.exists() else {}, table, groups)
-            save_by_rename(summed, self._file(wave, "table.safetensors"))
-        _write_by_rename(self._file(wave, "done"), "")
-        if table is not None:
-            table.end()
-        for directory in self.session.directory.glob(f"wave-{wave:03d}-inputs-*"):
-            shutil.rmtree(directory)
+        write_by_rename(directory / "done", "")
+        for inputs in directory.glob("inputs-*"):
+            shutil.rmtree(inputs)
 
     def _through_layers(
         self,
-        wave: int,
+        directory: Path,
         start: int,
         waiting: list[_Waiting],
         lockstep: Lockstep,
@@ -191,17 +222,16 @@ class _Pass:
             coming.result()
             if layer + 1 < count:
                 coming = reader.submit(self.layered.load, layer + 1)
-            self._one_layer(wave, layer, waiting)
+            self._one_layer(directory, layer, waiting)
             self.layered.drop(layer)
             if layer + 1 < count and lockstep.simple_outputs and time.monotonic() - last_checkpoint >= self.checkpoint_seconds:
-                self._save_inputs(wave, layer + 1, waiting, lockstep)
+                self._save_inputs(directory, layer + 1, waiting, lockstep)
                 last_checkpoint = time.monotonic()
             advance(1)
 
-    def _one_layer(self, wave: int, layer: int, waiting: list[_Waiting]) -> None:
+    def _one_layer(self, directory: Path, layer: int, waiting: list[_Waiting]) -> None:
         """Every batch through one layer; its sums are kept once all have passed."""
-        total = RunningTotal.after(self._file(wave - 1, f"layer-{layer:04d}.safetensors"), self.session.tokens.snapshots)
-        site = self.site_of.get(layer)
+        total, site = WaveSums(), self.site_of.get(layer)
         for group in sorted({item.group for item in waiting}):
             if site is not None:
                 self.sums = LayerSums(len(self.session.tokens.sources), self.num_experts, self.layered.device)
@@ -218,20 +248,25 @@ class _Pass:
                 tensors = self.sums.tensors()
                 refuse_unusable(site, tensors)
                 total.add(group, tensors)
-        if site is not None and self.session.sample is not None and waiting[-1].group == len(self.session.tokens.groups) - 1:
-            self.session.sample.finish(site)
         if site is not None:
-            total.save(self._file(wave, f"layer-{layer:04d}.safetensors"))
+            total.save(directory / f"layer-{layer:04d}.safetensors")
+            if self.session.sample is not None and self.alone and self._is_complete(layer):
+                self.session.sample.finish(site)
 
-    def _batches(self, groups: range) -> Iterator[_Waiting]:
-        number = 0
+    def _is_complete(self, layer: int) -> bool:
+        """Whether every row group has passed the layer."""
+        try:
+            return bool(covering(self.root, f"layer-{layer:04d}.safetensors", len(self.session.tokens.groups)))
+        except FileNotFoundError:
+            return False
+
+    def _batches(self, groups: Sequence[int]) -> Iterator[_Waiting]:
         for group in groups:
             at = self.session.trace_start[group] if self.session.trace is not None else 0
-            for batch in batches(self.session.tokens, self.session.tokens.groups[group], self.batch_tokens):
+            for number, batch in enumerate(batches(self.session.tokens, self.session.tokens.groups[group], self.batch_tokens)):
                 watch = BatchWatch(self.session, batch, self._add, at)
                 at += watch.num_signals
                 yield _Waiting(watch, group, number)
-                number += 1
 
     def _add(self, site: RoutedExperts, pairs: Pairs, positions: Positions) -> None:
         self.sums.add(pairs, positions)
@@ -248,54 +283,32 @@ class _Pass:
         return run
 
     def _park(self, item: _Waiting) -> None:
-        self.spool.park(item.forward, f"{item.number:06d}")
+        self.spool.park(item.forward, item.name)
 
     # -------------------------------------------------------------------------------------- surviving a kill
 
-    def _file(self, wave: int, name: str) -> Path:
-        return self.session.directory / f"wave-{wave:03d}-{name}"
-
-    def _inputs(self, wave: int, layer: int) -> Path:
-        return self._file(wave, f"inputs-{layer:04d}")
-
-    def _save_inputs(self, wave: int, layer: int, waiting: list[_Waiting], lockstep: Lockstep) -> None:
+    def _save_inputs(self, wave: Path, layer: int, waiting: list[_Waiting], lockstep: Lockstep) -> None:
         """What every batch will hand to `layer`, complete once its `facts.json` is there."""
-        directory = self._inputs(wave, layer)
+        directory, checksums = wave / f"inputs-{layer:04d}", {}
         directory.mkdir(exist_ok=True)
-        checksums = []
         for item in waiting:
             self.spool.unpark(item.forward)
-            save_file({"hidden": item.forward.hidden.contiguous()}, directory / f"{item.number:06d}.safetensors")
-            checksums.append(item.forward.others())
+            save_file({"hidden": item.forward.hidden.contiguous()}, directory / f"{item.name}.safetensors")
+            checksums[item.name] = item.forward.others()
             self._park(item)
         facts = {"returns_tuple": lockstep.output_kinds(layer), "checksums": checksums}
-        _write_by_rename(directory / "facts.json", json.dumps(facts))
-        for older in self.session.directory.glob(f"wave-{wave:03d}-inputs-*"):
+        write_by_rename(directory / "facts.json", json.dumps(facts))
+        for older in wave.glob("inputs-*"):
             if older != directory:
                 shutil.rmtree(older)
 
-    def _checkpoint(self, wave: int, count: int) -> tuple[int, dict | None]:
-        """The layer to go on from, and what was noted there."""
-        for directory in sorted(self.session.directory.glob(f"wave-{wave:03d}-inputs-*"), reverse=True):
-            if (directory / "facts.json").exists():
-                facts = json.loads((directory / "facts.json").read_text())
-                if len(facts["checksums"]) == count:
-                    return int(directory.name.rsplit("-", 1)[1]), facts
-        return 0, None
-
-    def _restore(self, wave: int, layer: int, facts: dict, waiting: list[_Waiting]) -> bool:
+    def _restore(self, wave: Wave, checksums: Mapping[str, int], waiting: list[_Waiting]) -> bool:
         """Hands every forward its saved hidden states; False where earlier layers left more behind than those."""
-        for item, checksum in zip(waiting, facts["checksums"], strict=True):
-            if item.forward.others() != checksum:
+        for item in waiting:
+            if item.forward.others() != checksums[item.name]:
                 return False
-            file = self._inputs(wave, layer) / f"{item.number:06d}.safetensors"
+            file = self.root / wave.taken_from / f"{item.name}.safetensors"
             item.forward.hidden = load_file(file, device=str(self.layered.device))["hidden"]
             item.forward.replace_hidden(item.forward.hidden)
             self._park(item)
         return True
-
-
-def _write_by_rename(file: Path, text: str) -> None:
-    temporary = file.with_suffix(".writing")
-    temporary.write_text(text)
-    os.replace(temporary, file)

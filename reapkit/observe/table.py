@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from reapkit.eaft_table import COLUMNS, H_CELLS, H_EXACT, H_LEVELS, P_CELLS, P_EXACT, P_LEVELS, Table, cell_edges, cells_of
 from reapkit.errors import UnusableError
 from reapkit.observation import Trace
-from reapkit.observe.partials import TraceFile
+from reapkit.observe.partials import save_by_rename
+from reapkit.observe.traces import GroupTraces
 
 PILOT_POSITIONS = 1 << 16
 """Signal positions whose quantiles are the edges, where a pass cannot know all before it sums: off by about 0.002 at 0.5."""
@@ -23,33 +23,19 @@ CHUNK_POSITIONS = 1 << 18  # bounds the index arrays
 
 @dataclass(eq=False)
 class TableSums:
-    """Takes what a TraceFile takes, for the row groups between `begin` and `end`; `starts`: signal positions before each group."""
+    """Takes what a trace takes into `spool`, group by group, and adds finished groups up in cells; then `drop` frees theirs."""
 
-    directory: Path
-    layers: tuple[int, ...]
-    top_k: int
+    spool: GroupTraces
     num_experts: int
     num_sources: int
-    starts: Sequence[int]
-    _chunk: TraceFile | None = field(default=None, init=False)
-    _base: int = field(default=0, init=False)
-
-    def begin(self, groups: range) -> None:
-        """The spool of these groups, as a killed run left it where it did."""
-        self._base = self.starts[groups.start]
-        self._chunk = TraceFile(self.directory / f"chunk-{groups.start:05d}.safetensors", self.layers, self.top_k, self.starts[groups.stop] - self._base)
 
     def write(self, name: str, at: int, values: Tensor) -> None:
-        """As `TraceFile.write`, at a position of the whole calibration."""
-        self._chunk.write(name, at - self._base, values)
+        """As `GroupTraces.write`."""
+        self.spool.write(name, at, values)
 
-    def end(self) -> None:
-        """Forgets the spool: its sums are safe."""
-        self._chunk.close()
-        self._chunk.file.unlink(missing_ok=True)
-
-    def close(self) -> None:
-        """There is nothing left open between two spools."""
+    def drop(self, group: int) -> None:
+        """Forgets what was spooled of a group: its sums are safe."""
+        self.spool.part(group).unlink(missing_ok=True)
 
     # ------------------------------------------------------------------------------------------ edges
 
@@ -65,31 +51,31 @@ class TableSums:
                                 "Observe in bfloat16 or float32.")
         edges = {"p_edges": cell_edges(p, source, self.num_sources, P_EXACT, P_LEVELS),
                  "h_edges": cell_edges(h, source, self.num_sources, H_EXACT, H_LEVELS)}
-        temporary = self._edges_file.with_suffix(".writing")
-        save_file(edges, temporary)
-        os.replace(temporary, self._edges_file)
+        save_by_rename(edges, self._edges_file)
 
-    def set_edges_of_spool(self) -> None:
-        """Edges from all positions of the present spool, where there are none yet."""
+    def set_edges_of(self, groups: Iterable[int]) -> None:
+        """Edges from all positions of these groups, which are spooled, where there are none yet."""
         if not self.has_edges:
-            trace = self._spooled()
-            self.set_edges(trace.p, trace.h, trace.source)
+            traces = [trace for group in groups if (trace := self._spooled(group)) is not None]
+            self.set_edges(*(torch.cat([getattr(trace, name) for trace in traces] or [torch.empty(0)]) for name in ("p", "h", "source")))
 
     @property
     def _edges_file(self) -> Path:
-        return self.directory / "edges.safetensors"
+        return self.spool.directory / "edges.safetensors"
 
     # ------------------------------------------------------------------------------------------ sums
 
     def tensors(self, group: int) -> dict[str, Tensor]:
         """One group's sums by cell: `table.positions` int64 [S, P, H], `table.count` and `table.gate_norm_sum` float64 [L, S, P, H, E]."""
-        trace, edges = self._spooled(), load_file(self._edges_file)
-        span = slice(self.starts[group] - self._base, self.starts[group + 1] - self._base)
-        cell = cells_of(trace.p[span], trace.h[span], trace.source[span].long(), edges["p_edges"], edges["h_edges"])
+        trace, edges, layers = self._spooled(group), load_file(self._edges_file), self.spool.layers
         shape = (self.num_sources, P_CELLS, H_CELLS)
+        if trace is None:
+            sums = torch.zeros(len(layers), *shape, self.num_experts, dtype=torch.float64)
+            return {"table.positions": torch.zeros(shape, dtype=torch.int64), "table.count": sums, "table.gate_norm_sum": sums.clone()}
+        cell = cells_of(trace.p, trace.h, trace.source.long(), edges["p_edges"], edges["h_edges"])
         positions = torch.bincount(cell, minlength=self.num_sources * P_CELLS * H_CELLS).view(shape)
-        summed = [self._layer(*(part[span] for part in trace.routed(layer)), cell) for layer in self.layers]
-        count, mass = (torch.stack(column).view(len(self.layers), *shape, self.num_experts) for column in zip(*summed, strict=True))
+        summed = [self._layer(*trace.routed(layer), cell) for layer in layers]
+        count, mass = (torch.stack(column).view(len(layers), *shape, self.num_experts) for column in zip(*summed, strict=True))
         return {"table.positions": positions, "table.count": count, "table.gate_norm_sum": mass}
 
     def _layer(self, expert: Tensor, gate_norm: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,15 +92,29 @@ class TableSums:
         """The table that these sums over all groups make."""
         return Table(**load_file(self._edges_file), **{name: total[f"table.{name}"] for name in COLUMNS})
 
-    def _spooled(self) -> Trace:
-        self._chunk.flush()
-        return Trace.load(self._chunk.file)
+    def add_in_order(self, passed: Callable[[int], bool]) -> None:
+        """Adds the groups that follow those added so far, up to the first that has not `passed` all layers."""
+        total = self.added()
+        begin = group = int(total.pop("groups", torch.tensor(0)))
+        while group < len(self.spool.starts) - 1 and passed(group):
+            for name, tensor in self.tensors(group).items():
+                total[name] = total[name] + tensor if name in total else tensor
+            group += 1
+        if group > begin:
+            save_by_rename({**total, "groups": torch.tensor(group)}, self._added_file)
+        for done in range(group):
+            self.drop(done)
 
+    def added(self) -> dict[str, Tensor]:
+        """The sums so far, and of how many `groups`."""
+        return load_file(self._added_file) if self._added_file.exists() else {}
 
-def add_in_order(earlier: dict[str, Tensor], table: TableSums, groups: range) -> dict[str, Tensor]:
-    """`earlier` and the groups' sums, added in group order."""
-    total = dict(earlier)
-    for group in groups:
-        for name, tensor in table.tensors(group).items():
-            total[name] = total[name] + tensor if name in total else tensor
-    return total
+    @property
+    def _added_file(self) -> Path:
+        return self.spool.directory / "table.safetensors"
+
+    def _spooled(self, group: int) -> Trace | None:
+        """None of a group without a signal."""
+        if self.spool.starts[group] == self.spool.starts[group + 1]:
+            return None
+        return Trace.load(self.spool.part(group))

@@ -9,6 +9,7 @@ import yaml
 
 from reapkit.gates import UNION
 from reapkit.planning import Sizes
+from reapkit.report.comparison_sections import benchmark_rows, speed_lead, speed_rows, verdict_of_equal_bytes
 from reapkit.report.facts import RunFacts
 from reapkit.report.measures import generated, measured_models, share_with_interval, verified_rows, with_interval
 from reapkit.report.serving import engine_for
@@ -63,7 +64,7 @@ def model_card(facts: RunFacts, which: Literal["pruned", "quantized"]) -> str:
     scheme = _scheme(facts) if which == "quantized" else None
     parts = [_front_matter(facts, scheme), f"# {_title(facts, sizes, scheme)}", _opening(facts, sizes, scheme),
              _properties(facts, sizes, scheme), _calibration(facts), _method(facts, sizes, which), _results(facts, which),
-             _proofs(facts, which), _limits(facts, which), _serving(facts, sizes, scheme), _recipe(facts), _citation(facts)]
+             _proofs(facts, which), _limits(facts, which), _serving(facts, sizes, which, scheme), _recipe(facts), _citation(facts)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -210,7 +211,32 @@ def _verified_results(facts: RunFacts, rows: Sequence[Mapping[str, Any]], which:
                      f"{row['kl_mean']:.4f}", percent(row["top1_agreement"])) for row in rows])
     text = f"## Results\n\nMeasured on held-out rows of the calibration's sources, with the directory loaded from disk.\n\n{table}"
     metrics = measured_models(facts).get(which)
-    return text + (f"\n\n{_by_source(metrics)}" if metrics else "")
+    return "\n\n".join(part for part in (text, _by_source(metrics) if metrics else "", _equal_bytes(facts, which), _speed(facts, which),
+                                         _benchmarks(facts, which)) if part)
+
+
+def _equal_bytes(facts: RunFacts, which: str) -> str:
+    """The control at the same bytes, on the card of the model it was sized for."""
+    measured = (facts.verification or {}).get("equal_bytes") and verified_rows(facts)[-1]["name"] == which
+    return verdict_of_equal_bytes(facts)[1] if measured else ""
+
+
+def _speed(facts: RunFacts, which: str) -> str:
+    found = [row for row in (facts.verification or {}).get("throughput") or () if row["model"] in ("base", which)]
+    if {row["model"] for row in found} != {"base", which} or all(row["not_measured"] for row in found):
+        return ""
+    table = _table(("Model", "Engine", "Prefill", "Decode", "Peak memory", "Remark"), list(speed_rows(found)))
+    return f"### Speed and memory\n\n{speed_lead(found)}\n\n{table}"
+
+
+def _benchmarks(facts: RunFacts, which: str) -> str:
+    found = {name: each for name, each in ((facts.verification or {}).get("lm_eval") or {}).items() if name in ("base", which)}
+    if which not in found:
+        return ""
+    first = found[which]
+    limit = f"first {count(first['limit'])} documents of each" if first["limit"] else "all documents"
+    return (f"### Task benchmarks (lm-eval {first['lm_eval']}, {limit})\n\n"
+            + _table(("Task", "Metric", *found), list(benchmark_rows(found))))
 
 
 def _mask_results(facts: RunFacts) -> str:
@@ -275,7 +301,14 @@ def _verdicts(facts: RunFacts, which: str) -> list[str]:
 # ---------------------------------------------------------------------------------------------- use
 
 
-def _serving(facts: RunFacts, sizes: Sizes, scheme: str | None) -> str:
+def _served(facts: RunFacts, which: str) -> str:
+    """Whether an engine really ran this directory."""
+    ran = next((row for row in (facts.verification or {}).get("throughput") or ()
+                if (row["model"], row["engine"]) == (which, "vllm") and not row["not_measured"]), None)
+    return f"This run generated text with it in vLLM {ran['version']} on {ran['device']}." if ran else "This run started no serving engine on it."
+
+
+def _serving(facts: RunFacts, sizes: Sizes, which: str, scheme: str | None) -> str:
     target = facts.recipe.output.push_to_hub or "path/to/this/directory"
     ragged = len(set(sizes.experts.values())) > 1
     engine = engine_for(scheme, ragged=ragged)
@@ -285,7 +318,7 @@ def _serving(facts: RunFacts, sizes: Sizes, scheme: str | None) -> str:
     made = f" (made with {listed(versions)})" if versions else ""
     reload = (facts.quantization or {}).get("experts_reload_in_transformers", True) or scheme is None
     reads = f"reads it{'; `compressed-tensors` must be installed' if scheme else ''}" if reload else "does not read routed experts in this scheme"
-    notes = [f"transformers: {reads}{made}.", f"vLLM: {engine.vllm}", f"SGLang: {engine.sglang}.", "This run started no serving engine."]
+    notes = [f"transformers: {reads}{made}.", f"vLLM: {engine.vllm}", f"SGLang: {engine.sglang}.", _served(facts, which)]
     blocks = ["## Use it", "\n".join(f"- {note}" for note in notes)]
     if not ragged:
         blocks.append(f"```bash\nvllm serve {target}{' --trust-remote-code' if trust else ''}\n```")

@@ -206,7 +206,8 @@ def _stages(plan: Plan, artifacts: Mapping[str, Artifact], executed: Collection[
 def _command(plan: Plan) -> str:
     """The command line that plans the same: the recipe and every override."""
     given = dict.fromkeys(node.file.removeprefix("--set ") for _, node in walk(plan.loaded.document) if node.file.startswith("--set "))
-    return shlex.join(["reapkit", "apply", plan.loaded.shown, *(part for override in given for part in ("--set", override))])
+    imported = [] if plan.imported is None else ["--observation", str(plan.imported.directory)]
+    return shlex.join(["reapkit", "apply", plan.loaded.shown, *(part for override in given for part in ("--set", override)), *imported])
 
 
 def _warnings(artifacts: Mapping[str, Artifact]) -> tuple[str, ...]:

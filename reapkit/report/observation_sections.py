@@ -120,7 +120,11 @@ def _losses(sources: tuple[str, ...], lost: dict[str, list[float | None]], befor
 
 def convergence(view: View) -> Section:
     """Whether more calibration would have decided otherwise."""
-    steps = statistics.convergence(view.observation, view.counts, view.mix)
+    steps = [step for step in statistics.convergence(view.observation, view.counts, view.mix) if step["by_layer"]]
+    if not steps or steps[-1]["rows"] != statistics.SNAPSHOT_ROWS[-1]:
+        few = Note("warn", "Too few rows were read to say what half of them would have decided. Calibrate longer.")
+        return Section("convergence", "Was it enough?", [few], "REAP's kept set after part of the calibration, compared with the final one.",
+                       "Convergence")
     at = [*(step["rows"] for step in steps), "all"]
     overlap = [*(step["overlap"] for step in steps), 1.0]
     worst = [*(min(step["by_layer"].values()) for step in steps), 1.0]

@@ -31,8 +31,8 @@ def gates(facts: RunFacts) -> Section | None:
     metrics = [metric for metric in dict.fromkeys(gate["metric"] for gate in evaluation["gates"]) if metric in METRICS]
     charts = [chart for metric in metrics for chart in _gate_charts(evaluation, metric)]
     blocks: list[Any] = [Grid(charts, wide=True)] if charts else []
-    if better := _better_control(evaluation):
-        blocks.append(Note("warn", better))
+    if bought := _bought(evaluation):
+        blocks.append(bought)
     chosen = _chosen(evaluation)
     blocks.append(results_table(f"{chosen['name']}, gate by gate", chosen["gates"]))
     if len(evaluation["candidates"]) > 1:
@@ -54,18 +54,31 @@ def _of_mix(entry: Mapping[str, Any], metric: str) -> Mapping[str, Any] | None:
     return metrics[max(metrics, key=int)].get(UNION, {}).get(metric) if metrics else None
 
 
-def _better_control(evaluation: Mapping[str, Any]) -> str:
-    """A sentence where a control at the same budget lost less than the chosen candidate, else nothing."""
-    chosen = _chosen(evaluation)
+def _bought(evaluation: Mapping[str, Any]) -> Note | None:
+    """What the criterion bought: how much more the same budget loses under each control, paired row by row."""
+    chosen, lines, tone = _chosen(evaluation), [], "good"
     own = _of_mix(chosen, "kl_mean")
-    found = [(control, _of_mix(control, "kl_mean")) for control in evaluation.get("controls", ())]
-    better = [(control, kl["value"]) for control, kl in found if own and kl and kl["value"] < own["value"]]
-    if not better:
-        return ""
-    control, kl = min(better, key=lambda pair: pair[1])
-    return (f"The control {control['criterion']} loses less than {chosen['name']} at the same budget (KL {shown('kl_mean', kl)} against "
-            f"{shown('kl_mean', own['value'])}). On this model and mix saliency.criterion: {control['criterion']} decides better; try it as "
-            "a candidate.")
+    for control in evaluation.get("controls", ()):
+        kl, gain = _of_mix(control, "kl_mean"), _gain(control)
+        if not own or not kl:
+            continue
+        said = f"{control['criterion']}: KL {shown('kl_mean', kl['value'])} against {shown('kl_mean', own['value'])}"
+        low, high = (gain or {}).get("interval") or (kl["value"] - own["value"],) * 2
+        if low > 0:
+            lines.append(f"{said}, {kl['value'] / max(own['value'], 1e-12):.3g} times as much.")
+        elif high < 0:
+            tone = "warn"
+            lines.append(f"{said}: it loses less. On this model and mix try saliency.criterion: {control['criterion']}.")
+        else:
+            tone = "warn" if tone == "warn" else "info"
+            lines.append(f"{said}: not to be told apart on these rows.")
+    return Note(tone, title=f"What {chosen['criterion']} bought: the same budget by other criteria", items=lines) if lines else None
+
+
+def _gain(control: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """By how much more a control loses than the chosen candidate, in mean KL over the mix at the longest rows."""
+    against = control.get("against") or {}
+    return against[max(against, key=int)][UNION]["kl_mean_delta"] if against else None
 
 
 def _gate_charts(evaluation: Mapping[str, Any], metric: str) -> Iterator[Chart]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from reapkit.report import quality_sections, run_sections
+from reapkit.report import comparison_sections, quality_sections, run_sections
 from reapkit.report.blocks import Page, Section
 from reapkit.report.cut_sections import slider
 from reapkit.report.facts import RunFacts
@@ -30,6 +30,7 @@ def run_page(facts: RunFacts) -> Page:
     view = View.of(facts.observation, facts.selection) if facts.observation is not None else None
     parts: list[Section | None] = [
         run_sections.result(facts), quality_sections.gates(facts), quality_sections.quality(facts), run_sections.decision(facts),
+        comparison_sections.equal_bytes(facts), comparison_sections.speed(facts), comparison_sections.benchmarks(facts),
         run_sections.quantization(facts), run_sections.calibration(facts), *(observation_sections(view) if view else []),
         run_sections.proofs(facts), run_sections.stages(facts), run_sections.reproduce(facts)]
     return Page(facts.recipe.name, "reapkit run", [part for part in parts if part is not None], _subtitle(facts), BADGES.get(facts.verdict),

@@ -12,6 +12,7 @@ from typing import Any
 from reapkit.estimates import Estimates, estimate
 from reapkit.planning import Plan, store_of
 from reapkit.progress import Progress
+from reapkit.ranks import ALONE, Alone
 from reapkit.recipe.schema import Recipe
 from reapkit.store import Artifact
 
@@ -26,6 +27,7 @@ class Context:
     work: Path
     progress: Progress
     candidate: str | None = None
+    ranks: Alone = ALONE
 
     @property
     def recipe(self) -> Recipe:

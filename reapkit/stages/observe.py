@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from reapkit.calibration.isolation import check_isolation
-from reapkit.calibration.tokens import CalibrationTokens
-from reapkit.models import final_hidden, load_model
+from reapkit.estimates import estimate
 from reapkit.observation import Observation
-from reapkit.observe.resident import observe
-from reapkit.observe.streaming import observe_streaming
+from reapkit.observe.distributed import Job
 from reapkit.planning import store_of
 from reapkit.shards import ShardHashes, record_of
 from reapkit.stages import Context
@@ -20,11 +16,12 @@ from reapkit.statistics import first_half, first_half_sentence
 
 
 def run(context: Context) -> dict[str, Any]:
-    tokens = CalibrationTokens.load(context.inputs["calibrate"].payload)
     started = time.time()
     checkpoint = context.plan.checkpoint
+    job = _job(context)
+    context.ranks.begin(job.as_json())
     with ShardHashes(checkpoint.path, record_of(store_of(context.recipe).root, checkpoint.identity)) as hashes:
-        observation = (_streaming if context.streams else _resident)(context, tokens, hashes)
+        observation = job.run(context.ranks, progress=context.progress, reading=hashes.begin)
         hashes.begin(checkpoint.shards)  # also those that a resumed run had no need to read
         hashes.keep()
     observation.save(context.payload)
@@ -32,7 +29,7 @@ def run(context: Context) -> dict[str, Any]:
     count = int(observation.tokens.sum())
     never = int((sum(observation.statistics["count"].unbind(1)) == 0).sum())
     return {"tokens": count, "scored_tokens": int(observation.scored_tokens.sum()), "never_routed": never, "device": context.device,
-            "placement": context.estimates.placement, "tokens_per_second": round(count / max(time.time() - started, 1e-9))}
+            "placement": job.placement, "ranks": context.ranks.world, "tokens_per_second": round(count / max(time.time() - started, 1e-9))}
 
 
 def _say_how_settled(context: Context, observation: Observation) -> None:
@@ -44,18 +41,13 @@ def _say_how_settled(context: Context, observation: Observation) -> None:
         context.progress.say(f"observe: at the budget of {candidate.name}, {first_half_sentence(half)}")
 
 
-def _resident(context: Context, tokens: CalibrationTokens, hashes: ShardHashes) -> Observation:
-    recipe = context.recipe
-    model: nn.Module = load_model(context.model_directory, device=context.device, trust_remote_code=recipe.model.trust_remote_code)
-    hashes.begin(context.plan.checkpoint.shards)
-    check_isolation(lambda ids, positions: final_hidden(model, ids.to(model.device), positions.to(model.device)).cpu(), tokens)
-    return observe(model, tokens, recipe.observe, batch_tokens=recipe.runtime.batch_tokens, work_directory=context.work,
-                   identity=context.plan.checkpoint.identity, progress=context.progress)
-
-
-def _streaming(context: Context, tokens: CalibrationTokens, hashes: ShardHashes) -> Observation:
-    recipe = context.recipe
-    return observe_streaming(context.model_directory, tokens, recipe.observe, batch_tokens=recipe.runtime.batch_tokens,
-                             work_directory=context.work, device=context.device, trust_remote_code=recipe.model.trust_remote_code,
-                             identity=context.plan.checkpoint.identity, checkpoint_minutes=recipe.runtime.checkpoint_minutes,
-                             reading=hashes.begin, progress=context.progress, **context.streaming)
+def _job(context: Context) -> Job:
+    """What every rank must know. Ranks on one machine share its memory."""
+    recipe, share = context.recipe, context.ranks.local_world
+    own = context.estimates if share == 1 else estimate(context.plan, share=share)
+    directory = recipe.runtime.offload_directory
+    return Job(model=str(context.model_directory.resolve()), calibration=str(context.inputs["calibrate"].payload.resolve()),
+               work=str(context.work.resolve()), spec=recipe.observe, batch_tokens=recipe.runtime.batch_tokens,
+               identity=context.plan.checkpoint.identity, device=context.device, placement=own.placement,
+               trust_remote_code=recipe.model.trust_remote_code, checkpoint_minutes=recipe.runtime.checkpoint_minutes,
+               hidden_bytes=own.host_budget, offload_directory=str(Path(directory).resolve()) if directory else None)

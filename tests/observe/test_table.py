@@ -59,7 +59,7 @@ def test_its_sums_are_the_traces_in_every_placement(rig: Rig) -> None:
         assert isinstance(found.eaft, Table) and found.statistics["gate_norm_sum"].equal(exact.statistics["gate_norm_sum"])
         assert_sums_of(found.eaft, exact)
     assert resident.eaft.gate_norm_sum.equal(streamed.eaft.gate_norm_sum), "edges from all positions, groups added in order"
-    assert len(list((rig.root / "d").rglob("wave-*-done"))) > 1
+    assert len(list((rig.root / "d").rglob("wave-*/done"))) > 1
     spec = saliency_spec("eaft-reap")
     torch.testing.assert_close(saliency(streamed, spec), saliency(exact, spec), rtol=1e-12, atol=1e-12)
 
@@ -84,4 +84,4 @@ def test_killed_and_run_again_gives_the_same_bytes(rig: Rig, placement: str, mon
     monkeypatch.setattr(session.BatchWatch, "finish", finish)
     run(0, "killed").save(rig.root / "second")
     assert (rig.root / "first" / "observation.safetensors").read_bytes() == (rig.root / "second" / "observation.safetensors").read_bytes()
-    assert not list(rig.root.rglob("chunk-*"))
+    assert not list(rig.root.rglob("trace-*.part"))

@@ -131,7 +131,7 @@ def test_a_rejected_run_names_gate_source_amount_and_what_to_change(observed):
 def test_a_control_that_does_better_is_pointed_out(finished):
     evaluation = {**finished.evaluation, "controls": [{"name": "control-frequency", "criterion": "frequency", "experts": "8",
                                                        "metrics": {"512": synthetic.groups(0.01, synthetic.SOURCES[:3])}}]}
-    assert "The control frequency loses less than ratio-0.5" in text(run_page(dataclasses.replace(finished, evaluation=evaluation)))
+    assert "On this model and mix try saliency.criterion: frequency." in text(run_page(dataclasses.replace(finished, evaluation=evaluation)))
     assert "loses less" not in text(run_page(finished))
 
 
@@ -155,3 +155,15 @@ def test_free_continuations_are_shown_where_they_were_measured(finished):
     assert "20.0 % (10.0 % to 30.0 %)" in text(run_page(measured)) and "Free continuations" not in text(run_page(finished))
     card = model_card(measured, "pruned")
     assert "share that loop: 20.0 %" in card and "Free generation (loops" not in card
+
+
+def test_an_observation_of_few_rows_says_so(observed) -> None:
+    nothing = {name: torch.zeros_like(tensor) for name, tensor in observed.snapshots.items()}
+    assert "Too few rows were read" in text(observation_page(dataclasses.replace(observed, snapshots=nothing)))
+
+
+def test_an_observation_with_a_table_shows_its_cells(observed) -> None:
+    from test_eaft_table import in_cells
+
+    page = observation_page(in_cells(observed))
+    assert [block.id for block in blocks(page) if isinstance(block, Chart) and block.id == "regions"] == ["regions"]

@@ -1,0 +1,52 @@
+"""Ranks other than 0 under torchrun: silent, they do what rank 0 asks and end with its code."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+
+from reapkit.cli.app import quiet_libraries
+from reapkit.errors import ReapkitError, StageFailed
+from reapkit.ranks import INTERRUPTED, Team
+
+
+def follow(team: Team, debug: bool) -> int:
+    """Helps until rank 0 ends the run; its exit code, or the one of what went wrong here."""
+    quiet_libraries()
+    try:
+        for job in team.jobs():
+            from reapkit.observe.distributed import help_with
+
+            help_with(job, team)
+        return team.outcome()
+    except KeyboardInterrupt:
+        raise
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        code, text = _described(error)
+        team.fail(code, text)
+        return follower_code(team, code)
+
+
+def follower_code(team: Team, code: int) -> int:
+    """What this rank ends with: rank 0's code, or, where rank 0 is no more, the one of its death, which the first left reports."""
+    if code == INTERRUPTED and team.trouble is None:
+        team.fail(code, "")
+    heard = team.heard() if team.trouble is None else None
+    if heard is not None:
+        return heard
+    if team.trouble is None:
+        return code
+    if team.speaks():
+        print(f"reapkit: {team.trouble}", file=sys.stderr)
+    return team.trouble.exit_code
+
+
+def _described(error: Exception) -> tuple[int, str]:
+    """Exit code and text, as the same error would have on rank 0."""
+    if isinstance(error, ReapkitError):
+        return error.exit_code, str(error)
+    if isinstance(error, (OSError, MemoryError)):
+        return StageFailed.exit_code, f"{str(error) or 'ran out of memory'}. Run the same command again to resume."
+    return 1, f"a defect of reapkit: {type(error).__name__}: {error}. Run again with --debug for the traceback, and please report it."

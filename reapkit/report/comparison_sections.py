@@ -1,0 +1,113 @@
+"""What a result is compared with beside its base: the same bytes spent otherwise, speed and memory, task benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from reapkit.gates import UNION
+from reapkit.report.blocks import Note, Section, Table
+from reapkit.report.facts import RunFacts
+from reapkit.report.measures import shown, verified_rows, with_interval
+from reapkit.report.wording import count
+from reapkit.tables import human_bytes
+
+LEFT, RIGHT = "left", "right"
+ENGINES = {"transformers": "transformers", "vllm": "vLLM"}
+
+
+def equal_bytes(facts: RunFacts) -> Section | None:
+    """The unpruned model quantized alone to about the result's bytes, beside the result."""
+    control = (facts.verification or {}).get("equal_bytes")
+    if not control:
+        return None
+    blocks: list[Any] = [Note(*verdict_of_equal_bytes(facts))]
+    if control["metrics"]:
+        final = verified_rows(facts)[-1]
+        pack = max(control["metrics"], key=int)
+        own = facts.verification["metrics"][final["name"]][pack][UNION]
+        both = ((f"the result ({final['name']})", final["bytes"], own),
+                (f"the base in {control['scheme']}", control["bytes"], control["metrics"][pack][UNION]))
+        columns = [("", LEFT), ("size", RIGHT), ("perplexity against base", RIGHT), ("KL", RIGHT), ("same top-1", RIGHT)]
+        blocks.append(Table(columns, [(name, human_bytes(nbytes), *(with_interval(metric, found.get(metric)) for metric in HEADLINE))
+                                      for name, nbytes, found in both]))
+    return Section("equal-bytes", "The same bytes, spent otherwise", blocks,
+                   "What quantizing the whole model to about the same size would have cost, on the same rows.", "Same bytes")
+
+
+HEADLINE = ("perplexity_ratio", "kl_mean", "top1_agreement")
+
+
+def verdict_of_equal_bytes(facts: RunFacts) -> tuple[str, str]:
+    """(tone, sentence): which of the two is nearer to the base, or why there is nothing to compare with."""
+    control = facts.verification["equal_bytes"]
+    if not control["metrics"]:
+        return "info", control["note"]
+    pack = max(control["metrics"], key=int)
+    own = facts.verification["metrics"][verified_rows(facts)[-1]["name"]][pack][UNION]["kl_mean"]
+    other = control["metrics"][pack][UNION]["kl_mean"]
+    numbers = f"KL {shown('kl_mean', other['value'])} against {shown('kl_mean', own['value'])}"
+    if own["interval"] and other["interval"] and own["interval"][1] < other["interval"][0]:
+        return "good", f"{control['note']} It is further from the base than the result: {numbers}."
+    if own["interval"] and other["interval"] and other["interval"][1] < own["interval"][0]:
+        return "warn", f"{control['note']} It is nearer to the base than the result: {numbers}. Here quantizing alone serves better."
+    return "info", f"{control['note']} The two cannot be told apart on these rows: {numbers}."
+
+
+def speed(facts: RunFacts) -> Section | None:
+    """Prefill and decode speed and peak memory of base and result, by each engine that was there."""
+    found = (facts.verification or {}).get("throughput")
+    if not found:
+        return None
+    columns = [("model", LEFT), ("engine", LEFT), ("prefill", RIGHT), ("decode", RIGHT), ("peak memory", RIGHT), ("", LEFT)]
+    return Section("speed", "Speed and memory", [Table(columns, list(speed_rows(found)))], speed_lead(found), "Speed")
+
+
+def speed_lead(found: list[Mapping[str, Any]]) -> str:
+    """What was run, in a sentence."""
+    measured = next((row for row in found if not row["not_measured"]), None)
+    if measured is None:
+        return "Asked for, and not measured."
+    return (f"One row of {measured['prompt_tokens']} random tokens read at once, then {measured['new_tokens']} generated one by one, on "
+            f"{measured['device']}; medians of {measured['repeats']}. Each model in a process of its own, one after another: other work on "
+            "the machine moves these numbers.")
+
+
+def speed_rows(found: list[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
+    """Cells of `speed`: model, engine, prefill, decode, peak memory, remark."""
+    for row in found:
+        engine = f"{ENGINES[row['engine']]} {row.get('version', '')}".strip()
+        if row["not_measured"]:
+            yield row["model"], engine, "–", "–", "–", f"not measured: {row['not_measured'].splitlines()[0]}"
+            continue
+        idle = f"{human_bytes(row['idle_bytes'])} of it before the model" if row["idle_bytes"] else ""
+        yield (row["model"], engine, *(f"{count(round(row[name]))} tokens/s" if row[name] else "–" for name in
+                                       ("prefill_tokens_per_s", "decode_tokens_per_s")),
+               human_bytes(row["peak_bytes"]), "; ".join(filter(None, [idle, row["note"]])))
+
+
+def benchmarks(facts: RunFacts) -> Section | None:
+    """lm-eval's own metrics of base and result."""
+    found = (facts.verification or {}).get("lm_eval")
+    if not found:
+        return None
+    columns = [("task", LEFT), ("metric", LEFT), *((name, RIGHT) for name in found)]
+    first = next(iter(found.values()))
+    limit = f"the first {count(first['limit'])} documents of each task" if first["limit"] else "all documents"
+    lead = (f"By lm-eval {first['lm_eval']} on {limit}, at most {count(first['max_new_tokens'])} new tokens; its own output lies beside "
+            "verify.json.")
+    return Section("benchmarks", "Task benchmarks", [Table(columns, list(benchmark_rows(found)))], lead, "Tasks")
+
+
+def benchmark_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    """Task, metric, then each model's value with lm-eval's standard error."""
+    tasks = next(iter(found.values()))["tasks"]
+    for task, metrics in tasks.items():
+        for metric in (name for name in metrics if "_stderr" not in name):
+            yield task, metric, *(_score(each["tasks"].get(task, {}), metric) for each in found.values())
+
+
+def _score(metrics: Mapping[str, float], metric: str) -> str:
+    name, _, rest = metric.partition(",")
+    error = metrics.get(f"{name}_stderr" + (f",{rest}" if rest else ""))
+    return "–" if metric not in metrics else f"{metrics[metric]:.3f}" + (f" ± {error:.3f}" if error is not None else "")
