@@ -18,6 +18,9 @@ from reapkit.errors import ReapkitError, RecipeError
 
 __all__ = ["app", "directories", "looking", "main", "recipes"]
 
+ROOMS = [room.__name__ for room in (recipes, looking, directories)]
+app.registered_commands.sort(key=lambda command: ROOMS.index(command.callback.__module__))  # as --help lists them
+
 UsageError = typer.BadParameter.__mro__[1]  # typer carries its own click, whose errors it re-exports only in part
 
 
