@@ -67,7 +67,7 @@ def test_problems_stand_where_the_value_was_written() -> None:
     ({"ratio": 0.5, "candidates": {"experts_per_token": [0]}}, "prune.candidates.experts_per_token[0]: found 0, must be at "
                                                                "least 1."),
     ({"ratio": 0.5, "candidates": {"criterion": ["reap", "raep"]}},
-     "prune.candidates.criterion[1]: found 'raep'. Known: reap, eaft-reap, frequency, weighted-frequency, ean, ean-mean, "
+     "prune.candidates.criterion[1]: found 'raep'. Known: reap, eaft-reap, frequency, weighted-frequency, ean, ean-mean, reroute, reroute-single, "
      "random, or your own as module:function. Did you mean 'reap'?"),
 ])
 def test_grids_that_cannot_be(spec: dict, says: str) -> None:

@@ -42,4 +42,4 @@ def test_the_path_starts_from_the_recipe_and_its_text_counts(tmp_path: Path) -> 
 def test_a_modifier_that_llmcompressor_refuses_stops_the_run_at_its_start(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"recipe.yaml:7:11 quantize.recipe: llm-compressor refuses it: .*GPTQModifierr"):
         apply(written(tmp_path / "here", "GPTQModifierr"))
-    assert not list((tmp_path / "here").glob("store/*-*"))
+    assert not [path for path in (tmp_path / "here").glob("store/*-*") if path.is_dir()]

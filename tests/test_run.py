@@ -121,12 +121,22 @@ def test_a_rejection_may_be_a_warning(finished: Run, root: Path) -> None:
     assert run.warnings and (root / "lenient" / "pruned" / "model.safetensors").is_file()
 
 
-def test_a_rejected_quantization_is_not_published(finished: Run, root: Path) -> None:
-    strict = recipe(root, "evaluate.gates_quantized={kl_mean: {max: 0.000001}}", f"output.directory={root / 'unpublished'}")
-    with pytest.raises(RejectedByGates, match="The final model is rejected by evaluate.gates_quantized:(.|\n)*--set quantize.scheme=W4A16(.|\n)*quantized.rejected, unpublished"):
+def test_a_rejected_quantization_is_not_published_and_names_the_next_scheme(finished: Run, root: Path) -> None:
+    metrics = json.loads((root / "run" / "verify.json").read_text())["metrics"]
+    kl = {name: metrics[name]["256"]["all"]["kl_mean"] for name in ("pruned", "quantized")}
+    limit = (kl["pruned"]["value"] + kl["quantized"]["interval"][0]) / 2  # the pruned model alone is inside
+    strict = recipe(root, f"evaluate.gates_quantized={{kl_mean: {{max: {limit}}}}}", f"output.directory={root / 'unpublished'}")
+    with pytest.raises(RejectedByGates, match=r"(?s)lost by quantizing.*method=gptq.*--set quantize.scheme=W4A16.*rejected, unp"):
         apply(strict)
     assert (root / "unpublished" / "quantized.rejected").is_dir() and not (root / "unpublished" / "quantized").exists()
     assert (root / "unpublished" / "report.html").is_file()
+
+
+def test_where_the_pruning_alone_is_too_much_no_scheme_is_advised(finished: Run, root: Path) -> None:
+    strict = recipe(root, "evaluate.gates_quantized={kl_mean: {max: 0.000001}}", f"output.directory={root / 'hopeless'}")
+    with pytest.raises(RejectedByGates, match=r"(?s)The pruned model alone breaks them too.*--set prune.ratio=0.25\n") as rejected:
+        apply(strict)
+    assert "quantize.scheme" not in str(rejected.value)
 
 
 def test_an_undecided_quantization_ends_with_5_and_says_how_many_samples_it_takes(finished: Run, root: Path) -> None:

@@ -25,6 +25,7 @@ from reapkit.recipe.schema import ThroughputSpec
 from reapkit.serving import ask_vllm, vllm_python
 
 REPEATS = 3
+DEFAULT = ThroughputSpec()
 NUMBERS = ("prefill_tokens_per_s", "decode_tokens_per_s", "peak_bytes")
 
 
@@ -81,7 +82,7 @@ def _by_vllm(python: Path, path: Path, spec: ThroughputSpec, trust_remote_code: 
 
 
 def throughput_of(path: Path, device: str = "cpu", trust_remote_code: bool = False, *,
-                  spec: ThroughputSpec = ThroughputSpec()) -> dict[str, Any]:
+                  spec: ThroughputSpec = DEFAULT) -> dict[str, Any]:
     """`{engine, version, device, prompt_tokens, new_tokens, repeats, prefill_tokens_per_s, decode_tokens_per_s, peak_bytes, idle_bytes}`.
 
     One row of random tokens by transformers, medians over the repeats after a warm-up; the peak is the device's, on a CPU the process's,
@@ -97,7 +98,7 @@ def throughput_of(path: Path, device: str = "cpu", trust_remote_code: bool = Fal
 
 
 @torch.no_grad()
-def measure(model: nn.Module, spec: ThroughputSpec = ThroughputSpec(), idle_bytes: int = 0) -> dict[str, Any]:
+def measure(model: nn.Module, spec: ThroughputSpec = DEFAULT, idle_bytes: int = 0) -> dict[str, Any]:
     """The numbers of `throughput_of` for a loaded model, peak memory of this process included."""
     import transformers
 

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from reapkit.planning import Plan
-from reapkit.report.card import model_card
 from reapkit.report.facts import RunFacts, SourceModel, StageRow, facts_from
 from reapkit.store import Artifact
 
@@ -20,6 +19,13 @@ if TYPE_CHECKING:
 
 __all__ = ["RunFacts", "SourceModel", "StageRow", "facts_from", "model_card", "write_observation_report", "write_rejected_report",
            "write_run_report"]
+
+
+def model_card(facts: RunFacts, which: Literal["pruned", "quantized"]) -> str:
+    """README.md of a written model directory. Raises ValueError where the run wrote no such directory."""
+    from reapkit.report import card
+
+    return card.model_card(facts, which)
 
 
 def write_run_report(facts: RunFacts, out_html: Path) -> None:
