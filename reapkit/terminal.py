@@ -1,4 +1,7 @@
-"""How long work looks: bars on a terminal, plain lines elsewhere. Bars and notes go to stderr, results to stdout."""
+"""How long work looks: bars on a terminal, plain lines elsewhere. Bars and notes go to stderr, results to stdout.
+
+Every step of work passes here, so here a request to stop is looked at once more.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+from reapkit import interruption
 from reapkit.progress import Progress, Task
 
 PLAIN_SECONDS = 10.0  # between two plain lines of the same task
@@ -30,6 +34,7 @@ class Bars(Progress):
 
     @contextmanager
     def task(self, title: str, total: float | None = None, unit: str = "") -> Iterator[Task]:
+        interruption.check()
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(),
                    TextColumn(unit), TimeElapsedColumn(), TimeRemainingColumn(compact=True))
         with RichProgress(*columns, console=self.console, transient=True) as bars:
@@ -47,6 +52,7 @@ class _Bar:
         self.bars, self.task, self.title = bars, task, title
 
     def advance(self, units: float = 1) -> None:
+        interruption.check()
         self.bars.advance(self.task, units)
 
     def note(self, text: str) -> None:
@@ -58,6 +64,7 @@ class Lines(Progress):
 
     @contextmanager
     def task(self, title: str, total: float | None = None, unit: str = "") -> Iterator[Task]:
+        interruption.check()
         yield _Line(title, total, unit)
 
     def say(self, text: str) -> None:
@@ -73,6 +80,7 @@ class _Line:
         self.last = time.monotonic()
 
     def advance(self, units: float = 1) -> None:
+        interruption.check()
         self.done += units
         if time.monotonic() - self.last >= PLAIN_SECONDS:
             self.last = time.monotonic()

@@ -33,6 +33,38 @@ def test_a_signal_saves_and_says_how_to_go_on(number: int, tmp_path: Path) -> No
     assert "Traceback" not in said
 
 
+SWALLOWING = """
+import os, signal, sys, threading, time
+from reapkit.cli import app, main
+from reapkit.terminal import make_progress
+
+@app.command()
+def work() -> None:
+    with make_progress().task("work") as task:
+        try:
+            os.kill(os.getpid(), int(sys.argv[1]))
+            time.sleep(60)
+        except:  # what some libraries do around their own imports
+            print("swallowed")
+        other = threading.Thread(target=lambda: (task.advance(), print("threads go on")))
+        other.start()
+        other.join()
+        task.advance()
+        print("never here")
+
+main(["work"])
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_a_library_swallows_still_stops_the_run(number: int) -> None:
+    done = subprocess.run([sys.executable, "-c", SWALLOWING, str(int(number))], capture_output=True, text=True, timeout=50,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 130, done.stderr
+    assert done.stdout.splitlines() == ["swallowed", "threads go on"]
+    assert "Interrupted." in done.stderr
+
+
 @pytest.mark.parametrize("arguments", [["plan", DEMO], ["validate", DEMO], ["compare", DEMO, DEMO], ["--help"], ["apply", "--help"]])
 def test_nothing_is_wider_than_the_terminal(arguments: list[str]) -> None:
     done = subprocess.run([sys.executable, "-m", "reapkit", *arguments], capture_output=True, text=True, cwd=ROOT,

@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "reapkit"
 FLOORS = {
-    0: "errors hashing progress ranks",
+    0: "errors hashing interruption progress ranks",
     1: "recipe architecture gates criteria",
     2: "checkpoint shards hub layout schemes store builtin resolve layer_budget",
     3: "allocation budget garbage imported planning lock starter differences estimates tables",

@@ -43,8 +43,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(root: Path) -> Run:
+    threads = torch.get_num_threads()
     torch.set_num_threads(2)
-    return apply(recipe(root))
+    try:
+        return apply(recipe(root))
+    finally:
+        torch.set_num_threads(threads)  # the tests after this one in the same worker compare bits
 
 
 def test_every_stage_ran_and_left_its_files(finished: Run) -> None:

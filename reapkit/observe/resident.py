@@ -12,7 +12,7 @@ from reapkit.calibration.tokens import CalibrationTokens, batches
 from reapkit.models import final_hidden
 from reapkit.observation import Observation
 from reapkit.observe.accumulate import GroupSums
-from reapkit.observe.experts import intercepted
+from reapkit.observe.experts import Experts, RoutedExperts, intercepted, observed_forward
 from reapkit.observe.partials import Partials
 from reapkit.observe.session import BatchWatch, Session
 from reapkit.observe.table import PILOT_POSITIONS
@@ -94,9 +94,15 @@ def _pilot(model: nn.Module, session: Session, batch_tokens: int, device: torch.
             break
         watch = BatchWatch(session, batch, lambda *_: None)
         positions = None if batch.position_ids is None else batch.position_ids.to(device)
-        p, h, source = watch.signals(model, final_hidden(model, batch.input_ids.to(device), positions))
+        with intercepted(session.sites, _unwatched):  # the pass's own kernels, for its own bits
+            hidden = final_hidden(model, batch.input_ids.to(device), positions)
+        p, h, source = watch.signals(model, hidden)
         seen.append((p.cpu(), h.cpu(), source))
     return tuple(torch.cat(parts) for parts in zip(*seen, strict=True))
+
+
+def _unwatched(site: RoutedExperts, hidden: Tensor, index: Tensor, gates: Tensor, inner: Experts) -> Tensor:
+    return observed_forward(site, hidden, index, gates)[0]
 
 
 class _Together:
