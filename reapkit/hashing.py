@@ -14,10 +14,7 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def digest_file(path: Path, chunk_bytes: int = 1 << 22) -> str:
-    """sha256 (hex) of a file's bytes, read in chunks."""
-    sha = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(chunk_bytes):
-            sha.update(chunk)
-    return sha.hexdigest()
+def digest_file(path: Path) -> str:
+    """sha256 (hex) of a file's bytes, read through one small buffer."""
+    with path.open("rb", buffering=0) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
