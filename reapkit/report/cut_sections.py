@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from reapkit import statistics
 from reapkit.report.blocks import Chart, Grid, Section, Slider
 from reapkit.report.charts import axis, bars, grid, line, reference, rows, shade
@@ -232,10 +234,10 @@ def _distribution(view: View, row: int, name: str) -> Chart:
 
 
 def _distribution_sentence(view: View, row: int) -> str:
-    values = view.saliency[row][view.saliency[row].isfinite()]
-    if not values.numel():
+    values = view.saliency[row][np.isfinite(view.saliency[row])]
+    if not values.size:
         return "0 experts of this layer were routed to."
-    median, top = float(values.median()), float(values.max())
+    median, top = float(np.median(values)), float(values.max())
     floor = statistics.floors(view.saliency[row : row + 1], view.dropped[row : row + 1])[0]
     if floor is None or top <= 0:
         return f"Median {number(median)}, highest {number(top)}; nothing that was routed goes here."

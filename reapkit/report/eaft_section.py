@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
+import numpy as np
+from numpy import ndarray
 
 from reapkit.eaft import REGIONS, Thresholds, region_positions
 from reapkit.eaft_table import Table as EaftTable
@@ -61,7 +62,7 @@ def _measured(view: View) -> tuple[list[Thresholds], dict[str, dict[str, float]]
     observation = view.observation
     mix = None if isinstance(observation.eaft, EaftTable) else view.mix  # a table cannot be cut at every mix's quantiles
     found = region_positions(observation, EaftSpec(), source_alphas(observation, mix))
-    positions = dict(zip(("all", *observation.sources), torch.cat([found.positions.sum(0, keepdim=True), found.positions]).double(), strict=True))
+    positions = dict(zip(("all", *observation.sources), np.concatenate([found.positions.sum(0, keepdims=True), found.positions]), strict=True))
     shares = {name: (row / max(1.0, float(row.sum()))).tolist() for name, row in positions.items()}
     return list(found.thresholds[:1]), {name: dict(zip(REGIONS, row, strict=True)) for name, row in shares.items()}
 
@@ -74,23 +75,22 @@ def _borders_of(used: dict[str, Any]) -> list[Thresholds]:
 def _density(view: View) -> dict[str, Any]:
     """Positions in equal steps of log p (all below the least p in the first) and of H."""
     p, h, weight = _points(view.observation.eaft)
-    place = 1 + p.double().clamp_min(LEAST_P).log10() / DECADES
-    x, y = ((values * BINS).long().clamp(0, BINS - 1) for values in (place, h.double()))
-    cells = torch.bincount(y * BINS + x, weights=weight, minlength=BINS * BINS).view(BINS, BINS).long()
+    place = 1 + np.log10(np.maximum(p, LEAST_P, dtype=np.float64)) / DECADES
+    x, y = (np.clip((values * BINS).astype(np.int64), 0, BINS - 1) for values in (place, h.astype(np.float64)))
+    cells = np.bincount(y * BINS + x, weights=weight, minlength=BINS * BINS).reshape(BINS, BINS).astype(np.int64)
     edges = [edge / BINS for edge in range(BINS + 1)]
     return grid(edges, x=[LEAST_P ** (1 - edge) for edge in edges], z=[[math.log10(n) if n else None for n in row] for row in cells.tolist()],
                 text=[[f"{n:,} positions" for n in row] for row in cells.tolist()], colorscale=shade("--heat-low", "--heat-high"),
                 hovertemplate="p %{x:.3g}, H %{y:.2f}: %{text}<extra></extra>")
 
 
-def _points(material: Trace | EaftTable) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _points(material: Trace | EaftTable) -> tuple[ndarray, ndarray, ndarray]:
     """p, H and how many positions: of every position, or of every cell of a table at its upper bounds."""
     if isinstance(material, Trace):
-        return material.p, material.h, torch.ones(len(material), dtype=torch.float64)
-    p = torch.stack([cell_bounds(edges)[1].clamp_max(1) for edges in material.p_edges])
-    h = torch.stack([cell_bounds(edges)[1].clamp_max(1) for edges in material.h_edges])
+        return material.p, material.h, np.ones(len(material))
+    p, h = (np.minimum([cell_bounds(edges)[1] for edges in each], 1) for each in (material.p_edges, material.h_edges))
     shape = material.positions.shape
-    return p[:, :, None].expand(shape).flatten(), h[:, None, :].expand(shape).flatten(), material.positions.flatten().double()
+    return np.broadcast_to(p[:, :, None], shape).ravel(), np.broadcast_to(h[:, None, :], shape).ravel(), material.positions.ravel()
 
 
 def _layout(borders: list[Thresholds]) -> dict[str, Any]:

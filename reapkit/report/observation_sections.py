@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from reapkit import statistics
 from reapkit.report.blocks import Chart, Folded, Note, Section, Table, Text, Tiles
 from reapkit.report.charts import axis, grid, line, reference, shade
@@ -74,7 +76,7 @@ def specialisation(view: View) -> Section:
     observation = view.observation
     shares = statistics.specialisation(observation)
     routed = observation.statistics["count"].sum(1) > 0
-    special = (shares.amax(1) > 0.5) & routed
+    special = (shares.max(1) > 0.5) & routed
     by_source = {name: int((special & (shares.argmax(1) == index)).sum()) for index, name in enumerate(observation.sources)}
     sentence = (f"{percent(float(special.sum()) / max(1, int(routed.sum())), 0)} of the experts serve one source more often than all others "
                 f"together: {listed(f'{count(size)} for {name}' for name, size in by_source.items())}.")
@@ -146,7 +148,7 @@ def convergence(view: View) -> Section:
 
 def never_routed(view: View) -> Section:
     """Experts that no scored position was routed to."""
-    silent = {layer: (row == 0).nonzero().flatten().tolist() for layer, row in zip(view.layers, view.summed.count, strict=True)}
+    silent = {layer: np.flatnonzero(row == 0).tolist() for layer, row in zip(view.layers, view.summed.count, strict=True)}
     silent = {layer: experts for layer, experts in silent.items() if experts}
     total, whole = sum(map(len, silent.values())), view.experts * len(view.layers)
     if not total:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -158,7 +159,7 @@ def test_free_continuations_are_shown_where_they_were_measured(finished):
 
 
 def test_an_observation_of_few_rows_says_so(observed) -> None:
-    nothing = {name: torch.zeros_like(tensor) for name, tensor in observed.snapshots.items()}
+    nothing = {name: np.zeros_like(tensor) for name, tensor in observed.snapshots.items()}
     assert "Too few rows were read" in text(observation_page(dataclasses.replace(observed, snapshots=nothing)))
 
 
