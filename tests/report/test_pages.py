@@ -111,7 +111,7 @@ def test_what_comes_from_data_cannot_break_out_of_the_page(observed):
 
 def test_a_finished_run_shows_sizes_quality_and_how_to_repeat_it(finished):
     words = text(run_page(finished))
-    for expected in ("7.3 MB → 1.9 MB", "Passed its gates", "reapkit apply small.yaml --set prune.ratio=0.5", "W3A16", "&lt;a&gt; list", "<mark>def f(x)",
+    for expected in ("7.3\u00a0MB → 1.9\u00a0MB", "Passed its gates", "reapkit apply small.yaml --set prune.ratio=0.5", "W3A16", "&lt;a&gt; list", "<mark>def f(x)",
                      "observe: 2 of 64 experts received no scored token", "largest difference 3e-6"):
         assert expected in words
     ids = [section.id for section in run_page(finished).sections]
