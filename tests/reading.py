@@ -48,6 +48,10 @@ FLAWS = """() => {
     const at = far(text);
     if (at.right > innerWidth + 1 && !text.closest('.links, .table')) flaws.push(`'${text.textContent.slice(0, 40)}' leaves the page`);
   }
+  for (const table of document.querySelectorAll('.table')) {
+    const beyond = table.scrollWidth - table.clientWidth;
+    if (beyond > 0) flaws.push(`the table under '${table.closest('section').querySelector('h2').textContent}' scrolls sideways by ${beyond} px`);
+  }
   const beyond = document.documentElement.scrollWidth - document.documentElement.clientWidth;
   if (beyond > 0) flaws.push(`scrolls sideways by ${beyond} px`);
   return flaws;

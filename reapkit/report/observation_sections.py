@@ -62,7 +62,7 @@ def _identity(meta: Mapping[str, Any]) -> str:
     """Which weights were watched, and how they ran."""
     hashed = f"Model {meta['model']}" if meta.get("model") else "The model's identity is not recorded"
     ran = [str(meta[name]) for name in ("dtype", "device", "placement") if meta.get(name)]
-    return f"{hashed}{f', {listed(ran)}' if ran else ''}."
+    return f"{', '.join([hashed, *ran])}."
 
 
 def _share(part: float, whole: float) -> str:

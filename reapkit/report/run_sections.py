@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from textwrap import dedent
 from typing import Any
 
 from markupsafe import Markup
@@ -27,21 +28,21 @@ def result(facts: RunFacts) -> Section:
     """Before and after, in one table and one chart; of a stopped run why it stopped."""
     if facts.stopped:
         lead = "No weight was written: this is what the candidates would have been."
-        return Section("result", "Before and after", [rejection(facts), _tiles(facts), _before_after(facts)], lead, "Result")
+        return Section("result", "Before and after", [*rejection(facts), _tiles(facts), _before_after(facts)], lead, "Result")
     unseen = facts.verification and facts.recipe.evaluate.packs.confirm
     lead = "Measured on held-out rows that no decision has seen." if unseen else "Measured on held-out rows." if facts.verification else ""
     return Section("result", "Before and after", [_tiles(facts), _before_after(facts), _size_chart(facts)], lead, "Result")
 
 
-def rejection(facts: RunFacts) -> Note:
-    """Which gate, which source, by how much, what to change: the evaluation's own advice, line by line."""
+def rejection(facts: RunFacts) -> list[Any]:
+    """Which gate, which source, by how much, what to change: the evaluation's own advice."""
     evaluation = facts.evaluation or {}
     verdict = evaluation.get("verdict", "not judged")
     title = {"reject": "Rejected by the gates: nothing was written.", "undecided": "Undecided: nothing was written.",
              "pass": "The evaluation passed; the run ended before it wrote the model."}.get(verdict, "The run ended before the evaluation.")
     tone = TONES.get(verdict, "info")
-    lines = [line.strip() for line in str(evaluation.get("advice", "")).splitlines() if line.strip()]
-    return Note(tone, title=title, items=lines) if lines else Note(tone, title)
+    said, _, details = str(evaluation.get("advice") or "").partition("\n")
+    return [Note(tone, said, title) if said else Note(tone, title), *([Code(dedent(details), "Why, and what to change")] if details else [])]
 
 
 def _written(facts: RunFacts) -> dict[str, Sizes]:
@@ -176,10 +177,11 @@ def _error_by_layer(facts: RunFacts) -> list[Any]:
     """What the packed matrices, read back from the directory, differ by from their source; or why that says nothing."""
     proofs = (facts.verification or {}).get("proofs", ())
     proof = next((proof for proof in proofs if (proof["directory"], proof["name"]) == ("quantized", "dequantized")), None)
-    if proof is None:
+    if proof is not None and not proof.get("measured", True):
+        return [Text(f"The rounding error of single layers was {proof['detail']}.")]
+    errors = (proof or {}).get("by_layer")
+    if not errors:
         return []
-    if not (errors := proof.get("by_layer")):
-        return [Text(f"Rounding error by layer: {proof['detail']}.")]
     layers, values = [int(layer) for layer in errors], list(errors.values())
     worst, least = extreme(values, layers), extreme(values, layers, largest=False)
     sentence = (f"The matrices read back from the directory differ from the pruned ones by {percent(mean(values))} of their norm in the mean "

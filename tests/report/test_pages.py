@@ -118,6 +118,15 @@ def test_a_finished_run_shows_sizes_quality_and_how_to_repeat_it(finished):
     assert ids[:6] == ["result", "gates", "quality", "decision", "quantization", "calibration"] and ids[-3:] == ["proofs", "stages", "reproduce"]
 
 
+def test_quantization_shows_the_measured_error_of_every_layer(finished):
+    chart = next(block for block in blocks(run_page(finished)) if getattr(block, "id", "") == "quantization-error")
+    assert chart.data[0]["x"] == [0, 1, 2, 3] and chart.data[0]["y"] == pytest.approx([0.2, 0.21, 0.22, 0.23])
+    assert "21.5 % of their norm in the mean layer, by 23.0 % in layer 3 and by 20.0 % in layer 0." in chart.sentence
+    unmeasured = [{**proof, "measured": False, "detail": "not measured: awq", "by_layer": None} for proof in finished.verification["proofs"]]
+    words = text(run_page(dataclasses.replace(finished, verification={**finished.verification, "proofs": unmeasured})))
+    assert "The rounding error of single layers was not measured: awq." in words and "quantization-error" not in words
+
+
 def test_a_rejected_run_names_gate_source_amount_and_what_to_change(observed):
     page = run_page(synthetic.facts(rejected=True, observed=observed, losses={"ratio-0.5": 0.3, "ratio-0.4": 0.2}))
     words = text(page)

@@ -11,7 +11,7 @@
   document.getElementById("theme").addEventListener("click", () => root.switchTheme());
   for (const button of document.querySelectorAll(".copy")) {
     button.addEventListener("click", async () => {
-      await navigator.clipboard.writeText(button.parentElement.querySelector("code").textContent);
+      await navigator.clipboard.writeText(button.closest(".code").querySelector("code").textContent);
       button.textContent = "Copied";
       setTimeout(() => { button.textContent = "Copy"; }, 1500);
     });
