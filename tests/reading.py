@@ -38,6 +38,8 @@ FLAWS = """() => {
     }
     for (const axis of ['xtick', 'ytick']) {
       const ticks = [...chart.querySelectorAll(`.${axis} text`)].map((text) => [text.textContent, far(text)]);
+      const names = ticks.map(([name]) => name);
+      if (new Set(names).size < names.length) say(`${axis} labels repeat: ${names.join(', ')}`);
       ticks.forEach(([one, a], i) => ticks.slice(i + 1).forEach(([other, b]) => {
         if (Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1 && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 3) say(`'${one}' lies on '${other}'`);
       }));
@@ -61,13 +63,21 @@ FLAWS = """() => {
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Browser]:
-    """One browser for a file's tests; skips them, with the reason, where none can be started."""
-    with _or_skip() as started:
+    """One browser for a file's tests."""
+    with browser_or_skip() as started:
         yield started
 
 
+@pytest.fixture(scope="module")
+def can_browse() -> None:
+    """For tests of what starts a browser of its own."""
+    with browser_or_skip():
+        pass
+
+
 @contextmanager
-def _or_skip() -> Iterator[Browser]:
+def browser_or_skip() -> Iterator[Browser]:
+    """One browser for the block; skips the test, with the reason, where none can be started."""
     started = browser()
     try:
         found = started.__enter__()

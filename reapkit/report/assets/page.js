@@ -270,7 +270,7 @@
         + `Tail risk ${percent(mean(tail), 0)}${covered.length ? `, redundancy coverage ${percent(mean(covered), 0)}` : ""}.`;
   };
 
-  const PAPER_WIDTH = 640;  // pixels between the margins of an A4 or letter page
+  const PAPER_WIDTH = 640, COLUMN_WIDTH = 290;  // pixels between the margins of an A4 or letter page; of one of two columns
   const SLOW = new Set(["heat"]);
   let pending = null, later = null;
   const moved = () => {
@@ -318,7 +318,7 @@
       opened = folds.filter((fold) => !fold.open);
       opened.forEach((fold) => { fold.open = true; });
       drawAll();
-      charts.forEach((chart) => Plotly.relayout(chart, { width: Math.min(PAPER_WIDTH, chart.clientWidth) }));
+      charts.forEach((chart) => Plotly.relayout(chart, { width: chart.closest(".grid:not(.wide)") ? COLUMN_WIDTH : PAPER_WIDTH }));
     });
     window.addEventListener("afterprint", () => {
       root.dataset.theme = theme;
