@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from reading import assert_readable, browser_or_skip
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from reapkit.checkpoint import Checkpoint
@@ -86,6 +87,25 @@ def test_the_plan_foretold_the_bytes(finished: Run) -> None:
     assert Checkpoint.open(finished.directory / "pruned").nbytes == finished.plan.pruned(candidate).nbytes
     written = Checkpoint.open(finished.directory / "quantized").nbytes
     assert abs(finished.plan.quantized_nbytes(candidate) - written) <= 0.01 * written
+
+
+def test_its_reports_can_be_read_in_a_browser(finished: Run, root: Path) -> None:
+    with pytest.raises(RejectedByGates):
+        apply(recipe(root, "evaluate.gates={kl_mean: {max: 0.000001}}", f"output.directory={root / 'rejected'}"))
+    with browser_or_skip() as chromium:
+        for directory in (finished.directory, root / "rejected"):
+            assert_readable(chromium, directory / "report.html")
+
+
+@pytest.mark.long
+def test_the_demos_own_reports_can_be_read_in_a_browser(tmp_path: Path) -> None:
+    places = (f"runtime.store={tmp_path / 'store'}", f"output.directory={tmp_path / 'demo'}")
+    apply(load(DEMO, places))
+    with pytest.raises(RejectedByGates):
+        apply(load(DEMO, (*places, "evaluate.gates=strict", f"output.directory={tmp_path / 'rejected'}")))
+    with browser_or_skip() as chromium:
+        for directory in ("demo", "rejected"):
+            assert_readable(chromium, tmp_path / directory / "report.html")
 
 
 def test_a_second_run_executes_nothing(finished: Run, root: Path) -> None:

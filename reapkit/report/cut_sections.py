@@ -67,12 +67,13 @@ def heat_map(view: View) -> Section:
     most, least = extreme(lost, view.layers), extreme(lost, view.layers, largest=False)
     sentence = "Blue experts stay, orange ones go; darker (in the dark theme: brighter) means more salient than the layer's median."
     if most and least:
-        sentence += (f" The cut takes least from layer {least[0]} ({percent(least[1])} of its saliency mass) and most from layer {most[0]} "
-                     f"({percent(most[1])}).")
-    data = [grid(view.layers, zmin=-1, zmax=1, colorscale=shade(f"--{name}-low", f"--{name}-high")) for name in ("keep", "drop")]
+        sentence += (f" With {view.cut}, least goes from layer {least[0]} ({percent(least[1])} of its saliency mass) and most from layer "
+                     f"{most[0]} ({percent(most[1])}).")
+    data = [grid(view.layers, zmin=-1, zmax=1, showlegend=False, colorscale=shade(f"--{name}-low", f"--{name}-high")) for name in ("keep", "drop")]
     choices = [("order", "Order", [("index", "expert number"), ("saliency", "saliency")]),
                ("value", "Colour", [("saliency", "saliency"), ("traffic", "traffic")])]
-    chart = Chart("heat", "Layers by experts", sentence, data, grid_layout(), grid_height(view), "heat", choices)
+    chart = Chart("heat", "Layers by experts", sentence, data, {**grid_layout(), "showlegend": True}, grid_height(view) + 20,
+                  "heat", choices)
     return Section("experts", "Every expert, kept or dropped", [chart], "", "Experts", True)
 
 
@@ -210,7 +211,7 @@ def _coverage_sentence(view: View, covered: list[float | None], chance: list[flo
     verdict = ("the survivors are the busy partners, so the work is reabsorbed" if average > even + 0.02 else
                "dropped experts fire together, so their work is not reabsorbed" if average < even - 0.02 else "no better than chance")
     lowest = extreme(covered, view.layers, largest=False)
-    return (f"{percent(average, 0)} of what fires beside a dropped expert survives, where chance would give {percent(even, 0)}: {verdict}. "
+    return (f"With {view.cut}, {percent(average, 0)} of what fires beside a dropped expert survives, where chance would give {percent(even, 0)}: {verdict}. "
             f"Least in layer {lowest[0]} ({percent(lowest[1], 0)}).")
 
 
@@ -228,7 +229,7 @@ def distributions(view: View) -> Section:
 
 def _distribution(view: View, row: int, name: str) -> Chart:
     choices = [("layer", "Layer", [(str(i), f"layer {view.layers[i]}") for i in dict.fromkeys((row, *range(len(view.layers))))])]
-    layout = {"barmode": "stack", "bargap": 0, "xaxis": axis("saliency", nticks=6), "yaxis": axis("experts")}
+    layout = {"barmode": "stack", "bargap": 0, "xaxis": axis("saliency", tick0=0), "yaxis": axis("experts")}
     return Chart(f"distribution-{row}", f"{name}: layer {view.layers[row]}", _distribution_sentence(view, row), [], layout, 250,
                  "distribution", choices, {"layer": row})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -49,13 +50,21 @@ def recorded(view: View) -> Section:
                    ("expert decisions", count(routed), f"{number(routed / (len(view.layers) * view.experts))} per expert")])
     columns = [("source", "left"), ("tokens", "right"), ("scored", "right"), ("scored share", "right"), ("share of all scored", "right")]
     by_source = zip(observation.sources, observation.tokens.tolist(), observation.scored_tokens.tolist(), strict=True)
-    sources = Table(columns, [(name, count(read), count(seen), _share(seen, read), _share(seen, scored)) for name, read, seen in by_source])
+    note = _identity(observation.meta)
+    sources = Table(columns, [(name, count(read), count(seen), _share(seen, read), _share(seen, scored)) for name, read, seen in by_source], note=note)
     folded = [Folded("What each statistic means", [Table([("statistic", "left"), ("symbol", "left"), ("meaning", "left")], VARIABLES)])]
     if facts := [(key, _shown(value)) for key, value in sorted(observation.meta.items())]:
         folded.append(Folded("How it was measured", [Table([("fact", "left"), ("value", "left")], facts)]))
     lead = ("Every routed token was watched with the gate weights the model really used. Nothing here is tied to a ratio, a criterion or a "
             "mix: those are applied afterwards.")
     return Section("recorded", "What was recorded", [tiles, sources, *folded], lead, "Recorded")
+
+
+def _identity(meta: Mapping[str, Any]) -> str:
+    """Which weights were watched, and how they ran."""
+    hashed = f"Model {meta['model']}" if meta.get("model") else "The model's identity is not recorded"
+    ran = [str(meta[name]) for name in ("dtype", "device", "placement") if meta.get(name)]
+    return f"{', '.join([hashed, *ran])}."
 
 
 def _share(part: float, whole: float) -> str:

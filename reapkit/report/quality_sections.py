@@ -110,7 +110,7 @@ def _gate_sentence(metric: str, gate: Mapping[str, Any], names: Sequence[str], f
     worst = extreme(values, names, largest=most is not None)
     last = (f"{worst[0]} is {'highest' if most is not None else 'lowest'} with {shown(metric, worst[1])}." if len(names) > 1 else
             f"Measured: {with_interval(metric, found[0])}.")
-    within = f"Inside it: {listed(inside)}" if inside else "None is inside it"
+    within = f"Inside it: {listed(inside)}" if inside else "Nothing measured lies inside it"
     return f"Limit {limit(metric, gate)} over all sources, {length} tokens per row. {within}. {last}"
 
 

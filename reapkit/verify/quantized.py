@@ -103,17 +103,29 @@ def _format(plan: Targets, spec: QuantizeSpec, old: Checkpoint) -> dict[str, tup
 
 
 def _near_source(old: Checkpoint, new: Checkpoint, plan: Targets, spec: QuantizeSpec) -> Proof:
+    """Every matrix resembles its source; by layer √(Σ‖packed − source‖² / Σ‖source‖²) over the layer's matrices."""
     if spec.method == "awq":
         return not_measured("dequantized", "awq rescales weights, so single matrices have no reference; the logits have")
     worst, where, total = 0.0, "", 0.0
+    squares: dict[int, list[tuple[float, float]]] = {}
     with PackedDirectory(old, new, plan) as packed:
-        for name in plan.matrices:
-            error = relative_error(packed.dense(name), packed.source_dense(name))
+        for name, matrix in plan.matrices.items():
+            source = packed.source_dense(name)
+            error = relative_error(packed.dense(name), source)
             total += error
             if not error <= worst:
                 worst, where = error, name
+            size = source.float().norm().item() ** 2
+            squares.setdefault(matrix.layer, []).append((error**2 * size, size))
+    by_layer = {str(layer): _share_of_norm(parts) for layer, parts in sorted(squares.items())}
     detail = f"relative error of the matrices: mean {total / len(plan.matrices):.3g}, worst {worst:.3g} ({where})"
-    return Proof("dequantized", worst < WORST_ERROR, detail, worst)
+    return Proof("dequantized", worst < WORST_ERROR, detail, worst, by_layer=by_layer)
+
+
+def _share_of_norm(parts: Sequence[tuple[float, float]]) -> float:
+    """√(Σ error² / Σ size²) of matrices given as (error², size²)."""
+    errors, sizes = map(sum, zip(*parts, strict=True))
+    return (errors / sizes) ** 0.5 if sizes else 0.0
 
 
 def _reference_logits(old: Checkpoint, new: Checkpoint, plan: Targets, rows: Tensor, device: str, trust_remote_code: bool) -> Tensor:

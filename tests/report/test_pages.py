@@ -112,11 +112,20 @@ def test_what_comes_from_data_cannot_break_out_of_the_page(observed):
 
 def test_a_finished_run_shows_sizes_quality_and_how_to_repeat_it(finished):
     words = text(run_page(finished))
-    for expected in ("7.3 MB → 1.9 MB", "Passed its gates", "reapkit apply small.yaml --set prune.ratio=0.5", "W3A16", "&lt;a&gt; list", "<mark>def f(x)",
+    for expected in ("7.3\u00a0MB → 1.9\u00a0MB", "Passed its gates", "reapkit apply small.yaml --set prune.ratio=0.5", "W3A16", "&lt;a&gt; list", "<mark>def f(x)",
                      "observe: 2 of 64 experts received no scored token", "largest difference 3e-6"):
         assert expected in words
     ids = [section.id for section in run_page(finished).sections]
     assert ids[:6] == ["result", "gates", "quality", "decision", "quantization", "calibration"] and ids[-3:] == ["proofs", "stages", "reproduce"]
+
+
+def test_quantization_shows_the_measured_error_of_every_layer(finished):
+    chart = next(block for block in blocks(run_page(finished)) if getattr(block, "id", "") == "quantization-error")
+    assert chart.data[0]["x"] == [0, 1, 2, 3] and chart.data[0]["y"] == pytest.approx([0.2, 0.21, 0.22, 0.23])
+    assert "21.5 % of their norm in the mean layer, by 23.0 % in layer 3 and by 20.0 % in layer 0." in chart.sentence
+    unmeasured = [{**proof, "measured": False, "detail": "not measured: awq", "by_layer": None} for proof in finished.verification["proofs"]]
+    words = text(run_page(dataclasses.replace(finished, verification={**finished.verification, "proofs": unmeasured})))
+    assert "The rounding error of single layers was not measured: awq." in words and "quantization-error" not in words
 
 
 def test_a_rejected_run_names_gate_source_amount_and_what_to_change(observed):
