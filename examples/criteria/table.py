@@ -86,13 +86,13 @@ def _model(model: Mapping[str, Any], found: Mapping[Key, Mapping[str, Any]], rat
 
 
 def _other_domains(rows: Sequence[Mapping[Key, Mapping[str, Any]]]) -> str:
-    """Calibrated on code alone, 50 % removed, uniform: the increase on code and on the rest, mean over models."""
-    lines = ["| calibrated on code alone, 50 % removed, uniform | code | tools | prose | math |", "|---|---|---|---|---|"]
-    for criterion, how in dict.fromkeys((cell[0], cell[4]) for model in rows for cell in model if cell[3] == "code alone"):
-        found = [model[cell] for model in rows if (cell := (criterion, 0.5, "uniform", "code alone", how)) in model]
-        if found:
-            means = [fmean(one["by_source"][source] for one in found) for source in ("code", "tools", "prose", "math")]
-            lines.append(f"| {_name(criterion, 'uniform', how)} | " + " | ".join(f"{value:.3f}" for value in means) + " |")
+    """Calibrated on code alone, 50 % removed, uniform: the increase on code and on the rest, mean over the models that have every row."""
+    cells = list(dict.fromkeys(cell for model in rows for cell in model if cell[1:4] == (0.5, "uniform", "code alone")))
+    whole = [model for model in rows if all(cell in model for cell in cells)]
+    lines = [f"| calibrated on code alone, 50 % removed, uniform, mean of {len(whole)} models | code | tools | prose | math |", "|---|---|---|---|---|"]
+    for cell in cells if whole else ():
+        means = [fmean(model[cell]["by_source"][source] for model in whole) for source in ("code", "tools", "prose", "math")]
+        lines.append(f"| {_name(cell[0], 'uniform', cell[4])} | " + " | ".join(f"{value:.3f}" for value in means) + " |")
     return "\n".join(lines)
 
 
