@@ -67,10 +67,28 @@ def markdown(models: Sequence[Mapping[str, Any]]) -> str:
             for ratio in ratios:
                 found = ratio_to(increases, (criterion, ratio, allocation, calibration, how), ("reap", ratio, "uniform", calibration, None))
                 cells.append("–" if found is None else f"{found[0]:.2f} [{found[1]:.2f}, {found[2]:.2f}]")
-            lines.append(f"| {_name(criterion, allocation, how)} | " + " | ".join(cells) + " |")
+            have = sum(any((criterion, ratio, allocation, calibration, how) in model for ratio in ratios) for model in increases)
+            fewer = f" ({have} of {len(models)} models)" if have < len(models) else ""
+            lines.append(f"| {_name(criterion, allocation, how)}{fewer} | " + " | ".join(cells) + " |")
         parts.append("\n".join(lines))
+    parts += _repairs(increases, known, ratios)
     parts += [_model(model, found, ratios) for model, found in zip(models, rows, strict=True)]
     return "\n\n".join([*parts, _other_domains(rows)]) + "\n"
+
+
+def _repairs(increases: Sequence[Mapping[Key, float]], known: Sequence[Key], ratios: Sequence[float]) -> list[str]:
+    """What the re-fit leaves of the increase of the very same choice without it, over the models that have both."""
+    repaired = [cell for cell in known if cell[4] is not None]
+    if not repaired:
+        return []
+    lines = _head("re-fitted, as a multiple of the same choice as it is", ratios)
+    for criterion, allocation, calibration, how in dict.fromkeys((cell[0], *cell[2:]) for cell in repaired):
+        cells = []
+        for ratio in ratios:
+            found = ratio_to(increases, (criterion, ratio, allocation, calibration, how), (criterion, ratio, allocation, calibration, None))
+            cells.append("–" if found is None else f"{found[0]:.2f} [{found[1]:.2f}, {found[2]:.2f}]")
+        lines.append(f"| {_name(criterion, allocation, how)}, {calibration} | " + " | ".join(cells) + " |")
+    return ["\n".join(lines)]
 
 
 def _model(model: Mapping[str, Any], found: Mapping[Key, Mapping[str, Any]], ratios: Sequence[float]) -> str:
