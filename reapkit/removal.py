@@ -62,14 +62,14 @@ def _along(order: Tensor, error: Tensor) -> tuple[tuple[int, ...], Tensor, Tenso
 
 
 def _path_number(observation: Observation, found: Reroute, alphas: Sequence[Fraction]) -> int:
-    weighed = [source for source, alpha in enumerate(alphas) if alpha]
+    weighed = [source for source, alpha in enumerate(alphas) if alpha and observation.scored_tokens[source]]
+    _refuse_unsampled(observation, found, weighed)
     if len(set(alphas)) == 1:
         return len(alphas) + 1
     if len({alpha * int(count) for alpha, count in zip(alphas, observation.scored_tokens, strict=True)}) == 1:
         return len(alphas)
     if len(weighed) > 1:
         raise RecipeError([Problem("saliency.mix", NO_PATH)])
-    _refuse_unsampled(observation, found, weighed)
     return weighed[0]
 
 
