@@ -18,7 +18,7 @@ from reapkit import builtin
 from reapkit.architecture import text_config
 from reapkit.budget import Candidate, budget_notes, candidates
 from reapkit.checkpoint import Checkpoint
-from reapkit.criteria import criterion_fingerprint, criterion_problem
+from reapkit.criteria import NO_PATH, criterion_fingerprint, criterion_problem
 from reapkit.errors import Problem, ReapkitError, RecipeError
 from reapkit.gates import resolve
 from reapkit.hashing import digest
@@ -164,7 +164,7 @@ def make_plan(loaded: LoadedRecipe, *, download: bool = False, observation: Path
         sys.path.append(str(loaded.directory))  # `saliency.criterion: module:function` finds a module beside its recipe
     checkpoint = model_checkpoint(recipe.model, loaded.directory, download=download)
     layout = read_layout(checkpoint)
-    grid = _check(loaded, checkpoint, layout)
+    grid = _check(loaded, checkpoint, layout, observes=observation is None)
     store, imported = Store(recipe.runtime.store), None
     if observation is not None:
         imported = ImportedObservation.open(observation, store.root / "imports" / "hashes.json")
@@ -173,7 +173,7 @@ def make_plan(loaded: LoadedRecipe, *, download: bool = False, observation: Path
     return Plan(loaded, checkpoint, layout, grid, stages, imported)
 
 
-def _check(loaded: LoadedRecipe, checkpoint: Checkpoint, layout: Layout) -> tuple[Candidate, ...]:
+def _check(loaded: LoadedRecipe, checkpoint: Checkpoint, layout: Layout, *, observes: bool) -> tuple[Candidate, ...]:
     """The concrete candidates; every contradiction of recipe and checkpoint is raised at once."""
     recipe, problems, grid = loaded.recipe, [], ()
     names = [entry.name for entry in recipe.calibration.mix]
@@ -185,7 +185,7 @@ def _check(loaded: LoadedRecipe, checkpoint: Checkpoint, layout: Layout) -> tupl
     problems += _unavailable(recipe, layout, checkpoint) + _source_problems(recipe)
     problems += [Problem(f"saliency.mix.{name}", f"no source of calibration.mix has this name.{closest(name, names)} Allowed: {', '.join(names)}.")
                  for name in recipe.saliency.mix or {} if name not in names]
-    problems += _unmeasured(recipe)
+    problems += [*_unmeasured(recipe), *_without_path(recipe)] if observes else []
     problems += [problem for i, name in enumerate(recipe.evaluate.controls)
                  if (problem := criterion_problem(name, f"evaluate.controls[{i}]"))]
     for gates in (recipe.evaluate.gates, recipe.evaluate.gates_quantized):
@@ -217,11 +217,25 @@ def _unmeasured(recipe: Recipe) -> list[Problem]:
     """Criteria that need what the observation would not collect."""
     if recipe.observe.reroute_tokens:
         return []
+    return [Problem(path, f"{name} is measured while observing, and observe.reroute_tokens is 0. Set it to 8192.")
+            for path, name in _criteria(recipe).items() if name in ("reroute", "reroute-single")]
+
+
+def _without_path(recipe: Recipe) -> list[Problem]:
+    """Weights of sources that `reroute` has no path for, said before anything is observed."""
+    mix = recipe.saliency.mix
+    weighed = {weight for weight in mix.values() if weight} if mix else set()
+    everyone_alike = len(weighed) == 1 and all(mix.get(entry.name) for entry in recipe.calibration.mix)
+    if mix is None or everyone_alike or sum(1 for weight in mix.values() if weight) <= 1 or "reroute" not in _criteria(recipe).values():
+        return []
+    return [Problem("saliency.mix", NO_PATH)]
+
+
+def _criteria(recipe: Recipe) -> dict[str, str]:
+    """Where criteria are named -> their names."""
     grid = recipe.prune.candidates.criterion if recipe.prune.candidates else None
     named = {f"prune.candidates.criterion[{i}]": name for i, name in enumerate(grid)} if grid else {"saliency.criterion": recipe.saliency.criterion}
-    named |= {f"evaluate.controls[{i}]": name for i, name in enumerate(recipe.evaluate.controls)}
-    return [Problem(path, f"{name} is measured while observing, and observe.reroute_tokens is 0. Set it to 8192.")
-            for path, name in named.items() if name in ("reroute", "reroute-single")]
+    return named | {f"evaluate.controls[{i}]": name for i, name in enumerate(recipe.evaluate.controls)}
 
 
 def _unavailable(recipe: Recipe, layout: Layout, checkpoint: Checkpoint) -> list[Problem]:

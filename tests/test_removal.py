@@ -116,3 +116,7 @@ def test_what_was_not_measured_is_refused() -> None:
     empty = dataclasses.replace(observation, reroute=dataclasses.replace(observation.reroute, tokens=torch.tensor([40, 0])))
     with pytest.raises(UnusableError, match=f"the reroute sample holds no token of {observation.sources[1]}. Raise observe.reroute_tokens"):
         select(empty, saliency_spec("reroute", mix={observation.sources[1]: 1}), prune(ratio=0.5, **PLAIN), TOY)
+    with pytest.raises(UnusableError, match=f"holds no token of {observation.sources[1]}"):
+        select(empty, REROUTE, prune(ratio=0.5, **PLAIN), TOY)
+    chosen = select(empty, saliency_spec("reroute", mix={observation.sources[0]: 1}), prune(ratio=0.5, **PLAIN), TOY)
+    assert all(set(decided.drop) == set(path(observation, layer, 0)[:4]) for layer, decided in chosen.layers.items())

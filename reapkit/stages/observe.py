@@ -38,7 +38,8 @@ def _say_how_settled(context: Context, observation: Observation) -> None:
     kept = context.plan.kept(candidate)
     half = first_half(observation, {layer: kept.get(layer, observation.num_experts // 2) for layer in observation.layers})
     if half is not None:
-        context.progress.say(f"observe: at the budget of {candidate.name}, {first_half_sentence(half)}")
+        ranked = "" if candidate.criterion == "reap" else "ranked by reap, "  # what snapshots can follow
+        context.progress.say(f"observe: at the budget of {candidate.name}, {ranked}{first_half_sentence(half)}")
 
 
 def _job(context: Context) -> Job:

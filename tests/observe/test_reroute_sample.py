@@ -13,6 +13,7 @@ from reapkit.calibration.tokens import CalibrationTokens
 from reapkit.errors import UnusableError
 from reapkit.models import load_model
 from reapkit.observation import Observation
+from reapkit.observe import reroute
 from reapkit.observe.partials import Partials
 from reapkit.observe.reroute import sampled_positions
 from reapkit.observe.resident import observe
@@ -77,6 +78,41 @@ def test_killed_and_run_again_gives_the_same_bytes(tmp_path: Path, monkeypatch: 
         patch.setattr(Partials, "write", killed)
         resident(path, tokens, tmp_path / "killed")
     assert saved(resident(path, tokens, tmp_path / "killed"), tmp_path / "b") == expected
+
+
+@pytest.mark.parametrize("placement", ["resident", "streaming"])
+def test_interrupted_between_two_layers_paths_it_goes_on_with_the_second(placement: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, tokens = prepared("qwen3_moe", tmp_path)
+    expected = resident(path, tokens, tmp_path / "whole").reroute
+    find, found = reroute.measure_layer, []
+
+    def interrupted(model, site, *rest):
+        if len(found) == 1:
+            raise KeyboardInterrupt
+        found.append(site.layer)
+        return find(model, site, *rest)
+
+    def observed() -> Observation:
+        if placement == "resident":
+            return resident(path, tokens, tmp_path / "stopped")
+        return observe_streaming(path, tokens, SPEC, batch_tokens=48, work_directory=tmp_path / "stopped", checkpoint_minutes=0)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(reroute, "measure_layer", interrupted)
+        observed()
+    again = []
+    monkeypatch.setattr(reroute, "measure_layer", lambda model, site, *rest: again.append(site.layer) or find(model, site, *rest))
+    result = observed()
+    assert found == [0] and again == [1, 2], "a finished layer's paths are not found again"
+    assert all(torch.equal(getattr(result.reroute, name), tensor) for name, tensor in vars(expected).items())
+    assert not list(tmp_path.glob("stopped/sums-*/reroute-*-*.safetensors"))
+
+
+def test_a_sample_larger_than_the_calibration_is_all_of_it(tmp_path: Path) -> None:
+    path, tokens = prepared("qwen3_moe", tmp_path)
+    spec = ObserveSpec(eaft=False, reroute_tokens=100_000)
+    observation = observe(load_model(path), tokens, spec, batch_tokens=48, work_directory=tmp_path / "work")
+    assert torch.equal(observation.reroute.tokens, observation.scored_tokens)
 
 
 def test_an_observation_keeps_its_paths_and_a_sum_has_none(tmp_path: Path) -> None:
