@@ -107,12 +107,24 @@ def test_config_and_companions_are_the_sources_own(saved, tmp_path: Path) -> Non
     assert not (tmp_path / "out" / "README.md").exists()
 
 
-def test_shards_stay_shards(tmp_path: Path) -> None:
-    source = save_hub_layout(build("qwen3_moe", dtype=torch.bfloat16), tmp_path / "model", max_shard_size="200KB")
-    quantize_checkpoint(source, tmp_path / "out", spec_of())
-    assert Checkpoint.open(tmp_path / "out").shards == Checkpoint.open(source).shards
-    assert len(Checkpoint.open(source).shards) > 1
-    holds(source, tmp_path / "out", spec_of())
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_shards_stay_shards_and_none_is_larger_than_allowed(tmp_path: Path, tokens, method: str) -> None:
+    source, spec = save_hub_layout(build("qwen3_moe", dtype=torch.bfloat16), tmp_path / "model", max_shard_size="200KB"), spec_of(method=method)
+    before, whole, limit = Checkpoint.open(source), {}, 20_000
+    assert len(before.shards) > 1
+    for name, most in (("kept", 200_000), ("split", limit)):
+        quantize_checkpoint(source, tmp_path / name, spec, calibration=tokens, max_shard_bytes=most)
+        result = Checkpoint.open(tmp_path / name)
+        index = json.loads((tmp_path / name / "model.safetensors.index.json").read_text())
+        assert index["metadata"]["total_size"] == result.nbytes == quantized_bytes(before, spec)
+        assert index["weight_map"] == {tensor.name: tensor.shard for tensor in result.tensors.values()}
+        assert sorted(result.shards) == sorted(file.name for file in (tmp_path / name).glob("*.safetensors")) and not list((tmp_path / name).glob("*.part"))
+        whole[name] = {key: value for shard in result.shards for key, value in load_file(tmp_path / name / shard).items()}
+        sizes = {shard: [tensor.nbytes for tensor in result.tensors.values() if tensor.shard == shard] for shard in result.shards}
+        assert all(sum(held) <= most or len(held) == 1 for held in sizes.values())
+        assert result.shards == before.shards if name == "kept" else len(result.shards) > len(before.shards)
+    assert whole["kept"].keys() == whole["split"].keys() and all(torch.equal(whole["kept"][key], whole["split"][key]) for key in whole["kept"])
+    holds(source, tmp_path / "split", spec)
 
 
 def test_gptq_beats_rounding_on_what_it_was_calibrated_for(saved, tokens, tmp_path: Path) -> None:
