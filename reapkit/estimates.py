@@ -16,6 +16,7 @@ from reapkit.architecture import text_config
 from reapkit.checkpoint import Checkpoint
 from reapkit.layout import LAYER, Layout
 from reapkit.planning import Plan
+from reapkit.schemes import kept_share
 
 COMPUTE_BYTES = 2  # bf16: FP8 and MXFP4 weights are dequantized to it
 LOGITS_BYTES = 256_000_000  # logits are taken in chunks of this size
@@ -160,8 +161,11 @@ def _reroute(plan: Plan, tokens: int) -> Reroute | None:
     return Reroute(sampled, flops, 4 * sampled * experts * kept + 2 * chunk, waiting)
 
 
-def layer_weights(checkpoint: Checkpoint, layout: Layout) -> dict[int | None, int]:
-    """Bytes of each decoder layer as it computes, and (None) of everything else; multi-token-prediction blocks are not loaded."""
+def layer_weights(checkpoint: Checkpoint, layout: Layout, kept: Mapping[int, int] | None = None) -> dict[int | None, int]:
+    """Bytes of each decoder layer as it computes, and (None) of everything else; multi-token-prediction blocks are not loaded.
+
+    `kept`: experts that stay, by MoE layer; None: all of them.
+    """
     depth = checkpoint.architecture.num_hidden_layers
     found: dict[int | None, int] = {None: 0}
     for kind in layout.kinds:
@@ -170,7 +174,8 @@ def layer_weights(checkpoint: Checkpoint, layout: Layout) -> dict[int | None, in
             continue
         match = LAYER.match(tensor.name)
         layer = int(match["index"]) if match and int(match["index"]) < depth else None
-        found[layer] = found.get(layer, 0) + kind.count * _computing_bytes(tensor.dtype, tensor.numel, tensor.name)
+        nbytes = kind.count * _computing_bytes(tensor.dtype, tensor.numel, tensor.name)
+        found[layer] = found.get(layer, 0) + (nbytes if kept is None else round(nbytes * kept_share(kind, kept)))
     return found
 
 

@@ -32,7 +32,7 @@ from reapkit.schemes import check_quantize, quantized_bytes, scheme_of, targets
 from reapkit.store import Artifact, Store
 
 STAGES = ("calibrate", "packs", "observe", "select", "repair", "evaluate", "prune", "quantize", "verify", "report")
-VERSIONS = {"calibrate": 1, "packs": 1, "observe": 1, "select": 1, "repair": 1, "evaluate": 2, "prune": 1, "quantize": 2, "verify": 3, "report": 3}
+VERSIONS = {"calibrate": 1, "packs": 1, "observe": 1, "select": 1, "repair": 1, "evaluate": 2, "prune": 1, "quantize": 3, "verify": 4, "report": 3}
 """Raised by one whenever a stage's code would give other bytes for the same spec."""
 
 
