@@ -109,14 +109,24 @@ def test_another_criterion_reuses_the_observation(finished: Run, root: Path) -> 
     assert apply(recipe(root, "saliency.criterion=frequency", f"output.directory={root / 'other'}"), until="select").executed == ["select"]
 
 
-def test_a_rejected_candidate_writes_no_model_and_says_why(finished: Run, root: Path) -> None:
-    strict = recipe(root, "evaluate.gates={kl_mean: {max: 0.000001}}", f"output.directory={root / 'rejected'}")
+def test_a_rejected_candidate_writes_no_model_and_says_what_would_pass(finished: Run, root: Path) -> None:
+    limit = finished.summary("verify")["rows"][1]["kl_mean"] / 4
+    strict = recipe(root, f"evaluate.gates={{kl_mean: {{max: {limit}}}}}", f"output.directory={root / 'rejected'}")
     with pytest.raises(RejectedByGates, match="kl_mean(.|\n)*No weight was written. All numbers: .*report.html") as rejected:
         apply(strict)
     assert not (root / "rejected" / "pruned").exists()
     [advised] = [line.split("--set ")[1].strip("'") for line in str(rejected.value).splitlines() if "prune.candidates.ratio=" in line]
-    assert make_plan(recipe(root, advised)).candidates[0].name == "reap-r0.25"  # what it says to type is a recipe
-    assert "kl_mean" in (root / "rejected" / "report.html").read_text()
+    again = (advised, f"evaluate.gates={{kl_mean: {{max: {limit}}}}}", "evaluate.on_undecided=warn", f"output.directory={root / 'advised'}")
+    [name] = [candidate.name for candidate in make_plan(recipe(root, *again)).candidates]  # what it says to type is a recipe
+    searched = json.loads((root / "rejected" / "evaluation" / "evaluation.json").read_text())["search"]
+    assert f"Nearest candidate that passes: {name} " in str(rejected.value)
+    found = apply(recipe(root, *again), until="evaluate")  # and does what it says
+    assert found.executed == ["select", "evaluate"]
+    evaluation = json.loads((found.directory / "evaluation" / "evaluation.json").read_text())
+    assert evaluation["candidates"][0]["verdict"] == "pass"
+    assert [evaluation["candidates"][0]["metrics"]] == [entry["metrics"] for entry in searched if entry["name"] == name]
+    page = (root / "rejected" / "report.html").read_text()
+    assert f"{name} (tried after the rejection)" in page and "    --set &#39;prune.candidates.ratio=" in page
 
 
 def test_a_rejection_may_be_a_warning(finished: Run, root: Path) -> None:

@@ -27,21 +27,20 @@ def result(facts: RunFacts) -> Section:
     """Before and after, in one table and one chart; of a stopped run why it stopped."""
     if facts.stopped:
         lead = "No weight was written: this is what the candidates would have been."
-        return Section("result", "Before and after", [rejection(facts), _tiles(facts), _before_after(facts)], lead, "Result")
+        return Section("result", "Before and after", [*rejection(facts), _tiles(facts), _before_after(facts)], lead, "Result")
     unseen = facts.verification and facts.recipe.evaluate.packs.confirm
     lead = "Measured on held-out rows that no decision has seen." if unseen else "Measured on held-out rows." if facts.verification else ""
     return Section("result", "Before and after", [_tiles(facts), _before_after(facts), _size_chart(facts)], lead, "Result")
 
 
-def rejection(facts: RunFacts) -> Note:
-    """Which gate, which source, by how much, what to change: the evaluation's own advice, line by line."""
+def rejection(facts: RunFacts) -> list[Note | Code]:
+    """Which gate, which source, by how much, what to change: the evaluation's own advice, whose last lines are there to be copied."""
     evaluation = facts.evaluation or {}
     verdict = evaluation.get("verdict", "not judged")
     title = {"reject": "Rejected by the gates: nothing was written.", "undecided": "Undecided: nothing was written.",
              "pass": "The evaluation passed; the run ended before it wrote the model."}.get(verdict, "The run ended before the evaluation.")
-    tone = TONES.get(verdict, "info")
-    lines = [line.strip() for line in str(evaluation.get("advice", "")).splitlines() if line.strip()]
-    return Note(tone, title=title, items=lines) if lines else Note(tone, title)
+    note = Note(TONES.get(verdict, "info"), title=title)
+    return [note, Code(evaluation["advice"], "Why, and what to change")] if evaluation.get("advice") else [note]
 
 
 def _written(facts: RunFacts) -> dict[str, Sizes]:
