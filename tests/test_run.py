@@ -126,7 +126,8 @@ def test_a_rejected_candidate_writes_no_model_and_says_what_would_pass(finished:
     assert evaluation["candidates"][0]["verdict"] == "pass"
     assert [evaluation["candidates"][0]["metrics"]] == [entry["metrics"] for entry in searched if entry["name"] == name]
     page = (root / "rejected" / "report.html").read_text()
-    assert f"{name} (tried after the rejection)" in page and "    --set &#39;prune.candidates.ratio=" in page
+    assert "The first of these, to paste" in page and page.count(f"--set &#39;{advised}&#39;") >= 2
+    assert name in page and "tried after the rejection" in page
 
 
 def test_a_rejection_may_be_a_warning(finished: Run, root: Path) -> None:

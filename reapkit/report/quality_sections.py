@@ -132,10 +132,10 @@ def _candidate_table(facts: RunFacts, evaluation: Mapping[str, Any]) -> Table:
     for entry in (*evaluation["candidates"], *searched):
         sizes = facts.planned.get(entry["name"])
         failed = [f"{result['metric']} ({result['source']})" for result in entry["gates"] if result["verdict"] in ("reject", "undecided")]
-        untried = "larger than one that passed" if entry["metrics"] is None else "–"
-        name = f"{entry['name']} (tried after the rejection)" if entry in searched else entry["name"]
-        rows.append((name, entry.get("experts", "–"), human_bytes(sizes.nbytes if sizes else entry.get("bytes")),
-                     badge(entry["verdict"]), listed(dict.fromkeys(failed), 3) if failed else untried))
+        why = listed(dict.fromkeys(failed), 3) if failed else "larger than one that passed" if entry["metrics"] is None else ""
+        said = [part for part in ("tried after the rejection" if entry in searched else "", why) if part]
+        rows.append((entry["name"], entry.get("experts", "–"), human_bytes(sizes.nbytes if sizes else entry.get("bytes")),
+                     badge(entry["verdict"]), ": ".join(said) or "–"))
     columns = [("candidate", LEFT), ("experts", RIGHT), ("size", RIGHT), ("", LEFT), ("why", LEFT)]
     return Table(columns, rows, "Every candidate, smallest first")
 

@@ -39,8 +39,10 @@ def rejection(facts: RunFacts) -> list[Note | Code]:
     verdict = evaluation.get("verdict", "not judged")
     title = {"reject": "Rejected by the gates: nothing was written.", "undecided": "Undecided: nothing was written.",
              "pass": "The evaluation passed; the run ended before it wrote the model."}.get(verdict, "The run ended before the evaluation.")
-    note = Note(TONES.get(verdict, "info"), title=title)
-    return [note, Code(evaluation["advice"], "Why, and what to change")] if evaluation.get("advice") else [note]
+    advice = str(evaluation.get("advice", ""))
+    first = next((line.strip() for line in advice.splitlines() if line.strip().startswith("--set ")), None)
+    return [Note(TONES.get(verdict, "info"), title=title), *([Code(advice, "Why, and what to change")] if advice else []),
+            *([Code(f"{facts.command} {first}", "The first of these, to paste")] if first else [])]
 
 
 def _written(facts: RunFacts) -> dict[str, Sizes]:

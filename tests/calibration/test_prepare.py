@@ -426,6 +426,21 @@ class TestPacks:
         assert [source["samples"] for source in packs.summary["sources"]] == [30, 15, 15, 20]
         assert packs.summary["extra"] == ["math"]
 
+    def test_what_the_calibration_read_is_held_out_wherever_it_stands(self, home: Path) -> None:
+        """Content counts, not place: a copy of the calibration under another name gives no row back."""
+        texts = [sequence(letter, 5) for letter in LETTERS[:12]]
+        calibration = spec(source(home, "data", texts[:6]), samples=3)
+        tokens, _ = made(home, calibration)
+        read = [texts[index] for index in tokens.summary["sources"][0]["indices"]]
+        copied = source(home, "copied", [*read, *texts[6:]])
+        evaluate = self.evaluate(2, extra_packs=[copied | {"weight": 1}])
+        packs = self.packs(home, calibration, evaluate)
+        assert packs.sources == ("data", "copied") and not {text for text in all_shown(packs, _tokenizer(home)) if text in read}
+        assert not set(tokens.summary["sources"][0]["hashes"]) & {content for each in packs.summary["sources"] for content in each["hashes"]}
+        with pytest.raises(UnusableError, match=r"source 'copied' yields 6 of 7 samples: 9 rows were read, dropped: 3 in the calibration"):
+            self.packs(home, spec(source(home, "data", [*texts[:6], *(sequence(letter, 9) for letter in LETTERS)]), samples=3),
+                       self.evaluate(7, extra_packs=[copied]), out="too-many")
+
     def test_extra_pack_with_a_taken_name_is_refused(self, home: Path) -> None:
         made(home, big_mix(home))
         with pytest.raises(RecipeError, match="evaluate.extra_packs: the name 'one' is taken"):

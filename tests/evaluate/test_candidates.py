@@ -102,6 +102,24 @@ def test_confirm_rows_are_others_than_those_that_decided(model, packs, loose):
     assert confirm.base_metrics == loose["confirm"]["base"] != loose["base"]
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_of_equal_size_the_one_nearer_to_the_base_wins_in_whatever_order(packs, order):
+    class Told(Known):
+        def metrics(self, given):
+            self.each = {"near": 0.001, "far": 0.002}[given.name]
+            return super().metrics(given)
+
+    given = [candidate(8, "near"), candidate(8, "far", seed=1)][::order]
+    found = give_verdict(Told(packs[24], "decide", 0), Told(packs[24], "confirm", 0), given, LOOSE[1:])
+    assert found["winner"] == "near" and [entry["verdict"] for entry in found["candidates"]] == ["pass", "pass"]
+
+
+def test_controls_of_other_candidates_are_left_out(model, packs):
+    controls = [candidate(8, "mine", seed=5, control_of="keep8"), candidate(12, "theirs", seed=5, control_of="keep12")]
+    found = evaluate(model, {24: packs[24]}, [candidate(8), candidate(12)], LOOSE, controls=controls, **SETTINGS)
+    assert [control["name"] for control in found["controls"]] == ["mine"]
+
+
 def test_rejection_says_which_gate_by_how_much_and_what_to_change(model, packs):
     found = evaluate(model, packs, [candidate(8), candidate(12)], TIGHT, **SETTINGS)
     assert found["verdict"] == "reject" and found["winner"] is None and found["chosen"] == "keep12"
