@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -211,6 +212,20 @@ def test_interrupted_in_the_middle_it_goes_on_and_ends_with_the_same_bytes(finis
     resumed = apply(recipe(tmp_path), until="observe")
     assert resumed.executed == ["observe"]
     assert fingerprint(tmp_path / "run" / "observation") == fingerprint(root / "run" / "observation")
+
+
+def test_interrupted_while_it_evaluates_it_keeps_what_was_measured(finished: Run, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from reapkit.evaluate import bench
+
+    shutil.copytree(root / "store", tmp_path / "store", ignore=shutil.ignore_patterns("evaluate-*", "prune-*", "quantize-*", "verify-*"))
+    with pytest.raises(KeyboardInterrupt):
+        apply(recipe(tmp_path), until="evaluate", progress=Interrupting("evaluate random", 100))
+    assert not (tmp_path / "run" / "evaluation").exists()
+    measured, real = [], bench.measure
+    monkeypatch.setattr(bench, "measure", lambda *args, **kwargs: measured.append(kwargs["title"]) or real(*args, **kwargs))
+    assert apply(recipe(tmp_path), until="evaluate").executed == ["evaluate"]
+    assert measured == ["evaluate random-beside-reap-r0.5"], "candidate and confirm rows had been measured"
+    assert fingerprint(tmp_path / "run" / "evaluation") == fingerprint(root / "run" / "evaluation")
 
 
 def test_streaming_gives_the_same_observation_and_the_same_numbers(finished: Run, root: Path, tmp_path: Path) -> None:

@@ -456,6 +456,17 @@ class TestPacks:
         ):
             self.packs(home, calibration, self.evaluate(4))
 
+    def test_a_source_that_would_get_no_sample_is_named_with_how_many_are_enough(self, home: Path) -> None:
+        made(home, big_mix(home))
+        with pytest.raises(RecipeError, match=r"evaluate.packs.samples: 2 for 3 sources leave none for tools. With their weights 4 are enough"):
+            self.packs(home, big_mix(home), self.evaluate(2))
+        assert [source["samples"] for source in self.packs(home, big_mix(home), self.evaluate(4)).summary["sources"]] == [2, 1, 1]
+        with pytest.raises(RecipeError, match=r"calibration.samples: 1 for 3 sources leave none for two, tools"):
+            made(home, big_mix(home).model_copy(update={"samples": 1}), "one")
+        uneven = [{"name": name, "source": "builtin:math", "weight": weight} for name, weight in (("much", 1), ("little", 0.01))]
+        packs = self.packs(home, big_mix(home), self.evaluate(6, extra_packs=uneven), out="uneven")
+        assert [source["samples"] for source in packs.summary["sources"]][3:] == [4, 1]
+
     def test_summary_is_plain_json(self, home: Path) -> None:
         made(home, big_mix(home))
         self.packs(home, big_mix(home), self.evaluate())
