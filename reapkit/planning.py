@@ -20,7 +20,7 @@ from reapkit.budget import Candidate, budget_notes, candidates
 from reapkit.checkpoint import Checkpoint
 from reapkit.criteria import NO_PATH, criterion_fingerprint, criterion_problem
 from reapkit.errors import Problem, ReapkitError, RecipeError
-from reapkit.gates import resolve
+from reapkit.gates import GENERATION_METRICS, resolve
 from reapkit.hashing import digest
 from reapkit.imported import ImportedObservation
 from reapkit.layout import Layout, active_parameters, pruned_sizes, read_layout
@@ -32,7 +32,7 @@ from reapkit.schemes import check_quantize, quantized_bytes, scheme_of, targets
 from reapkit.store import Artifact, Store
 
 STAGES = ("calibrate", "packs", "observe", "select", "repair", "evaluate", "prune", "quantize", "verify", "report")
-VERSIONS = {"calibrate": 1, "packs": 1, "observe": 1, "select": 1, "repair": 1, "evaluate": 2, "prune": 1, "quantize": 3, "verify": 4, "report": 3}
+VERSIONS = {"calibrate": 1, "packs": 1, "observe": 1, "select": 1, "repair": 1, "evaluate": 3, "prune": 1, "quantize": 3, "verify": 4, "report": 4}
 """Raised by one whenever a stage's code would give other bytes for the same spec."""
 
 
@@ -185,7 +185,7 @@ def _check(loaded: LoadedRecipe, checkpoint: Checkpoint, layout: Layout, *, obse
     problems += _unavailable(recipe, layout, checkpoint) + _source_problems(recipe)
     problems += [Problem(f"saliency.mix.{name}", f"no source of calibration.mix has this name.{closest(name, names)} Allowed: {', '.join(names)}.")
                  for name in recipe.saliency.mix or {} if name not in names]
-    problems += [*_unmeasured(recipe), *_without_path(recipe)] if observes else []
+    problems += ([*_unmeasured(recipe), *_without_path(recipe)] if observes else []) + _unmeasured_gates(recipe)
     problems += [problem for i, name in enumerate(recipe.evaluate.controls)
                  if (problem := criterion_problem(name, f"evaluate.controls[{i}]"))]
     for gates in (recipe.evaluate.gates, recipe.evaluate.gates_quantized):
@@ -236,6 +236,18 @@ def _criteria(recipe: Recipe) -> dict[str, str]:
     grid = recipe.prune.candidates.criterion if recipe.prune.candidates else None
     named = {f"prune.candidates.criterion[{i}]": name for i, name in enumerate(grid)} if grid else {"saliency.criterion": recipe.saliency.criterion}
     return named | {f"evaluate.controls[{i}]": name for i, name in enumerate(recipe.evaluate.controls)}
+
+
+def _unmeasured_gates(recipe: Recipe) -> list[Problem]:
+    """Limits, of those that the user wrote, on what would never be measured: the verdict could only be undecided."""
+    evaluate, problems = recipe.evaluate, []
+    for field, instead in (("gates", "Set evaluate.generation, or remove it." if evaluate.generation is None else None),
+                           ("gates_quantized", "Continuations are judged before anything is written: move it to evaluate.gates, or remove it.")):
+        limits = getattr(evaluate, field)
+        written = set() if limits is None or isinstance(limits, str) else set(limits.model_dump(exclude_none=True))
+        problems += [Problem(f"evaluate.{field}.{metric}", f"is a limit on generated text, and none would be written. {instead}")
+                     for metric in sorted(written & GENERATION_METRICS) if instead]
+    return problems
 
 
 def _unavailable(recipe: Recipe, layout: Layout, checkpoint: Checkpoint) -> list[Problem]:
@@ -295,7 +307,7 @@ def _specs(loaded: LoadedRecipe, checkpoint: Checkpoint, grid: tuple[Candidate, 
         **({"repair": ({"repair": prune.repair, "model": model}, ("calibrate", "select"), ())} if repaired else {}),
         "evaluate": ({"evaluate": _dump(evaluate, exclude={"gates_quantized", "on_reject", "on_undecided", "lm_eval", "throughput",
                                                            "equal_bytes"})},
-                     ("packs", "select", *repaired), ()),
+                     ("packs", "select", *repaired), ("observe",)),
         "prune": ({"candidate": winner, "mtp": prune.mtp, "repair": prune.repair, "model": model,
                    "max_shard_bytes": recipe.output.max_shard_bytes}, ("select", *repaired), ("evaluate",)),
     }

@@ -34,15 +34,18 @@ def result(facts: RunFacts) -> Section:
     return Section("result", "Before and after", [_tiles(facts), _before_after(facts), _size_chart(facts)], lead, "Result")
 
 
-def rejection(facts: RunFacts) -> list[Any]:
-    """Which gate, which source, by how much, what to change: the evaluation's own advice."""
+def rejection(facts: RunFacts) -> list[Note | Code]:
+    """Which gate, which source, by how much, what to change: the evaluation's own advice, whose last lines are there to be copied."""
     evaluation = facts.evaluation or {}
     verdict = evaluation.get("verdict", "not judged")
     title = {"reject": "Rejected by the gates: nothing was written.", "undecided": "Undecided: nothing was written.",
              "pass": "The evaluation passed; the run ended before it wrote the model."}.get(verdict, "The run ended before the evaluation.")
     tone = TONES.get(verdict, "info")
-    said, _, details = str(evaluation.get("advice") or "").partition("\n")
-    return [Note(tone, said, title) if said else Note(tone, title), *([Code(dedent(details), "Why, and what to change")] if details else [])]
+    said, _, details = str(evaluation.get("advice") or "").partition("
+")
+    first = next((line.strip() for line in details.splitlines() if line.strip().startswith("--set ")), None)
+    return [Note(tone, said, title) if said else Note(tone, title), *([Code(dedent(details), "Why, and what to change")] if details else []),
+            *([Code(f"{facts.command} {first}", "The first of these, to paste")] if first else [])]
 
 
 def _written(facts: RunFacts) -> dict[str, Sizes]:

@@ -138,6 +138,19 @@ def test_a_rejected_run_names_gate_source_amount_and_what_to_change(observed):
     assert "quantization" not in [section.id for section in page.sections] and "not reached" in words
 
 
+def test_what_was_tried_after_a_rejection_stands_in_the_table_and_its_advice_can_be_pasted(observed):
+    rejected = synthetic.facts(rejected=True, observed=observed)
+    [entry] = rejected.evaluation["candidates"]
+    search = [{**entry, "name": "ratio-0.25", "removed": 0.25}, {**entry, "name": "ratio-0.125", "removed": 0.125, "verdict": "pass", "gates": []}]
+    found = {**rejected.evaluation, "search": search, "advice": "It is rejected.\n    --set 'prune.candidates.ratio=[0.125]'\n    --set other=1"}
+    page = run_page(dataclasses.replace(rejected, evaluation=found))
+    table = next(block for block in blocks(page) if isinstance(block, Table) and block.title.startswith("Every candidate"))
+    assert [(row[0], row[4].split(":")[0]) for row in table.rows[1:]] == [("ratio-0.25", "tried after the rejection"),
+                                                                          ("ratio-0.125", "tried after the rejection")]
+    assert "reapkit apply small.yaml --set prune.ratio=0.5 --set &#39;prune.candidates.ratio=[0.125]&#39;" in text(page)
+    assert "to paste" not in text(run_page(synthetic.facts(observed=observed)))
+
+
 def test_a_control_that_does_better_is_pointed_out(finished):
     evaluation = {**finished.evaluation, "controls": [{"name": "control-frequency", "criterion": "frequency", "experts": "8",
                                                        "metrics": {"512": synthetic.groups(0.01, synthetic.SOURCES[:3])}}]}
