@@ -162,15 +162,16 @@ def _table_borders(table: Table, sources: list[int], alphas: Sequence[Fraction],
 
 
 def _layer_sums(expert: Tensor, gate_norm: Tensor, group: Tensor, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-    """N and Σgn [S, R, E] of one layer; `expert`, `gate_norm`: [T, top_k], `group`: [T] = source and region together."""
+    """N and Σgn [S, R, E] of one layer; `expert` (-1: none), `gate_norm`: [T, top_k], `group`: [T] = source and region together."""
     cells = math.prod(shape)
-    count, mass = torch.zeros(cells, dtype=torch.float64), torch.zeros(cells, dtype=torch.float64)
+    count, mass = torch.zeros(cells + 1, dtype=torch.float64), torch.zeros(cells + 1, dtype=torch.float64)  # the last of what is none
     for begin in range(0, len(group), CHUNK_POSITIONS):
         part = slice(begin, begin + CHUNK_POSITIONS)
-        cell = (group[part, None] * shape[2] + expert[part].long()).flatten()
-        count += torch.bincount(cell, minlength=cells)
-        mass += torch.bincount(cell, weights=gate_norm[part].double().flatten(), minlength=cells)
-    return count.view(shape), mass.view(shape)
+        routed = expert[part].long()
+        cell = torch.where(routed < 0, cells, group[part, None] * shape[2] + routed).flatten()
+        count += torch.bincount(cell, minlength=cells + 1)
+        mass += torch.bincount(cell, weights=gate_norm[part].double().flatten(), minlength=cells + 1)
+    return count[:-1].view(shape), mass[:-1].view(shape)
 
 
 def region_of(p: Tensor, h: Tensor, borders: Thresholds, *, p_from: Tensor | None = None, h_from: Tensor | None = None) -> Tensor:

@@ -189,6 +189,7 @@ def saliency(observation: Observation, spec: SaliencySpec, regions: Regions | No
         routed = regions.counts(alphas) > 0
     elif spec.criterion in REROUTE:
         values, routed = removal(observation, spec.criterion, source_alphas(observation, spec.mix)).saliency, summed.count > 0
+        values = torch.where(observation.reroute.measured[:, None], values, reap(summed, spec))  # layers without a path: by plain REAP
     else:
         criterion = CRITERIA.get(spec.criterion) or user_criterion(spec.criterion)
         values, routed = _checked_shape(criterion(summed, spec), summed, spec.criterion), summed.count > 0

@@ -80,13 +80,14 @@ class TableSums:
 
     def _layer(self, expert: Tensor, gate_norm: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
         bins = self.num_sources * P_CELLS * H_CELLS * self.num_experts
-        count, mass = torch.zeros(bins, dtype=torch.float64), torch.zeros(bins, dtype=torch.float64)
+        count, mass = torch.zeros(bins + 1, dtype=torch.float64), torch.zeros(bins + 1, dtype=torch.float64)  # the last of expert -1
         for begin in range(0, len(cell), CHUNK_POSITIONS):
             part = slice(begin, begin + CHUNK_POSITIONS)
-            key = (cell[part, None] * self.num_experts + expert[part].long()).flatten()
-            count += torch.bincount(key, minlength=bins)
-            mass += torch.bincount(key, weights=gate_norm[part].double().flatten(), minlength=bins)
-        return count, mass
+            routed = expert[part].long()
+            key = torch.where(routed < 0, bins, cell[part, None] * self.num_experts + routed).flatten()
+            count += torch.bincount(key, minlength=bins + 1)
+            mass += torch.bincount(key, weights=gate_norm[part].double().flatten(), minlength=bins + 1)
+        return count[:-1], mass[:-1]
 
     def result(self, total: dict[str, Tensor]) -> Table:
         """The table that these sums over all groups make."""
