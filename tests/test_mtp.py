@@ -97,8 +97,8 @@ def test_what_transformers_does_not_load_is_dropped_or_refused(recipe, model_typ
 
 @pytest.mark.parametrize(("change", "said"), [
     ({"num_nextn_predict_layers": 2}, "declares 2 multi-token-prediction blocks behind layer 2"),
-    ({"quantization_config": {"quant_method": "awq"}}, "quantized (awq)"),
-    ({"num_routed_experts_per_layer": [0, 16, 16, 16]}, "different numbers of experts")])
+    ({"num_nextn_predict_layers": 0}, "declares 0 multi-token-prediction blocks"),
+    ({"quantization_config": {"quant_method": "awq"}}, "quantized (awq)")])
 def test_blocks_that_do_not_fit_what_the_config_says(recipe, change: dict, said: str) -> None:
     path = recipe()
     config = path.parent / "model/config.json"
@@ -233,25 +233,28 @@ def tensors(directory: Path) -> dict[str, torch.Tensor]:
 # ---------------------------------------------------------------------------------------------- the proof
 
 
-def halved(source: Checkpoint) -> Selection:
-    """Other experts in the block than in the decoder, groups kept even."""
-    layout = read_layout(source)
-    even = {layer: LayerSelection(tuple(range(0, 16, 2)), tuple(range(1, 16, 2)), ()) for layer in layout.layers}
-    return Selection("x", even | {layer: LayerSelection(tuple(range(1, 16, 2)), tuple(range(0, 16, 2)), ()) for layer in layout.mtp})
+def halved(source: Checkpoint, layout: str) -> Selection:
+    """Other experts in the blocks than in the decoder, groups kept even; with a ragged layout layer 1 keeps fewer than all others."""
+    found, quarters = read_layout(source), [range(first, 16, 4) for first in range(4)]
+    most = 2 if layout == "uniform" else 3
+    kept = {layer: quarters[: 2 if layer == 1 else most] for layer in found.layers} | {layer: quarters[4 - most :] for layer in found.mtp}
+    chosen = {layer: {expert for quarter in taken for expert in quarter} for layer, taken in kept.items()}
+    return Selection("x", {layer: LayerSelection(tuple(sorted(keep)), tuple(sorted(set(range(16)) - keep)), ()) for layer, keep in chosen.items()})
 
 
-@pytest.mark.parametrize(("model_type", "blocks", "dtype"), [("glm4_moe", 1, torch.float32), ("deepseek_v3", 1, torch.bfloat16),
-                                                            ("deepseek_v3", 2, torch.float32)])
-def test_pruned_blocks_predict_as_the_masked_original(model_type: str, blocks: int, dtype: torch.dtype, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("model_type", "blocks", "dtype", "layout"), [
+    ("glm4_moe", 1, torch.float32, "uniform"), ("deepseek_v3", 1, torch.bfloat16, "uniform"), ("deepseek_v3", 2, torch.float32, "uniform"),
+    ("glm4_moe", 1, torch.float32, "ragged")])
+def test_pruned_blocks_predict_as_the_masked_original(model_type: str, blocks: int, dtype: torch.dtype, layout: str, tmp_path: Path) -> None:
     source = Checkpoint.open(tiny.save_hub_layout(tiny.build(model_type, dtype=dtype), tmp_path / "source", mtp=blocks))
-    selection = halved(source)
-    prune_checkpoint(source, selection, tmp_path / "out", mtp="observe")
+    selection = halved(source, layout)
+    prune_checkpoint(source, selection, tmp_path / "out", mtp="observe", layout=layout)
     proofs = prove_pruned(source.path, tmp_path / "out", selection)
     assert [proof.name for proof in proofs] == ["tensors", "config", "loads", "logits", "generates", "multi-token prediction"]
     assert all(proof.passed and proof.measured for proof in proofs), proofs
     assert proofs[-1].value < 1e-4
     model = load_model(tmp_path / "out")
-    assert [site.num_experts for site in MtpBlocks(model, tuple(range(3, 3 + blocks)), model.device).sites] == [8] * blocks
+    assert [site.num_experts for site in MtpBlocks(model, tuple(range(3, 3 + blocks)), model.device).sites] == [len(selection.keep[3])] * blocks
     (weights,) = [file for file in (tmp_path / "out").glob("*.safetensors") if any(".layers.3." in name for name in load_file(file))]
     changed = load_file(weights)
     changed["model.layers.3.mlp.gate.weight"] = changed["model.layers.3.mlp.gate.weight"].flip(0)
