@@ -89,10 +89,11 @@ def test_what_transformers_does_not_load_is_dropped_or_refused(recipe, model_typ
     auto = planned(path)
     assert auto.mtp == () and "mtp" not in auto.stage("observe").spec
     assert any(said in note and "will be dropped" in note and "speculative decoding" in note for note in auto.notes)
-    with pytest.raises(RecipeError, match=f"prune.mtp: observe, but .*{said}.*Choose drop, or auto"):
-        planned(path, "prune.mtp=observe")
-    assert main(["plan", str(path), "--set", "prune.mtp=observe"]) == 2
-    assert "prune.mtp: observe, but" in capsys.readouterr().err and not (path.parent / "run").exists()
+    path.write_text(path.read_text().replace("{ratio: 0.5}", "{ratio: 0.5, mtp: observe}"))
+    with pytest.raises(RecipeError, match=f"recipe.yaml:5:26 prune.mtp: observe, but .*{said}. Choose drop, or auto, which drops what cannot be"):
+        planned(path)
+    assert main(["apply", str(path)]) == 2
+    assert "recipe.yaml:5:26 prune.mtp: observe, but" in capsys.readouterr().err and not (path.parent / "run").exists()
 
 
 @pytest.mark.parametrize(("change", "said"), [
@@ -176,7 +177,7 @@ def test_super_experts_are_looked_for_in_the_decoder() -> None:
 # ---------------------------------------------------------------------------------------------- the run
 
 
-def test_observed_pruned_proven_and_quantized(recipe, tmp_path: Path) -> None:
+def test_observed_pruned_proven_and_quantized(recipe, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     run = apply(load(recipe()))
     pruned = Checkpoint.open(tmp_path / "run/pruned")
     assert read_layout(pruned).mtp[3].num_experts == pruned.config["n_routed_experts"] == 8 and pruned.config["num_nextn_predict_layers"] == 1
@@ -193,8 +194,8 @@ def test_observed_pruned_proven_and_quantized(recipe, tmp_path: Path) -> None:
     quantized = Checkpoint.open(tmp_path / "run/quantized")
     assert read_layout(quantized).mtp[3].num_experts == 8 and quantized.nbytes == pytest.approx(run.plan.quantized_nbytes(run.plan.candidates[0]), rel=0.01)
     assert load_model(tmp_path / "run/pruned") is not None and (tmp_path / "run/report.html").is_file()
-    for command in (["inspect"], ["report"]):
-        assert main([*command, str(tmp_path / "run/observation")]) == 0
+    assert main(["report", str(tmp_path / "run/observation")]) == 0 and main(["inspect", str(tmp_path / "run/observation")]) == 0
+    assert "multi-token prediction: layer 3, behind the decoder's" in capsys.readouterr().out
     assert main(["export", str(tmp_path / "run/observation"), str(tmp_path / "export")]) == 0
     assert "layer_3" in json.loads((tmp_path / "export/ranking_by_layer.json").read_text())
     assert main(["verify", str(tmp_path / "run/pruned")]) == 0 and main(["inspect", str(tmp_path / "run/selection")]) == 0

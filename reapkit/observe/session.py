@@ -85,6 +85,8 @@ class Session:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }
+        if mtp:
+            meta["mtp"] = [site.layer for site in mtp.sites]
         ranks.same("how", meta)
         layers = [site.layer for site in sites]
         if spec.reroute_tokens:
