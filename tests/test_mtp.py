@@ -193,6 +193,7 @@ def test_observed_pruned_proven_and_quantized(recipe, tmp_path: Path, capsys: py
     assert pruned.nbytes == run.plan.pruned(run.plan.candidates[0]).nbytes
     quantized = Checkpoint.open(tmp_path / "run/quantized")
     assert read_layout(quantized).mtp[3].num_experts == 8 and quantized.nbytes == pytest.approx(run.plan.quantized_nbytes(run.plan.candidates[0]), rel=0.01)
+    assert "| Multi-token prediction | kept, for speculative decoding |" in (tmp_path / "run/pruned/README.md").read_text()
     assert load_model(tmp_path / "run/pruned") is not None and (tmp_path / "run/report.html").is_file()
     assert main(["report", str(tmp_path / "run/observation")]) == 0 and main(["inspect", str(tmp_path / "run/observation")]) == 0
     assert "multi-token prediction: layer 3, behind the decoder's" in capsys.readouterr().out
