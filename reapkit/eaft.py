@@ -164,15 +164,15 @@ def _table_borders(table: Table, sources: list[int], alphas: Sequence[Fraction],
 
 
 def _layer_sums(expert: ndarray, gate_norm: ndarray, group: ndarray, shape: tuple[int, int, int]) -> tuple[ndarray, ndarray]:
-    """N and Σgn [S, R, E] of one layer; `expert`, `gate_norm`: [T, top_k], `group`: [T] = source and region together."""
+    """N and Σgn [S, R, E] of one layer; `expert` (-1: none), `gate_norm`: [T, top_k], `group`: [T] = source and region together."""
     cells = math.prod(shape)
-    count, mass = np.zeros(cells), np.zeros(cells)
+    count, mass = np.zeros(cells + 1), np.zeros(cells + 1)  # the last of what is none
     for begin in range(0, len(group), CHUNK_POSITIONS):
         part = slice(begin, begin + CHUNK_POSITIONS)
-        cell = (group[part, None] * shape[2] + expert[part]).ravel()
-        count += np.bincount(cell, minlength=cells)
-        mass += np.bincount(cell, weights=gate_norm[part].ravel(), minlength=cells)
-    return count.reshape(shape), mass.reshape(shape)
+        cell = np.where(expert[part] < 0, cells, group[part, None] * shape[2] + expert[part]).ravel()
+        count += np.bincount(cell, minlength=cells + 1)
+        mass += np.bincount(cell, weights=gate_norm[part].ravel(), minlength=cells + 1)
+    return count[:-1].reshape(shape), mass[:-1].reshape(shape)
 
 
 def region_of(p: ndarray, h: ndarray, borders: Thresholds, *, p_from: ndarray | None = None, h_from: ndarray | None = None) -> ndarray:

@@ -141,8 +141,9 @@ def _footprints(plan: Plan, tokens: int) -> tuple[dict[str, Footprint], int]:
     batch = activation_bytes(text, plan.recipe.runtime.batch_tokens)
     hidden = tokens * int(text["hidden_size"]) * COMPUTE_BYTES
     largest = max(weights.values())
-    statistics = len(plan.layout.layers) * len(plan.recipe.calibration.mix) * plan.checkpoint.architecture.num_experts * 8 * 20
-    statistics += len(plan.layout.layers) * len(plan.recipe.calibration.mix) * plan.checkpoint.architecture.num_experts ** 2 * 8
+    observed, experts = len(plan.layout.layers) + len(plan.mtp), plan.checkpoint.architecture.num_experts
+    statistics = observed * len(plan.recipe.calibration.mix) * experts * 8 * (20 + experts)
+    rest += _mtp_weights(plan)
     return {"resident": Footprint(rest + sum(weights.values()) + batch, HOST_BASE_BYTES + statistics),
             "streaming": Footprint(rest + STREAMED_LAYERS * largest + READ_BUFFER_BYTES + batch, HOST_BASE_BYTES + statistics + largest)}, hidden
 
@@ -161,8 +162,17 @@ def _reroute(plan: Plan, tokens: int) -> Reroute | None:
     return Reroute(sampled, flops, 4 * sampled * experts * kept + 2 * chunk, waiting)
 
 
+def _mtp_weights(plan: Plan) -> int:
+    """Bytes of the multi-token-prediction blocks that are observed; they stay in memory, and share the model's embedding and head."""
+    if not plan.mtp:
+        return 0
+    own = [kind for kind in plan.layout.kinds if kind.tensor.name in plan.layout.mtp_tensors
+           and not kind.tensor.name.endswith(("embed_tokens.weight", "shared_head.head.weight"))]
+    return sum(kind.count * _computing_bytes(kind.tensor.dtype, kind.tensor.numel, kind.tensor.name) for kind in own)
+
+
 def layer_weights(checkpoint: Checkpoint, layout: Layout, kept: Mapping[int, int] | None = None) -> dict[int | None, int]:
-    """Bytes of each decoder layer as it computes, and (None) of everything else; multi-token-prediction blocks are not loaded.
+    """Bytes of each decoder layer as it computes, and (None) of everything else; multi-token-prediction blocks are not among them.
 
     `kept`: experts that stay, by MoE layer; None: all of them.
     """

@@ -32,7 +32,7 @@ class Trace:
 
     `source` int16 [T] (index into `Observation.sources`), `p` float32 [T] (full-vocabulary probability of the reference token),
     `h` float32 [T] (entropy of the softmax over the top-k logits / ln k), and per layer `routed(layer)` = (`expert` int16 [T,
-    top_k], `gate_norm` float32 [T, top_k]), read when asked for.
+    top_k], `gate_norm` float32 [T, top_k]), read when asked for; expert -1 where a multi-token-prediction block did not run.
     """
 
     source: ndarray
@@ -94,7 +94,7 @@ class Reroute:
     """What removal costs on a sample of tokens once they are re-routed (see reroute), by layer.
 
     Paths are those of each source, of all sources with equal weights, and of the mix by its scored tokens: S + 2 in this order.
-    `tokens` int64 [S]: sampled of each source. `order` int64 [L, S + 2, E]: experts as the backward greedy path removes them, -1
+    Multi-token-prediction blocks have none (order -1, 0 elsewhere). `tokens` int64 [S]: sampled of each source. `order` int64 [L, S + 2, E]: experts as the backward greedy path removes them, -1
     beyond the last that can go. `error` float64 [L, S + 2, E]: mean ‖y(A) − y(all)‖² / ‖r‖² once each is gone. `single` float64
     [L, S, E]: the same summed over a source's tokens after removing one expert alone.
     """
@@ -106,6 +106,11 @@ class Reroute:
 
     def __post_init__(self) -> None:
         as_arrays(self, "tokens", "order", "error", "single")
+
+    @property
+    def measured(self) -> ndarray:
+        """Which layers have paths, bool [L]."""
+        return (self.order >= 0).any(-1).any(-1)
 
 
 class Columns(dict[str, ndarray]):
@@ -122,7 +127,8 @@ class Columns(dict[str, ndarray]):
 class Observation:
     """Statistics of L MoE layers, S sources of the mix and E experts over the scored positions; two of the same model add up.
 
-    `layers`: decoder indices. `tokens`, `scored_tokens`: int64 [S], positions that are not padding, and those that are scored.
+    `layers`: decoder indices; numbers behind the decoder's are multi-token-prediction blocks, which run at all positions but the first few
+    of a row. `tokens`, `scored_tokens`: int64 [S], positions that are not padding, and those that are scored.
     `statistics`: float64 [L, S, E] each, by the names of SUMS: N, Σg, Σn, Σgn, Σ(gn)², with g the gate weight as the model
     hands it to its experts and n the L2 norm of the expert's output before the gate. `maxima`: float32 [L, S, E] each, by the
     names of MAXIMA: over every position that is not padding, and (`…_scored`) over the scored ones. `coactivation`: int64 [L,
@@ -224,6 +230,11 @@ class Observation:
         mine, theirs = self._identity(), other._identity()
         if differing := [name for name in mine if mine[name] != theirs[name]]:
             name = differing[0]
+            if differing == ["layers"] and min(self.layers, other.layers, key=len) == tuple(sorted(set(self.layers) & set(other.layers))):
+                raise UnusableError(
+                    f"one holds multi-token-prediction layers that the other does not: {', '.join(map(str, sorted(set(self.layers) ^ set(other.layers))))}. "
+                    "Observe both with the same prune.mtp."
+                )
             raise UnusableError(
                 f"observations of different models cannot be added: {name} is {mine[name]} here and {theirs[name]} "
                 "there. Merge observations of one checkpoint only."

@@ -190,6 +190,7 @@ def saliency(observation: Observation, spec: SaliencySpec, regions: Regions | No
         routed = regions.counts(alphas) > 0
     elif spec.criterion in REROUTE:
         values, routed = removal(observation, spec.criterion, source_alphas(observation, spec.mix)).saliency, summed.count > 0
+        values = np.where(observation.reroute.measured[:, None], values, reap(summed, spec))  # layers without a path: by plain REAP
     else:
         criterion = CRITERIA.get(spec.criterion) or user_criterion(spec.criterion)
         with np.errstate(divide="ignore", invalid="ignore"):  # what is not finite is masked or refused below

@@ -101,6 +101,7 @@ def _heading(found: Mapping[str, Any]) -> Block:
         f"observation of {found['model_type']}: {len(found['layers'])} MoE layers ({ranges(found['layers'])}), "
         f"top-{found['num_experts_per_tok']} of {found['num_experts']} experts",
         *([how + whose] if how + whose else []),
+        *([f"multi-token prediction: layer {ranges(meta['mtp'])}, behind the decoder's"] if meta.get("mtp") else []),
     )
 
 

@@ -83,13 +83,13 @@ class TableSums:
 
     def _layer(self, expert: ndarray, gate_norm: ndarray, cell: ndarray) -> tuple[ndarray, ndarray]:
         bins = self.num_sources * P_CELLS * H_CELLS * self.num_experts
-        count, mass = np.zeros(bins), np.zeros(bins)
+        count, mass = np.zeros(bins + 1), np.zeros(bins + 1)  # the last of expert -1
         for begin in range(0, len(cell), CHUNK_POSITIONS):
             part = slice(begin, begin + CHUNK_POSITIONS)
-            key = (cell[part, None] * self.num_experts + expert[part]).ravel()
-            count += np.bincount(key, minlength=bins)
-            mass += np.bincount(key, weights=gate_norm[part].ravel(), minlength=bins)
-        return count, mass
+            key = np.where(expert[part] < 0, bins, cell[part, None] * self.num_experts + expert[part]).ravel()
+            count += np.bincount(key, minlength=bins + 1)
+            mass += np.bincount(key, weights=gate_norm[part].ravel(), minlength=bins + 1)
+        return count[:-1], mass[:-1]
 
     def result(self, total: dict[str, Tensor]) -> Table:
         """The table that these sums over all groups make."""

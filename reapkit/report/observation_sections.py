@@ -43,7 +43,8 @@ def recorded(view: View) -> Section:
     observation = view.observation
     tokens, scored = int(observation.tokens.sum()), int(observation.scored_tokens.sum())
     routed = int(observation.statistics["count"].sum())
-    tiles = Tiles([("MoE layers", count(len(view.layers)), f"layers {view.layers[0]} to {view.layers[-1]}"),
+    blocks = f", {listed(observation.meta['mtp'])} multi-token prediction" if observation.meta.get("mtp") else ""
+    tiles = Tiles([("MoE layers", count(len(view.layers)), f"layers {view.layers[0]} to {view.layers[-1]}{blocks}"),
                    ("routed experts", count(view.experts), f"top-{observation.num_experts_per_tok} per token"),
                    ("tokens read", count(tokens), plural(len(observation.sources), "source")),
                    ("positions scored", count(scored), f"{_share(scored, tokens)} of the tokens"),

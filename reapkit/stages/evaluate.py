@@ -27,7 +27,8 @@ from reapkit.store import write_json
 def run(context: Context) -> dict[str, Any]:
     recipe, spec = context.recipe, context.recipe.evaluate
     index = context.inputs["select"].summary
-    selections = load_selections(context.inputs["select"].payload, [*index["candidates"], *index["controls"]])
+    decided = load_selections(context.inputs["select"].payload, [*index["candidates"], *index["controls"]])
+    selections = {name: selection.decoder(context.plan.checkpoint.architecture) for name, selection in decided.items()}
     nbytes = {candidate.name: context.plan.pruned(candidate).nbytes for candidate in context.plan.candidates}
     weights = load_repaired(context, list(selections))
     tried = [Candidate(name, selections[name], nbytes[name], weights=weights.get(name)) for name in index["candidates"]]
@@ -43,7 +44,7 @@ def run(context: Context) -> dict[str, Any]:
         evaluation = evaluate(load_model(context.model_directory, **where), packs, tried, gates, generation=spec.generation,
                               tokenizer=_tokenizer(context), smaller_cut=_smaller_cut(context), work_directory=context.work, **compared)
     write_json(context.payload / "evaluation.json", evaluation)
-    selections[evaluation["chosen"]].save(context.payload)
+    decided[evaluation["chosen"]].save(context.payload)
     return {name: evaluation[name] for name in ("chosen", "verdict", "advice")}
 
 

@@ -51,4 +51,4 @@ def _job(context: Context) -> Job:
                work=str(context.work.resolve()), spec=recipe.observe, batch_tokens=recipe.runtime.batch_tokens,
                identity=context.plan.checkpoint.identity, device=context.device, placement=own.placement,
                trust_remote_code=recipe.model.trust_remote_code, checkpoint_minutes=recipe.runtime.checkpoint_minutes,
-               hidden_bytes=own.host_budget, offload_directory=str(Path(directory).resolve()) if directory else None)
+               hidden_bytes=own.host_budget, offload_directory=str(Path(directory).resolve()) if directory else None, mtp=context.plan.mtp)
