@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from reapkit.checkpoint import Checkpoint
 from reapkit.cli import _run
-from reapkit.errors import RejectedByGates, StageFailed
+from reapkit.errors import RejectedByGates, StageFailed, UnusableError
 from reapkit.observation import Observation
 from reapkit.planning import make_plan
 from reapkit.progress import Progress
@@ -259,6 +259,24 @@ def test_streaming_gives_the_same_observation_and_the_same_numbers(finished: Run
         assert row["name"] == expected["name"] and row["bytes"] == expected["bytes"]
         assert row["kl_mean"] == pytest.approx(expected["kl_mean"], rel=1e-3, abs=1e-6)
         assert row["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-3)
+
+
+def test_a_missing_lm_eval_is_told_before_anything_runs(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reapkit.evaluate.task_benchmarks.importlib.util.find_spec", lambda name: None)
+    asked = recipe(tmp_path, "evaluate.lm_eval={tasks: [arc_easy]}")
+    with pytest.raises(UnusableError, match="evaluate.lm_eval needs the package lm-eval, which is not installed"):
+        apply(asked)
+    assert not list((tmp_path / "store").glob("calibrate-*"))
+    assert apply(asked, until="calibrate").executed == ["calibrate"]  # which needs none
+
+
+def test_another_content_of_a_task_file_is_another_verification(finished: Run, root: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(DEMO.read_text())
+    keys = []
+    for content in ("task: one", "task: two", "task: one"):
+        (tmp_path / "mine.yaml").write_text(content)
+        keys.append(make_plan(load(tmp_path / "recipe.yaml", (*SMALL, "evaluate.lm_eval={tasks: [mine.yaml]}"))).stage("verify").key)
+    assert keys[0] == keys[2] != keys[1]
 
 
 def test_layers_may_keep_different_numbers(finished: Run, root: Path) -> None:
