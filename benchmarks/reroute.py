@@ -57,9 +57,16 @@ def peak_bytes(device: str) -> int:
     return torch.cuda.max_memory_allocated() if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def product_rate(rows: int, inner: int, outer: int, dtype: torch.dtype, device: str) -> float:
+    """FLOP/s of a plain matrix product of this size, the best of five: the limit that nothing built on products can pass."""
+    left, right = torch.randn(rows, inner).to(device, dtype), torch.randn(outer, inner).to(device, dtype)
+    seconds = [timed(lambda: torch.nn.functional.linear(left, right), device)[1] for _ in range(6)][1:]
+    return 2 * rows * inner * outer / min(seconds)
+
+
 @torch.no_grad()
 def measure(arguments: argparse.Namespace) -> dict[str, object]:
-    """Seconds of each part, FLOPs of the outputs, bytes before and at the peak."""
+    """Seconds of each part, FLOPs of the outputs and the time that plain products of that many take, bytes before and at the peak."""
     site, device = build(arguments), arguments.device
     inputs = torch.randn(arguments.tokens, arguments.hidden, generator=torch.Generator().manual_seed(1)).to(device, getattr(torch, arguments.dtype))
     residual, before = torch.full((arguments.tokens,), float(arguments.hidden)), peak_bytes(device)
@@ -78,9 +85,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
         _, single_s = timed(lambda: single(sampled, 1), device)
         calls = 0
         found, path_s = timed(lambda: path(sampled), device)
+    computing = torch.float32 if device == "cpu" else getattr(torch, arguments.dtype)
+    rate = product_rate(512, arguments.hidden, 2 * arguments.inner, computing, device)
+    flop = 2 * arguments.tokens * arguments.experts * arguments.hidden * (3 * arguments.inner + min(arguments.experts, 256))
     return {
-        "outputs_seconds": outputs_s, "probe_seconds": probe_s, "single_seconds": single_s, "path_seconds": path_s, "router_calls": calls,
-        "outputs_flop": 2 * arguments.tokens * arguments.experts * arguments.hidden * (3 * arguments.inner + min(arguments.experts, 256)),
+        "outputs_seconds": outputs_s, "outputs_flop": flop, "product_flop_per_second": rate, "limit_seconds": flop / rate,
+        "share_of_limit": flop / rate / outputs_s,
+        "probe_seconds": probe_s, "single_seconds": single_s, "path_seconds": path_s, "router_calls": calls,
         "kept_bytes": arguments.tokens * arguments.experts * min(arguments.experts, 256) * 4, "local": local,
         "bytes_before": before, "bytes_peak": peak_bytes(device), "removed": int((found.order >= 0).sum()),
     }  # fmt: skip

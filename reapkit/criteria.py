@@ -20,6 +20,8 @@ from reapkit.errors import Problem, RecipeError
 from reapkit.recipe.schema import BUILTIN_CRITERIA
 
 ENTRY_POINT_GROUP = "reapkit.criteria"
+NO_PATH = ("reroute follows paths that were measured for the mix as it was calibrated, for equal weights of all sources, and for each source "
+           "alone; others are unknown. Choose one of these, change calibration.mix, or choose reroute-single.")
 _MODULE_FUNCTION = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy import ndarray
 
 from reapkit.allocation import (
     BY_HAND,
@@ -47,7 +47,7 @@ class Shared:
     regions: Regions | None
     protected: tuple[Mapping[int, str], ...]
 
-    def rankings(self, values: Tensor, spec: SaliencySpec) -> dict[int, LayerRanking]:
+    def rankings(self, values: ndarray, spec: SaliencySpec) -> dict[int, LayerRanking]:
         layers, groups = self.observation.layers, self.architecture.n_group
         rows = zip(layers, values.tolist(), self.protected, strict=True)
         plain = {layer: LayerRanking(tuple(row), kept, groups) for layer, row, kept in rows}
@@ -111,16 +111,16 @@ def decide(observation: Observation, spec: SaliencySpec, prune: PruneSpec, archi
                  for candidate in chosen)
 
 
-def super_experts(activation_max: Tensor) -> list[list[int]]:
+def super_experts(activation_max: ndarray) -> list[list[int]]:
     """Experts with massive activations by layer (arXiv 2507.23279): `activation_max` [L, E] above its limit in early layers.
 
     The limit is the larger of the 99.5th percentile over all layers (linear interpolation) and a tenth of the maximum; early is
     the first 75 % of the layers.
     """
-    values = activation_max.double()
-    limit = max(float(torch.quantile(values.flatten(), SUPER_QUANTILE)), SUPER_FRACTION * float(values.max()))
+    values = activation_max.astype(np.float64)
+    limit = max(float(np.quantile(values, SUPER_QUANTILE)), SUPER_FRACTION * float(values.max()))
     deepest = int(len(values) * SUPER_DEPTH)
-    return [(row > limit).nonzero().flatten().tolist() if layer < deepest else [] for layer, row in enumerate(values)]
+    return [np.flatnonzero(row > limit).tolist() if layer < deepest else [] for layer, row in enumerate(values)]
 
 
 def _protected(observation: Observation, prune: PruneSpec, alphas: Sequence[Fraction], regions: Regions | None,
@@ -131,7 +131,7 @@ def _protected(observation: Observation, prune: PruneSpec, alphas: Sequence[Frac
     protected: tuple[dict[int, str], ...] = tuple({} for _ in observation.layers)
     if prune.protect.core_per_layer:
         mass = regions.good_mass(alphas)
-        top = mass.sort(dim=1, descending=True, stable=True).indices[:, : prune.protect.core_per_layer]
+        top = np.argsort(-mass, axis=1, kind="stable")[:, : prune.protect.core_per_layer]
         for layer, experts in enumerate(top.tolist()):
             protected[layer].update({expert: CORE for expert in experts if mass[layer, expert] > 0})
     if prune.protect.super_experts:
@@ -139,7 +139,7 @@ def _protected(observation: Observation, prune: PruneSpec, alphas: Sequence[Frac
             raise UnusableError("prune.protect.super_experts: this observation has no activation_max, by which super experts are found. "
                                 "Set prune.protect.super_experts: false, or observe with reapkit.")
         weighed = [source for source, alpha in enumerate(alphas) if alpha]
-        for layer, experts in enumerate(super_experts(observation.maxima["activation_max"][:depth, weighed].amax(1))):
+        for layer, experts in enumerate(super_experts(observation.maxima["activation_max"][:depth, weighed].max(1))):
             protected[layer].update(dict.fromkeys(experts, SUPER))
     for layer, experts in prune.protect.experts.items():
         protected[observation.layers.index(layer)].update(dict.fromkeys(experts, BY_HAND))

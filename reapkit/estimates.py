@@ -16,6 +16,7 @@ from reapkit.architecture import text_config
 from reapkit.checkpoint import Checkpoint
 from reapkit.layout import LAYER, Layout
 from reapkit.planning import Plan
+from reapkit.schemes import kept_share
 
 COMPUTE_BYTES = 2  # bf16: FP8 and MXFP4 weights are dequantized to it
 LOGITS_BYTES = 256_000_000  # logits are taken in chunks of this size
@@ -170,8 +171,11 @@ def _mtp_weights(plan: Plan) -> int:
     return sum(kind.count * _computing_bytes(kind.tensor.dtype, kind.tensor.numel, kind.tensor.name) for kind in own)
 
 
-def layer_weights(checkpoint: Checkpoint, layout: Layout) -> dict[int | None, int]:
-    """Bytes of each decoder layer as it computes, and (None) of everything else; multi-token-prediction blocks are not among them."""
+def layer_weights(checkpoint: Checkpoint, layout: Layout, kept: Mapping[int, int] | None = None) -> dict[int | None, int]:
+    """Bytes of each decoder layer as it computes, and (None) of everything else; multi-token-prediction blocks are not among them.
+
+    `kept`: experts that stay, by MoE layer; None: all of them.
+    """
     depth = checkpoint.architecture.num_hidden_layers
     found: dict[int | None, int] = {None: 0}
     for kind in layout.kinds:
@@ -180,7 +184,8 @@ def layer_weights(checkpoint: Checkpoint, layout: Layout) -> dict[int | None, in
             continue
         match = LAYER.match(tensor.name)
         layer = int(match["index"]) if match and int(match["index"]) < depth else None
-        found[layer] = found.get(layer, 0) + kind.count * _computing_bytes(tensor.dtype, tensor.numel, tensor.name)
+        nbytes = kind.count * _computing_bytes(tensor.dtype, tensor.numel, tensor.name)
+        found[layer] = found.get(layer, 0) + (nbytes if kept is None else round(nbytes * kept_share(kind, kept)))
     return found
 
 

@@ -18,9 +18,9 @@ from reapkit import builtin
 from reapkit.architecture import text_config
 from reapkit.budget import Candidate, budget_notes, candidates
 from reapkit.checkpoint import Checkpoint
-from reapkit.criteria import criterion_fingerprint, criterion_problem
+from reapkit.criteria import NO_PATH, criterion_fingerprint, criterion_problem
 from reapkit.errors import Problem, ReapkitError, RecipeError
-from reapkit.gates import resolve
+from reapkit.gates import GENERATION_METRICS, resolve
 from reapkit.hashing import digest
 from reapkit.imported import ImportedObservation
 from reapkit.layer_budget import ranges
@@ -34,7 +34,7 @@ from reapkit.schemes import check_quantize, quantized_bytes, scheme_of, targets
 from reapkit.store import Artifact, Store
 
 STAGES = ("calibrate", "packs", "observe", "select", "repair", "evaluate", "prune", "quantize", "verify", "report")
-VERSIONS = {"calibrate": 1, "packs": 1, "observe": 1, "select": 1, "repair": 1, "evaluate": 2, "prune": 1, "quantize": 2, "verify": 2, "report": 2}
+VERSIONS = {"calibrate": 1, "packs": 1, "observe": 1, "select": 1, "repair": 1, "evaluate": 3, "prune": 1, "quantize": 3, "verify": 4, "report": 4}
 """Raised by one whenever a stage's code would give other bytes for the same spec."""
 
 
@@ -211,7 +211,7 @@ def _check(loaded: LoadedRecipe, checkpoint: Checkpoint, layout: Layout, observa
     problems += _unavailable(recipe, layout, checkpoint, observation) + _source_problems(recipe)
     problems += [Problem(f"saliency.mix.{name}", f"no source of calibration.mix has this name.{closest(name, names)} Allowed: {', '.join(names)}.")
                  for name in recipe.saliency.mix or {} if name not in names]
-    problems += _unmeasured(recipe)
+    problems += ([*_unmeasured(recipe), *_without_path(recipe)] if observation is None else []) + _unmeasured_gates(recipe)
     problems += [problem for i, name in enumerate(recipe.evaluate.controls)
                  if (problem := criterion_problem(name, f"evaluate.controls[{i}]"))]
     for gates in (recipe.evaluate.gates, recipe.evaluate.gates_quantized):
@@ -243,11 +243,37 @@ def _unmeasured(recipe: Recipe) -> list[Problem]:
     """Criteria that need what the observation would not collect."""
     if recipe.observe.reroute_tokens:
         return []
+    return [Problem(path, f"{name} is measured while observing, and observe.reroute_tokens is 0. Set it to 8192.")
+            for path, name in _criteria(recipe).items() if name in ("reroute", "reroute-single")]
+
+
+def _without_path(recipe: Recipe) -> list[Problem]:
+    """Weights of sources that `reroute` has no path for, said before anything is observed."""
+    mix = recipe.saliency.mix
+    weighed = {weight for weight in mix.values() if weight} if mix else set()
+    everyone_alike = len(weighed) == 1 and all(mix.get(entry.name) for entry in recipe.calibration.mix)
+    if mix is None or everyone_alike or sum(1 for weight in mix.values() if weight) <= 1 or "reroute" not in _criteria(recipe).values():
+        return []
+    return [Problem("saliency.mix", NO_PATH)]
+
+
+def _criteria(recipe: Recipe) -> dict[str, str]:
+    """Where criteria are named -> their names."""
     grid = recipe.prune.candidates.criterion if recipe.prune.candidates else None
     named = {f"prune.candidates.criterion[{i}]": name for i, name in enumerate(grid)} if grid else {"saliency.criterion": recipe.saliency.criterion}
-    named |= {f"evaluate.controls[{i}]": name for i, name in enumerate(recipe.evaluate.controls)}
-    return [Problem(path, f"{name} is measured while observing, and observe.reroute_tokens is 0. Set it to 8192.")
-            for path, name in named.items() if name in ("reroute", "reroute-single")]
+    return named | {f"evaluate.controls[{i}]": name for i, name in enumerate(recipe.evaluate.controls)}
+
+
+def _unmeasured_gates(recipe: Recipe) -> list[Problem]:
+    """Limits, of those that the user wrote, on what would never be measured: the verdict could only be undecided."""
+    evaluate, problems = recipe.evaluate, []
+    for field, instead in (("gates", "Set evaluate.generation, or remove it." if evaluate.generation is None else None),
+                           ("gates_quantized", "Continuations are judged before anything is written: move it to evaluate.gates, or remove it.")):
+        limits = getattr(evaluate, field)
+        written = set() if limits is None or isinstance(limits, str) else set(limits.model_dump(exclude_none=True))
+        problems += [Problem(f"evaluate.{field}.{metric}", f"is a limit on generated text, and none would be written. {instead}")
+                     for metric in sorted(written & GENERATION_METRICS) if instead]
+    return problems
 
 
 def _unavailable(recipe: Recipe, layout: Layout, checkpoint: Checkpoint, observation: Path | None) -> list[Problem]:
@@ -307,7 +333,7 @@ def _specs(loaded: LoadedRecipe, checkpoint: Checkpoint, grid: tuple[Candidate, 
         **({"repair": ({"repair": prune.repair, "model": model}, ("calibrate", "select"), ())} if repaired else {}),
         "evaluate": ({"evaluate": _dump(evaluate, exclude={"gates_quantized", "on_reject", "on_undecided", "lm_eval", "throughput",
                                                            "equal_bytes"})},
-                     ("packs", "select", *repaired), ()),
+                     ("packs", "select", *repaired), ("observe",)),
         "prune": ({"candidate": winner, "mtp": prune.mtp, "repair": prune.repair, "model": model,
                    "max_shard_bytes": recipe.output.max_shard_bytes}, ("select", *repaired), ("evaluate",)),
     }

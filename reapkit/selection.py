@@ -1,6 +1,6 @@
 """Which experts stay and which go, with the reason for each: plain data that a person can read and every later stage obeys.
 
-Reading a Selection needs no torch; deciding one does.
+Neither reading nor deciding one needs torch.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def select(observation: Observation, saliency: SaliencySpec, prune: PruneSpec, a
 def select_all(observation: Observation, saliency: SaliencySpec, prune: PruneSpec, architecture: Architecture,
                candidates: Sequence[Candidate] | None = None) -> tuple[Selection, ...]:
     """One selection per candidate (default: the recipe's own grid, in its order); the observation is read once for all."""
-    from reapkit.decision import decide  # torch, which those who only read a Selection do without
+    from reapkit.decision import decide  # which imports this module
 
     return decide(observation, saliency, prune, architecture, candidates)
 

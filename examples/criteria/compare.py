@@ -91,6 +91,8 @@ class Comparison:
         for draw, seed in enumerate(self.seeds):
             for calibration, weights in CALIBRATIONS.items():
                 chosen = {str(number): cell for number, cell in enumerate(wanted) if cell.calibration == calibration}
+                if not chosen:
+                    continue
                 tokens = self.study.tokens(seed, SOURCES if weights is None else tuple(weights))
                 found = repair(LayeredModel(self.study.directory), tokens, {name: self.selection(cell, draw) for name, cell in chosen.items()},
                                self.study.scratch / f"repair-{calibration}-{seed}", batch_tokens=8192)

@@ -67,10 +67,28 @@ def markdown(models: Sequence[Mapping[str, Any]]) -> str:
             for ratio in ratios:
                 found = ratio_to(increases, (criterion, ratio, allocation, calibration, how), ("reap", ratio, "uniform", calibration, None))
                 cells.append("–" if found is None else f"{found[0]:.2f} [{found[1]:.2f}, {found[2]:.2f}]")
-            lines.append(f"| {_name(criterion, allocation, how)} | " + " | ".join(cells) + " |")
+            have = sum(any((criterion, ratio, allocation, calibration, how) in model for ratio in ratios) for model in increases)
+            fewer = f" ({have} of {len(models)} models)" if have < len(models) else ""
+            lines.append(f"| {_name(criterion, allocation, how)}{fewer} | " + " | ".join(cells) + " |")
         parts.append("\n".join(lines))
+    parts += _repairs(increases, known, ratios)
     parts += [_model(model, found, ratios) for model, found in zip(models, rows, strict=True)]
     return "\n\n".join([*parts, _other_domains(rows)]) + "\n"
+
+
+def _repairs(increases: Sequence[Mapping[Key, float]], known: Sequence[Key], ratios: Sequence[float]) -> list[str]:
+    """What the re-fit leaves of the increase of the very same choice without it, over the models that have both."""
+    repaired = [cell for cell in known if cell[4] is not None]
+    if not repaired:
+        return []
+    lines = _head("re-fitted, as a multiple of the same choice as it is", ratios)
+    for criterion, allocation, calibration, how in dict.fromkeys((cell[0], *cell[2:]) for cell in repaired):
+        cells = []
+        for ratio in ratios:
+            found = ratio_to(increases, (criterion, ratio, allocation, calibration, how), (criterion, ratio, allocation, calibration, None))
+            cells.append("–" if found is None else f"{found[0]:.2f} [{found[1]:.2f}, {found[2]:.2f}]")
+        lines.append(f"| {_name(criterion, allocation, how)}, {calibration} | " + " | ".join(cells) + " |")
+    return ["\n".join(lines)]
 
 
 def _model(model: Mapping[str, Any], found: Mapping[Key, Mapping[str, Any]], ratios: Sequence[float]) -> str:
@@ -86,13 +104,13 @@ def _model(model: Mapping[str, Any], found: Mapping[Key, Mapping[str, Any]], rat
 
 
 def _other_domains(rows: Sequence[Mapping[Key, Mapping[str, Any]]]) -> str:
-    """Calibrated on code alone, 50 % removed, uniform: the increase on code and on the rest, mean over models."""
-    lines = ["| calibrated on code alone, 50 % removed, uniform | code | tools | prose | math |", "|---|---|---|---|---|"]
-    for criterion, how in dict.fromkeys((cell[0], cell[4]) for model in rows for cell in model if cell[3] == "code alone"):
-        found = [model[cell] for model in rows if (cell := (criterion, 0.5, "uniform", "code alone", how)) in model]
-        if found:
-            means = [fmean(one["by_source"][source] for one in found) for source in ("code", "tools", "prose", "math")]
-            lines.append(f"| {_name(criterion, 'uniform', how)} | " + " | ".join(f"{value:.3f}" for value in means) + " |")
+    """Calibrated on code alone, 50 % removed, uniform: the increase on code and on the rest, mean over the models that have every row."""
+    cells = list(dict.fromkeys(cell for model in rows for cell in model if cell[1:4] == (0.5, "uniform", "code alone")))
+    whole = [model for model in rows if all(cell in model for cell in cells)]
+    lines = [f"| calibrated on code alone, 50 % removed, uniform, mean of {len(whole)} models | code | tools | prose | math |", "|---|---|---|---|---|"]
+    for cell in cells if whole else ():
+        means = [fmean(model[cell]["by_source"][source] for model in whole) for source in ("code", "tools", "prose", "math")]
+        lines.append(f"| {_name(cell[0], 'uniform', cell[4])} | " + " | ".join(f"{value:.3f}" for value in means) + " |")
     return "\n".join(lines)
 
 

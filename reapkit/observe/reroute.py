@@ -6,6 +6,7 @@ that survive a kill. Once all groups have passed, and while the layer is in memo
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -247,10 +248,19 @@ def _outputs(site: RoutedExperts, read: Tensor, residual: Tensor, projected: boo
     parts = []
     for at in range(0, len(read), chunk):
         rows = slice(at, at + chunk)
-        out = torch.stack([site.expert(read[rows], expert).float() for expert in range(site.num_experts)], 1) * scale[rows, None, None]
+        out = torch.stack([_output(site, read[rows], expert) for expert in range(site.num_experts)], 1) * scale[rows, None, None]
         parts.append(out @ out.mT if matrix is None else out @ matrix)
     found = torch.cat(parts)
     return InnerProducts(found) if matrix is None else Vectors(found)
+
+
+def _output(site: RoutedExperts, hidden: Tensor, expert: int) -> Tensor:
+    """f(x) of one expert in float32, computed so on a CPU: without matrix units for it, half precision is several times slower there."""
+    if hidden.device.type != "cpu" or hidden.dtype == torch.float32 or site.linearised:
+        return site.expert(hidden, expert).float()
+    alone = copy.copy(site.module)
+    alone._parameters = {name: tensor if tensor is None else tensor[expert : expert + 1].float() for name, tensor in site.module._parameters.items()}
+    return replace(site, module=alone).expert(hidden.float(), 0)
 
 
 class Router:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from numpy import ndarray
 from torch import Tensor, nn
 
 from reapkit.calibration.tokens import CalibrationTokens, batches
@@ -89,7 +90,7 @@ def _sum_group(model: nn.Module, session: Session, group: int, batch_tokens: int
     return sums.tensors() | ({} if session.table is None else session.table.tensors(group))
 
 
-def _pilot(model: nn.Module, session: Session, batch_tokens: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _pilot(model: nn.Module, session: Session, batch_tokens: int, device: torch.device) -> tuple[ndarray, ndarray, ndarray]:
     """p, H and source at the signal positions of the first rows, whatever rows are observed later: every attempt gets the same."""
     seen: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
     rows = [row for group in session.tokens.groups for row in group]
@@ -102,7 +103,7 @@ def _pilot(model: nn.Module, session: Session, batch_tokens: int, device: torch.
             hidden = final_hidden(model, batch.input_ids.to(device), positions)
         p, h, source = watch.signals(model, hidden)
         seen.append((p.cpu(), h.cpu(), source))
-    return tuple(torch.cat(parts) for parts in zip(*seen, strict=True))
+    return tuple(torch.cat(parts).numpy() for parts in zip(*seen, strict=True))
 
 
 def _unwatched(site: RoutedExperts, hidden: Tensor, index: Tensor, gates: Tensor, inner: Experts) -> Tensor:

@@ -32,7 +32,7 @@ def _by_shape(value: Any) -> str:
 class Section(BaseModel):
     """A mapping of the recipe: unknown keys are refused, values never change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, defer_build=True, strict=True, allow_inf_nan=False)
 
 
 class ModelSpec(Section):

@@ -184,7 +184,7 @@ def _json(artifacts: Mapping[str, Artifact], stage: str, file: str) -> dict[str,
 def _observation(artifacts: Mapping[str, Artifact]) -> Observation | None:
     if "observe" not in artifacts or not artifacts["observe"].has_payload:
         return None
-    from reapkit.observation import Observation  # torch, which a plan does without
+    from reapkit.observation import Observation
 
     return Observation.load(artifacts["observe"].payload)
 

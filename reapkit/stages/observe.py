@@ -27,7 +27,7 @@ def run(context: Context) -> dict[str, Any]:
     observation.save(context.payload)
     _say_how_settled(context, observation)
     count = int(observation.tokens.sum())
-    never = int((sum(observation.statistics["count"].unbind(1)) == 0).sum())
+    never = int((observation.statistics["count"].sum(1) == 0).sum())
     return {"tokens": count, "scored_tokens": int(observation.scored_tokens.sum()), "never_routed": never, "device": context.device,
             "placement": job.placement, "ranks": context.ranks.world, "tokens_per_second": round(count / max(time.time() - started, 1e-9))}
 
@@ -38,7 +38,8 @@ def _say_how_settled(context: Context, observation: Observation) -> None:
     kept = context.plan.kept(candidate)
     half = first_half(observation, {layer: kept.get(layer, observation.num_experts // 2) for layer in observation.layers})
     if half is not None:
-        context.progress.say(f"observe: at the budget of {candidate.name}, {first_half_sentence(half)}")
+        ranked = "" if candidate.criterion == "reap" else "ranked by reap, "  # what snapshots can follow
+        context.progress.say(f"observe: at the budget of {candidate.name}, {ranked}{first_half_sentence(half)}")
 
 
 def _job(context: Context) -> Job:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +33,8 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 class Proof:
     """One claim about one directory and whether it holds; `value` is the number behind it.
 
-    Where a claim could not be tested here `measured` is False, `passed` True, and `detail` says why.
+    Where a claim could not be tested here `measured` is False, `passed` True, and `detail` says why. `by_layer`: that number for each
+    decoder layer, where it has one.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Proof:
     value: float | None = None
     measured: bool = True
     directory: str = ""
+    by_layer: Mapping[str, float] | None = None
 
 
 def not_measured(name: str, why: str) -> Proof:

@@ -6,11 +6,13 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from observations import observe_routing, random_routing
 from reapkit.cli import _run
-from reapkit.observation import Observation
+from reapkit.observation import Observation, Reroute
 from reapkit.planning import make_plan
 from reapkit.recipe.loading import load
 from reapkit.selection import Selection
@@ -40,13 +42,23 @@ def test_it_decides_without_reading_a_token(observed: Path, tmp_path: Path, capf
     assert "warning: observe: the observation was imported from" in said.err and "scored tokens of code, tools, while calibration.mix names" in said.err
     recorded = found["stages"]["observe"]["summary"]["imported"]
     assert recorded["directory"] == str(observed) and recorded["sources"].keys() == {"code", "tools"}
-    expected = Observation.load(observed).saliency("reap").sort(dim=1, descending=True, stable=True).indices[:, :24]
+    expected = np.argsort(-Observation.load(observed).saliency("reap"), axis=1, kind="stable")[:, :24]
     chosen = Selection.load(tmp_path / "run" / "selection")
     assert [sorted(row) for row in expected.tolist()] == [list(kept) for kept in chosen.keep.values()]
     assert decide(tmp_path, observed, "prune.ratio=0.25", "calibration.samples=9") == 0
     assert json.loads(capfd.readouterr().out)["executed"] == []  # the recipe's calibration does not enter
     assert decide(tmp_path, tmp_path / "run", "prune.ratio=0.5") == 0
     assert json.loads(capfd.readouterr().out)["executed"] == ["select"]  # the same content, from another place
+
+
+def test_what_it_holds_of_re_routing_counts_not_what_the_recipe_would_collect(observed: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert decide(tmp_path, observed, "saliency.criterion=reroute") == 3
+    assert "reroute needs removal paths, and this observation holds none" in capsys.readouterr().err
+    order = torch.arange(32).flip(0).repeat(4, 4, 1)
+    measured = Reroute(torch.tensor([9, 9]), order, torch.linspace(0, 1, 32, dtype=torch.float64).repeat(4, 4, 1), torch.rand(4, 2, 32).double())
+    replace(Observation.load(observed), reroute=measured).save(tmp_path / "observation")
+    assert decide(tmp_path, tmp_path / "observation", "saliency.criterion=reroute", "prune.ratio=0.25", "prune.protect={super_experts: false}") == 0
+    assert all(kept == tuple(range(24)) for kept in Selection.load(tmp_path / "run" / "selection").keep.values())
 
 
 def test_other_content_is_another_key(observed: Path, tmp_path: Path) -> None:

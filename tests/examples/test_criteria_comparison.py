@@ -48,6 +48,8 @@ def test_tables_name_every_cell_and_mark_what_is_beyond_noise() -> None:
                                                                           row("reap", 0.4, "", "code alone")]} for name in ("a", "b", "c")]
     text = markdown(models)
     assert "| reroute | 0.50 [0.50, 0.50] |" in text and "| reroute | 0.100 [0.050, 0.200] ▼ |" in text
+    whole = {**models[0], "rows": [row("reap", 0.8, "", "code alone"), row("reroute", 0.6, "", "code alone")]}
+    assert "mean of 1 models | code | tools | prose | math |\n|---|---|---|---|---|\n| reap | 0.800 |" in markdown([*models, whole])
     assert "| reap | 0.400 | 0.400 | 0.400 | 0.400 |" in text and "a (1.50), b (1.50), c (1.50)" in text
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
-import torch
 from tiny_tokens import tiny_tokens
 
 from reapkit.calibration.tokens import CalibrationTokens
 from reapkit.errors import UnusableError
 from reapkit.models import load_model
 from reapkit.observation import Observation
+from reapkit.observe import reroute
 from reapkit.observe.partials import Partials
 from reapkit.observe.reroute import sampled_positions
 from reapkit.observe.resident import observe
@@ -58,7 +59,7 @@ def test_streaming_and_waves_give_the_resident_bytes(model_type: str, tmp_path: 
     for number, budget in enumerate((None, 48 * 64 * 4)):
         got = observe_streaming(path, tokens, SPEC, batch_tokens=48, work_directory=tmp_path / f"streaming-{number}", hidden_bytes=budget)
         for name, tensor in vars(expected.reroute).items():
-            assert torch.equal(getattr(got.reroute, name), tensor), name
+            assert np.array_equal(getattr(got.reroute, name), tensor), name
     assert len(list(tmp_path.glob("streaming-1/sums-*/wave-*/done"))) > 1
     assert not list(tmp_path.glob("*/sums-*/reroute-*-*.safetensors")), "inputs are dropped once their layer is done"
 
@@ -79,12 +80,47 @@ def test_killed_and_run_again_gives_the_same_bytes(tmp_path: Path, monkeypatch: 
     assert saved(resident(path, tokens, tmp_path / "killed"), tmp_path / "b") == expected
 
 
+@pytest.mark.parametrize("placement", ["resident", "streaming"])
+def test_interrupted_between_two_layers_paths_it_goes_on_with_the_second(placement: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, tokens = prepared("qwen3_moe", tmp_path)
+    expected = resident(path, tokens, tmp_path / "whole").reroute
+    find, found = reroute.measure_layer, []
+
+    def interrupted(model, site, *rest):
+        if len(found) == 1:
+            raise KeyboardInterrupt
+        found.append(site.layer)
+        return find(model, site, *rest)
+
+    def observed() -> Observation:
+        if placement == "resident":
+            return resident(path, tokens, tmp_path / "stopped")
+        return observe_streaming(path, tokens, SPEC, batch_tokens=48, work_directory=tmp_path / "stopped", checkpoint_minutes=0)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(reroute, "measure_layer", interrupted)
+        observed()
+    again = []
+    monkeypatch.setattr(reroute, "measure_layer", lambda model, site, *rest: again.append(site.layer) or find(model, site, *rest))
+    result = observed()
+    assert found == [0] and again == [1, 2], "a finished layer's paths are not found again"
+    assert all(torch.equal(getattr(result.reroute, name), tensor) for name, tensor in vars(expected).items())
+    assert not list(tmp_path.glob("stopped/sums-*/reroute-*-*.safetensors"))
+
+
+def test_a_sample_larger_than_the_calibration_is_all_of_it(tmp_path: Path) -> None:
+    path, tokens = prepared("qwen3_moe", tmp_path)
+    spec = ObserveSpec(eaft=False, reroute_tokens=100_000)
+    observation = observe(load_model(path), tokens, spec, batch_tokens=48, work_directory=tmp_path / "work")
+    assert torch.equal(observation.reroute.tokens, observation.scored_tokens)
+
+
 def test_an_observation_keeps_its_paths_and_a_sum_has_none(tmp_path: Path) -> None:
     path, tokens = prepared("qwen3_moe", tmp_path)
     observation = resident(path, tokens, tmp_path / "work")
     observation.save(tmp_path / "saved")
     loaded = Observation.load(tmp_path / "saved")
-    assert all(torch.equal(getattr(loaded.reroute, name), tensor) for name, tensor in vars(observation.reroute).items())
+    assert all(np.array_equal(getattr(loaded.reroute, name), tensor) for name, tensor in vars(observation.reroute).items())
     assert (loaded + observation).reroute is None
 
 
@@ -101,5 +137,5 @@ def test_every_other_architecture_is_rerouted_by_its_own_block(model_type: str, 
     removed = (observation.reroute.order >= 0).sum(-1)
     least = {"mixtral": 2, "phimoe": 2, "deepseek_v2": 8, "deepseek_v3": 8, "deepseek_v32": 8}.get(model_type, 4)
     assert (removed == observation.num_experts - least).all() and (observation.reroute.error[:, -1, 0] >= 0).all()
-    last = observation.reroute.error[:, -1].gather(-1, removed[:, -1:] - 1)
+    last = np.take_along_axis(observation.reroute.error[:, -1], removed[:, -1:] - 1, -1)
     assert (last > observation.reroute.error[:, -1, :1]).all() or model_type == "ernie4_5_moe"  # whose tiny router sends all tokens the same way
