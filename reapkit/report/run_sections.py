@@ -41,8 +41,7 @@ def rejection(facts: RunFacts) -> list[Note | Code]:
     title = {"reject": "Rejected by the gates: nothing was written.", "undecided": "Undecided: nothing was written.",
              "pass": "The evaluation passed; the run ended before it wrote the model."}.get(verdict, "The run ended before the evaluation.")
     tone = TONES.get(verdict, "info")
-    said, _, details = str(evaluation.get("advice") or "").partition("
-")
+    said, _, details = str(evaluation.get("advice") or "").partition("\n")
     first = next((line.strip() for line in details.splitlines() if line.strip().startswith("--set ")), None)
     return [Note(tone, said, title) if said else Note(tone, title), *([Code(dedent(details), "Why, and what to change")] if details else []),
             *([Code(f"{facts.command} {first}", "The first of these, to paste")] if first else [])]
