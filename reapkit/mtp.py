@@ -7,11 +7,11 @@ from typing import Literal
 
 from reapkit.architecture import text_config
 from reapkit.checkpoint import Checkpoint
+from reapkit.layer_budget import ranges
 from reapkit.layout import Layout
 
 LOADED = ("deepseek_v3", "glm4_moe")
 """Model types whose blocks transformers loads beside the model."""
-LOST = "Engines lose speculative decoding with it."
 
 
 def observed_mtp(wish: Literal["auto", "observe", "drop"], checkpoint: Checkpoint, layout: Layout, *, trust_remote_code: bool = False,
@@ -50,3 +50,14 @@ def why_unobserved(checkpoint: Checkpoint, layout: Layout, *, trust_remote_code:
     if counts != {architecture.num_experts}:
         return f"its block has {' and '.join(map(str, sorted(counts)))} experts where config.json says {architecture.num_experts}"
     return None
+
+
+def mtp_notes(wish: Literal["auto", "observe", "drop"], layout: Layout, observed: tuple[int, ...], why: str | None) -> list[str]:
+    """What the user should hear of the blocks' fate, where there are any; `why` they cannot be observed."""
+    block = "block" if len(layout.mtp) < 2 else "blocks"
+    if observed:
+        return [f"The multi-token-prediction {block} (layer {ranges(observed)}) will be observed and pruned like the decoder's layers."]
+    if not layout.mtp and (not layout.mtp_tensors or wish != "drop"):  # blocks that do not route stay as they are
+        return []
+    return [f"The multi-token-prediction {block} will be dropped{' (prune.mtp: drop)' if wish == 'drop' else f', since {why}'}. "
+            "Engines lose speculative decoding with it."]

@@ -25,7 +25,7 @@ from reapkit.hashing import digest, digest_file
 from reapkit.imported import ImportedObservation
 from reapkit.layer_budget import ranges
 from reapkit.layout import Layout, active_parameters, pruned_sizes, read_layout
-from reapkit.mtp import LOST, observed_mtp, why_unobserved
+from reapkit.mtp import mtp_notes, observed_mtp, why_unobserved
 from reapkit.recipe.loading import LoadedRecipe, as_loaded, in_file_order, load
 from reapkit.recipe.messages import closest
 from reapkit.recipe.schema import Recipe
@@ -98,7 +98,9 @@ class Plan:
     def notes(self) -> tuple[str, ...]:
         """What the user should hear before it runs."""
         notes = budget_notes(self.candidates[0].prune(self.recipe.prune), self.checkpoint.architecture, tuple(self.layout.layers))
-        notes += _mtp_notes(self)
+        why = why_unobserved(self.checkpoint, self.layout, trust_remote_code=self.recipe.model.trust_remote_code) if self.imported is None else (
+            "the imported observation does not hold its layers")
+        notes += mtp_notes(self.recipe.prune.mtp, self.layout, self.mtp, why)
         if self.recipe.quantize.scheme is not None and self.recipe.quantize.recipe is None:
             found = targets(self.checkpoint, self.recipe.quantize, self.layout)
             routed = any(matrix.routed for matrix in found.matrices.values())
@@ -179,24 +181,6 @@ def make_plan(loaded: LoadedRecipe, *, download: bool = False, observation: Path
                                                   f"layers {ranges(sorted(layout.mtp))}. Choose drop or auto, or give one that does.")]))
     stages = _stages(loaded, checkpoint, grid, store, imported, mtp)
     return Plan(loaded, checkpoint, layout, grid, stages, imported, mtp)
-
-
-def _mtp_notes(plan: Plan) -> list[str]:
-    """What becomes of the multi-token-prediction blocks, where there are any."""
-    wish, layout = plan.recipe.prune.mtp, plan.layout
-    block = "block" if len(layout.mtp) < 2 else "blocks"
-    if plan.mtp:
-        return [f"The multi-token-prediction {block} (layer {ranges(list(plan.mtp))}) will be observed and pruned like the decoder's layers."]
-    if not layout.mtp and (not layout.mtp_tensors or wish != "drop"):
-        return []
-    why = f" (prune.mtp: {wish})" if wish == "drop" else f", since {_why_unobserved(plan)}"
-    return [f"The multi-token-prediction {block} will be dropped{why}. {LOST}"]
-
-
-def _why_unobserved(plan: Plan) -> str | None:
-    if plan.imported is not None:
-        return "the imported observation does not hold its layers"
-    return why_unobserved(plan.checkpoint, plan.layout, trust_remote_code=plan.recipe.model.trust_remote_code)
 
 
 def _check(loaded: LoadedRecipe, checkpoint: Checkpoint, layout: Layout, observation: Path | None) -> tuple[Candidate, ...]:

@@ -233,7 +233,7 @@ def _add_mtp_blocks(path: Path, depth: int, count: int, hidden: int) -> None:
         with safe_open(shard, "pt") as file:
             where |= dict.fromkeys(file.keys(), shard.name)
             for block in range(depth, depth + count):
-                tensors |= {f"model.layers.{block}." + name.removeprefix(prefix): file.get_tensor(name) for name in file.keys()
+                tensors |= {f"model.layers.{block}." + name.removeprefix(prefix): file.get_tensor(name).clone() for name in file.keys()
                             if name.startswith(prefix)}
     dtype = next(iter(tensors.values())).dtype
     for block in range(depth, depth + count):

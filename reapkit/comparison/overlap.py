@@ -53,7 +53,7 @@ def same_layers(layers: Mapping[str, Mapping[int, int]], what: str) -> None:
     for letter, found in others:
         if found.keys() != expected.keys():
             raise UnusableError(f"compare: {what} {first} has {len(expected)} MoE layers, {letter} has {len(found)}, or others. "
-                                f"Give {what}s of one model.")
+                                f"Give {what}s of one model, made with the same prune.mtp.")
         if differing := [layer for layer in expected if expected[layer] != found[layer]]:
             layer = differing[0]
             raise UnusableError(f"compare: layer {layer} has {expected[layer]} experts in {what} {first} and {found[layer]} in {letter}. "

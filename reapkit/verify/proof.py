@@ -155,9 +155,14 @@ def equal_logits(got: Tensor, expected: Tensor, reference: str) -> Proof:
     return Proof("logits", gap <= allowed, f"differ from {reference} by at most {gap:.2g} of their standard deviation (allowed: {allowed:g})", gap)
 
 
-def _keys(info: dict[str, Any], checkpoint: Checkpoint) -> Proof:
+def unexpected(info: dict[str, Any], checkpoint: Checkpoint) -> list[str]:
+    """Tensors that the loaded class had no place for, multi-token-prediction blocks aside."""
     stack, depth = read_layout(checkpoint).stack, checkpoint.architecture.num_hidden_layers
-    info = {**info, "unexpected_keys": [name for name in info.get("unexpected_keys") or () if not is_mtp_name(name, stack, depth)]}
+    return sorted(name for name in map(str, info.get("unexpected_keys") or ()) if not is_mtp_name(name, stack, depth))
+
+
+def _keys(info: dict[str, Any], checkpoint: Checkpoint) -> Proof:
+    info = {**info, "unexpected_keys": unexpected(info, checkpoint)}
     wrong = {kind: sorted(map(str, info.get(f"{kind}_keys") or ())) for kind in ("missing", "unexpected", "mismatched")}
     found = "; ".join(f"{len(names)} {kind}, such as {names[0]}" for kind, names in wrong.items() if names)
     return Proof("loads", not found, f"transformers finds tensors: {found}" if found else "transformers finds every tensor it expects and no other")

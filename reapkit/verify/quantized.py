@@ -17,7 +17,7 @@ from reapkit.quantize.dense import PackedDirectory, relative_error
 from reapkit.quantize.formats import PARTS, preset, round_to_nearest, spec_on_disk
 from reapkit.recipe.schema import QuantizeSpec
 from reapkit.schemes import Matrix, Targets, expert_prefixes, is_fp8, scheme_of, targets
-from reapkit.verify.proof import DTYPES, Proof, Reader, attempt, loaded, logits_of, names_differ, not_measured, probe_rows, same_bits, too_large
+from reapkit.verify.proof import DTYPES, Proof, Reader, attempt, loaded, logits_of, names_differ, not_measured, probe_rows, same_bits, too_large, unexpected
 
 CONSTANTS = (".weight_shape", ".weight_global_scale")
 WORST_ERROR = 0.99
@@ -175,6 +175,6 @@ def dequantized_model(old: Checkpoint, new: Checkpoint, plan: Targets, *, device
         model, info = model_class(config, trust_remote_code).from_pretrained(
             None, config=config, state_dict=dict(packed.state_dict()), dtype=getattr(config, "dtype", None) or torch.bfloat16,
             output_loading_info=True, **options)
-    if strange := sorted({*info["missing_keys"], *info["unexpected_keys"]}):
+    if strange := sorted({*info["missing_keys"], *unexpected(info, old)}):
         raise UnusableError(f"{new.path}: {len(strange)} dequantized tensors do not fit {type(model).__name__}, such as {strange[0]}")
     return model.eval().to(device)

@@ -172,6 +172,7 @@ def test_a_table_holds_what_the_trace_says_beside_positions_without_a_block(tmp_
     assert torch.equal(assert_tables.count.sum((1, 2, 3)), table.count.sum((1, 2, 3)))
 
 
+@torch.no_grad()
 def test_isolated_samples_share_no_block_and_count_as_rows_of_their_own(tmp_path: Path):
     packed = tiny_tokens(tmp_path / "packed", score="all")
     packed.packing = "isolated"

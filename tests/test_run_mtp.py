@@ -16,7 +16,7 @@ from specs import prune, saliency_spec
 import tiny
 from reapkit.architecture import Architecture
 from reapkit.checkpoint import Checkpoint
-from reapkit.cli import main
+from reapkit.cli import _run
 from reapkit.errors import RecipeError
 from reapkit.estimates import estimate
 from reapkit.layout import read_layout
@@ -92,7 +92,7 @@ def test_what_transformers_does_not_load_is_dropped_or_refused(recipe, model_typ
     path.write_text(path.read_text().replace("{ratio: 0.5}", "{ratio: 0.5, mtp: observe}"))
     with pytest.raises(RecipeError, match=f"recipe.yaml:5:26 prune.mtp: observe, but .*{said}. Choose drop, or auto, which drops what cannot be"):
         planned(path)
-    assert main(["apply", str(path)]) == 2
+    assert _run(["apply", str(path)], debug=False) == 2
     assert "recipe.yaml:5:26 prune.mtp: observe, but" in capsys.readouterr().err and not (path.parent / "run").exists()
 
 
@@ -195,11 +195,7 @@ def test_observed_pruned_proven_and_quantized(recipe, tmp_path: Path, capsys: py
     assert read_layout(quantized).mtp[3].num_experts == 8 and quantized.nbytes == pytest.approx(run.plan.quantized_nbytes(run.plan.candidates[0]), rel=0.01)
     assert "| Multi-token prediction | kept, for speculative decoding |" in (tmp_path / "run/pruned/README.md").read_text()
     assert load_model(tmp_path / "run/pruned") is not None and (tmp_path / "run/report.html").is_file()
-    assert main(["report", str(tmp_path / "run/observation")]) == 0 and main(["inspect", str(tmp_path / "run/observation")]) == 0
-    assert "multi-token prediction: layer 3, behind the decoder's" in capsys.readouterr().out
-    assert main(["export", str(tmp_path / "run/observation"), str(tmp_path / "export")]) == 0
-    assert "layer_3" in json.loads((tmp_path / "export/ranking_by_layer.json").read_text())
-    assert main(["verify", str(tmp_path / "run/pruned")]) == 0 and main(["inspect", str(tmp_path / "run/selection")]) == 0
+    commands_read_it(tmp_path, capsys)
     assert apply(load(tmp_path / "recipe.yaml")).executed == []
     dropped = apply(load(tmp_path / "recipe.yaml", ["prune.mtp=drop", f"output.directory={tmp_path}/other"]), until="prune")
     assert {"observe", "select", "evaluate", "prune"} <= set(dropped.executed) and "calibrate" not in dropped.executed
@@ -208,6 +204,17 @@ def test_observed_pruned_proven_and_quantized(recipe, tmp_path: Path, capsys: py
     other = Selection.load(tmp_path / "other/selection")
     assert other.keep == {layer: selection.keep[layer] for layer in (1, 2)}, "the decoder is pruned as it was"
     imported_both_ways(tmp_path)
+
+
+def commands_read_it(root: Path, capsys: pytest.CaptureFixture) -> None:
+    """Every command that looks at an observation, a selection or a checkpoint copes with the further layer."""
+    observation = str(root / "run/observation")
+    for command in (["inspect", observation], ["inspect", str(root / "run/selection")], ["inspect", str(root / "run/pruned")],
+                    ["verify", str(root / "run/pruned")], ["report", observation, "-o", str(root / "page.html")],
+                    ["export", observation, str(root / "export")], ["compare", observation, observation]):
+        assert _run(command, debug=False) == 0, command
+    assert "multi-token prediction: layer 3, behind the decoder's" in capsys.readouterr().out
+    assert "layer_3" in json.loads((root / "export/ranking_by_layer.json").read_text())
 
 
 def imported_both_ways(root: Path) -> None:
