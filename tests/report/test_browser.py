@@ -18,7 +18,7 @@ from reapkit.report.view import View
 __all__ = ["chromium"]
 
 LARGEST_PAGE = 15_000_000
-USABLE_MS, REACTION_MS = 3000, 500
+USABLE_SECONDS, REACTION_SECONDS = 3, 0.2
 
 
 @pytest.fixture(scope="module")
@@ -42,21 +42,29 @@ def test_a_large_observation_is_readable_everywhere(chromium, big):
 
 def test_a_large_observation_is_small_and_quick(chromium, big):
     assert big.stat().st_size <= LARGEST_PAGE
-    usable, reaction = [], []
-    for _ in range(4):  # other work on the machine only ever adds
-        with opened(chromium, big, draw_all=False) as page:
-            usable.append(page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done(performance.now()))))"))
-            page.locator("#removed").scroll_into_view_if_needed()
-            reaction.append(page.evaluate("""async () => {
-              const slider = document.getElementById('removed'), before = document.getElementById('readout').textContent, start = performance.now();
-              slider.value = 100;
-              slider.dispatchEvent(new Event('input'));
-              await new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)));
-              return document.getElementById('readout').textContent === before ? Infinity : performance.now() - start;
-            }"""))
-        if usable[-1] <= USABLE_MS and reaction[-1] <= REACTION_MS:
-            break
-    assert min(usable) <= USABLE_MS and min(reaction) <= REACTION_MS
+    with opened(chromium, big, draw_all=False) as page:
+        settle(page)
+        assert seconds_of_its_own(page) <= USABLE_SECONDS
+        page.locator("#heat").scroll_into_view_if_needed()
+        page.wait_for_timeout(1000)
+        before, read = seconds_of_its_own(page), page.locator("#readout").inner_text()
+        page.locator("#removed").evaluate("slider => { slider.value = 100; slider.dispatchEvent(new Event('input')); }")
+        settle(page)
+        assert page.locator("#readout").inner_text() != read and seconds_of_its_own(page) - before <= REACTION_SECONDS
+        page.wait_for_timeout(1000)
+        assert held(page, "heat")["data"][1]["z"][7].count(None) == 412 and seconds_of_its_own(page) - before <= 3 * REACTION_SECONDS
+
+
+def settle(page):
+    """Waits until what was asked for is on the screen."""
+    page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+
+def seconds_of_its_own(page) -> float:
+    """What the page's thread has taken of a processor so far: the time on an idle machine, however busy this one is."""
+    metrics = page.context.new_cdp_session(page)
+    metrics.send("Performance.enable", {"timeDomain": "threadTicks"})
+    return {each["name"]: each["value"] for each in metrics.send("Performance.getMetrics")["metrics"]}["ThreadTime"]
 
 
 def test_figures_are_the_exported_table(chromium, tmp_path):
