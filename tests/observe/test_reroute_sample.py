@@ -14,6 +14,7 @@ from reapkit.errors import UnusableError
 from reapkit.models import load_model
 from reapkit.observation import Observation
 from reapkit.observe import reroute
+from reapkit.observe.experts import find_experts
 from reapkit.observe.partials import Partials
 from reapkit.observe.reroute import sampled_positions
 from reapkit.observe.resident import observe
@@ -49,6 +50,32 @@ def test_sources_are_sampled_in_equal_numbers_as_far_as_they_go(tmp_path: Path) 
     assert drawn == [7, 7, 6] if min(totals) >= 6 else drawn[totals.index(min(totals))] == min(totals) and sum(drawn) == 20
     everything = sampled_positions(tokens, 10_000)
     assert {row: len(offsets) for row, offsets in everything.items()} == {row: int(s.sum()) for row, s in scored.items() if s.any()}
+
+
+@torch.no_grad()
+def test_paths_are_those_of_what_the_layers_see_at_the_sampled_positions(tmp_path: Path) -> None:
+    """One row at a time: what the block reads and the layer leaves at each sampled position, by hooks of the test's own."""
+    path, tokens = prepared("glm4_moe", tmp_path)
+    observation, model = resident(path, tokens, tmp_path / "work"), load_model(path)
+    scored = torch.tensor([sum(int(tokens.row(row).scored.sum()) for row in range(tokens.num_rows) if tokens.row_source[row] == source)
+                           for source in range(len(tokens.sources))])
+    sampled = sampled_positions(tokens, 40)
+    for number, site in enumerate(find_experts(model)):
+        read, left, source, seen = [], [], [], {}
+        handles = [site.block.register_forward_pre_hook(lambda block, args: seen.update(read=args[0][0])),
+                   model.model.layers[site.layer].register_forward_hook(lambda layer, args, output: seen.update(left=output[0]))]
+        for row in (row for group in tokens.groups for row in group if row in sampled):
+            model(tokens.row(row).input_ids[None])
+            for offset in sampled[row]:
+                read.append(seen["read"][offset])
+                left.append(sum(float(value) ** 2 for value in seen["left"].reshape(-1, 64)[offset]))
+                source.append(int(tokens.row_source[row]))
+        for handle in handles:
+            handle.remove()
+        expected = reroute.measure_layer(model, site, torch.stack(read), torch.tensor(left), torch.tensor(source), scored)
+        assert torch.equal(observation.reroute.order[number], expected["order"])
+        torch.testing.assert_close(observation.reroute.error[number], expected["error"], rtol=1e-4, atol=1e-9)
+        torch.testing.assert_close(observation.reroute.single[number], expected["single"], rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "glm4_moe", "gpt_oss"])
