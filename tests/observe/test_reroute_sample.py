@@ -157,6 +157,17 @@ def test_what_cannot_be_rerouted_is_refused_before_it_runs(tmp_path: Path) -> No
             observe(tiny.build(model_type), tiny_tokens(tmp_path / "c"), SPEC, batch_tokens=48, work_directory=tmp_path / "work")
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", [name for name in tiny.ARCHITECTURES if name not in ("llama4_text", "gemma4_text")])
+def test_half_precision_experts_put_out_what_their_weights_say_in_float32(model_type: str) -> None:
+    site = find_experts(tiny.build(model_type, torch.bfloat16))[-1]
+    hidden = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    found = [reroute._output(site, hidden, expert) for expert in range(site.num_experts)]
+    site.module.float()
+    for expert, out in enumerate(found):
+        torch.testing.assert_close(out, site.expert(hidden.float(), expert), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("model_type", [name for name in tiny.ARCHITECTURES if name not in ("llama4_text", "gemma4_text")])
 def test_every_other_architecture_is_rerouted_by_its_own_block(model_type: str, tmp_path: Path) -> None:
