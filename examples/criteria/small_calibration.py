@@ -27,7 +27,7 @@ sys.path[:0] = [str(Path(__file__).parents[1])]
 from pruning_study import BATCH_TOKENS, SOURCES, Cost, Losses, Noise, Study
 
 RATIO = Decimal("0.5")
-TOKENS = (500, 2_000, 8_000, 32_000)
+TOKENS = (1_500, 4_000, 16_000)
 CRITERIA: dict[str, dict[str, object]] = {"reap": {"criterion": "reap"}, "reap, sum": {"criterion": "reap", "reduction": "sum"}}
 CALIBRATIONS: dict[str, dict[str, Decimal] | None] = {"all sources": None, "code alone": {"code": Decimal(1)}}
 SEED = 42

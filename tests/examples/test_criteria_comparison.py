@@ -60,7 +60,7 @@ def test_the_re_fit_on_little_calibration_is_set_beside_none() -> None:
             for tokens, value, mark in ((None, 0.4, ""), (500, 0.5, "higher"), (8_000, 0.2, "lower"))]
     text = markdown(rows, "few samples")
     for calibration in ("all sources", "code alone"):
-        table = text[text.index(f"calibrated on {calibration}") :].split("\n\n")[0]
+        table = text[text.index(f"calibrated on {calibration}") :].strip().split("\n\n")[0]
         assert table.count("\n") == 4 and "| reap | nothing | 0.400 | 0.400 | 0.400 | 0.400 | 0.400 |" in table
         assert "| reap | 500 tokens | 0.500 | 0.500 | 0.500 | 0.500 | 0.500 ▲ |" in table and "| 8,000 tokens |" in table and "0.200 ▼ |" in table
 
