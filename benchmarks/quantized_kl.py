@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 from datetime import date
 from importlib.metadata import version
@@ -39,6 +40,12 @@ def row(name: str, metrics: dict[str, Any]) -> str:
     return f"| {name} | {' | '.join(cells)} |"
 
 
+def machine() -> str:
+    """Cores and memory."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return f"{os.cpu_count()} {platform.machine().replace('_', '-')} cores, {memory / 2**30:.0f} GiB"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--directory", type=Path, default=Path("runs/quantized-kl"))
@@ -52,7 +59,7 @@ def main() -> None:
     print("| model | KL against the base | top-1 agreement | perplexity ratio |", "|---|---|---|---|", sep="\n")
     print(*(row(name, metrics) for name, metrics in results.items()), sep="\n")
     if arguments.out is not None:
-        facts = {"date": date.today().isoformat(), "machine": platform.processor() or platform.machine(), "settings": arguments.overrides,
+        facts = {"date": date.today().isoformat(), "machine": machine(), "settings": arguments.overrides,
                  "versions": {name: version(name) for name in ("torch", "transformers", "llmcompressor", "compressed-tensors")}, "results": results}
         arguments.out.write_text(json.dumps(facts, indent=2) + "\n")
 

@@ -36,10 +36,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
-from reapkit.calibration.tokens import SUMMARY_FILE, TOKENS_FILE, CalibrationTokens, create_tensors
+from reapkit.calibration.tokens import SUMMARY_FILE, TOKENS_FILE, CalibrationTokens
 from reapkit.checkpoint import Checkpoint
 from reapkit.estimates import COMPUTE_BYTES, LOGITS_BYTES, READ_BUFFER_BYTES, activation_bytes, layer_weights
 from reapkit.layout import read_layout
+from reapkit.mapped import create_tensors
 from reapkit.models import final_hidden, load_model
 from reapkit.observe.streaming import observe_streaming
 from reapkit.recipe.schema import ObserveSpec

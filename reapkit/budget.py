@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from decimal import Decimal
+from dataclasses import dataclass, replace
+from decimal import ROUND_CEILING, Decimal
 from itertools import product
 
 from reapkit.architecture import Architecture
@@ -38,6 +38,11 @@ class Candidate:
     def kept(self, prune: PruneSpec, architecture: Architecture, layers: Sequence[int]) -> dict[int, int]:
         """Kept experts by decoder layer; under `allocation: global` the counts whose total is spent."""
         return {layer: budget.kept for layer, budget in layer_budgets(self.prune(prune), architecture, layers).items()}
+
+    def removing(self, removed: int, num_experts: int) -> Candidate:
+        """This candidate with a ratio that removes `removed` of `num_experts` experts, whatever it removed before."""
+        ratio = (Decimal(removed) / num_experts).quantize(Decimal("0.00001"), ROUND_CEILING)  # rounded down it would remove one less
+        return replace(self, ratio=ratio, name=_name(ratio, None, self.criterion, self.allocation, self.experts_per_token))
 
     def saliency(self, saliency: SaliencySpec) -> SaliencySpec:
         """The recipe's saliency section with this candidate's criterion."""

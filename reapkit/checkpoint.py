@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from math import prod
 from operator import itemgetter
 from pathlib import Path
@@ -61,7 +62,7 @@ def _tensors_of(path: Path, size: int, text: bytes) -> dict[str, TensorInfo]:
     try:
         header = _parse_header(text)
         header.pop("__metadata__", None)
-        found = [_parse_entry(name, entry, shard, base) for name, entry in header.items()]
+        found = _parse_entries(header, shard, base)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UnusableError(f"{path}: its header is no safetensors header ({type(error).__name__}: {error}). Download it "
                             "again.") from None
@@ -118,14 +119,23 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _INTEGERS = {int}  # and not bool, which Python counts among the integers
 
 
-def _parse_entry(name: str, entry: Mapping[str, Any], shard: str, base: int) -> TensorInfo:
-    """Every value of the type and sign that the format demands."""
-    name.encode()  # a lone surrogate could not be written back
-    dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-    numbers = (begin, end, *shape)
-    if type(dtype) is not str or set(map(type, numbers)) != _INTEGERS or min(numbers) < 0:
+def _parse_entries(header: Mapping[str, Any], shard: str, base: int) -> list[TensorInfo]:
+    """Every value of the type and sign that the format demands, looked at for all tensors together: there may be 100,000."""
+    "".join(header).encode()  # a lone surrogate could not be written back
+    dtypes, shapes = [entry["dtype"] for entry in header.values()], [tuple(entry["shape"]) for entry in header.values()]
+    begins, ends = [], []
+    for entry in header.values():
+        begin, end = entry["data_offsets"]
+        begins.append(begin)
+        ends.append(end)
+    numbers = list(chain(begins, ends, *shapes))
+    if not set(map(type, dtypes)) <= {str} or not set(map(type, numbers)) <= _INTEGERS or min(numbers, default=0) < 0:
+        each = zip(header, dtypes, shapes, begins, ends, strict=True)
+        name = next(name for name, dtype, shape, *span in each
+                    if type(dtype) is not str or set(map(type, (*span, *shape))) != _INTEGERS or min(*span, *shape) < 0)
         raise ValueError(f"tensor {name} has a dtype, shape or offset of a wrong kind")
-    return TensorInfo(name, dtype, shape, shard, base + begin, base + end)
+    return [TensorInfo(name, dtype, shape, shard, base + begin, base + end)
+            for name, dtype, shape, begin, end in zip(header, dtypes, shapes, begins, ends, strict=True)]
 
 
 def read_index(path: Path) -> dict[str, str]:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy import ndarray
 
 from reapkit.allocation import (
     BY_HAND,
@@ -47,7 +47,7 @@ class Shared:
     regions: Regions | None
     protected: tuple[Mapping[int, str], ...]
 
-    def rankings(self, values: Tensor, spec: SaliencySpec) -> dict[int, LayerRanking]:
+    def rankings(self, values: ndarray, spec: SaliencySpec) -> dict[int, LayerRanking]:
         layers, groups = self.observation.layers, self.architecture.n_group
         rows = zip(layers, values.tolist(), self.protected, strict=True)
         plain = {layer: LayerRanking(tuple(row), kept, groups) for layer, row, kept in rows}
@@ -55,13 +55,14 @@ class Shared:
             return plain
         found = removal(self.observation, spec.criterion, self.alphas)
         orders = found.order or (None,) * len(layers)
-        return {layer: replace(plain[layer], path=order, costs=tuple(cost))
-                for layer, order, cost in zip(layers, orders, found.cost.tolist(), strict=True)}
+        measured = self.observation.reroute.measured.tolist()
+        return {layer: replace(plain[layer], path=order, costs=tuple(cost)) if has_path else plain[layer]
+                for layer, order, cost, has_path in zip(layers, orders, found.cost.tolist(), measured, strict=True)}
 
 
 @dataclass(frozen=True, eq=False)
 class Terms:
-    """What one candidate asks for: its budget by layer, in steps of `unit` experts, spent by its allocation."""
+    """What one candidate asks for: its budget by decoder layer, in steps of `unit` experts, spent by its allocation."""
 
     spec: SaliencySpec
     prune: PruneSpec
@@ -69,46 +70,68 @@ class Terms:
     unit: int
 
     def counts(self, rankings: Mapping[int, LayerRanking], allocation: str | None = None) -> dict[int, int]:
-        """Kept experts by layer, under this or another allocation of the same budget."""
-        if (allocation or self.prune.allocation) == "global":
-            return global_counts(rankings, self.budgets, self.unit)
-        return uniform_counts(rankings, self.budgets)
+        """Kept experts by layer, under this or another allocation of the same budget.
+
+        Multi-token-prediction blocks are built with the one number that config.json says, the largest: they keep as many as the
+        decoder layer that keeps most, and take no part in the allocation.
+        """
+        decoder = self.decoder(rankings)
+        counts = (global_counts(decoder, self.budgets, self.unit) if (allocation or self.prune.allocation) == "global"
+                  else uniform_counts(decoder, self.budgets))
+        beyond = {layer: ranking for layer, ranking in rankings.items() if layer not in decoder}
+        return counts | uniform_counts(beyond, {layer: _fixed(max(counts.values())) for layer in beyond})
+
+    def decoder(self, rankings: Mapping[int, LayerRanking]) -> dict[int, LayerRanking]:
+        """The rankings of layers that have a budget of their own."""
+        return {layer: ranking for layer, ranking in rankings.items() if layer in self.budgets}
+
+
+def _fixed(count: int) -> LayerBudget:
+    return LayerBudget(count, count, count, count)
+
+
+def decoder_layers(observation: Observation, architecture: Architecture) -> tuple[int, ...]:
+    """The observation's layers without multi-token-prediction blocks."""
+    return tuple(layer for layer in observation.layers if layer < architecture.num_hidden_layers)
 
 
 def decide(observation: Observation, spec: SaliencySpec, prune: PruneSpec, architecture: Architecture,
            chosen: Sequence[Candidate] | None = None) -> tuple[Selection, ...]:
     """One selection per candidate; what they share (EAFT regions, super experts, saliency by criterion) is computed once."""
+    decoder = decoder_layers(observation, architecture)
     if chosen is None:
-        chosen = candidates(prune, spec, architecture, observation.layers)
+        chosen = candidates(prune, spec, architecture, decoder)
     alphas = source_alphas(observation, spec.mix)
     needs_regions = prune.protect.core_per_layer or any(candidate.criterion == "eaft-reap" for candidate in chosen)
     regions = measure_regions(observation, spec.eaft, alphas) if needs_regions else None
-    shared = Shared(observation, architecture, alphas, regions, _protected(observation, prune, alphas, regions))
+    shared = Shared(observation, architecture, alphas, regions, _protected(observation, prune, alphas, regions, len(decoder)))
     specs = {name: spec.model_copy(update={"criterion": name}) for name in dict.fromkeys(candidate.criterion for candidate in chosen)}
     rankings = {name: shared.rankings(saliency(observation, one, regions), one) for name, one in specs.items()}
     return tuple(_selection(shared, candidate, _terms(candidate, spec, prune, shared), rankings[candidate.criterion])
                  for candidate in chosen)
 
 
-def super_experts(activation_max: Tensor) -> list[list[int]]:
+def super_experts(activation_max: ndarray) -> list[list[int]]:
     """Experts with massive activations by layer (arXiv 2507.23279): `activation_max` [L, E] above its limit in early layers.
 
     The limit is the larger of the 99.5th percentile over all layers (linear interpolation) and a tenth of the maximum; early is
     the first 75 % of the layers.
     """
-    values = activation_max.double()
-    limit = max(float(torch.quantile(values.flatten(), SUPER_QUANTILE)), SUPER_FRACTION * float(values.max()))
+    values = activation_max.astype(np.float64)
+    limit = max(float(np.quantile(values, SUPER_QUANTILE)), SUPER_FRACTION * float(values.max()))
     deepest = int(len(values) * SUPER_DEPTH)
-    return [(row > limit).nonzero().flatten().tolist() if layer < deepest else [] for layer, row in enumerate(values)]
+    return [np.flatnonzero(row > limit).tolist() if layer < deepest else [] for layer, row in enumerate(values)]
 
 
-def _protected(observation: Observation, prune: PruneSpec, alphas: Sequence[Fraction],
-               regions: Regions | None) -> tuple[dict[int, str], ...]:
-    """Expert -> reason by layer; what is protected by hand says so before super expert, and that before core."""
+def _protected(observation: Observation, prune: PruneSpec, alphas: Sequence[Fraction], regions: Regions | None,
+               depth: int) -> tuple[dict[int, str], ...]:
+    """Expert -> reason by layer; what is protected by hand says so before super expert, and that before core. Super experts are looked
+    for in the first `depth` layers, the decoder's.
+    """
     protected: tuple[dict[int, str], ...] = tuple({} for _ in observation.layers)
     if prune.protect.core_per_layer:
         mass = regions.good_mass(alphas)
-        top = mass.sort(dim=1, descending=True, stable=True).indices[:, : prune.protect.core_per_layer]
+        top = np.argsort(-mass, axis=1, kind="stable")[:, : prune.protect.core_per_layer]
         for layer, experts in enumerate(top.tolist()):
             protected[layer].update({expert: CORE for expert in experts if mass[layer, expert] > 0})
     if prune.protect.super_experts:
@@ -116,7 +139,7 @@ def _protected(observation: Observation, prune: PruneSpec, alphas: Sequence[Frac
             raise UnusableError("prune.protect.super_experts: this observation has no activation_max, by which super experts are found. "
                                 "Set prune.protect.super_experts: false, or observe with reapkit.")
         weighed = [source for source, alpha in enumerate(alphas) if alpha]
-        for layer, experts in enumerate(super_experts(observation.maxima["activation_max"][:, weighed].amax(1))):
+        for layer, experts in enumerate(super_experts(observation.maxima["activation_max"][:depth, weighed].max(1))):
             protected[layer].update(dict.fromkeys(experts, SUPER))
     for layer, experts in prune.protect.experts.items():
         protected[observation.layers.index(layer)].update(dict.fromkeys(experts, BY_HAND))
@@ -125,14 +148,15 @@ def _protected(observation: Observation, prune: PruneSpec, alphas: Sequence[Frac
 
 def _terms(candidate: Candidate, spec: SaliencySpec, prune: PruneSpec, shared: Shared) -> Terms:
     applied = candidate.prune(prune)
-    budgets = layer_budgets(applied, shared.architecture, shared.observation.layers)
+    budgets = layer_budgets(applied, shared.architecture, decoder_layers(shared.observation, shared.architecture))
     return Terms(candidate.saliency(spec), applied, budgets, kept_unit(applied, shared.architecture))
 
 
 def _selection(shared: Shared, candidate: Candidate, terms: Terms, rankings: Mapping[int, LayerRanking]) -> Selection:
     counts = terms.counts(rankings)
-    cut = global_cut(rankings, counts) if terms.prune.allocation == "global" else None
-    layers = {layer: _layer(ranking, counts[layer], terms.budgets[layer], cut) for layer, ranking in rankings.items()}
+    cut = global_cut(terms.decoder(rankings), counts) if terms.prune.allocation == "global" else None
+    layers = {layer: _layer(ranking, counts[layer], terms.budgets[layer], cut) if layer in terms.budgets
+              else _layer(ranking, counts[layer], _fixed(counts[layer]), None) for layer, ranking in rankings.items()}
     details = _how(candidate, terms.spec) | _outcome(layers, rankings, terms, counts) | {"eaft": _eaft(shared, terms, layers)}
     warnings = _unrouted_warnings(details) + _conflict_warnings(shared.observation, details["eaft"])
     return Selection(terms.spec.criterion, layers, terms.prune.experts_per_token, details | {"warnings": warnings})

@@ -13,8 +13,8 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy import ndarray
 
 from reapkit.eaft_table import H_CELLS, P_CELLS, Table, border, cell_bounds
 from reapkit.errors import UnusableError
@@ -48,23 +48,23 @@ class Regions:
 
     spec: EaftSpec
     thresholds: tuple[Thresholds, ...]
-    positions: Tensor
-    count: Tensor
-    gate_norm_sum: Tensor
+    positions: ndarray
+    count: ndarray
+    gate_norm_sum: ndarray
     realised: tuple[Mapping[str, float], ...] | None = None
 
-    def sums(self, alphas: Sequence[Fraction], weights: Sequence[float]) -> Tensor:
-        """Σ w·g·n by expert, Tensor[L, E] float64: regions weighed by `weights`, sources by α."""
+    def sums(self, alphas: Sequence[Fraction], weights: Sequence[float]) -> ndarray:
+        """Σ w·g·n by expert, ndarray[L, E] float64: regions weighed by `weights`, sources by α."""
         by_region = sum(weight * self.gate_norm_sum[:, :, region] for region, weight in enumerate(weights))
         return sum(float(alpha) * by_region[:, source] for source, alpha in enumerate(alphas))
 
-    def counts(self, alphas: Sequence[Fraction]) -> Tensor:
-        """N over the positions with a signal, Tensor[L, E] float64, sources weighed by α."""
+    def counts(self, alphas: Sequence[Fraction]) -> ndarray:
+        """N over the positions with a signal, ndarray[L, E] float64, sources weighed by α."""
         by_source = self.count.sum(2)
         return sum(float(alpha) * by_source[:, source] for source, alpha in enumerate(alphas))
 
-    def good_mass(self, alphas: Sequence[Fraction]) -> Tensor:
-        """Σgn over good positions, Tensor[L, E]: what `core_per_layer` ranks by."""
+    def good_mass(self, alphas: Sequence[Fraction]) -> ndarray:
+        """Σgn over good positions, ndarray[L, E]: what `core_per_layer` ranks by."""
         return self.sums(alphas, [float(region == GOOD) for region in range(len(REGIONS))])
 
 
@@ -88,7 +88,7 @@ def material_of(observation: Observation) -> Trace | Table:
                             "observe.eaft: true and observe again, or choose another criterion.")
     if isinstance(trace, Table):
         return trace
-    bad = int((~(trace.p.isfinite() & trace.h.isfinite())).sum())
+    bad = int((~(np.isfinite(trace.p) & np.isfinite(trace.h))).sum())
     if bad:
         raise UnusableError(f"the EAFT signals of {bad} of {len(trace)} positions are not finite: the logits overflowed. "
                             "Observe in bfloat16 or float32.")
@@ -105,17 +105,17 @@ def measure_regions(observation: Observation, spec: EaftSpec, alphas: Sequence[F
     if isinstance(trace, Table):
         return _regions_of_table(trace, spec, alphas)
     sources, experts = len(observation.sources), observation.num_experts
-    source = trace.source.long()
+    source = trace.source.astype(np.int64)
     thresholds = source_thresholds(trace, sources, spec, alphas)
-    region = torch.full((len(trace),), OTHER, dtype=torch.int64)
+    region = np.full(len(trace), OTHER)
     for index, borders in enumerate(thresholds):
         mine = source == index
         region[mine] = region_of(trace.p[mine], trace.h[mine], borders)
     group = source * len(REGIONS) + region
-    positions = torch.bincount(group, minlength=sources * len(REGIONS)).view(sources, len(REGIONS))
+    positions = np.bincount(group, minlength=sources * len(REGIONS)).reshape(sources, len(REGIONS))
     shape = (sources, len(REGIONS), experts)
     counts, masses = zip(*(_layer_sums(*trace.routed(layer), group, shape) for layer in observation.layers), strict=True)
-    return Regions(spec, thresholds, positions, torch.stack(counts), torch.stack(masses))
+    return Regions(spec, thresholds, positions, np.stack(counts), np.stack(masses))
 
 
 def region_positions(observation: Observation, spec: EaftSpec, alphas: Sequence[Fraction]) -> Regions:
@@ -124,11 +124,11 @@ def region_positions(observation: Observation, spec: EaftSpec, alphas: Sequence[
     if isinstance(trace, Table):
         return _regions_of_table(trace, spec, alphas)
     thresholds = source_thresholds(trace, len(observation.sources), spec, alphas)
-    positions = torch.zeros((len(observation.sources), len(REGIONS)), dtype=torch.int64)
+    positions = np.zeros((len(observation.sources), len(REGIONS)), np.int64)
     for source, borders in enumerate(thresholds):
         mine = trace.source == source
-        positions[source] = torch.bincount(region_of(trace.p[mine], trace.h[mine], borders), minlength=len(REGIONS))
-    return Regions(spec, thresholds, positions, torch.empty(0), torch.empty(0))
+        positions[source] = np.bincount(region_of(trace.p[mine], trace.h[mine], borders), minlength=len(REGIONS))
+    return Regions(spec, thresholds, positions, np.empty(0), np.empty(0))
 
 
 def _regions_of_table(table: Table, spec: EaftSpec, alphas: Sequence[Fraction]) -> Regions:
@@ -137,16 +137,18 @@ def _regions_of_table(table: Table, spec: EaftSpec, alphas: Sequence[Fraction]) 
         cuts = [_table_borders(table, list(sources), alphas, spec)] * len(sources)
     else:
         cuts = [_table_borders(table, [source], (Fraction(1),), spec) for source in sources]
-    positions = torch.zeros(len(sources), len(REGIONS), dtype=torch.int64)
+    positions = np.zeros((len(sources), len(REGIONS)), np.int64)
     shape = (table.count.shape[0], len(sources), len(REGIONS), table.count.shape[-1])
-    count, mass = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
+    count, mass = np.zeros(shape), np.zeros(shape)
     for source, (borders, _) in enumerate(cuts):
         (p_from, p_to), (h_from, h_to) = cell_bounds(table.p_edges[source]), cell_bounds(table.h_edges[source])
-        p_from, p_to = (bound[:, None].expand(P_CELLS, H_CELLS) for bound in (p_from, p_to))
-        region = region_of(p_to, h_to.expand(P_CELLS, H_CELLS), borders, p_from=p_from, h_from=h_from.expand(P_CELLS, H_CELLS)).flatten()
-        positions[source].index_add_(0, region, table.positions[source].flatten())
-        count[:, source].index_add_(1, region, table.count[:, source].flatten(1, 2))
-        mass[:, source].index_add_(1, region, table.gate_norm_sum[:, source].flatten(1, 2))
+        p_from, p_to = p_from[:, None], p_to[:, None]
+        region = region_of(p_to, h_to, borders, p_from=p_from, h_from=h_from).ravel()
+        np.add.at(positions[source], region, table.positions[source].ravel())
+        for number in range(len(REGIONS)):
+            cells = (region == number).reshape(P_CELLS, H_CELLS)
+            count[:, source, number] = table.count[:, source, cells].sum(1)
+            mass[:, source, number] = table.gate_norm_sum[:, source, cells].sum(1)
     return Regions(spec, tuple(borders for borders, _ in cuts), positions, count, mass, tuple(realised for _, realised in cuts))
 
 
@@ -161,48 +163,48 @@ def _table_borders(table: Table, sources: list[int], alphas: Sequence[Fraction],
     return Thresholds(**{name: each.value for name, each in found.items()}), {name: each.realised for name, each in found.items()}
 
 
-def _layer_sums(expert: Tensor, gate_norm: Tensor, group: Tensor, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-    """N and Σgn [S, R, E] of one layer; `expert`, `gate_norm`: [T, top_k], `group`: [T] = source and region together."""
+def _layer_sums(expert: ndarray, gate_norm: ndarray, group: ndarray, shape: tuple[int, int, int]) -> tuple[ndarray, ndarray]:
+    """N and Σgn [S, R, E] of one layer; `expert` (-1: none), `gate_norm`: [T, top_k], `group`: [T] = source and region together."""
     cells = math.prod(shape)
-    count, mass = torch.zeros(cells, dtype=torch.float64), torch.zeros(cells, dtype=torch.float64)
+    count, mass = np.zeros(cells + 1), np.zeros(cells + 1)  # the last of what is none
     for begin in range(0, len(group), CHUNK_POSITIONS):
         part = slice(begin, begin + CHUNK_POSITIONS)
-        cell = (group[part, None] * shape[2] + expert[part].long()).flatten()
-        count += torch.bincount(cell, minlength=cells)
-        mass += torch.bincount(cell, weights=gate_norm[part].double().flatten(), minlength=cells)
-    return count.view(shape), mass.view(shape)
+        cell = np.where(expert[part] < 0, cells, group[part, None] * shape[2] + expert[part]).ravel()
+        count += np.bincount(cell, minlength=cells + 1)
+        mass += np.bincount(cell, weights=gate_norm[part].ravel(), minlength=cells + 1)
+    return count[:-1].reshape(shape), mass[:-1].reshape(shape)
 
 
-def region_of(p: Tensor, h: Tensor, borders: Thresholds, *, p_from: Tensor | None = None, h_from: Tensor | None = None) -> Tensor:
+def region_of(p: ndarray, h: ndarray, borders: Thresholds, *, p_from: ndarray | None = None, h_from: ndarray | None = None) -> ndarray:
     """The region of each position, int64: conflict first, then uncertain, then good, then other. Of cells: `p`, `h` are the greatest
     values they can hold, `p_from`, `h_from` the least.
     """
     p_from, h_from = p if p_from is None else p_from, h if h_from is None else h_from
     wrong = p <= borders.p_low
-    good = torch.ones_like(wrong) if borders.p_high is None else (p_from >= borders.p_high) & (h <= borders.h_mid)
-    region = torch.where(good, GOOD, OTHER)
-    region = torch.where(wrong & (h_from >= borders.h_high), UNCERTAIN, region)
-    return torch.where(wrong & (h <= borders.h_low), CONFLICT, region)
+    good = np.ones_like(wrong) if borders.p_high is None else (p_from >= borders.p_high) & (h <= borders.h_mid)
+    region = np.where(good, GOOD, OTHER)
+    region = np.where(wrong & (h_from >= borders.h_high), UNCERTAIN, region)
+    return np.where(wrong & (h <= borders.h_low), CONFLICT, region)
 
 
 def source_thresholds(trace: Trace, sources: int, spec: EaftSpec, alphas: Sequence[Fraction]) -> tuple[Thresholds, ...]:
     """Region borders for each source: over all positions, weighed by α (pooled), or over the source's own (per-source)."""
     split = [trace.source == source for source in range(sources)]
-    p = [trace.p[mine].sort().values for mine in split]
-    h = [trace.h[mine].sort().values for mine in split]
+    p = [np.sort(trace.p[mine]) for mine in split]
+    h = [np.sort(trace.h[mine]) for mine in split]
     if spec.thresholds == "pooled":
         return (_borders(p, h, alphas, spec),) * sources
     return tuple(_borders([p[source]], [h[source]], (Fraction(1),), spec) for source in range(sources))
 
 
-def _borders(p: list[Tensor], h: list[Tensor], alphas: Sequence[Fraction], spec: EaftSpec) -> Thresholds:
+def _borders(p: list[ndarray], h: list[ndarray], alphas: Sequence[Fraction], spec: EaftSpec) -> Thresholds:
     quantiles, good = spec.quantiles, spec.good
     strict = {} if good == "rest" else {"p_high": quantile(p, alphas, good.p_high), "h_mid": quantile(h, alphas, good.h_mid)}
     return Thresholds(p_low=quantile(p, alphas, quantiles.p_low), h_low=quantile(h, alphas, quantiles.h_low),
                       h_high=quantile(h, alphas, quantiles.h_high), **strict)
 
 
-def quantile(values: Sequence[Tensor], alphas: Sequence[Fraction], level: Decimal) -> float:
+def quantile(values: Sequence[ndarray], alphas: Sequence[Fraction], level: Decimal) -> float:
     """The least value v with Σ_s α_s·|{x ≤ v}| ≥ level·Σ_s α_s·n_s; with equal α the ⌈level·n⌉-th smallest, no interpolation.
 
     `values`: one ascending float32 tensor per source. Exact: counts are integers and α, level fractions. A level of 0 gives the
@@ -211,21 +213,22 @@ def quantile(values: Sequence[Tensor], alphas: Sequence[Fraction], level: Decima
     weighed = [(ordered, alpha) for ordered, alpha in zip(values, alphas, strict=True) if alpha and len(ordered)]
     if not weighed:
         return math.nan
-    pooled = weighed[0][0] if len(weighed) == 1 else torch.cat([ordered for ordered, _ in weighed]).sort().values
+    pooled = weighed[0][0] if len(weighed) == 1 else np.sort(np.concatenate([ordered for ordered, _ in weighed]))
     needed = Fraction(level) * sum(alpha * len(ordered) for ordered, alpha in weighed)
     low, high = 0, len(pooled) - 1
     while low < high:
         middle = (low + high) // 2
-        reached = sum(alpha * int(torch.searchsorted(ordered, pooled[middle], right=True)) for ordered, alpha in weighed)
+        reached = sum(alpha * int(np.searchsorted(ordered, pooled[middle], side="right")) for ordered, alpha in weighed)
         low, high = (low, middle) if reached >= needed else (middle + 1, high)
     return float(pooled[low])
 
 
 def eaft_saliency(regions: Regions, alphas: Sequence[Fraction], weights: Sequence[float], *, mean: bool,
-                  prior_count: float = 0.0) -> Tensor:
-    """Σ w·g·n / (N + λ) by expert, or the bare sum; Tensor[L, E] float64, signed, NaN where N + λ = 0."""
+                  prior_count: float = 0.0) -> ndarray:
+    """Σ w·g·n / (N + λ) by expert, or the bare sum; ndarray[L, E] float64, signed, NaN where N + λ = 0."""
     sums = regions.sums(alphas, weights)
-    return sums / (regions.counts(alphas) + prior_count) if mean else sums
+    with np.errstate(invalid="ignore"):
+        return sums / (regions.counts(alphas) + prior_count) if mean else sums
 
 
 def summarise(regions: Regions, sources: Sequence[str], alphas: Sequence[Fraction]) -> dict[str, Any]:

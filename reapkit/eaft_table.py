@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy import ndarray
 
 from reapkit.errors import UnusableError
+from reapkit.mapped import as_arrays
 
 P_CELLS, H_CELLS = 32, 16
 P_EXACT, H_EXACT = ("0.15", "0.5"), ("0.15", "0.5", "0.85")
@@ -34,52 +35,55 @@ class Table:
     routed to the expert.
     """
 
-    p_edges: Tensor
-    h_edges: Tensor
-    positions: Tensor
-    count: Tensor
-    gate_norm_sum: Tensor
+    p_edges: ndarray
+    h_edges: ndarray
+    positions: ndarray
+    count: ndarray
+    gate_norm_sum: ndarray
+
+    def __post_init__(self) -> None:
+        as_arrays(self, *self.__dataclass_fields__)
 
     def __len__(self) -> int:
         return int(self.positions.sum())
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, ndarray]:
         """As it is saved."""
         return {f"eaft_table.{name}": tensor for name, tensor in vars(self).items()}
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Table | None:
+    def from_tensors(cls, tensors: Mapping[str, ndarray]) -> Table | None:
         """The inverse of `tensors`; None where there is no table among them."""
         if "eaft_table.positions" not in tensors:
             return None
         return cls(**{name: tensors[f"eaft_table.{name}"] for name in cls.__dataclass_fields__})
 
 
-def cell_edges(values: Tensor, source: Tensor, num_sources: int, exact: Sequence[str], levels: Sequence[str]) -> Tensor:
+def cell_edges(values: ndarray, source: ndarray, num_sources: int, exact: Sequence[str], levels: Sequence[str]) -> ndarray:
     """Edges [S, n] float32 at quantiles (the ⌈a·n⌉-th smallest) of all values and of each source's; infinity where there are none."""
     pooled = _edges_of(values, exact, levels)
-    rows = [torch.cat([pooled, _edges_of(values[source == index], exact, ())]) for index in range(num_sources)]
-    return torch.stack(rows).sort(dim=1).values
+    rows = [np.concatenate([pooled, _edges_of(values[source == index], exact, ())]) for index in range(num_sources)]
+    return np.sort(np.stack(rows), axis=1)
 
 
-def _edges_of(values: Tensor, exact: Sequence[str], levels: Sequence[str]) -> Tensor:
-    ordered = values.float().sort().values
+def _edges_of(values: ndarray, exact: Sequence[str], levels: Sequence[str]) -> ndarray:
+    ordered = np.sort(values.astype(np.float32))
     at = {level: _at(ordered, level) for level in (*exact, *levels)}
     doubled = [math.nan if math.isinf(at[level]) else at[level] for level in exact]
-    below = torch.nextafter(torch.tensor(doubled, dtype=torch.float32), torch.tensor(-math.inf)).nan_to_num(nan=math.inf)
-    return torch.cat([below, torch.tensor(list(at.values()), dtype=torch.float32)])
+    below = np.nextafter(np.array(doubled, np.float32), np.float32(-math.inf))
+    return np.concatenate([np.where(np.isnan(below), np.float32(math.inf), below), np.array(list(at.values()), np.float32)])
 
 
-def _at(ordered: Tensor, level: str) -> float:
+def _at(ordered: ndarray, level: str) -> float:
     return float(ordered[max(1, math.ceil(Fraction(level) * len(ordered))) - 1]) if len(ordered) else math.inf
 
 
-def cells_of(p: Tensor, h: Tensor, source: Tensor, p_edges: Tensor, h_edges: Tensor) -> Tensor:
+def cells_of(p: ndarray, h: ndarray, source: ndarray, p_edges: ndarray, h_edges: ndarray) -> ndarray:
     """The number of each position's cell, counted through sources, p and H: int64 [n]."""
-    cell = torch.zeros(len(p), dtype=torch.int64)
+    cell = np.zeros(len(p), np.int64)
     for index in range(len(p_edges)):
         mine = source == index
-        row = torch.searchsorted(p_edges[index], p[mine].contiguous()) * H_CELLS + torch.searchsorted(h_edges[index], h[mine].contiguous())
+        row = np.searchsorted(p_edges[index], p[mine]) * H_CELLS + np.searchsorted(h_edges[index], h[mine])
         cell[mine] = index * P_CELLS * H_CELLS + row
     return cell
 
@@ -92,7 +96,7 @@ class Border:
     realised: float
 
 
-def border(edges: Tensor, counts: Tensor, alphas: Sequence[Fraction], level: Decimal, name: str, *, upward: bool = False) -> Border:
+def border(edges: ndarray, counts: ndarray, alphas: Sequence[Fraction], level: Decimal, name: str, *, upward: bool = False) -> Border:
     """The threshold nearest to quantile `level` of the sources weighed by α that the cells can cut at: what is not above it (`upward`:
     not below it) are whole cells.
 
@@ -117,15 +121,15 @@ def border(edges: Tensor, counts: Tensor, alphas: Sequence[Fraction], level: Dec
     return Border(_next(edge, math.inf) if upward else edge, float(share))
 
 
-def _not_above(edges: Tensor, counts: Tensor, edge: float) -> int:
-    return int(counts[: int(torch.searchsorted(edges, torch.tensor(edge), right=True))].sum())
+def _not_above(edges: ndarray, counts: ndarray, edge: float) -> int:
+    return int(counts[: int(np.searchsorted(edges, np.float32(edge), side="right"))].sum())
 
 
 def _next(value: float, towards: float) -> float:
-    return float(torch.nextafter(torch.tensor(value, dtype=torch.float32), torch.tensor(towards, dtype=torch.float32)))
+    return float(np.nextafter(np.float32(value), np.float32(towards)))
 
 
-def cell_bounds(edges: Tensor) -> tuple[Tensor, Tensor]:
+def cell_bounds(edges: ndarray) -> tuple[ndarray, ndarray]:
     """The least and the greatest value that each cell can hold, float32 [n + 1] each, of one source's edges [n]."""
-    infinite = torch.tensor([math.inf])
-    return torch.nextafter(torch.cat([-infinite, edges]), infinite), torch.cat([edges, infinite])
+    infinite = np.array([math.inf], np.float32)
+    return np.nextafter(np.concatenate([-infinite, edges]), infinite), np.concatenate([edges, infinite])

@@ -16,6 +16,7 @@ from reapkit.architecture import text_config
 from reapkit.checkpoint import Checkpoint
 from reapkit.layout import LAYER, Layout
 from reapkit.planning import Plan
+from reapkit.schemes import kept_share
 
 COMPUTE_BYTES = 2  # bf16: FP8 and MXFP4 weights are dequantized to it
 LOGITS_BYTES = 256_000_000  # logits are taken in chunks of this size
@@ -140,8 +141,9 @@ def _footprints(plan: Plan, tokens: int) -> tuple[dict[str, Footprint], int]:
     batch = activation_bytes(text, plan.recipe.runtime.batch_tokens)
     hidden = tokens * int(text["hidden_size"]) * COMPUTE_BYTES
     largest = max(weights.values())
-    statistics = len(plan.layout.layers) * len(plan.recipe.calibration.mix) * plan.checkpoint.architecture.num_experts * 8 * 20
-    statistics += len(plan.layout.layers) * len(plan.recipe.calibration.mix) * plan.checkpoint.architecture.num_experts ** 2 * 8
+    observed, experts = len(plan.layout.layers) + len(plan.mtp), plan.checkpoint.architecture.num_experts
+    statistics = observed * len(plan.recipe.calibration.mix) * experts * 8 * (20 + experts)
+    rest += _mtp_weights(plan)
     return {"resident": Footprint(rest + sum(weights.values()) + batch, HOST_BASE_BYTES + statistics),
             "streaming": Footprint(rest + STREAMED_LAYERS * largest + READ_BUFFER_BYTES + batch, HOST_BASE_BYTES + statistics + largest)}, hidden
 
@@ -160,8 +162,20 @@ def _reroute(plan: Plan, tokens: int) -> Reroute | None:
     return Reroute(sampled, flops, 4 * sampled * experts * kept + 2 * chunk, waiting)
 
 
-def layer_weights(checkpoint: Checkpoint, layout: Layout) -> dict[int | None, int]:
-    """Bytes of each decoder layer as it computes, and (None) of everything else; multi-token-prediction blocks are not loaded."""
+def _mtp_weights(plan: Plan) -> int:
+    """Bytes of the multi-token-prediction blocks that are observed; they stay in memory, and share the model's embedding and head."""
+    if not plan.mtp:
+        return 0
+    own = [kind for kind in plan.layout.kinds if kind.tensor.name in plan.layout.mtp_tensors
+           and not kind.tensor.name.endswith(("embed_tokens.weight", "shared_head.head.weight"))]
+    return sum(kind.count * _computing_bytes(kind.tensor.dtype, kind.tensor.numel, kind.tensor.name) for kind in own)
+
+
+def layer_weights(checkpoint: Checkpoint, layout: Layout, kept: Mapping[int, int] | None = None) -> dict[int | None, int]:
+    """Bytes of each decoder layer as it computes, and (None) of everything else; multi-token-prediction blocks are not among them.
+
+    `kept`: experts that stay, by MoE layer; None: all of them.
+    """
     depth = checkpoint.architecture.num_hidden_layers
     found: dict[int | None, int] = {None: 0}
     for kind in layout.kinds:
@@ -170,7 +184,8 @@ def layer_weights(checkpoint: Checkpoint, layout: Layout) -> dict[int | None, in
             continue
         match = LAYER.match(tensor.name)
         layer = int(match["index"]) if match and int(match["index"]) < depth else None
-        found[layer] = found.get(layer, 0) + kind.count * _computing_bytes(tensor.dtype, tensor.numel, tensor.name)
+        nbytes = kind.count * _computing_bytes(tensor.dtype, tensor.numel, tensor.name)
+        found[layer] = found.get(layer, 0) + (nbytes if kept is None else round(nbytes * kept_share(kind, kept)))
     return found
 
 

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
-from torch import Tensor
+from numpy import ndarray
 
 from reapkit.observation import MAXIMA, SUMS, Observation
 from reapkit.recipe.schema import SaliencySpec
@@ -50,26 +50,25 @@ def saliency_table(observation: Observation) -> pa.Table:
     """
     sources = (*observation.sources, ALL_SOURCES)
     shape = (len(observation.layers), len(sources), observation.num_experts)
-    layers, source_index, experts = (index.flatten() for index in torch.meshgrid(*map(torch.arange, shape), indexing="ij"))
-    columns = {"layer": pa.array(torch.tensor(observation.layers, dtype=torch.int32)[layers].numpy()),
-               "expert": pa.array(experts.int().numpy()),
+    layers, source_index, experts = (index.ravel() for index in np.indices(shape))
+    columns = {"layer": pa.array(np.array(observation.layers, np.int32)[layers]),
+               "expert": pa.array(experts.astype(np.int32)),
                "source": pa.array([sources[i] for i in source_index.tolist()])}
-    sums = {name: _with_all(observation.statistics[name], "sum").flatten() for name in SUMS}
-    columns |= {name: pa.array((values.long() if name == "count" else values).numpy()) for name, values in sums.items()}
-    columns |= {name: pa.array(_with_all(observation.maxima[name], "amax").flatten().numpy()) for name in MAXIMA}
-    never = (sums["count"] == 0).numpy()
-    columns["saliency_mean"] = pa.array((sums["gate_norm_sum"] / sums["count"].clamp(min=1)).numpy(), mask=never)
+    sums = {name: _with_all(observation.statistics[name], "sum").ravel() for name in SUMS}
+    columns |= {name: pa.array(values.astype(np.int64) if name == "count" else values) for name, values in sums.items()}
+    columns |= {name: pa.array(_with_all(observation.maxima[name], "max").ravel()) for name in MAXIMA}
+    columns["saliency_mean"] = pa.array(sums["gate_norm_sum"] / np.maximum(sums["count"], 1), mask=sums["count"] == 0)
     return pa.table(columns)
 
 
-def _with_all(values: Tensor, reduce: str) -> Tensor:
+def _with_all(values: ndarray, reduce: str) -> ndarray:
     """[L, S, E] with the sources' sum or maximum appended as one more source."""
-    return torch.cat([values, getattr(values, reduce)(1, keepdim=True)], dim=1)
+    return np.concatenate([values, getattr(values, reduce)(1, keepdims=True)], axis=1)
 
 
-def ranking_by_layer(observation: Observation, values: Tensor) -> dict[str, list[int]]:
+def ranking_by_layer(observation: Observation, values: ndarray) -> dict[str, list[int]]:
     """`layer_<decoder index>` -> experts, most salient first; ties and experts never routed by index."""
-    order = values.sort(dim=1, descending=True, stable=True).indices.tolist()
+    order = np.argsort(-values, axis=1, kind="stable").tolist()
     return {f"layer_{layer}": row for layer, row in zip(observation.layers, order, strict=True)}
 
 

@@ -10,12 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from numpy import ndarray
 
 from reapkit.architecture import Architecture
 from reapkit.errors import UnusableError
-from reapkit.observation import Columns, Observation
+from reapkit.observation import Observation
 from reapkit.selection import LayerSelection, Selection
 
 SUMS_THERE = {"count": "expert_frequency", "gate_sum": "weighted_expert_frequency_sum", "norm_sum": "ean_sum", "gate_norm_sum": "weighted_ean_sum"}
@@ -89,40 +90,40 @@ def _observation(file: Path, data: Mapping[Any, Mapping[str, Any]], architecture
     if len(sizes) > 1 or architecture is not None and sizes != {architecture.num_experts}:
         allowed = "one number for all layers" if architecture is None else f"{architecture.num_experts}, as the model"
         raise UnusableError(f"{file}: its layers have {', '.join(map(str, sorted(sizes)))} experts, needed is {allowed}.")
-    statistics = Columns(count=torch.stack(list(counts.values()))[:, None])
+    statistics = {"count": np.stack(list(counts.values()))[:, None]}
     for ours in ("gate_sum", "norm_sum", "gate_norm_sum"):
         columns = [_sum(file, layer, entry, ours, counts[layer]) for layer, entry in by_layer.items()]
         if all(column is not None for column in columns):
-            statistics[ours] = torch.stack(columns)[:, None]
+            statistics[ours] = np.stack(columns)[:, None]
     tokens = max(int(entry.get("total_tokens", 0)) for entry in by_layer.values())
     top_k = architecture.num_experts_per_tok if architecture else _top_k(file, counts, tokens)
     return Observation(model_type=architecture.model_type if architecture else "unknown", layers=tuple(by_layer), num_experts=sizes.pop(),
-                       num_experts_per_tok=top_k, sources=("imported",), tokens=torch.tensor([tokens]), scored_tokens=torch.tensor([tokens]),
-                       statistics=statistics, maxima=Columns(), coactivation=None, snapshots=Columns(),
+                       num_experts_per_tok=top_k, sources=("imported",), tokens=np.array([tokens]), scored_tokens=np.array([tokens]),
+                       statistics=statistics, maxima={}, coactivation=None, snapshots={},
                        meta={"imported": "Cerebras observer", "file": file.name,
                              "gates": "softmax of the router's logits, as that observer has them"})
 
 
-def _sum(file: Path, layer: int, entry: Mapping[str, Any], ours: str, count: Tensor) -> Tensor | None:
+def _sum(file: Path, layer: int, entry: Mapping[str, Any], ours: str, count: ndarray) -> ndarray | None:
     if SUMS_THERE[ours] in entry:
         return _column(file, layer, entry, SUMS_THERE[ours], len(count))
     mean = MEANS_THERE.get(ours)
     return _column(file, layer, entry, mean, len(count)) * count if mean in entry else None
 
 
-def _column(file: Path, layer: int, entry: Mapping[str, Any], name: str, length: int | None = None) -> Tensor:
+def _column(file: Path, layer: int, entry: Mapping[str, Any], name: str, length: int | None = None) -> ndarray:
     try:
-        column = torch.as_tensor(entry[name]).to(torch.float64).cpu()
+        column = torch.as_tensor(entry[name]).to(torch.float64).cpu().numpy()
     except (TypeError, ValueError, RuntimeError) as error:
         raise UnusableError(f"{file}: {name} of layer {layer} holds no numbers ({error}).") from None
-    if column.dim() != 1 or length is not None and len(column) != length:
+    if column.ndim != 1 or length is not None and len(column) != length:
         raise UnusableError(f"{file}: {name} of layer {layer} has shape {list(column.shape)}, needed is one number per expert.")
-    if not bool(column.isfinite().all()) or bool((column < 0).any()):
+    if not bool(np.isfinite(column).all()) or bool((column < 0).any()):
         raise UnusableError(f"{file}: {name} of layer {layer} holds NaN, infinity or a negative number. Observe again without changing scores.")
     return column
 
 
-def _top_k(file: Path, counts: Mapping[int, Tensor], tokens: int) -> int:
+def _top_k(file: Path, counts: Mapping[int, ndarray], tokens: int) -> int:
     """Experts per token, from the counts: every token counts once for each."""
     routed = int(next(iter(counts.values())).sum())
     if tokens < 1 or routed % tokens:

@@ -106,12 +106,12 @@ class REAPModifier(Modifier):
         """Everything has happened before the first event."""
 
     def _decide(self, state: State) -> Selection:
-        if self.selection is not None:
-            return Selection.load(Path(self.selection))
-        saliency, prune = self.sections()
         architecture = Architecture.from_config(state.model.config.to_dict())
+        if self.selection is not None:
+            return Selection.load(Path(self.selection)).decoder(architecture)
+        saliency, prune = self.sections()
         if self.observation is not None:
-            return select(Observation.load(Path(self.observation)), saliency, prune, architecture)
+            return select(Observation.load(Path(self.observation)), saliency, prune, architecture).decoder(architecture)
         data = getattr(state.data, "calib", None) if state.data is not None else None
         if data is None:
             raise UnusableError("REAPModifier: no calibration data to observe. Give oneshot a dataset, or the modifier an observation or selection.")

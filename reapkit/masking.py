@@ -42,7 +42,14 @@ def masked(model: nn.Module, keep: Mapping[int, Sequence[int]], experts_per_toke
     Raises UnusableError where a layer has no routed experts, keeps too few, keeps unequal numbers per routing group, or routes
     by a fixed table.
     """
-    sites = {site.layer: site for site in find_experts(model)}
+    with masked_sites(find_experts(model), keep, experts_per_token):
+        yield
+
+
+@contextmanager
+def masked_sites(found: Sequence[RoutedExperts], keep: Mapping[int, Sequence[int]], experts_per_token: int | None = None) -> Iterator[None]:
+    """As `masked`, of these experts, which may be those of multi-token-prediction blocks."""
+    sites = {site.layer: site for site in found}
     if unknown := sorted(set(keep) - set(sites)):
         raise UnusableError(f"layers {unknown} have no routed experts to mask; the MoE layers are {sorted(sites)}.")
     kept = {layer: torch.tensor(sorted(keep[layer])) for layer in keep}
@@ -52,7 +59,7 @@ def masked(model: nn.Module, keep: Mapping[int, Sequence[int]], experts_per_toke
                 stack.enter_context(sliced_routing(site, kept[layer]))
             if experts_per_token is not None:
                 stack.enter_context(_routing_to(site, experts_per_token))
-        stack.enter_context(intercepted(tuple(sites.values()), _back_to_original(kept, experts_per_token)))
+        stack.enter_context(intercepted(found, _back_to_original(kept, experts_per_token)))
         yield
 
 

@@ -20,10 +20,12 @@ from reapkit.budget import Candidate, budget_notes, candidates
 from reapkit.checkpoint import Checkpoint
 from reapkit.criteria import NO_PATH, criterion_fingerprint, criterion_problem
 from reapkit.errors import Problem, ReapkitError, RecipeError
-from reapkit.gates import resolve
+from reapkit.gates import GENERATION_METRICS, resolve
 from reapkit.hashing import digest
 from reapkit.imported import ImportedObservation
+from reapkit.layer_budget import ranges
 from reapkit.layout import Layout, active_parameters, pruned_sizes, read_layout
+from reapkit.mtp import LOST, observed_mtp, why_unobserved
 from reapkit.recipe.loading import LoadedRecipe, as_loaded, in_file_order, load
 from reapkit.recipe.messages import closest
 from reapkit.recipe.schema import Recipe
@@ -32,7 +34,7 @@ from reapkit.schemes import check_quantize, quantized_bytes, scheme_of, targets
 from reapkit.store import Artifact, Store
 
 STAGES = ("calibrate", "packs", "observe", "select", "repair", "evaluate", "prune", "quantize", "verify", "report")
-VERSIONS = {"calibrate": 1, "packs": 1, "observe": 1, "select": 1, "repair": 1, "evaluate": 2, "prune": 1, "quantize": 2, "verify": 2, "report": 2}
+VERSIONS = {"calibrate": 1, "packs": 1, "observe": 1, "select": 1, "repair": 1, "evaluate": 3, "prune": 1, "quantize": 3, "verify": 4, "report": 4}
 """Raised by one whenever a stage's code would give other bytes for the same spec."""
 
 
@@ -66,7 +68,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything decided before any weight is read."""
+    """Everything decided before any weight is read. `mtp`: the multi-token-prediction layers that are observed and pruned, not dropped."""
 
     loaded: LoadedRecipe
     checkpoint: Checkpoint
@@ -74,6 +76,7 @@ class Plan:
     candidates: tuple[Candidate, ...]
     stages: tuple[Stage, ...]
     imported: ImportedObservation | None = None
+    mtp: tuple[int, ...] = ()
 
     @property
     def recipe(self) -> Recipe:
@@ -95,8 +98,7 @@ class Plan:
     def notes(self) -> tuple[str, ...]:
         """What the user should hear before it runs."""
         notes = budget_notes(self.candidates[0].prune(self.recipe.prune), self.checkpoint.architecture, tuple(self.layout.layers))
-        if self.layout.mtp_tensors:
-            notes.append("The multi-token-prediction block will be dropped: engines lose speculative decoding with it.")
+        notes += _mtp_notes(self)
         if self.recipe.quantize.scheme is not None and self.recipe.quantize.recipe is None:
             found = targets(self.checkpoint, self.recipe.quantize, self.layout)
             routed = any(matrix.routed for matrix in found.matrices.values())
@@ -112,14 +114,15 @@ class Plan:
         return Sizes(experts, weights.total, weights.active, self.checkpoint.nbytes)
 
     def kept(self, candidate: Candidate) -> dict[int, int]:
-        """Experts kept per MoE layer under a candidate's budget."""
-        return candidate.kept(self.recipe.prune, self.checkpoint.architecture, tuple(self.layout.layers))
+        """Experts kept per MoE layer under a candidate's budget; multi-token-prediction layers keep as many as any."""
+        kept = candidate.kept(self.recipe.prune, self.checkpoint.architecture, tuple(self.layout.layers))
+        return kept | dict.fromkeys(self.mtp, max(kept.values()))
 
     def pruned(self, candidate: Candidate) -> Sizes:
         """The pruned checkpoint's size, from headers alone."""
         kept = self.kept(candidate)
         weights = active_parameters(self.checkpoint, self.layout, kept=kept, experts_per_token=candidate.experts_per_token)
-        return Sizes(kept, weights.total, weights.active, pruned_sizes(self.checkpoint, kept, self.layout)[1])
+        return Sizes({layer: kept[layer] for layer in self.layout.layers}, weights.total, weights.active, pruned_sizes(self.checkpoint, kept, self.layout)[1])
 
     def quantized_nbytes(self, candidate: Candidate) -> int | None:
         """Bytes of the quantized checkpoint, or None where the recipe quantizes nothing."""
@@ -164,16 +167,39 @@ def make_plan(loaded: LoadedRecipe, *, download: bool = False, observation: Path
         sys.path.append(str(loaded.directory))  # `saliency.criterion: module:function` finds a module beside its recipe
     checkpoint = model_checkpoint(recipe.model, loaded.directory, download=download)
     layout = read_layout(checkpoint)
-    grid = _check(loaded, checkpoint, layout, observes=observation is None)
+    grid = _check(loaded, checkpoint, layout, observation)
     store, imported = Store(recipe.runtime.store), None
     if observation is not None:
         imported = ImportedObservation.open(observation, store.root / "imports" / "hashes.json")
         imported.check(checkpoint, layout)
-    stages = _stages(loaded, checkpoint, grid, store, imported)
-    return Plan(loaded, checkpoint, layout, grid, stages, imported)
+    mtp = observed_mtp(recipe.prune.mtp, checkpoint, layout, trust_remote_code=recipe.model.trust_remote_code,
+                       measured=None if imported is None else imported.facts["layers"])
+    if imported is not None and recipe.prune.mtp == "observe" and layout.mtp and not mtp:
+        raise loaded.located(RecipeError([Problem("prune.mtp", f"observe, but --observation {observation} does not hold the multi-token-prediction "
+                                                  f"layers {ranges(sorted(layout.mtp))}. Choose drop or auto, or give one that does.")]))
+    stages = _stages(loaded, checkpoint, grid, store, imported, mtp)
+    return Plan(loaded, checkpoint, layout, grid, stages, imported, mtp)
 
 
-def _check(loaded: LoadedRecipe, checkpoint: Checkpoint, layout: Layout, *, observes: bool) -> tuple[Candidate, ...]:
+def _mtp_notes(plan: Plan) -> list[str]:
+    """What becomes of the multi-token-prediction blocks, where there are any."""
+    wish, layout = plan.recipe.prune.mtp, plan.layout
+    block = "block" if len(layout.mtp) < 2 else "blocks"
+    if plan.mtp:
+        return [f"The multi-token-prediction {block} (layer {ranges(list(plan.mtp))}) will be observed and pruned like the decoder's layers."]
+    if not layout.mtp and (not layout.mtp_tensors or wish != "drop"):
+        return []
+    why = f" (prune.mtp: {wish})" if wish == "drop" else f", since {_why_unobserved(plan)}"
+    return [f"The multi-token-prediction {block} will be dropped{why}. {LOST}"]
+
+
+def _why_unobserved(plan: Plan) -> str | None:
+    if plan.imported is not None:
+        return "the imported observation does not hold its layers"
+    return why_unobserved(plan.checkpoint, plan.layout, trust_remote_code=plan.recipe.model.trust_remote_code)
+
+
+def _check(loaded: LoadedRecipe, checkpoint: Checkpoint, layout: Layout, observation: Path | None) -> tuple[Candidate, ...]:
     """The concrete candidates; every contradiction of recipe and checkpoint is raised at once."""
     recipe, problems, grid = loaded.recipe, [], ()
     names = [entry.name for entry in recipe.calibration.mix]
@@ -182,10 +208,10 @@ def _check(loaded: LoadedRecipe, checkpoint: Checkpoint, layout: Layout, *, obse
     except RecipeError as error:
         problems += error.problems
     problems += check_quantize(checkpoint, recipe.quantize) + _length_problems(recipe, checkpoint)
-    problems += _unavailable(recipe, layout, checkpoint) + _source_problems(recipe)
+    problems += _unavailable(recipe, layout, checkpoint, observation) + _source_problems(recipe)
     problems += [Problem(f"saliency.mix.{name}", f"no source of calibration.mix has this name.{closest(name, names)} Allowed: {', '.join(names)}.")
                  for name in recipe.saliency.mix or {} if name not in names]
-    problems += [*_unmeasured(recipe), *_without_path(recipe)] if observes else []
+    problems += ([*_unmeasured(recipe), *_without_path(recipe)] if observation is None else []) + _unmeasured_gates(recipe)
     problems += [problem for i, name in enumerate(recipe.evaluate.controls)
                  if (problem := criterion_problem(name, f"evaluate.controls[{i}]"))]
     for gates in (recipe.evaluate.gates, recipe.evaluate.gates_quantized):
@@ -238,15 +264,27 @@ def _criteria(recipe: Recipe) -> dict[str, str]:
     return named | {f"evaluate.controls[{i}]": name for i, name in enumerate(recipe.evaluate.controls)}
 
 
-def _unavailable(recipe: Recipe, layout: Layout, checkpoint: Checkpoint) -> list[Problem]:
+def _unmeasured_gates(recipe: Recipe) -> list[Problem]:
+    """Limits, of those that the user wrote, on what would never be measured: the verdict could only be undecided."""
+    evaluate, problems = recipe.evaluate, []
+    for field, instead in (("gates", "Set evaluate.generation, or remove it." if evaluate.generation is None else None),
+                           ("gates_quantized", "Continuations are judged before anything is written: move it to evaluate.gates, or remove it.")):
+        limits = getattr(evaluate, field)
+        written = set() if limits is None or isinstance(limits, str) else set(limits.model_dump(exclude_none=True))
+        problems += [Problem(f"evaluate.{field}.{metric}", f"is a limit on generated text, and none would be written. {instead}")
+                     for metric in sorted(written & GENERATION_METRICS) if instead]
+    return problems
+
+
+def _unavailable(recipe: Recipe, layout: Layout, checkpoint: Checkpoint, observation: Path | None) -> list[Problem]:
     """What the language can say and this version cannot do: refused, never silently left out."""
     problems = []
     if recipe.prune.repair is not None and "quantization_config" in checkpoint.config:
         problems.append(Problem("prune.repair", "ridge re-fits plain weights, but this checkpoint is quantized. Start from its bfloat16 version, "
                                                 "or remove it."))
-    if recipe.prune.mtp == "observe" and layout.mtp_tensors:
-        problems.append(Problem("prune.mtp", "observing multi-token-prediction blocks is not available in this version. Choose drop or auto "
-                                             "(which drops them)."))
+    why = why_unobserved(checkpoint, layout, trust_remote_code=recipe.model.trust_remote_code)
+    if recipe.prune.mtp == "observe" and observation is None and why is not None:
+        problems.append(Problem("prune.mtp", f"observe, but {why}. Choose drop, or auto, which drops what cannot be observed."))
     return problems
 
 
@@ -272,7 +310,7 @@ def _dump(section: BaseModel, *, exclude: set[str] | None = None) -> dict[str, A
 
 
 def _specs(loaded: LoadedRecipe, checkpoint: Checkpoint, grid: tuple[Candidate, ...], winner: str | None,
-           imported: ImportedObservation | None) -> dict[str, Any]:
+           imported: ImportedObservation | None, mtp: tuple[int, ...]) -> dict[str, Any]:
     """Stage -> (resolved spec, input stages, stages it only waits for). What is meant to change the output is here; nothing else."""
     recipe, directory = loaded.recipe, loaded.directory
     tokenizer = tokenizer_identity(checkpoint.path)
@@ -288,14 +326,14 @@ def _specs(loaded: LoadedRecipe, checkpoint: Checkpoint, grid: tuple[Candidate, 
                        "chat_template": template_identity(recipe.calibration.chat_template, directory)}, (), ()),
         "packs": ({"packs": _dump(evaluate.packs), "extra": [_dump(entry) for entry in evaluate.extra_packs],
                    "extra_sources": [source_identity(entry, directory) for entry in evaluate.extra_packs]}, ("calibrate",), ()),
-        "observe": ({"observe": _dump(recipe.observe), "model": model}, ("calibrate",), ()) if imported is None else (
+        "observe": ({"observe": _dump(recipe.observe), "model": model} | ({"mtp": list(mtp)} if mtp else {}), ("calibrate",), ()) if imported is None else (
             {"imported": imported.content, "model": model}, (), ()),
         "select": ({"saliency": _dump(recipe.saliency), "own_criteria": _own_criteria(grid, evaluate.controls), "prune": _dump(prune, exclude={"repair", "mtp"}),
                     "controls": list(evaluate.controls)}, ("observe",), ()),
         **({"repair": ({"repair": prune.repair, "model": model}, ("calibrate", "select"), ())} if repaired else {}),
         "evaluate": ({"evaluate": _dump(evaluate, exclude={"gates_quantized", "on_reject", "on_undecided", "lm_eval", "throughput",
                                                            "equal_bytes"})},
-                     ("packs", "select", *repaired), ()),
+                     ("packs", "select", *repaired), ("observe",)),
         "prune": ({"candidate": winner, "mtp": prune.mtp, "repair": prune.repair, "model": model,
                    "max_shard_bytes": recipe.output.max_shard_bytes}, ("select", *repaired), ("evaluate",)),
     }
@@ -312,10 +350,10 @@ def _specs(loaded: LoadedRecipe, checkpoint: Checkpoint, grid: tuple[Candidate, 
 
 
 def _stages(loaded: LoadedRecipe, checkpoint: Checkpoint, grid: tuple[Candidate, ...], store: Store,
-            imported: ImportedObservation | None) -> tuple[Stage, ...]:
+            imported: ImportedObservation | None, mtp: tuple[int, ...]) -> tuple[Stage, ...]:
     """Keys forwards, then what must run backwards from the outputs that are wanted."""
     winner = grid[0].name if len(grid) == 1 else None
-    specs = _specs(loaded, checkpoint, grid, winner, imported)
+    specs = _specs(loaded, checkpoint, grid, winner, imported, mtp)
     keys: dict[str, str | None] = {}
     for name, (spec, inputs, _) in specs.items():
         if name == "prune" and winner is None:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy import ndarray
 
 from reapkit.criteria import NO_PATH
 from reapkit.errors import Problem, RecipeError, UnusableError
@@ -24,8 +24,8 @@ class Removal:
     Costs are fractions of the squared residual stream per token, and so compare between layers.
     """
 
-    saliency: Tensor
-    cost: Tensor
+    saliency: ndarray
+    cost: ndarray
     order: tuple[tuple[int, ...], ...] | None
 
 
@@ -47,17 +47,17 @@ def removal(observation: Observation, criterion: str, alphas: Sequence[Fraction]
     number = _path_number(observation, found, alphas)
     rows = [_along(order, error) for order, error in zip(found.order[:, number], found.error[:, number], strict=True)]
     orders, saliency, cost = zip(*rows, strict=True)
-    return Removal(torch.stack(saliency), torch.stack(cost), orders)
+    return Removal(np.stack(saliency), np.stack(cost), orders)
 
 
-def _along(order: Tensor, error: Tensor) -> tuple[tuple[int, ...], Tensor, Tensor]:
+def _along(order: ndarray, error: ndarray) -> tuple[tuple[int, ...], ndarray, ndarray]:
     """Error reached and error added by expert; those the path never removes take the last ones' values."""
     steps = int((order >= 0).sum())
     gone, reached = order[:steps], error[:steps]
-    added = reached.diff(prepend=reached.new_zeros(1))
-    highest = reached.cummax(0).values if steps else reached
-    saliency = torch.full_like(error, float(highest[-1]) if steps else 0.0).index_copy_(0, gone, highest)
-    cost = torch.full_like(error, float(added.max()) if steps else 0.0).index_copy_(0, gone, added)
+    added, highest = np.diff(reached, prepend=0.0), np.maximum.accumulate(reached)
+    saliency = np.full_like(error, highest[-1] if steps else 0.0)
+    cost = np.full_like(error, added.max() if steps else 0.0)
+    saliency[gone], cost[gone] = highest, added
     return tuple(gone.tolist()), saliency, cost
 
 

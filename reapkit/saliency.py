@@ -12,8 +12,8 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy import ndarray
 
 from reapkit.criteria import user_criterion
 from reapkit.eaft import Regions, eaft_saliency, measure_regions, region_weights
@@ -28,32 +28,33 @@ from reapkit.removal import REROUTE, removal
 class Totals:
     """An observation's statistics with its sources added up, weighted by the post-hoc mix.
 
-    Sums are Tensor[L, E] float64, maxima Tensor[L, E] float32 over the sources that have weight. `mean_alpha` is the mean
+    Sums are arrays [L, E] float64, maxima arrays [L, E] float32 over the sources that have weight. `mean_alpha` is the mean
     weight of a scored token, by which `prior_count` scales (1 without a mix).
     """
 
     layers: tuple[int, ...]
     mean_alpha: float
-    count: Tensor
-    gate_sum: Tensor
-    norm_sum: Tensor
-    gate_norm_sum: Tensor
-    gate_norm_sq_sum: Tensor
-    norm_max: Tensor
-    gate_norm_max: Tensor
-    activation_max: Tensor
-    norm_max_scored: Tensor
-    gate_norm_max_scored: Tensor
-    activation_max_scored: Tensor
+    count: ndarray
+    gate_sum: ndarray
+    norm_sum: ndarray
+    gate_norm_sum: ndarray
+    gate_norm_sq_sum: ndarray
+    norm_max: ndarray
+    gate_norm_max: ndarray
+    activation_max: ndarray
+    norm_max_scored: ndarray
+    gate_norm_max_scored: ndarray
+    activation_max_scored: ndarray
 
     def __getattribute__(self, name: str) -> Any:
         """What the observation does not have cannot be asked for. Raises UnusableError."""
         value = super().__getattribute__(name)
         return Columns()[name] if value is None else value
 
-    def mean(self, sums: Tensor, prior_count: float = 0.0) -> Tensor:
+    def mean(self, sums: ndarray, prior_count: float = 0.0) -> ndarray:
         """Σ / (N + λ) with λ in tokens; an expert without tokens becomes 0/0 = NaN unless λ > 0, and ranks last either way."""
-        return sums / (self.count + prior_count * self.mean_alpha)
+        with np.errstate(invalid="ignore"):
+            return sums / (self.count + prior_count * self.mean_alpha)
 
 
 def source_alphas(observation: Observation, mix: Mapping[str, Decimal] | None) -> tuple[Fraction, ...]:
@@ -97,63 +98,63 @@ def mean_alpha(observation: Observation, alphas: tuple[Fraction, ...]) -> float:
     return float(sum(alpha * count for alpha, count in tokens) / weight) if weight else 1.0
 
 
-def add_sources(values: Tensor, alphas: tuple[Fraction, ...]) -> Tensor:
+def add_sources(values: ndarray, alphas: tuple[Fraction, ...]) -> ndarray:
     """Σ_s α_s values[:, s] for values [L, S, ...]; float64, added in the order of the sources."""
-    added = torch.zeros_like(values[:, 0], dtype=torch.float64)
+    added = np.zeros_like(values[:, 0], dtype=np.float64)
     for source, alpha in enumerate(alphas):
         if alpha:
-            added += float(alpha) * values[:, source].double()
+            added += float(alpha) * values[:, source]
     return added
 
 
-def _largest(values: Tensor, alphas: tuple[Fraction, ...]) -> Tensor:
+def _largest(values: ndarray, alphas: tuple[Fraction, ...]) -> ndarray:
     weighed = [source for source, alpha in enumerate(alphas) if alpha]
-    return values[:, weighed].amax(1) if weighed else torch.zeros_like(values[:, 0])
+    return values[:, weighed].max(1) if weighed else np.zeros_like(values[:, 0])
 
 
 # ---------------------------------------------------------------------------------------------- criteria
 
 
-def reap(totals: Totals, spec: SaliencySpec) -> Tensor:
+def reap(totals: Totals, spec: SaliencySpec) -> ndarray:
     """Σgn / N: the mean contribution to the layer's output while routed (REAP, arXiv 2510.13999); `sum`: Σgn."""
     return _reduced(totals, totals.gate_norm_sum, spec)
 
 
-def ean(totals: Totals, spec: SaliencySpec) -> Tensor:
+def ean(totals: Totals, spec: SaliencySpec) -> ndarray:
     """Σn: expert activation norm, a sum by definition."""
     return totals.norm_sum
 
 
-def ean_mean(totals: Totals, spec: SaliencySpec) -> Tensor:
+def ean_mean(totals: Totals, spec: SaliencySpec) -> ndarray:
     """Σn / N; `sum`: Σn."""
     return _reduced(totals, totals.norm_sum, spec)
 
 
-def frequency(totals: Totals, spec: SaliencySpec) -> Tensor:
+def frequency(totals: Totals, spec: SaliencySpec) -> ndarray:
     """N: how often the expert is routed to."""
     return totals.count
 
 
-def weighted_frequency(totals: Totals, spec: SaliencySpec) -> Tensor:
+def weighted_frequency(totals: Totals, spec: SaliencySpec) -> ndarray:
     """Σg: how much gate weight the expert receives."""
     return totals.gate_sum
 
 
-def random_control(totals: Totals, spec: SaliencySpec) -> Tensor:
+def random_control(totals: Totals, spec: SaliencySpec) -> ndarray:
     """Uniform numbers by seed and decoder layer, the same on every platform: the control that a criterion must beat."""
     experts = totals.count.shape[1]
     rows = []
     for layer in totals.layers:
         draw = random.Random(f"{spec.seed}:{layer}")
         rows.append([draw.random() for _ in range(experts)])
-    return torch.tensor(rows, dtype=torch.float64)
+    return np.array(rows)
 
 
-def _reduced(totals: Totals, sums: Tensor, spec: SaliencySpec) -> Tensor:
+def _reduced(totals: Totals, sums: ndarray, spec: SaliencySpec) -> ndarray:
     return sums if spec.reduction == "sum" else totals.mean(sums, spec.prior_count)
 
 
-CRITERIA: dict[str, Callable[[Totals, SaliencySpec], Tensor]] = {
+CRITERIA: dict[str, Callable[[Totals, SaliencySpec], ndarray]] = {
     "reap": reap, "ean": ean, "ean-mean": ean_mean, "frequency": frequency, "weighted-frequency": weighted_frequency,
     "random": random_control}
 
@@ -172,8 +173,8 @@ def formula(spec: SaliencySpec) -> str:
 
 
 def saliency(observation: Observation, spec: SaliencySpec, regions: Regions | None = None,
-             weights: Sequence[float] | None = None) -> Tensor:
-    """The saliency of every expert, Tensor[L, E] float64; -inf for experts that no position was routed to.
+             weights: Sequence[float] | None = None) -> ndarray:
+    """The saliency of every expert, array [L, E] float64; -inf for experts that no position was routed to.
 
     `regions`: the EAFT sums, if they were measured already; `weights`: other region weights than the spec's.
 
@@ -189,27 +190,31 @@ def saliency(observation: Observation, spec: SaliencySpec, regions: Regions | No
         routed = regions.counts(alphas) > 0
     elif spec.criterion in REROUTE:
         values, routed = removal(observation, spec.criterion, source_alphas(observation, spec.mix)).saliency, summed.count > 0
+        values = np.where(observation.reroute.measured[:, None], values, reap(summed, spec))  # layers without a path: by plain REAP
     else:
         criterion = CRITERIA.get(spec.criterion) or user_criterion(spec.criterion)
-        values, routed = _checked_shape(criterion(summed, spec), summed, spec.criterion), summed.count > 0
+        with np.errstate(divide="ignore", invalid="ignore"):  # what is not finite is masked or refused below
+            values, routed = _checked(criterion(summed, spec), summed, spec.criterion), summed.count > 0
     # 0/0 is NaN, and topk and argsort both rank NaN highest: an expert without tokens must never reach them as NaN
-    values = torch.where(routed, values, -torch.inf)
+    values = np.where(routed, values, -np.inf)
     _check_finite(values, routed, observation, spec.criterion)
     return values
 
 
-def _checked_shape(values: object, summed: Totals, criterion: str) -> Tensor:
-    if not isinstance(values, Tensor) or values.shape != summed.count.shape:
-        found = f"a tensor of shape {list(values.shape)}" if isinstance(values, Tensor) else f"a {type(values).__name__}"
-        raise UnusableError(f"saliency.criterion: '{criterion}' returned {found}; it must return a tensor of shape "
+def _checked(values: object, summed: Totals, criterion: str) -> ndarray:
+    """What a criterion returned, an array or anything that says it can be one (a tensor does), as float64 [L, E]."""
+    shape = getattr(values, "shape", None)
+    if not hasattr(values, "__array__") or tuple(shape) != summed.count.shape:
+        found = f"an array of shape {list(shape)}" if hasattr(values, "__array__") else f"a {type(values).__name__}"
+        raise UnusableError(f"saliency.criterion: '{criterion}' returned {found}; it must return an array of shape "
                             f"{list(summed.count.shape)} [layers, experts].")
-    return values.to(device=summed.count.device, dtype=torch.float64)
+    return np.asarray(values, dtype=np.float64)
 
 
-def _check_finite(values: Tensor, routed: Tensor, observation: Observation, criterion: str) -> None:
-    bad = (routed & ~values.isfinite()).nonzero().tolist()
+def _check_finite(values: ndarray, routed: ndarray, observation: Observation, criterion: str) -> None:
+    bad = np.argwhere(routed & ~np.isfinite(values)).tolist()
     if bad:
         named = ", ".join(f"layer {observation.layers[layer]} expert {expert}" for layer, expert in bad[:4])
-        raise UnusableError(f"saliency: {criterion} is not a finite number for {len(bad)} of {values.numel()} experts ({named}"
+        raise UnusableError(f"saliency: {criterion} is not a finite number for {len(bad)} of {values.size} experts ({named}"
                             + (", …" if len(bad) > 4 else "") + "). The model overflowed while it was observed, or the "
                             "criterion divides by zero. Observe in bfloat16 or float32, or mend the criterion.")

@@ -203,8 +203,21 @@ def quantized_bytes(checkpoint: Checkpoint, spec: QuantizeSpec, kept: Mapping[in
             nbytes = matrix.count * scheme_of(spec).nbytes(matrix.rows, matrix.columns, spec.group_size, weight_bits)
         else:
             nbytes = tensor.numel * 2 if dequantized and tensor.dtype == "F8_E4M3" else tensor.nbytes
-        total += kind.count * nbytes * _kept_share(kind, kept)
+        total += kind.count * nbytes * kept_share(kind, kept)
     return round(total)
+
+
+def matrices_by_layer(checkpoint: Checkpoint, spec: QuantizeSpec, kept: Mapping[int, int]) -> dict[int, list[tuple[Matrix, int]]]:
+    """Decoder layer -> (a matrix that is quantized, how many of its shape stay), where MoE layer `l` keeps `kept[l]` experts.
+
+    A raw llm-compressor recipe is not predicted: every matrix that could be quantized counts.
+    """
+    found: dict[int, list[tuple[Matrix, int]]] = defaultdict(list)
+    possible = spec if spec.recipe is None else spec.model_copy(update={"recipe": None, "scheme": spec.scheme or "W4A16"})
+    for kind, matrix in _decided_kinds(checkpoint, possible, read_layout(checkpoint)):
+        if matrix is not None:
+            found[matrix.layer].append((matrix, round(kind.count * matrix.count * kept_share(kind, kept))))
+    return dict(found)
 
 
 def check_quantize(checkpoint: Checkpoint, spec: QuantizeSpec) -> list[Problem]:
@@ -322,7 +335,7 @@ def _stacked_experts(tensor: TensorInfo, layer: int, checkpoint: Checkpoint) -> 
     return Matrix(tensor, experts * parts, rows // parts, columns, layer, routed=True)
 
 
-def _kept_share(kind: Kind, kept: Mapping[int, int]) -> Fraction:
+def kept_share(kind: Kind, kept: Mapping[int, int]) -> Fraction:
     """The share of a kind's numbers that stay when its layer keeps `kept` experts; all of what has no expert axis."""
     if kind.layer is None:
         return Fraction(1)

@@ -1,13 +1,13 @@
 """Which experts stay and which go, with the reason for each: plain data that a person can read and every later stage obeys.
 
-Reading a Selection needs no torch; deciding one does.
+Neither reading nor deciding one needs torch.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +35,7 @@ class LayerSelection:
 
 @dataclass(frozen=True)
 class Selection:
-    """The decision for every MoE layer, by decoder index.
+    """The decision for every MoE layer, by decoder index; multi-token-prediction blocks follow under the next numbers.
 
     `experts_per_token`: the pruned model's top-k, None as it was. `details`: how it was decided (budget, EAFT regions, super
     experts, near-ties, warnings), for people and the report; no later stage acts on it.
@@ -50,6 +50,10 @@ class Selection:
     def keep(self) -> dict[int, tuple[int, ...]]:
         """Kept experts by layer."""
         return {layer: chosen.keep for layer, chosen in self.layers.items()}
+
+    def decoder(self, architecture: Architecture) -> Selection:
+        """Without multi-token-prediction blocks, which a loaded model does not have."""
+        return replace(self, layers={layer: chosen for layer, chosen in self.layers.items() if layer < architecture.num_hidden_layers})
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -110,7 +114,7 @@ def select(observation: Observation, saliency: SaliencySpec, prune: PruneSpec, a
 def select_all(observation: Observation, saliency: SaliencySpec, prune: PruneSpec, architecture: Architecture,
                candidates: Sequence[Candidate] | None = None) -> tuple[Selection, ...]:
     """One selection per candidate (default: the recipe's own grid, in its order); the observation is read once for all."""
-    from reapkit.decision import decide  # torch, which those who only read a Selection do without
+    from reapkit.decision import decide  # which imports this module
 
     return decide(observation, saliency, prune, architecture, candidates)
 

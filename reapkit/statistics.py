@@ -1,6 +1,6 @@
 """What an observation and a selection say about the model, as numbers for the report, the profile and comparisons.
 
-Tensors are [L, E] unless said otherwise, L MoE layers in decoder order, E routed experts. A number that cannot be computed
+Arrays are [L, E] unless said otherwise, L MoE layers in decoder order, E routed experts. A number that cannot be computed
 (0/0, no dropped expert, no co-activation) is None, never NaN.
 """
 
@@ -13,8 +13,8 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy import ndarray
 
 from reapkit.observation import Observation
 from reapkit.recipe.schema import SaliencySpec
@@ -42,7 +42,7 @@ class CutCurve:
     steepens_at: float | None
 
 
-def cut_curve(summed: Totals, values: Tensor) -> CutCurve:
+def cut_curve(summed: Totals, values: ndarray) -> CutCurve:
     """The trade-off over every ratio, from one observation."""
     order = removal_order(values)
     traffic, mass = _deleted(summed.count, order), _deleted(summed.gate_norm_sum, order)
@@ -51,60 +51,60 @@ def cut_curve(summed: Totals, values: Tensor) -> CutCurve:
     return CutCurve(traffic, mass, None if steep is None else steep / experts)
 
 
-def removal_order(values: Tensor) -> Tensor:
+def removal_order(values: ndarray) -> ndarray:
     """Experts of each layer, least salient first; of equals the higher index goes first. int64 [L, E]."""
-    return values.sort(dim=1, descending=True, stable=True).indices.flip(1)
+    return np.argsort(-values, axis=1, kind="stable")[:, ::-1]
 
 
-def _deleted(values: Tensor, order: Tensor) -> tuple[float, ...]:
-    removed = values.gather(1, order).cumsum(1).sum(0)
+def _deleted(values: ndarray, order: ndarray) -> tuple[float, ...]:
+    removed = np.take_along_axis(values, order, 1).cumsum(1).sum(0)
     total = float(values.sum())
-    return (0.0, *((removed / total).clamp(max=1.0).tolist() if total else [0.0] * values.shape[1]))
+    return (0.0, *(np.minimum(removed / total, 1.0).tolist() if total else [0.0] * values.shape[1]))
 
 
-def dropped_mask(selection: Selection, experts: int) -> Tensor:
+def dropped_mask(selection: Selection, experts: int) -> ndarray:
     """True where an expert is dropped, bool [L, E]."""
-    mask = torch.zeros((len(selection.layers), experts), dtype=torch.bool)
+    mask = np.zeros((len(selection.layers), experts), bool)
     for row, layer in enumerate(selection.layers.values()):
         mask[row, list(layer.drop)] = True
     return mask
 
 
-def share_deleted(values: Tensor, dropped: Tensor) -> float | None:
+def share_deleted(values: ndarray, dropped: ndarray) -> float | None:
     """Σ over dropped / Σ over all, for N (traffic) or Σgn (saliency mass); any shape."""
     return _ratio(values[dropped].sum(), values.sum())
 
 
-def floors(values: Tensor, dropped: Tensor) -> list[float | None]:
+def floors(values: ndarray, dropped: ndarray) -> list[float | None]:
     """The highest saliency dropped in each layer; None where nothing, or only experts never routed, were dropped."""
-    highest = values.masked_fill(~dropped, -torch.inf).amax(1)
+    highest = np.where(dropped, values, -np.inf).max(1)
     return [None if value == -math.inf else value for value in highest.tolist()]
 
 
-def tail_risks(gate_norm_max: Tensor, dropped: Tensor) -> list[float | None]:
+def tail_risks(gate_norm_max: ndarray, dropped: ndarray) -> list[float | None]:
     """Share of each layer's dropped experts whose largest gn lies in the top quarter over all layers: rare but large."""
-    ordered = gate_norm_max.flatten().sort().values
+    ordered = np.sort(gate_norm_max, axis=None)
     limit = ordered[math.ceil(TAIL_QUARTER * len(ordered)) - 1]
     risky = (gate_norm_max > limit) & dropped
     return [_ratio(*pair) for pair in zip(risky.sum(1), dropped.sum(1), strict=True)]
 
 
-def balance(count: Tensor) -> list[float | None]:
+def balance(count: ndarray) -> list[float | None]:
     """CV = std(N) / mean(N) of each layer: 0 where every expert is used equally. std over the population."""
-    return [_ratio(*pair) for pair in zip(count.std(1, correction=0), count.mean(1), strict=True)]
+    return [_ratio(*pair) for pair in zip(count.std(1), count.mean(1), strict=True)]
 
 
-def redundancy_coverage(coactivation: Tensor | None, dropped: Tensor) -> list[float | None]:
+def redundancy_coverage(coactivation: ndarray | None, dropped: ndarray) -> list[float | None]:
     """Σ_{i∈D, j∉D} C_ij / Σ_{i∈D, j≠i} C_ij by layer: how much of what fires beside dropped experts survives. C: [L, E, E]."""
     if coactivation is None:
         return [None] * len(dropped)
-    pairs = coactivation.double() * (1 - torch.eye(dropped.shape[1], dtype=torch.float64))
+    pairs = coactivation * (1 - np.eye(dropped.shape[1]))
     beside = (pairs * dropped[:, :, None]).sum((1, 2))
     survives = (pairs * dropped[:, :, None] * ~dropped[:, None, :]).sum((1, 2))
     return [_ratio(*pair) for pair in zip(survives, beside, strict=True)]
 
 
-def chance_coverage(dropped: Tensor) -> list[float | None]:
+def chance_coverage(dropped: ndarray) -> list[float | None]:
     """kept / (E - 1): the coverage if co-activation were even."""
     experts = dropped.shape[1]
     return [kept / (experts - 1) if experts > 1 else None for kept in (~dropped).sum(1).tolist()]
@@ -113,14 +113,14 @@ def chance_coverage(dropped: Tensor) -> list[float | None]:
 # ---------------------------------------------------------------------------------------------- drivers and concentration
 
 
-def drivers(summed: Totals, values: Tensor) -> dict[str, dict[str, float | None]]:
+def drivers(summed: Totals, values: ndarray) -> dict[str, dict[str, float | None]]:
     """Pearson and Spearman correlation of saliency with N, Σg/N, Σn/N and max n, averaged over layers; N = 0 excluded.
 
     Layers where either side is constant have no correlation and are left out of the average.
     """
     columns = {"count": summed.count, "gate_mean": summed.mean(summed.gate_sum), "norm_mean": summed.mean(summed.norm_sum),
-               "norm_max": summed.norm_max.double()}
-    routed = (summed.count > 0) & values.isfinite()
+               "norm_max": summed.norm_max}
+    routed = (summed.count > 0) & np.isfinite(values)
     found: dict[str, dict[str, float | None]] = {}
     for name in DRIVERS:
         rows = [(values[layer, mask], columns[name][layer, mask]) for layer, mask in enumerate(routed)]
@@ -128,27 +128,28 @@ def drivers(summed: Totals, values: Tensor) -> dict[str, dict[str, float | None]
     return found
 
 
-def pearson(a: Tensor, b: Tensor) -> float | None:
+def pearson(a: ndarray, b: ndarray) -> float | None:
     """Pearson correlation of two vectors in float64; None where one is constant or empty."""
-    a, b = a.double() - a.double().mean(), b.double() - b.double().mean()
-    scale = float(a.norm() * b.norm())
-    return float(a @ b) / scale if a.numel() and scale > 0 else None
+    if not a.size:
+        return None
+    a, b = (values.astype(np.float64) - values.mean(dtype=np.float64) for values in (a, b))
+    scale = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return float(a @ b) / scale if scale > 0 else None
 
 
-def spearman(a: Tensor, b: Tensor) -> float | None:
+def spearman(a: ndarray, b: ndarray) -> float | None:
     """Pearson correlation of the ranks, ties sharing their mean rank."""
     return pearson(_ranks(a), _ranks(b))
 
 
-def _ranks(values: Tensor) -> Tensor:
-    _, inverse, counts = values.unique(sorted=True, return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    return (last - (counts.double() - 1) / 2)[inverse]
+def _ranks(values: ndarray) -> ndarray:
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (counts.cumsum() - (counts - 1) / 2)[inverse]
 
 
-def concentration(gate_norm_sum: Tensor) -> dict[int, list[float | None]]:
+def concentration(gate_norm_sum: ndarray) -> dict[int, list[float | None]]:
     """Share of Σgn in each layer's top 4, 8, 16, … experts (below E), by layer."""
-    ordered = gate_norm_sum.sort(dim=1, descending=True).values
+    ordered = np.sort(gate_norm_sum, axis=1)[:, ::-1]
     total = ordered.sum(1)
     sizes = [4 << i for i in range(20) if 4 << i < ordered.shape[1]]
     return {size: [_ratio(*pair) for pair in zip(ordered[:, :size].sum(1), total, strict=True)] for size in sizes}
@@ -163,7 +164,7 @@ def kept_overlap(one: Mapping[int, Sequence[int]], other: Mapping[int, Sequence[
             for layer, kept in one.items() if layer in other}
 
 
-def rank_correlation(one: Tensor, other: Tensor) -> list[float | None]:
+def rank_correlation(one: ndarray, other: ndarray) -> list[float | None]:
     """Spearman correlation of two saliencies by layer; experts never routed (-inf) share the lowest rank."""
     return [spearman(a, b) for a, b in zip(one, other, strict=True)]
 
@@ -181,7 +182,7 @@ def convergence(observation: Observation, counts: Mapping[int, int],
     steps = []
     for step, rows in enumerate(SNAPSHOT_ROWS):
         early = _mean_reap(observation.snapshots["count"][step], observation.snapshots["gate_norm_sum"][step], alphas)
-        seen = bool(early.isfinite().any())  # few rows: the first group may be larger than a sixteenth of them
+        seen = bool(np.isfinite(early).any())  # few rows: the first group may be larger than a sixteenth of them
         by_layer = kept_overlap(_kept_sets(early, observation.layers, counts), whole) if seen else {}
         steps.append({"rows": rows, "overlap": _mean(by_layer.values()), "chance": chance,
                       "rank_correlation": _mean(rank_correlation(early, final)) if seen else None, "by_layer": by_layer})
@@ -208,25 +209,25 @@ def first_half_sentence(half: Mapping[str, Any]) -> str:
             f"{100 * half['lowest']:.1f} %; random sets: {100 * half['chance']:.0f} %)")
 
 
-def _mean_reap(count: Tensor, gate_norm_sum: Tensor, alphas: Sequence[Fraction]) -> Tensor:
+def _mean_reap(count: ndarray, gate_norm_sum: ndarray, alphas: Sequence[Fraction]) -> ndarray:
     n = add_sources(count, alphas)
-    return torch.where(n > 0, add_sources(gate_norm_sum, alphas) / n, -torch.inf)
+    return np.divide(add_sources(gate_norm_sum, alphas), n, out=np.full_like(n, -np.inf), where=n > 0)
 
 
-def _kept_sets(values: Tensor, layers: Sequence[int], counts: Mapping[int, int]) -> dict[int, list[int]]:
-    order = values.sort(dim=1, descending=True, stable=True).indices.tolist()
+def _kept_sets(values: ndarray, layers: Sequence[int], counts: Mapping[int, int]) -> dict[int, list[int]]:
+    order = np.argsort(-values, axis=1, kind="stable").tolist()
     return {layer: row[: counts[layer]] for layer, row in zip(layers, order, strict=True)}
 
 
-def specialisation(observation: Observation) -> Tensor:
-    """How much more often source s uses an expert than the average source does, as shares: Tensor[L, S, E], sums to 1 over s.
+def specialisation(observation: Observation) -> ndarray:
+    """How much more often source s uses an expert than the average source does, as shares: array [L, S, E], sums to 1 over s.
 
     The rate is N_s / T_s, so that large sources do not look special; an expert never routed has equal shares.
     """
-    tokens = observation.scored_tokens.double().clamp(min=1)[None, :, None]
+    tokens = np.maximum(observation.scored_tokens, 1)[None, :, None]
     rate = observation.statistics["count"] / tokens
-    whole = rate.sum(1, keepdim=True)
-    return torch.where(whole > 0, rate / whole, 1 / len(observation.sources))
+    whole = rate.sum(1, keepdims=True)
+    return np.divide(rate, whole, out=np.full_like(rate, 1 / len(observation.sources)), where=whole > 0)
 
 
 def mix_without(observation: Observation, source: str, mix: Mapping[str, Decimal] | None = None) -> dict[str, Decimal]:
@@ -267,7 +268,7 @@ def report_metrics(observation: Observation, selection: Selection) -> dict[str, 
     weights = None if mix is None else {name: Decimal(weight) for name, weight in mix.items()}
     summed = totals(observation, weights)
     unknown = (-math.inf,) * observation.num_experts
-    values = torch.tensor([layer.saliency or unknown for layer in selection.layers.values()], dtype=torch.float64)
+    values = np.array([layer.saliency or unknown for layer in selection.layers.values()], np.float64)
     dropped = dropped_mask(selection, observation.num_experts)
     together = observation.coactivation
     coactivation = None if together is None else add_sources(together, source_alphas(observation, weights))
@@ -288,7 +289,7 @@ def report_metrics(observation: Observation, selection: Selection) -> dict[str, 
         "convergence": convergence(observation, kept, weights)}
 
 
-def _ratio(part: Tensor | float, whole: Tensor | float) -> float | None:
+def _ratio(part: ndarray | float, whole: ndarray | float) -> float | None:
     return float(part) / float(whole) if float(whole) else None
 
 

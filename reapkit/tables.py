@@ -13,6 +13,7 @@ from rich.table import Table
 from reapkit.differences import RecipeDifference
 from reapkit.estimates import estimate, missing_disk
 from reapkit.planning import Plan, Sizes
+from reapkit.quantize_memory import quantize_memory
 
 
 def human_bytes(count: int | None) -> str:
@@ -70,6 +71,10 @@ def _estimate_tables(plan: Plan) -> list[Table | str]:
     memory = _table("memory", [("placement", "left"), ("device", "right"), ("host", "right"), ("", "left")])
     for name, footprint in found.footprints.items():
         memory.add_row(name, human_bytes(footprint.device), human_bytes(footprint.host), "chosen" if name == found.placement else "")
+    if (quantizing := quantize_memory(plan, found.machine)) is not None:
+        where = f"layers on disk, {human_bytes(quantizing.disk)}" if quantizing.offloads else \
+            "weights in host memory" if quantizing.on_disk else "shard by shard"
+        memory.add_row(f"quantize ({quantizing.method})", human_bytes(quantizing.chosen.device), human_bytes(quantizing.chosen.host), where)
     free = human_bytes(found.machine.host) if found.machine.device is None else human_bytes(found.machine.device)
     memory.add_row("free here", free, human_bytes(found.machine.host), "no accelerator" if found.machine.device is None else "")
     lines = [f"observe: {'' if found.tokens_exact else 'at most '}{found.tokens:,} tokens, {found.flops:.2g} FLOP, "
@@ -98,10 +103,11 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
         return {"experts": {str(k): v for k, v in value.experts.items()}, "parameters": value.parameters,
                 "active_parameters": value.active_parameters, "bytes": value.nbytes}
 
+    quantizing = quantize_memory(plan)
     return {"name": plan.recipe.name, "model": plan.recipe.model.source, "model_type": plan.checkpoint.architecture.model_type,
             "stages": [{"stage": s.name, "state": "hit" if s.hit else "run", "key": s.key, "reason": s.reason, "inputs": list(s.inputs)}
                        for s in plan.stages],
-            "estimates": asdict(estimate(plan)), "disk_shortage": missing_disk(plan), "notes": list(plan.notes),
+            "estimates": asdict(estimate(plan)), "quantize_memory": quantizing and asdict(quantizing), "disk_shortage": missing_disk(plan), "notes": list(plan.notes),
             "base": sizes(plan.base),
             "candidates": [{"name": c.name, "pruned": sizes(plan.pruned(c)), "quantized_bytes": plan.quantized_nbytes(c)}
                            for c in plan.candidates]}

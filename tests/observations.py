@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from numpy import ndarray
 from torch import Tensor
 
 from reapkit.observation import MAXIMA, SUMS, Observation, Trace
@@ -90,8 +91,8 @@ def trace_of_routing(routing: Routing, layers: tuple[int, ...]) -> Trace:
     """The exact EAFT trace of the positions with a signal."""
     keep = routing.signal
 
-    def routed(layer: int) -> tuple[Tensor, Tensor]:
+    def routed(layer: int) -> tuple[ndarray, ndarray]:
         index = layers.index(layer)
-        return routing.expert[index, keep].to(torch.int16), (routing.gate * routing.norm)[index, keep]
+        return routing.expert[index, keep].to(torch.int16).numpy(), (routing.gate * routing.norm)[index, keep].numpy()
 
     return Trace(routing.source[keep].to(torch.int16), routing.p[keep], routing.h[keep], routed)

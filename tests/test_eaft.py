@@ -6,6 +6,7 @@ import math
 from decimal import Decimal
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from observations import observe_routing, random_routing, repeated
@@ -57,7 +58,7 @@ def two_passes(routing, *, quantiles: dict | None = None, per_source: bool = Fal
                 sums[e] += weights[region] * mass
                 counts[e] += 1
         rows.append([s / n if n else -math.inf for s, n in zip(sums, counts, strict=True)])
-    return torch.tensor(rows, dtype=torch.float64), regions
+    return np.array(rows), regions
 
 
 def variants(seed: int):
@@ -81,11 +82,11 @@ def test_against_two_passes(seed: int, thresholds: str, strict: bool) -> None:
     for routing in variants(seed):
         observation = observe_routing(routing)
         expected, regions = two_passes(routing, per_source=thresholds == "per-source", strict=strict)
-        torch.testing.assert_close(saliency(observation, spec), expected, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(saliency(observation, spec), expected, rtol=1e-12, atol=1e-12)
         measured = measure_regions(observation, spec.eaft, source_alphas(observation, None))
         assert measured.positions.sum(0).tolist() == [regions.count(name) for name in REGIONS]
         counted = [torch.bincount(routing.expert[layer, routing.signal].flatten(), minlength=8) for layer in range(3)]
-        assert measured.count.sum((1, 2)).equal(torch.stack(counted).double())
+        assert np.array_equal(measured.count.sum((1, 2)), torch.stack(counted))
 
 
 @pytest.mark.parametrize("quantiles", [{"p_low": "0"}, {"p_low": "1", "h_low": "1"},
@@ -94,7 +95,7 @@ def test_extreme_quantiles(quantiles: dict) -> None:
     routing = random_routing(4)
     spec = saliency_spec("eaft-reap", eaft={"quantiles": {name: float(level) for name, level in quantiles.items()}})
     expected, _ = two_passes(routing, quantiles=quantiles)
-    torch.testing.assert_close(saliency(observe_routing(routing), spec), expected, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(saliency(observe_routing(routing), spec), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_empty_regions_and_one_position() -> None:
@@ -104,18 +105,18 @@ def test_empty_regions_and_one_position() -> None:
     measured = measure_regions(observe_routing(never), saliency_spec().eaft, (Fraction(1), Fraction(1)))
     found = dict(zip(REGIONS, measured.positions.sum(0).tolist(), strict=True))
     assert found["conflict"] == 0 and found["uncertain"] > 0
-    assert not measured.gate_norm_sum.isnan().any()
+    assert not np.isnan(measured.gate_norm_sum).any()
     one = repeated(routing, routing.signal.nonzero().flatten()[:1])
     expected, regions = two_passes(one)
     assert regions == ["conflict"], "a single position is its own quantile of both signals"
-    torch.testing.assert_close(saliency(observe_routing(one), saliency_spec("eaft-reap")), expected, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(saliency(observe_routing(one), saliency_spec("eaft-reap")), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_no_signal_at_all_ranks_every_expert_last() -> None:
     routing = random_routing(6)
     silent = type(routing)(**(vars(routing) | {"signal": torch.zeros(120, dtype=torch.bool)}))
     observation = observe_routing(silent)
-    assert saliency(observation, saliency_spec("eaft-reap")).eq(-torch.inf).all()
+    assert (saliency(observation, saliency_spec("eaft-reap")) == -np.inf).all()
     summary = summarise(measure_regions(observation, saliency_spec().eaft, (Fraction(1),) * 2), observation.sources,
                         (Fraction(1),) * 2)
     assert summary["thresholds"]["pooled"]["p_low"] is None and summary["shares"]["all"]["conflict"] == 0.0
@@ -155,7 +156,7 @@ def test_chunks_do_not_change_the_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     observation, spec = observe_routing(random_routing(7)), saliency_spec("eaft-reap")
     whole = saliency(observation, spec)
     monkeypatch.setattr("reapkit.eaft.CHUNK_POSITIONS", 7)
-    torch.testing.assert_close(saliency(observation, spec), whole, rtol=1e-14, atol=1e-14)
+    np.testing.assert_allclose(saliency(observation, spec), whole, rtol=1e-14, atol=1e-14)
 
 
 def test_summary_states_shares_of_the_mix() -> None:

@@ -6,8 +6,8 @@ from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
-import torch
 from observations import observe_routing, random_routing
 from specs import saliency_spec
 from test_eaft import variants
@@ -25,9 +25,9 @@ def in_cells(observation: Observation) -> Observation:
     p_edges = cell_edges(trace.p, trace.source, sources, P_EXACT, P_LEVELS)
     h_edges = cell_edges(trace.h, trace.source, sources, H_EXACT, H_LEVELS)
     assert p_edges.shape == (sources, P_CELLS - 1) and h_edges.shape == (sources, H_CELLS - 1)
-    positions = torch.zeros(sources, P_CELLS, H_CELLS, dtype=torch.int64)
-    count = torch.zeros(len(observation.layers), sources, P_CELLS, H_CELLS, experts, dtype=torch.float64)
-    mass = torch.zeros_like(count)
+    positions = np.zeros((sources, P_CELLS, H_CELLS), np.int64)
+    count = np.zeros((len(observation.layers), sources, P_CELLS, H_CELLS, experts))
+    mass = np.zeros_like(count)
     routed = [trace.routed(layer) for layer in observation.layers]
     for t in range(len(trace)):
         s = int(trace.source[t])
@@ -48,10 +48,10 @@ def test_at_its_exact_levels_it_is_the_trace(seed: int, thresholds: str, good) -
     for routing in variants(seed):
         exact = observe_routing(routing)
         table = in_cells(exact)
-        torch.testing.assert_close(saliency(table, spec), saliency(exact, spec), rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(saliency(table, spec), saliency(exact, spec), rtol=1e-12, atol=1e-12)
         alphas = (Fraction(1), Fraction(1))
         found, expected = (measure_regions(each, spec.eaft, alphas) for each in (table, exact))
-        assert found.positions.equal(expected.positions)
+        assert np.array_equal(found.positions, expected.positions)
         said = summarise(found, table.sources, alphas)["realised"]
         assert all(row[name] == pytest.approx(level) for row in said.values()
                    for name, level in {"p_low": 0.15, "h_low": 0.15, "h_high": 0.85}.items())
@@ -86,6 +86,6 @@ def test_it_is_saved_and_two_do_not_add_up(tmp_path: Path) -> None:
     table = in_cells(observe_routing(random_routing(1)))
     table.save(tmp_path)
     loaded = Observation.load(tmp_path)
-    assert isinstance(loaded.eaft, Table) and loaded.eaft.gate_norm_sum.equal(table.eaft.gate_norm_sum)
+    assert isinstance(loaded.eaft, Table) and np.array_equal(loaded.eaft.gate_norm_sum, table.eaft.gate_norm_sum)
     with pytest.raises(UnusableError, match="EAFT tables of p and H have edges of their own and cannot be added"):
         _ = loaded + table

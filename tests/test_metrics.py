@@ -136,6 +136,52 @@ def test_statistics_equal_naive_sums(pair, index, reference):
         assert low <= found["all"][name]["value"] <= high
 
 
+def test_conflicts_are_counted_by_the_bases_limits_and_by_its_own(pair, index):
+    base, candidate = pair
+    of_base, own = Thresholds(torch.full((40,), 0.02), torch.full((40,), 0.6)), Thresholds(torch.full((40,), 0.3), torch.full((40,), 0.8))
+    found = summarize_candidate(base, candidate, index, of_base, own)["all"]
+    rate = [[sum(each.p[t].item() <= p and each.entropy[t].item() <= h for t in range(30)) / 30 for p, h in ((0.02, 0.6), (0.3, 0.8))]
+            for each in (base, candidate)]
+    assert found["conflict_rate"]["value"] == pytest.approx(rate[1][0]) and found["conflict_rate_own"]["value"] == pytest.approx(rate[1][1])
+    assert found["conflict_rate_delta"]["value"] == pytest.approx(rate[1][0] - rate[0][0])
+    assert rate[1][0] != rate[1][1] and rate[1][0] - rate[0][0] != rate[1][1] - rate[0][1], "the test can tell them apart"
+
+
+def test_intervals_are_the_middle_95_percent_of_the_resamples():
+    assert metrics.measurement(3.0, torch.arange(1001).flip(0)) == {"value": 3.0, "interval": [25.0, 975.0]}
+
+
+def test_intervals_equal_a_naive_resampling_of_whole_rows(pair, index):
+    """Each resample adds up its rows one by one, as often as they were drawn."""
+    base, candidate = pair
+    limits = Thresholds(torch.full((40,), 0.02), torch.full((40,), 0.6))
+    found = summarize_candidate(base, candidate, index, limits, limits)["all"]
+    rows, spans = [0, 2, 3, 4], [(0, 7), (7, 15), (15, 22), (22, 30)]  # the second row measures nothing, the last is outside
+    weights = bootstrap_weights(index.source[torch.tensor(rows)]).tolist()
+    ratios, kls, p90s = [], [], []
+    for drawn in weights:
+        positions = [(t, weight) for weight, (first, last) in zip(drawn, spans) for t in range(first, last) if weight]
+        n = sum(weight for _, weight in positions)
+        ratios.append(math.exp(sum(weight * (candidate.nll[t] - base.nll[t]).item() for t, weight in positions) / n))
+        kls.append(sum(weight * candidate.kl[t].item() for t, weight in positions) / n)
+        below = 0.0
+        for t, weight in sorted(positions, key=lambda each: candidate.kl[each[0]].item()):
+            below += weight
+            if below >= 0.9 * n - 1e-9:
+                p90s.append(candidate.kl[t].item())
+                break
+
+    def middle(values):
+        ordered, last = sorted(values), len(values) - 1
+        return [ordered[math.floor(q * last)] + (q * last) % 1 * (ordered[math.ceil(q * last)] - ordered[math.floor(q * last)])
+                for q in (0.025, 0.975)]
+
+    assert found["perplexity_ratio"]["interval"] == pytest.approx(middle(ratios), rel=1e-5)
+    assert found["kl_mean"]["interval"] == pytest.approx(middle(kls), rel=1e-5)
+    assert found["kl_p90"]["interval"] == pytest.approx(middle(p90s[:200]), rel=1e-5)
+    assert found["kl_p90"]["interval"][0] < found["kl_p90"]["interval"][1]
+
+
 def test_kl_by_confidence_splits_every_position(pair):
     base, candidate = pair
     bins = metrics.kl_by_confidence(base.confidence, candidate.kl)
@@ -239,6 +285,10 @@ def test_loops_are_told_by_distinct_four_grams():
     assert metrics.distinct_n([1, 2, 3, 4, 1, 2, 3, 4], 4) == pytest.approx(4 / 5)
     assert metrics.distinct_n([1, 2, 3]) == 1.0
     assert metrics.loops([7] * 40) and not metrics.loops(list(range(40)))
+    at, below = [*range(57), *[200] * 46], [*range(56), *[200] * 47]  # of 100 four-grams 58 and 57 differ
+    assert (metrics.distinct_n(at), metrics.distinct_n(below)) == (0.58, 0.57)
+    repeated = [*range(54), *[200] * 49]
+    assert metrics.distinct_n(repeated) == 0.55 and not metrics.loops(repeated) and metrics.loops([*range(53), *[200] * 50])
 
 
 def test_positions_slice_and_concatenate(pair):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
-import torch
 
 import tiny
 from reapkit.errors import UnusableError
@@ -33,12 +33,12 @@ def test_saved_and_loaded_it_is_the_same(observed, tmp_path: Path):
     whole.save(tmp_path / "a")
     loaded = Observation.load(tmp_path / "a")
     for name in SUMS:
-        assert torch.equal(loaded.statistics[name], whole.statistics[name])
+        assert np.array_equal(loaded.statistics[name], whole.statistics[name])
     for name in MAXIMA:
-        assert torch.equal(loaded.maxima[name], whole.maxima[name])
-    assert torch.equal(loaded.coactivation, whole.coactivation)
+        assert np.array_equal(loaded.maxima[name], whole.maxima[name])
+    assert np.array_equal(loaded.coactivation, whole.coactivation)
     assert (loaded.layers, loaded.sources, loaded.num_experts, loaded.meta) == ((0, 1, 2), ("code", "prose"), 16, whole.meta)
-    assert torch.equal(loaded.eaft.routed(2)[1], whole.eaft.routed(2)[1])
+    assert np.array_equal(loaded.eaft.routed(2)[1], whole.eaft.routed(2)[1])
     loaded.save(tmp_path / "b")
     assert [f.read_bytes() for f in sorted((tmp_path / "a").iterdir())] == [
         f.read_bytes() for f in sorted((tmp_path / "b").iterdir())
@@ -49,13 +49,13 @@ def test_halves_add_up_to_the_whole(observed):
     whole, first, second = observed
     both = first + second
     for name in SUMS:
-        assert torch.allclose(both.statistics[name], whole.statistics[name], rtol=1e-12)
+        assert np.allclose(both.statistics[name], whole.statistics[name], rtol=1e-12)
     for name in MAXIMA:
-        assert torch.equal(both.maxima[name], whole.maxima[name])
-    assert torch.equal(both.coactivation, whole.coactivation)
-    assert torch.equal(both.scored_tokens, whole.scored_tokens)
-    assert torch.equal(both.eaft.p, whole.eaft.p) and torch.equal(both.eaft.source, whole.eaft.source)
-    assert torch.equal(both.eaft.routed(1)[0], whole.eaft.routed(1)[0])
+        assert np.array_equal(both.maxima[name], whole.maxima[name])
+    assert np.array_equal(both.coactivation, whole.coactivation)
+    assert np.array_equal(both.scored_tokens, whole.scored_tokens)
+    assert np.array_equal(both.eaft.p, whole.eaft.p) and np.array_equal(both.eaft.source, whole.eaft.source)
+    assert np.array_equal(both.eaft.routed(1)[0], whole.eaft.routed(1)[0])
 
 
 def test_other_sources_stand_beside_each_other(observed, tmp_path: Path):
@@ -63,12 +63,12 @@ def test_other_sources_stand_beside_each_other(observed, tmp_path: Path):
     both = first + replace(second, sources=("prose", "tools"))
     assert both.sources == ("code", "prose", "tools")
     count = both.statistics["count"]
-    assert torch.equal(count[:, 0], first.statistics["count"][:, 0])
-    assert torch.equal(count[:, 1], first.statistics["count"][:, 1] + second.statistics["count"][:, 0])
-    assert torch.equal(count[:, 2], second.statistics["count"][:, 1])
+    assert np.array_equal(count[:, 0], first.statistics["count"][:, 0])
+    assert np.array_equal(count[:, 1], first.statistics["count"][:, 1] + second.statistics["count"][:, 0])
+    assert np.array_equal(count[:, 2], second.statistics["count"][:, 1])
     assert both.eaft.source.tolist().count(2) == second.eaft.source.tolist().count(1)
     both.save(tmp_path / "both")
-    assert torch.equal(Observation.load(tmp_path / "both").eaft.routed(0)[0], both.eaft.routed(0)[0])
+    assert np.array_equal(Observation.load(tmp_path / "both").eaft.routed(0)[0], both.eaft.routed(0)[0])
 
 
 def test_different_models_do_not_add(observed):

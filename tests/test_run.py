@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from reading import assert_readable, browser_or_skip
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from reapkit.checkpoint import Checkpoint
@@ -87,6 +90,25 @@ def test_the_plan_foretold_the_bytes(finished: Run) -> None:
     assert abs(finished.plan.quantized_nbytes(candidate) - written) <= 0.01 * written
 
 
+def test_its_reports_can_be_read_in_a_browser(finished: Run, root: Path) -> None:
+    with pytest.raises(RejectedByGates):
+        apply(recipe(root, "evaluate.gates={kl_mean: {max: 0.000001}}", f"output.directory={root / 'rejected'}"))
+    with browser_or_skip() as chromium:
+        for directory in (finished.directory, root / "rejected"):
+            assert_readable(chromium, directory / "report.html")
+
+
+@pytest.mark.long
+def test_the_demos_own_reports_can_be_read_in_a_browser(tmp_path: Path) -> None:
+    places = (f"runtime.store={tmp_path / 'store'}", f"output.directory={tmp_path / 'demo'}")
+    apply(load(DEMO, places))
+    with pytest.raises(RejectedByGates):
+        apply(load(DEMO, (*places, "evaluate.gates=strict", f"output.directory={tmp_path / 'rejected'}")))
+    with browser_or_skip() as chromium:
+        for directory in ("demo", "rejected"):
+            assert_readable(chromium, tmp_path / directory / "report.html")
+
+
 def test_a_second_run_executes_nothing(finished: Run, root: Path) -> None:
     before = fingerprint(root / "store")
     again = apply(recipe(root))
@@ -109,14 +131,25 @@ def test_another_criterion_reuses_the_observation(finished: Run, root: Path) -> 
     assert apply(recipe(root, "saliency.criterion=frequency", f"output.directory={root / 'other'}"), until="select").executed == ["select"]
 
 
-def test_a_rejected_candidate_writes_no_model_and_says_why(finished: Run, root: Path) -> None:
-    strict = recipe(root, "evaluate.gates={kl_mean: {max: 0.000001}}", f"output.directory={root / 'rejected'}")
+def test_a_rejected_candidate_writes_no_model_and_says_what_would_pass(finished: Run, root: Path) -> None:
+    limit = finished.summary("verify")["rows"][1]["kl_mean"] / 4
+    strict = recipe(root, f"evaluate.gates={{kl_mean: {{max: {limit}}}}}", f"output.directory={root / 'rejected'}")
     with pytest.raises(RejectedByGates, match="kl_mean(.|\n)*No weight was written. All numbers: .*report.html") as rejected:
         apply(strict)
     assert not (root / "rejected" / "pruned").exists()
     [advised] = [line.split("--set ")[1].strip("'") for line in str(rejected.value).splitlines() if "prune.candidates.ratio=" in line]
-    assert make_plan(recipe(root, advised)).candidates[0].name == "reap-r0.25"  # what it says to type is a recipe
-    assert "kl_mean" in (root / "rejected" / "report.html").read_text()
+    again = (advised, f"evaluate.gates={{kl_mean: {{max: {limit}}}}}", "evaluate.on_undecided=warn", f"output.directory={root / 'advised'}")
+    [name] = [candidate.name for candidate in make_plan(recipe(root, *again)).candidates]  # what it says to type is a recipe
+    searched = json.loads((root / "rejected" / "evaluation" / "evaluation.json").read_text())["search"]
+    assert f"Nearest candidate that passes: {name} " in str(rejected.value)
+    found = apply(recipe(root, *again), until="evaluate")  # and does what it says
+    assert found.executed == ["select", "evaluate"]
+    evaluation = json.loads((found.directory / "evaluation" / "evaluation.json").read_text())
+    assert evaluation["candidates"][0]["verdict"] == "pass"
+    assert [evaluation["candidates"][0]["metrics"]] == [entry["metrics"] for entry in searched if entry["name"] == name]
+    page = (root / "rejected" / "report.html").read_text()
+    assert "The first of these, to paste" in page and page.count(f"--set &#39;{advised}&#39;") >= 2
+    assert name in page and "tried after the rejection" in page
 
 
 def test_a_rejection_may_be_a_warning(finished: Run, root: Path) -> None:
@@ -202,6 +235,20 @@ def test_interrupted_in_the_middle_it_goes_on_and_ends_with_the_same_bytes(finis
     assert fingerprint(tmp_path / "run" / "observation") == fingerprint(root / "run" / "observation")
 
 
+def test_interrupted_while_it_evaluates_it_keeps_what_was_measured(finished: Run, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from reapkit.evaluate import bench
+
+    shutil.copytree(root / "store", tmp_path / "store", ignore=shutil.ignore_patterns("evaluate-*", "prune-*", "quantize-*", "verify-*"))
+    with pytest.raises(KeyboardInterrupt):
+        apply(recipe(tmp_path), until="evaluate", progress=Interrupting("evaluate random", 100))
+    assert not (tmp_path / "run" / "evaluation").exists()
+    measured, real = [], bench.measure
+    monkeypatch.setattr(bench, "measure", lambda *args, **kwargs: measured.append(kwargs["title"]) or real(*args, **kwargs))
+    assert apply(recipe(tmp_path), until="evaluate").executed == ["evaluate"]
+    assert measured == ["evaluate random-beside-reap-r0.5"], "candidate and confirm rows had been measured"
+    assert fingerprint(tmp_path / "run" / "evaluation") == fingerprint(root / "run" / "evaluation")
+
+
 def test_streaming_gives_the_same_observation_and_the_same_numbers(finished: Run, root: Path, tmp_path: Path) -> None:
     streamed = apply(recipe(tmp_path, "runtime.placement=streaming"), until="verify")
     assert fingerprint(streamed.directory / "selection") == fingerprint(root / "run" / "selection")
@@ -260,8 +307,8 @@ def test_observations_are_merged_and_drawn(finished: Run, root: Path, tmp_path: 
     observation = str(root / "run" / "observation")
     assert _run(["merge", observation, observation, "-o", str(tmp_path / "both")], debug=False) == 0
     once, twice = Observation.load(Path(observation)), Observation.load(tmp_path / "both")
-    assert torch.equal(twice.statistics["gate_norm_sum"], 2 * once.statistics["gate_norm_sum"]) and len(twice.eaft) == 2 * len(once.eaft)
-    assert torch.equal(twice.saliency("reap"), once.saliency("reap"))
+    assert np.array_equal(twice.statistics["gate_norm_sum"], 2 * once.statistics["gate_norm_sum"]) and len(twice.eaft) == 2 * len(once.eaft)
+    assert np.array_equal(twice.saliency("reap"), once.saliency("reap"))
     assert _run(["merge", observation, "-o", str(tmp_path / "both")], debug=False) == 2
     assert _run(["report", str(tmp_path / "both"), "-o", str(tmp_path / "page.html"), "--selection", str(root / "run" / "selection")], debug=False) == 0
     assert "<html" in (tmp_path / "page.html").read_text()[:500]

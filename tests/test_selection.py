@@ -10,6 +10,7 @@ import time
 from math import inf
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from observations import observe_routing, random_routing
@@ -51,14 +52,14 @@ def test_layers_are_decoder_indices() -> None:
 def test_super_experts_exceed_the_percentile_and_a_tenth_of_the_maximum_early_enough() -> None:
     values = torch.rand(8, 64, generator=torch.Generator().manual_seed(0))
     values[1, 5], values[5, 7], values[6, 9], values[2, 2] = 300.0, 90.0, 200.0, 25.0
-    assert super_experts(values) == [[], [5], [], [], [], [7], [], []]  # layer 6 is too deep, 25 is below a tenth of 300
-    assert super_experts(torch.ones(4, 16)) == [[]] * 4
+    assert super_experts(values.numpy()) == [[], [5], [], [], [], [7], [], []]  # layer 6 is too deep, 25 is below a tenth of 300
+    assert super_experts(np.ones((4, 16))) == [[]] * 4
 
 
 def test_a_super_expert_stays_whatever_its_saliency() -> None:
     observation = observe_routing(random_routing(2, layers=4, experts=64, tokens=60), experts=64, trace=False)
     values = saliency(observation, saliency_spec("ean"))[0]
-    worst = int((values == values.min()).nonzero()[-1])
+    worst = int(np.flatnonzero(values == values.min())[-1])
     observation.maxima["activation_max"][0, 1, worst] = 1e6
     architecture = Architecture("toy_moe", 4, 64, 2)
     assert worst in select(observation, saliency_spec("ean"), prune(ratio=0.5), architecture).layers[0].keep
@@ -145,10 +146,10 @@ def test_a_conflict_term_that_changes_nothing_is_said() -> None:
 
 def test_what_the_conflict_term_changed_is_counted() -> None:
     observation = observe_routing(random_routing(8))
-    routed = observation.eaft.routed(0)[0].long()
+    routed = observation.eaft.routed(0)[0]
     best = int(saliency(observation, saliency_spec())[0].argmax())
     wrong = (routed == best).any(1)
-    blamed = with_signals(observation, torch.where(wrong, 0.0, 1.0), torch.where(wrong, 0.0, 0.5))
+    blamed = with_signals(observation, np.where(wrong, np.float32(0), np.float32(1)), np.where(wrong, np.float32(0), np.float32(0.5)))
     spec = saliency_spec("eaft-reap", eaft={"quantiles": {"p_low": 0.01, "h_low": 0.01}})
     chosen = select(blamed, spec, prune(ratio=0.5, **PLAIN), TOY)
     assert best not in chosen.layers[0].keep and chosen.layers[0].saliency[best] < 0
@@ -171,7 +172,7 @@ def test_experts_never_routed_are_listed_and_warned_about() -> None:
 
 def test_near_ties_are_listed() -> None:
     observation = observe_routing(random_routing(10), trace=False)
-    order = saliency(observation, saliency_spec())[1].argsort(descending=True).tolist()
+    order = np.argsort(-saliency(observation, saliency_spec())[1]).tolist()
     kept, dropped = order[3], order[4]
     for name, factor in (("count", 1.0), ("gate_norm_sum", 1 - 1e-6)):
         observation.statistics[name][1, :, dropped] = observation.statistics[name][1, :, kept] * factor

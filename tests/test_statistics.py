@@ -6,8 +6,8 @@ import dataclasses
 import json
 import math
 
+import numpy as np
 import pytest
-import torch
 from observations import observe_routing, random_routing
 from specs import prune, saliency_spec
 
@@ -52,15 +52,15 @@ def test_shares_deleted_floor_and_balance(decided) -> None:
     lost = sum(n[row][e] for row, layer in enumerate(selection.layers.values()) for e in layer.drop)
     assert share_deleted(summed.count, dropped) == pytest.approx(lost / sum(map(sum, n)))
     for row, layer in enumerate(selection.layers.values()):
-        values = torch.tensor([layer.saliency], dtype=torch.float64)
+        values = np.array([layer.saliency])
         assert floors(values, dropped[row : row + 1]) == [max(layer.saliency[e] for e in layer.drop)]
         mean = sum(n[row]) / 8
         assert balance(summed.count)[row] == pytest.approx(math.sqrt(sum((v - mean) ** 2 for v in n[row]) / 8) / mean)
 
 
 def test_floor_of_layers_that_lose_nothing_or_only_dead_experts() -> None:
-    values = torch.tensor([[1.0, 2.0, 3.0], [1.0, -torch.inf, 2.0]], dtype=torch.float64)
-    assert floors(values, torch.tensor([[False] * 3, [False, True, False]])) == [None, None]
+    values = np.array([[1.0, 2.0, 3.0], [1.0, -np.inf, 2.0]])
+    assert floors(values, np.array([[False] * 3, [False, True, False]])) == [None, None]
 
 
 def test_the_cut_curve_ends_where_it_must(decided) -> None:
@@ -77,16 +77,16 @@ def test_the_cut_curve_ends_where_it_must(decided) -> None:
 
 
 def test_tail_risk_counts_dropped_experts_in_the_top_quarter() -> None:
-    peaks = torch.tensor([[1.0, 8.0, 3.0, 4.0], [5.0, 6.0, 7.0, 2.0]])
-    dropped = torch.tensor([[True, True, False, False], [False, False, True, True]])
+    peaks = np.array([[1.0, 8.0, 3.0, 4.0], [5.0, 6.0, 7.0, 2.0]])
+    dropped = np.array([[True, True, False, False], [False, False, True, True]])
     assert tail_risks(peaks, dropped) == [0.5, 0.5]  # of eight, the top quarter is 8 and 7
-    assert tail_risks(peaks, torch.zeros(2, 4, dtype=torch.bool)) == [None, None]
-    assert tail_risks(torch.ones(2, 4), dropped) == [0.0, 0.0], "where all are equal none stands out"
+    assert tail_risks(peaks, np.zeros((2, 4), bool)) == [None, None]
+    assert tail_risks(np.ones((2, 4)), dropped) == [0.0, 0.0], "where all are equal none stands out"
 
 
 def test_redundancy_coverage_against_the_definition(decided) -> None:
     observation, selection = decided
-    pairs = observation.coactivation.sum(1).double()
+    pairs = observation.coactivation.sum(1)
     found = redundancy_coverage(pairs, dropped_mask(selection, 8))
     for row, layer in enumerate(selection.layers.values()):
         top = sum(pairs[row, i, j].item() for i in layer.drop for j in layer.keep)
@@ -97,16 +97,16 @@ def test_redundancy_coverage_against_the_definition(decided) -> None:
 
 
 def test_even_coactivation_meets_its_chance_level() -> None:
-    dropped = torch.tensor([[True] * 3 + [False] * 7])
-    assert redundancy_coverage(torch.ones(1, 10, 10), dropped) == pytest.approx(chance_coverage(dropped))
+    dropped = np.array([[True] * 3 + [False] * 7])
+    assert redundancy_coverage(np.ones((1, 10, 10)), dropped) == pytest.approx(chance_coverage(dropped))
 
 
 def test_correlations() -> None:
-    a, b = torch.tensor([1.0, 2.0, 2.0, 5.0, -1.0]), torch.tensor([3.0, 1.0, 1.0, 9.0, 0.0])
-    assert pearson(a, b) == pytest.approx(torch.corrcoef(torch.stack([a, b]))[0, 1].item(), abs=1e-6)
-    ranks = (torch.tensor([2.0, 3.5, 3.5, 5.0, 1.0]), torch.tensor([4.0, 2.5, 2.5, 5.0, 1.0]))
-    assert spearman(a, b) == pytest.approx(torch.corrcoef(torch.stack(ranks))[0, 1].item(), abs=1e-6)
-    assert pearson(a, torch.ones(5)) is None and pearson(a[:0], b[:0]) is None and pearson(a[:1], b[:1]) is None
+    a, b = np.array([1.0, 2.0, 2.0, 5.0, -1.0]), np.array([3.0, 1.0, 1.0, 9.0, 0.0])
+    assert pearson(a, b) == pytest.approx(np.corrcoef(a, b)[0, 1], abs=1e-6)
+    ranks = (np.array([2.0, 3.5, 3.5, 5.0, 1.0]), np.array([4.0, 2.5, 2.5, 5.0, 1.0]))
+    assert spearman(a, b) == pytest.approx(np.corrcoef(ranks)[0, 1], abs=1e-6)
+    assert pearson(a, np.ones(5)) is None and pearson(a[:0], b[:0]) is None and pearson(a[:1], b[:1]) is None
 
 
 def test_drivers_leave_dead_experts_out(decided) -> None:
@@ -123,14 +123,14 @@ def test_drivers_leave_dead_experts_out(decided) -> None:
 
 
 def test_concentration_is_the_share_of_the_top() -> None:
-    mass = torch.tensor([[8.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0], [0.0] * 9])
+    mass = np.array([[8.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0], [0.0] * 9])
     assert concentration(mass) == {4: [pytest.approx(11 / 16), None], 8: [pytest.approx(15 / 16), None]}
-    assert list(concentration(torch.ones(1, 128))) == [4, 8, 16, 32, 64]
+    assert list(concentration(np.ones((1, 128)))) == [4, 8, 16, 32, 64]
 
 
 def test_overlap_is_one_only_for_equal_sets() -> None:
     assert kept_overlap({0: [1, 2], 1: [3, 4], 2: [1]}, {0: [2, 1], 1: [4, 5, 6, 7]}) == {0: 1.0, 1: 0.25}
-    dead = torch.tensor([[1.0, -torch.inf, -torch.inf, 3.0]])
+    dead = np.array([[1.0, -np.inf, -np.inf, 3.0]])
     assert rank_correlation(dead, dead) == [pytest.approx(1)]
 
 
@@ -159,7 +159,7 @@ def test_convergence_before_anything_was_seen_is_unknown(decided) -> None:
 def test_specialisation_is_a_share_of_rates() -> None:
     observation = observe_routing(random_routing(5, dead=(1,)))
     shares = specialisation(observation)
-    torch.testing.assert_close(shares.sum(1), torch.ones(3, 8, dtype=torch.float64))
+    np.testing.assert_allclose(shares.sum(1), np.ones((3, 8)))
     rates = observation.statistics["count"][0, :, 0] / observation.scored_tokens
     assert shares[0, 0, 0].item() == pytest.approx((rates[0] / rates.sum()).item()) and shares[0, :, 1].tolist() == [0.5, 0.5]
 
@@ -173,7 +173,7 @@ def test_a_mix_without_a_source_is_an_observation_without_it() -> None:
     kept = [0, 2]
     n, mass = (observation.statistics[name][:, kept].sum(1) for name in ("count", "gate_norm_sum"))
     found = saliency(observation, saliency_spec(mix={name: float(weight) for name, weight in mix.items()}))
-    torch.testing.assert_close(found, torch.where(n > 0, mass / n, -torch.inf), rtol=1e-9, atol=0)
+    np.testing.assert_allclose(found, np.where(n > 0, mass / n, -np.inf), rtol=1e-9, atol=0)
 
 
 def test_what_a_source_alone_keeps() -> None:
@@ -181,15 +181,15 @@ def test_what_a_source_alone_keeps() -> None:
     observation = observe_routing(random_routing(7, sources=3), sources=names)
     for given in (None, {"code": 1, "tools": 2}):
         spec = saliency_spec("ean-mean", mix=given)
-        kept = {layer: row.topk(4).indices.tolist() for layer,
+        kept = {layer: np.argsort(-row, kind="stable")[:4].tolist() for layer,
                 row in zip(observation.layers, saliency(observation, spec), strict=True)}
         influence = source_influence(observation, spec, kept)
         assert set(influence) == set(given or names)
         left = [observation.sources.index(name) for name in given or names if name != "code"]
         n, mass = (observation.statistics[name][:, left].sum(1) for name in ("count", "norm_sum"))
-        others = torch.where(n > 0, mass / n, -torch.inf)
+        others = np.where(n > 0, mass / n, -np.inf)
         for row, layer in enumerate(observation.layers):
-            lost = set(kept[layer]) - set(others[row].sort(descending=True, stable=True).indices[:4].tolist())
+            lost = set(kept[layer]) - set(np.argsort(-others[row], kind="stable")[:4].tolist())
             assert influence["code"]["would_drop"][layer] == sorted(lost)
         assert influence["code"]["overlap"] == pytest.approx(1 - sum(map(len, influence["code"]["would_drop"].values())) / 12)
     assert source_influence(observation, saliency_spec(mix={"code": 1}), kept) == {}

@@ -155,11 +155,11 @@ def build(model_type: str, dtype: torch.dtype = torch.float32, seed: int = 0, **
     return model.to(dtype).eval()
 
 
-def save_hub_layout(model: nn.Module, path: str | Path, *, mtp: bool = False, max_shard_size: str = "50GB") -> Path:
+def save_hub_layout(model: nn.Module, path: str | Path, *, mtp: int = 0, max_shard_size: str = "50GB") -> Path:
     """Writes `model` as the hub publishes its kind: tensor names, config keys; returns `path`.
 
-    With `mtp` a DeepSeek-style multi-token-prediction block is added after the last layer: a copy of that layer, four tensors
-    of its own, and `num_nextn_predict_layers: 1` in the config.
+    With `mtp` so many DeepSeek-style multi-token-prediction blocks are added after the last layer: copies of that layer, four tensors
+    of their own each, and `num_nextn_predict_layers` in the config.
     """
     path = Path(path)
     with quiet():
@@ -170,8 +170,8 @@ def save_hub_layout(model: nn.Module, path: str | Path, *, mtp: bool = False, ma
         for saved, published in PUBLISHED_KEYS.get(part.get("model_type"), {}).items():
             part[published] = part.pop(saved)
     if mtp:
-        config["num_nextn_predict_layers"] = 1
-        _add_mtp_block(path, config["num_hidden_layers"], config["hidden_size"])
+        config["num_nextn_predict_layers"] = int(mtp)
+        _add_mtp_blocks(path, config["num_hidden_layers"], int(mtp), config["hidden_size"])
     file.write_text(json.dumps(config, indent=2) + "\n")
     return path
 
@@ -222,20 +222,24 @@ def _rewritten(path: Path, tensors: dict[str, torch.Tensor], quantization: dict[
     return path
 
 
-def _add_mtp_block(path: Path, layer: int, hidden: int) -> None:
-    """Saves one more shard `model-mtp.safetensors` and an index that covers it."""
+def _add_mtp_blocks(path: Path, depth: int, count: int, hidden: int) -> None:
+    """Saves one more shard `model-mtp.safetensors` and an index that covers it; beside a `model.safetensors` no index is read."""
+    if (path / "model.safetensors").exists():
+        (path / "model.safetensors").rename(path / "model-decoder.safetensors")
     tensors: dict[str, torch.Tensor] = {}
     where: dict[str, str] = {}
-    prefix, block = f"model.layers.{layer - 1}.", f"model.layers.{layer}."
+    prefix = f"model.layers.{depth - 1}."
     for shard in sorted(path.glob("*.safetensors")):
         with safe_open(shard, "pt") as file:
             where |= dict.fromkeys(file.keys(), shard.name)
-            tensors |= {
-                block + name.removeprefix(prefix): file.get_tensor(name) for name in file.keys() if name.startswith(prefix)
-            }
+            for block in range(depth, depth + count):
+                tensors |= {f"model.layers.{block}." + name.removeprefix(prefix): file.get_tensor(name) for name in file.keys()
+                            if name.startswith(prefix)}
     dtype = next(iter(tensors.values())).dtype
-    tensors |= {f"{block}{name}.weight": torch.ones(hidden, dtype=dtype) for name in ("enorm", "hnorm", "shared_head.norm")}
-    tensors[f"{block}eh_proj.weight"] = 0.1 * torch.randn(hidden, 2 * hidden, dtype=dtype)
+    for block in range(depth, depth + count):
+        for name in ("enorm", "hnorm", "shared_head.norm"):
+            tensors[f"model.layers.{block}.{name}.weight"] = torch.ones(hidden, dtype=dtype)
+        tensors[f"model.layers.{block}.eh_proj.weight"] = 0.1 * torch.randn(hidden, 2 * hidden, dtype=dtype)
     save_file(tensors, path / "model-mtp.safetensors", metadata={"format": "pt"})
     where |= dict.fromkeys(tensors, "model-mtp.safetensors")
     index = {"metadata": {}, "weight_map": dict(sorted(where.items()))}

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from reapkit.calibration.tokens import SUMMARY_FILE, TOKENS_FILE, CalibrationTokens, create_tensors
+from reapkit.calibration.tokens import SUMMARY_FILE, TOKENS_FILE, CalibrationTokens
+from reapkit.mapped import create_tensors
 
 
 def tiny_tokens(

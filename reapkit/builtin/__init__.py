@@ -6,27 +6,24 @@ The demo model was trained on the same generators. Its rows come from `TRAINING_
 told that it is drawing training rows; a calibration or evaluation seed can therefore never repeat the training text.
 """
 
+import importlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from reapkit.builtin.draw import Draw
-from reapkit.builtin.english_prose import prose_row
-from reapkit.builtin.function_calls import tools_row
-from reapkit.builtin.python_code import code_row
-from reapkit.builtin.worked_math import math_row
 
 MODEL_DIRECTORY: Path = Path(__file__).parent / "demo_model"
 
 TRAINING_SEED = -1
 """The seed of the demo model's own training rows; reserved for them."""
 
-SOURCES: dict[str, Callable[[Draw], dict]] = {
-    "code": code_row,
-    "tools": tools_row,
-    "prose": prose_row,
-    "math": math_row,
+SOURCES = {
+    "code": "python_code.code_row",
+    "tools": "function_calls.tools_row",
+    "prose": "english_prose.prose_row",
+    "math": "worked_math.math_row",
 }
-"""Each source's recipe for one row, given the row's own stream of draws."""
+"""Each source's recipe for one row, a function of the row's own stream of draws; its module is imported when a row is drawn."""
 
 _DESCRIPTIONS = {
     "code": "Python modules: functions, classes, small algorithms, scripts and tests ({'text': ...})",
@@ -66,9 +63,11 @@ def generate(name: str, *, seed: int, start: int = 0, training: bool = False) ->
 
 
 def _rows(name: str, seed: int, start: int) -> Iterator[dict]:
+    module, _, function = SOURCES[name].partition(".")
+    row: Callable[[Draw], dict] = getattr(importlib.import_module(f"reapkit.builtin.{module}"), function)
     index = start
     while True:
-        yield SOURCES[name](Draw(f"{name}-{seed}-{index}"))
+        yield row(Draw(f"{name}-{seed}-{index}"))
         index += 1
 
 

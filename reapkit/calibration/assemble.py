@@ -20,8 +20,9 @@ from reapkit.calibration.gather import Gathered, dropped_summary
 from reapkit.calibration.inputs import Inputs
 from reapkit.calibration.packing import Piece, group_bounds, interleave, limit, pack, pieces_of
 from reapkit.calibration.spans import WAYS
-from reapkit.calibration.tokens import PARTS, SUMMARY_FILE, TOKENS_FILE, create_tensors
+from reapkit.calibration.tokens import PARTS, SUMMARY_FILE, TOKENS_FILE
 from reapkit.errors import UnusableError
+from reapkit.mapped import create_tensors
 from reapkit.recipe.schema import TokensFormat
 from reapkit.store import write_json
 

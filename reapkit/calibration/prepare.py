@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from decimal import Decimal
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from reapkit.calibration.packing import largest_remainder
 from reapkit.calibration.tokens import PARTS, CalibrationTokens
 from reapkit.errors import Problem, RecipeError
 from reapkit.progress import SILENT, Progress
-from reapkit.recipe.schema import CalibrationSpec, EvaluateSpec
+from reapkit.recipe.schema import CalibrationSpec, EvaluateSpec, MixEntry
 
 
 def prepare(calibration: CalibrationSpec, tokenizer_directory: Path, recipe_directory: Path, out: Path,
@@ -31,7 +33,7 @@ def prepare(calibration: CalibrationSpec, tokenizer_directory: Path, recipe_dire
     weights = [entry.weight for entry in calibration.mix]
     if calibration.samples is not None:
         asked = {"samples": calibration.samples}
-        targets = [Target(samples=count) for count in largest_remainder(calibration.samples, weights)]
+        targets = [Target(samples=count) for count in _shares(calibration.samples, calibration.mix, "calibration.samples")]
     else:
         asked = {"tokens": calibration.tokens}
         targets = [Target(tokens=count, field="calibration.tokens") for count in largest_remainder(calibration.tokens, weights)]
@@ -83,10 +85,21 @@ def _check_names(calibration: CalibrationSpec, evaluate: EvaluateSpec) -> None:
 def _counts(calibration: CalibrationSpec, evaluate: EvaluateSpec) -> list[int]:
     """Samples of every source of the mix, then of every extra pack."""
     samples, extra = evaluate.packs.samples, evaluate.extra_packs
-    counts = largest_remainder(samples, [entry.weight for entry in calibration.mix])
+    counts = _shares(samples, calibration.mix, "evaluate.packs.samples")
     if extra:
         total = max(len(extra), samples * len(extra) // len(calibration.mix))
-        counts += largest_remainder(total, [entry.weight for entry in extra])
+        counts += [max(1, count) for count in largest_remainder(total, [entry.weight for entry in extra])]
+    return counts
+
+
+def _shares(samples: int, entries: Sequence[MixEntry], field: str) -> list[int]:
+    """Samples of each source by largest remainder. Raises RecipeError naming those that would get none."""
+    weights = [entry.weight for entry in entries]
+    counts = largest_remainder(samples, weights)
+    if without := [entry.name for entry, count in zip(entries, counts) if not count]:
+        enough = ceil(sum(weights) / min(weights))
+        raise RecipeError([Problem(field, f"{samples} for {len(entries)} sources leave none for {', '.join(without)}. With their weights "
+                                          f"{enough} are enough for each to get one.")])
     return counts
 
 

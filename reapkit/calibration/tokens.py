@@ -20,13 +20,12 @@ import numpy as np
 import torch
 
 from reapkit.errors import UnusableError
+from reapkit.mapped import map_tensors
 
 TOKENS_FILE = "tokens.safetensors"
 SUMMARY_FILE = "calibration.json"
 PARTS = ("decide", "confirm")
 """What `row_part` counts: rows that decide between candidates, rows that give the final numbers."""
-
-_DTYPES = {"int64": "I64", "int32": "I32", "int16": "I16", "uint8": "U8"}
 
 
 @dataclass(frozen=True)
@@ -179,41 +178,3 @@ def _restarting_positions(rows: list[Row]) -> torch.Tensor:
         starts[1:] = torch.where(row.sample[1:] != row.sample[:-1], index[1:], 0)
         positions.append(index - torch.cummax(starts, 0).values if len(index) else index)
     return torch.nn.utils.rnn.pad_sequence(positions, batch_first=True)
-
-
-def map_tensors(path: Path) -> dict[str, np.ndarray]:
-    """Every tensor of a safetensors file as a read-only memory map."""
-    with path.open("rb") as stream:
-        header_bytes = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(header_bytes))
-    names = {code: name for name, code in _DTYPES.items()}
-    tensors = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        dtype, (begin, end) = np.dtype(names[entry["dtype"]]).newbyteorder("<"), entry["data_offsets"]
-        tensors[name] = (np.memmap(path, dtype, "r", 8 + header_bytes + begin, tuple(entry["shape"]))
-                         if end > begin else np.empty(entry["shape"], dtype))
-    return tensors
-
-
-def create_tensors(path: Path, shapes: Mapping[str, tuple[str, int]]) -> dict[str, np.ndarray]:
-    """A safetensors file of 1-d tensors (name to dtype and length), allocated at once and returned as writable memory maps.
-
-    The bytes depend on names, dtypes, lengths and what is written, on nothing else. Wide types come first, which aligns all.
-    """
-    order = sorted(shapes, key=lambda name: (-np.dtype(shapes[name][0]).itemsize, name))
-    header: dict[str, Any] = {}
-    end = 0
-    for name in order:
-        dtype, length = shapes[name]
-        begin, end = end, end + np.dtype(dtype).itemsize * length
-        header[name] = {"dtype": _DTYPES[dtype], "shape": [length], "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        stream.truncate(8 + len(text) + end)
-    first = 8 + len(text)
-    return {name: np.memmap(path, np.dtype(dtype).newbyteorder("<"), "r+", first + header[name]["data_offsets"][0], (length,))
-            if length else np.empty(0, dtype) for name, (dtype, length) in shapes.items()}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import webbrowser
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Annotated
@@ -71,29 +73,36 @@ def inspect(path: Annotated[str, typer.Argument(metavar="PATH", help="A recipe, 
 
 @app.command()
 def export(observation: Annotated[str, typer.Argument(metavar="OBSERVATION", help="Directory of an observation, or of a run.")],
-           directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where the files go.")], as_json: Json = False) -> None:
-    """Write an observation as saliency.parquet, ranking_by_layer.json and profile.md.
+           directory: Annotated[Path | None, typer.Argument(metavar="[DIR]", help="Where the tables go.", show_default=False)] = None,
+           png: Annotated[Path | None, typer.Option("--png", metavar="DIR", help="Where a PNG of every chart goes; takes a Chromium.")] = None,
+           as_json: Json = False) -> None:
+    """Write an observation as saliency.parquet, ranking_by_layer.json and profile.md; its charts, or a run's, as pictures for papers.
 
-    Example: reapkit export runs/demo/observation saliency
+    Example: reapkit export runs/demo saliency --png figures
     """
-    from reapkit.inspection.exporting import export_at
+    from reapkit.inspection.exporting import export_at, pictures_at
 
-    written = [str(file) for file in export_at(observation, directory)]
+    if directory is None and png is None:
+        raise RecipeError("export: nothing to write. Give DIR for the tables, --png DIR for the charts, or both.")
+    files = export_at(observation, directory) if directory else []
+    written = [str(file) for file in (*files, *(pictures_at(observation, png) if png else []))]
     print(json.dumps({"files": written}) if as_json else "\n".join(written))
 
 
 @app.command()
-def report(observation: Annotated[str, typer.Argument(metavar="OBSERVATION", help="Directory of an observation.")],
-           output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The page.")] = Path("observation.html"),
+def report(path: Annotated[str, typer.Argument(metavar="OBSERVATION", help="Directory of an observation, or of a run.")],
+           output: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", help="The page; default: observation.html, of a run its own.",
+                                                       show_default=False)] = None,
            selection: Annotated[Path | None, typer.Option("--selection", metavar="DIR", help="Mark what this selection drops.")] = None,
+           show: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
            as_json: Json = False) -> None:
-    """Draw an observation as one HTML page that opens offline; a run draws its own report.
+    """Draw an observation as one HTML page that opens offline. A run has drawn its own: show where, or open it.
 
-    Example: reapkit report runs/demo/observation --selection runs/demo/selection
+    Example: reapkit report runs/demo --open
     """
-    from reapkit.observation import Observation
-    from reapkit.report import write_observation_report
-    from reapkit.selection import Selection
+    from reapkit.inspection.exporting import page_at
 
-    write_observation_report(Observation.load(Path(observation)), Selection.load(selection) if selection else None, output)
-    print(json.dumps({"file": str(output)}) if as_json else str(output))
+    page = page_at(path, output, selection)
+    print(json.dumps({"file": str(page)}) if as_json else page)
+    if show and not webbrowser.open(page.resolve().as_uri()):
+        print(f"No browser could be started. Open {page} in one.", file=sys.stderr)

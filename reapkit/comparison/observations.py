@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
+import numpy as np
 from pydantic import ValidationError
 
 from reapkit.comparison import Terms
@@ -93,7 +93,7 @@ def _model(name: tuple[Any, ...]) -> str:
 
 
 def _same_sums(one: Observation, other: Observation) -> bool:
-    return one.sources == other.sources and all(torch.equal(one.statistics[name], other.statistics[name]) for name in one.statistics
+    return one.sources == other.sources and all(np.array_equal(one.statistics[name], other.statistics[name]) for name in one.statistics
                                                 if name in other.statistics)
 
 

@@ -65,6 +65,8 @@ def agreement(pair: Mapping[str, Any]) -> str:
     share = pair["share"]
     within = "" if all(len(set(one["kept"])) == 1 for one in pair["layers"].values()) else (
         f"; of the smaller kept sets {_percent(pair['contained'])} lie in the larger")
+    if share["min"] == 1:
+        return f"All kept experts are the same (random sets: {_percent(pair['chance'], 0)})"
     return (f"{_percent(share['mean'])} of the kept experts are the same (lowest: layer {share['layer']}, {_percent(share['min'])}; "
             f"random sets: {_percent(pair['chance'], 0)}){within}")
 
@@ -127,7 +129,8 @@ def rank_chart(found: Mapping[str, Any]) -> Chart:
                     f"{lowest[name]['min']:.3f}; one means the same order.")
     else:
         sentence = "No layer has a rank correlation: saliency is constant."
-    layout = {"xaxis": axis("layer", type="category", nticks=16), "yaxis": axis("rank correlation", ".2f")}
+    least = min((each["min"] for each in lowest.values()), default=1.0)
+    layout = {"xaxis": axis("layer", type="category", nticks=16), "yaxis": axis("rank correlation", ".2f", range=[min(0.9, least - 0.05), 1.01])}
     return Chart("ranks", "Order of the experts", sentence, data, layout)
 
 

@@ -26,6 +26,7 @@ from reapkit.tables import human_bytes
 
 METRICS = ("perplexity_ratio", "kl_mean", "top1_agreement")
 TITLES = {"perplexity_ratio": "perplexity ratio", "kl_mean": "KL", "top1_agreement": "same top-1"}
+KINDS = {"mask": "a mask on its base, before any quantization", "pruned": "the pruned directory", "quantized": "the quantized directory"}
 WHERE_IT_RAN = ("runtime", "output", "name", "description")
 
 
@@ -106,6 +107,9 @@ def _answer(runs: Mapping[str, Any], comparable: bool, same_model: bool) -> str:
     best, *others = sorted(kl, key=lambda letter: kl[letter]["value"])
     second = others[0]
     told = f"{best} is closest to the base: KL {with_interval('kl_mean', kl[best])}, next {second} with {with_interval('kl_mean', kl[second])}"
+    kinds = {letter: runs[letter]["measured"] for letter in (best, second)}
+    if len({kind == "mask" for kind in kinds.values()}) > 1:
+        return f"{told}; but {' and '.join(f'{letter} was measured as {KINDS.get(kind, kind)}' for letter, kind in kinds.items())}."
     if not comparable:
         return f"{told}; but they were measured on different held-out rows, so small differences mean nothing."
     if kl[best]["interval"] and kl[second]["interval"] and kl[best]["interval"][1] < kl[second]["interval"][0]:

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from math import ceil
+from textwrap import wrap
 from typing import Any
 
-from reapkit.gates import PRESETS, UNION, GateResult, judge, overall, resolve
+from reapkit.gates import GENERATION_METRICS, PRESETS, UNION, Gate, GateResult, judge, overall, resolve
+from reapkit.tables import human_bytes
 
+WIDTH = 80
 SHOWN = ("perplexity", "perplexity_ratio", "kl_mean", "top1_agreement", "conflict_rate_delta", "js_distance")
 
 
 def summary_rows(evaluation: Mapping[str, Any], group: str = UNION) -> Iterator[dict[str, Any]]:
-    """The rows of a terminal's table: base, candidates, controls and the confirmed choice, each at every length.
+    """The rows of a terminal's table: base, candidates, what was tried after a rejection, controls and the confirmed choice, each at
+    every length.
 
-    `{"name", "role": "base" | "candidate" | "control" | "confirm", "length", "experts", "bytes", "rows", "verdict"}` and, for
+    `{"name", "role": "base" | "candidate" | "searched" | "control" | "confirm", "length", "experts", "bytes", "rows", "verdict"}` and, for
     each of `SHOWN`, the value with its interval as `NAME_interval`; None where there is none. `group`: `all` or a source.
     """
     yield from _rows({"name": "base", "metrics": evaluation["base"]}, "base", group)
-    for role, entries in (("candidate", evaluation["candidates"]), ("control", evaluation["controls"])):
+    for role, entries in (("candidate", evaluation["candidates"]), ("searched", evaluation.get("search") or ()),
+                          ("control", evaluation["controls"])):
         for entry in entries:
             yield from _rows(entry, role, group)
     if (confirm := evaluation["confirm"]) is not None:
@@ -69,7 +74,8 @@ def advice(evaluation: Mapping[str, Any]) -> str:
     why = [] if verdict == "reject" else ["Its intervals straddle the limits, so these rows cannot tell:"]
     changes = _changes(judged, chosen, evaluation) if verdict == "reject" else _more_samples(judged, evaluation)
     return "\n".join([f"{among} {chosen['name']} ({chosen['experts']} experts kept): {said}{where}.", *why,
-                      *gate_lines(judged["gates"], verdict), *_worst_sources(judged, verdict), *changes])
+                      *gate_lines(judged["gates"], verdict), *_worst_sources(judged, verdict, evaluation.get("outside", ())), *_found(evaluation),
+                      *changes])
 
 
 def gate_lines(results: Sequence[Mapping[str, Any]], verdict: str) -> list[str]:
@@ -89,16 +95,39 @@ def _cells(entry: Mapping[str, Any]) -> tuple[str, ...]:
             f"{entry['excess']:.3g}" if entry["excess"] is not None and entry["excess"] > 0 else "-")
 
 
-def _worst_sources(judged: Mapping[str, Any], verdict: str) -> list[str]:
-    """Beside each gate on the union that failed, the source that is furthest beyond it."""
-    worst: dict[str, str] = {}
+def _worst_sources(judged: Mapping[str, Any], verdict: str, outside: Sequence[str] = ()) -> list[str]:
+    """Beside each gate on the union that failed, the source of the union that is furthest beyond it, on the rows that failed most."""
+    worst: dict[str, tuple[float, str]] = {}
     for result in map(GateResult.from_json, judged["gates"]):
         metric, groups = result.gate.metric, judged["metrics"].get(result.pack, {})
-        values = {source: found[metric]["value"] for source, found in groups.items() if source != UNION and metric in found}
+        values = {source: found[metric]["value"] for source, found in groups.items() if source not in (UNION, *outside) and metric in found}
         if result.verdict == verdict and result.gate.source == UNION and len(values) > 1:
-            source = max(values, key=lambda name: (values[name] if result.gate.max is not None else -values[name]))
-            worst[f"{metric} {values[source]:.4g} ({source})"] = source
-    return [f"  worst source: {', '.join(worst)}"] if worst else []
+            source = max(values, key=lambda name: _beyond(result.gate, values[name]))
+            by, said = _beyond(result.gate, values[source]), f"{metric} {values[source]:.4g} ({source})"
+            worst[metric] = max(worst.get(metric, (by, said)), (by, said))
+    said = ", ".join(said for _, said in worst.values())
+    return wrap(f"worst source: {said}", WIDTH, initial_indent="  ", subsequent_indent="    ") if worst else []
+
+
+def _beyond(gate: Gate, value: float) -> float:
+    """How far a value lies beyond the limit, negative inside it."""
+    return max(value - gate.max if gate.max is not None else float("-inf"), gate.min - value if gate.min is not None else float("-inf"))
+
+
+def _found(evaluation: Mapping[str, Any]) -> list[str]:
+    """The nearest candidate that passes, where the budgets below the rejected one were searched."""
+    if not (tried := evaluation.get("search")):
+        return []
+    if (nearest := _nearest_passing(evaluation)) is None:
+        return wrap(f"No smaller cut passes either; tried: {', '.join(entry['name'] for entry in tried)}.", WIDTH, subsequent_indent="  ")
+    size = f", {human_bytes(nearest['bytes'])}" if nearest["bytes"] else ""
+    return [f"Nearest candidate that passes: {nearest['name']} ({nearest['experts']} experts kept{size})."]
+
+
+def _nearest_passing(evaluation: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The one that removes most of those that were found to pass after the rejection."""
+    passing = [entry for entry in evaluation.get("search") or () if entry["verdict"] == "pass"]
+    return max(passing, key=lambda entry: entry["removed"], default=None)
 
 
 def _weak_sources(judged: Mapping[str, Any]) -> list[str]:
@@ -115,17 +144,21 @@ def _weak_sources(judged: Mapping[str, Any]) -> list[str]:
 
 def _changes(judged: Mapping[str, Any], chosen: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[str]:
     """Overrides for the command line, the gentlest first; none of them observes the model again."""
-    options = [*_smaller_ratios(chosen), *_better_criterion(chosen, evaluation), *_more_of_the_worst(judged, evaluation),
+    options = [*_smaller_ratios(chosen, evaluation), *_better_criterion(chosen, evaluation), *_more_of_the_worst(judged, evaluation),
                *_looser_preset(judged)]
-    lines = ["What to change, any of these (the observation is kept, so trying is cheap):"]
+    lines = ["What to change: repeat the command with one of these (the observation is kept):"]
     for override, why in options:
         lines += [f"  {why}:", f"    --set {override}"]
     return lines
 
 
-def _smaller_ratios(chosen: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Half, a quarter and an eighth of what was removed, for the smallest that passes to be taken; at least one expert."""
+def _smaller_ratios(chosen: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The ratio that was found to pass; where none was searched half, a quarter and an eighth of what was removed, at least one expert."""
     removed, fewest = chosen.get("removed"), 1 / max(chosen.get("num_experts") or 1, 1)
+    if evaluation.get("search"):
+        nearest = _nearest_passing(evaluation)
+        return [] if nearest is None else [(f"'prune.candidates.ratio=[{nearest['ratio']}]'",
+                                            f"prune {nearest['ratio']} instead of {removed:.4g}; measured, and it passes")]
     ratios = [removed / part for part in (2, 4, 8) if removed and removed / part >= fewest]
     listed = ", ".join(f"{ratio:.4g}" for ratio in ratios)
     return [(f"'prune.candidates.ratio=[{listed}]'", f"prune less than {removed:.4g}; the smallest that passes is taken")] if ratios else []
@@ -138,7 +171,10 @@ def _better_criterion(chosen: Mapping[str, Any], evaluation: Mapping[str, Any]) 
     if not better:
         return []
     name = min(better)[1]
-    return [(f"saliency.criterion={name}", f"{name} loses less than {chosen['criterion']} at the same budget")]
+    gates = [Gate(**gate) for gate in evaluation["gates"] if gate["metric"] not in GENERATION_METRICS]
+    measured = next(entry["metrics"] for entry in evaluation["controls"] if entry["criterion"] == name)
+    said = {"pass": " and passes", "reject": ", but is rejected too"}.get(overall(judge(measured, gates)), "")
+    return [(f"saliency.criterion={name}", f"{name} loses less than {chosen['criterion']} at the same budget{said}")]
 
 
 def _gain(control: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -174,6 +210,9 @@ def _more_samples(judged: Mapping[str, Any], evaluation: Mapping[str, Any]) -> l
     undecided = [entry for entry in judged["gates"] if entry["verdict"] == "undecided"]
     known = [entry for entry in undecided if entry["more_rows"] is not None]
     samples = evaluation.get("pack_samples")
+    if unmeasured := list(dict.fromkeys(entry["metric"] for entry in undecided if entry["value"] is None and entry["metric"] in GENERATION_METRICS)):
+        return ["What to change:", f"  {', '.join(unmeasured)} cannot be measured where layers stream; judge by the others:",
+                *(f"    --set evaluate.gates.{metric}=null" for metric in unmeasured), *warn]
     if not known:
         return ["What to change:", "  measure on more samples; these rows are too few to say how many it would take:",
                 f"    --set evaluate.packs.samples={2 * samples if samples else 'N'}", *warn]

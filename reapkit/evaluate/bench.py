@@ -40,7 +40,7 @@ def packs_of_part(tokens: Mapping[int, CalibrationTokens], part: str) -> dict[in
 @dataclass(frozen=True)
 class Candidate:
     """A selection to try. `nbytes`: the pruned checkpoint's size; `control_of`: the candidate whose budget a control shares;
-    `weights`: its re-fitted experts.
+    `weights`: its re-fitted experts; `ratio`: how a recipe says its budget.
     """
 
     name: str
@@ -48,6 +48,7 @@ class Candidate:
     nbytes: int | None = None
     control_of: str | None = None
     weights: RepairedWeights | None = None
+    ratio: str | None = None
 
     @contextmanager
     def on(self, model: nn.Module, layers: Collection[int] | None = None) -> Iterator[None]:
@@ -73,7 +74,7 @@ class Candidate:
         return {"name": self.name, "criterion": self.selection.criterion, "kept": {str(layer): n for layer, n in kept.items()},
                 "removed": dropped / (dropped + sum(kept.values())), "num_experts": (dropped + sum(kept.values())) // len(kept),
                 "experts": str(low) if low == high else f"{low} to {high}",
-                "experts_per_token": self.selection.experts_per_token, "bytes": self.nbytes, "control_of": self.control_of}
+                "experts_per_token": self.selection.experts_per_token, "bytes": self.nbytes, "control_of": self.control_of, "ratio": self.ratio}
 
 
 class Bench(ABC):

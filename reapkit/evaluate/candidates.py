@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from fractions import Fraction
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,11 @@ from reapkit.progress import SILENT, Progress
 from reapkit.recipe.schema import GenerationSpec, ObserveSpec, SaliencySpec
 
 FORMAT_VERSION = 1
+SEARCH_STEPS = 4
+"""Smaller cuts that are measured after a rejection: the nearest that passes is known to a sixteenth of what was to be removed."""
+
+SmallerCut = Callable[[str, Fraction], Candidate | None]
+"""The named candidate with this share of its removals, None where there is no such budget."""
 
 
 def eaft_settings(saliency: SaliencySpec, observe: ObserveSpec) -> dict[str, Any]:
@@ -40,6 +46,7 @@ def evaluate(
     tokenizer: Any = None,
     pack_samples: int | None = None,
     batch_tokens: int = 16384,
+    smaller_cut: SmallerCut | None = None,
     work_directory: Path | None = None,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
@@ -49,14 +56,15 @@ def evaluate(
     Candidates are tried from the smallest to the largest; of the smallest size at which one passes, the one with the lowest
     kl_mean wins, larger ones are not tried. `controls` of the chosen candidate are measured, not judged. Sources of
     `evaluate.extra_packs` stay outside the union. `tokenizer` is needed for tool calls and examples only, `pack_samples` for
-    the advice only.
+    the advice only. After a rejection `smaller_cut` gives less pruned versions of the chosen candidate, among which the nearest
+    that passes is searched.
 
     Shape: `{"format", "eaft", "packs": {length: {part: {rows, tokens, positions}}}, "outside": [source], "gates": [gate],
     "base": {length: {group: metrics}}, "base_generation": {group: metrics} | None,
-    "candidates": [{name, criterion, kept: {layer: n}, removed: share, num_experts, experts, experts_per_token, bytes,
+    "candidates": [{name, criterion, kept: {layer: n}, removed: share, ratio, num_experts, experts, experts_per_token, bytes,
     metrics: {length: {group: metrics}} | None, generation: {group: metrics} | None, examples, gates: [result], verdict}],
     "controls": [{name, ..., metrics, against: {length: {group: what it loses more than the chosen}}}],
-    "confirm": {candidate, base, metrics, gates, verdict} | None, "winner": name | None,
+    "confirm": {candidate, base, metrics, gates, verdict} | None, "search": [candidate] | None, "winner": name | None,
     "chosen": the winner's name, else that of the nearest to passing, "verdict": "pass" | "reject" | "undecided",
     "advice": text, "pack_samples"}`. A group is `all` (the mix) or a source; a metric is
     `{"value", "interval": [low, high] | None}` (see `metrics.rows`); counts are integers.
@@ -66,11 +74,11 @@ def evaluate(
     settings = {"eaft": eaft, "batch_tokens": batch_tokens, "progress": progress}
     decide = MaskedBench.of_part(model, packs, "decide", work_directory, writing=generation, tokenizer=tokenizer, **settings)
     confirm = MaskedBench.of_part(model, packs, "confirm", work_directory, **settings)
-    return give_verdict(decide, confirm, candidates, gates, controls=controls, pack_samples=pack_samples)
+    return give_verdict(decide, confirm, candidates, gates, controls=controls, pack_samples=pack_samples, smaller_cut=smaller_cut)
 
 
 def give_verdict(decide: Bench, confirm: Bench, candidates: Sequence[Candidate], gates: Sequence[Gate], *,
-                 controls: Sequence[Candidate] = (), pack_samples: int | None = None) -> dict[str, Any]:
+                 controls: Sequence[Candidate] = (), pack_samples: int | None = None, smaller_cut: SmallerCut | None = None) -> dict[str, Any]:
     """The evaluation (see `evaluate`) of candidates on benches, wherever they measure."""
     if not decide.packs:
         raise UnusableError("The packs hold no row to decide on. Raise evaluate.packs.samples or lower evaluate.packs.confirm.")
@@ -95,6 +103,8 @@ def give_verdict(decide: Bench, confirm: Bench, candidates: Sequence[Candidate],
             if each.control_of in (None, chosen["name"])
         ],
         "confirm": confirmed,
+        "search": _search(*((confirm, _of_packs(gates)) if passed else (decide, gates)), chosen["name"], smaller_cut)
+        if verdict == "reject" and smaller_cut is not None else None,
         "winner": chosen["name"] if verdict == "pass" else None,
         "chosen": chosen["name"],
         "verdict": verdict,
@@ -152,9 +162,28 @@ def _nearest(table: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return undecided[0] if undecided else min(table, key=kl_mean)
 
 
+def _search(bench: Bench, gates: Sequence[Gate], name: str, smaller_cut: SmallerCut) -> list[dict[str, Any]]:
+    """Less pruned versions of a rejected candidate, judged on the rows that rejected it, in the order in which halving tries them."""
+    tried: dict[str, dict[str, Any]] = {}
+    passes, fails = Fraction(0), Fraction(1)
+    for _ in range(SEARCH_STEPS):
+        share = (passes + fails) / 2
+        candidate = smaller_cut(name, share)
+        if candidate is None or candidate.name in tried:
+            break
+        tried[candidate.name] = _judged(bench, candidate, gates)
+        passes, fails = (share, fails) if tried[candidate.name]["verdict"] == "pass" else (passes, share)
+    return list(tried.values())
+
+
 def _confirm(bench: Bench, candidate: Candidate, gates: Sequence[Gate]) -> dict[str, Any]:
     """The chosen candidate on the confirm rows; generation has been judged on the decide rows' prompts."""
     found = bench.metrics(candidate)
-    results = judge(found, [gate for gate in gates if gate.metric not in GENERATION_METRICS])
+    results = judge(found, _of_packs(gates))
     return {"candidate": candidate.name, "base": bench.base_metrics(), "metrics": found,
             "gates": [result.to_json() for result in results], "verdict": overall(results)}
+
+
+def _of_packs(gates: Sequence[Gate]) -> list[Gate]:
+    """The gates that rows alone can answer."""
+    return [gate for gate in gates if gate.metric not in GENERATION_METRICS]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from reapkit.evaluate.linear import fast_linear
 from reapkit.evaluate.outputs import Pack
 from reapkit.evaluate.tool_calls import calls, offered_tools, valid_calls
 from reapkit.gates import UNION
@@ -76,7 +77,8 @@ def write(model: nn.Module, prompts: Sequence[Prompt], *, max_new_tokens: int, b
     ends = _end_tokens(model)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].tokens))
     written: dict[str, list[Any]] = {mode: [None] * len(prompts) for mode in MODES}
-    with progress.task(title, total=len(prompts) * len(MODES), unit="continuations") as task, torch.random.fork_rng():
+    with progress.task(title, total=len(prompts) * len(MODES), unit="continuations") as task, torch.random.fork_rng(), \
+            fast_linear(model):
         torch.manual_seed(seed)
         for mode, settings in MODES.items():
             config = GenerationConfig(max_new_tokens=max_new_tokens, num_beams=1, eos_token_id=ends or None,

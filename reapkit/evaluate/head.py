@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from reapkit.errors import UnusableError
+from reapkit.evaluate.linear import fast_linear
 from reapkit.models import final_hidden, head_logits
 
 LOGIT_BYTES = 1 << 25
@@ -18,12 +19,14 @@ LOGIT_BYTES = 1 << 25
 def hidden_states(model: nn.Module, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
     """Final hidden states `[b, t, hidden]` of ids `[b, t]`, wherever the model's first and last layers are."""
     device = model.get_input_embeddings().weight.device
-    return final_hidden(model, input_ids.to(device), None if position_ids is None else position_ids.to(device))
+    with fast_linear(model):
+        return final_hidden(model, input_ids.to(device), None if position_ids is None else position_ids.to(device))
 
 
 def logits(model: nn.Module, hidden: Tensor) -> Tensor:
     """Float32 logits `[n, vocabulary]` of final hidden states `[n, hidden]`, by the model's own forward."""
-    return head_logits(model, hidden.to(model.get_output_embeddings().weight.device))
+    with fast_linear(model):
+        return head_logits(model, hidden.to(model.get_output_embeddings().weight.device))
 
 
 def chunk_positions(model: nn.Module) -> int:
@@ -34,7 +37,8 @@ def chunk_positions(model: nn.Module) -> int:
 def check_head(model: nn.Module, input_ids: Tensor) -> None:
     """Raises UnusableError unless `logits` of `hidden_states` are what the model itself says of `input_ids` `[t]`."""
     ids = input_ids[:16].unsqueeze(0)
-    expected = model(input_ids=ids.to(model.get_input_embeddings().weight.device), use_cache=False).logits[0].float()
+    with fast_linear(model):
+        expected = model(input_ids=ids.to(model.get_input_embeddings().weight.device), use_cache=False).logits[0].float()
     require_same_logits(model, expected, logits(model, hidden_states(model, ids)[0]))
 
 

@@ -17,6 +17,7 @@ from reapkit.evaluate.bench import Bench, Candidate, packs_of_part
 from reapkit.evaluate.candidates import give_verdict
 from reapkit.evaluate.directory import Yardstick, final_packs
 from reapkit.evaluate.head import require_same_logits
+from reapkit.evaluate.linear import fast_linear
 from reapkit.evaluate.outputs import (
     EAFT,
     BaseOutputs,
@@ -157,7 +158,7 @@ class _Pass:
         bases: dict[Place, BaseOutputs] = {}
         found: dict[tuple[str, Place], Positions] = {}
         with Lockstep(layered.layers) as lockstep, ThreadPoolExecutor(1, thread_name_prefix="layer-reader") as reader, \
-                progress.task("evaluate", total=last + 1, unit="layers") as task:
+                progress.task("evaluate", total=last + 1, unit="layers") as task, fast_linear(layered.model):
             probe = _Probe(lockstep, layered.model, self._probe_ids())
             for item in (item for items in self.variants.values() for item in items):
                 item.forward = lockstep.forward(lambda item=item: self._finish(item))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from reapkit.evaluate.advice import summary_rows
-from reapkit.gates import UNION, GateResult
+from reapkit.gates import UNION, Gate, GateResult
 from reapkit.inspection.recognise import read_json
 from reapkit.inspection.render import Block, lines, percent, table
 from reapkit.tables import human_bytes
@@ -79,25 +79,22 @@ def _rows(title: str, rows: Sequence[Mapping[str, Any]]) -> Block:
 
 
 def gate_table(title: str, gates: Sequence[Mapping[str, Any]]) -> list[Block]:
-    """Gates with value, interval, limit and verdict; nothing where there are none."""
+    """Gates with value, interval, limit and verdict; `rows` are of so many tokens, or free continuations. Nothing where there are none."""
     results = [GateResult.from_json(gate) for gate in gates]
-    rows = [
-        (
-            result.gate.metric,
-            result.gate.source,
-            result.pack or "-",
-            _number(result.value, 4),
-            "-" if result.interval is None else f"{result.interval[0]:.4g} to {result.interval[1]:.4g}",
-            result.gate.limit,
-            result.verdict,
-        )
-        for result in results
-    ]
-    return (
-        [table(title, ("gate", "source", "pack", "value", "interval", "limit", "verdict"), rows, left=("source", "verdict"))]
-        if rows
-        else []
-    )
+    rows = [(result.gate.metric.removesuffix("_delta"), result.gate.source, result.pack if result.pack.isdigit() else "free" if result.pack else "-",
+             _measured(result), _limit(result.gate), result.verdict) for result in results]
+    return [table(title, ("gate", "source", "rows", "measured", "limit", "verdict"), rows, left=("source", "verdict"), whole=("gate", "verdict"))] if rows else []
+
+
+def _measured(result: GateResult) -> str:
+    """`1.401 [1.37, 1.43]`."""
+    if result.value is None:
+        return "-"
+    return f"{result.value:.4g}" + (f" [{result.interval[0]:.3g}, {result.interval[1]:.3g}]" if result.interval else "")
+
+
+def _limit(gate: Gate) -> str:
+    return f"± {gate.max:g}" if gate.min is not None and gate.max == -gate.min else gate.limit
 
 
 def _number(value: float | None, digits: int = 3) -> str:

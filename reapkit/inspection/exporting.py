@@ -1,9 +1,11 @@
-"""Writes an observation's tables for other tools, with all that lies around it: its calibration, its run, its speed."""
+"""An observation's tables, page and pictures, with all that lies around it: its calibration, its run, its speed."""
 
 from __future__ import annotations
 
 import shlex
+import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
@@ -13,8 +15,13 @@ from reapkit.export import export
 from reapkit.inspection.recognise import Found, observation_at, read_json, recognise
 from reapkit.observation import Observation
 from reapkit.recipe.loading import load
+from reapkit.report import write_observation_report
 from reapkit.report.facts import recipe_yaml
+from reapkit.report.pictures import write_pictures
+from reapkit.selection import Selection
 from reapkit.store import KEY_LETTERS
+
+REPORT = "report.html"
 
 SHAPING = ("model", "calibration", "observe")
 """The sections of a recipe that an observation depends on."""
@@ -27,6 +34,34 @@ def export_at(path: str | Path, directory: Path) -> list[Path]:
     """
     found, place = recognise(path), observation_at(path)
     return export(Observation.load(place), directory, **_around(found, place))
+
+
+def page_at(path: str | Path, output: Path | None = None, selection: Path | None = None) -> Path:
+    """The page of what lies at `path`: a run's own, or one drawn of an observation (to `output`, else observation.html), `selection` marked.
+
+    Raises UnusableError where there is neither.
+    """
+    found = recognise(path)
+    own = found.place / REPORT
+    if found.kind == "run" and own.is_file() and selection is None:
+        return own if output is None else Path(shutil.copy(own, _made(output)))
+    place = observation_at(path)
+    output = output or Path("observation.html")
+    write_observation_report(Observation.load(place), Selection.load(selection) if selection else None, output, _around(found, place).get("model"))
+    return output
+
+
+def _made(file: Path) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return file
+
+
+def pictures_at(path: str | Path, directory: Path) -> list[Path]:
+    """The charts of the same page as PNG files below `directory`, with captions.md. Raises UnusableError without a browser."""
+    with TemporaryDirectory(prefix="reapkit-page-") as scratch:
+        found = recognise(path)
+        own = found.kind == "run" and (found.place / REPORT).is_file()
+        return write_pictures(page_at(path, None if own else Path(scratch) / REPORT), directory)
 
 
 def _around(found: Found, place: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
 from reapkit.eaft import REGIONS, region_positions, summarise
 from reapkit.export import ranking_by_layer
@@ -58,9 +58,9 @@ def _sources(observation: Observation) -> list[dict[str, Any]]:
     ]
 
 
-def _never(observation: Observation, count: torch.Tensor) -> dict[str, list[int]]:
+def _never(observation: Observation, count: np.ndarray) -> dict[str, list[int]]:
     by_layer = zip(observation.layers, (count == 0), strict=True)
-    return {str(layer): mask.nonzero().flatten().tolist() for layer, mask in by_layer if mask.any()}
+    return {str(layer): np.flatnonzero(mask).tolist() for layer, mask in by_layer if mask.any()}
 
 
 def _eaft(observation: Observation) -> dict[str, Any]:
@@ -101,6 +101,7 @@ def _heading(found: Mapping[str, Any]) -> Block:
         f"observation of {found['model_type']}: {len(found['layers'])} MoE layers ({ranges(found['layers'])}), "
         f"top-{found['num_experts_per_tok']} of {found['num_experts']} experts",
         *([how + whose] if how + whose else []),
+        *([f"multi-token prediction: layer {ranges(meta['mtp'])}, behind the decoder's"] if meta.get("mtp") else []),
     )
 
 

@@ -67,7 +67,7 @@ def blocks(found: Mapping[str, Any], *, colour: bool) -> list[Block]:
     return [
         lines(f"recipe {recipe['name']}" + (f": {recipe['description']}" if recipe["description"] else "")),
         table("Calibration mix", ("source", "from", "weight", "share", unit), mix, left=("from",)),
-        table("Values in force", ("field", "value", ""), fields, left=("value", "")),
+        table("Values in force", ("field", "value", ""), fields, left=("value", ""), whole=("field",)),
     ]
 
 

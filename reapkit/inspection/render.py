@@ -20,12 +20,12 @@ OPEN, CLOSE = "⟦", "⟧"
 EXCERPT, LEAD = 900, 240  # characters of a sample that are shown, and of what comes before its first highlighted token
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, left: Sequence[str] = ()) -> Table:
-    """A table whose first column, and those named in `left`, hold text that may wrap; the others hold numbers, set right."""
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, left: Sequence[str] = (), whole: Sequence[str] = ()) -> Table:
+    """A table whose first column, and those named in `left`, hold text that may wrap unless in `whole`; the others hold numbers, set right."""
     made = Table(title=Text(plain(title)), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for place, name in enumerate(columns):
         text = place == 0 or name in left
-        made.add_column(Text(plain(name)), justify="left" if text else "right", overflow="fold", no_wrap=not text)
+        made.add_column(Text(plain(name)), justify="left" if text else "right", overflow="fold", no_wrap=not text or name in whole)
     for row in rows:
         made.add_row(*(Text(plain(cell)) for cell in row))
     return made

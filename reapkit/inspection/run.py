@@ -69,7 +69,7 @@ def blocks(found: Mapping[str, Any], *, colour: bool) -> list[Block]:
             f"run {found['name']}: {found['model']}, recipe {found['recipe']}",
             ", ".join(f"{name} {version}" for name, version in found["versions"].items() if name in SHOWN_VERSIONS),
         ),
-        table("Stages", ("stage", "", "took", "artifact", "outcome"), rows, left=("", "artifact", "outcome")),
+        table("Stages", ("stage", "", "took", "artifact", "outcome"), rows, left=("", "artifact", "outcome"), whole=("", "artifact")),
     ]
     if "verify" in stages:
         made.append(result_table(stages["verify"]["summary"]))

@@ -27,7 +27,7 @@ from reapkit.recipe.schema import ObserveSpec
 class Job:
     """Everything that decides what a rank does: directories (absolute, the same on every machine), the spec and the runtime.
 
-    `hidden_bytes`: of one rank. `device`: "cpu", "cuda" or one of torch's; with several ranks, "cuda" is the rank's own.
+    `hidden_bytes`: of one rank. `mtp`: multi-token-prediction layers that are observed too. `device`: "cpu", "cuda" or one of torch's; with several ranks, "cuda" is the rank's own.
     """
 
     model: str
@@ -42,13 +42,14 @@ class Job:
     checkpoint_minutes: float
     hidden_bytes: int | None
     offload_directory: str | None
+    mtp: tuple[int, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         return asdict(replace(self, spec=self.spec.model_dump(mode="json")))
 
     @classmethod
     def of_json(cls, fields: dict[str, Any]) -> Job:
-        return cls(**{**fields, "spec": ObserveSpec.model_validate(fields["spec"])})
+        return cls(**{**fields, "spec": ObserveSpec.model_validate(fields["spec"]), "mtp": tuple(fields["mtp"])})
 
     def run(self, ranks: Alone = ALONE, *, progress: Progress = SILENT,
             reading: Callable[[list[str]], None] | None = None) -> Observation | None:
@@ -62,7 +63,7 @@ class Job:
                                     "runtime.store on a file system that all nodes mount at the same path.")
         tokens = CalibrationTokens.load(self.calibration)
         common = {"batch_tokens": self.batch_tokens, "work_directory": Path(self.work), "identity": self.identity, "progress": progress,
-                  "ranks": ranks}
+                  "ranks": ranks, "mtp": self.mtp}
         device = own_device(self.device, ranks)
         if self.placement == "streaming":
             return observe_streaming(self.model, tokens, self.spec, device=device, trust_remote_code=self.trust_remote_code,

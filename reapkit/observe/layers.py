@@ -104,6 +104,12 @@ class LayeredModel:
                 if tensor is not None and name not in module._non_persistent_buffers_set:
                     module._buffers[name] = tensor.to("meta")
 
+    def as_source(self) -> nn.Module:
+        """`model`, told what transformers tells a model that it loads: where it came from, and how its tensors were converted."""
+        self.model.config.name_or_path = str(self.path)
+        self.model._weight_conversions = self._conversions
+        return self.model
+
     def nbytes(self, layer: int | None) -> int:
         """Bytes on disk of a decoder layer, or (None) of everything else."""
         return sum(self._checkpoint.tensors[key].nbytes for key in self._keys.get(layer, []))
@@ -194,7 +200,7 @@ class LayeredModel:
             device_map={"": self.device},
             dtype_plan=self._dtype_plan,
         )
-        with _no_progress_bars():
+        with no_progress_bars():
             convert_and_load_state_dict_in_model(model=self.model, state_dict=tensors, load_config=settings)
 
     def _refuse_missing(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
@@ -267,7 +273,8 @@ def _rebuild_buffers(model: nn.Module, device: torch.device) -> None:
 
 
 @contextmanager
-def _no_progress_bars():
+def no_progress_bars():
+    """transformers draws none inside the block."""
     enabled = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:

@@ -165,15 +165,18 @@ class Capture:
                 self.finish(site)
                 task.advance(1)
 
-    def result(self) -> Reroute:
-        """All layers' paths, stacked."""
+    def result(self, rows: int) -> Reroute:
+        """All layers' paths, stacked to `rows` layers, of which those behind the sampled ones have none."""
         layers = [load_file(self._paths_of(site.layer)) for site in self.sites]
         source = torch.tensor([int(self.tokens.row_source[row]) for row, offsets in self.positions.items() for _ in offsets], dtype=torch.int64)
         counts = torch.bincount(source, minlength=len(self.tokens.sources))
         width = max(site.num_experts for site in self.sites)
         blank = {"order": -1, "error": 0, "single": 0}
-        return Reroute(counts, **{name: torch.stack([nn.functional.pad(layer[name], (0, width - layer[name].shape[-1]), value=value)
-                                                     for layer in layers]) for name, value in blank.items()})
+        def stacked(name: str, value: int) -> Tensor:
+            wide = [nn.functional.pad(layer[name], (0, width - layer[name].shape[-1]), value=value) for layer in layers]
+            return torch.stack(wide + [torch.full_like(wide[0], value)] * (rows - len(wide)))
+
+        return Reroute(counts, **{name: stacked(name, value) for name, value in blank.items()})
 
     def unfinished(self) -> list[RoutedExperts]:
         """The layers whose paths are still to be found."""

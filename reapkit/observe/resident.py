@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from numpy import ndarray
 from torch import Tensor, nn
 
 from reapkit.calibration.tokens import CalibrationTokens, batches
 from reapkit.models import final_hidden
 from reapkit.observation import Observation
 from reapkit.observe.accumulate import GroupSums
-from reapkit.observe.experts import Experts, RoutedExperts, intercepted, observed_forward
+from reapkit.observe.experts import Experts, RoutedExperts, find_experts, intercepted, observed_forward
+from reapkit.observe.mtp import MtpBlocks
 from reapkit.observe.partials import Partials
 from reapkit.observe.session import BatchWatch, Session
 from reapkit.observe.table import PILOT_POSITIONS
@@ -32,15 +34,17 @@ def observe(
     identity: str | None = None,
     progress: Progress = SILENT,
     ranks: Alone = ALONE,
+    mtp: Sequence[int] = (),
 ) -> Observation | None:
     """The observation of `model` over `tokens`; killed and run again with the same arguments, it continues to the same bytes.
 
     Row groups' partial sums live under `work_directory` (the trace of the result too, so keep it until the result is saved).
-    `identity` names the checkpoint. With several `ranks` each calls this with its own copy of the model; a row group is summed by
+    `identity` names the checkpoint. `mtp`: multi-token-prediction layers of its files that are observed too. With several `ranks` each calls this with its own copy of the model; a row group is summed by
     whoever comes first, and rank 0 returns the sum of all in group order, the others None. Raises UnusableError where experts
     cannot be watched or put out NaN or infinity.
     """
     device = model.get_input_embeddings().weight.device
+    blocks = MtpBlocks(model, mtp, next(find_experts(model)[-1].module.parameters()).device) if mtp else None
     session = Session.open(
         model,
         tokens,
@@ -51,6 +55,7 @@ def observe(
         placement="resident",
         device=device,
         ranks=ranks,
+        mtp=blocks,
     )
     if session.table is not None:
         if ranks.rank == 0 and not session.table.has_edges:
@@ -85,7 +90,7 @@ def _sum_group(model: nn.Module, session: Session, group: int, batch_tokens: int
     return sums.tensors() | ({} if session.table is None else session.table.tensors(group))
 
 
-def _pilot(model: nn.Module, session: Session, batch_tokens: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _pilot(model: nn.Module, session: Session, batch_tokens: int, device: torch.device) -> tuple[ndarray, ndarray, ndarray]:
     """p, H and source at the signal positions of the first rows, whatever rows are observed later: every attempt gets the same."""
     seen: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
     rows = [row for group in session.tokens.groups for row in group]
@@ -98,7 +103,7 @@ def _pilot(model: nn.Module, session: Session, batch_tokens: int, device: torch.
             hidden = final_hidden(model, batch.input_ids.to(device), positions)
         p, h, source = watch.signals(model, hidden)
         seen.append((p.cpu(), h.cpu(), source))
-    return tuple(torch.cat(parts) for parts in zip(*seen, strict=True))
+    return tuple(torch.cat(parts).numpy() for parts in zip(*seen, strict=True))
 
 
 def _unwatched(site: RoutedExperts, hidden: Tensor, index: Tensor, gates: Tensor, inner: Experts) -> Tensor:
@@ -124,6 +129,7 @@ def _observe_batch(model: nn.Module, watch: BatchWatch, device: torch.device) ->
     positions = None if watch.batch.position_ids is None else watch.batch.position_ids.to(device)
     with intercepted(watch.session.sites, watch):
         hidden = final_hidden(model, watch.batch.input_ids.to(device), positions)
+        watch.predict_further(hidden)
     if watch.session.trace is not None:
         for site in watch.session.sites:
             watch.write_routed(site.layer)

@@ -19,6 +19,7 @@ from reapkit.hashing import digest
 from reapkit.observation import MAXIMA, SUMS, Observation, Trace
 from reapkit.observe.accumulate import Positions
 from reapkit.observe.experts import Experts, Pairs, RoutedExperts, find_experts, kernels_on, observed_forward
+from reapkit.observe.mtp import MtpBlocks, Slots
 from reapkit.observe.partials import trace_nbytes
 from reapkit.observe.reroute import Capture
 from reapkit.observe.signals import signals_of_hidden
@@ -34,7 +35,9 @@ TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k
 
 @dataclass(frozen=True, eq=False)
 class Session:
-    """What every placement shares: the watched experts, the calibration, the files that survive a kill."""
+    """What every placement shares: the watched experts (those of multi-token-prediction blocks last), the calibration, the files that
+    survive a kill.
+    """
 
     sites: tuple[RoutedExperts, ...]
     tokens: CalibrationTokens
@@ -46,6 +49,7 @@ class Session:
     model_type: str
     meta: Mapping[str, Any]
     sample: Capture | None = None
+    mtp: MtpBlocks | None = None
 
     @classmethod
     def open(
@@ -60,12 +64,14 @@ class Session:
         placement: str,
         device: torch.device,
         ranks: Alone = ALONE,
+        mtp: MtpBlocks | None = None,
         **layout: Any,
     ) -> Session:
         """`layout`: whatever else decides which partial sums belong together. Raises UnusableError where the model's experts
         cannot be watched, or where a rank would compute in another way than rank 0.
         """
-        sites = find_experts(model)
+        decoder = find_experts(model)
+        sites = decoder + (mtp.sites if mtp else ())
         text = model.config.get_text_config()
         top_k = next(int(value) for key in TOP_K_KEYS if isinstance(value := getattr(text, key, None), int))
         meta = {
@@ -79,6 +85,8 @@ class Session:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }
+        if mtp:
+            meta["mtp"] = [site.layer for site in mtp.sites]
         ranks.same("how", meta)
         layers = [site.layer for site in sites]
         if spec.reroute_tokens:
@@ -95,8 +103,8 @@ class Session:
             trace = GroupTraces(directory, layers, top_k, starts)
             if in_cells:
                 trace = TableSums(trace, max(site.num_experts for site in sites), len(tokens.sources))
-        sample = Capture(model, sites, tokens, directory, spec.reroute_tokens) if spec.reroute_tokens else None
-        return cls(sites, tokens, spec, directory, trace, starts, top_k, text.model_type, meta, sample)
+        sample = Capture(model, decoder, tokens, directory, spec.reroute_tokens) if spec.reroute_tokens else None
+        return cls(sites, tokens, spec, directory, trace, starts, top_k, text.model_type, meta, sample, mtp)
 
     def sampling(self) -> AbstractContextManager[None]:
         """What the reroute criterion needs of the sampled tokens is kept inside."""
@@ -125,7 +133,7 @@ class Session:
             snapshots=snapshots,
             eaft=self._eaft(total),
             meta=self.meta,
-            reroute=None if self.sample is None else self.sample.result(),
+            reroute=None if self.sample is None else self.sample.result(len(self.sites)),
         )
 
     @property
@@ -152,22 +160,37 @@ class BatchWatch:
         self._host = Positions.of(self.batch)
         self._positions: dict[torch.device, Positions] = {}
         self._routed: dict[int, tuple[Tensor, Tensor]] = {}
+        self._slots: dict[int, Slots] = {}
 
     def __call__(self, site: RoutedExperts, hidden: Tensor, index: Tensor, gates: Tensor, inner: Experts) -> Tensor:
         """The handler of `intercepted`."""
-        positions = self.positions_on(hidden.device)
+        slots = self._slots.get(site.layer)
+        positions = self.positions_on(hidden.device) if slots is None else slots.positions.to(hidden.device)
         if hidden.shape[0] != len(positions.source):
             raise UnusableError(
                 f"{site.name} was called with {hidden.shape[0]} positions for a batch of {len(positions.source)}: this "
                 "architecture regroups tokens before its experts, so they cannot be told apart by source."
             )
-        if self.session.sample is not None:
+        if self.session.sample is not None and slots is None:
             self.session.sample.note(site, self.batch)
         out, pairs = observed_forward(site, hidden, index, gates)
         self.add(site, pairs, positions)
         if self.session.trace is not None:
-            self._routed[site.layer] = self._of_signals(index, pairs, positions.signal)
+            routed = self._of_signals(index, pairs, positions.signal)
+            self._routed[site.layer] = routed if slots is None else slots.spread(*routed)
         return out
+
+    def predict_further(self, hidden: Tensor) -> None:
+        """Runs the multi-token-prediction blocks that are watched on the batch's final hidden states [batch, tokens, hidden]."""
+        if self.session.mtp is not None:
+            self.session.mtp.run(self.batch.input_ids, hidden, self._entering)
+
+    def _entering(self, site: RoutedExperts, depth: int) -> Slots:
+        slots = self._slots[site.layer] = Slots.of(self.batch, depth)
+        if slots.at.shape[1] == 0:  # rows of one token: the block is not called
+            nothing = torch.empty(0, self.session.top_k)
+            self._routed[site.layer] = slots.spread(nothing.to(torch.int16), nothing)
+        return slots
 
     def _of_signals(self, index: Tensor, pairs: Pairs, signal: Tensor) -> tuple[Tensor, Tensor]:
         gate_norm = pairs.by_slot((pairs.gate.double() * pairs.norm.double()).float())

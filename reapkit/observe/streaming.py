@@ -22,6 +22,7 @@ from reapkit.observe.accumulate import LayerSums, Positions, refuse_unusable
 from reapkit.observe.experts import Experts, Pairs, RoutedExperts, intercepted
 from reapkit.observe.layers import LayeredModel
 from reapkit.observe.lockstep import Forward, Lockstep, Spool
+from reapkit.observe.mtp import MtpBlocks
 from reapkit.observe.session import BatchWatch, Session
 from reapkit.observe.totals import WaveSums, assemble
 from reapkit.observe.waves import Wave, covering, drop_inputs, finished, plan_waves, write_by_rename
@@ -48,8 +49,11 @@ def observe_streaming(
     reading: Callable[[list[str]], None] | None = None,
     progress: Progress = SILENT,
     ranks: Alone = ALONE,
+    mtp: Sequence[int] = (),
 ) -> Observation | None:
     """The same observation as `resident.observe` of the loaded checkpoint, with one or two decoder layers in memory.
+
+    `mtp`: multi-token-prediction layers that are observed too; they stay in memory, and run where a batch leaves the last decoder layer.
 
     `hidden_bytes`: budget for the paused batches' hidden states on the host; beyond it they go to `offload_directory`, or,
     without one, the rows run in waves that each read the weights once. Killed and run again with the same arguments it
@@ -66,6 +70,7 @@ def observe_streaming(
     """
     layered = LayeredModel(path, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     layered.reading = reading
+    blocks = MtpBlocks(layered.as_source(), mtp, layered.device) if mtp else None
     session = Session.open(
         layered.model,
         tokens,
@@ -76,6 +81,7 @@ def observe_streaming(
         placement="streaming",
         device=layered.device,
         ranks=ranks,
+        mtp=blocks,
     )
     waves = _my_waves(session, layered, batch_tokens, None if offload_directory else hidden_bytes, ranks)
     layered.load_rest()
@@ -129,7 +135,7 @@ def _cut(waves: Sequence[Wave]) -> bool:
 def _finish_sample(session: Session, layered: LayeredModel, ranks: Alone) -> None:
     """Paths of the layers that no wave could find alone: its other groups were still to come, or with another rank."""
     unfinished = {site.layer for site in session.sample.unfinished()}
-    for site in session.sites[ranks.rank :: ranks.world]:
+    for site in session.sample.sites[ranks.rank :: ranks.world]:
         if site.layer in unfinished:
             layered.load(site.layer)
         session.sample.finish(site)
@@ -168,9 +174,8 @@ class _Pass:
         self.root, self.alone = session.directory, alone
         self.layered, self.session, self.batch_tokens = layered, session, batch_tokens
         self.spool, self.checkpoint_seconds = Spool(layered.device, hidden_bytes, offload_directory), 60 * checkpoint_minutes
-        self.site_of = {site.layer: site for site in session.sites}
         self.current: BatchWatch | None = None
-        self.sums: LayerSums | None = None
+        self.sums: dict[int, LayerSums] = {}
         self.num_experts = max(site.num_experts for site in session.sites)
 
     def on_experts(self, site: RoutedExperts, hidden: Tensor, index: Tensor, gates: Tensor, inner: Experts) -> Tensor:
@@ -230,28 +235,34 @@ class _Pass:
             advance(1)
 
     def _one_layer(self, directory: Path, layer: int, waiting: list[_Waiting]) -> None:
-        """Every batch through one layer; its sums are kept once all have passed."""
-        total, site = WaveSums(), self.site_of.get(layer)
+        """Every batch through one layer, and behind the last one through what follows it; their sums are kept once all have passed."""
+        sites = self._sites_at(layer)
+        totals = {site.layer: WaveSums() for site in sites}
         for group in sorted({item.group for item in waiting}):
-            if site is not None:
-                self.sums = LayerSums(len(self.session.tokens.sources), self.num_experts, self.layered.device)
+            self.sums = {site.layer: LayerSums(len(self.session.tokens.sources), self.num_experts, self.layered.device) for site in sites}
             for item in (item for item in waiting if item.group == group):
                 self.current = item.watch
                 self.spool.unpark(item.forward)
                 item.forward.advance()
-                if site is not None and self.session.trace is not None:
-                    item.watch.write_routed(layer)
+                if self.session.trace is not None:
+                    for site in sites:
+                        item.watch.write_routed(site.layer)
                 if not item.forward.finished:
                     self._park(item)
-            if site is not None:
-                self.session.keep_sample(group, [layer])
-                tensors = self.sums.tensors()
+            self.session.keep_sample(group, [layer])
+            for site in sites:
+                tensors = self.sums[site.layer].tensors()
                 refuse_unusable(site, tensors)
-                total.add(group, tensors)
-        if site is not None:
-            total.save(directory / f"layer-{layer:04d}.safetensors")
-            if self.session.sample is not None and self.alone and self._is_complete(layer):
+                totals[site.layer].add(group, tensors)
+        for site in sites:
+            totals[site.layer].save(directory / f"layer-{site.layer:04d}.safetensors")
+            if self.session.sample is not None and site in self.session.sample.sites and self.alone and self._is_complete(layer):
                 self.session.sample.finish(site)
+
+    def _sites_at(self, layer: int) -> list[RoutedExperts]:
+        """The experts that are called between this layer's call and the next one's."""
+        last = len(self.layered.layers) - 1
+        return [site for site in self.session.sites if min(site.layer, last) == layer]
 
     def _is_complete(self, layer: int) -> bool:
         """Whether every row group has passed the layer."""
@@ -269,7 +280,7 @@ class _Pass:
                 yield _Waiting(watch, group, number)
 
     def _add(self, site: RoutedExperts, pairs: Pairs, positions: Positions) -> None:
-        self.sums.add(pairs, positions)
+        self.sums[site.layer].add(pairs, positions)
 
     def _forward(self, item: _Waiting) -> Callable[[], None]:
         batch, device, model = item.watch.batch, self.layered.device, self.layered.model
@@ -277,6 +288,7 @@ class _Pass:
         def run() -> None:
             positions = None if batch.position_ids is None else batch.position_ids.to(device)
             hidden = final_hidden(model, batch.input_ids.to(device), positions)
+            item.watch.predict_further(hidden)
             if self.session.trace is not None:
                 item.watch.finish(model, hidden)
 

@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors.numpy import load_file
+from numpy import ndarray
 from torch import Tensor
 
 from reapkit.eaft_table import COLUMNS, H_CELLS, H_EXACT, H_LEVELS, P_CELLS, P_EXACT, P_LEVELS, Table, cell_edges, cells_of
@@ -43,21 +45,21 @@ class TableSums:
     def has_edges(self) -> bool:
         return self._edges_file.exists()
 
-    def set_edges(self, p: Tensor, h: Tensor, source: Tensor) -> None:
+    def set_edges(self, p: ndarray, h: ndarray, source: ndarray) -> None:
         """Edges from these positions, once for all. Raises UnusableError where p or H is not finite."""
-        bad = int((~(p.isfinite() & h.isfinite())).sum())
+        bad = int((~(np.isfinite(p) & np.isfinite(h))).sum())
         if bad:
             raise UnusableError(f"observe: the EAFT signals of {bad} of {len(p)} positions are not finite: the logits overflowed. "
                                 "Observe in bfloat16 or float32.")
         edges = {"p_edges": cell_edges(p, source, self.num_sources, P_EXACT, P_LEVELS),
                  "h_edges": cell_edges(h, source, self.num_sources, H_EXACT, H_LEVELS)}
-        save_by_rename(edges, self._edges_file)
+        save_by_rename({name: torch.from_numpy(values) for name, values in edges.items()}, self._edges_file)
 
     def set_edges_of(self, groups: Iterable[int]) -> None:
         """Edges from all positions of these groups, which are spooled, where there are none yet."""
         if not self.has_edges:
             traces = [trace for group in groups if (trace := self._spooled(group)) is not None]
-            self.set_edges(*(torch.cat([getattr(trace, name) for trace in traces] or [torch.empty(0)]) for name in ("p", "h", "source")))
+            self.set_edges(*(np.concatenate([getattr(trace, name) for trace in traces] or [np.empty(0, np.float32)]) for name in ("p", "h", "source")))
 
     @property
     def _edges_file(self) -> Path:
@@ -72,21 +74,22 @@ class TableSums:
         if trace is None:
             sums = torch.zeros(len(layers), *shape, self.num_experts, dtype=torch.float64)
             return {"table.positions": torch.zeros(shape, dtype=torch.int64), "table.count": sums, "table.gate_norm_sum": sums.clone()}
-        cell = cells_of(trace.p, trace.h, trace.source.long(), edges["p_edges"], edges["h_edges"])
-        positions = torch.bincount(cell, minlength=self.num_sources * P_CELLS * H_CELLS).view(shape)
+        cell = cells_of(trace.p, trace.h, trace.source, edges["p_edges"], edges["h_edges"])
+        positions = np.bincount(cell, minlength=self.num_sources * P_CELLS * H_CELLS).reshape(shape)
         summed = [self._layer(*trace.routed(layer), cell) for layer in layers]
-        count, mass = (torch.stack(column).view(len(layers), *shape, self.num_experts) for column in zip(*summed, strict=True))
-        return {"table.positions": positions, "table.count": count, "table.gate_norm_sum": mass}
+        count, mass = (np.stack(column).reshape(len(layers), *shape, self.num_experts) for column in zip(*summed, strict=True))
+        found = {"table.positions": positions, "table.count": count, "table.gate_norm_sum": mass}
+        return {name: torch.from_numpy(values) for name, values in found.items()}
 
-    def _layer(self, expert: Tensor, gate_norm: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+    def _layer(self, expert: ndarray, gate_norm: ndarray, cell: ndarray) -> tuple[ndarray, ndarray]:
         bins = self.num_sources * P_CELLS * H_CELLS * self.num_experts
-        count, mass = torch.zeros(bins, dtype=torch.float64), torch.zeros(bins, dtype=torch.float64)
+        count, mass = np.zeros(bins + 1), np.zeros(bins + 1)  # the last of expert -1
         for begin in range(0, len(cell), CHUNK_POSITIONS):
             part = slice(begin, begin + CHUNK_POSITIONS)
-            key = (cell[part, None] * self.num_experts + expert[part].long()).flatten()
-            count += torch.bincount(key, minlength=bins)
-            mass += torch.bincount(key, weights=gate_norm[part].double().flatten(), minlength=bins)
-        return count, mass
+            key = np.where(expert[part] < 0, bins, cell[part, None] * self.num_experts + expert[part]).ravel()
+            count += np.bincount(key, minlength=bins + 1)
+            mass += np.bincount(key, weights=gate_norm[part].ravel(), minlength=bins + 1)
+        return count[:-1], mass[:-1]
 
     def result(self, total: dict[str, Tensor]) -> Table:
         """The table that these sums over all groups make."""
@@ -107,7 +110,8 @@ class TableSums:
 
     def added(self) -> dict[str, Tensor]:
         """The sums so far, and of how many `groups`."""
-        return load_file(self._added_file) if self._added_file.exists() else {}
+        found = load_file(self._added_file) if self._added_file.exists() else {}
+        return {name: torch.from_numpy(values) for name, values in found.items()}
 
     @property
     def _added_file(self) -> Path:

@@ -28,13 +28,14 @@ __all__ = ["quantize_checkpoint"]
 
 
 def quantize_checkpoint(source: Path, out: Path, spec: QuantizeSpec, *, calibration: CalibrationTokens | None = None,
-                        device: str = "cpu", batch_tokens: int = 8192, trust_remote_code: bool = False, work: Path | None = None,
-                        progress: Progress = SILENT) -> dict[str, Any]:
+                        device: str = "cpu", batch_tokens: int = 8192, max_shard_bytes: int = 5_000_000_000,
+                        offload: Path | None = None, trust_remote_code: bool = False, work: Path | None = None, progress: Progress = SILENT) -> dict[str, Any]:
     """Writes `source` quantized as `spec` says to `out`, complete: weights under the source's names, config, tokenizer, templates.
 
     The config is the source's own with `quantization_config` set. Returns facts for the report: scheme, method, bits per weight measured
     on disk, modules left alone by reason, experts that saw few calibration tokens. `work`: where a dequantized copy of a block-FP8 source
-    may live meanwhile. Raises RecipeError where spec and checkpoint contradict, StageFailed where a matrix was not written.
+    may live meanwhile. `offload`: a directory where the decoder layers of a model that does not fit into host memory wait for their turn
+    (not with `rtn`, which holds a shard at most); it is gone afterwards. Raises RecipeError where spec and checkpoint contradict, StageFailed where a matrix was not written.
     """
     source, out = Path(source), Path(out)
     checkpoint = Checkpoint.open(source)
@@ -50,7 +51,7 @@ def quantize_checkpoint(source: Path, out: Path, spec: QuantizeSpec, *, calibrat
         from reapkit.quantize.rtn import quantize_shards
 
         scheme = preset(spec)
-        written, facts = quantize_shards(checkpoint, out, plan, scheme, device=target, progress=progress)
+        written, facts = quantize_shards(checkpoint, out, plan, scheme, device=target, max_shard_bytes=max_shard_bytes, progress=progress)
     else:
         from reapkit.quantize.calibrated import quantize_loaded
 
@@ -58,7 +59,8 @@ def quantize_checkpoint(source: Path, out: Path, spec: QuantizeSpec, *, calibrat
             raise ValueError(f"{'a raw recipe' if raw else spec.method} needs calibration tokens")
         with _in_bf16(checkpoint, (work or out.parent) / f"{out.name}.dequantized", progress) as plain:
             done = quantize_loaded(plain, out, plan, spec, None if raw else preset(spec), calibration, device=target,
-                                   batch_tokens=batch_tokens, trust_remote_code=trust_remote_code, progress=progress)
+                                   batch_tokens=batch_tokens, max_shard_bytes=max_shard_bytes, offload=offload,
+                                   trust_remote_code=trust_remote_code, progress=progress)
         written, plan, scheme, facts = done.written, done.plan, done.scheme, done.facts
     finish_directory(checkpoint, out, scheme, plan, trust_remote_code=trust_remote_code)
     if lost := sorted(set(plan.matrices) - set(written)):

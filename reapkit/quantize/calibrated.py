@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,10 @@ from torch import Tensor, nn
 from reapkit.calibration.tokens import CalibrationTokens
 from reapkit.checkpoint import Checkpoint
 from reapkit.errors import Problem, RecipeError, StageFailed, UnusableError
-from reapkit.models import load_model
 from reapkit.progress import Progress
 from reapkit.quantize.dense import relative_error
 from reapkit.quantize.formats import compress, decompress, round_to_nearest
+from reapkit.quantize.loading import parameter_names, taken_apart
 from reapkit.quantize.names import LoadedNames
 from reapkit.quantize.oneshot import count_tokens, equal_batches, modifiers_of, run_oneshot, unchanged_without_rounding
 from reapkit.quantize.placing import place_matrices
@@ -47,37 +48,45 @@ class Quantized:
 
 
 def quantize_loaded(checkpoint: Checkpoint, out: Path, plan: Targets, spec: QuantizeSpec, scheme: QuantizationScheme | None,
-                    calibration: CalibrationTokens | None, *, device: torch.device, batch_tokens: int, trust_remote_code: bool,
-                    progress: Progress) -> Quantized:
-    """Quantizes a loaded model and writes it under the source's names. `scheme` None: `spec.recipe` decides what is quantized, and how."""
-    with quiet():
-        from llmcompressor.modeling.moe.linearize import linearize_moe
+                    calibration: CalibrationTokens | None, *, device: torch.device, batch_tokens: int, max_shard_bytes: int,
+                    offload: Path | None, trust_remote_code: bool, progress: Progress) -> Quantized:
+    """Quantizes a loaded model and writes it under the source's names. `scheme` None: `spec.recipe` decides what is quantized, and how.
 
-        model = load_model(checkpoint.path, trust_remote_code=trust_remote_code)
-        names = LoadedNames.of_model(model)
-        linearize_moe(model)
-    places = place_matrices(model, names, checkpoint, plan)
-    wanted = {id(module) for pieces in places.values() for module in pieces.values()}
-    ignore = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and id(module) not in wanted]
-    modifiers = raw_modifiers(spec) if scheme is None else modifiers_of(spec, scheme, ignore)
-    kinds = {type(modifier).__name__ for modifier in modifiers}
-    rows = list(equal_batches(calibration, batch_tokens)) if calibration is not None and kinds != {"QuantizationModifier"} else []
-    with count_tokens(model) as counts, unchanged_without_rounding(model, rows if "AWQModifier" in kinds else []), quiet():
-        try:
-            run_oneshot(model, modifiers, rows, spec, device, progress)
-        except (ValueError, NotImplementedError) as error:
-            instead = "gptq" if spec.method in ("awq", "autoround") else "rtn"
-            raise UnusableError(f"llm-compressor cannot run {' and '.join(sorted(kinds))} on {type(model).__name__}: {str(error)[:300]}. "
-                                f"Choose method: {instead}.") from error
-    if scheme is None:
-        plan, scheme = _as_the_recipe_left_it(model, places, plan)
-    unseen = set() if "GPTQModifier" not in kinds or spec.calibrate_all_experts else {
-        (path, expert) for path, seen in counts.items() for expert, tokens in enumerate(seen.tolist()) if tokens == 0}
-    _write(checkpoint, out, places, plan, names, model, scheme, unseen, progress)
-    facts = _token_facts(counts, rows) if rows else {}
-    del model
-    _release()
-    return Quantized({name: list(places[name]) for name in plan.matrices}, plan, scheme, facts)
+    `offload`: where the decoder layers' weights wait for their turn; None keeps them in host memory.
+    """
+    modifiers = raw_modifiers(spec) if scheme is None else None  # what is wrong with a recipe is said before anything is loaded
+    loading = taken_apart(checkpoint.path, offload, trust_remote_code=trust_remote_code)
+    try:
+        return _quantize(loading, checkpoint, out, plan, spec, scheme, modifiers, calibration, device, batch_tokens, max_shard_bytes, progress)
+    finally:
+        _release()
+
+
+def _quantize(loading: AbstractContextManager[tuple[nn.Module, LoadedNames]], checkpoint: Checkpoint, out: Path, plan: Targets,
+              spec: QuantizeSpec, scheme: QuantizationScheme | None, modifiers: list[Any] | None, calibration: CalibrationTokens | None,
+              device: torch.device, batch_tokens: int, max_shard_bytes: int, progress: Progress) -> Quantized:
+    """The whole of it; nothing that it returns keeps the model alive."""
+    with loading as (model, names):
+        places = place_matrices(model, names, checkpoint, plan)
+        wanted = {id(module) for pieces in places.values() for module in pieces.values()}
+        ignore = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and id(module) not in wanted]
+        modifiers = modifiers_of(spec, scheme, ignore) if modifiers is None else modifiers
+        kinds = {type(modifier).__name__ for modifier in modifiers}
+        rows = list(equal_batches(calibration, batch_tokens)) if calibration is not None and kinds != {"QuantizationModifier"} else []
+        with count_tokens(model) as counts, unchanged_without_rounding(model, rows if "AWQModifier" in kinds else []), quiet():
+            try:
+                run_oneshot(model, modifiers, rows, spec, device, progress)
+            except (ValueError, NotImplementedError) as error:
+                instead = "gptq" if spec.method in ("awq", "autoround") else "rtn"
+                raise UnusableError(f"llm-compressor cannot run {' and '.join(sorted(kinds))} on {type(model).__name__}: {str(error)[:300]}. "
+                                    f"Choose method: {instead}.") from error
+        if scheme is None:
+            plan, scheme = _as_the_recipe_left_it(model, places, plan)
+        unseen = set() if "GPTQModifier" not in kinds or spec.calibrate_all_experts else {
+            (path, expert) for path, seen in counts.items() for expert, tokens in enumerate(seen.tolist()) if tokens == 0}
+        _write(checkpoint, out, places, plan, names, model, scheme, unseen, max_shard_bytes, progress)
+        facts = _token_facts(counts, rows) if rows else {}
+        return Quantized({name: list(places[name]) for name in plan.matrices}, plan, scheme, facts)
 
 
 def raw_modifiers(spec: QuantizeSpec) -> list[Any]:
@@ -131,9 +140,9 @@ def _token_facts(counts: Mapping[str, Tensor], rows: list[dict[str, Tensor]]) ->
 
 
 def _write(checkpoint: Checkpoint, out: Path, places: Mapping[str, Mapping[str, nn.Linear]], plan: Targets, names: LoadedNames,
-           model: nn.Module, scheme: QuantizationScheme, unseen: set[tuple[str, int]], progress: Progress) -> None:
+           model: nn.Module, scheme: QuantizationScheme, unseen: set[tuple[str, int]], max_shard_bytes: int, progress: Progress) -> None:
     """Packs each quantized linear under its source's name; everything else as the model now holds it, or as the source does."""
-    parameters = dict(model.named_parameters())
+    parameters = parameter_names(model)
     forgotten = {id(linear) for path, expert in unseen for linear in model.get_submodule(path)[expert].modules()}
 
     def pack(prefix: str, linear: nn.Linear, source: Tensor | None) -> dict[str, Tensor]:
@@ -151,9 +160,10 @@ def _write(checkpoint: Checkpoint, out: Path, places: Mapping[str, Mapping[str, 
             return {key: tensor for prefix, linear in places[name].items()
                     for key, tensor in pack(prefix, linear, None if stacked else read_tensor(checkpoint, name)).items()}
         left = list(places.get(name, {}).values())
-        parameter = left[0].weight if len(left) == 1 else parameters.get(names.rename(name))
-        if parameter is None:
+        loaded = names.rename(name)
+        if len(left) != 1 and loaded not in parameters:
             return None
+        parameter = left[0].weight if len(left) == 1 else model.get_parameter(loaded)
         source = read_tensor(checkpoint, name)
         if parameter.shape != source.shape:
             return None
@@ -161,7 +171,7 @@ def _write(checkpoint: Checkpoint, out: Path, places: Mapping[str, Mapping[str, 
         return None if torch.equal(changed, source.to(changed.dtype)) else {name: changed.to(source.dtype).contiguous()}
 
     with torch.no_grad():
-        write_shards(checkpoint, out, replacement, progress)
+        write_shards(checkpoint, out, replacement, progress, max_shard_bytes)
 
 
 def _check_packed(prefix: str, parts: dict[str, Tensor], linear: nn.Linear, scheme: QuantizationScheme) -> None:

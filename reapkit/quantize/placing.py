@@ -43,20 +43,17 @@ def place_matrices(model: nn.Module, names: LoadedNames, checkpoint: Checkpoint,
 
 
 def _by_value(expert: nn.Module, weight: Tensor, name: str, checkpoint: Checkpoint) -> nn.Linear:
-    equal = [module for module in expert.modules() if isinstance(module, nn.Linear) and module.weight.shape == weight.shape
-             and torch.equal(module.weight.cpu(), weight.to(module.weight.dtype))]
-    if not equal:
-        raise UnusableError(f"{checkpoint.path}: no linear layer of the loaded expert holds {name}. transformers converts this "
-                            "architecture's experts on loading; quantize it with method: rtn.")
-    return equal[0] if len(equal) == 1 else _by_name(expert, equal, name)
-
-
-def _by_name(expert: nn.Module, equal: list[nn.Linear], name: str) -> nn.Linear:
-    """Two projections of one expert with equal values (a fresh or zeroed model): the one that is spelled alike."""
+    """The linear that holds these values; the one that is spelled alike is looked at first, and wins where several do."""
     alike = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
     leaf = name.split(".")[-2]
     named = getattr(expert, alike.get(leaf, leaf), None)
-    return named if any(module is named for module in equal) else equal[0]
+    linears = [module for module in expert.modules() if isinstance(module, nn.Linear)]
+    for module in sorted(linears, key=lambda module: module is not named):
+        held = module.weight
+        if held.shape == weight.shape and torch.equal(held.cpu(), weight.to(held.dtype)):
+            return module
+    raise UnusableError(f"{checkpoint.path}: no linear layer of the loaded expert holds {name}. transformers converts this "
+                        "architecture's experts on loading; quantize it with method: rtn.")
 
 
 def _stack(matrix: Matrix, modules: Mapping[str, nn.Module], parameter: str) -> dict[str, nn.Linear]:

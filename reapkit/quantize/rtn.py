@@ -17,28 +17,30 @@ from reapkit.checkpoint import Checkpoint
 from reapkit.progress import Progress
 from reapkit.quantize.dense import unblocked
 from reapkit.quantize.quiet import quiet
-from reapkit.quantize.writing import copy_companions, write_index
+from reapkit.quantize.writing import ShardWriter, copy_companions, write_index
 from reapkit.schemes import Targets
 
 
 def quantize_shards(checkpoint: Checkpoint, out: Path, plan: Targets, scheme: QuantizationScheme, *, device: torch.device,
-                    progress: Progress) -> tuple[dict[str, list[str]], dict[str, Any]]:
+                    max_shard_bytes: int, progress: Progress) -> tuple[dict[str, list[str]], dict[str, Any]]:
     """Quantizes every matrix of the plan through llm-compressor's `model_free_ptq`; returns (matrix -> written prefixes, facts)."""
     chosen = {name.removesuffix(".weight") for name in plan.matrices}
     others = sorted({name.removesuffix(".weight") for name in checkpoint.tensors if name.endswith(".weight")} - chosen)
     config = QuantizationConfig(config_groups={"group_0": scheme}, ignore=others, quantization_status=QuantizationStatus.INITIALIZED)
+    writer = ShardWriter(checkpoint, out, max_shard_bytes)
+
+    def save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        with writer.shard(path.name) as add:
+            add(tensors)
+
     with progress.task("quantize (rtn)", total=len(checkpoint.shards), unit="shards") as task, quiet():
         from llmcompressor.entrypoints import model_free
 
-        with patch.object(model_free, "save_file", _save_contiguous):
+        with patch.object(model_free, "save_file", save):
             model_free.model_free_ptq(checkpoint.path, out, config=config, device=device, max_workers=1,
                                       converter=_Shards(checkpoint, task))
+    writer.finish()
     return {name: [name.removesuffix(".weight")] for name in plan.matrices}, {}
-
-
-def _save_contiguous(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Blocks that overhang a matrix leave a view of the padded one, which safetensors refuses."""
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
 
 
 def dequantized_copy(checkpoint: Checkpoint, directory: Path, *, progress: Progress) -> Checkpoint:

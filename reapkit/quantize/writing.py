@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,56 @@ ABOUT_THE_SOURCE = ("config.json", INDEX, "README.md", "recipe.yaml", "reapkit.j
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
 
 
-def write_shards(checkpoint: Checkpoint, out: Path, replacement: Callable[[str], dict[str, Tensor] | None], progress: Progress) -> None:
+class ShardWriter:
+    """Writes what becomes of the source's shards to `out`, one file for each, or several of at most `max_shard_bytes` of tensors.
+
+    A larger tensor has a file of its own. Shards may come in any order; `finish` gives the files their names in the source's order.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, out: Path, max_shard_bytes: int):
+        self.order, self.out, self.max_shard_bytes = list(checkpoint.shards), out, max_shard_bytes
+        self._pieces: dict[str, list[Path]] = {}
+
+    @contextmanager
+    def shard(self, name: str) -> Iterator[Callable[[dict[str, Tensor]], None]]:
+        """Takes the tensors that stand for one shard of the source, as they come; no more than one file's are held."""
+        held: dict[str, Tensor] = {}
+
+        def add(tensors: dict[str, Tensor]) -> None:
+            for key, tensor in tensors.items():
+                if held and sum(each.nbytes for each in held.values()) + tensor.nbytes > self.max_shard_bytes:
+                    self._save(name, held)
+                    held.clear()
+                held[key] = tensor.contiguous()  # blocks that overhang a matrix leave a view of the padded one
+
+        yield add
+        if held:
+            self._save(name, held)
+
+    def finish(self) -> None:
+        """The files' final names, as the hub has them."""
+        files = [piece for shard in self.order for piece in self._pieces.get(shard, [])]
+        for number, file in enumerate(files, 1):
+            file.rename(self.out / ("model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"))
+
+    def _save(self, name: str, tensors: dict[str, Tensor]) -> None:
+        pieces = self._pieces.setdefault(name, [])
+        pieces.append(self.out / f"{name}.{len(pieces)}.part")
+        save_file(tensors, pieces[-1], metadata={"format": "pt"})
+
+
+def write_shards(checkpoint: Checkpoint, out: Path, replacement: Callable[[str], dict[str, Tensor] | None], progress: Progress,
+                 max_shard_bytes: int = 5_000_000_000) -> None:
     """Writes the source's shards one at a time: what `replacement` gives for a tensor stands in its place, the rest is copied."""
+    writer = ShardWriter(checkpoint, out, max_shard_bytes)
     with progress.task("write weights", total=len(checkpoint.tensors), unit="tensors") as task:
         for shard in checkpoint.shards:
-            tensors: dict[str, Tensor] = {}
-            with safe_open(checkpoint.path / shard, "pt") as file:
+            with safe_open(checkpoint.path / shard, "pt") as file, writer.shard(shard) as add:
                 for name in file.keys():
                     new = replacement(name)
-                    tensors |= {name: file.get_tensor(name)} if new is None else new
+                    add({name: file.get_tensor(name)} if new is None else new)
                     task.advance()
-            save_file(tensors, out / shard, metadata={"format": "pt"})
+    writer.finish()
 
 
 def finish_directory(checkpoint: Checkpoint, out: Path, scheme: QuantizationScheme, plan: Targets, *, trust_remote_code: bool) -> None:

@@ -32,7 +32,7 @@ def _by_shape(value: Any) -> str:
 class Section(BaseModel):
     """A mapping of the recipe: unknown keys are refused, values never change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, defer_build=True, strict=True, allow_inf_nan=False)
 
 
 class ModelSpec(Section):
@@ -357,7 +357,8 @@ class PruneSpec(Section):
     repair: Literal["ridge"] | None = None
     """ridge: re-fit the kept experts' output matrices in closed form so that they make up for the dropped ones."""
     mtp: Literal["auto", "observe", "drop"] = "auto"
-    """What becomes of multi-token-prediction blocks; auto drops them, with a warning, in this version."""
+    """What becomes of multi-token-prediction blocks: observe runs them on the calibration and prunes them by their own saliency, drop
+    removes them and their config field; auto observes where transformers loads them (deepseek_v3, glm4_moe), else drops with a warning."""
 
     @model_validator(mode="after")
     def _check(self) -> PruneSpec:

@@ -40,8 +40,8 @@ def write_rejected_report(plan: Plan, artifacts: Mapping[str, Artifact], directo
     write_run_report(facts_from(plan, artifacts), Path(directory) / "report.html")
 
 
-def write_observation_report(observation: Observation, selection: Selection | None, out_html: Path) -> None:
-    """Writes one self-contained HTML page about an observation; a selection marks what it drops, else the page starts at half."""
+def write_observation_report(observation: Observation, selection: Selection | None, out_html: Path, model: str | None = None) -> None:
+    """Writes one self-contained HTML page about an observation of `model`; a selection marks what it drops, else the page starts at half."""
     from reapkit.report import observation_report
 
-    observation_report.write_observation_report(observation, selection, out_html)
+    observation_report.write_observation_report(observation, selection, out_html, model)

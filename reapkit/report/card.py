@@ -130,6 +130,8 @@ def _properties(facts: RunFacts, sizes: Sizes, scheme: str | None) -> str:
         bits = f", {found['bits_per_weight']:.3f} bits per quantized weight on disk" if found.get("bits_per_weight") else ""
         group = f", group size {found['group_size']}" if found.get("group_size") else ""
         rows.append(("Quantization", f"{scheme} ({found.get('method', facts.recipe.quantize.method)}{group}{bits})"))
+    if facts.mtp is not None:
+        rows.append(("Multi-token prediction", "kept, for speculative decoding" if facts.mtp else "removed, so engines cannot draft tokens with it"))
     if facts.model.license:
         rows.append(("License", f"{facts.model.license}, from the base model"))
     return _table(("Property", "Value"), rows)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from reapkit import statistics
 from reapkit.report.blocks import Chart, Grid, Section, Slider
 from reapkit.report.charts import axis, bars, grid, line, reference, rows, shade
@@ -65,12 +67,13 @@ def heat_map(view: View) -> Section:
     most, least = extreme(lost, view.layers), extreme(lost, view.layers, largest=False)
     sentence = "Blue experts stay, orange ones go; darker (in the dark theme: brighter) means more salient than the layer's median."
     if most and least:
-        sentence += (f" The cut takes least from layer {least[0]} ({percent(least[1])} of its saliency mass) and most from layer {most[0]} "
-                     f"({percent(most[1])}).")
-    data = [grid(view.layers, zmin=-1, zmax=1, colorscale=shade(f"--{name}-low", f"--{name}-high")) for name in ("keep", "drop")]
+        sentence += (f" With {view.cut}, least goes from layer {least[0]} ({percent(least[1])} of its saliency mass) and most from layer "
+                     f"{most[0]} ({percent(most[1])}).")
+    data = [grid(view.layers, zmin=-1, zmax=1, showlegend=False, colorscale=shade(f"--{name}-low", f"--{name}-high")) for name in ("keep", "drop")]
     choices = [("order", "Order", [("index", "expert number"), ("saliency", "saliency")]),
                ("value", "Colour", [("saliency", "saliency"), ("traffic", "traffic")])]
-    chart = Chart("heat", "Layers by experts", sentence, data, grid_layout(), grid_height(view), "heat", choices)
+    chart = Chart("heat", "Layers by experts", sentence, data, {**grid_layout(), "showlegend": True}, grid_height(view) + 20,
+                  "heat", choices)
     return Section("experts", "Every expert, kept or dropped", [chart], "", "Experts", True)
 
 
@@ -208,7 +211,7 @@ def _coverage_sentence(view: View, covered: list[float | None], chance: list[flo
     verdict = ("the survivors are the busy partners, so the work is reabsorbed" if average > even + 0.02 else
                "dropped experts fire together, so their work is not reabsorbed" if average < even - 0.02 else "no better than chance")
     lowest = extreme(covered, view.layers, largest=False)
-    return (f"{percent(average, 0)} of what fires beside a dropped expert survives, where chance would give {percent(even, 0)}: {verdict}. "
+    return (f"With {view.cut}, {percent(average, 0)} of what fires beside a dropped expert survives, where chance would give {percent(even, 0)}: {verdict}. "
             f"Least in layer {lowest[0]} ({percent(lowest[1], 0)}).")
 
 
@@ -226,16 +229,16 @@ def distributions(view: View) -> Section:
 
 def _distribution(view: View, row: int, name: str) -> Chart:
     choices = [("layer", "Layer", [(str(i), f"layer {view.layers[i]}") for i in dict.fromkeys((row, *range(len(view.layers))))])]
-    layout = {"barmode": "stack", "bargap": 0, "xaxis": axis("saliency", nticks=6), "yaxis": axis("experts")}
+    layout = {"barmode": "stack", "bargap": 0, "xaxis": axis("saliency", tick0=0), "yaxis": axis("experts")}
     return Chart(f"distribution-{row}", f"{name}: layer {view.layers[row]}", _distribution_sentence(view, row), [], layout, 250,
                  "distribution", choices, {"layer": row})
 
 
 def _distribution_sentence(view: View, row: int) -> str:
-    values = view.saliency[row][view.saliency[row].isfinite()]
-    if not values.numel():
+    values = view.saliency[row][np.isfinite(view.saliency[row])]
+    if not values.size:
         return "0 experts of this layer were routed to."
-    median, top = float(values.median()), float(values.max())
+    median, top = float(np.median(values)), float(values.max())
     floor = statistics.floors(view.saliency[row : row + 1], view.dropped[row : row + 1])[0]
     if floor is None or top <= 0:
         return f"Median {number(median)}, highest {number(top)}; nothing that was routed goes here."

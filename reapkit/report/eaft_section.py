@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
+import numpy as np
+from numpy import ndarray
 
 from reapkit.eaft import REGIONS, Thresholds, region_positions
 from reapkit.eaft_table import Table as EaftTable
@@ -15,7 +16,7 @@ from reapkit.recipe.schema import EaftSpec
 from reapkit.report.blocks import Chart, Note, Section, Table
 from reapkit.report.charts import axis, grid, shade
 from reapkit.report.view import View
-from reapkit.report.wording import percent, plural
+from reapkit.report.wording import number, percent, plural
 from reapkit.saliency import source_alphas
 
 BINS = 48
@@ -31,10 +32,8 @@ def eaft_section(view: View) -> Section:
     conflict, uncertain = shares["all"]["conflict"], shares["all"]["uncertain"]
     sentence = (f"{percent(conflict, 2)} of the positions are confident conflicts (low p, low H), {percent(uncertain, 2)} are uncertain "
                 f"(low p, high H). {_weight_matters(conflict)}")
-    rows = [(name, *(percent(row[region], 2) for region in REGIONS[:3])) for name, row in shares.items()]
-    columns = [("source", "left"), ("conflict", "right"), ("uncertain", "right"), ("good", "right")]
-    blocks: list[Any] = [Chart("regions", "Confidence and correctness", sentence, [_density(view)], _layout(borders), 400),
-                         Table(columns, rows, narrow=True)]
+    blocks: list[Any] = [Chart("regions", "Confidence and correctness", sentence, [_density(view)], _layout(list(borders.values())), 400),
+                         _shares_table(borders, shares)]
     if used.get("changed_by_conflict") is not None:
         blocks.append(_effect(used["changed_by_conflict"], used["weights"]["conflict"]))
     if realised := used.get("realised"):
@@ -43,6 +42,20 @@ def eaft_section(view: View) -> Section:
     lead = ("p is the probability of the reference token, H the entropy over the top logits divided by its maximum. "
             + ("These regions weighed the saliency." if used else "Default quantiles; this cut did not use them."))
     return Section("eaft", "EAFT regions", blocks, lead, "EAFT")
+
+
+def _shares_table(borders: dict[str, Thresholds], shares: dict[str, dict[str, float]]) -> Table:
+    """Each source's share of every region; its own borders where they differ by source, else the common ones below."""
+    regions = REGIONS if any(row["other"] for row in shares.values()) else REGIONS[:3]
+    columns = [("source", "left"), *((region, "right") for region in regions)]
+    rows = [(name, *(percent(row[region], 2) for region in regions)) for name, row in shares.items()]
+    if len(borders) == 1:
+        [one] = borders.values()
+        return Table(columns, rows, note=f"Borders for all sources: p low up to {number(one.p_low)}, H low up to {number(one.h_low)}, H high from "
+                                         f"{number(one.h_high)}.", narrow=True)
+    own = {name: (number(one.p_low), number(one.h_low), number(one.h_high)) for name, one in borders.items()}
+    return Table([*columns, ("p low up to", "right"), ("H low up to", "right"), ("H high from", "right")],
+                 [(*row, *own.get(row[0], ("–",) * 3)) for row in rows])
 
 
 def _effect(changed: int, weight: float) -> Note:
@@ -57,40 +70,40 @@ def _weight_matters(share: float) -> str:
             "Enough of them for the conflict weight to matter.")
 
 
-def _measured(view: View) -> tuple[list[Thresholds], dict[str, dict[str, float]]]:
+def _measured(view: View) -> tuple[dict[str, Thresholds], dict[str, dict[str, float]]]:
     observation = view.observation
     mix = None if isinstance(observation.eaft, EaftTable) else view.mix  # a table cannot be cut at every mix's quantiles
     found = region_positions(observation, EaftSpec(), source_alphas(observation, mix))
-    positions = dict(zip(("all", *observation.sources), torch.cat([found.positions.sum(0, keepdim=True), found.positions]).double(), strict=True))
+    positions = dict(zip(("all", *observation.sources), np.concatenate([found.positions.sum(0, keepdims=True), found.positions]), strict=True))
     shares = {name: (row / max(1.0, float(row.sum()))).tolist() for name, row in positions.items()}
-    return list(found.thresholds[:1]), {name: dict(zip(REGIONS, row, strict=True)) for name, row in shares.items()}
+    return {"pooled": found.thresholds[0]}, {name: dict(zip(REGIONS, row, strict=True)) for name, row in shares.items()}
 
 
-def _borders_of(used: dict[str, Any]) -> list[Thresholds]:
-    known = [Thresholds(**borders) for borders in used["thresholds"].values()]
-    return [one for one in known if None not in (one.p_low, one.h_low, one.h_high)]
+def _borders_of(used: dict[str, Any]) -> dict[str, Thresholds]:
+    """By source, or the pooled ones; sources without a position have none."""
+    known = {name: Thresholds(**borders) for name, borders in used["thresholds"].items()}
+    return {name: one for name, one in known.items() if None not in (one.p_low, one.h_low, one.h_high)}
 
 
 def _density(view: View) -> dict[str, Any]:
     """Positions in equal steps of log p (all below the least p in the first) and of H."""
     p, h, weight = _points(view.observation.eaft)
-    place = 1 + p.double().clamp_min(LEAST_P).log10() / DECADES
-    x, y = ((values * BINS).long().clamp(0, BINS - 1) for values in (place, h.double()))
-    cells = torch.bincount(y * BINS + x, weights=weight, minlength=BINS * BINS).view(BINS, BINS).long()
+    place = 1 + np.log10(np.maximum(p, LEAST_P, dtype=np.float64)) / DECADES
+    x, y = (np.clip((values * BINS).astype(np.int64), 0, BINS - 1) for values in (place, h.astype(np.float64)))
+    cells = np.bincount(y * BINS + x, weights=weight, minlength=BINS * BINS).reshape(BINS, BINS).astype(np.int64)
     edges = [edge / BINS for edge in range(BINS + 1)]
     return grid(edges, x=[LEAST_P ** (1 - edge) for edge in edges], z=[[math.log10(n) if n else None for n in row] for row in cells.tolist()],
                 text=[[f"{n:,} positions" for n in row] for row in cells.tolist()], colorscale=shade("--heat-low", "--heat-high"),
                 hovertemplate="p %{x:.3g}, H %{y:.2f}: %{text}<extra></extra>")
 
 
-def _points(material: Trace | EaftTable) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _points(material: Trace | EaftTable) -> tuple[ndarray, ndarray, ndarray]:
     """p, H and how many positions: of every position, or of every cell of a table at its upper bounds."""
     if isinstance(material, Trace):
-        return material.p, material.h, torch.ones(len(material), dtype=torch.float64)
-    p = torch.stack([cell_bounds(edges)[1].clamp_max(1) for edges in material.p_edges])
-    h = torch.stack([cell_bounds(edges)[1].clamp_max(1) for edges in material.h_edges])
+        return material.p, material.h, np.ones(len(material))
+    p, h = (np.minimum([cell_bounds(edges)[1] for edges in each], 1) for each in (material.p_edges, material.h_edges))
     shape = material.positions.shape
-    return p[:, :, None].expand(shape).flatten(), h[:, None, :].expand(shape).flatten(), material.positions.flatten().double()
+    return np.broadcast_to(p[:, :, None], shape).ravel(), np.broadcast_to(h[:, None, :], shape).ravel(), material.positions.ravel()
 
 
 def _layout(borders: list[Thresholds]) -> dict[str, Any]:

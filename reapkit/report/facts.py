@@ -54,7 +54,8 @@ class RunFacts:
 
     `planned`: sizes each candidate would have; `pruned`, `quantized`: sizes of what was written. `selections`: by candidate and control;
     `chosen`: the candidate that the evaluation chose. `evaluation`, `verification`, `calibration`: their JSON files. `quantization`:
-    what the stage reported. `hub_datasets`: sources of the mix that are on the hub.
+    what the stage reported. `hub_datasets`: sources of the mix that are on the hub. `mtp`: whether multi-token-prediction blocks stay; None
+    where the model has none.
     """
 
     recipe: Recipe
@@ -76,6 +77,7 @@ class RunFacts:
     warnings: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     hub_datasets: tuple[str, ...] = ()
+    mtp: bool | None = None
 
     @property
     def selection(self) -> Selection | None:
@@ -115,7 +117,14 @@ def facts_from(plan: Plan, artifacts: Mapping[str, Artifact], *, executed: Colle
         verification=_json(artifacts, "verify", "verify.json"), stages=_stages(plan, artifacts, executed),
         warnings=_warnings(artifacts), versions=_versions(artifacts),
         hub_datasets=tuple(dict.fromkeys(entry.source for entry in plan.recipe.calibration.mix
-                                         if _on_hub(entry.source, plan.loaded.directory))))
+                                         if _on_hub(entry.source, plan.loaded.directory))), mtp=_mtp_stays(plan))
+
+
+def _mtp_stays(plan: Plan) -> bool | None:
+    """Blocks that route stay where they were observed, others unless the recipe drops them."""
+    if not plan.layout.mtp_tensors:
+        return None
+    return bool(plan.mtp) if plan.layout.mtp else plan.recipe.prune.mtp != "drop"
 
 
 def _chosen(plan: Plan, artifacts: Mapping[str, Artifact]) -> str | None:
@@ -175,7 +184,7 @@ def _json(artifacts: Mapping[str, Artifact], stage: str, file: str) -> dict[str,
 def _observation(artifacts: Mapping[str, Artifact]) -> Observation | None:
     if "observe" not in artifacts or not artifacts["observe"].has_payload:
         return None
-    from reapkit.observation import Observation  # torch, which a plan does without
+    from reapkit.observation import Observation
 
     return Observation.load(artifacts["observe"].payload)
 

@@ -14,15 +14,18 @@ from reapkit.report.wording import count, plural
 from reapkit.selection import Selection
 
 
-def write_observation_report(observation: Observation, selection: Selection | None, out_html: Path) -> None:
-    """Writes one self-contained HTML page about an observation; a selection marks what was dropped, else the page starts at half."""
-    write_page(observation_page(observation, selection), out_html)
+def write_observation_report(observation: Observation, selection: Selection | None, out_html: Path, model: str | None = None) -> None:
+    """Writes one self-contained HTML page about an observation; a selection marks what was dropped, else the page starts at half.
+
+    `model`: its name, where it is known.
+    """
+    write_page(observation_page(observation, selection, model), out_html)
 
 
-def observation_page(observation: Observation, selection: Selection | None = None) -> Page:
+def observation_page(observation: Observation, selection: Selection | None = None, model: str | None = None) -> Page:
     """The page as data."""
     view = View.of(observation, selection)
-    model = observation.meta.get("source") or observation.model_type
+    model = model or observation.model_type
     scored = count(int(observation.scored_tokens.sum()))
     subtitle = (f"{observation.model_type}, {plural(len(observation.layers), 'MoE layer')} of {observation.num_experts} experts, "
                 f"{scored} scored positions from {plural(len(observation.sources), 'source')}: the state every pruning decision is cut from.")

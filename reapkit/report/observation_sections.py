@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 from reapkit import statistics
 from reapkit.report.blocks import Chart, Folded, Note, Section, Table, Text, Tiles
@@ -40,20 +43,29 @@ def recorded(view: View) -> Section:
     observation = view.observation
     tokens, scored = int(observation.tokens.sum()), int(observation.scored_tokens.sum())
     routed = int(observation.statistics["count"].sum())
-    tiles = Tiles([("MoE layers", count(len(view.layers)), f"layers {view.layers[0]} to {view.layers[-1]}"),
+    blocks = f", {listed(observation.meta['mtp'])} multi-token prediction" if observation.meta.get("mtp") else ""
+    tiles = Tiles([("MoE layers", count(len(view.layers)), f"layers {view.layers[0]} to {view.layers[-1]}{blocks}"),
                    ("routed experts", count(view.experts), f"top-{observation.num_experts_per_tok} per token"),
                    ("tokens read", count(tokens), plural(len(observation.sources), "source")),
                    ("positions scored", count(scored), f"{_share(scored, tokens)} of the tokens"),
                    ("expert decisions", count(routed), f"{number(routed / (len(view.layers) * view.experts))} per expert")])
     columns = [("source", "left"), ("tokens", "right"), ("scored", "right"), ("scored share", "right"), ("share of all scored", "right")]
     by_source = zip(observation.sources, observation.tokens.tolist(), observation.scored_tokens.tolist(), strict=True)
-    sources = Table(columns, [(name, count(read), count(seen), _share(seen, read), _share(seen, scored)) for name, read, seen in by_source])
+    note = _identity(observation.meta)
+    sources = Table(columns, [(name, count(read), count(seen), _share(seen, read), _share(seen, scored)) for name, read, seen in by_source], note=note)
     folded = [Folded("What each statistic means", [Table([("statistic", "left"), ("symbol", "left"), ("meaning", "left")], VARIABLES)])]
     if facts := [(key, _shown(value)) for key, value in sorted(observation.meta.items())]:
         folded.append(Folded("How it was measured", [Table([("fact", "left"), ("value", "left")], facts)]))
     lead = ("Every routed token was watched with the gate weights the model really used. Nothing here is tied to a ratio, a criterion or a "
             "mix: those are applied afterwards.")
     return Section("recorded", "What was recorded", [tiles, sources, *folded], lead, "Recorded")
+
+
+def _identity(meta: Mapping[str, Any]) -> str:
+    """Which weights were watched, and how they ran."""
+    hashed = f"Model {meta['model']}" if meta.get("model") else "The model's identity is not recorded"
+    ran = [str(meta[name]) for name in ("dtype", "device", "placement") if meta.get(name)]
+    return f"{', '.join([hashed, *ran])}."
 
 
 def _share(part: float, whole: float) -> str:
@@ -74,7 +86,7 @@ def specialisation(view: View) -> Section:
     observation = view.observation
     shares = statistics.specialisation(observation)
     routed = observation.statistics["count"].sum(1) > 0
-    special = (shares.amax(1) > 0.5) & routed
+    special = (shares.max(1) > 0.5) & routed
     by_source = {name: int((special & (shares.argmax(1) == index)).sum()) for index, name in enumerate(observation.sources)}
     sentence = (f"{percent(float(special.sum()) / max(1, int(routed.sum())), 0)} of the experts serve one source more often than all others "
                 f"together: {listed(f'{count(size)} for {name}' for name, size in by_source.items())}.")
@@ -146,7 +158,7 @@ def convergence(view: View) -> Section:
 
 def never_routed(view: View) -> Section:
     """Experts that no scored position was routed to."""
-    silent = {layer: (row == 0).nonzero().flatten().tolist() for layer, row in zip(view.layers, view.summed.count, strict=True)}
+    silent = {layer: np.flatnonzero(row == 0).tolist() for layer, row in zip(view.layers, view.summed.count, strict=True)}
     silent = {layer: experts for layer, experts in silent.items() if experts}
     total, whole = sum(map(len, silent.values())), view.experts * len(view.layers)
     if not total:

@@ -35,7 +35,7 @@ def gates(facts: RunFacts) -> Section | None:
         blocks.append(bought)
     chosen = _chosen(evaluation)
     blocks.append(results_table(f"{chosen['name']}, gate by gate", chosen["gates"]))
-    if len(evaluation["candidates"]) > 1:
+    if len(evaluation["candidates"]) > 1 or evaluation.get("search"):
         blocks.append(_candidate_table(facts, evaluation))
     if confirm := evaluation.get("confirm"):
         blocks.append(results_table(f"{confirm['candidate']} again on the confirm rows, which it was not chosen on", confirm["gates"]))
@@ -110,7 +110,7 @@ def _gate_sentence(metric: str, gate: Mapping[str, Any], names: Sequence[str], f
     worst = extreme(values, names, largest=most is not None)
     last = (f"{worst[0]} is {'highest' if most is not None else 'lowest'} with {shown(metric, worst[1])}." if len(names) > 1 else
             f"Measured: {with_interval(metric, found[0])}.")
-    within = f"Inside it: {listed(inside)}" if inside else "None is inside it"
+    within = f"Inside it: {listed(inside)}" if inside else "Nothing measured lies inside it"
     return f"Limit {limit(metric, gate)} over all sources, {length} tokens per row. {within}. {last}"
 
 
@@ -128,13 +128,14 @@ def results_table(title: str, results: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _candidate_table(facts: RunFacts, evaluation: Mapping[str, Any]) -> Table:
-    rows = []
-    for entry in evaluation["candidates"]:
+    rows, searched = [], sorted(evaluation.get("search") or (), key=lambda entry: -entry["removed"])
+    for entry in (*evaluation["candidates"], *searched):
         sizes = facts.planned.get(entry["name"])
         failed = [f"{result['metric']} ({result['source']})" for result in entry["gates"] if result["verdict"] in ("reject", "undecided")]
-        untried = "larger than one that passed" if entry["metrics"] is None else "–"
+        why = listed(dict.fromkeys(failed), 3) if failed else "larger than one that passed" if entry["metrics"] is None else ""
+        said = [part for part in ("tried after the rejection" if entry in searched else "", why) if part]
         rows.append((entry["name"], entry.get("experts", "–"), human_bytes(sizes.nbytes if sizes else entry.get("bytes")),
-                     badge(entry["verdict"]), listed(dict.fromkeys(failed), 3) if failed else untried))
+                     badge(entry["verdict"]), ": ".join(said) or "–"))
     columns = [("candidate", LEFT), ("experts", RIGHT), ("size", RIGHT), ("", LEFT), ("why", LEFT)]
     return Table(columns, rows, "Every candidate, smallest first")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from textwrap import dedent
 from typing import Any
 
 from markupsafe import Markup
@@ -13,7 +14,7 @@ from reapkit.report.charts import axis, bars, rows as lying_bars
 from reapkit.report.facts import RunFacts, StageRow
 from reapkit.report.measures import TONES, badge, shown, verified_rows
 from reapkit.report.quality_sections import results_table
-from reapkit.report.wording import count, extreme, listed, number, percent, plural, seconds
+from reapkit.report.wording import arrow, count, extreme, listed, mean, number, percent, plural, seconds
 from reapkit.tables import human_bytes, human_count, human_experts
 
 LEFT, RIGHT = "left", "right"
@@ -27,21 +28,23 @@ def result(facts: RunFacts) -> Section:
     """Before and after, in one table and one chart; of a stopped run why it stopped."""
     if facts.stopped:
         lead = "No weight was written: this is what the candidates would have been."
-        return Section("result", "Before and after", [rejection(facts), _tiles(facts), _before_after(facts)], lead, "Result")
+        return Section("result", "Before and after", [*rejection(facts), _tiles(facts), _before_after(facts)], lead, "Result")
     unseen = facts.verification and facts.recipe.evaluate.packs.confirm
     lead = "Measured on held-out rows that no decision has seen." if unseen else "Measured on held-out rows." if facts.verification else ""
     return Section("result", "Before and after", [_tiles(facts), _before_after(facts), _size_chart(facts)], lead, "Result")
 
 
-def rejection(facts: RunFacts) -> Note:
-    """Which gate, which source, by how much, what to change: the evaluation's own advice, line by line."""
+def rejection(facts: RunFacts) -> list[Note | Code]:
+    """Which gate, which source, by how much, what to change: the evaluation's own advice, whose last lines are there to be copied."""
     evaluation = facts.evaluation or {}
     verdict = evaluation.get("verdict", "not judged")
     title = {"reject": "Rejected by the gates: nothing was written.", "undecided": "Undecided: nothing was written.",
              "pass": "The evaluation passed; the run ended before it wrote the model."}.get(verdict, "The run ended before the evaluation.")
     tone = TONES.get(verdict, "info")
-    lines = [line.strip() for line in str(evaluation.get("advice", "")).splitlines() if line.strip()]
-    return Note(tone, title=title, items=lines) if lines else Note(tone, title)
+    said, _, details = str(evaluation.get("advice") or "").partition("\n")
+    first = next((line.strip() for line in details.splitlines() if line.strip().startswith("--set ")), None)
+    return [Note(tone, said, title) if said else Note(tone, title), *([Code(dedent(details), "Why, and what to change")] if details else []),
+            *([Code(f"{facts.command} {first}", "The first of these, to paste")] if first else [])]
 
 
 def _written(facts: RunFacts) -> dict[str, Sizes]:
@@ -54,15 +57,15 @@ def _written(facts: RunFacts) -> dict[str, Sizes]:
 def _tiles(facts: RunFacts) -> Tiles:
     base, final = facts.base, facts.quantized or facts.pruned or facts.planned.get(facts.chosen or "") or facts.base
     removed = 1 - sum(final.experts.values()) / sum(base.experts.values())
-    items = [("experts per layer", f"{human_experts(base.experts)} → {human_experts(final.experts)}", f"{percent(removed, 0)} removed"),
-             ("size on disk", f"{human_bytes(base.nbytes)} → {human_bytes(final.nbytes)}", f"{base.nbytes / final.nbytes:.2f} times smaller"),
-             ("parameters", f"{human_count(base.parameters)} → {human_count(final.parameters)}",
-              f"{human_count(base.active_parameters)} → {human_count(final.active_parameters)} active")]
+    items = [("experts per layer", arrow(human_experts(base.experts), human_experts(final.experts)), f"{percent(removed, 0)} removed"),
+             ("size on disk", arrow(human_bytes(base.nbytes), human_bytes(final.nbytes)), f"{base.nbytes / final.nbytes:.2f} times smaller"),
+             ("parameters", arrow(human_count(base.parameters), human_count(final.parameters)),
+              f"{arrow(human_count(base.active_parameters), human_count(final.active_parameters))} active")]
     measured = verified_rows(facts)
     if len(measured) > 1:
         first, last = measured[0], measured[-1]
         change = f"{100 * (last['perplexity_ratio'] - 1):+.1f} %"
-        items += [("perplexity", f"{first['perplexity']:.3f} → {last['perplexity']:.3f}", change),
+        items += [("perplexity", arrow(f"{first['perplexity']:.3f}", f"{last['perplexity']:.3f}"), change),
                   ("same next token", percent(last["top1_agreement"]), f"KL {last['kl_mean']:.4f}")]
     return Tiles(items)
 
@@ -117,7 +120,7 @@ def decision(facts: RunFacts) -> Section | None:
     if details.get("mix"):
         rows.append(("post-hoc mix", listed((f"{name} {weight}" for name, weight in details["mix"].items()), 12)))
     if selection.experts_per_token:
-        rows.append(("experts per token", f"{facts.model.num_experts_per_tok} → {selection.experts_per_token}"))
+        rows.append(("experts per token", arrow(str(facts.model.num_experts_per_tok), str(selection.experts_per_token))))
     by_layer = [(layer, f"{len(chosen.keep)} of {len(chosen.keep) + len(chosen.drop)}", listed(chosen.drop, 1000))
                 for layer, chosen in selection.layers.items()]
     every = Table([("layer", RIGHT), ("kept", RIGHT), ("dropped", LEFT)], by_layer)
@@ -143,8 +146,7 @@ def quantization(facts: RunFacts) -> Section | None:
     blocks: list[Any] = [Tiles(items)]
     if sentence := _quantization_cost(facts):
         blocks.append(Text(sentence))
-    if errors := found.get("error_by_layer"):
-        blocks.append(_error_chart(errors))
+    blocks += _error_by_layer(facts)
     if left := found.get("left"):
         rows = [(reason, count(len(modules)), listed(modules, 4)) for reason, modules in left.items()]
         table = Table([("reason", LEFT), ("modules", RIGHT), ("such as", LEFT)], rows)
@@ -173,13 +175,23 @@ def _hardly_reached(found: Mapping[str, Any]) -> str:
             f"{found.get('few_tokens', 'a few')}. Raise calibration.samples if the quantized model loses more than the pruned one.")
 
 
-def _error_chart(errors: Mapping[str, float]) -> Chart:
-    layers = [int(layer) for layer in errors]
-    worst = extreme(list(errors.values()), layers)
-    data = [bars(layers, list(errors.values()), "--c3", "layer %{x}: %{y:.3g}")]
-    layout = {"xaxis": axis("layer"), "yaxis": axis("relative error")}
-    sentence = f"Layer {worst[0]} is hit hardest ({number(worst[1])})."
-    return Chart("quantization-error", "Rounding error by layer", sentence, data, layout, 280)
+def _error_by_layer(facts: RunFacts) -> list[Any]:
+    """What the packed matrices, read back from the directory, differ by from their source; or why that says nothing."""
+    proofs = (facts.verification or {}).get("proofs", ())
+    proof = next((proof for proof in proofs if (proof["directory"], proof["name"]) == ("quantized", "dequantized")), None)
+    if proof is not None and not proof.get("measured", True):
+        return [Text(f"The rounding error of single layers was {proof['detail']}.")]
+    errors = (proof or {}).get("by_layer")
+    if not errors:
+        return []
+    layers, values = [int(layer) for layer in errors], list(errors.values())
+    worst, least = extreme(values, layers), extreme(values, layers, largest=False)
+    sentence = (f"The matrices read back from the directory differ from the pruned ones by {percent(mean(values))} of their norm in the mean "
+                f"layer, by {percent(worst[1])} in layer {worst[0]} and by {percent(least[1])} in layer {least[0]}.")
+    data = [bars(layers, values, "--c3", "layer %{x}: %{y:.2%}")]
+    layout = {"xaxis": axis("layer", **({"dtick": 1} if len(layers) <= 16 else {})),
+              "yaxis": axis("‖packed − source‖ / ‖source‖", ".0%" if max(values) > 0.05 else ".1%", rangemode="tozero")}
+    return [Chart("quantization-error", "Rounding error by layer", sentence, data, layout, 280)]
 
 
 # ---------------------------------------------------------------------------------------------- calibration

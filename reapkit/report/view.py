@@ -9,8 +9,8 @@ from decimal import Decimal
 from functools import cached_property
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy import ndarray
 
 from reapkit import statistics
 from reapkit.observation import Observation
@@ -31,8 +31,8 @@ class View:
     selection: Selection | None
     mix: Mapping[str, Decimal] | None
     summed: Totals
-    saliency: Tensor
-    dropped: Tensor
+    saliency: ndarray
+    dropped: ndarray
 
     @classmethod
     def of(cls, observation: Observation, selection: Selection | None) -> View:
@@ -42,8 +42,8 @@ class View:
         given = selection.details.get("mix")
         mix = None if given is None else {name: Decimal(weight) for name, weight in given.items()}
         ordered = [selection.layers[layer] for layer in observation.layers]
-        values = torch.tensor([layer.saliency for layer in ordered], dtype=torch.float64)
-        dropped = torch.zeros(values.shape, dtype=torch.bool)
+        values = np.array([layer.saliency for layer in ordered], np.float64)
+        dropped = np.zeros(values.shape, bool)
         for row, layer in enumerate(ordered):
             dropped[row, list(layer.drop)] = True
         return cls(observation, selection, mix, totals(observation, mix), values, dropped)
@@ -58,7 +58,7 @@ class View:
 
     @property
     def removed_share(self) -> float:
-        return float(self.dropped.double().mean())
+        return float(self.dropped.mean())
 
     @property
     def cut(self) -> str:
@@ -84,7 +84,7 @@ class View:
         return formula(SaliencySpec()) if self.selection is None else self.selection.details.get("formula", self.selection.criterion)
 
     @cached_property
-    def coactivation(self) -> Tensor | None:
+    def coactivation(self) -> ndarray | None:
         """float64 [L, E, E], sources weighed by the mix."""
         together = self.observation.coactivation
         return None if together is None else add_sources(together, source_alphas(self.observation, self.mix))
@@ -94,12 +94,12 @@ class View:
         """Kept experts by layer."""
         return dict(zip(self.layers, (~self.dropped).sum(1).tolist(), strict=True))
 
-    def dropped_without(self, source: str) -> Tensor:
+    def dropped_without(self, source: str) -> ndarray:
         """What the same budget would drop, had the mix not held `source`; bool [L, E]."""
         mix = statistics.mix_without(self.observation, source, self.mix)
         values = saliency(self.observation, self.spec.model_copy(update={"mix": mix}))
         order = statistics.removal_order(values)
-        dropped = torch.zeros_like(self.dropped)
+        dropped = np.zeros_like(self.dropped)
         for row, size in enumerate(self.dropped.sum(1).tolist()):
             dropped[row, order[row, :size]] = True
         return dropped
@@ -108,14 +108,14 @@ class View:
         """Matrices and labels for the page's script."""
         specialised = statistics.specialisation(self.observation)
         lifts = specialised * len(self.observation.sources)
-        dominant = torch.where(self.observation.statistics["count"].sum(1) > 0, specialised.argmax(1), 255)
+        dominant = np.where(self.observation.statistics["count"].sum(1) > 0, specialised.argmax(1), 255)
         peak = self.summed.gate_norm_max > _top_quarter(self.summed.gate_norm_max)
         matrices = {"saliency": packed(self.saliency, "f4"), "rank": packed(_rank(self.saliency), "i2"),
                     "count": packed(self.summed.count, "f4"), "mass": packed(self.summed.gate_norm_sum, "f4"),
                     "peak": packed(peak, "u1"), "dominant": packed(dominant, "u1"),
                     **{f"lift{index}": packed(lifts[:, index], "f4") for index in range(len(self.observation.sources))}}
         data: dict[str, Any] = {"layers": list(self.layers), "experts": self.experts, "sources": list(self.observation.sources),
-                                "routed": self.summed.count.sum(1).clamp(min=1).tolist(), "hasCoverage": self.coactivation is not None}
+                                "routed": np.maximum(self.summed.count.sum(1), 1).tolist(), "hasCoverage": self.coactivation is not None}
         if self.coactivation is not None:
             matrices["coverage"] = packed(coverage_curves(self.coactivation, statistics.removal_order(self.saliency)), "f4")
         if self.selection is not None:
@@ -132,37 +132,39 @@ def decided_label(view: View) -> str:
     return f"{each} of {view.experts} ({percent(view.removed_share, 0)}), as decided"
 
 
-def coverage_curves(coactivation: Tensor, order: Tensor) -> Tensor:
+def coverage_curves(coactivation: ndarray, order: ndarray) -> ndarray:
     """Redundancy coverage of each layer when its k least salient experts go, k = 0 … E - 1: float64 [L, E], NaN where undefined.
 
     `coactivation` [L, E, E], `order` int64 [L, E], first to go first. One cumulative sum per layer gives all k.
     """
     layers, experts = order.shape
-    curves = torch.full((layers, experts), torch.nan, dtype=torch.float64)
+    curves = np.full((layers, experts), np.nan)
     for layer in range(layers):
-        pairs = coactivation[layer].double()[order[layer]][:, order[layer]].fill_diagonal_(0)
-        beside = pairs.sum(1).cumsum(0)
+        pairs = coactivation[layer][np.ix_(order[layer], order[layer])].astype(np.float64)
+        np.fill_diagonal(pairs, 0)
+        beside = pairs.sum(1).cumsum()
         among = pairs.cumsum(0).cumsum(1).diagonal()
-        curves[layer, 1:] = ((beside - among) / beside)[: experts - 1]
+        with np.errstate(invalid="ignore"):
+            curves[layer, 1:] = ((beside - among) / beside)[: experts - 1]
     return curves
 
 
-def _rank(values: Tensor) -> Tensor:
+def _rank(values: ndarray) -> ndarray:
     """Each expert's place in the order of removal, 0 for the first to go."""
     order = statistics.removal_order(values)
-    return torch.empty_like(order).scatter_(1, order, torch.arange(values.shape[1]).expand_as(order))
+    return np.argsort(order, axis=1)
 
 
-def _lowest(values: Tensor, size: int) -> Tensor:
+def _lowest(values: ndarray, size: int) -> ndarray:
     return _rank(values) < size
 
 
-def _top_quarter(values: Tensor) -> float:
-    ordered = values.flatten().sort().values
+def _top_quarter(values: ndarray) -> float:
+    ordered = np.sort(values, axis=None)
     return float(ordered[-(-3 * len(ordered) // 4) - 1])
 
 
-def packed(matrix: Tensor, dtype: str) -> dict[str, Any]:
+def packed(matrix: ndarray, dtype: str) -> dict[str, Any]:
     """A matrix as little-endian bytes in base64: `f4`, `i2` or `u1`; a quarter of its size as JSON text."""
-    values = matrix.contiguous().numpy().astype(f"<{dtype}")
+    values = np.ascontiguousarray(matrix, f"<{dtype}")
     return {"shape": list(matrix.shape), "dtype": dtype, "base64": base64.b64encode(values.tobytes()).decode()}

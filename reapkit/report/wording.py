@@ -7,8 +7,11 @@ from collections.abc import Iterable, Sequence
 
 
 def percent(share: float | None, digits: int = 1) -> str:
-    """`0.1234` as `12.3 %`; None as a dash."""
-    return "–" if share is None or not math.isfinite(share) else f"{100 * share:.{digits}f} %"
+    """`0.1234` as `12.3 %`; None as a dash; what would round to nothing as `< 0.1 %`."""
+    if share is None or not math.isfinite(share):
+        return "–"
+    least = 10.0**-digits
+    return f"< {least:g} %" if 0 < 100 * share < least / 2 else f"{100 * share:.{digits}f} %"
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -33,6 +36,11 @@ def listed(items: Iterable[object], limit: int = 6) -> str:
     if len(items) > limit:
         items = [*items[: limit - 1], f"{len(items) - limit + 1} more"]
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}" if items else "none"
+
+
+def arrow(before: str, after: str) -> str:
+    """`7.3 MB → 1.9 MB`, which breaks at the arrow alone."""
+    return " → ".join(text.replace(" ", "\u00a0") for text in (before, after))
 
 
 def plural(amount: int, noun: str, many: str = "") -> str:

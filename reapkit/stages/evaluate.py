@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+from functools import cache
 from typing import Any
 
 from reapkit.calibration.tokens import CalibrationTokens
+from reapkit.errors import RecipeError
 from reapkit.evaluate.bench import Candidate
-from reapkit.evaluate.candidates import eaft_settings, evaluate
+from reapkit.evaluate.candidates import SmallerCut, eaft_settings, evaluate
 from reapkit.evaluate.streaming import evaluate_streaming
 from reapkit.gates import Gate, resolve
 from reapkit.models import load_model, load_tokenizer
+from reapkit.observation import Observation
 from reapkit.observe.layers import LayeredModel
 from reapkit.recipe.schema import Gates
 from reapkit.resolve import tokenizer_identity
+from reapkit.selection import select_all
 from reapkit.stages import Context
 from reapkit.stages.repair import load_repaired
 from reapkit.stages.select import load_selections
@@ -22,7 +27,8 @@ from reapkit.store import write_json
 def run(context: Context) -> dict[str, Any]:
     recipe, spec = context.recipe, context.recipe.evaluate
     index = context.inputs["select"].summary
-    selections = load_selections(context.inputs["select"].payload, [*index["candidates"], *index["controls"]])
+    decided = load_selections(context.inputs["select"].payload, [*index["candidates"], *index["controls"]])
+    selections = {name: selection.decoder(context.plan.checkpoint.architecture) for name, selection in decided.items()}
     nbytes = {candidate.name: context.plan.pruned(candidate).nbytes for candidate in context.plan.candidates}
     weights = load_repaired(context, list(selections))
     tried = [Candidate(name, selections[name], nbytes[name], weights=weights.get(name)) for name in index["candidates"]]
@@ -36,10 +42,33 @@ def run(context: Context) -> dict[str, Any]:
         evaluation = evaluate_streaming(LayeredModel(context.model_directory, **where), packs, tried, gates, **compared, **context.streaming)
     else:
         evaluation = evaluate(load_model(context.model_directory, **where), packs, tried, gates, generation=spec.generation,
-                              tokenizer=_tokenizer(context), work_directory=context.work, **compared)
+                              tokenizer=_tokenizer(context), smaller_cut=_smaller_cut(context), work_directory=context.work, **compared)
     write_json(context.payload / "evaluation.json", evaluation)
-    selections[evaluation["chosen"]].save(context.payload)
+    decided[evaluation["chosen"]].save(context.payload)
     return {name: evaluation[name] for name in ("chosen", "verdict", "advice")}
+
+
+def _smaller_cut(context: Context) -> SmallerCut | None:
+    """Decides the recipe's candidates anew with fewer removals; None where each would have to be re-fitted first."""
+    if context.recipe.prune.repair is not None:
+        return None
+    plan, grid = context.plan, {candidate.name: candidate for candidate in context.plan.candidates}
+    num_experts = max(plan.base.experts.values())
+
+    @cache
+    def observation() -> Observation:
+        return Observation.load(context.inputs["observe"].payload)
+
+    def smaller_cut(name: str, share: Fraction) -> Candidate | None:
+        removed = int(max(plan.base.experts[layer] - kept for layer, kept in plan.kept(grid[name]).items()) * share)
+        smaller = grid[name].removing(removed, num_experts)
+        try:
+            [selection] = select_all(observation(), context.recipe.saliency, context.recipe.prune, plan.checkpoint.architecture, (smaller,))
+        except RecipeError:  # nothing would be removed, or the caps leave no room
+            return None
+        return Candidate(smaller.name, selection, plan.pruned(smaller).nbytes, ratio=f"{smaller.ratio.normalize():f}")
+
+    return smaller_cut
 
 
 def _tokenizer(context: Context) -> Any:

@@ -27,7 +27,7 @@ def run(context: Context) -> dict[str, Any]:
     observation.save(context.payload)
     _say_how_settled(context, observation)
     count = int(observation.tokens.sum())
-    never = int((sum(observation.statistics["count"].unbind(1)) == 0).sum())
+    never = int((observation.statistics["count"].sum(1) == 0).sum())
     return {"tokens": count, "scored_tokens": int(observation.scored_tokens.sum()), "never_routed": never, "device": context.device,
             "placement": job.placement, "ranks": context.ranks.world, "tokens_per_second": round(count / max(time.time() - started, 1e-9))}
 
@@ -51,4 +51,4 @@ def _job(context: Context) -> Job:
                work=str(context.work.resolve()), spec=recipe.observe, batch_tokens=recipe.runtime.batch_tokens,
                identity=context.plan.checkpoint.identity, device=context.device, placement=own.placement,
                trust_remote_code=recipe.model.trust_remote_code, checkpoint_minutes=recipe.runtime.checkpoint_minutes,
-               hidden_bytes=own.host_budget, offload_directory=str(Path(directory).resolve()) if directory else None)
+               hidden_bytes=own.host_budget, offload_directory=str(Path(directory).resolve()) if directory else None, mtp=context.plan.mtp)

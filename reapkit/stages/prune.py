@@ -24,4 +24,4 @@ def run(context: Context) -> dict[str, Any]:
                      layout=recipe.prune.layout, repaired=load_repaired(context, [context.candidate]).get(context.candidate), progress=context.progress)
     pruned = Checkpoint.open(context.payload)
     return {"candidate": context.candidate, "bytes": pruned.nbytes, "parameters": pruned.numel,
-            "experts": {str(layer): len(chosen.keep) for layer, chosen in selection.layers.items()}}
+            "experts": {str(layer): len(chosen.keep) for layer, chosen in selection.decoder(source.architecture).layers.items()}}

@@ -16,7 +16,8 @@ from reapkit.stages.select import load_selections
 
 def run(context: Context) -> dict[str, Any]:
     index = context.inputs["select"].summary
-    selections = load_selections(context.inputs["select"].payload, [*index["candidates"], *index["controls"]])
+    decided = load_selections(context.inputs["select"].payload, [*index["candidates"], *index["controls"]])
+    selections = {name: selection.decoder(context.plan.checkpoint.architecture) for name, selection in decided.items()}
     layered = LayeredModel(context.model_directory, device=context.device, trust_remote_code=context.recipe.model.trust_remote_code)
     found = repair(layered, CalibrationTokens.load(context.inputs["calibrate"].payload), selections, context.payload,
                    batch_tokens=context.recipe.runtime.batch_tokens, progress=context.progress, **context.streaming)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from transformers import CompressedTensorsConfig
 from reapkit.architecture import text_config
 from reapkit.checkpoint import Checkpoint
 from reapkit.errors import ReapkitError
+from reapkit.layout import is_mtp_name, read_layout
 from reapkit.models import dequantized, load_config, model_class
 
 LOGITS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
@@ -32,7 +33,8 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 class Proof:
     """One claim about one directory and whether it holds; `value` is the number behind it.
 
-    Where a claim could not be tested here `measured` is False, `passed` True, and `detail` says why.
+    Where a claim could not be tested here `measured` is False, `passed` True, and `detail` says why. `by_layer`: that number for each
+    decoder layer, where it has one.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Proof:
     value: float | None = None
     measured: bool = True
     directory: str = ""
+    by_layer: Mapping[str, float] | None = None
 
 
 def not_measured(name: str, why: str) -> Proof:
@@ -121,8 +124,10 @@ def logits_of(model: nn.Module, rows: Tensor) -> Tensor:
 
 
 def loaded(directory: Path, rows: Tensor, expected: Tensor | None, reference: str, *, device: str, trust_remote_code: bool,
-           dtype: str | torch.dtype = "auto", weights_only: bool = False) -> list[Proof]:
-    """Loads the directory once and proves three things: every key is expected and none is missing, its logits, that it generates.
+           dtype: str | torch.dtype = "auto", weights_only: bool = False,
+           further: Callable[[nn.Module], list[Proof]] = lambda model: []) -> list[Proof]:
+    """Loads the directory once and proves three things: every key is expected and none is missing, its logits, that it generates; and what
+    `further` proves of the loaded model. Multi-token-prediction blocks, which no model has a place for, are not unexpected.
 
     `expected` None: the logits are only checked to be finite, and `reference` says why. `weights_only`: formats that also round
     activations are loaded without doing so, since the reference does not.
@@ -138,7 +143,7 @@ def loaded(directory: Path, rows: Tensor, expected: Tensor | None, reference: st
     logits = logits_of(model, rows)
     equal = equal_logits(logits, expected, reference) if expected is not None else \
         Proof("logits", bool(torch.isfinite(logits).all()), f"finite; not compared: {reference}", measured=False)
-    return [_keys(info), equal, attempt("generates", lambda: _generates(model, rows[0]))]
+    return [_keys(info, Checkpoint.open(directory)), equal, attempt("generates", lambda: _generates(model, rows[0])), *further(model)]
 
 
 def equal_logits(got: Tensor, expected: Tensor, reference: str) -> Proof:
@@ -150,7 +155,9 @@ def equal_logits(got: Tensor, expected: Tensor, reference: str) -> Proof:
     return Proof("logits", gap <= allowed, f"differ from {reference} by at most {gap:.2g} of their standard deviation (allowed: {allowed:g})", gap)
 
 
-def _keys(info: dict[str, Any]) -> Proof:
+def _keys(info: dict[str, Any], checkpoint: Checkpoint) -> Proof:
+    stack, depth = read_layout(checkpoint).stack, checkpoint.architecture.num_hidden_layers
+    info = {**info, "unexpected_keys": [name for name in info.get("unexpected_keys") or () if not is_mtp_name(name, stack, depth)]}
     wrong = {kind: sorted(map(str, info.get(f"{kind}_keys") or ())) for kind in ("missing", "unexpected", "mismatched")}
     found = "; ".join(f"{len(names)} {kind}, such as {names[0]}" for kind, names in wrong.items() if names)
     return Proof("loads", not found, f"transformers finds tensors: {found}" if found else "transformers finds every tensor it expects and no other")

@@ -18,6 +18,7 @@ from reapkit.models import load_model
 from reapkit.repair.weights import RepairedWeights
 from reapkit.repair.weights import repaired as with_repaired
 from reapkit.selection import Selection
+from reapkit.verify.mtp import MtpPair
 from reapkit.verify.proof import Proof, Reader, attempt, loaded, logits_of, names_differ, not_measured, probe_rows, same_bits, too_large
 
 
@@ -49,18 +50,20 @@ def prove_pruned(source: Path, directory: Path, selection: Selection, *, probe: 
     dtype = "float32" if bits == 32 else "auto"
     reference = "the original with the dropped experts masked" + (" and the kept ones re-fitted" if weights else "")
     try:
-        expected = _masked(old, selection, weights, rows, dtype, device, trust_remote_code)
+        blocks = MtpPair.of(old, new, selection, trust_remote_code=trust_remote_code)
+        expected = _masked(old, selection, weights, rows, dtype, device, trust_remote_code, blocks)
         return proofs + loaded(directory, rows, expected, reference, device=device, trust_remote_code=trust_remote_code,
-                               dtype=torch.float32 if bits == 32 else "auto")
+                               dtype=torch.float32 if bits == 32 else "auto", further=lambda model: blocks.prove(model, rows))
     except Exception as error:  # whatever the loader dies of is the finding
         return proofs + [Proof("loads", False, f"{type(error).__name__}: {str(error)[:500]}")]
 
 
-def _masked(old: Checkpoint, selection: Selection, weights: RepairedWeights | None, rows: Tensor, dtype: str, device: str, trust_remote_code: bool) -> Tensor:
+def _masked(old: Checkpoint, selection: Selection, weights: RepairedWeights | None, rows: Tensor, dtype: str, device: str, trust_remote_code: bool,
+            blocks: MtpPair) -> Tensor:
     model = load_model(old.path, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    decoder = {index: keep for index, keep in selection.keep.items() if index < old.architecture.num_hidden_layers}
-    with masked(model, decoder, selection.experts_per_token), with_repaired(model, weights):
+    with masked(model, selection.decoder(old.architecture).keep, selection.experts_per_token), with_repaired(model, weights):
         logits = logits_of(model, rows)
+        blocks.expect(model, rows)
     del model
     gc.collect()
     return logits

@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reapkit.checkpoint import Checkpoint
+from reapkit.checkpoint import DTYPE_BITS, Checkpoint, TensorInfo
 from reapkit.errors import UnusableError
 from reapkit.models import load_config, model_class
 from reapkit.quantize.dense import PackedDirectory, relative_error
-from reapkit.quantize.formats import preset, round_to_nearest, spec_on_disk
+from reapkit.quantize.formats import PARTS, preset, round_to_nearest, spec_on_disk
 from reapkit.recipe.schema import QuantizeSpec
-from reapkit.schemes import Targets, expert_prefixes, is_fp8, scheme_of, targets
+from reapkit.schemes import Matrix, Targets, expert_prefixes, is_fp8, scheme_of, targets
 from reapkit.verify.proof import DTYPES, Proof, Reader, attempt, loaded, logits_of, names_differ, not_measured, probe_rows, same_bits, too_large
 
+CONSTANTS = (".weight_shape", ".weight_global_scale")
 WORST_ERROR = 0.99
 """A matrix that has nothing of its source left, or another matrix in its place, is further away than this."""
 
@@ -78,6 +79,8 @@ def _tensors(old: Checkpoint, new: Checkpoint, plan: Targets, spec: QuantizeSpec
         found = new.tensors[name]
         if found.shape != shape or DTYPES.get(found.dtype) != dtype:
             return Proof("tensors", False, f"{name} is {found.dtype} {list(found.shape)}, the format has {dtype} {list(shape)}")
+    if wrong := _wrong_bits(old, new, plan, spec):
+        return Proof("tensors", False, wrong)
     changed = 0
     with Reader(old) as read_old, Reader(new) as read_new:
         for name in sorted(others):
@@ -86,7 +89,33 @@ def _tensors(old: Checkpoint, new: Checkpoint, plan: Targets, spec: QuantizeSpec
                 if spec.method != "awq":  # awq moves scales into norms, routers and other layers
                     return Proof("tensors", False, f"{name} is not quantized and yet differs from its source")
     moved = f", {changed} of them rescaled by awq" if changed else ""
-    return Proof("tensors", True, f"{len(expected)} packed tensors of the format's shapes and {len(others)} others{moved}", float(len(expected)))
+    bits = {round(_bits_per_weight(new, matrix), 4) for matrix in plan.matrices.values()}
+    spread = f"{min(bits):g}" if len(bits) == 1 else f"{min(bits):g} to {max(bits):g}"
+    return Proof("tensors", True, f"{len(expected)} packed tensors of the format's shapes, {spread} bits per weight in every matrix, and "
+                                  f"{len(others)} others{moved}", float(len(expected)))
+
+
+def _wrong_bits(old: Checkpoint, new: Checkpoint, plan: Targets, spec: QuantizeSpec) -> str | None:
+    """The first matrix that takes other bytes than its scheme's arithmetic says, whatever the libraries think the format is."""
+    scheme = scheme_of(spec)
+    for name, matrix in plan.matrices.items():
+        weight_bits = 16 if is_fp8(old.config) else DTYPE_BITS[matrix.tensor.dtype]
+        allowed = matrix.count * scheme.nbytes(matrix.rows, matrix.columns, spec.group_size, weight_bits)
+        found = sum(tensor.nbytes for tensor in _parts(new, matrix))
+        if found != allowed:
+            return f"{name} takes {found} bytes, {scheme.name} takes {allowed} for {matrix.count} x {matrix.rows} x {matrix.columns} weights"
+    return None
+
+
+def _bits_per_weight(new: Checkpoint, matrix: Matrix) -> float:
+    """Packed weights and scales; constants per matrix aside."""
+    nbytes = sum(tensor.nbytes for tensor in _parts(new, matrix) if not tensor.name.endswith(CONSTANTS))
+    return nbytes * 8 / (matrix.count * matrix.rows * matrix.columns)
+
+
+def _parts(new: Checkpoint, matrix: Matrix) -> list[TensorInfo]:
+    prefixes = [matrix.module] if len(matrix.tensor.shape) == 2 else expert_prefixes(matrix)
+    return [new.tensors[name] for prefix in prefixes for part in PARTS if (name := f"{prefix}.{part}") in new.tensors]
 
 
 def _format(plan: Targets, spec: QuantizeSpec, old: Checkpoint) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -103,17 +132,29 @@ def _format(plan: Targets, spec: QuantizeSpec, old: Checkpoint) -> dict[str, tup
 
 
 def _near_source(old: Checkpoint, new: Checkpoint, plan: Targets, spec: QuantizeSpec) -> Proof:
+    """Every matrix resembles its source; by layer √(Σ‖packed − source‖² / Σ‖source‖²) over the layer's matrices."""
     if spec.method == "awq":
         return not_measured("dequantized", "awq rescales weights, so single matrices have no reference; the logits have")
     worst, where, total = 0.0, "", 0.0
+    squares: dict[int, list[tuple[float, float]]] = {}
     with PackedDirectory(old, new, plan) as packed:
-        for name in plan.matrices:
-            error = relative_error(packed.dense(name), packed.source_dense(name))
+        for name, matrix in plan.matrices.items():
+            source = packed.source_dense(name)
+            error = relative_error(packed.dense(name), source)
             total += error
             if not error <= worst:
                 worst, where = error, name
+            size = source.float().norm().item() ** 2
+            squares.setdefault(matrix.layer, []).append((error**2 * size, size))
+    by_layer = {str(layer): _share_of_norm(parts) for layer, parts in sorted(squares.items())}
     detail = f"relative error of the matrices: mean {total / len(plan.matrices):.3g}, worst {worst:.3g} ({where})"
-    return Proof("dequantized", worst < WORST_ERROR, detail, worst)
+    return Proof("dequantized", worst < WORST_ERROR, detail, worst, by_layer=by_layer)
+
+
+def _share_of_norm(parts: Sequence[tuple[float, float]]) -> float:
+    """√(Σ error² / Σ size²) of matrices given as (error², size²)."""
+    errors, sizes = map(sum, zip(*parts, strict=True))
+    return (errors / sizes) ** 0.5 if sizes else 0.0
 
 
 def _reference_logits(old: Checkpoint, new: Checkpoint, plan: Targets, rows: Tensor, device: str, trust_remote_code: bool) -> Tensor:

@@ -11,7 +11,8 @@ import torch
 from tiny import build
 
 from reapkit.calibration.isolation import check_isolation
-from reapkit.calibration.tokens import CalibrationTokens, create_tensors
+from reapkit.calibration.tokens import CalibrationTokens
+from reapkit.mapped import create_tensors
 from reapkit.errors import UnusableError
 
 

@@ -426,6 +426,21 @@ class TestPacks:
         assert [source["samples"] for source in packs.summary["sources"]] == [30, 15, 15, 20]
         assert packs.summary["extra"] == ["math"]
 
+    def test_what_the_calibration_read_is_held_out_wherever_it_stands(self, home: Path) -> None:
+        """Content counts, not place: a copy of the calibration under another name gives no row back."""
+        texts = [sequence(letter, 5) for letter in LETTERS[:12]]
+        calibration = spec(source(home, "data", texts[:6]), samples=3)
+        tokens, _ = made(home, calibration)
+        read = [texts[index] for index in tokens.summary["sources"][0]["indices"]]
+        copied = source(home, "copied", [*read, *texts[6:]])
+        evaluate = self.evaluate(2, extra_packs=[copied | {"weight": 1}])
+        packs = self.packs(home, calibration, evaluate)
+        assert packs.sources == ("data", "copied") and not {text for text in all_shown(packs, _tokenizer(home)) if text in read}
+        assert not set(tokens.summary["sources"][0]["hashes"]) & {content for each in packs.summary["sources"] for content in each["hashes"]}
+        with pytest.raises(UnusableError, match=r"source 'copied' yields 6 of 7 samples: 9 rows were read, dropped: 3 in the calibration"):
+            self.packs(home, spec(source(home, "data", [*texts[:6], *(sequence(letter, 9) for letter in LETTERS)]), samples=3),
+                       self.evaluate(7, extra_packs=[copied]), out="too-many")
+
     def test_extra_pack_with_a_taken_name_is_refused(self, home: Path) -> None:
         made(home, big_mix(home))
         with pytest.raises(RecipeError, match="evaluate.extra_packs: the name 'one' is taken"):
@@ -440,6 +455,17 @@ class TestPacks:
             r"lower evaluate.packs.samples",
         ):
             self.packs(home, calibration, self.evaluate(4))
+
+    def test_a_source_that_would_get_no_sample_is_named_with_how_many_are_enough(self, home: Path) -> None:
+        made(home, big_mix(home))
+        with pytest.raises(RecipeError, match=r"evaluate.packs.samples: 2 for 3 sources leave none for tools. With their weights 4 are enough"):
+            self.packs(home, big_mix(home), self.evaluate(2))
+        assert [source["samples"] for source in self.packs(home, big_mix(home), self.evaluate(4)).summary["sources"]] == [2, 1, 1]
+        with pytest.raises(RecipeError, match=r"calibration.samples: 1 for 3 sources leave none for two, tools"):
+            made(home, big_mix(home).model_copy(update={"samples": 1}), "one")
+        uneven = [{"name": name, "source": "builtin:math", "weight": weight} for name, weight in (("much", 1), ("little", 0.01))]
+        packs = self.packs(home, big_mix(home), self.evaluate(6, extra_packs=uneven), out="uneven")
+        assert [source["samples"] for source in packs.summary["sources"]][3:] == [4, 1]
 
     def test_summary_is_plain_json(self, home: Path) -> None:
         made(home, big_mix(home))

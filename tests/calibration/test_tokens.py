@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from reapkit.calibration.tokens import CalibrationTokens, batches, create_tensors, map_tensors
+from reapkit.calibration.tokens import CalibrationTokens, batches
+from reapkit.mapped import create_tensors, map_tensors
 from reapkit.errors import UnusableError
 
 

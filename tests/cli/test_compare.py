@@ -11,6 +11,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from observations import observe_routing, random_routing
@@ -76,7 +77,7 @@ def _reap(directory: Path) -> list[list[float]]:
 
     statistics = Observation.load(directory).statistics
     mean = statistics["gate_norm_sum"].sum(1) / statistics["count"].sum(1)  # 0/0 where an expert was never routed to: it ranks last
-    return mean.nan_to_num(nan=-1.0).tolist()
+    return np.nan_to_num(mean, nan=-1.0).tolist()
 
 
 def test_other_models_are_refused_unless_told(root: Path, capsys: pytest.CaptureFixture) -> None:

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -41,7 +42,7 @@ def test_it_decides_without_reading_a_token(observed: Path, tmp_path: Path, capf
     assert "warning: observe: the observation was imported from" in said.err and "scored tokens of code, tools, while calibration.mix names" in said.err
     recorded = found["stages"]["observe"]["summary"]["imported"]
     assert recorded["directory"] == str(observed) and recorded["sources"].keys() == {"code", "tools"}
-    expected = Observation.load(observed).saliency("reap").sort(dim=1, descending=True, stable=True).indices[:, :24]
+    expected = np.argsort(-Observation.load(observed).saliency("reap"), axis=1, kind="stable")[:, :24]
     chosen = Selection.load(tmp_path / "run" / "selection")
     assert [sorted(row) for row in expected.tolist()] == [list(kept) for kept in chosen.keep.values()]
     assert decide(tmp_path, observed, "prune.ratio=0.25", "calibration.samples=9") == 0

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from reapkit.calibration.tokens import SUMMARY_FILE, TOKENS_FILE, CalibrationTokens, create_tensors, map_tensors
+from reapkit.calibration.tokens import SUMMARY_FILE, TOKENS_FILE, CalibrationTokens
+from reapkit.mapped import create_tensors, map_tensors
 from tiny_tokens import tiny_tokens
 
 LENGTHS = (24, 17, 20, 20, 9, 24, 13, 22, 18, 24, 16, 23, 21, 19, 24, 15, 1, 24)

@@ -14,8 +14,8 @@ from reapkit.checkpoint import Checkpoint
 from reapkit.evaluate import bench
 from reapkit.evaluate import candidates as module
 from reapkit.evaluate.advice import summary_rows
-from reapkit.evaluate.bench import Candidate, MaskedBench
-from reapkit.evaluate.candidates import eaft_settings, evaluate
+from reapkit.evaluate.bench import Bench, Candidate, MaskedBench, packs_of_part
+from reapkit.evaluate.candidates import eaft_settings, evaluate, give_verdict
 from reapkit.evaluate.directory import Yardstick
 from reapkit.evaluate.outputs import EAFT
 from reapkit.gates import Gate, resolve
@@ -102,6 +102,24 @@ def test_confirm_rows_are_others_than_those_that_decided(model, packs, loose):
     assert confirm.base_metrics == loose["confirm"]["base"] != loose["base"]
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_of_equal_size_the_one_nearer_to_the_base_wins_in_whatever_order(packs, order):
+    class Told(Known):
+        def metrics(self, given):
+            self.each = {"near": 0.001, "far": 0.002}[given.name]
+            return super().metrics(given)
+
+    given = [candidate(8, "near"), candidate(8, "far", seed=1)][::order]
+    found = give_verdict(Told(packs[24], "decide", 0), Told(packs[24], "confirm", 0), given, LOOSE[1:])
+    assert found["winner"] == "near" and [entry["verdict"] for entry in found["candidates"]] == ["pass", "pass"]
+
+
+def test_controls_of_other_candidates_are_left_out(model, packs):
+    controls = [candidate(8, "mine", seed=5, control_of="keep8"), candidate(12, "theirs", seed=5, control_of="keep12")]
+    found = evaluate(model, {24: packs[24]}, [candidate(8), candidate(12)], LOOSE, controls=controls, **SETTINGS)
+    assert [control["name"] for control in found["controls"]] == ["mine"]
+
+
 def test_rejection_says_which_gate_by_how_much_and_what_to_change(model, packs):
     found = evaluate(model, packs, [candidate(8), candidate(12)], TIGHT, **SETTINGS)
     assert found["verdict"] == "reject" and found["winner"] is None and found["chosen"] == "keep12"
@@ -114,7 +132,7 @@ def test_rejection_says_which_gate_by_how_much_and_what_to_change(model, packs):
     assert lines[2].endswith(f" {by:.3g}") and by > 0
     assert lines[4] == "  kl_mean: how far its predictions are from the base's, in nats; 0 is the same"
     groups = found["candidates"][1]["metrics"]["24"]
-    worst = max(("code", "prose", "french"), key=lambda name: groups[name]["kl_mean"]["value"])
+    worst = max(("code", "prose"), key=lambda name: groups[name]["kl_mean"]["value"])
     assert lines[5].startswith(f"  worst source: kl_mean {groups[worst]['kl_mean']['value']:.4g} ({worst})")
     assert "    --set 'prune.candidates.ratio=[0.125, 0.0625]'" in lines  # of 16 experts 4 were removed: 2, then 1
     assert lines[-1] == "    --set evaluate.on_reject=warn" and "it passes no preset" in lines[-2]
@@ -145,6 +163,75 @@ def test_without_confirm_rows_the_deciding_ones_are_final(model, tmp_path):
     found = evaluate(model, pack, [candidate(8)], LOOSE, **SETTINGS)
     assert found["confirm"] is None and found["winner"] == "keep8"
     assert Yardstick.of(model, pack, batch_tokens=64).base_metrics == found["base"]
+
+
+class Known(Bench):
+    """Loses `each` nats per expert removed, twice that on rows of the source outside and three times on those of the other."""
+
+    def __init__(self, tokens, part, each):
+        self.packs, self.eaft, self.each, self.measured = packs_of_part({24: tokens}, part), EAFT, each, []
+
+    def positions(self, candidate, length):
+        raise NotImplementedError
+
+    def base_metrics(self):
+        return {"24": {}}
+
+    def metrics(self, candidate):
+        self.measured.append(candidate.name)
+        lost = self.each * (16 - candidate.kept[0])
+        return {"24": {group: {"rows": 9, "positions": 90, "kl_mean": {"value": times * lost, "interval": [0.9 * times * lost, 1.1 * times * lost]}}
+                       for group, times in {"all": 1, "code": 0.5, "prose": 1.5, "french": 2}.items()}}
+
+
+def smaller_cut(name, share):
+    removed = int((16 - int(name.removeprefix("keep"))) * share)
+    return candidate(16 - removed, ratio=f"{removed / 16:g}") if removed else None
+
+
+def verdict_on(packs, given, limit, confirmed=0.01):
+    decide, confirm = Known(packs[24], "decide", 0.01), Known(packs[24], "confirm", confirmed)
+    found = give_verdict(decide, confirm, given, [Gate("kl_mean", max=limit)], smaller_cut=smaller_cut)
+    return found, decide.measured, confirm.measured
+
+
+def test_after_a_rejection_the_nearest_that_passes_is_searched_by_halving(packs):
+    found, measured, _ = verdict_on(packs, [candidate(4)], 0.034)  # 0.03 with its interval is inside, 0.04 is not
+    assert measured == ["keep4", "keep10", "keep13", "keep12"]  # of 12 removed 6, 3, 4; the next would be 3 again
+    assert [(entry["name"], entry["verdict"]) for entry in found["search"]] == [("keep10", "reject"), ("keep13", "pass"), ("keep12", "reject")]
+    assert found["winner"] is None and [entry["name"] for entry in found["candidates"]] == ["keep4"]
+    lines = found["advice"].splitlines()
+    assert "Nearest candidate that passes: keep13 (13 experts kept)." in lines
+    at = lines.index("  prune 0.1875 instead of 0.75; measured, and it passes:")
+    assert lines[at + 1] == "    --set 'prune.candidates.ratio=[0.1875]'"
+    assert "  worst source: kl_mean 0.18 (prose)" in lines, "french is outside the union that the gate judges"
+    assert [row["name"] for row in summary_rows(found) if row["role"] == "searched"] == ["keep10", "keep13", "keep12"]
+    assert max(map(len, lines)) <= 80
+
+
+def test_where_nothing_smaller_passes_that_is_said_and_no_ratio_advised(packs):
+    found, measured, _ = verdict_on(packs, [candidate(4)], 0.001)
+    assert measured == ["keep4", "keep10", "keep13", "keep15"]
+    assert "No smaller cut passes either; tried: keep10, keep13, keep15." in found["advice"] and "ratio" not in found["advice"]
+
+
+def test_a_winner_that_the_confirm_rows_reject_is_searched_on_those(packs):
+    found, decided, confirmed = verdict_on(packs, [candidate(8)], 0.1, confirmed=0.02)
+    assert decided == ["keep8"] and confirmed == ["keep8", "keep12", "keep10", "keep11"] and found["verdict"] == "reject"
+    assert [entry["verdict"] for entry in found["search"]] == ["pass", "reject", "undecided"]
+    assert "Nearest candidate that passes: keep12 (12 experts kept)." in found["advice"]
+
+
+@pytest.mark.parametrize(("limit", "verdict"), [(0.2, "pass"), (0.08, "undecided")])
+def test_only_a_rejection_starts_a_search(packs, limit, verdict):
+    found, measured, _ = verdict_on(packs, [candidate(8)], limit)
+    assert found["verdict"] == verdict and found["search"] is None and measured == ["keep8"]
+
+
+def test_a_limit_on_text_where_none_is_written_is_not_a_matter_of_samples(packs):
+    found = give_verdict(Known(packs[24], "decide", 0.01), Known(packs[24], "confirm", 0.01), [candidate(8)], [Gate("loop_share_delta", max=0.0)])
+    assert found["verdict"] == "undecided"
+    assert "    --set evaluate.gates.loop_share_delta=null" in found["advice"] and "packs.samples" not in found["advice"]
 
 
 def test_a_killed_evaluation_goes_on_with_the_candidates_it_finished(model, packs, tmp_path, monkeypatch):

@@ -54,6 +54,43 @@ def _chosen(document):
     return math.isclose(max(scores), scores[document["answer"]])
 
 
+WRITING = """\
+task: goes_on
+dataset_path: json
+dataset_kwargs:
+  data_files: {data}
+test_split: train
+output_type: generate_until
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+generation_kwargs:
+  until: ["NEVER WRITTEN"]
+  do_sample: false
+metric_list:
+  - metric: exact_match
+"""
+
+
+@needs_lm_eval
+def test_generation_stops_at_the_limit_that_was_set(tmp_path):
+    data, task, new_tokens = tmp_path / "documents.jsonl", tmp_path / "goes_on.yaml", 9
+    data.write_text(json.dumps({"question": "def add(a, b):", "answer": _written("def add(a, b):", new_tokens)}) + "\n")
+    task.write_text(WRITING.format(data=data))
+    found = run_benchmarks(MODEL_DIRECTORY, [str(task)], tmp_path / "out", max_new_tokens=new_tokens)
+    assert found["tasks"]["goes_on"]["exact_match"] == 1.0 and found["max_new_tokens"] == new_tokens
+
+
+@torch.no_grad()
+def _written(text, new_tokens):
+    """What the model goes on with, token by token."""
+    model, tokenizer = load_model(MODEL_DIRECTORY), load_tokenizer(MODEL_DIRECTORY)
+    ids = tokenizer(text).input_ids
+    start = len(ids)
+    for _ in range(new_tokens):
+        ids = [*ids, int(model(torch.tensor([ids])).logits[0, -1].argmax())]
+    return tokenizer.decode(ids[start:], skip_special_tokens=True)
+
+
 @needs_lm_eval
 def test_its_failure_is_told_with_its_last_words(tmp_path):
     with pytest.raises(StageFailed, match=r"lm-eval on .*demo_model ended with 1: .*no_such_task"):

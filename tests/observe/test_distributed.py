@@ -69,10 +69,10 @@ def environment() -> dict[str, str]:
 
 
 def jobs(tmp_path: Path, run: str, placements: tuple[str, ...] = ("resident", "streaming"), trace_bytes: int = 10**9, **changes: object) -> Path:
-    """Jobs of a tiny model on disk, shared by the runs of one test."""
+    """Jobs of a tiny model with a multi-token-prediction block on disk, shared by the runs of one test."""
     if not (tmp_path / "model").exists():
         with tiny.quiet():
-            tiny.save_hub_layout(tiny.build("qwen3_moe"), tmp_path / "model")
+            tiny.save_hub_layout(tiny.build("glm4_moe"), tmp_path / "model", mtp=1)
         tiny_tokens(tmp_path / "calibration", lengths=(24, 17, 1, 20, 9, 24, 13, 22, 24, 24, 24, 24), groups=6)
     made = []
     for placement in placements:
@@ -81,7 +81,7 @@ def jobs(tmp_path: Path, run: str, placements: tuple[str, ...] = ("resident", "s
         fields = {"hidden_bytes": None, "checkpoint_minutes": 0.0, **changes}
         spec = ObserveSpec(reroute_tokens=40, trace_bytes=trace_bytes)
         made.append(Job(str(tmp_path / "model"), str(tmp_path / "calibration"), str(work), spec, 48, "tiny", "cpu", placement, False,
-                        offload_directory=None, **fields).as_json())
+                        offload_directory=None, mtp=(3,), **fields).as_json())
     (tmp_path / run / "jobs.json").write_text(json.dumps(made))
     return tmp_path / run
 
@@ -124,7 +124,7 @@ def test_killed_and_resumed_with_another_number_of_ranks(placement: str, counts:
     whole, resumed = jobs(tmp_path, "whole", (placement,)), jobs(tmp_path, "resumed", (placement,))
     work(whole, 1)
     assert work(resumed, counts[0], kill_after=2) == -9
-    left = {file: file.stat().st_mtime_ns for pattern in ("group-*.safetensors", "layer-0000.safetensors") for file in resumed.rglob(pattern)}
+    left = {file: file.stat().st_mtime_ns for pattern in ("group-*.safetensors", "layer-0001.safetensors") for file in resumed.rglob(pattern)}
     assert left, "something was finished before the kill"
     time.sleep(3)  # what the kill left of the other rank's last write
     work(resumed, counts[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 from contextlib import nullcontext
@@ -23,7 +24,7 @@ from reapkit.recipe.schema import QuantizeSpec
 from reapkit.schemes import SCHEMES, quantized_bytes, targets
 from reapkit.verify.quantized import prove_quantized
 
-PER_EXPERT = ("qwen3_moe", "mixtral", "minimax_m2", "phimoe", "glm4_moe")
+PER_EXPERT = ("qwen3_moe", "mixtral", "minimax_m2", "phimoe", "glm4_moe", "deepseek_v3")
 STACKED = ("granitemoe", "gpt_oss", "gemma4_text")
 
 
@@ -39,7 +40,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory):
 
     def of(model_type: str) -> Path:
         if model_type not in directories:
-            wide = {"hidden_size_per_layer_input": 32} if model_type == "gemma4_text" else {}
+            wide = {"gemma4_text": {"hidden_size_per_layer_input": 32}, "deepseek_v3": {"kv_lora_rank": 32, "q_lora_rank": 32}}.get(model_type, {})
             path = save_hub_layout(build(model_type, dtype=torch.bfloat16, num_hidden_layers=2, **wide), tmp_path_factory.mktemp(model_type) / "model")
             (path / "chat_template.jinja").write_text("{{ messages }}")
             (path / "README.md").write_text("the source's card")
@@ -70,12 +71,19 @@ def test_every_scheme_takes_exactly_the_bytes_predicted_and_is_proven(saved, tmp
     assert holds(source, tmp_path / "out", spec)["loads"] == SCHEMES[scheme].experts_reload
 
 
-def test_w3a16_with_groups_of_128_is_three_and_an_eighth_bits(tmp_path: Path) -> None:
-    model = build("qwen3_moe", dtype=torch.bfloat16, hidden_size=128, moe_intermediate_size=128, num_experts=4, num_hidden_layers=2)
-    source = save_hub_layout(model, tmp_path / "model")
-    facts = quantize_checkpoint(source, tmp_path / "out", QuantizeSpec(scheme="W3A16", method="rtn", ignore=("re:.*self_attn.*",)))
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_w3a16_with_groups_of_128_is_three_and_an_eighth_bits_in_every_matrix(tokens, tmp_path: Path, method: str) -> None:
+    model = build("qwen3_moe", dtype=torch.bfloat16, hidden_size=128, moe_intermediate_size=128, head_dim=32, num_experts=4, num_hidden_layers=2)
+    source, spec = save_hub_layout(model, tmp_path / "model"), QuantizeSpec(scheme="W3A16", method=method)
+    facts = quantize_checkpoint(source, tmp_path / "out", spec, calibration=tokens)
     assert facts["bits_per_weight"] == 3.125
-    assert facts["quantized_matrices"] == 2 * 4 * 3
+    assert facts["quantized_matrices"] == 2 * (4 * 3 + 4)
+    before, after = Checkpoint.open(source).tensors, Checkpoint.open(tmp_path / "out").tensors
+    bits = {name: sum(after[name.removesuffix("weight") + part].nbytes for part in ("weight_packed", "weight_scale")) * 8 / before[name].numel
+            for name in targets(Checkpoint.open(source), spec).matrices}
+    assert len(bits) == facts["quantized_matrices"] and set(bits.values()) == {3.125}
+    (proof,) = (proof for proof in prove_quantized(source, tmp_path / "out", spec) if proof.name == "tensors")
+    assert proof.passed and "3.125 bits per weight" in proof.detail
 
 
 @pytest.mark.parametrize("model_type", PER_EXPERT)
@@ -86,10 +94,11 @@ def test_gptq_is_saved_under_the_names_that_load(saved, tokens, tmp_path: Path, 
     assert facts["calibration_tokens"] == tokens.num_tokens
 
 
-@pytest.mark.parametrize("model_type", STACKED)
-def test_stacked_experts_are_written_one_by_one(saved, tmp_path: Path, model_type: str) -> None:
-    source, spec = saved(model_type), spec_of("W4A16")
-    facts = quantize_checkpoint(source, tmp_path / "out", spec)
+@pytest.mark.parametrize(("model_type", "method"), [*((name, "rtn") for name in STACKED), ("gpt_oss", "gptq"),
+                                                    *(pytest.param(name, "gptq", marks=pytest.mark.long) for name in ("granitemoe", "gemma4_text"))])
+def test_stacked_experts_are_written_one_by_one(saved, tokens, tmp_path: Path, model_type: str, method: str) -> None:
+    source, spec = saved(model_type), spec_of("W4A16", method)
+    facts = quantize_checkpoint(source, tmp_path / "out", spec, calibration=tokens)
     measured = holds(source, tmp_path / "out", spec)
     assert measured["tensors"] and measured["dequantized"] and measured["logits"] and not measured["loads"]
     assert facts["nbytes"] == quantized_bytes(Checkpoint.open(source), spec)
@@ -107,12 +116,24 @@ def test_config_and_companions_are_the_sources_own(saved, tmp_path: Path) -> Non
     assert not (tmp_path / "out" / "README.md").exists()
 
 
-def test_shards_stay_shards(tmp_path: Path) -> None:
-    source = save_hub_layout(build("qwen3_moe", dtype=torch.bfloat16), tmp_path / "model", max_shard_size="200KB")
-    quantize_checkpoint(source, tmp_path / "out", spec_of())
-    assert Checkpoint.open(tmp_path / "out").shards == Checkpoint.open(source).shards
-    assert len(Checkpoint.open(source).shards) > 1
-    holds(source, tmp_path / "out", spec_of())
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_shards_stay_shards_and_none_is_larger_than_allowed(tmp_path: Path, tokens, method: str) -> None:
+    source, spec = save_hub_layout(build("qwen3_moe", dtype=torch.bfloat16), tmp_path / "model", max_shard_size="200KB"), spec_of(method=method)
+    before, whole, limit = Checkpoint.open(source), {}, 20_000
+    assert len(before.shards) > 1
+    for name, most in (("kept", 200_000), ("split", limit)):
+        quantize_checkpoint(source, tmp_path / name, spec, calibration=tokens, max_shard_bytes=most)
+        result = Checkpoint.open(tmp_path / name)
+        index = json.loads((tmp_path / name / "model.safetensors.index.json").read_text())
+        assert index["metadata"]["total_size"] == result.nbytes == quantized_bytes(before, spec)
+        assert index["weight_map"] == {tensor.name: tensor.shard for tensor in result.tensors.values()}
+        assert sorted(result.shards) == sorted(file.name for file in (tmp_path / name).glob("*.safetensors")) and not list((tmp_path / name).glob("*.part"))
+        whole[name] = {key: value for shard in result.shards for key, value in load_file(tmp_path / name / shard).items()}
+        sizes = {shard: [tensor.nbytes for tensor in result.tensors.values() if tensor.shard == shard] for shard in result.shards}
+        assert all(sum(held) <= most or len(held) == 1 for held in sizes.values())
+        assert result.shards == before.shards if name == "kept" else len(result.shards) > len(before.shards)
+    assert whole["kept"].keys() == whole["split"].keys() and all(torch.equal(whole["kept"][key], whole["split"][key]) for key in whole["kept"])
+    holds(source, tmp_path / "split", spec)
 
 
 def test_gptq_beats_rounding_on_what_it_was_calibrated_for(saved, tokens, tmp_path: Path) -> None:
@@ -210,11 +231,51 @@ def test_calibration_looks_at_no_later_token(saved, tokens, tmp_path: Path, monk
         quantize_checkpoint(saved(model_type), tmp_path / "wrong", spec_of(method="gptq"), calibration=tokens)
 
 
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral"])
+def test_the_quantizer_sees_the_activations_of_a_plain_forward(saved, tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str) -> None:
+    """In every layer: what enters it, behind the layers that are quantized already; in the first: behind its attention and in its experts."""
+    from llmcompressor.modifiers.gptq import GPTQModifier
+
+    from reapkit.models import load_model
+    from reapkit.quantize.loading import taken_apart
+
+    source, seen, collect = saved(model_type), {}, GPTQModifier.calibrate_module
+
+    def spy(self, module, args, output):
+        seen.setdefault(self._module_names[module], []).append(args[0].detach().float().flatten(0, -2))
+        return collect(self, module, args, output)
+
+    monkeypatch.setattr(GPTQModifier, "calibrate_module", spy)
+    quantize_checkpoint(source, tmp_path / "out", spec_of("W8A16", "gptq"), calibration=tokens, batch_tokens=80)
+    with taken_apart(source) as (plain, _):
+        first = _inputs(plain, [name for name in seen if name.startswith("model.layers.0.")], tokens)
+    later = _inputs(load_model(tmp_path / "out"), ["model.layers.1.self_attn.q_proj"], tokens)
+    assert any(".experts." in name for name in first) and "model.layers.0.self_attn.o_proj" in first
+    gaps = {name: relative_error(torch.cat(seen[name]), expected) for name, expected in (first | later).items()}
+    assert max(gaps.values()) < 0.02, max(gaps, key=gaps.get)  # bf16; bidirectional attention differs by more than 0.2
+
+
+def _inputs(model: torch.nn.Module, names: list[str], tokens) -> dict[str, torch.Tensor]:
+    """What enters these modules in a plain forward of all rows, in the order of calibration."""
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+    hooks = [model.get_submodule(name).register_forward_pre_hook(lambda module, args, name=name: found[name].append(args[0].float().flatten(0, -2)))
+             for name in names]
+    with torch.no_grad():
+        for batch in equal_batches(tokens, 80):
+            model(**batch, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
 def test_the_session_of_llmcompressor_is_released(saved, tokens, tmp_path: Path) -> None:
     from llmcompressor.core import active_session
+    from transformers import Qwen3MoeForCausalLM
 
+    gc.collect()
     quantize_checkpoint(saved("qwen3_moe"), tmp_path / "out", spec_of(method="gptq"), calibration=tokens)
     assert active_session().state.model is None
+    assert not [thing for thing in gc.get_objects() if isinstance(thing, Qwen3MoeForCausalLM)]  # nor does anything else keep the model
 
 
 def test_a_raw_recipe_decides_what_is_quantized(saved, tokens, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from reapkit.observation import MAXIMA, Observation, Trace
@@ -53,16 +54,16 @@ def _trace(scored: torch.Tensor, experts: int, top_k: int, generator: torch.Gene
     p = ((1 - h) * (0.6 + 0.4 * torch.rand(total, generator=generator))).clamp(0, 1)
     p[torch.rand(total, generator=generator) < 0.06] *= 0.1
     expert = torch.randint(0, experts, (total, top_k), generator=generator).to(torch.int16)
-    return Trace(source, p, h, lambda layer: (expert.clone(), torch.full((total, top_k), layer + 1.0)))
+    return Trace(source, p, h, lambda layer: (expert.numpy(), np.full((total, top_k), layer + 1.0, np.float32)))
 
 
 def selection(observed: Observation, drop: int, criterion: str = "reap") -> Selection:
     """The least salient `drop` experts of each layer by Σgn / N, the lowest of them protected in the last layer."""
     count, mass = (observed.statistics[name].sum(1) for name in ("count", "gate_norm_sum"))
-    values = torch.where(count > 0, mass / count, -torch.inf)
+    values = np.where(count > 0, mass / np.maximum(count, 1e-300), -np.inf)
     layers = {}
     for row, layer in enumerate(observed.layers):
-        order = values[row].sort(descending=True, stable=True).indices.tolist()[::-1]
+        order = np.argsort(-values[row], kind="stable").tolist()[::-1]
         dropped = tuple(sorted(order[1 : drop + 1] if row == len(observed.layers) - 1 else order[:drop]))
         kept = tuple(expert for expert in range(observed.num_experts) if expert not in dropped)
         layers[layer] = LayerSelection(kept, dropped, tuple(values[row].tolist()), {})
@@ -153,6 +154,8 @@ def verification(base: Sizes, pruned: Sizes, quantized: Sizes, sources: tuple[st
     return {"rows": rows, "metrics": metrics, "gates": [], "verdict": "not judged", "advice": "",
             "proofs": [{"directory": "pruned", "name": "tensors", "passed": True, "detail": "96 tensors equal the bytes they were cut from", "value": 96.0, "measured": True},
                        {"directory": "pruned", "name": "logits", "passed": True, "detail": "not measured: no memory for it", "value": None, "measured": False},
+                       {"directory": "quantized", "name": "dequantized", "passed": True, "detail": "relative error of the matrices: mean 0.2", "value": 0.25,
+                        "measured": True, "by_layer": {str(layer): 0.2 + 0.01 * layer for layer in base.experts}},
                        {"directory": "quantized", "name": "logits", "passed": True, "detail": "largest difference 3e-6", "value": 3e-6, "measured": True}]}
 
 

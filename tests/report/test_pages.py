@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -111,11 +112,20 @@ def test_what_comes_from_data_cannot_break_out_of_the_page(observed):
 
 def test_a_finished_run_shows_sizes_quality_and_how_to_repeat_it(finished):
     words = text(run_page(finished))
-    for expected in ("7.3 MB → 1.9 MB", "Passed its gates", "reapkit apply small.yaml --set prune.ratio=0.5", "W3A16", "&lt;a&gt; list", "<mark>def f(x)",
+    for expected in ("7.3\u00a0MB → 1.9\u00a0MB", "Passed its gates", "reapkit apply small.yaml --set prune.ratio=0.5", "W3A16", "&lt;a&gt; list", "<mark>def f(x)",
                      "observe: 2 of 64 experts received no scored token", "largest difference 3e-6"):
         assert expected in words
     ids = [section.id for section in run_page(finished).sections]
     assert ids[:6] == ["result", "gates", "quality", "decision", "quantization", "calibration"] and ids[-3:] == ["proofs", "stages", "reproduce"]
+
+
+def test_quantization_shows_the_measured_error_of_every_layer(finished):
+    chart = next(block for block in blocks(run_page(finished)) if getattr(block, "id", "") == "quantization-error")
+    assert chart.data[0]["x"] == [0, 1, 2, 3] and chart.data[0]["y"] == pytest.approx([0.2, 0.21, 0.22, 0.23])
+    assert "21.5 % of their norm in the mean layer, by 23.0 % in layer 3 and by 20.0 % in layer 0." in chart.sentence
+    unmeasured = [{**proof, "measured": False, "detail": "not measured: awq", "by_layer": None} for proof in finished.verification["proofs"]]
+    words = text(run_page(dataclasses.replace(finished, verification={**finished.verification, "proofs": unmeasured})))
+    assert "The rounding error of single layers was not measured: awq." in words and "quantization-error" not in words
 
 
 def test_a_rejected_run_names_gate_source_amount_and_what_to_change(observed):
@@ -126,6 +136,19 @@ def test_a_rejected_run_names_gate_source_amount_and_what_to_change(observed):
     table = next(block for block in blocks(page) if isinstance(block, Table) and block.title.startswith("ratio-0.5, gate by gate"))
     assert table.rows[0][:6] == ("perplexity against the base", "all", "512", "at most 1.050", "1.300 (1.236 to 1.364)", "0.250 beyond")
     assert "quantization" not in [section.id for section in page.sections] and "not reached" in words
+
+
+def test_what_was_tried_after_a_rejection_stands_in_the_table_and_its_advice_can_be_pasted(observed):
+    rejected = synthetic.facts(rejected=True, observed=observed)
+    [entry] = rejected.evaluation["candidates"]
+    search = [{**entry, "name": "ratio-0.25", "removed": 0.25}, {**entry, "name": "ratio-0.125", "removed": 0.125, "verdict": "pass", "gates": []}]
+    found = {**rejected.evaluation, "search": search, "advice": "It is rejected.\n    --set 'prune.candidates.ratio=[0.125]'\n    --set other=1"}
+    page = run_page(dataclasses.replace(rejected, evaluation=found))
+    table = next(block for block in blocks(page) if isinstance(block, Table) and block.title.startswith("Every candidate"))
+    assert [(row[0], row[4].split(":")[0]) for row in table.rows[1:]] == [("ratio-0.25", "tried after the rejection"),
+                                                                          ("ratio-0.125", "tried after the rejection")]
+    assert "reapkit apply small.yaml --set prune.ratio=0.5 --set &#39;prune.candidates.ratio=[0.125]&#39;" in text(page)
+    assert "to paste" not in text(run_page(synthetic.facts(observed=observed)))
 
 
 def test_a_control_that_does_better_is_pointed_out(finished):
@@ -158,7 +181,7 @@ def test_free_continuations_are_shown_where_they_were_measured(finished):
 
 
 def test_an_observation_of_few_rows_says_so(observed) -> None:
-    nothing = {name: torch.zeros_like(tensor) for name, tensor in observed.snapshots.items()}
+    nothing = {name: np.zeros_like(tensor) for name, tensor in observed.snapshots.items()}
     assert "Too few rows were read" in text(observation_page(dataclasses.replace(observed, snapshots=nothing)))
 
 

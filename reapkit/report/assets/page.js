@@ -11,7 +11,7 @@
   document.getElementById("theme").addEventListener("click", () => root.switchTheme());
   for (const button of document.querySelectorAll(".copy")) {
     button.addEventListener("click", async () => {
-      await navigator.clipboard.writeText(button.parentElement.querySelector("code").textContent);
+      await navigator.clipboard.writeText(button.closest(".code").querySelector("code").textContent);
       button.textContent = "Copied";
       setTimeout(() => { button.textContent = "Copy"; }, 1500);
     });
@@ -33,8 +33,14 @@
 
   const page = JSON.parse(source.textContent);
   const ARRAYS = { f4: Float32Array, i2: Int16Array, u1: Uint8Array };
+  const decode = (base64) => {
+    if (Uint8Array.fromBase64) return Uint8Array.fromBase64(base64);
+    const letters = atob(base64), bytes = new Uint8Array(letters.length);
+    for (let i = 0; i < letters.length; i++) bytes[i] = letters.charCodeAt(i);
+    return bytes;
+  };
   const unpack = ({ shape, dtype, base64 }) => {
-    const bytes = Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0));
+    const bytes = decode(base64);
     const values = new ARRAYS[dtype](bytes.buffer);
     return { rows: shape[0], columns: shape[1], at: (row, column) => values[row * shape[1] + column],
              row: (row) => values.subarray(row * shape[1], (row + 1) * shape[1]) };
@@ -45,7 +51,11 @@
   const state = { removed: slider ? Number(slider.value) : 0, decided: Boolean(decidedButton) };
 
   const isDropped = (layer, expert) => (state.decided ? matrices.decided.at(layer, expert) === 1 : matrices.rank.at(layer, expert) < state.removed);
-  const percent = (share, digits = 1) => (share == null || Number.isNaN(share) ? "–" : `${(100 * share).toFixed(digits)} %`);
+  const percent = (share, digits = 1) => {
+    if (share == null || Number.isNaN(share)) return "–";
+    const least = 10 ** -digits;
+    return share > 0 && 100 * share < least / 2 ? `< ${least} %` : `${(100 * share).toFixed(digits)} %`;
+  };
   const short = (value) => {
     if (value == null || !Number.isFinite(value)) return "never routed";
     if (value === 0) return "0";
@@ -80,6 +90,27 @@
   };
   const overLayers = (compute) => layers.map((_, index) => compute(index));
   const markAt = (x) => ({ type: "line", x0: x, x1: x, y0: 0, y1: 1, yref: "paper", line: { color: "--text", width: 1.5, dash: "dot" } });
+
+  const number = (value) => {
+    if (value === 0) return "0";
+    const size = Math.abs(value);
+    return size < 1e-3 || size >= 1e6 ? value.toExponential(2).replace(/e([+-])(\d)$/, "e$10$2")
+      : size >= 1e3 ? Math.round(value).toLocaleString("en-US") : value.toPrecision(3);
+  };
+  const distributionSentence = (layer, numbers, floor) => {  // as the page says it before the slider moves
+    if (!numbers.length) return "0 experts of this layer were routed to.";
+    const top = numbers[numbers.length - 1], shape = `Median ${number(numbers[Math.floor((numbers.length - 1) / 2)])}, highest ${number(top)}`;
+    if (floor === null || top <= 0) return `${shape}; nothing that was routed goes here.`;
+    const mass = matrices.mass.row(layer), whole = mass.reduce((a, b) => a + b, 0);
+    const lost = mass.reduce((a, b, e) => (isDropped(layer, e) ? a + b : a), 0) / whole;
+    return `${shape}; the cut lies at ${number(floor)}, ${percent(floor / top, 0)} of the highest. What goes holds ${percent(lost, 0)} of the layer's mass.`;
+  };
+
+  const roundStep = (rough) => {
+    const decade = 10 ** Math.floor(Math.log10(rough || 1));
+    return decade * [1, 2, 5, 10].find((step) => step * decade >= rough);
+  };
+  const square = (name, color) => ({ type: "scatter", x: [null], y: [null], mode: "markers", name, marker: { color, size: 11, symbol: "square" } });
 
   const options = {};
   const live = {
@@ -119,11 +150,14 @@
       const counts = [new Array(bins).fill(0), new Array(bins).fill(0)];
       for (const [value, dropped] of values) counts[dropped ? 0 : 1][Math.min(bins - 1, Math.floor((value - low) / width))] += 1;
       const centers = counts[0].map((_, bin) => low + (bin + 0.5) * width);
+      spec.layout.xaxis.dtick = roundStep((high - low) / 4);  // bars would put the ticks at their middles
       const bar = (name, y, color) => ({ type: "bar", name, x: centers, y, width: width * 0.94, marker: { color },
         hovertemplate: `%{y} experts around %{x:.3g}<extra>${name}</extra>` });
       spec.data = [bar("dropped", counts[0], "--drop"), bar("kept", counts[1], "--keep")];
       const floor = floorOf(layer);
       if (floor !== null) spec.layout.shapes = [{ ...markAt(floor), line: { color: "--text", width: 1.5, dash: "dash" } }];
+      spec.title = layer === spec.layer ? null : `Layer ${layers[layer]}`;
+      spec.sentence = distributionSentence(layer, numbers, floor);
       return spec;
     },
     heat(spec, chosen) {
@@ -145,6 +179,7 @@
       }
       spec.data[0].z = z[0]; spec.data[1].z = z[1];
       spec.data[0].text = spec.data[1].text = text;
+      spec.data.push(square("kept", "--keep-high"), square("dropped", "--drop-high"));
       spec.layout.xaxis.title.text = bySaliency ? "experts, lowest saliency left" : "expert";
       return spec;
     },
@@ -160,7 +195,6 @@
         const shares = page.sources.map((name, s) => `${name} ${short(matrices[`lift${s}`].at(layer, e))}×`);
         return `layer ${layers[layer]}, expert ${e}<br>traffic against an even expert: ${shares.join(", ")}`;
       }));
-      const square = (name, color) => ({ type: "scatter", x: [null], y: [null], mode: "markers", name, marker: { color, size: 11, symbol: "square" } });
       const n = page.sources.length;
       if (view < 0) {
         trace.zmin = -0.5; trace.zmax = n - 0.5;
@@ -192,11 +226,11 @@
     }
     return merged;
   };
-  const AXIS = { gridcolor: "--grid", zerolinecolor: "--line", linecolor: "--line", tickcolor: "--line", automargin: true,
+  const AXIS = { gridcolor: "--grid", zerolinecolor: "--line", linecolor: "--line", tickcolor: "--line",
                  title: { font: { size: 12, color: "--muted" }, standoff: 8 }, tickfont: { size: 11, color: "--muted" } };
   const house = () => ({
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: "--text" },
-    margin: { l: 48, r: 12, t: 8, b: 40 }, hoverlabel: { bgcolor: "--raised", bordercolor: "--line", font: { color: "--text", size: 12 }, align: "left" },
+    margin: { l: 48, r: 22, t: 8, b: 40 }, hoverlabel: { bgcolor: "--raised", bordercolor: "--line", font: { color: "--text", size: 12 }, align: "left" },
     legend: { orientation: "h", x: 0, y: 1, yanchor: "bottom", font: { size: 12, color: "--text" }, bgcolor: "rgba(0,0,0,0)" },
     dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom", bargap: 0.25, barmode: "group", hovermode: "closest",
   });
@@ -210,8 +244,15 @@
     const style = getComputedStyle(root);
     let spec = JSON.parse(given.get(chart));
     if (chart.dataset.live) spec = live[chart.dataset.live](spec, options[chart.id] || {});
+    if (spec.sentence) {
+      const figure = chart.closest("figure"), title = figure.querySelector("h3");
+      title.dataset.given ??= title.textContent;
+      title.textContent = spec.title ?? title.dataset.given;
+      figure.querySelector("figcaption").textContent = spec.sentence;
+      chart.setAttribute("aria-label", `${title.textContent}. ${spec.sentence}`);
+    }
     let layout = merge(house(), spec.layout);
-    for (const key of Object.keys(layout)) if (/^[xy]axis\d*$/.test(key)) layout[key] = merge(AXIS, layout[key]);
+    for (const key of Object.keys(layout)) if (/^[xy]axis\d*$/.test(key)) layout[key] = merge({ ...AXIS, automargin: key[0] === "x" ? "height" : "width" }, layout[key]);
     layout.height = Number(chart.dataset.height);
     drawn.add(chart);
     return Plotly.react(chart, resolve(spec.data, style), resolve(layout, style), settings);
@@ -229,7 +270,7 @@
         + `Tail risk ${percent(mean(tail), 0)}${covered.length ? `, redundancy coverage ${percent(mean(covered), 0)}` : ""}.`;
   };
 
-  const PAPER_WIDTH = 640;  // pixels between the margins of an A4 or letter page
+  const PAPER_WIDTH = 640, COLUMN_WIDTH = 290;  // pixels between the margins of an A4 or letter page; of one of two columns
   const SLOW = new Set(["heat"]);
   let pending = null, later = null;
   const moved = () => {
@@ -252,8 +293,7 @@
 
   const loadPlotly = async () => {
     const packed = document.getElementById("plotly-gz");
-    const bytes = Uint8Array.from(atob(packed.textContent), (letter) => letter.charCodeAt(0));
-    const code = await new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
+    const code = await new Response(new Blob([decode(packed.textContent)]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
     packed.remove();
     const script = document.createElement("script");
     script.textContent = code;
@@ -278,7 +318,7 @@
       opened = folds.filter((fold) => !fold.open);
       opened.forEach((fold) => { fold.open = true; });
       drawAll();
-      charts.forEach((chart) => Plotly.relayout(chart, { width: Math.min(PAPER_WIDTH, chart.clientWidth) }));
+      charts.forEach((chart) => Plotly.relayout(chart, { width: chart.closest(".grid:not(.wide)") ? COLUMN_WIDTH : PAPER_WIDTH }));
     });
     window.addEventListener("afterprint", () => {
       root.dataset.theme = theme;

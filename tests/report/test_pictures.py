@@ -1,0 +1,59 @@
+"""Charts as files for papers: every chart of the page, with its sentence; and what is said where no browser can draw them."""
+
+from __future__ import annotations
+
+import re
+import struct
+from pathlib import Path
+
+import pytest
+from reading import can_browse
+
+import synthetic
+from reapkit.cli import _run
+from reapkit.errors import UnusableError
+from reapkit.report import pictures, write_run_report
+
+__all__ = ["can_browse"]
+
+
+def size_of(png: Path) -> tuple[int, int]:
+    """Width and height in pixels, out of the file's own header."""
+    head = png.read_bytes()[:24]
+    assert head[:8] == b"\x89PNG\r\n\x1a\n" and head[12:16] == b"IHDR"
+    return struct.unpack(">II", head[16:24])
+
+
+def test_every_chart_of_a_run_becomes_a_picture(can_browse, tmp_path):
+    write_run_report(synthetic.facts(), tmp_path / "run.html")
+    files = pictures.write_pictures(tmp_path / "run.html", tmp_path / "figures")
+    page, captions = (tmp_path / "run.html").read_text(), (tmp_path / "figures" / "captions.md").read_text()
+    assert [file.name for file in files] == [*(f"{chart}.png" for chart in re.findall(r'<div class="chart" id="([^"]+)"', page)), "captions.md"]
+    for picture in files[:-1]:
+        width, height = size_of(picture)
+        assert width >= 3 * 250 and height >= 3 * 80 and picture.stat().st_size > 3000, picture.name
+        assert f"]({picture.name})" in captions
+    assert "**Size on disk.** 5.4 MB of 7.3 MB are gone" in captions
+
+
+def test_export_draws_an_observation_without_its_tables(can_browse, tmp_path, capsys):
+    synthetic.observation().save(tmp_path / "observation")
+    assert _run(["export", str(tmp_path / "observation"), "--png", str(tmp_path / "figures")], debug=False) == 0
+    assert str(tmp_path / "figures" / "cut-curve.png") in capsys.readouterr().out.split()
+    assert {path.suffix for path in (tmp_path / "figures").iterdir()} == {".png", ".md"}
+
+
+def test_without_a_chromium_it_says_what_to_install(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("playwright", reason="the message is about playwright's own browser")
+    monkeypatch.setattr(pictures, "COMMANDS", ("no-such-browser",))
+    monkeypatch.setenv("PLAYWRIGHT_BROWSERS_PATH", str(tmp_path / "none"))
+    with pytest.raises(UnusableError, match="No Chromium could be started .*Looked for no-such-browser. Install one, such as with"):
+        pictures.write_pictures(tmp_path / "page.html", tmp_path)
+    synthetic.observation().save(tmp_path / "observation")
+    assert _run(["export", str(tmp_path / "observation"), "--png", str(tmp_path / "figures")], debug=False) == 3
+    assert "apt-get install chromium" in capsys.readouterr().err and not (tmp_path / "figures").exists()
+
+
+def test_export_without_a_place_is_a_usage_error(tmp_path, capsys):
+    assert _run(["export", str(tmp_path)], debug=False) == 2
+    assert "Give DIR for the tables, --png DIR for the charts, or both." in capsys.readouterr().err
