@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from reading import assert_readable, browser_or_skip
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from reapkit.checkpoint import Checkpoint
@@ -23,6 +24,7 @@ from reapkit.errors import RejectedByGates, StageFailed, UnusableError
 from reapkit.observation import Observation
 from reapkit.planning import make_plan
 from reapkit.progress import Progress
+from reapkit.quantize import quantize_checkpoint
 from reapkit.recipe.loading import LoadedRecipe, load
 from reapkit.run import Run, apply
 
@@ -194,6 +196,26 @@ def test_the_unpruned_model_at_about_the_same_bytes_stands_beside_the_result(fin
     assert set(groups) == set(found["metrics"]["quantized"]["256"]) and groups["all"]["kl_mean"]["value"] > 0
     assert finished.summary("verify")["equal_bytes"]["kl_mean"] == groups["all"]["kl_mean"]["value"]
     assert "The same bytes, spent otherwise" in (finished.directory / "report.html").read_text()
+
+
+def test_a_directory_whose_proof_fails_is_not_published(finished: Run, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An expert's gate and up projections change places after quantizing: every name and shape is right, only the values are not."""
+    def swapped(source: Path, out: Path, *args: object, **options: object) -> dict:
+        facts = quantize_checkpoint(source, out, *args, **options)
+        (file,) = out.glob("*.safetensors")
+        tensors = load_file(file)
+        up, gate = (next(name for name in tensors if name.endswith(f".{part}_proj.weight_packed") and ".experts." in name) for part in ("up", "gate"))
+        for part in ("packed", "scale"):
+            one, other = (name.replace("weight_packed", f"weight_{part}") for name in (up, gate))
+            tensors[one], tensors[other] = tensors[other], tensors[one]
+        save_file(tensors, file, metadata={"format": "pt"})
+        return facts
+
+    monkeypatch.setattr("reapkit.stages.quantize.quantize_checkpoint", swapped)
+    with pytest.raises(StageFailed, match="1 of 10 proofs do not hold, first quantized, dequantized: .*proj.weight") as failure:
+        apply(recipe(root, "quantize.group_size=32", f"output.directory={root / 'unproven'}"))
+    assert failure.value.exit_code == 4
+    assert not [path for path in (root / "unproven").glob("*") if path.name.startswith(("quantized", "pruned", "verify"))]
 
 
 def test_only_what_is_kept_stays_on_disk(finished: Run, root: Path) -> None:
