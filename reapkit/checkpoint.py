@@ -8,13 +8,13 @@ import json
 import os
 import stat
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from math import prod
-from operator import itemgetter
+from operator import eq, itemgetter, sub
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,7 +66,24 @@ def _tensors_of(path: Path, size: int, text: bytes) -> dict[str, TensorInfo]:
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UnusableError(f"{path}: its header is no safetensors header ({type(error).__name__}: {error}). Download it "
                             "again.") from None
-    found.sort(key=itemgetter(4, 5))  # begin, end
+    if not _tiles(found, base, size):
+        found.sort(key=itemgetter(4, 5))  # begin, end
+        _refuse_gaps(path, found, base, size)
+    return {tensor.name: tensor for tensor in found}
+
+
+def _tiles(found: Sequence[TensorInfo], base: int, size: int) -> bool:
+    """Whether the tensors follow each other to the file's end in the order in which they are listed, each as long as its shape says."""
+    if not found:
+        return base == size
+    _, dtypes, shapes, _, begins, ends = zip(*found, strict=True)
+    nbits = {(dtype, shape): prod(shape) * DTYPE_BITS.get(dtype, -1) for dtype, shape in set(zip(dtypes, shapes, strict=True))}
+    return (begins == (base, *ends[:-1]) and ends[-1] == size
+            and all(map(eq, (8 * nbytes for nbytes in map(sub, ends, begins)), map(nbits.__getitem__, zip(dtypes, shapes, strict=True)))))
+
+
+def _refuse_gaps(path: Path, found: Iterable[TensorInfo], base: int, size: int) -> None:
+    """Raises UnusableError where tensors in the order of their bytes leave a gap, overlap, or do not fit their shapes."""
     position = base
     for name, dtype, shape, _, begin, end in found:
         bits = DTYPE_BITS.get(dtype)
@@ -78,7 +95,6 @@ def _tensors_of(path: Path, size: int, text: bytes) -> dict[str, TensorInfo]:
         position = end
     if position != size:
         raise UnusableError(f"{path}: holds {size} bytes where its header says {position}. Download it again.")
-    return {tensor.name: tensor for tensor in found}
 
 
 def _read_header_text(path: Path) -> tuple[int, bytes]:
