@@ -189,7 +189,10 @@ def test_observed_pruned_proven_and_quantized(recipe, tmp_path: Path, capsys: py
     proofs = json.loads((tmp_path / "run/verify.json").read_text())["proofs"]
     proof = next(proof for proof in proofs if proof["name"] == "multi-token prediction" and proof["directory"] == "pruned")
     assert proof["measured"] and all(each["passed"] for each in proofs)
+    assert {each["directory"] for each in proofs} == {"pruned", "quantized"}
     assert not any("speculative" in warning for warning in run.warnings)
+    base, cut, rounded = run.summary("verify")["rows"]
+    assert rounded["bytes"] < cut["bytes"] < base["bytes"] and 0 <= cut["kl_mean"] < rounded["kl_mean"] < 1
     assert pruned.nbytes == run.plan.pruned(run.plan.candidates[0]).nbytes
     quantized = Checkpoint.open(tmp_path / "run/quantized")
     assert read_layout(quantized).mtp[3].num_experts == 8 and quantized.nbytes == pytest.approx(run.plan.quantized_nbytes(run.plan.candidates[0]), rel=0.01)
