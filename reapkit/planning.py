@@ -21,7 +21,7 @@ from reapkit.checkpoint import Checkpoint
 from reapkit.criteria import NO_PATH, criterion_fingerprint, criterion_problem
 from reapkit.errors import Problem, ReapkitError, RecipeError
 from reapkit.gates import GENERATION_METRICS, resolve
-from reapkit.hashing import digest
+from reapkit.hashing import digest, digest_file
 from reapkit.imported import ImportedObservation
 from reapkit.layer_budget import ranges
 from reapkit.layout import Layout, active_parameters, pruned_sizes, read_layout
@@ -195,7 +195,7 @@ def _check(loaded: LoadedRecipe, checkpoint: Checkpoint, layout: Layout, observa
     problems += _unavailable(recipe, layout, checkpoint, observation) + _source_problems(recipe)
     problems += [Problem(f"saliency.mix.{name}", f"no source of calibration.mix has this name.{closest(name, names)} Allowed: {', '.join(names)}.")
                  for name in recipe.saliency.mix or {} if name not in names]
-    problems += ([*_unmeasured(recipe), *_without_path(recipe)] if observation is None else []) + _unmeasured_gates(recipe)
+    problems += ([*_unmeasured(recipe), *_without_path(recipe)] if observation is None else []) + _unmeasured_gates(recipe) + _missing_tasks(loaded)
     problems += [problem for i, name in enumerate(recipe.evaluate.controls)
                  if (problem := criterion_problem(name, f"evaluate.controls[{i}]"))]
     for gates in (recipe.evaluate.gates, recipe.evaluate.gates_quantized):
@@ -258,6 +258,20 @@ def _unmeasured_gates(recipe: Recipe) -> list[Problem]:
         problems += [Problem(f"evaluate.{field}.{metric}", f"is a limit on generated text, and none would be written. {instead}")
                      for metric in sorted(written & GENERATION_METRICS) if instead]
     return problems
+
+
+def _missing_tasks(loaded: LoadedRecipe) -> list[Problem]:
+    """Task files that are not there; names of lm-eval's own tasks only lm-eval knows."""
+    spec = loaded.recipe.evaluate.lm_eval
+    return [Problem(f"evaluate.lm_eval.tasks[{i}]", f"no file '{task}' beside the recipe. Give its path relative to the recipe, or a name that "
+                                                    "lm-eval knows.")
+            for i, task in enumerate(spec.tasks if spec else ()) if task.endswith((".yaml", ".yml")) and not (loaded.directory / task).is_file()]
+
+
+def _task_files(loaded: LoadedRecipe) -> dict[str, str]:
+    """Content of the task files beside the recipe: another content is another benchmark."""
+    spec = loaded.recipe.evaluate.lm_eval
+    return {task: digest_file(loaded.directory / task) for task in (spec.tasks if spec else ()) if (loaded.directory / task).is_file()}
 
 
 def _unavailable(recipe: Recipe, layout: Layout, checkpoint: Checkpoint, observation: Path | None) -> list[Problem]:
@@ -325,7 +339,8 @@ def _specs(loaded: LoadedRecipe, checkpoint: Checkpoint, grid: tuple[Candidate, 
         specs["quantize"] = ({"quantize": _dump(recipe.quantize), "max_shard_bytes": recipe.output.max_shard_bytes},
                              ("prune", "calibrate") if calibrated else ("prune",), ())
     alone = {"group_size": recipe.quantize.group_size, "ignore": list(recipe.quantize.ignore)} if evaluate.equal_bytes else None
-    specs["verify"] = ({**{name: _dump(evaluate)[name] for name in ("gates_quantized", "lm_eval", "throughput")}, "equal_bytes": alone},
+    specs["verify"] = ({**{name: _dump(evaluate)[name] for name in ("gates_quantized", "lm_eval", "throughput")}, "equal_bytes": alone,
+                         **({"task_files": files} if (files := _task_files(loaded)) else {})},
                        tuple(dict.fromkeys(("packs", "select", *repaired, "prune", final))), ())
     specs["report"] = ({"name": recipe.name, "description": recipe.description, "card": recipe.output.card,
                         "source": recipe.model.source},

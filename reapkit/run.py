@@ -14,6 +14,7 @@ from typing import Any
 
 from reapkit.errors import ReapkitError, RecipeError, RejectedByGates, StageFailed, UnusableError
 from reapkit.estimates import missing_disk
+from reapkit.evaluate.task_benchmarks import require_lm_eval
 from reapkit.garbage import register
 from reapkit.lock import make_lock, versions
 from reapkit.planning import STAGES, Plan, Stage, make_plan, store_of
@@ -94,6 +95,8 @@ def apply(recipe: Recipe | LoadedRecipe | str | Path, *, until: str | None = Non
     reads_model = set(first.leading_to(until)) - {"select"} - ({"observe"} if elsewhere else set())  # to decide anew takes no weights
     plan = make_plan(loaded, download=bool(reads_model), observation=elsewhere)
     _check_raw_recipe(loaded)
+    if loaded.recipe.evaluate.lm_eval is not None and "verify" in plan.leading_to(until):
+        require_lm_eval()  # now, not after everything else
     run = Run(plan, run_directory(plan), ranks=ranks)
     ranks.share(store_of(plan.recipe).root)
     try:

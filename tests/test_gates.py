@@ -76,6 +76,9 @@ def test_every_length_is_judged_and_one_rejection_rejects():
     results = judge(both, [Gate("kl_mean", max=0.05)])
     assert [(r.pack, r.verdict) for r in results] == [("1024", "pass"), ("2048", "reject")]
     assert overall(results) == "reject"
+    doubtful = judge(both | measured(0.04, [0.02, 0.06], pack="4096"), [Gate("kl_mean", max=0.05)])
+    assert {result.verdict for result in doubtful} == {"pass", "reject", "undecided"} and overall(doubtful) == "reject"
+    assert overall([result for result in doubtful if result.verdict != "reject"]) == "undecided"
     assert str(results[1]) == "kl_mean 0.2 [0.1, 0.3] (all, 2048 tokens), limit ≤ 0.05: reject"
     told = results[1].to_json()
     assert told["interval"] == [0.1, 0.3] and told["limit"] == "≤ 0.05" and told["metric"] == "kl_mean"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
+from reapkit.errors import RecipeError
 from reapkit.planning import STAGES, make_plan
 from reapkit.recipe.loading import load
 
@@ -92,3 +94,12 @@ def test_a_grid_waits_for_its_verdict() -> None:
     plan = make_plan(load(ROOT / "recipes/demo.yaml", ["prune={candidates: {ratio: [0.5, 0.25]}}"]))
     assert [candidate.ratio for candidate in plan.candidates] == sorted((c.ratio for c in plan.candidates), reverse=True)
     assert plan.stage("prune").key is None and plan.stage("evaluate").key
+
+
+@pytest.mark.parametrize(("mix", "has_path"), [("null", True), ("{math: 2}", True), ("{code: 3, tools: 3, prose: 3, math: 3}", True),
+                                               ("{code: 1, tools: 1}", False), ("{code: 2, tools: 1, prose: 1, math: 1}", False)])
+def test_reroute_takes_the_weights_that_paths_are_measured_for(mix: str, has_path: bool) -> None:
+    overrides = ("observe.reroute_tokens=512", f"saliency.mix={mix}")
+    make_plan(load(ROOT / "recipes/demo.yaml", (*overrides, "saliency.criterion=reroute-single")))
+    with nullcontext() if has_path else pytest.raises(RecipeError, match="saliency.mix=.*: reroute follows paths that were measured for"):
+        make_plan(load(ROOT / "recipes/demo.yaml", (*overrides, "saliency.criterion=reroute")))

@@ -15,14 +15,16 @@ import numpy as np
 import pytest
 import torch
 from reading import assert_readable, browser_or_skip
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from reapkit.checkpoint import Checkpoint
 from reapkit.cli import _run
-from reapkit.errors import RejectedByGates, StageFailed
+from reapkit.errors import RejectedByGates, StageFailed, UnusableError
 from reapkit.observation import Observation
 from reapkit.planning import make_plan
 from reapkit.progress import Progress
+from reapkit.quantize import quantize_checkpoint
 from reapkit.recipe.loading import LoadedRecipe, load
 from reapkit.run import Run, apply
 
@@ -196,6 +198,26 @@ def test_the_unpruned_model_at_about_the_same_bytes_stands_beside_the_result(fin
     assert "The same bytes, spent otherwise" in (finished.directory / "report.html").read_text()
 
 
+def test_a_directory_whose_proof_fails_is_not_published(finished: Run, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An expert's gate and up projections change places after quantizing: every name and shape is right, only the values are not."""
+    def swapped(source: Path, out: Path, *args: object, **options: object) -> dict:
+        facts = quantize_checkpoint(source, out, *args, **options)
+        (file,) = out.glob("*.safetensors")
+        tensors = load_file(file)
+        up, gate = (next(name for name in tensors if name.endswith(f".{part}_proj.weight_packed") and ".experts." in name) for part in ("up", "gate"))
+        for part in ("packed", "scale"):
+            one, other = (name.replace("weight_packed", f"weight_{part}") for name in (up, gate))
+            tensors[one], tensors[other] = tensors[other], tensors[one]
+        save_file(tensors, file, metadata={"format": "pt"})
+        return facts
+
+    monkeypatch.setattr("reapkit.stages.quantize.quantize_checkpoint", swapped)
+    with pytest.raises(StageFailed, match="1 of 10 proofs do not hold, first quantized, dequantized: .*proj.weight") as failure:
+        apply(recipe(root, "quantize.group_size=32", f"output.directory={root / 'unproven'}"))
+    assert failure.value.exit_code == 4
+    assert not [path for path in (root / "unproven").glob("*") if path.name.startswith(("quantized", "pruned", "verify"))]
+
+
 def test_only_what_is_kept_stays_on_disk(finished: Run, root: Path) -> None:
     wanted = recipe(root, "output.keep=[quantized]", f"output.directory={root / 'lean'}")
     assert apply(wanted).executed == []
@@ -259,6 +281,24 @@ def test_streaming_gives_the_same_observation_and_the_same_numbers(finished: Run
         assert row["name"] == expected["name"] and row["bytes"] == expected["bytes"]
         assert row["kl_mean"] == pytest.approx(expected["kl_mean"], rel=1e-3, abs=1e-6)
         assert row["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-3)
+
+
+def test_a_missing_lm_eval_is_told_before_anything_runs(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reapkit.evaluate.task_benchmarks.importlib.util.find_spec", lambda name: None)
+    asked = recipe(tmp_path, "evaluate.lm_eval={tasks: [arc_easy]}")
+    with pytest.raises(UnusableError, match="evaluate.lm_eval needs the package lm-eval, which is not installed"):
+        apply(asked)
+    assert not list((tmp_path / "store").glob("calibrate-*"))
+    assert apply(asked, until="calibrate").executed == ["calibrate"]  # which needs none
+
+
+def test_another_content_of_a_task_file_is_another_verification(finished: Run, root: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(DEMO.read_text())
+    keys = []
+    for content in ("task: one", "task: two", "task: one"):
+        (tmp_path / "mine.yaml").write_text(content)
+        keys.append(make_plan(load(tmp_path / "recipe.yaml", (*SMALL, "evaluate.lm_eval={tasks: [mine.yaml]}"))).stage("verify").key)
+    assert keys[0] == keys[2] != keys[1]
 
 
 def test_layers_may_keep_different_numbers(finished: Run, root: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,40 +14,22 @@ import pytest
 from reapkit.recipe.loading import load
 from reapkit.run import Run, apply
 
-DEMO = Path(__file__).parents[1] / "recipes" / "demo.yaml"
-MIX = ", ".join(f'{{name: {name}, source: "builtin:{name}", weight: {weight}}}' for name, weight in (("code", 0.4), ("tools", 0.4), ("math", 0.2)))
-EVERYTHING = (f"calibration.mix=[{MIX}]", 'evaluate.extra_packs=[{name: prose, source: "builtin:prose"}]', "evaluate.packs.lengths=[256, 512]",
-              "prune.candidates={ratio: [0.75, 0.5, 0.25]}", "evaluate.controls=[random, frequency]", "evaluate.gates=size-first",
-              "evaluate.on_undecided=warn", "evaluate.gates_quantized={kl_mean: {max: 5}}", "evaluate.generation={prompts: 16, max_new_tokens: 64}")
-TASK = """\
-task: which_word
-dataset_path: json
-dataset_kwargs: {{data_files: {data}}}
-test_split: train
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: "{{{{answer}}}}"
-metric_list: [{{metric: acc}}]
-"""
+ROOT = Path(__file__).parents[1]
+RECIPE = ROOT / "examples" / "evaluation" / "recipe.yaml"
 has_lm_eval = importlib.util.find_spec("lm_eval") is not None
 
 pytestmark = pytest.mark.long
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    root, tasks = tmp_path_factory.mktemp("whole"), ()
-    if has_lm_eval:
-        data, task = root / "documents.jsonl", root / "which_word.yaml"
-        data.write_text('{"question": "import", "choices": [" umbrella,", " json"], "answer": 1}\n')
-        task.write_text(TASK.format(data=data))
-        tasks = (f"evaluate.lm_eval={{tasks: [{task}], limit: 1}}",)
-    started = time.monotonic()
-    run = apply(load(DEMO, (*EVERYTHING, *tasks, f"runtime.store={root / 'store'}", f"output.directory={root / 'run'}")))
-    seconds = {name: round(artifact.manifest["seconds"]) for name, artifact in run.artifacts.items()}
-    print(f"\nthe whole evaluation{'' if has_lm_eval else ', without lm-eval,'} took {time.monotonic() - started:.0f} s: {seconds}")
-    return run
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    root, started = tmp_path_factory.mktemp("whole"), time.monotonic()
+    without = () if has_lm_eval else ("evaluate.lm_eval=null",)
+    with contextlib.chdir(ROOT):  # the task file names its data from here
+        run = apply(load(RECIPE, (*without, f"runtime.store={root / 'store'}", f"output.directory={root / 'run'}")))
+        seconds = {name: round(artifact.manifest["seconds"]) for name, artifact in run.artifacts.items()}
+        print(f"\nthe whole evaluation{'' if has_lm_eval else ', without lm-eval,'} took {time.monotonic() - started:.0f} s: {seconds}")
+        yield run
 
 
 def test_every_kind_of_evidence_is_there(run: Run) -> None:
@@ -58,6 +42,7 @@ def test_every_kind_of_evidence_is_there(run: Run) -> None:
     assert evaluation["outside"] == ["prose"] and evaluation["confirm"]["candidate"] == chosen["name"]
     assert {"loop_share", "unfinished_share", "greedy_tool_call_validity", "sampled_tool_call_validity"} <= set(chosen["generation"]["tools"])
     assert chosen["generation"]["tools"]["tool_prompts"] > 0
+    assert ("kl_mean", "code", 0.4) in {(gate["metric"], gate["source"], gate["max"]) for gate in chosen["gates"]}
 
 
 def test_the_written_directories_are_measured_in_every_way(run: Run) -> None:
@@ -66,7 +51,7 @@ def test_the_written_directories_are_measured_in_every_way(run: Run) -> None:
     speeds = {row["model"]: row for row in found["throughput"] if row["engine"] == "transformers"}
     assert set(speeds) == {"base", "quantized"} and all(row["prefill_tokens_per_s"] > 0 < row["peak_bytes"] for row in speeds.values())
     assert found["equal_bytes"]["metrics"]["512"]["prose"]["kl_mean"]["value"] > 0
-    assert found["lm_eval"] is None if not has_lm_eval else 0 <= found["lm_eval"]["quantized"]["tasks"]["which_word"]["acc"] <= 1
+    assert found["lm_eval"] is None if not has_lm_eval else 0 <= found["lm_eval"]["quantized"]["tasks"]["next_word"]["acc"] <= 1
 
 
 def test_the_page_shows_all_of_it(run: Run) -> None:
@@ -74,4 +59,5 @@ def test_the_page_shows_all_of_it(run: Run) -> None:
     for words in ("What reap bought: the same budget by other criteria", "The same bytes, spent otherwise", "Speed and memory", "prose",
                   "greedy tool call validity"):
         assert words in page, words
+    assert not has_lm_eval or "next_word" in page
     assert "### Speed and memory" in (run.directory / "quantized" / "README.md").read_text()

@@ -73,7 +73,7 @@ def inspect(path: Annotated[str, typer.Argument(metavar="PATH", help="A recipe, 
 
 @app.command()
 def export(observation: Annotated[str, typer.Argument(metavar="OBSERVATION", help="Directory of an observation, or of a run.")],
-           directory: Annotated[Path | None, typer.Argument(metavar="[DIR]", help="Where the tables go.", show_default=False)] = None,
+           directory: Annotated[Path | None, typer.Argument(metavar="DIR", help="Where the tables go.", show_default=False)] = None,
            png: Annotated[Path | None, typer.Option("--png", metavar="DIR", help="Where a PNG of every chart goes; takes a Chromium.")] = None,
            as_json: Json = False) -> None:
     """Write an observation as saliency.parquet, ranking_by_layer.json and profile.md; its charts, or a run's, as pictures for papers.

@@ -119,7 +119,7 @@ def _found(evaluation: Mapping[str, Any]) -> list[str]:
     if not (tried := evaluation.get("search")):
         return []
     if (nearest := _nearest_passing(evaluation)) is None:
-        return wrap(f"No smaller cut passes either; tried: {', '.join(entry['name'] for entry in tried)}.", WIDTH, subsequent_indent="  ")
+        return wrap(f"None of the smaller cuts that were tried passes either: {', '.join(entry['name'] for entry in tried)}.", WIDTH, subsequent_indent="  ")
     size = f", {human_bytes(nearest['bytes'])}" if nearest["bytes"] else ""
     return [f"Nearest candidate that passes: {nearest['name']} ({nearest['experts']} experts kept{size})."]
 
@@ -158,7 +158,7 @@ def _smaller_ratios(chosen: Mapping[str, Any], evaluation: Mapping[str, Any]) ->
     if evaluation.get("search"):
         nearest = _nearest_passing(evaluation)
         return [] if nearest is None else [(f"'prune.candidates.ratio=[{nearest['ratio']}]'",
-                                            f"prune {nearest['ratio']} instead of {removed:.4g}; measured, and it passes")]
+                                            f"prune {nearest['ratio']} instead of {removed:.4g}; it passed on the same rows")]
     ratios = [removed / part for part in (2, 4, 8) if removed and removed / part >= fewest]
     listed = ", ".join(f"{ratio:.4g}" for ratio in ratios)
     return [(f"'prune.candidates.ratio=[{listed}]'", f"prune less than {removed:.4g}; the smallest that passes is taken")] if ratios else []
@@ -210,7 +210,8 @@ def _more_samples(judged: Mapping[str, Any], evaluation: Mapping[str, Any]) -> l
     undecided = [entry for entry in judged["gates"] if entry["verdict"] == "undecided"]
     known = [entry for entry in undecided if entry["more_rows"] is not None]
     samples = evaluation.get("pack_samples")
-    if unmeasured := list(dict.fromkeys(entry["metric"] for entry in undecided if entry["value"] is None and entry["metric"] in GENERATION_METRICS)):
+    unmeasured = dict.fromkeys(entry["metric"] for entry in undecided if entry["value"] is None and entry["metric"] in GENERATION_METRICS)
+    if unmeasured:
         return ["What to change:", f"  {', '.join(unmeasured)} cannot be measured where layers stream; judge by the others:",
                 *(f"    --set evaluate.gates.{metric}=null" for metric in unmeasured), *warn]
     if not known:

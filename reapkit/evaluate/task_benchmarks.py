@@ -19,6 +19,12 @@ MAX_NEW_TOKENS = 1024
 """Told to lm-eval explicitly: its own default cuts reasoning models off after 256 tokens. At most half of what the model reads."""
 
 
+def require_lm_eval() -> None:
+    """Raises UnusableError where lm-eval is not installed."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UnusableError("evaluate.lm_eval needs the package lm-eval, which is not installed. Run: pip install 'reapkit[lm-eval]'.")
+
+
 def run_benchmarks(
     model: Path,
     tasks: Sequence[str],
@@ -39,10 +45,7 @@ def run_benchmarks(
     longest = text_config(Checkpoint.open(model).config).get("max_position_embeddings")
     if isinstance(longest, int):
         max_new_tokens = max(1, min(max_new_tokens, longest // 2))
-    if importlib.util.find_spec("lm_eval") is None:
-        raise UnusableError(
-            "evaluate.lm_eval needs the package lm-eval, which is not installed. Run: pip install 'reapkit[lm-eval]'."
-        )
+    require_lm_eval()
     out.mkdir(parents=True, exist_ok=True)
     known = {path for path in out.rglob("results_*.json")}
     command = [

@@ -85,7 +85,7 @@ def _quantize(loading: AbstractContextManager[tuple[nn.Module, LoadedNames]], ch
         unseen = set() if "GPTQModifier" not in kinds or spec.calibrate_all_experts else {
             (path, expert) for path, seen in counts.items() for expert, tokens in enumerate(seen.tolist()) if tokens == 0}
         _write(checkpoint, out, places, plan, names, model, scheme, unseen, max_shard_bytes, progress)
-        facts = _token_facts(counts, rows) if rows else {}
+        facts = _token_facts({} if spec.calibrate_all_experts else counts, rows) if rows else {}
         return Quantized({name: list(places[name]) for name in plan.matrices}, plan, scheme, facts)
 
 
@@ -100,11 +100,15 @@ def raw_modifiers(spec: QuantizeSpec) -> list[Any]:
         text = spec.recipe if isinstance(spec.recipe, str) else yaml.safe_dump(spec.recipe, sort_keys=False)
         try:
             modifiers = list(Recipe.create_instance(text).modifiers)
+            schemes = [scheme for modifier in modifiers if hasattr(modifier, "resolved_config")
+                       for scheme in modifier.resolved_config.config_groups.values()]
         except Exception as error:  # pydantic, yaml and lookups: all of them are about the recipe
             raise RecipeError([Problem("quantize.recipe", f"llm-compressor refuses it: {str(error)[:500]}")]) from error
     if not modifiers:
         raise RecipeError([Problem("quantize.recipe", "holds no modifier. llm-compressor reads stages whose names end in `_stage` and, in them, "
                                                       "groups whose names end in `_modifiers`.")])
+    if any(scheme.weights is not None and not scheme.weights.symmetric for scheme in schemes):
+        raise RecipeError([Problem("quantize.recipe", "stores zero points, which transformers loses when it loads experts. Set symmetric: true.")])
     return modifiers
 
 

@@ -532,7 +532,7 @@ class RuntimeSpec(Section):
     batch_tokens: int = Field(default=16384, ge=1)
     """Tokens per forward."""
     offload_directory: str | None = None
-    """Where paused hidden states go."""
+    """Where paused hidden states go, and a model's layers that wait while others are quantized."""
     checkpoint_minutes: float = Field(default=10, gt=0)
     """How often a streaming run persists what it needs to resume."""
     store: str = "runs/.store"

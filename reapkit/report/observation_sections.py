@@ -103,14 +103,20 @@ def _without_each(view: View) -> list[Any]:
     cuts = {"all sources": view.dropped, **{f"without {name}": view.dropped_without(name) for name in sources}}
     lost = {name: [statistics.share_deleted(mass[:, s], dropped) for s in range(len(sources))] for name, dropped in cuts.items()}
     before, after = lost["all sources"], [lost[f"without {name}"][index] for index, name in enumerate(sources)]
-    swapped = [int((cuts[f"without {name}"] & ~view.dropped).sum()) for name in sources]
+    moved = {name: cuts[f"without {name}"] & ~view.dropped for name in sources}
+    swapped = [int(each.sum()) for each in moved.values()]
     dropped = max(1, int(view.dropped.sum()))
     rows = [(name, count(swapped[s]), percent(swapped[s] / dropped, 0), percent(before[s]), percent(after[s])) for s, name in enumerate(sources)]
     columns = [("left out of the mix", "left"), ("experts pruned that stay now", "right"), ("share of the cut", "right"),
                ("its mass lost, as calibrated", "right"), ("without it", "right")]
+    named = [(name, layer, listed(experts.nonzero().flatten().tolist(), 24))
+             for name, each in moved.items() for layer, experts in zip(view.layers, each, strict=True) if experts.any()]
     blocks: list[Any] = [_losses(sources, lost, before, after), Table(columns, rows)]
+    if named:
+        blocks.append(Folded("Which experts would go that stay now", [Table([("left out", "left"), ("layer", "right"), ("experts", "left")], named)]))
     if view.spec.criterion != view.criterion:
-        blocks.append(Text(f"Follows {view.spec.criterion}, which sums alone can recompute."))
+        blocks.append(Text(f"The cuts without a source are by {view.spec.criterion} at the same budget: what {view.criterion} would decide cannot be "
+                           "recomputed from sums alone."))
     return blocks
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from observations import observe_routing, random_routing
 from reapkit.cli import _run
@@ -54,8 +53,8 @@ def test_it_decides_without_reading_a_token(observed: Path, tmp_path: Path, capf
 def test_what_it_holds_of_re_routing_counts_not_what_the_recipe_would_collect(observed: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert decide(tmp_path, observed, "saliency.criterion=reroute") == 3
     assert "reroute needs removal paths, and this observation holds none" in capsys.readouterr().err
-    order = torch.arange(32).flip(0).repeat(4, 4, 1)
-    measured = Reroute(torch.tensor([9, 9]), order, torch.linspace(0, 1, 32, dtype=torch.float64).repeat(4, 4, 1), torch.rand(4, 2, 32).double())
+    order, error = (np.tile(row, (4, 4, 1)) for row in (np.arange(32)[::-1], np.linspace(0, 1, 32)))
+    measured = Reroute(np.array([9, 9]), order, error, np.ones((4, 2, 32)))
     replace(Observation.load(observed), reroute=measured).save(tmp_path / "observation")
     assert decide(tmp_path, tmp_path / "observation", "saliency.criterion=reroute", "prune.ratio=0.25", "prune.protect={super_experts: false}") == 0
     assert all(kept == tuple(range(24)) for kept in Selection.load(tmp_path / "run" / "selection").keep.values())

@@ -202,7 +202,7 @@ def test_after_a_rejection_the_nearest_that_passes_is_searched_by_halving(packs)
     assert found["winner"] is None and [entry["name"] for entry in found["candidates"]] == ["keep4"]
     lines = found["advice"].splitlines()
     assert "Nearest candidate that passes: keep13 (13 experts kept)." in lines
-    at = lines.index("  prune 0.1875 instead of 0.75; measured, and it passes:")
+    at = lines.index("  prune 0.1875 instead of 0.75; it passed on the same rows:")
     assert lines[at + 1] == "    --set 'prune.candidates.ratio=[0.1875]'"
     assert "  worst source: kl_mean 0.18 (prose)" in lines, "french is outside the union that the gate judges"
     assert [row["name"] for row in summary_rows(found) if row["role"] == "searched"] == ["keep10", "keep13", "keep12"]
@@ -212,7 +212,7 @@ def test_after_a_rejection_the_nearest_that_passes_is_searched_by_halving(packs)
 def test_where_nothing_smaller_passes_that_is_said_and_no_ratio_advised(packs):
     found, measured, _ = verdict_on(packs, [candidate(4)], 0.001)
     assert measured == ["keep4", "keep10", "keep13", "keep15"]
-    assert "No smaller cut passes either; tried: keep10, keep13, keep15." in found["advice"] and "ratio" not in found["advice"]
+    assert "None of the smaller cuts that were tried passes either: keep10, keep13, keep15." in found["advice"] and "ratio" not in found["advice"]
 
 
 def test_a_winner_that_the_confirm_rows_reject_is_searched_on_those(packs):

@@ -53,6 +53,18 @@ def test_tables_name_every_cell_and_mark_what_is_beyond_noise() -> None:
     assert "| reap | 0.400 | 0.400 | 0.400 | 0.400 |" in text and "a (1.50), b (1.50), c (1.50)" in text
 
 
+def test_the_re_fit_on_little_calibration_is_set_beside_none() -> None:
+    from small_calibration import SOURCES, Row, markdown
+
+    rows = [Row(calibration, "reap", tokens, dict.fromkeys(SOURCES, value), mark) for calibration in ("all sources", "code alone")
+            for tokens, value, mark in ((None, 0.4, ""), (500, 0.5, "higher"), (8_000, 0.2, "lower"))]
+    text = markdown(rows, "few samples")
+    for calibration in ("all sources", "code alone"):
+        table = text[text.index(f"calibrated on {calibration}") :].strip().split("\n\n")[0]
+        assert table.count("\n") == 4 and "| reap | nothing | 0.400 | 0.400 | 0.400 | 0.400 | 0.400 |" in table
+        assert "| reap | 500 tokens | 0.500 | 0.500 | 0.500 | 0.500 | 0.500 ▲ |" in table and "| 8,000 tokens |" in table and "0.200 ▼ |" in table
+
+
 def test_the_oracle_takes_the_cheapest_removal_layer_by_layer(tmp_path: Path) -> None:
     from oracle import greedy_oracle
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import tiny
+from reapkit.observation import Observation
 from reapkit.observe.distributed import Job
 from reapkit.observe.waves import Wave, covering, plan_waves
 from reapkit.recipe.schema import ObserveSpec
@@ -111,6 +112,9 @@ def test_two_ranks_give_the_bytes_of_one(tmp_path: Path) -> None:
     assert not [*two.rglob("*inputs*"), *two.rglob("*.part"), *two.rglob("*.writing")]
     waves = [json.loads(file.read_text()) for file in two.glob("streaming/*/wave-*/groups.json")]
     assert sorted(waves) == [[0, 1, 2], [3, 4, 5]], "both ranks streamed"
+    for placement in ("resident", "streaming"):
+        paths = Observation.load(two / placement / "saved").reroute
+        assert int(paths.tokens.sum()) == 40 and bool((paths.order[paths.measured, :, 0] >= 0).all()), "the removal paths are among the bytes"
 
 
 @pytest.mark.long

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+import torch
 from tiny_tokens import tiny_tokens
 
 from reapkit.calibration.tokens import CalibrationTokens
@@ -14,6 +15,7 @@ from reapkit.errors import UnusableError
 from reapkit.models import load_model
 from reapkit.observation import Observation
 from reapkit.observe import reroute
+from reapkit.observe.experts import find_experts
 from reapkit.observe.partials import Partials
 from reapkit.observe.reroute import sampled_positions
 from reapkit.observe.resident import observe
@@ -49,6 +51,32 @@ def test_sources_are_sampled_in_equal_numbers_as_far_as_they_go(tmp_path: Path) 
     assert drawn == [7, 7, 6] if min(totals) >= 6 else drawn[totals.index(min(totals))] == min(totals) and sum(drawn) == 20
     everything = sampled_positions(tokens, 10_000)
     assert {row: len(offsets) for row, offsets in everything.items()} == {row: int(s.sum()) for row, s in scored.items() if s.any()}
+
+
+@torch.no_grad()
+def test_paths_are_those_of_what_the_layers_see_at_the_sampled_positions(tmp_path: Path) -> None:
+    """One row at a time: what the block reads and the layer leaves at each sampled position, by hooks of the test's own."""
+    path, tokens = prepared("glm4_moe", tmp_path)
+    observation, model = resident(path, tokens, tmp_path / "work"), load_model(path)
+    scored = torch.tensor([sum(int(tokens.row(row).scored.sum()) for row in range(tokens.num_rows) if tokens.row_source[row] == source)
+                           for source in range(len(tokens.sources))])
+    sampled = sampled_positions(tokens, 40)
+    for number, site in enumerate(find_experts(model)):
+        read, left, source, seen = [], [], [], {}
+        handles = [site.block.register_forward_pre_hook(lambda block, args: seen.update(read=args[0][0])),
+                   model.model.layers[site.layer].register_forward_hook(lambda layer, args, output: seen.update(left=output[0]))]
+        for row in (row for group in tokens.groups for row in group if row in sampled):
+            model(tokens.row(row).input_ids[None])
+            for offset in sampled[row]:
+                read.append(seen["read"][offset])
+                left.append(sum(float(value) ** 2 for value in seen["left"].reshape(-1, 64)[offset]))
+                source.append(int(tokens.row_source[row]))
+        for handle in handles:
+            handle.remove()
+        expected = reroute.measure_layer(model, site, torch.stack(read), torch.tensor(left), torch.tensor(source), scored)
+        assert np.array_equal(observation.reroute.order[number], expected["order"])
+        np.testing.assert_allclose(observation.reroute.error[number], expected["error"], rtol=1e-4, atol=1e-9)
+        np.testing.assert_allclose(observation.reroute.single[number], expected["single"], rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "glm4_moe", "gpt_oss"])
@@ -104,7 +132,7 @@ def test_interrupted_between_two_layers_paths_it_goes_on_with_the_second(placeme
     monkeypatch.setattr(reroute, "measure_layer", lambda model, site, *rest: again.append(site.layer) or find(model, site, *rest))
     result = observed()
     assert found == [0] and again == [1, 2], "a finished layer's paths are not found again"
-    assert all(torch.equal(getattr(result.reroute, name), tensor) for name, tensor in vars(expected).items())
+    assert all(np.array_equal(getattr(result.reroute, name), values) for name, values in vars(expected).items())
     assert not list(tmp_path.glob("stopped/sums-*/reroute-*-*.safetensors"))
 
 
@@ -112,7 +140,7 @@ def test_a_sample_larger_than_the_calibration_is_all_of_it(tmp_path: Path) -> No
     path, tokens = prepared("qwen3_moe", tmp_path)
     spec = ObserveSpec(eaft=False, reroute_tokens=100_000)
     observation = observe(load_model(path), tokens, spec, batch_tokens=48, work_directory=tmp_path / "work")
-    assert torch.equal(observation.reroute.tokens, observation.scored_tokens)
+    assert np.array_equal(observation.reroute.tokens, observation.scored_tokens)
 
 
 def test_an_observation_keeps_its_paths_and_a_sum_has_none(tmp_path: Path) -> None:
@@ -128,6 +156,17 @@ def test_what_cannot_be_rerouted_is_refused_before_it_runs(tmp_path: Path) -> No
     for model_type, why in {"llama4_text": "its gate scales the expert's input", "gemma4_text": "its experts have no block of their own"}.items():
         with pytest.raises(UnusableError, match=f"model_type '{model_type}' cannot be re-routed in layer 0: {why}"):
             observe(tiny.build(model_type), tiny_tokens(tmp_path / "c"), SPEC, batch_tokens=48, work_directory=tmp_path / "work")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", [name for name in tiny.ARCHITECTURES if name not in ("llama4_text", "gemma4_text")])
+def test_half_precision_experts_put_out_what_their_weights_say_in_float32(model_type: str) -> None:
+    site = find_experts(tiny.build(model_type, torch.bfloat16))[-1]
+    hidden = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    found = [reroute._output(site, hidden, expert) for expert in range(site.num_experts)]
+    site.module.float()
+    for expert, out in enumerate(found):
+        torch.testing.assert_close(out, site.expert(hidden.float(), expert), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.long

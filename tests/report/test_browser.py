@@ -13,12 +13,13 @@ import synthetic
 from reapkit import statistics
 from reapkit.export import export
 from reapkit.report import write_observation_report, write_run_report
+from reapkit.report.pictures import DRAWN
 from reapkit.report.view import View
 
 __all__ = ["chromium"]
 
 LARGEST_PAGE = 15_000_000
-USABLE_MS, REACTION_MS = 3000, 500
+USABLE_SECONDS, REACTION_SECONDS = 3, 0.5
 
 
 @pytest.fixture(scope="module")
@@ -41,22 +42,27 @@ def test_a_large_observation_is_readable_everywhere(chromium, big):
 
 
 def test_a_large_observation_is_small_and_quick(chromium, big):
+    """Time is what the page's own thread takes of a processor: that on an idle machine, however busy this one is."""
     assert big.stat().st_size <= LARGEST_PAGE
-    usable, reaction = [], []
-    for _ in range(4):  # other work on the machine only ever adds
-        with opened(chromium, big, draw_all=False) as page:
-            usable.append(page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done(performance.now()))))"))
-            page.locator("#removed").scroll_into_view_if_needed()
-            reaction.append(page.evaluate("""async () => {
-              const slider = document.getElementById('removed'), before = document.getElementById('readout').textContent, start = performance.now();
-              slider.value = 100;
-              slider.dispatchEvent(new Event('input'));
-              await new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)));
-              return document.getElementById('readout').textContent === before ? Infinity : performance.now() - start;
-            }"""))
-        if usable[-1] <= USABLE_MS and reaction[-1] <= REACTION_MS:
-            break
-    assert min(usable) <= USABLE_MS and min(reaction) <= REACTION_MS
+    page = chromium.new_page(viewport={"width": 1200, "height": 900})
+    metrics = page.context.new_cdp_session(page)
+    metrics.send("Performance.enable", {"timeDomain": "threadTicks"})
+
+    def seconds() -> float:
+        page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")  # what was asked for is on the screen
+        return {each["name"]: each["value"] for each in metrics.send("Performance.getMetrics")["metrics"]}["ThreadTime"]
+
+    page.goto(big.as_uri())
+    page.wait_for_function(DRAWN)
+    assert 0.05 < seconds() <= USABLE_SECONDS
+    page.locator("#heat").scroll_into_view_if_needed()
+    page.wait_for_timeout(1000)
+    before, read = seconds(), page.locator("#readout").inner_text()
+    page.locator("#removed").evaluate("slider => { slider.value = 100; slider.dispatchEvent(new Event('input')); }")
+    assert seconds() - before <= REACTION_SECONDS and page.locator("#readout").inner_text() != read
+    page.wait_for_timeout(1000)
+    assert held(page, "heat")["data"][1]["z"][7].count(None) == 412 and seconds() - before <= 2 * REACTION_SECONDS
+    page.close()
 
 
 def test_figures_are_the_exported_table(chromium, tmp_path):

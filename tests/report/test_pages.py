@@ -102,6 +102,17 @@ def test_numbers_in_the_sentences_are_those_of_the_statistics(observed):
     assert balance.data[0]["y"] == metrics["balance_cv"]
 
 
+def test_what_leaving_a_source_out_would_prune_is_named(observed):
+    view = View.of(observed, None)
+    found = next(block for block in blocks(observation_page(observed)) if getattr(block, "summary", "").startswith("Which experts would go"))
+    named = {(name, layer): experts for name, layer, experts in found.blocks[0].rows}
+    for name in observed.sources:
+        for layer, gone, now in zip(view.layers, view.dropped_without(name), view.dropped, strict=True):
+            expected = [str(expert) for expert in range(16) if gone[expert] and not now[expert]]
+            assert re.findall(r"\d+", named.get((name, layer), "")) == expected
+    assert any(named)
+
+
 def test_what_comes_from_data_cannot_break_out_of_the_page(observed):
     hostile = '</script><img src=x onerror=alert(1)>'
     named = dataclasses.replace(observed, sources=(hostile, *observed.sources[1:]))
