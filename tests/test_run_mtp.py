@@ -7,6 +7,7 @@ import json
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from observations import observe_routing, random_routing
@@ -126,8 +127,8 @@ def with_block(seed: int) -> tuple[Observation, Observation]:
     """An observation of three decoder layers and a block, and the same without it."""
     whole = observe_routing(random_routing(seed, layers=4), layers=(0, 1, 2, 3))
 
-    def first(values: dict, dim: int = 0) -> dict:
-        return type(values)((name, tensor.narrow(dim, 0, 3)) for name, tensor in values.items())
+    def first(values: dict, axis: int = 0) -> dict:
+        return type(values)((name, value.take(range(3), axis)) for name, value in values.items())
 
     return whole, dataclasses.replace(whole, layers=(0, 1, 2), statistics=first(whole.statistics), maxima=first(whole.maxima),
                                       coactivation=None if whole.coactivation is None else whole.coactivation[:3],
@@ -152,11 +153,12 @@ def test_a_block_keeps_as_many_as_the_widest_layer_and_changes_no_other(criterio
 
 def test_reroute_decides_a_block_by_reap() -> None:
     whole, _ = with_block(5)
-    order = torch.stack([torch.randperm(8, generator=torch.Generator().manual_seed(layer)) for layer in range(3)])
-    paths = torch.cat([order[:, None].expand(3, 4, 8), torch.full((1, 4, 8), -1)])
-    error = torch.cat([torch.arange(1.0, 9).expand(3, 4, 8), torch.zeros(1, 4, 8)]).double()
-    single = torch.cat([torch.rand(3, 2, 8, dtype=torch.float64), torch.zeros(1, 2, 8, dtype=torch.float64)])
-    measured = dataclasses.replace(whole, reroute=Reroute(torch.tensor([5, 5]), paths, error, single))
+    draw = np.random.default_rng(0)
+    order = np.stack([draw.permutation(8) for _ in range(3)])
+    paths = np.concatenate([np.repeat(order[:, None], 4, 1), np.full((1, 4, 8), -1)])
+    error = np.concatenate([np.broadcast_to(np.arange(1.0, 9), (3, 4, 8)), np.zeros((1, 4, 8))])
+    single = np.concatenate([draw.random((3, 2, 8)), np.zeros((1, 2, 8))])
+    measured = dataclasses.replace(whole, reroute=Reroute(np.array([5, 5]), paths, error, single))
     spec = prune(ratio=0.5, protect={"super_experts": False})
     for criterion in ("reroute", "reroute-single"):
         chosen = select(measured, saliency_spec(criterion), spec, DECODER)
@@ -189,7 +191,10 @@ def test_observed_pruned_proven_and_quantized(recipe, tmp_path: Path, capsys: py
     proofs = json.loads((tmp_path / "run/verify.json").read_text())["proofs"]
     proof = next(proof for proof in proofs if proof["name"] == "multi-token prediction" and proof["directory"] == "pruned")
     assert proof["measured"] and all(each["passed"] for each in proofs)
+    assert {each["directory"] for each in proofs} == {"pruned", "quantized"}
     assert not any("speculative" in warning for warning in run.warnings)
+    base, cut, rounded = run.summary("verify")["rows"]
+    assert rounded["bytes"] < cut["bytes"] < base["bytes"] and 0 <= cut["kl_mean"] < rounded["kl_mean"] < 1
     assert pruned.nbytes == run.plan.pruned(run.plan.candidates[0]).nbytes
     quantized = Checkpoint.open(tmp_path / "run/quantized")
     assert read_layout(quantized).mtp[3].num_experts == 8 and quantized.nbytes == pytest.approx(run.plan.quantized_nbytes(run.plan.candidates[0]), rel=0.01)

@@ -79,7 +79,7 @@ class MtpBlocks:
     def run(self, input_ids: Tensor, hidden: Tensor, entering: Callable[[RoutedExperts, int], Slots]) -> list[Tensor]:
         """Runs every block on rows whose final hidden states [b, t, hidden] are `hidden`; each one's output at its slots, [b, t', hidden].
 
-        `entering(site, depth)`: the slots of the block that comes next, as depth says; the run ends where it has none.
+        `entering(site, depth)`: the slots of the block that comes next; one without slots is not run.
         """
         outputs: list[Tensor] = []
         hidden = hidden.to(self.device)
@@ -134,10 +134,12 @@ def _unround(block: nn.Module, layer: int, model: nn.Module) -> None:
     files = Checkpoint.open(model.config.name_or_path)
     for module_name, module in block.named_modules():
         for name, tensor in {**module._parameters, **module._buffers}.items():
-            own = f"{module_name}.{name}" if module_name else name
+            own = f"{module_name}.{name}"
             dtype = next((dtype for pattern, dtype in kept if pattern.search(own)), None)
+            if tensor is None or dtype is None:
+                continue
             stored = next((key for key in files.tensors if key.endswith(f".layers.{layer}.{own}")), None)
-            if tensor is None or dtype is None or stored is None:
+            if stored is None:  # computed, not stored
                 continue
             with safe_open(files.path / files.tensors[stored].shard, "pt") as file:
                 wide = file.get_tensor(stored).to(tensor.device, dtype)
