@@ -16,6 +16,7 @@ import os
 import platform
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -105,6 +106,7 @@ def compare(method: str, source: Path, tokens: CalibrationTokens, out: Path, pai
     for pair in range(pairs):
         for name in sorted(sides, reverse=bool(pair % 2)):
             seconds[name].append(timed(sides[name], method, source, tokens, out))
+            print(f"{method}, pair {pair + 1}: {name} {seconds[name][-1]:.1f} s", file=sys.stderr, flush=True)
     ratios = [mine / other for mine, other in zip(seconds["reapkit"], seconds["llm-compressor"], strict=True)]
     return {"seconds": {name: [round(run, 2) for run in runs] for name, runs in seconds.items()},
             "ratio": {"median": round(statistics.median(ratios), 3), "runs": [round(ratio, 3) for ratio in ratios]},

@@ -27,21 +27,22 @@ from reapkit.quantize.quiet import quiet
 def taken_apart(path: Path, offload: Path | None = None, *, trust_remote_code: bool = False) -> Iterator[tuple[nn.Module, LoadedNames]]:
     """The checkpoint's model with its routed experts as lists of linear layers, and the names its parameters had before that.
 
-    `offload`: a directory for the decoder layers' weights, which is gone after the block; None keeps all of them in host memory.
+    `offload`: a directory for the decoder layers' weights, which is gone after the block; None keeps all of them in host memory. The model
+    has no weights after the block, whoever still holds it.
     """
-    if offload is None:
-        with quiet():
-            loaded = _in_memory(path, trust_remote_code)
-        yield loaded
-        return
-    offload.mkdir(parents=True, exist_ok=True)
+    if offload is not None:
+        offload.mkdir(parents=True, exist_ok=True)
+    model = None
     try:
         with quiet():
-            loaded = _on_disk(path, offload, trust_remote_code)
-        yield loaded
+            model, names = _in_memory(path, trust_remote_code) if offload is None else _on_disk(path, offload, trust_remote_code)
+        yield model, names
     finally:
-        _forget(offload)
-        shutil.rmtree(offload, ignore_errors=True)
+        if model is not None:
+            _empty(model)
+        if offload is not None:
+            _forget(offload)
+            shutil.rmtree(offload, ignore_errors=True)
 
 
 def _in_memory(path: Path, trust_remote_code: bool) -> tuple[nn.Module, LoadedNames]:
@@ -74,6 +75,12 @@ def _take_apart(layer: nn.Module, model: nn.Module) -> None:
     for name, experts in get_non_linearized_moes(layer):
         kind = LinearExperts2D.get_linear_experts_cls(type(experts))
         layer.set_submodule(name, kind.from_experts_module(experts, getattr(experts, "config", model.config)))
+
+
+def _empty(model: nn.Module) -> None:
+    """Lets go of all weights: the libraries keep the model itself after a calibration."""
+    for module in model.modules():
+        module._parameters, module._buffers = {}, {}
 
 
 def _forget(offload: Path) -> None:
