@@ -24,13 +24,14 @@ from reapkit.gates import GENERATION_METRICS, resolve
 from reapkit.hashing import digest, digest_file
 from reapkit.imported import ImportedObservation
 from reapkit.layer_budget import ranges
-from reapkit.layout import Layout, active_parameters, pruned_sizes, read_layout
+from reapkit.layout import Layout, read_layout
 from reapkit.mtp import mtp_notes, observed_mtp, why_unobserved
 from reapkit.recipe.loading import LoadedRecipe, as_loaded, in_file_order, load
 from reapkit.recipe.messages import closest
 from reapkit.recipe.schema import Recipe
 from reapkit.resolve import model_checkpoint, source_identity, template_identity, tokenizer_identity
 from reapkit.schemes import check_quantize, quantized_bytes, scheme_of, targets
+from reapkit.sizes import active_parameters, pruned_sizes
 from reapkit.store import Artifact, Store
 
 STAGES = ("calibrate", "packs", "observe", "select", "repair", "evaluate", "prune", "quantize", "verify", "report")

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "reapkit"
 FLOORS = {
     0: "errors hashing interruption progress ranks",
     1: "recipe architecture gates criteria",
-    2: "checkpoint mapped shards hub layout mtp schemes store builtin resolve layer_budget",
+    2: "checkpoint mapped shards hub layout mtp schemes sizes store builtin resolve layer_budget",
     3: "allocation budget garbage imported planning lock starter differences estimates quantize_memory tables",
     4: "observation saliency selection decision eaft eaft_table statistics metrics ridge reroute removal",
     5: "foreign models masking calibration observe surgery repair",

@@ -11,7 +11,8 @@ import pytest
 
 from reapkit.checkpoint import Checkpoint, TensorInfo
 from reapkit.errors import UnusableError
-from reapkit.layout import active_parameters, pruned_sizes, read_layout
+from reapkit.layout import read_layout
+from reapkit.sizes import active_parameters, pruned_sizes
 
 HIDDEN, INNER, EXPERTS, TOP_K = 12, 6, 4, 2
 CONFIG = {"model_type": "some_moe", "num_hidden_layers": 2, "num_experts": EXPERTS, "num_experts_per_tok": TOP_K,

@@ -12,7 +12,8 @@ from reapkit.checkpoint import Checkpoint
 from reapkit.inspection.recognise import read_json
 from reapkit.inspection.render import Block, lines, percent, table
 from reapkit.layer_budget import ranges
-from reapkit.layout import Layout, MoeLayer, active_parameters, read_layout
+from reapkit.layout import Layout, MoeLayer, read_layout
+from reapkit.sizes import active_parameters
 from reapkit.tables import human_bytes, human_count
 
 

@@ -23,7 +23,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from reapkit.checkpoint import Checkpoint
 from reapkit.errors import StageFailed, UnusableError
-from reapkit.layout import pruned_sizes, read_layout
+from reapkit.layout import read_layout
 from reapkit.masking import masked
 from reapkit.selection import LayerSelection, Selection
 from reapkit.surgery import prune as module
@@ -500,6 +500,7 @@ KILLED = """
 import os, signal, sys
 from reapkit.checkpoint import Checkpoint
 from reapkit.selection import LayerSelection, Selection
+from reapkit.sizes import pruned_sizes
 from reapkit.surgery.prune import prune_checkpoint
 
 source, out, calls = sys.argv[1], sys.argv[2], int(sys.argv[3])

@@ -15,9 +15,10 @@ from tests.tiny import MULTIMODAL, build, quiet, save_hub_layout
 
 from reapkit.checkpoint import Checkpoint
 from reapkit.errors import UnusableError
-from reapkit.layout import pruned_sizes, read_layout
+from reapkit.layout import read_layout
 from reapkit.masking import masked
 from reapkit.selection import LayerSelection, Selection
+from reapkit.sizes import pruned_sizes
 from reapkit.surgery.prune import prune_checkpoint
 from reapkit.surgery.ragged_modeling import expert_counts, ragged
 from reapkit.surgery.ragged_vllm import _load_model, _make_layers
