@@ -13,7 +13,7 @@ import synthetic
 from reapkit import statistics
 from reapkit.export import export
 from reapkit.report import write_observation_report, write_run_report
-from reapkit.report.pictures import DRAWN
+from reapkit.report.pictures import DRAWN, PATIENCE_MS
 from reapkit.report.view import View
 
 __all__ = ["chromium"]
@@ -45,6 +45,7 @@ def test_a_large_observation_is_small_and_quick(chromium, big):
     """Time is what the page's own thread takes of a processor: that on an idle machine, however busy this one is."""
     assert big.stat().st_size <= LARGEST_PAGE
     page = chromium.new_page(viewport={"width": 1200, "height": 900})
+    page.set_default_timeout(PATIENCE_MS)
     metrics = page.context.new_cdp_session(page)
     metrics.send("Performance.enable", {"timeDomain": "threadTicks"})
 
