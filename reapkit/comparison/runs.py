@@ -26,7 +26,7 @@ from reapkit.tables import human_bytes
 
 METRICS = ("perplexity_ratio", "kl_mean", "top1_agreement")
 TITLES = {"perplexity_ratio": "perplexity ratio", "kl_mean": "KL", "top1_agreement": "same top-1"}
-KINDS = {"mask": "a mask on its base, before any quantization", "pruned": "the pruned directory", "quantized": "the quantized directory"}
+KINDS = {"mask": "a mask on its base before any quantization", "pruned": "the pruned directory", "quantized": "the quantized directory"}
 WHERE_IT_RAN = ("runtime", "output", "name", "description")
 
 
@@ -109,7 +109,7 @@ def _answer(runs: Mapping[str, Any], comparable: bool, same_model: bool) -> str:
     told = f"{best} is closest to the base: KL {with_interval('kl_mean', kl[best])}, next {second} with {with_interval('kl_mean', kl[second])}"
     kinds = {letter: runs[letter]["measured"] for letter in (best, second)}
     if len({kind == "mask" for kind in kinds.values()}) > 1:
-        return f"{told}; but {' and '.join(f'{letter} was measured as {KINDS.get(kind, kind)}' for letter, kind in kinds.items())}."
+        return f"{told}; but {best} was measured as {KINDS[kinds[best]]}, {second} as {KINDS[kinds[second]]}."
     if not comparable:
         return f"{told}; but they were measured on different held-out rows, so small differences mean nothing."
     if kl[best]["interval"] and kl[second]["interval"] and kl[best]["interval"][1] < kl[second]["interval"][0]:

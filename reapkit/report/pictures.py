@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 COMMANDS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "microsoft-edge")
 CAPTIONS = "captions.md"
 WIDTH, SCALE = 1200, 3  # of the window in pixels; picture pixels per window pixel
+PATIENCE_MS = 120_000  # for a large page on a busy machine
 DRAWN = "document.documentElement.dataset.ready === 'yes' || document.documentElement.dataset.errors"
 PICTURES = """scale => Promise.all([...document.querySelectorAll('.chart')].map(async chart => ({
   id: chart.id, title: chart.closest('figure').querySelector('h3').textContent,
@@ -52,6 +53,7 @@ def write_pictures(page_html: Path, directory: Path) -> list[Path]:
     """
     with browser() as chromium:
         page = chromium.new_page(viewport={"width": WIDTH, "height": 900})
+        page.set_default_timeout(PATIENCE_MS)
         page.goto(f"{Path(page_html).resolve().as_uri()}#draw=all&theme=light")
         if not page.locator(".chart").count():
             raise UnusableError(f"{page_html}: a page without charts.")

@@ -57,3 +57,9 @@ def test_without_a_chromium_it_says_what_to_install(tmp_path, monkeypatch, capsy
 def test_export_without_a_place_is_a_usage_error(tmp_path, capsys):
     assert _run(["export", str(tmp_path)], debug=False) == 2
     assert "Give DIR for the tables, --png DIR for the charts, or both." in capsys.readouterr().err
+
+
+def test_the_readme_shows_pictures_that_are_there_and_small():
+    root = Path(__file__).parents[2]
+    shown = re.findall(r"!\[[^\]]+\]\((docs/[^)]+)\)", (root / "README.md").read_text())
+    assert len(shown) >= 2 and all((root / name).stat().st_size < 300_000 and size_of(root / name)[0] >= 1000 for name in shown)
