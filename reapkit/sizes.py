@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from reapkit.architecture import text_config
 from reapkit.checkpoint import Checkpoint, TensorInfo
-from reapkit.layout import EXPERTS, STACKED_WITHOUT_EXPERTS, Kind, Layout, read_layout
+from reapkit.layout import EXPERTS, QUANTIZER_STATE, STACKED_WITHOUT_EXPERTS, Kind, Layout, read_layout
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 FOLDER = Path(__file__).parents[2] / "examples" / "llm_compressor"

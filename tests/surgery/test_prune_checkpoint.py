@@ -26,6 +26,7 @@ from reapkit.errors import StageFailed, UnusableError
 from reapkit.layout import read_layout
 from reapkit.masking import masked
 from reapkit.selection import LayerSelection, Selection
+from reapkit.sizes import pruned_sizes
 from reapkit.surgery import prune as module
 from reapkit.surgery.check import confirm_layout
 from reapkit.surgery.prune import MANIFEST, prune_checkpoint
@@ -500,7 +501,6 @@ KILLED = """
 import os, signal, sys
 from reapkit.checkpoint import Checkpoint
 from reapkit.selection import LayerSelection, Selection
-from reapkit.sizes import pruned_sizes
 from reapkit.surgery.prune import prune_checkpoint
 
 source, out, calls = sys.argv[1], sys.argv[2], int(sys.argv[3])

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import random
 import types
-from pathlib import Path
 
 import pytest
 import torch
