@@ -109,7 +109,7 @@ def _without_each(view: View) -> list[Any]:
     rows = [(name, count(swapped[s]), percent(swapped[s] / dropped, 0), percent(before[s]), percent(after[s])) for s, name in enumerate(sources)]
     columns = [("left out of the mix", "left"), ("experts pruned that stay now", "right"), ("share of the cut", "right"),
                ("its mass lost, as calibrated", "right"), ("without it", "right")]
-    named = [(name, layer, listed(experts.nonzero().flatten().tolist(), 24))
+    named = [(name, layer, listed(np.flatnonzero(experts).tolist(), 24))
              for name, each in moved.items() for layer, experts in zip(view.layers, each, strict=True) if experts.any()]
     blocks: list[Any] = [_losses(sources, lost, before, after), Table(columns, rows)]
     if named:
