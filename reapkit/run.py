@@ -110,7 +110,7 @@ def apply(recipe: Recipe | LoadedRecipe | str | Path, *, until: str | None = Non
             if name == until:
                 break
     finally:
-        _link(run)
+        _link(run, proven="verify" in run.artifacts or until in MODEL_STAGES)
     _drop_unwanted(run)
     _stop_if_final_rejected(run)
     _push(run, progress)
@@ -226,12 +226,15 @@ def _drop_unwanted(run: Run) -> None:
                 shutil.rmtree(run.directory / LINKS[stage], ignore_errors=True)
 
 
-def _link(run: Run) -> None:
-    """The run directory as DESIGN lays it out: hard links into the store, and what this run did."""
+def _link(run: Run, *, proven: bool) -> None:
+    """The run directory as DESIGN lays it out: hard links into the store, and what this run did.
+
+    Models stay in the store until their proofs hold (`proven`), or nobody asked for proofs.
+    """
     run.directory.mkdir(parents=True, exist_ok=True)
     rejected = run.summary("verify").get("verdict") == "reject"
     for name, artifact in run.artifacts.items():
-        if not artifact.has_payload:
+        if not artifact.has_payload or name in MODEL_STAGES and not proven:
             continue
         target = run.directory / LINKS[name]
         final = name in MODEL_STAGES and name == next(s for s in reversed(MODEL_STAGES) if s in run.artifacts)

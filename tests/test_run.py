@@ -46,14 +46,21 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("run")
 
 
-@pytest.fixture(scope="module")
-def finished(root: Path) -> Run:
+@contextmanager
+def two_threads() -> Iterator[None]:
+    """Float sums depend on how many threads share them; other tests of the same worker compare bits of one."""
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        return apply(recipe(root))
+        yield
     finally:
-        torch.set_num_threads(threads)  # the tests after this one in the same worker compare bits
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def finished(root: Path) -> Run:
+    with two_threads():
+        return apply(recipe(root))
 
 
 def test_every_stage_ran_and_left_its_files(finished: Run) -> None:
@@ -272,7 +279,8 @@ def test_interrupted_while_it_evaluates_it_keeps_what_was_measured(finished: Run
 
 
 def test_streaming_gives_the_same_observation_and_the_same_numbers(finished: Run, root: Path, tmp_path: Path) -> None:
-    streamed = apply(recipe(tmp_path, "runtime.placement=streaming"), until="verify")
+    with two_threads():  # as the resident run
+        streamed = apply(recipe(tmp_path, "runtime.placement=streaming"), until="verify")
     assert fingerprint(streamed.directory / "selection") == fingerprint(root / "run" / "selection")
     observed = ("observation.safetensors", "trace.safetensors")
     assert [(streamed.directory / "observation" / name).read_bytes() for name in observed] == \

@@ -238,7 +238,8 @@ def _distribution_sentence(view: View, row: int) -> str:
     values = view.saliency[row][np.isfinite(view.saliency[row])]
     if not values.size:
         return "0 experts of this layer were routed to."
-    median, top = float(np.median(values)), float(values.max())
+    ordered = np.sort(values)
+    median, top = float(ordered[(len(ordered) - 1) // 2]), float(ordered[-1])  # of two in the middle the lower, as the page's script has it
     floor = statistics.floors(view.saliency[row : row + 1], view.dropped[row : row + 1])[0]
     if floor is None or top <= 0:
         return f"Median {number(median)}, highest {number(top)}; nothing that was routed goes here."
