@@ -52,6 +52,8 @@ class LayeredModel:
         self._quantizer, config, _ = get_hf_quantizer(config, settings, {"": device}, True, {})
         self.dtype = _resolve(dtype, config)
         self.model = _skeleton(config, self.dtype, trust_remote_code)
+        if self.device.type == "cpu":
+            self.model.set_experts_implementation("eager")  # the fastest there, and what a resident model runs: equal bits
         if self._quantizer is not None:
             self._quantizer.preprocess_model(
                 model=self.model,
