@@ -2,8 +2,9 @@
 
     python benchmarks/observe.py [--dtype float32|bfloat16] [--device cpu|cuda] [--pairs 7] [--json FILE]
 
-The model is a random qwen3_moe of hidden 1024, 64 experts, top-8, 4 layers; the plain forward runs transformers' fastest
-experts implementation on the device, both sides without the LM head, and with it where EAFT signals are collected.
+The model is a random qwen3_moe, top-8: on a CPU of hidden 1024, 64 experts, 4 layers, one thread; on a GPU of hidden 2048, 128
+experts, 24 layers (15 billion parameters). The plain forward runs transformers' fastest experts implementation on the device, both
+sides without the LM head, and with it where EAFT signals are collected.
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -31,18 +35,32 @@ from reapkit.observe.traces import GroupTraces
 from reapkit.recipe.schema import ObserveSpec
 
 
-def build(dtype: torch.dtype, device: str, vocabulary: int) -> torch.nn.Module:
+@dataclass(frozen=True)
+class Shape:
+    """The model, and the tokens of one batch."""
+
+    hidden: int
+    experts: int
+    intermediate: int
+    layers: int
+    tokens: int
+
+
+SHAPES = {"cpu": Shape(1024, 64, 512, 4, 2048), "cuda": Shape(2048, 128, 768, 24, 16384)}
+
+
+def build(shape: Shape, dtype: torch.dtype, device: str, vocabulary: int) -> torch.nn.Module:
     config = AutoConfig.for_model(
         "qwen3_moe",
         vocab_size=vocabulary,
-        hidden_size=1024,
-        intermediate_size=2048,
-        moe_intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=16,
+        hidden_size=shape.hidden,
+        intermediate_size=2 * shape.hidden,
+        moe_intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.hidden // 64,
         num_key_value_heads=4,
         head_dim=64,
-        num_experts=64,
+        num_experts=shape.experts,
         num_experts_per_tok=8,
         norm_topk_prob=True,
         max_position_embeddings=4096,
@@ -123,24 +141,29 @@ def ratios(plain: Callable[[], object], observed: Callable[[], object], pairs: i
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--device", default="cpu", choices=list(SHAPES))
+    parser.add_argument("--tokens", type=int, help="in one batch; default: 2048 on a CPU, 16384 on a GPU")
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model = build(getattr(torch, arguments.dtype), arguments.device, arguments.vocabulary)
-    batch = one_batch(arguments.tokens // 512, 512, arguments.vocabulary)
+    shape = SHAPES[arguments.device]
+    tokens = arguments.tokens or shape.tokens
+    model = build(shape, getattr(torch, arguments.dtype), arguments.device, arguments.vocabulary)
+    batch = one_batch(tokens // 512, 512, arguments.vocabulary)
     ids = batch.input_ids.to(arguments.device)
     best = fastest_plain(model, lambda: final_hidden(model, ids))
+    gpu = arguments.device == "cuda"
     result = {
-        "device": arguments.device,
+        "date": date.today().isoformat(),
+        "device": torch.cuda.get_device_name() if gpu else arguments.device,
         "dtype": arguments.dtype,
-        "tokens": arguments.tokens,
+        "tokens": tokens,
+        "model": asdict(shape) | {"parameters": sum(parameter.numel() for parameter in model.parameters())},
         "plain": best,
-        "machine": platform.processor() or platform.machine(),
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }

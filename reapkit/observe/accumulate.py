@@ -63,23 +63,42 @@ class LayerSums:
     def add(self, pairs: Pairs, positions: Positions) -> None:
         """Adds one call of the experts; `pairs` covers every position of the batch, padding too."""
         token = torch.div(pairs.order, pairs.top_k, rounding_mode="floor")
-        key = positions.source[token] * self.shape[1] + pairs.expert
-        trash = self.bins - 1
-        scored = torch.where(positions.scored[token], key, trash)
         g, n = pairs.gate.double(), pairs.norm.double()
         gn = g * n
-        self.sums += bin_sums(torch.stack([torch.ones_like(g), g, n, gn, gn * gn], dim=1), scored, self.bins)
+        terms = torch.stack([torch.ones_like(g), g, n, gn, gn * gn], dim=1)
         sizes = torch.stack([pairs.norm, pairs.gate * pairs.norm, pairs.peak], dim=1)
-        for first, where in ((0, torch.where(positions.valid[token], key, trash)), (3, scored)):
-            part = self.maxima[:, first : first + 3]
-            part.scatter_reduce_(0, where[:, None].expand(-1, 3), sizes, "amax")
-        self._add_coactivation(pairs, positions)
+        valid, scored = positions.valid[token], positions.scored[token]
+        if token.device.type == "cpu":
+            self._add_by_bin(positions.source[token] * self.shape[1] + pairs.expert, terms, sizes, valid, scored)
+        else:
+            self._add_by_row(token * self.shape[1] + pairs.expert, terms, sizes, valid, scored, positions)
+        self._add_coactivation(token, pairs.expert, positions)
 
-    def _add_coactivation(self, pairs: Pairs, positions: Positions) -> None:
+    def _add_by_bin(self, key: Tensor, terms: Tensor, sizes: Tensor, valid: Tensor, scored: Tensor) -> None:
+        """Pair by pair into its bin, in order: `key` int64 [pairs], `terms` float64 [pairs, 5], `sizes` float32 [pairs, 3]."""
+        trash = self.bins - 1
+        self.sums += torch.zeros_like(self.sums).index_add_(0, torch.where(scored, key, trash), terms)
+        for part, counted in zip(self.maxima.chunk(2, dim=1), (valid, scored), strict=True):
+            part.scatter_reduce_(0, torch.where(counted, key, trash)[:, None].expand(-1, sizes.shape[1]), sizes, "amax")
+
+    def _add_by_row(self, place: Tensor, terms: Tensor, sizes: Tensor, valid: Tensor, scored: Tensor, positions: Positions) -> None:
+        """The same where a device adds in parallel and pairs of one bin would meet in any order: each pair goes to a `place` of its
+        own, token * experts + expert, in a dense table whose tokens the device then reduces in a fixed order.
+        """
+        table = (len(positions.source) * self.shape[1], *positions.shape, self.shape[1])
+        sums, maxima = (part[:-1].view(*self.shape, -1) for part in (self.sums, self.maxima))
+        by_row = _dense(terms, place, scored, "sum", table).sum(dim=1)
+        for source, rows in positions.rows:
+            sums[source] += by_row[rows].sum(dim=0)
+        for part, counted in zip(maxima.chunk(2, dim=2), (valid, scored), strict=True):
+            by_row = _dense(sizes, place, counted, "amax", table).amax(dim=1)
+            for source, rows in positions.rows:
+                part[source] = torch.maximum(part[source], by_row[rows].amax(dim=0))
+
+    def _add_coactivation(self, token: Tensor, expert: Tensor, positions: Positions) -> None:
         experts = self.shape[1]
-        routed = torch.zeros(len(positions.scored), experts, dtype=torch.float32, device=pairs.order.device)
-        token = torch.div(pairs.order, pairs.top_k, rounding_mode="floor")
-        routed[token, pairs.expert] = positions.scored[token].float()
+        routed = torch.zeros(len(positions.scored), experts, dtype=torch.float32, device=token.device)
+        routed[token, expert] = positions.scored[token].float()
         by_row = routed.view(*positions.shape, experts)
         for source, rows in positions.rows:  # counts below 2^24 are exact in float32
             part = by_row[rows].view(-1, experts)
@@ -92,20 +111,14 @@ class LayerSums:
         return out | {"coactivation": self.coactivation.cpu()}
 
 
-def bin_sums(values: Tensor, key: Tensor, bins: int) -> Tensor:
-    """Row sums of `values` [n, columns] float64 by `key` int64 [n], always added in the same order."""
-    if values.device.type == "cpu":
-        return values.new_zeros(bins, values.shape[1]).index_add_(0, key, values)
-    return sorted_bin_sums(values, key, bins)
-
-
-def sorted_bin_sums(values: Tensor, key: Tensor, bins: int) -> Tensor:
-    """`bin_sums` where `index_add_` would be float atomics in any order: sorted by key, each segment summed from its first to
-    its last.
+def _dense(values: Tensor, place: Tensor, counted: Tensor, reduce: str, table: tuple[int, int, int, int]) -> Tensor:
+    """`values` [pairs, columns] of the pairs that are counted, at their places of [rows, tokens, experts, columns], else 0;
+    `table`: how many places, and their shape. A router that chooses an expert twice has both reduced.
     """
-    key, order = torch.sort(key, stable=True)
-    edges = torch.searchsorted(key, torch.arange(bins + 1, device=key.device))
-    return torch.segment_reduce(values[order], "sum", lengths=edges.diff(), axis=0, unsafe=True, initial=0.0)
+    places, *shape = table
+    out = values.new_zeros(places, values.shape[1])
+    out.scatter_reduce_(0, place[:, None].expand_as(values), torch.where(counted[:, None], values, 0), reduce)
+    return out.view(*shape, -1)
 
 
 class GroupSums:

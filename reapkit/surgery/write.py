@@ -1,32 +1,27 @@
 """Bytes from shards to shards at the disk's speed. Torch-free.
 
-The kernel copies the payload (`copy_file_range`: no detour through this process, shared blocks where the file system can) while
-the source is read ahead, a second thread hashes what was written and starts its way to the disk, and the next shard begins
-before the last one is synced.
+The payload is read ahead, and hashed and written behind; the next shard begins before the last one is synced. Shards that do not
+change are left to the kernel (`copy_file_range`: shared blocks where the file system can).
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
-import queue
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from reapkit.errors import StageFailed
 from reapkit.progress import Task
 from reapkit.surgery.cut import Run, Shard
+from reapkit.surgery.shard_file import FILES, Machinery, ShardFile
 
-PIECE_BYTES = 32 << 20  # between two pieces a signal is heard and the hash moves on
+PIECE_BYTES = 32 << 20  # what is announced, and counted as progress, at once
 AHEAD_BYTES = 64 << 20
 ADVICE_BYTES = 512 << 10  # the kernel reads ahead no more than this per advice on common disks
-HASH_BYTES = 4 << 20
-UNFINISHED = 2  # shards that are still being hashed and synced while the next is copied
 NO_KERNEL_COPY = (errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF)
 
 
@@ -36,34 +31,30 @@ def write_shards(source: Path, out: Path, shards: Sequence[Shard], task: Task, f
 
     Raises StageFailed where the disk is full or read-only, or the source changed or vanished meanwhile; finished shards stay.
     """
-    unfinished: deque[tuple[Shard, Future[str]]] = deque()
+    unfinished: deque[tuple[Shard, ShardFile]] = deque()
 
     def settle() -> None:
-        shard, future = unfinished[0]
-        sha = future.result()
+        shard, file = unfinished[0]
+        sha = file.sha256.result()
         _partial(out, shard).replace(out / shard.name)
         _sync_directory(out)
         unfinished.popleft()
         finished(shard, sha)
 
-    with explained(source, out), ThreadPoolExecutor(UNFINISHED, "hash") as pool:
+    with explained(source, out), Machinery() as machinery:
         try:
             for shard in shards:
                 task.note(shard.name)
-                while len(unfinished) >= UNFINISHED:
+                while len(unfinished) >= FILES:
                     settle()
-                marks: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-                with _partial(out, shard).open("w+b", buffering=0) as stream:
-                    unfinished.append((shard, pool.submit(_hash_behind, os.dup(stream.fileno()), marks)))
-                    try:
-                        _copy(source, stream.fileno(), shard, marks, task)
-                    finally:
-                        marks.put(None)
+                with ShardFile(_partial(out, shard), shard.nbytes, machinery, direct=not shard.whole) as file:
+                    unfinished.append((shard, file))
+                    _copy(source, file, shard, task)
             while unfinished:
                 settle()
         except BaseException:
-            for shard, future in unfinished:
-                future.exception()
+            for shard, file in unfinished:
+                file.sha256.exception()
                 _partial(out, shard).unlink(missing_ok=True)
             raise
 
@@ -122,16 +113,16 @@ def _partial(out: Path, shard: Shard) -> Path:
     return out / f".{shard.name}.partial"
 
 
-def _copy(source: Path, target: int, shard: Shard, marks: queue.SimpleQueue[int | None], task: Task) -> None:
-    """Header and payload to `target`; `marks` receives how far the file is written."""
+def _copy(source: Path, file: ShardFile, shard: Shard, task: Task) -> None:
+    """Gives the file its header and payload."""
+    by_kernel = bool(shard.whole)
     if shard.whole:
         runs: Iterable[Run] = [(shard.whole, 0, shard.nbytes)]
-        position = 0
     else:
-        _preallocate(target, shard.nbytes)
-        position = _write_all(target, memoryview(shard.header), 0)
+        file.preallocate()
+        file.write(shard.header)
         runs = shard.runs()
-        task.advance(position)
+        task.advance(file.position)
     with ExitStack() as stack:
         opened: dict[str, int] = {}
 
@@ -141,12 +132,14 @@ def _copy(source: Path, target: int, shard: Shard, marks: queue.SimpleQueue[int 
             return opened[name]
 
         for name, begin, length in _read_ahead(_pieces(runs), descriptor):
-            _copy_range(descriptor(name), target, begin, position, length, source / name)
-            position += length
-            marks.put(position)
+            copied = _copy_in_kernel(descriptor(name), file.descriptor, begin, file.position, length) if by_kernel else 0
+            if copied:
+                file.skip(copied)
+            by_kernel = copied == length
+            file.copy(descriptor(name), begin + copied, length - copied, source / name)
             task.advance(length)
-    if position != shard.nbytes:
-        raise StageFailed(f"{source}: gave {position} bytes for {shard.name} where {shard.nbytes} were planned. Please report "
+    if file.position != shard.nbytes:
+        raise StageFailed(f"{source}: gave {file.position} bytes for {shard.name} where {shard.nbytes} were planned. Please report "
                           "this.")
 
 
@@ -172,59 +165,20 @@ def _read_ahead(pieces: Iterable[Run], descriptor: Callable[[str], int]) -> Iter
     yield from waiting
 
 
-def _copy_range(source: int, target: int, begin: int, position: int, length: int, name: Path) -> None:
-    by_kernel = True
-    while length:
+def _copy_in_kernel(source: int, target: int, begin: int, position: int, length: int) -> int:
+    """How many bytes it copied: all, or fewer where the file systems cannot."""
+    done = 0
+    while done < length:
         try:
-            if by_kernel:
-                copied = os.copy_file_range(source, target, length, begin, position)
-            else:
-                piece = os.pread(source, min(length, HASH_BYTES), begin)
-                copied = _write_all(target, memoryview(piece), position) - position
+            copied = os.copy_file_range(source, target, length - done, begin + done, position + done)
         except OSError as error:
-            if not by_kernel or error.errno not in NO_KERNEL_COPY:
+            if error.errno not in NO_KERNEL_COPY:
                 raise
-            by_kernel = False
-            continue
-        if not copied and by_kernel:
-            by_kernel = False  # some file systems say so instead of refusing
-            continue
-        if not copied:
-            raise StageFailed(f"{name}: ends at byte {begin}, before its last tensor: it changed while it was read. Download "
-                              "it again, then run again.")
-        begin, position, length = begin + copied, position + copied, length - copied
-
-
-def _hash_behind(descriptor: int, marks: queue.SimpleQueue[int | None]) -> str:
-    """sha256 (hex) of a file that is being written, following the marks; what was hashed starts towards the disk, the end is
-    synced."""
-    sha, position = hashlib.sha256(), 0
-    buffer = memoryview(bytearray(HASH_BYTES))
-    try:
-        while (mark := marks.get()) is not None:
-            begin = position
-            while position < mark:
-                got = os.preadv(descriptor, [buffer[:min(HASH_BYTES, mark - position)]], position)
-                if not got:
-                    raise StageFailed(f"the file that is being written ends at byte {position} instead of {mark}: something "
-                                      "else changed it. Run again.")
-                sha.update(buffer[:got])
-                position += got
-            # dirty pages are not dropped by this advice, they start on their way to the disk
-            os.posix_fadvise(descriptor, begin, position - begin, os.POSIX_FADV_DONTNEED)
-        os.fsync(descriptor)
-        return sha.hexdigest()
-    finally:
-        os.close(descriptor)
-
-
-def _preallocate(descriptor: int, nbytes: int) -> None:
-    """Claims the space at once, so that a full disk shows before the work and the file lies in one piece."""
-    try:
-        os.posix_fallocate(descriptor, 0, nbytes)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-            raise
+            break
+        if not copied:  # some file systems say so instead of refusing
+            break
+        done += copied
+    return done
 
 
 def _sync_directory(path: Path) -> None:
@@ -233,11 +187,3 @@ def _sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _write_all(target: int, view: memoryview, position: int) -> int:
-    """The position after the last byte."""
-    while view:
-        written = os.pwrite(target, view, position)
-        view, position = view[written:], position + written
-    return position

@@ -49,8 +49,8 @@ def expert_outputs(site, hidden, index):
     outputs = {}
     for e in index.unique().tolist():
         chosen = (index == e).any(dim=1).nonzero()[:, 0]
-        ones = torch.ones(len(chosen), 1, dtype=hidden.dtype)
-        f = forward(hidden[chosen], torch.full((len(chosen), 1), e), ones)
+        ones = torch.ones(len(chosen), 1, dtype=hidden.dtype, device=hidden.device)
+        f = forward(hidden[chosen], torch.full((len(chosen), 1), e, device=hidden.device), ones).cpu()
         outputs[e] = dict(zip(chosen.tolist(), f.double(), strict=True))
     return outputs
 
@@ -65,9 +65,9 @@ def naive(model, tokens, batch_tokens):
     coactivation = torch.zeros(*shape, shape[-1], dtype=torch.int64)
     for group in tokens.groups:
         for batch in batches(tokens, group, batch_tokens):
-            calls, _ = captured_calls(model, batch.input_ids)
+            calls, _ = captured_calls(model, batch.input_ids.to(model.device))
             for layer, (site, hidden, index, gates) in enumerate(calls.values()):
-                outputs = expert_outputs(site, hidden, index)
+                outputs, index, gates = expert_outputs(site, hidden, index), index.cpu(), gates.cpu()
                 for row, length in enumerate(batch.lengths.tolist()):
                     for t in range(length):
                         where, s = row * batch.input_ids.shape[1] + t, int(batch.source[row])

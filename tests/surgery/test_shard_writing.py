@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
+import mmap
 import os
+import threading
 from pathlib import Path
 
 import pytest
 
 from reapkit.errors import StageFailed
 from reapkit.progress import SILENT
-from reapkit.surgery import write
+from reapkit.surgery import shard_file, write
 from reapkit.surgery.cut import Cut, Shard, encode_header
 from reapkit.surgery.write import require_space, write_shards
 
@@ -22,8 +25,8 @@ SIZE = 300_000
 def source(tmp_path) -> Path:
     path = tmp_path / "source"
     path.mkdir()
-    for name in ("a", "b"):
-        (path / name).write_bytes(os.urandom(SIZE))
+    for name, size in (("a", SIZE), ("b", 5_000_000)):
+        (path / name).write_bytes(os.urandom(size))
     return path
 
 
@@ -52,16 +55,50 @@ def expected(source: Path, shard: Shard) -> bytes:
     return shard.header + b"".join(data[cut.shard][begin:begin + length] for cut in shard.cuts for begin, length in cut.ranges)
 
 
-@pytest.mark.parametrize("by_kernel", [True, False])
+def refuse(code: int, monkeypatch: pytest.MonkeyPatch, call: str, *, after: int = 0) -> None:
+    """Lets `os.<call>` fail, once it was called so often."""
+    original, calls = getattr(os, call), []
+
+    def failing(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) > after:
+            raise OSError(code, os.strerror(code))
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(os, call, failing)
+
+
+def refuse_direct(monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    """A file system that does not write past the page cache: said when a file is opened, or when it is first written."""
+    opening, writing = os.open, os.pwrite
+
+    def is_direct(descriptor: int) -> bool:
+        return bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT)
+
+    def refusing_open(path, flags, *rest, **options):
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), str(path))
+        return opening(path, flags, *rest, **options)
+
+    def refusing_write(descriptor, *rest):
+        if is_direct(descriptor):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return writing(descriptor, *rest)
+
+    monkeypatch.setattr(os, *{"open": ("open", refusing_open), "write": ("pwrite", refusing_write)}[when])
+
+
+@pytest.mark.parametrize("block", [mmap.PAGESIZE, 1 << 20])
 @pytest.mark.parametrize("piece", [997, 1 << 25])
-def test_bytes_and_hashes_are_right(source, out, monkeypatch, by_kernel, piece):
+@pytest.mark.parametrize("direct", ["taken", "open", "write"])
+def test_bytes_and_hashes_are_right(source, out, monkeypatch, block, piece, direct):
     monkeypatch.setattr(write, "PIECE_BYTES", piece)
-    monkeypatch.setattr(write, "HASH_BYTES", 1001)
-    if not by_kernel:
-        def refuse(*_):
-            raise OSError(errno.EXDEV, "across disks")
-        monkeypatch.setattr(os, "copy_file_range", refuse)
-    shards = [shard(1), shard(2, "b"), shard(3), shard(4, "b", ((0, SIZE),))]
+    monkeypatch.setattr(shard_file, "BLOCK_BYTES", block)
+    monkeypatch.setattr(shard_file, "SENT_BYTES", 3 * block)
+    if direct != "taken":
+        refuse_direct(monkeypatch, direct)
+    size = (source / "b").stat().st_size
+    shards = [shard(1), shard(2, "b"), shard(3), shard(4, "b", ((0, size),)), shard(5, "b", ((size - 1, 1),))]
     hashes = written(source, out, shards)
     for one in shards:
         content = (out / one.name).read_bytes()
@@ -69,7 +106,13 @@ def test_bytes_and_hashes_are_right(source, out, monkeypatch, by_kernel, piece):
     assert sorted(path.name for path in out.iterdir()) == [one.name for one in shards]
 
 
-def test_a_whole_shard_is_the_same_file(source, out):
+@pytest.mark.parametrize("after", [None, 0, 2])
+def test_a_whole_shard_is_the_same_file(source, out, monkeypatch, after):
+    """By the kernel, without it, and with one that gives up in the middle."""
+    monkeypatch.setattr(write, "PIECE_BYTES", 100_001)
+    monkeypatch.setattr(shard_file, "BLOCK_BYTES", mmap.PAGESIZE)
+    if after is not None:
+        refuse(errno.EXDEV, monkeypatch, "copy_file_range", after=after)
     whole = Shard("1.safetensors", (source / "a").read_bytes()[:100], (Cut("x", "U8", (SIZE - 100,), "a",
                                                                            ((100, SIZE - 100),)),), "a")
     hashes = written(source, out, [whole])
@@ -77,23 +120,19 @@ def test_a_whole_shard_is_the_same_file(source, out):
     assert hashes == {"1.safetensors": hashlib.sha256((source / "a").read_bytes()).hexdigest()}
 
 
+@pytest.mark.parametrize("call, after", [("pwrite", 2), ("preadv", 7), ("posix_fallocate", 2), ("fsync", 3)])
 @pytest.mark.parametrize("code, words", [(errno.ENOSPC, "is full. Free space there, then run again"),
                                          (errno.EROFS, "is read-only"),
                                          (errno.EIO, "the disk reported a failure")])
-def test_a_failing_disk_leaves_finished_shards_and_nothing_half_written(source, out, monkeypatch, code, words):
-    copy, calls = os.copy_file_range, []
-
-    def fail(*arguments):
-        calls.append(arguments)
-        if len(calls) > 4:
-            raise OSError(code, os.strerror(code))
-        return copy(*arguments)
-
-    monkeypatch.setattr(os, "copy_file_range", fail)
-    done: dict[str, str] = {}
+def test_a_failing_disk_leaves_finished_shards_and_nothing_half_written(source, out, monkeypatch, call, after, code, words):
+    refuse(code, monkeypatch, call, after=after)
+    done, shards = {}, {one.name: one for one in map(shard, range(1, 12))}
     with SILENT.task("write") as task, pytest.raises(StageFailed, match=words):
-        write_shards(source, out, [shard(n) for n in range(1, 6)], task, lambda shard, sha: done.update({shard.name: sha}))
-    assert sorted(path.name for path in out.iterdir()) == sorted(done)
+        write_shards(source, out, list(shards.values()), task, lambda shard, sha: done.update({shard.name: sha}))
+    left = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert done.keys() <= left.keys() and len(left) - len(done) <= 1  # one may have its name but not yet a safe directory
+    assert left == {name: expected(source, shards[name]) for name in left}
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("write", "hash"))]
 
 
 def test_a_source_that_vanishes_or_shrinks_is_named(source, out):
