@@ -33,6 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = [argument for argument in arguments if argument != "--debug"]
     interruption.listen()
     gc.set_threshold(COLLECT_AFTER)
+    gc.freeze()  # what the imports left stays to the end: no collection need look at it
     team = None
     try:
         team = ranks.join() if ranks.launched() else None
@@ -46,6 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+    gc.freeze()  # nor at anything else now: the process ends, and its memory with it
     sys.exit(code)
 
 
