@@ -4,7 +4,7 @@
 
 Writes a random qwen3_moe checkpoint, one shard per layer, and measures in turns, each in a process of its own with one torch thread:
 reading all shards into one buffer, the plain forward (one layer's share measured, times the layers), and the streamed observation
-with its hashes of the shards, all with the shards in the page cache; then reading and observing once with the page cache dropped.
+with its hashes of the shards, all with the shards in the page cache; then reading and observing with the page cache dropped.
 Reported: medians, the observation over the larger of reading and computing, and the highest resident memory that the kernel saw of
 the observing process (VmHWM, everything counted) against what was resident before (interpreter, libraries, after observing a
 model of a few MB) plus two layers, embeddings and head, the hidden
@@ -245,23 +245,28 @@ def measure(arguments: argparse.Namespace, dtype: torch.dtype) -> dict[str, obje
         write_tokens(directory / "few-tokens", ROW)
         allowed = bound(path, arguments.tokens, dtype)
         nbytes = Checkpoint.open(path).nbytes
-        drop_from_cache(path)
-        cold = {"read": in_child("read", directory)["seconds"]}
-        drop_from_cache(path)
-        cold["observe"] = in_child("observe", directory)["seconds"]
-        turns = [{name: in_child(name, directory) for name in MEASURED} for _ in range(arguments.rounds)]
-    seconds = {name: statistics.median(turn[name]["seconds"] for turn in turns) for name in MEASURED}
-    peak = max(turn["observe"]["peak"] - turn["observe"]["before"] for turn in turns)
+        turns = []
+        for _ in range(arguments.rounds):
+            turn = {name: in_child(name, directory) for name in MEASURED}
+            for name in ("read", "observe"):
+                drop_from_cache(path)
+                turn[f"{name}_cold"] = in_child(name, directory)
+            turns.append(turn)
+    seconds = {name: statistics.median(turn[name]["seconds"] for turn in turns) for name in turns[0]}
+
+    def over_the_larger(suffix: str) -> float:
+        ratios = [turn[f"observe{suffix}"]["seconds"] / max(turn[f"read{suffix}"]["seconds"], turn["compute"]["seconds"]) for turn in turns]
+        return round(statistics.median(ratios), 3)
+
+    peak = max(turn[name]["peak"] - turn[name]["before"] for turn in turns for name in ("observe", "observe_cold"))
     layer = allowed["two_layers"] / 2
     return {
         "checkpoint_bytes": nbytes,
         "checkpoint_over_bound": round(nbytes / sum(allowed.values()), 2),
         "tokens": arguments.tokens,
-        "seconds_warm": {name: round(value, 2) for name, value in seconds.items()},
-        "over_the_larger": round(statistics.median(turn["observe"]["seconds"] / max(turn["read"]["seconds"], turn["compute"]["seconds"])
-                                                   for turn in turns), 3),
-        "seconds_cold": {name: round(value, 2) for name, value in cold.items()},
-        "over_the_larger_cold": round(cold["observe"] / max(cold["read"], seconds["compute"]), 3),
+        "seconds": {name: round(value, 2) for name, value in seconds.items()},
+        "over_the_larger": over_the_larger(""),
+        "over_the_larger_cold": over_the_larger("_cold"),
         "resident_before_bytes": turns[0]["observe"]["before"],
         "peak_over_before_bytes": peak,
         "bound_bytes": allowed,

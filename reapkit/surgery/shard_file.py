@@ -37,9 +37,10 @@ class Block(NamedTuple):
 
 
 class Machinery:
-    """The ring and the threads; a context manager that waits for all of them."""
+    """The ring and the threads; a context manager that ends all files and waits for them."""
 
     def __enter__(self) -> Machinery:
+        self.files: list[ShardFile] = []
         self.free: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
         ring = memoryview(mmap.mmap(-1, BLOCKS * BLOCK_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))  # page-aligned
         for number in range(BLOCKS):
@@ -51,6 +52,8 @@ class Machinery:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        for file in self.files:
+            file.end()  # again, or because it was interrupted before its own block began
         self._threads.__exit__(*exception)
 
 
@@ -72,6 +75,7 @@ class ShardFile:
             if error.errno != EINVAL or not direct:
                 raise
             self.descriptor, self._direct = os.open(path, flags, 0o666), False
+        machinery.files.append(self)
         self.sha256: Future[str] = machinery.hashers.submit(self._hash_behind)
 
     def __enter__(self) -> ShardFile:
@@ -79,6 +83,10 @@ class ShardFile:
 
     def __exit__(self, *exception: object) -> None:
         self._seal()
+        self.end()
+
+    def end(self) -> None:
+        """Nothing more is given."""
         self._given.put(None)
 
     def preallocate(self) -> None:
