@@ -28,12 +28,14 @@ UsageError = typer.BadParameter.__mro__[1]  # typer carries its own click, whose
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line and exits with the documented code."""
+    own_process = arguments is None
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     interruption.listen()
     gc.set_threshold(COLLECT_AFTER)
-    gc.freeze()  # what the imports left stays to the end: no collection need look at it
+    if own_process:
+        gc.freeze()  # what the imports left stays to the end: no collection need look at it
     team = None
     try:
         team = ranks.join() if ranks.launched() else None
@@ -47,7 +49,8 @@ def main(arguments: list[str] | None = None) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-    gc.freeze()  # nor at anything else now: the process ends, and its memory with it
+    if own_process:
+        gc.freeze()  # nor at anything else now: the process ends, and its memory with it
     sys.exit(code)
 
 

@@ -253,7 +253,7 @@ def observed_forward(site: RoutedExperts, hidden: Tensor, index: Tensor, gates: 
     """
     expert, order = torch.sort(index.reshape(-1), stable=True)
     gate = gates.reshape(-1)[order]
-    run = _grouped if kernels_on(hidden.device) == "grouped_mm" and not site.linearised else _loop_over_experts
+    run = _grouped if _has_grouped_kernels(hidden.device) and not site.linearised else _loop_over_experts
     out, norm, peak = run(site, hidden, expert, order // index.shape[1], order, gate)
     return out, Pairs(order, expert, gate.float(), norm, peak, index.shape[1])
 
@@ -321,6 +321,10 @@ def _sizes(y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def kernels_on(device: torch.device) -> str:
-    """What `observed_forward` runs there, for the record: PyTorch's grouped kernels need a GPU of compute capability 8.0."""
-    grouped = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    return "grouped_mm" if grouped else "loop over experts"
+    """What `observed_forward` runs there, for the record."""
+    return "grouped_mm" if _has_grouped_kernels(device) else "loop over experts"
+
+
+def _has_grouped_kernels(device: torch.device) -> bool:
+    """PyTorch's need a GPU of compute capability 8.0."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)

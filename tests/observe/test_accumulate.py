@@ -59,7 +59,7 @@ def test_both_ways_of_adding_equal_a_loop_over_pairs(seed: int, way: str, monkey
             layer._add_by_row(pairs.order // TOP_K * EXPERTS + pairs.expert, *arguments, positions)
 
         monkeypatch.setattr(layer, "_add_by_bin", by_row)
-    for done, (pairs, positions) in enumerate(calls):  # noqa: B007  (read by `by_row`)
+    for done, (pairs, positions) in enumerate(calls):  # `by_row` reads `done`
         layer.add(pairs, positions)
     found, expected = layer.tensors(), looped(calls)
     for name, values in expected.items():
