@@ -1,6 +1,6 @@
 """Does saliency work? The held-out loss that pruning costs on the packaged model, by criterion, ratio and calibration mix.
 
-    python examples/what_pruning_costs.py --output what_pruning_costs.md     # about 15 minutes on one CPU core
+    python examples/what_pruning_costs.py --output what_pruning_costs.md     # about 11 minutes on one CPU core
 
 Every cell is the increase of the loss over the unpruned model, in nats per predicted token, on rows that neither training
 nor calibration has seen, averaged over the four sources, with a 95 % interval. The interval covers both kinds of noise: which
