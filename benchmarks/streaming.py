@@ -4,14 +4,16 @@
 
 Writes a random qwen3_moe checkpoint, one shard per layer, and measures in turns, each in a process of its own with one torch thread:
 reading all shards into one buffer, the plain forward (one layer's share measured, times the layers), and the streamed observation
-with its hashes of the shards, all with the shards in the page cache; then reading and observing with the page cache dropped.
+with its hashes of the shards, all with the shards in the page cache; then reading and observing with the shards on disk alone.
 Reported: medians, the observation over the larger of reading and computing, and the highest resident memory that the kernel saw of
 the observing process (VmHWM, everything counted) against what was resident before (interpreter, libraries, after observing a
 model of a few MB) plus two layers, embeddings and head, the hidden
 states, and what the plan counts for a batch and for buffers.
 
 A virtual machine may give freed memory back to its host within seconds and then take it again at 0.5 GB/s, twenty times slower than
-memory it has. So each measured process first touches and frees as much as it and the page cache will use.
+memory it has, and slower than a disk is read. So a measured process first touches and frees as much as it will use; and where it reads
+from disk, whose pages want memory for as long as it runs, it finds the page cache full of another file, as on a machine that has been
+up for a day. `--empty-cache` leaves the memory that the shards had free instead.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +51,7 @@ from reapkit.shards import ShardHashes
 
 ROW = 512
 PROCESS_BYTES = 3 << 30  # more than any measured process holds
+FREE_BYTES = 1 << 30  # a full page cache still leaves some memory free
 
 
 @dataclass(frozen=True)
@@ -127,11 +131,11 @@ def write_tokens(path: Path, tokens: int) -> CalibrationTokens:
 # ---------------------------------------------------------------------------------------------- measured, each in its own process
 
 
-def read(path: Path, tokens: CalibrationTokens) -> dict[str, float]:
+def read(path: Path, tokens: CalibrationTokens, get_ready: Callable[[Path], None]) -> dict[str, float]:
     """All shards into one buffer, which is touched before."""
     shards = sorted(path.glob("*.safetensors"))
     buffer = memoryview(bytearray(max(shard.stat().st_size for shard in shards)))
-    have_memory(path)
+    get_ready(path)
     start = time.perf_counter()
     for shard in shards:
         file, done = os.open(shard, os.O_RDONLY), 0
@@ -142,7 +146,7 @@ def read(path: Path, tokens: CalibrationTokens) -> dict[str, float]:
 
 
 @torch.no_grad()
-def compute(path: Path, tokens: CalibrationTokens) -> dict[str, float]:
+def compute(path: Path, tokens: CalibrationTokens, get_ready: Callable[[Path], None]) -> dict[str, float]:
     """One layer's forward over all tokens, measured on a copy of the checkpoint with one layer, times the layers."""
     config = json.loads((path / "config.json").read_text())
     with tempfile.TemporaryDirectory() as directory:
@@ -155,19 +159,20 @@ def compute(path: Path, tokens: CalibrationTokens) -> dict[str, float]:
         (Path(directory) / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
         model = load_model(directory)
     batch = torch.stack([tokens.row(row).input_ids for row in range(tokens.num_rows)])
+    get_ready(path)
     final_hidden(model, batch)  # pages, caches and kernels as in a layer that is not the first
     start = time.perf_counter()
     final_hidden(model, batch)
     return {"seconds": config["num_hidden_layers"] * (time.perf_counter() - start)}
 
 
-def observe(path: Path, tokens: CalibrationTokens) -> dict[str, float]:
+def observe(path: Path, tokens: CalibrationTokens, get_ready: Callable[[Path], None]) -> dict[str, float]:
     """The streamed observation and its hashes; resident bytes before it, and the highest that the kernel saw.
 
     A model of a few MB goes first: what libraries load and keep with their first use is no model's.
     """
     _observed(path.with_name("small"), CalibrationTokens.load(path.with_name("few-tokens")))
-    have_memory(path)
+    get_ready(path)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
     before, start = status("VmRSS"), time.perf_counter()
     _observed(path, tokens)
@@ -183,18 +188,43 @@ def _observed(path: Path, tokens: CalibrationTokens) -> None:
 
 def have_memory(path: Path) -> None:
     """Touches and frees what the process needs at most, and room for those shards that the page cache lacks."""
-    needed = PROCESS_BYTES + Checkpoint.open(path).nbytes - cached_bytes()
+    needed = PROCESS_BYTES + Checkpoint.open(path).nbytes - meminfo("Cached")
     with mmap.mmap(-1, max(PROCESS_BYTES, needed), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
         memory.madvise(mmap.MADV_HUGEPAGE)
         np.frombuffer(memory, np.uint8)[:: mmap.PAGESIZE] = 1
 
 
-def cached_bytes() -> int:
+def drop_from_cache(path: Path) -> None:
+    os.sync()
+    for shard in path.glob("*.safetensors"):
+        file = os.open(shard, os.O_RDONLY)
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(file)
+
+
+def empty_cache(path: Path) -> None:
+    """The shards are on disk alone, and the memory for them is free."""
+    drop_from_cache(path)
+    have_memory(path)
+
+
+def fill_cache(path: Path) -> None:
+    """The shards are on disk alone; other pages, of a file of holes, have the memory until this process ends."""
+    drop_from_cache(path)
+    file, begin, piece = os.open(path.with_name("holes"), os.O_RDWR | os.O_CREAT | os.O_TRUNC), 0, bytearray(8 << 20)
+    path.with_name("holes").unlink()
+    os.truncate(file, meminfo("MemTotal"))
+    while meminfo("MemFree") > FREE_BYTES and (count := os.preadv(file, [piece], begin)):
+        begin += count
+
+
+def meminfo(name: str) -> int:
     lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("Cached:")) * 1024
+    return next(int(line.split()[1]) for line in lines if line.startswith(name + ":")) * 1024
 
 
 MEASURED = {"read": read, "compute": compute, "observe": observe}
+CACHES = {"warm": have_memory, "full": fill_cache, "empty": empty_cache}
 
 
 def status(name: str) -> int:
@@ -202,15 +232,15 @@ def status(name: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(name + ":")) * 1024
 
 
-def in_child(name: str, directory: Path) -> dict[str, float]:
-    command = [sys.executable, __file__, "--child", name, "--directory", str(directory)]
+def in_child(name: str, cache: str, directory: Path) -> dict[str, float]:
+    command = [sys.executable, __file__, "--child", name, "--cache", cache, "--directory", str(directory)]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
-def child(name: str, directory: Path) -> None:
+def child(name: str, cache: str, directory: Path) -> None:
     torch.set_num_threads(1)
     logging.disable_progress_bar()
-    print(json.dumps(MEASURED[name](directory / "model", CalibrationTokens.load(directory / "tokens"))))
+    print(json.dumps(MEASURED[name](directory / "model", CalibrationTokens.load(directory / "tokens"), CACHES[cache])))
 
 
 # ---------------------------------------------------------------------------------------------- the bound and the report
@@ -227,14 +257,6 @@ def bound(path: Path, tokens: int, dtype: torch.dtype) -> dict[str, int]:
             "buffers": READ_BUFFER_BYTES}
 
 
-def drop_from_cache(path: Path) -> None:
-    os.sync()
-    for shard in path.glob("*.safetensors"):
-        file = os.open(shard, os.O_RDONLY)
-        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(file)
-
-
 def measure(arguments: argparse.Namespace, dtype: torch.dtype) -> dict[str, object]:
     with tempfile.TemporaryDirectory(dir=arguments.directory) as name:
         directory = Path(name)
@@ -247,10 +269,8 @@ def measure(arguments: argparse.Namespace, dtype: torch.dtype) -> dict[str, obje
         nbytes = Checkpoint.open(path).nbytes
         turns = []
         for _ in range(arguments.rounds):
-            turn = {name: in_child(name, directory) for name in MEASURED}
-            for name in ("read", "observe"):
-                drop_from_cache(path)
-                turn[f"{name}_cold"] = in_child(name, directory)
+            turn = {name: in_child(name, "warm", directory) for name in MEASURED}
+            turn |= {f"{name}_cold": in_child(name, "empty" if arguments.empty_cache else "full", directory) for name in ("read", "observe")}
             turns.append(turn)
     seconds = {name: statistics.median(turn[name]["seconds"] for turn in turns) for name in turns[0]}
 
@@ -281,12 +301,14 @@ def main() -> None:
     for name, default in (("hidden", 1024), ("experts", 128), ("intermediate", 512), ("tokens", 2048), ("rounds", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dtype", choices=["bfloat16", "float32", "both"], default="both")
+    parser.add_argument("--empty-cache", action="store_true", help="read from disk into memory that is free, not full of another file's pages")
     parser.add_argument("--directory", type=Path, help="where the checkpoint is written, and deleted again")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", choices=MEASURED, help=argparse.SUPPRESS)
+    parser.add_argument("--cache", choices=CACHES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        return child(arguments.child, arguments.directory)
+        return child(arguments.child, arguments.cache, arguments.directory)
     logging.disable_progress_bar()
     result = {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
@@ -294,7 +316,7 @@ def main() -> None:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "argv": [f"{name}={value}" for name, value in vars(arguments).items() if name not in ("json", "directory", "child")],
+        "argv": [f"{name}={value}" for name, value in vars(arguments).items() if name not in ("json", "directory", "child", "cache")],
     }
     for dtype in ("bfloat16", "float32") if arguments.dtype == "both" else (arguments.dtype,):
         result[dtype] = measure(arguments, getattr(torch, dtype))

@@ -1,7 +1,7 @@
 """The bytes of a checkpoint's shards: read in place, without mapping files, and told by their sha256. Torch-free.
 
 Guaranteed: every read of one `ShardReader` sees files of the size and mtime that they had when the checkpoint was opened by it; the
-hashes of `ShardHashes` are of those same files, taken whole by a thread of its own while observe first reads them, and kept beside
+hashes of `ShardHashes` are of those same files, taken whole by threads of their own while observe first reads them, and kept beside
 the store's artifacts by the model's identity. A later observation hashes again and compares; other stages compare size and mtime, and
 hash again only what was touched. What differs raises UnusableError (exit 3). Not seen: bytes that change under the same size and
 mtime after they were observed, until the next observation.
@@ -25,6 +25,7 @@ from reapkit.hashing import digest_file
 READ_BYTES = 1 << 30  # the kernel stops a single read at 2 GiB
 HEX_LETTERS = 64
 NICE = 15  # of 19: a twenty-fifth of a normal thread's share
+HASHING_THREADS = 4  # sha256 takes 1 to 2 GB/s of one core; a fast disk gives more
 
 
 class ShardReader:
@@ -94,7 +95,8 @@ class ShardHashes:
     _pending: dict[str, Future[HashedShard]] = field(default_factory=dict)
 
     def __enter__(self) -> ShardHashes:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="shard-hashes", initializer=_stand_back)
+        threads = min(HASHING_THREADS, os.cpu_count() or 1)
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="shard-hashes", initializer=_stand_back)
         return self
 
     def __exit__(self, *exception: object) -> None:
