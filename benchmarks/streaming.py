@@ -221,18 +221,21 @@ def fill_cache(path: Path) -> None:
         begin += count
 
 
-def meminfo(name: str) -> int:
-    lines = Path("/proc/meminfo").read_text().splitlines()
+def kernel_bytes(name: str, file: str) -> int:
+    lines = Path(file).read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name + ":")) * 1024
+
+
+def meminfo(name: str) -> int:
+    return kernel_bytes(name, "/proc/meminfo")
+
+
+def status(name: str) -> int:
+    return kernel_bytes(name, "/proc/self/status")
 
 
 MEASURED = {"read": read, "compute": compute, "observe": observe}
 CACHES = {"warm": have_memory, "full": fill_cache, "empty": empty_cache}
-
-
-def status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name + ":")) * 1024
 
 
 def in_child(name: str, cache: str, directory: Path) -> dict[str, float]:
