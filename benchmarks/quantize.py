@@ -1,6 +1,6 @@
 """What the quantize stage costs beside llm-compressor called directly: the same matrices, scheme and calibration rows, in pairs.
 
-    python benchmarks/quantize.py [--methods rtn gptq] [--pairs 3] [--output FILE]
+    python benchmarks/quantize.py [--device cpu|cuda] [--methods rtn gptq] [--pairs 3] [--json FILE]
 
 Both sides begin with a checkpoint on the disk and end with a complete quantized directory; nothing is verified. `rtn` is
 `model_free_ptq` on the directory, `gptq` is `oneshot` on a model that transformers loaded, saved by it. Pairs run in one process in
@@ -60,12 +60,13 @@ def write_tokens(path: Path) -> CalibrationTokens:
     return tokens_of_loader([{"input_ids": torch.randint(8192, (ROWS, LENGTH), generator=draw)}], path)
 
 
-def ours(method: str, source: Path, tokens: CalibrationTokens, out: Path) -> None:
+def ours(method: str, source: Path, tokens: CalibrationTokens, out: Path, device: str) -> None:
     """The stage's function."""
-    quantize_checkpoint(source, out, QuantizeSpec(scheme="W3A16", method=method, group_size=128), calibration=tokens, batch_tokens=BATCH_TOKENS)
+    quantize_checkpoint(source, out, QuantizeSpec(scheme="W3A16", method=method, group_size=128), calibration=tokens, batch_tokens=BATCH_TOKENS,
+                        device=device)
 
 
-def theirs(method: str, source: Path, tokens: CalibrationTokens, out: Path) -> None:
+def theirs(method: str, source: Path, tokens: CalibrationTokens, out: Path, device: str) -> None:
     """llm-compressor by itself."""
     from llmcompressor import model_free_ptq, oneshot
     from llmcompressor.core import reset_session
@@ -73,7 +74,7 @@ def theirs(method: str, source: Path, tokens: CalibrationTokens, out: Path) -> N
 
     with quiet():
         if method == "rtn":
-            model_free_ptq(source, out, scheme="W3A16", ignore=IGNORED, device="cpu")
+            model_free_ptq(source, out, scheme="W3A16", ignore=IGNORED, device=device)
             return
         model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", experts_implementation="eager")
         rows = list(equal_batches(tokens, BATCH_TOKENS))
@@ -89,23 +90,23 @@ class _NoProcessor:
         pass
 
 
-def timed(side: Callable[..., None], method: str, source: Path, tokens: CalibrationTokens, out: Path) -> float:
+def timed(side: Callable[..., None], method: str, source: Path, tokens: CalibrationTokens, out: Path, device: str) -> float:
     """Seconds of one side, its files synced."""
     begin = time.perf_counter()
-    side(method, source, tokens, out)
+    side(method, source, tokens, out, device)
     os.sync()
     seconds = time.perf_counter() - begin
     shutil.rmtree(out)
     return seconds
 
 
-def compare(method: str, source: Path, tokens: CalibrationTokens, out: Path, pairs: int) -> dict[str, Any]:
+def compare(method: str, source: Path, tokens: CalibrationTokens, out: Path, pairs: int, device: str) -> dict[str, Any]:
     """Pairs in alternating order."""
     sides = {"reapkit": ours, "llm-compressor": theirs}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for pair in range(pairs):
         for name in sorted(sides, reverse=bool(pair % 2)):
-            seconds[name].append(timed(sides[name], method, source, tokens, out))
+            seconds[name].append(timed(sides[name], method, source, tokens, out, device))
             print(f"{method}, pair {pair + 1}: {name} {seconds[name][-1]:.1f} s", file=sys.stderr, flush=True)
     ratios = [mine / other for mine, other in zip(seconds["reapkit"], seconds["llm-compressor"], strict=True)]
     return {"seconds": {name: [round(run, 2) for run in runs] for name, runs in seconds.items()},
@@ -119,13 +120,14 @@ def benchmark(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     found = {}
     for method in options.methods:
         for side in (ours, theirs):
-            timed(side, method, small, tokens, work / "out")
+            timed(side, method, small, tokens, work / "out", options.device)
         source = write_model(work / method, **SHAPES[method])
         found[method] = {"model": SHAPES[method], "parameters": Checkpoint.open(source).numel,
-                         **compare(method, source, tokens, work / "out", options.pairs)}
+                         **compare(method, source, tokens, work / "out", options.pairs, options.device)}
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {"benchmark": "the quantize stage against llm-compressor called directly, W3A16, groups of 128", "date": datetime.date.today().isoformat(),
-            "machine": f"{os.cpu_count()} {platform.machine().replace('_', '-')} cores, {memory / 2**30:.0f} GiB", "threads": torch.get_num_threads(),
+            "machine": f"{os.cpu_count()} {platform.machine().replace('_', '-')} cores, {memory / 2**30:.0f} GiB",
+            "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu", "threads": torch.get_num_threads(),
             "versions": {name: version(name) for name in ("torch", "transformers", "llmcompressor", "compressed-tensors")},
             "load_average": round(os.getloadavg()[0], 2), "model": SHARED, "calibration": {"rows": ROWS, "tokens_per_row": LENGTH}, **found,
             "limit_ratio": LIMIT_RATIO}
@@ -135,13 +137,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--methods", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="reapkit-quantize-") as work:
         text = json.dumps(benchmark(options, Path(work)), indent=2)
     print(text)
-    if options.output is not None:
-        options.output.write_text(text + "\n")
+    if options.json is not None:
+        options.json.write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Time and peak memory of a streamed observation, against reading the shards and against the plain forward of the same layers.
 
-    python benchmarks/streaming.py [--gigabytes 10] [--dtype bfloat16] [--rounds 3] [--directory DIR] [--json FILE]
+    python benchmarks/streaming.py [--device cpu|cuda] [--gigabytes 10] [--dtype bfloat16] [--rounds 3] [--directory DIR] [--json FILE]
 
 Writes a random qwen3_moe checkpoint, one shard per layer, and measures in turns, each in a process of its own with one torch thread:
 reading all shards into one buffer, the plain forward (one layer's share measured, times the layers), and the streamed observation
@@ -14,6 +14,10 @@ A virtual machine may give freed memory back to its host within seconds and then
 memory it has, and slower than a disk is read. So a measured process first touches and frees as much as it will use; and where it reads
 from disk, whose pages want memory for as long as it runs, it finds the page cache full of another file, as on a machine that has been
 up for a day. `--empty-cache` leaves the memory that the shards had free instead.
+
+With `--device cuda` the model has 15 GB, the process may allocate 4 GiB of the card's memory (torch refuses more), rows pass in batches of
+8,192 tokens, and memory is the card's: what torch's allocator had reserved at most. Its memory is too large to fill its page cache within
+minutes, so that reading "from disk" finds free memory there, as with `--empty-cache`.
 """
 
 from __future__ import annotations
@@ -52,6 +56,7 @@ from reapkit.shards import ShardHashes
 ROW = 512
 PROCESS_BYTES = 3 << 30  # more than any measured process holds
 FREE_BYTES = 1 << 30  # a full page cache still leaves some memory free
+GPU_BYTES = 4 << 30  # what a measured process may allocate on the card
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,49 @@ class Shape:
     hidden: int
     experts: int
     intermediate: int
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What is measured on a device where the command line names nothing else."""
+
+    gigabytes: float
+    shape: Shape
+    tokens: int
+    batch_tokens: int
+    rounds: int
+
+
+DEFAULTS = {"cpu": Defaults(10, Shape(1024, 128, 512), 2048, 2048, 3), "cuda": Defaults(15, Shape(2048, 128, 768), 131_072, 8_192, 1)}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a child computes, and how many tokens at a time."""
+
+    device: str
+    batch_tokens: int
+
+    def finish(self) -> None:
+        """Waits for the device."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def resident(self) -> int:
+        """Bytes held now: the process's on a CPU, torch's allocator's on a card."""
+        return torch.cuda.memory_reserved() if self.device == "cuda" else status("VmRSS")
+
+    def start_again(self) -> None:
+        """`peak` counts from here."""
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
+
+    def peak(self) -> int:
+        """The most bytes held since `start_again`."""
+        return torch.cuda.max_memory_reserved() if self.device == "cuda" else status("VmHWM")
 
 
 def write_checkpoint(path: Path, nbytes: int, shape: Shape, dtype: torch.dtype) -> None:
@@ -131,7 +179,7 @@ def write_tokens(path: Path, tokens: int) -> CalibrationTokens:
 # ---------------------------------------------------------------------------------------------- measured, each in its own process
 
 
-def read(path: Path, tokens: CalibrationTokens, get_ready: Callable[[Path], None]) -> dict[str, float]:
+def read(path: Path, tokens: CalibrationTokens, get_ready: Callable[[Path], None], place: Place) -> dict[str, float]:
     """All shards into one buffer, which is touched before."""
     shards = sorted(path.glob("*.safetensors"))
     buffer = memoryview(bytearray(max(shard.stat().st_size for shard in shards)))
@@ -146,7 +194,7 @@ def read(path: Path, tokens: CalibrationTokens, get_ready: Callable[[Path], None
 
 
 @torch.no_grad()
-def compute(path: Path, tokens: CalibrationTokens, get_ready: Callable[[Path], None]) -> dict[str, float]:
+def compute(path: Path, tokens: CalibrationTokens, get_ready: Callable[[Path], None], place: Place) -> dict[str, float]:
     """One layer's forward over all tokens, on a copy of the checkpoint with one layer: the median of three, times the layers."""
     config = json.loads((path / "config.json").read_text())
     with tempfile.TemporaryDirectory() as directory:
@@ -157,36 +205,41 @@ def compute(path: Path, tokens: CalibrationTokens, get_ready: Callable[[Path], N
         index = json.loads((path / "model.safetensors.index.json").read_text())
         where = {name: file for name, file in index["weight_map"].items() if file in kept}
         (Path(directory) / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
-        model = load_model(directory)
-    batch = torch.stack([tokens.row(row).input_ids for row in range(tokens.num_rows)])
+        model = load_model(directory, device=place.device)
+    rows = torch.stack([tokens.row(row).input_ids for row in range(tokens.num_rows)]).to(place.device)
     get_ready(path)
-    final_hidden(model, batch)  # pages, caches and kernels as in a layer that is not the first
-    seconds = []
-    for _ in range(3):
+
+    def forward() -> float:
         start = time.perf_counter()
-        final_hidden(model, batch)
-        seconds.append(time.perf_counter() - start)
+        for batch in rows.split(place.batch_tokens // ROW):
+            final_hidden(model, batch)
+        place.finish()
+        return time.perf_counter() - start
+
+    forward()  # pages, caches and kernels as in a layer that is not the first
+    seconds = [forward() for _ in range(3)]
     return {"seconds": config["num_hidden_layers"] * statistics.median(seconds)}
 
 
-def observe(path: Path, tokens: CalibrationTokens, get_ready: Callable[[Path], None]) -> dict[str, float]:
-    """The streamed observation and its hashes; resident bytes before it, and the highest that the kernel saw.
+def observe(path: Path, tokens: CalibrationTokens, get_ready: Callable[[Path], None], place: Place) -> dict[str, float]:
+    """The streamed observation and its hashes; bytes held before it, and the most that were.
 
     A model of a few MB goes first: what libraries load and keep with their first use is no model's.
     """
-    _observed(path.with_name("small"), CalibrationTokens.load(path.with_name("few-tokens")))
+    _observed(path.with_name("small"), CalibrationTokens.load(path.with_name("few-tokens")), place)
     get_ready(path)
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
-    before, start = status("VmRSS"), time.perf_counter()
-    _observed(path, tokens)
-    return {"seconds": time.perf_counter() - start, "before": before, "peak": status("VmHWM")}
+    place.start_again()
+    before, start = place.resident(), time.perf_counter()
+    _observed(path, tokens, place)
+    return {"seconds": time.perf_counter() - start, "before": before, "peak": place.peak()}
 
 
-def _observed(path: Path, tokens: CalibrationTokens) -> None:
+def _observed(path: Path, tokens: CalibrationTokens, place: Place) -> None:
     with tempfile.TemporaryDirectory() as work, ShardHashes(path, Path(work) / "shards.json") as hashes:
-        observe_streaming(path, tokens, ObserveSpec(eaft=False), batch_tokens=len(tokens.row_lengths) * ROW, work_directory=Path(work),
-                          reading=hashes.begin)
+        observe_streaming(path, tokens, ObserveSpec(eaft=False), batch_tokens=place.batch_tokens, work_directory=Path(work),
+                          device=place.device, reading=hashes.begin)
         hashes.keep()
+        place.finish()
 
 
 def have_memory(path: Path) -> None:
@@ -238,45 +291,49 @@ MEASURED = {"read": read, "compute": compute, "observe": observe}
 CACHES = {"warm": have_memory, "full": fill_cache, "empty": empty_cache}
 
 
-def in_child(name: str, cache: str, directory: Path) -> dict[str, float]:
-    command = [sys.executable, __file__, "--child", name, "--cache", cache, "--directory", str(directory)]
+def in_child(name: str, cache: str, directory: Path, place: Place) -> dict[str, float]:
+    command = [sys.executable, __file__, "--child", name, "--cache", cache, "--directory", str(directory), "--device", place.device,
+               "--batch-tokens", str(place.batch_tokens)]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
-def child(name: str, cache: str, directory: Path) -> None:
+def child(name: str, cache: str, directory: Path, place: Place) -> None:
     torch.set_num_threads(1)
     logging.disable_progress_bar()
-    print(json.dumps(MEASURED[name](directory / "model", CalibrationTokens.load(directory / "tokens"), CACHES[cache])))
+    if place.device == "cuda":
+        torch.cuda.set_per_process_memory_fraction(GPU_BYTES / torch.cuda.get_device_properties(0).total_memory)
+    print(json.dumps(MEASURED[name](directory / "model", CalibrationTokens.load(directory / "tokens"), CACHES[cache], place)))
 
 
 # ---------------------------------------------------------------------------------------------- the bound and the report
 
 
-def bound(path: Path, tokens: int, dtype: torch.dtype) -> dict[str, int]:
-    """What the observation may take beside what was resident before it."""
+def bound(path: Path, tokens: int, dtype: torch.dtype, place: Place) -> dict[str, int]:
+    """What the observation may take beside what was resident before it; on a card hidden states and buffers wait on the host."""
     checkpoint = Checkpoint.open(path)
     weights = layer_weights(checkpoint, read_layout(checkpoint))
     rest, wider = weights.pop(None), dtype.itemsize // COMPUTE_BYTES
-    batch = (activation_bytes(checkpoint.config, tokens) - LOGITS_BYTES) * wider
-    hidden = tokens * checkpoint.config["hidden_size"] * dtype.itemsize
-    return {"two_layers": 2 * max(weights.values()), "embeddings_and_head": rest, "hidden_states": hidden, "batch": batch,
-            "buffers": READ_BUFFER_BYTES}
+    batch = (activation_bytes(checkpoint.config, place.batch_tokens) - LOGITS_BYTES) * wider
+    on_host = {"hidden_states": tokens * checkpoint.config["hidden_size"] * dtype.itemsize, "buffers": READ_BUFFER_BYTES}
+    return {"two_layers": 2 * max(weights.values()), "embeddings_and_head": rest, "batch": batch, **({} if place.device == "cuda" else on_host)}
 
 
 def measure(arguments: argparse.Namespace, dtype: torch.dtype) -> dict[str, object]:
     with tempfile.TemporaryDirectory(dir=arguments.directory) as name:
         directory = Path(name)
         path = directory / "model"
+        place = Place(arguments.device, arguments.batch_tokens)
         write_checkpoint(path, int(arguments.gigabytes * 1e9), Shape(arguments.hidden, arguments.experts, arguments.intermediate), dtype)
         write_tokens(directory / "tokens", arguments.tokens)
         write_checkpoint(directory / "small", 0, Shape(256, 8, 32), dtype)
         write_tokens(directory / "few-tokens", ROW)
-        allowed = bound(path, arguments.tokens, dtype)
+        allowed = bound(path, arguments.tokens, dtype, place)
         nbytes = Checkpoint.open(path).nbytes
         turns = []
         for _ in range(arguments.rounds):
-            turn = {name: in_child(name, "warm", directory) for name in MEASURED}
-            turn |= {f"{name}_cold": in_child(name, "empty" if arguments.empty_cache else "full", directory) for name in ("read", "observe")}
+            turn = {name: in_child(name, "warm", directory, place) for name in MEASURED}
+            cold = "empty" if arguments.empty_cache else "full"
+            turn |= {f"{name}_cold": in_child(name, cold, directory, place) for name in ("read", "observe")}
             turns.append(turn)
     seconds = {name: statistics.median(turn[name]["seconds"] for turn in turns) for name in turns[0]}
 
@@ -297,28 +354,43 @@ def measure(arguments: argparse.Namespace, dtype: torch.dtype) -> dict[str, obje
         "peak_over_before_bytes": peak,
         "bound_bytes": allowed,
         "peak_over_bound": round(peak / sum(allowed.values()), 3),
-        "peak_in_layers": round((peak - allowed["embeddings_and_head"] - allowed["hidden_states"]) / layer, 2),
+        "peak_in_layers": round((peak - allowed["embeddings_and_head"] - allowed.get("hidden_states", 0)) / layer, 2),
     }
+
+
+def with_defaults(arguments: argparse.Namespace) -> argparse.Namespace:
+    """Fills in what the command line left open, by device."""
+    defaults = DEFAULTS[arguments.device]
+    tokens = arguments.tokens or defaults.tokens
+    at_once = {"cpu": tokens, "cuda": defaults.batch_tokens}[arguments.device]
+    found = {"gigabytes": defaults.gigabytes, **vars(defaults.shape), "tokens": tokens, "batch_tokens": at_once, "rounds": defaults.rounds}
+    for name, value in found.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
+    arguments.empty_cache |= arguments.device == "cuda"
+    return arguments
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gigabytes", type=float, default=10)
-    for name, default in (("hidden", 1024), ("experts", 128), ("intermediate", 512), ("tokens", 2048), ("rounds", 3)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--device", choices=list(DEFAULTS), default="cpu")
+    parser.add_argument("--gigabytes", type=float)
+    for name in ("hidden", "experts", "intermediate", "tokens", "batch-tokens", "rounds"):
+        parser.add_argument(f"--{name}", type=int, help="default: by device")
     parser.add_argument("--dtype", choices=["bfloat16", "float32", "both"], default="both")
     parser.add_argument("--empty-cache", action="store_true", help="read from disk into memory that is free, not full of another file's pages")
     parser.add_argument("--directory", type=Path, help="where the checkpoint is written, and deleted again")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", choices=MEASURED, help=argparse.SUPPRESS)
     parser.add_argument("--cache", choices=CACHES, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = with_defaults(parser.parse_args())
     if arguments.child:
-        return child(arguments.child, arguments.cache, arguments.directory)
+        return child(arguments.child, arguments.cache, arguments.directory, Place(arguments.device, arguments.batch_tokens))
     logging.disable_progress_bar()
     result = {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
