@@ -23,8 +23,8 @@ import numpy
 import tokenizers
 import transformers
 
-from reapkit import builtin
 from reapkit.calibration.prepare import prepare
+from reapkit.checkpoint.locate import MODEL_DIRECTORY
 from reapkit.recipe.schema import CalibrationSpec, MixEntry
 
 
@@ -37,7 +37,7 @@ def measure(samples: int, directory: Path) -> dict:
     mix = tuple(MixEntry(name=name, source=f"builtin:{name}") for name in ("code", "prose", "tools", "math"))
     calibration = CalibrationSpec(samples=samples, max_length=2048, mix=mix)
     imported, began = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
-    summary = prepare(calibration, builtin.MODEL_DIRECTORY, directory, directory / "calibration")
+    summary = prepare(calibration, MODEL_DIRECTORY, directory, directory / "calibration")
     used = resource.getrusage(resource.RUSAGE_SELF)
     return {
         "samples": samples, "rows": summary["rows"], "tokens": summary["tokens"], "scored_tokens": summary["scored_tokens"],

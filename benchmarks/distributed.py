@@ -27,11 +27,11 @@ import transformers
 from streaming import Shape, write_checkpoint, write_tokens
 from transformers.utils import logging
 
-from reapkit import ranks
 from reapkit.calibration.tokens import SUMMARY_FILE, CalibrationTokens
-from reapkit.models import load_model
-from reapkit.observe.resident import observe
-from reapkit.observe.streaming import observe_streaming
+from reapkit.core import ranks
+from reapkit.model.loading import load_model
+from reapkit.observation.resident import observe
+from reapkit.observation.streamed import observe_streaming
 from reapkit.recipe.schema import ObserveSpec
 
 GROUPS = 16

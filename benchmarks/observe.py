@@ -27,11 +27,11 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from reapkit.calibration.tokens import Batch
-from reapkit.models import final_hidden
-from reapkit.observe.accumulate import GroupSums
-from reapkit.observe.experts import find_experts, intercepted
-from reapkit.observe.session import BatchWatch, Session
-from reapkit.observe.traces import GroupTraces
+from reapkit.model.loading import final_hidden
+from reapkit.model.routed_experts import find_experts, intercepted
+from reapkit.observation.accumulate import GroupSums
+from reapkit.observation.eaft_trace import GroupTraces
+from reapkit.observation.session import BatchWatch, Session
 from reapkit.recipe.schema import ObserveSpec
 
 

@@ -26,8 +26,8 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-import published_models  # noqa: E402  (a helper of the tests)
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tests.support import published_models  # noqa: E402  (a helper of the tests)
 
 LAYERS, DENSE, EXPERTS, HIDDEN, INNER, VOCABULARY, SHARDS = 61, 1, 384, 7168, 2048, 163840, 1000
 LIMIT_SECONDS = 2.0
@@ -95,7 +95,7 @@ def measure(directory: Path) -> tuple[float, float, dict[str, Any]]:
 
 def imports_torch(directory: Path) -> bool:
     """Whether planning this checkpoint loads torch."""
-    code = "import sys; from reapkit.cli import _run; _run(['plan', 'recipe.yaml', '--json'], False); sys.exit('torch' in sys.modules)"
+    code = "import sys; from reapkit.cli.main import _run; _run(['plan', 'recipe.yaml', '--json'], False); sys.exit('torch' in sys.modules)"
     return bool(subprocess.run([sys.executable, "-c", code], cwd=directory, stdout=subprocess.DEVNULL).returncode)
 
 

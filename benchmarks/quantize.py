@@ -30,10 +30,10 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausal
 
 from reapkit.calibration.loader import tokens_of_loader
 from reapkit.calibration.tokens import CalibrationTokens
-from reapkit.checkpoint import Checkpoint
-from reapkit.quantize import quantize_checkpoint
-from reapkit.quantize.oneshot import equal_batches
-from reapkit.quantize.quiet import quiet
+from reapkit.checkpoint.checkpoint import Checkpoint
+from reapkit.quantization.checkpoint import quantize_checkpoint
+from reapkit.quantization.oneshot import equal_batches
+from reapkit.quantization.quiet import quiet
 from reapkit.recipe.schema import QuantizeSpec
 
 SHARED = dict(vocab_size=8192, num_experts=32, num_experts_per_tok=4, num_attention_heads=4, num_key_value_heads=2, head_dim=128,

@@ -17,8 +17,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from reapkit.pipeline.run import apply
 from reapkit.recipe.loading import load
-from reapkit.run import apply
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "demo.yaml"
 SETTINGS = tuple((scheme, method) for scheme in ("W4A16", "W3A16") for method in ("rtn", "gptq"))

@@ -28,12 +28,11 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-import published_models  # noqa: E402  (a helper of the tests)
-
-from reapkit.checkpoint import Checkpoint  # noqa: E402
-from reapkit.observation import MAXIMA, SUMS, Observation  # noqa: E402
-from reapkit.selection import Selection  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from reapkit.checkpoint.checkpoint import Checkpoint  # noqa: E402
+from reapkit.observation.observation import MAXIMA, SUMS, Observation  # noqa: E402
+from reapkit.selection.selection import Selection  # noqa: E402
+from tests.support import published_models  # noqa: E402  (a helper of the tests)
 
 LAYERS, EXPERTS, TOP_K, HIDDEN, INNER, VOCABULARY, SHARDS, SOURCES = 60, 512, 10, 2048, 512, 151936, 60, ("code", "tools")
 LIMIT_SECONDS = 2.0

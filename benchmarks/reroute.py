@@ -22,9 +22,9 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from reapkit.observe.experts import RoutedExperts, find_experts
-from reapkit.observe.reroute import Router, _outputs, is_local
-from reapkit.reroute import Sampled, path, single
+from reapkit.model.routed_experts import RoutedExperts, find_experts
+from reapkit.observation.reroute_sample import Router, _outputs, is_local
+from reapkit.observation.rerouting import Sampled, path, single
 
 
 def build(arguments: argparse.Namespace) -> RoutedExperts:

@@ -44,14 +44,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 from reapkit.calibration.tokens import SUMMARY_FILE, TOKENS_FILE, CalibrationTokens
-from reapkit.checkpoint import Checkpoint
-from reapkit.estimates import COMPUTE_BYTES, LOGITS_BYTES, READ_BUFFER_BYTES, activation_bytes, layer_weights
-from reapkit.layout import read_layout
-from reapkit.mapped import create_tensors
-from reapkit.models import final_hidden, load_model
-from reapkit.observe.streaming import observe_streaming
+from reapkit.checkpoint.checkpoint import Checkpoint
+from reapkit.checkpoint.expert_layout import read_layout
+from reapkit.checkpoint.shard_reader import ShardHashes
+from reapkit.core.mapped_safetensors import create_tensors
+from reapkit.model.loading import final_hidden, load_model
+from reapkit.observation.streamed import observe_streaming
+from reapkit.planning.estimates import COMPUTE_BYTES, LOGITS_BYTES, READ_BUFFER_BYTES, activation_bytes, layer_weights
 from reapkit.recipe.schema import ObserveSpec
-from reapkit.shards import ShardHashes
 
 ROW = 512
 PROCESS_BYTES = 3 << 30  # more than any measured process holds

@@ -29,10 +29,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from reapkit.checkpoint import Checkpoint
-from reapkit.layout import read_layout
-from reapkit.selection import LayerSelection, Selection
-from reapkit.surgery.prune import prune_checkpoint
+from reapkit.checkpoint.checkpoint import Checkpoint
+from reapkit.checkpoint.expert_layout import read_layout
+from reapkit.pruning.checkpoint import prune_checkpoint
+from reapkit.selection.selection import LayerSelection, Selection
 
 HIDDEN, INNER, EXPERTS, TOP_K = 2048, 768, 64, 8
 SHARD_BYTES = 1_000_000_000

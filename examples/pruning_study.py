@@ -14,14 +14,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from reapkit.builtin import MODEL_DIRECTORY
 from reapkit.calibration.prepare import prepare, prepare_packs
 from reapkit.calibration.tokens import CalibrationTokens, batches
-from reapkit.checkpoint import Checkpoint
-from reapkit.masking import masked
-from reapkit.models import final_hidden, head_logits, load_model
-from reapkit.observation import Observation
-from reapkit.observe.resident import observe
+from reapkit.checkpoint.checkpoint import Checkpoint
+from reapkit.checkpoint.locate import MODEL_DIRECTORY
+from reapkit.model.loading import final_hidden, head_logits, load_model
+from reapkit.model.masking import masked
+from reapkit.observation.observation import Observation
+from reapkit.observation.resident import observe
+from reapkit.pruning.refitted_weights import RepairedWeights, repaired
 from reapkit.recipe.schema import (
     CalibrationSpec,
     EvaluateSpec,
@@ -31,8 +32,8 @@ from reapkit.recipe.schema import (
     PruneSpec,
     SaliencySpec,
 )
-from reapkit.repair.weights import RepairedWeights, repaired
-from reapkit.selection import Selection, select
+from reapkit.selection.decide import select
+from reapkit.selection.selection import Selection
 
 SOURCES = ("code", "tools", "prose", "math")
 LENGTH = 512

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from reapkit.observation import Observation
+from reapkit.observation.observation import Observation
 
 sys.path.insert(0, str(Path(__file__).parent))
 from pruning_study import LENGTH, SOURCES, Cost, Losses, Noise, Study  # noqa: F401 (Losses: beside the rest)

@@ -24,16 +24,17 @@ from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.factory import ModifierFactory
 from pydantic import Field, PrivateAttr, model_validator
 
-from reapkit.architecture import Architecture
 from reapkit.calibration.loader import tokens_of_loader
-from reapkit.errors import UnusableError
-from reapkit.observation import Observation
-from reapkit.observe.resident import observe
-from reapkit.quantize.oneshot import causal_tracing
-from reapkit.quantize.saving import save_as_the_source
+from reapkit.checkpoint.architecture import Architecture
+from reapkit.core.errors import UnusableError
+from reapkit.observation.observation import Observation
+from reapkit.observation.resident import observe
+from reapkit.pruning.in_memory import prune_loaded
+from reapkit.quantization.oneshot import causal_tracing
+from reapkit.quantization.saving import save_as_the_source
 from reapkit.recipe.schema import ObserveSpec, PruneSpec, SaliencySpec
-from reapkit.selection import Selection, select
-from reapkit.surgery.loaded import prune_loaded
+from reapkit.selection.decide import select
+from reapkit.selection.selection import Selection
 
 __all__ = ["REAPModifier"]
 

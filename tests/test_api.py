@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
-
 
 import reapkit
-
-ROOT = Path(__file__).parents[1]
+from tests.support.paths import ROOT
 
 
 def test_public_names_are_there_and_typed() -> None:
@@ -19,7 +16,7 @@ def test_public_names_are_there_and_typed() -> None:
 
 
 def test_a_submodule_never_hides_a_public_function() -> None:
-    code = "import reapkit, reapkit.planning, reapkit.run, reapkit.selection; assert callable(reapkit.plan) and callable(reapkit.select)"
+    code = "import reapkit, reapkit.planning.plan, reapkit.pipeline.run, reapkit.selection.selection; assert callable(reapkit.plan) and callable(reapkit.select)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

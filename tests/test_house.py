@@ -1,71 +1,133 @@
-"""The house keeps its plan: imports go down the floors, and everything up to the plan stays free of torch."""
+"""The house keeps its plan: no circle among modules, rooms import rooms above them only, torch-free files are free of torch.
+
+    python tests/test_house.py
+
+prints the rooms with their modules, lines and arrows.
+"""
 
 from __future__ import annotations
 
 import ast
-import subprocess
 import sys
+from collections import Counter
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "reapkit"
-FLOORS = {
-    0: "errors hashing interruption progress ranks",
-    1: "recipe architecture gates criteria",
-    2: "checkpoint mapped shards hub layout mtp schemes sizes store builtin resolve layer_budget",
-    3: "allocation budget garbage imported planning lock starter differences estimates quantize_memory tables",
-    4: "observation saliency selection decision eaft eaft_table statistics metrics ridge reroute removal",
-    5: "foreign models masking calibration observe surgery repair",
-    6: "stages quantize evaluate verify report serving",
-    7: "run export inspection comparison",
-    8: "cli terminal llmcompressor __init__ __main__",
-}
-FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms.split()}
+ROOMS = (
+    "core", "recipe", "checkpoint", "calibration", "model", "observation", "selection", "pruning", "healing", "quantization", "evaluation",
+    "planning", "report", "pipeline", "cli",
+)
+"""From the ground up: a room imports rooms that stand before it, and itself."""
+BESIDE = {"calibration", "model"}
+"""Neighbours on one floor, which do not import each other."""
+LOOSE = {"__init__", "__main__", "api", "llmcompressor"}
+HEAVY = {"torch", "transformers", "datasets", "llmcompressor", "compressed_tensors", "accelerate"}
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by its dotted name."""
+    files = (path for path in sorted(PACKAGE.rglob("*.py")) if "_recipes" not in path.parts)
+    return {".".join(("reapkit", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): path for path in files}
+
+
+MODULES = modules()
 
 
 def room(module: str) -> str:
-    """`reapkit.recipe.schema` -> `recipe`."""
-    parts = module.split(".")
-    return parts[1] if len(parts) > 1 else "__init__"
+    """`reapkit.recipe.schema` -> `recipe`; loose modules are rooms of their own."""
+    return module.split(".")[1] if "." in module else "__init__"
 
 
-def imports(path: Path) -> set[str]:
-    """The modules of the package that a file imports when it is used, type checking aside."""
-    tree = ast.parse(path.read_text())
-    hidden = {id(inner) for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-              for inner in ast.walk(node)}
-    found = set()
+@cache
+def imports(module: str, *, lazy: bool = True) -> frozenset[str]:
+    """What a module imports when it is used, by full dotted name; type checking aside. Without `lazy`: when it is imported."""
+    tree = ast.parse(MODULES[module].read_text())
+    hidden = set()
+    for node in ast.walk(tree):
+        typing_only = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        if typing_only or not lazy and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            hidden |= {id(inner) for inner in ast.walk(node)}
+    found: set[str] = set()
     for node in ast.walk(tree):
         if id(node) in hidden:
             continue
-        if isinstance(node, ast.ImportFrom) and node.level == 0 and (node.module or "").split(".")[0] == "reapkit":
-            found |= {f"{node.module}.{alias.name}" if node.module == "reapkit" else node.module for alias in node.names}
+        if isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{module}: a relative import"
+            inside = {f"{node.module}.{alias.name}" for alias in node.names} & MODULES.keys()
+            found |= inside or {node.module}
         elif isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names if alias.name.split(".")[0] == "reapkit"}
-    return found
+            found |= {alias.name for alias in node.names}
+    return frozenset(found)
 
 
-FILES = sorted(path for path in PACKAGE.rglob("*.py") if "_recipes" not in path.parts)
+def own(module: str, *, lazy: bool = True) -> set[str]:
+    """The package's own modules among `imports`."""
+    return {name for name in imports(module, lazy=lazy) if name in MODULES}
 
 
-def module_of(path: Path) -> str:
-    return ".".join(("reapkit", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+@cache
+def loaded_by(module: str) -> frozenset[str]:
+    """Top-level names of everything outside the package that importing a module imports, its own packages' `__init__` included."""
+    seen: set[str] = set()
+    outside: set[str] = set()
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        parts = name.split(".")
+        waiting += [".".join(parts[:n]) for n in range(1, len(parts))]
+        found = imports(name, lazy=False)
+        waiting += [other for other in found if other in MODULES]
+        outside |= {other.split(".")[0] for other in found if other not in MODULES}
+    return frozenset(outside)
 
 
-def test_every_room_has_a_floor() -> None:
-    homeless = {room(module_of(path)) for path in FILES} - set(FLOOR)
-    assert not homeless, f"give these a floor in FLOORS: {sorted(homeless)}"
+def test_there_is_no_circle() -> None:
+    try:
+        tuple(TopologicalSorter({module: own(module) - {module} for module in MODULES}).static_order())
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
 
 
-@pytest.mark.parametrize("path", FILES, ids=module_of)
-def test_imports_go_down(path: Path) -> None:
-    here = room(module_of(path))
-    climbing = [target for target in imports(path) if room(target) != here and FLOOR[room(target)] > FLOOR[here]]
-    assert not climbing, f"floor {FLOOR[here]} imports upward: {climbing}"
+def test_every_module_has_a_room() -> None:
+    assert {room(module) for module in MODULES} == {*ROOMS, *LOOSE}
+    assert {path.stem for path in PACKAGE.glob("*.py")} == LOOSE
 
 
-@pytest.mark.parametrize("module", ["reapkit", "reapkit.planning", "reapkit.cli"])
+@pytest.mark.parametrize("module", [module for module in MODULES if room(module) in ROOMS])
+def test_rooms_import_rooms_below_them(module: str) -> None:
+    here = room(module)
+    allowed = {*ROOMS[: ROOMS.index(here) + 1]} - (BESIDE - {here} if here in BESIDE else set())
+    wrong = sorted(other for other in own(module) if room(other) not in allowed and other != "reapkit")
+    assert not wrong, f"{module} imports {wrong}, which stand above or beside {here}"
+
+
+@pytest.mark.parametrize("module", [name for name, path in MODULES.items() if "torch-free." in (ast.get_docstring(ast.parse(path.read_text())) or "").lower()])
+def test_torch_free_modules_are(module: str) -> None:
+    assert not loaded_by(module) & HEAVY
+
+
+@pytest.mark.parametrize("module", ["reapkit", "reapkit.api", "reapkit.planning.plan", "reapkit.cli.main", "reapkit.pipeline.run"])
 def test_torch_stays_out_until_the_plan_is_made(module: str) -> None:
-    code = f"import sys, {module}; sys.exit(bool({{'torch', 'transformers', 'datasets'}} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    assert not loaded_by(module) & HEAVY
+
+
+def main() -> None:
+    """Prints the house."""
+    arrows = Counter((room(module), room(other)) for module in MODULES for other in own(module) if room(module) != room(other))
+    for name in (*ROOMS, *sorted(LOOSE)):
+        inside = [module for module in MODULES if room(module) == name]
+        lines = sum(len(MODULES[module].read_text().splitlines()) for module in inside)
+        reads = ", ".join(f"{other} {count}" for (here, other), count in sorted(arrows.items()) if here == name and other in ROOMS)
+        print(f"{name:14s} {len(inside):3d} modules {lines:6d} lines   imports {reads or 'nothing'}")
+    print(f"{len(arrows)} arrows between {len({*ROOMS, *LOOSE})} boxes, {sum(len(own(module)) for module in MODULES)} between modules")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

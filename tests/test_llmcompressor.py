@@ -13,19 +13,19 @@ from llmcompressor import oneshot
 from llmcompressor.core import reset_session
 from llmcompressor.recipe import Recipe
 from pydantic import ValidationError
-from tiny import build, save_hub_layout
 from torch.utils.data import DataLoader
 
-from reapkit.checkpoint import Checkpoint
-from reapkit.errors import UnusableError
 import reapkit.llmcompressor  # noqa: F401  (registers REAPModifier)
-from reapkit.masking import masked
-from reapkit.models import load_model
-from reapkit.observe.resident import observe
 from reapkit.calibration.loader import tokens_of_loader
-from reapkit.quantize.quiet import quiet
+from reapkit.checkpoint.checkpoint import Checkpoint
+from reapkit.core.errors import UnusableError
+from reapkit.model.loading import load_model
+from reapkit.model.masking import masked
+from reapkit.observation.resident import observe
+from reapkit.quantization.quiet import quiet
 from reapkit.recipe.schema import ObserveSpec
-from reapkit.selection import LayerSelection, Selection
+from reapkit.selection.selection import LayerSelection, Selection
+from tests.support.tiny import build, save_hub_layout
 
 
 class NoProcessor:

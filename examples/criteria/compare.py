@@ -27,13 +27,13 @@ from typing import Any
 import torch
 import transformers
 
-from reapkit.builtin import MODEL_DIRECTORY
-from reapkit.observation import Observation
-from reapkit.observe.layers import LayeredModel
+from reapkit.checkpoint.locate import MODEL_DIRECTORY
+from reapkit.healing.refit import repair
+from reapkit.model.streaming.layers import LayeredModel
+from reapkit.observation.observation import Observation
+from reapkit.pruning.refitted_weights import RepairedWeights
 from reapkit.recipe.schema import ObserveSpec
-from reapkit.repair.refit import repair
-from reapkit.repair.weights import RepairedWeights
-from reapkit.selection import Selection
+from reapkit.selection.selection import Selection
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 from oracle import greedy_oracle

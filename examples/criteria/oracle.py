@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from reapkit.calibration.tokens import Batch, CalibrationTokens, batches
-from reapkit.masking import masked
-from reapkit.models import final_hidden, head_logits
-from reapkit.observe.experts import find_experts
-from reapkit.selection import LayerSelection, Selection
+from reapkit.model.loading import final_hidden, head_logits
+from reapkit.model.masking import masked
+from reapkit.model.routed_experts import find_experts
+from reapkit.selection.selection import LayerSelection, Selection
 
 
 @torch.no_grad()

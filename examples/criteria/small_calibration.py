@@ -19,9 +19,9 @@ from statistics import fmean
 
 import torch
 
-from reapkit.observe.layers import LayeredModel
+from reapkit.healing.refit import repair
+from reapkit.model.streaming.layers import LayeredModel
 from reapkit.recipe.schema import ObserveSpec
-from reapkit.repair.refit import repair
 
 sys.path[:0] = [str(Path(__file__).parents[1])]
 from pruning_study import BATCH_TOKENS, SOURCES, Cost, Losses, Noise, Study

@@ -26,7 +26,7 @@ import transformers
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from reapkit.builtin import MODEL_DIRECTORY
+from reapkit.checkpoint.locate import MODEL_DIRECTORY
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "demo_model"))
 from build_corpus import build_corpus

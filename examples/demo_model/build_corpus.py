@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from random import Random
 
-from reapkit.builtin import TRAINING_SEED, generate
+from reapkit.calibration.builtin.generators import TRAINING_SEED, generate
 
 GENERATED_ROWS = {"code": 4500, "prose": 4500, "tools": 4500, "math": 9000}
 STDLIB_CHARACTERS = {"code": 2_000_000, "prose": 800_000}

@@ -23,7 +23,7 @@ from train_tokenizer import CONTEXT, DOMAINS, END_OF_TEXT, TURN_END, train_token
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from reapkit.builtin import generate
+from reapkit.calibration.builtin.generators import generate
 
 EVALUATION_SEED = 1
 
@@ -240,7 +240,7 @@ def main() -> None:
     root = Path(__file__).parents[2]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=root / "runs" / "demo_model_corpus", help="folder for the corpus")
-    parser.add_argument("--output", type=Path, default=root / "reapkit" / "builtin" / "demo_model")
+    parser.add_argument("--output", type=Path, default=root / "reapkit/calibration/builtin" / "demo_model")
     parser.add_argument("--steps", type=int, default=Settings.steps)
     parser.add_argument("--threads", type=int, default=Settings.threads)
     arguments = parser.parse_args()

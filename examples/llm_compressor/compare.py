@@ -18,15 +18,15 @@ from transformers import AutoTokenizer
 
 import reapkit.llmcompressor  # registers REAPModifier
 from reapkit.calibration.tokens import CalibrationTokens
-from reapkit.checkpoint import Checkpoint
-from reapkit.models import load_model
-from reapkit.quantize.oneshot import equal_batches
-from reapkit.quantize.quiet import quiet
+from reapkit.checkpoint.checkpoint import Checkpoint
+from reapkit.model.loading import load_model
+from reapkit.pipeline.run import apply
+from reapkit.quantization.oneshot import equal_batches
+from reapkit.quantization.quiet import quiet
 from reapkit.recipe.loading import load
-from reapkit.run import apply
 
 HERE = Path(__file__).parent
-BUILTIN = Path(reapkit.__file__).parent / "builtin" / "demo_model"
+BUILTIN = Path(reapkit.__file__).parent / "calibration/builtin/demo_model"
 
 
 def with_reapkit(directory: Path, overrides: list[str]) -> Path:

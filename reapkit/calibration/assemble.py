@@ -14,17 +14,17 @@ from typing import Any
 
 import numpy as np
 
+from reapkit.calibration.draw_samples import Gathered, dropped_summary
 from reapkit.calibration.encoder import packing_of
 from reapkit.calibration.formats import describe
-from reapkit.calibration.gather import Gathered, dropped_summary
 from reapkit.calibration.inputs import Inputs
 from reapkit.calibration.packing import Piece, group_bounds, interleave, limit, pack, pieces_of
 from reapkit.calibration.spans import WAYS
 from reapkit.calibration.tokens import PARTS, SUMMARY_FILE, TOKENS_FILE
-from reapkit.errors import UnusableError
-from reapkit.mapped import create_tensors
+from reapkit.core.artifact_store import write_json
+from reapkit.core.errors import UnusableError
+from reapkit.core.mapped_safetensors import create_tensors
 from reapkit.recipe.schema import TokensFormat
-from reapkit.store import write_json
 
 LOW_SCORED_SHARE = 0.05
 """Below this share of scored tokens a source is mostly context, and the user is told."""

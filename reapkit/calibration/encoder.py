@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from reapkit.calibration import spans
-from reapkit.calibration.encoded import Encoded
 from reapkit.calibration.formats import Format, Sample, recognise, to_sample
-from reapkit.calibration.rows import MAX_SAMPLE_BYTES, too_long
+from reapkit.calibration.row_readers import MAX_SAMPLE_BYTES, too_long
 from reapkit.calibration.sources import Walk
-from reapkit.errors import UnusableError
+from reapkit.calibration.token_journal import Encoded
+from reapkit.core.errors import UnusableError
 from reapkit.recipe.schema import CalibrationSpec, MixEntry, TokensFormat
 
 MIN_CHARACTERS = 8

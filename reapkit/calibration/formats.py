@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from reapkit.hashing import digest
+from reapkit.core.hashing import digest
 from reapkit.recipe.schema import MessagesFormat, PromptFormat, TextFormat, TokensFormat, XlamFormat
 
 Format = TextFormat | PromptFormat | MessagesFormat | XlamFormat | TokensFormat

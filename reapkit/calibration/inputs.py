@@ -9,12 +9,12 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+from reapkit.calibration.identity import source_identity, tokenizer_identity
 from reapkit.calibration.spans import read_template
-from reapkit.errors import UnusableError
-from reapkit.hashing import digest
-from reapkit.progress import Progress
+from reapkit.core.errors import UnusableError
+from reapkit.core.hashing import digest
+from reapkit.core.progress import Progress
 from reapkit.recipe.schema import CalibrationSpec, MixEntry
-from reapkit.resolve import source_identity, tokenizer_identity
 
 VERSION = 1
 """Of the tokens' meaning; raise it when the same recipe would give other tokens."""

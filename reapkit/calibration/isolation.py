@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from reapkit.calibration.tokens import CalibrationTokens
-from reapkit.errors import UnusableError
+from reapkit.core.errors import UnusableError
 
 MAX_LEAK_SHARE = 0.05
 """Of the difference that no isolation at all makes; kernels that round differently stay far below, a leaking layer near one."""

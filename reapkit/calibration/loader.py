@@ -11,8 +11,8 @@ import numpy as np
 from torch import Tensor
 
 from reapkit.calibration.tokens import SUMMARY_FILE, TOKENS_FILE, CalibrationTokens
-from reapkit.errors import UnusableError
-from reapkit.mapped import create_tensors
+from reapkit.core.errors import UnusableError
+from reapkit.core.mapped_safetensors import create_tensors
 
 GROUPS = 32
 SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2)

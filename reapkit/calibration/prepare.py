@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from reapkit.calibration.assemble import Stream, assemble
-from reapkit.calibration.gather import Target, gather
+from reapkit.calibration.draw_samples import Target, gather
 from reapkit.calibration.inputs import Inputs
 from reapkit.calibration.packing import largest_remainder
 from reapkit.calibration.tokens import PARTS, CalibrationTokens
-from reapkit.errors import Problem, RecipeError
-from reapkit.progress import SILENT, Progress
+from reapkit.core.errors import Problem, RecipeError
+from reapkit.core.progress import SILENT, Progress
 from reapkit.recipe.schema import CalibrationSpec, EvaluateSpec, MixEntry
 
 

@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from reapkit.calibration.rows import Document, Generated, Joined, Lines, Records, Rows, Stream, Table
-from reapkit.errors import UnusableError
+from reapkit.calibration.identity import source_files
+from reapkit.calibration.row_readers import Document, Generated, Joined, Lines, Records, Rows, Stream, Table
+from reapkit.checkpoint.locate import is_local, local_path
+from reapkit.core.errors import UnusableError
 from reapkit.recipe.schema import MixEntry
-from reapkit.resolve import is_local, local_path, source_files
 
 STREAM_ABOVE_BYTES = 2 << 30
 """Hub datasets that are larger, or of unknown size, are streamed instead of downloaded."""

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from reapkit.calibration.formats import Sample
-from reapkit.errors import UnusableError
+from reapkit.checkpoint.locate import local_path
+from reapkit.core.errors import UnusableError
 from reapkit.recipe.schema import CalibrationSpec, Spans
-from reapkit.resolve import local_path
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 

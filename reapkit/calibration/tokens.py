@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from reapkit.errors import UnusableError
-from reapkit.mapped import map_tensors
+from reapkit.core.errors import UnusableError
+from reapkit.core.mapped_safetensors import map_tensors
 
 TOKENS_FILE = "tokens.safetensors"
 SUMMARY_FILE = "calibration.json"

@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 
 from reapkit.cli.app import Json, app, out
-from reapkit.errors import RecipeError, UnusableError
-from reapkit.inspection.render import table
+from reapkit.core.errors import RecipeError, UnusableError
+from reapkit.report.inspection.render import table
 
 
 @app.command()
@@ -24,7 +24,7 @@ def merge(observations: Annotated[list[str], typer.Argument(metavar="OBSERVATION
     from functools import reduce
     from operator import add
 
-    from reapkit.observation import Observation
+    from reapkit.observation.observation import Observation
 
     if output.exists():
         raise RecipeError(f"{output}: is there already. Choose another directory with -o.")
@@ -43,8 +43,8 @@ def verify(directory: Annotated[Path, typer.Argument(metavar="DIR", help="A mode
 
     Example: reapkit verify runs/demo/pruned
     """
-    from reapkit.surgery.sealed import check_directory, written_directories
-    from reapkit.terminal import make_progress
+    from reapkit.cli.progress_bars import make_progress
+    from reapkit.pruning.manifest import check_directory, written_directories
 
     progress = make_progress()
     found = {place: check_directory(place, progress) for place in written_directories(directory)}
@@ -85,7 +85,7 @@ def serve_check(directory: Annotated[Path, typer.Argument(metavar="DIR", help="A
     from reapkit.cli.app import quiet_libraries
 
     quiet_libraries()
-    from reapkit.serving import serve_check as check
+    from reapkit.evaluation.serving.serve_check import serve_check as check
 
     found = check(directory, base, prompts=prompts, new_tokens=new_tokens, vllm=vllm_python, dtype=dtype, device=device,
                   tensor_parallel=tensor_parallel, trust_remote_code=trust_remote_code)
@@ -107,9 +107,9 @@ def import_(file: Annotated[Path, typer.Argument(metavar="FILE", help="A llm-com
 
     Example: reapkit import observations.pt -o observation
     """
-    from reapkit.checkpoint import Checkpoint
-    from reapkit.foreign import read_foreign
-    from reapkit.selection import Selection
+    from reapkit.checkpoint.checkpoint import Checkpoint
+    from reapkit.selection.foreign_formats import read_foreign
+    from reapkit.selection.selection import Selection
 
     if output.exists():
         raise RecipeError(f"{output}: is there already. Choose another directory with -o.")
@@ -135,9 +135,9 @@ def gc(store: Annotated[Path, typer.Option("--store", metavar="DIR", help="The a
 
     Example: reapkit gc --dry-run
     """
-    from reapkit.garbage import collect
-    from reapkit.store import Store
-    from reapkit.tables import human_bytes
+    from reapkit.core.artifact_store import Store
+    from reapkit.core.formatting import human_bytes
+    from reapkit.core.garbage_collection import collect
 
     found = collect(Store(store), unfinished=unfinished, dry_run=dry_run)
     if as_json:

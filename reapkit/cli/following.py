@@ -6,8 +6,8 @@ import sys
 import traceback
 
 from reapkit.cli.app import quiet_libraries
-from reapkit.errors import ReapkitError, StageFailed
-from reapkit.ranks import INTERRUPTED, Team
+from reapkit.core.errors import ReapkitError, StageFailed
+from reapkit.core.ranks import INTERRUPTED, Team
 
 
 def follow(team: Team, debug: bool) -> int:
@@ -15,7 +15,7 @@ def follow(team: Team, debug: bool) -> int:
     quiet_libraries()
     try:
         for job in team.jobs():
-            from reapkit.observe.distributed import help_with
+            from reapkit.observation.job import help_with
 
             help_with(job, team)
         return team.outcome()

@@ -12,8 +12,8 @@ from typing import Annotated
 import typer
 
 from reapkit.cli.app import Json, app, out
-from reapkit.errors import RecipeError
-from reapkit.inspection import inspect as look_into
+from reapkit.core.errors import RecipeError
+from reapkit.report.inspection.inspect import inspect as look_into
 
 
 @app.command()
@@ -30,8 +30,8 @@ def compare(paths: Annotated[list[str], typer.Argument(metavar="A B...", help="R
 
     Example: reapkit compare monday/observation tuesday/observation --ratio 0.5
     """
-    from reapkit.comparison import Terms
-    from reapkit.comparison import compare as compare_all
+    from reapkit.report.comparison.compare import compare as compare_all
+    from reapkit.report.comparison.terms import Terms
 
     found = compare_all(paths, Terms(criterion, _ratio(ratio), different_models))
     if html is not None:
@@ -80,7 +80,7 @@ def export(observation: Annotated[str, typer.Argument(metavar="OBSERVATION", hel
 
     Example: reapkit export runs/demo saliency --png figures
     """
-    from reapkit.inspection.exporting import export_at, pictures_at
+    from reapkit.report.inspection.exporting import export_at, pictures_at
 
     if directory is None and png is None:
         raise RecipeError("export: nothing to write. Give DIR for the tables, --png DIR for the charts, or both.")
@@ -100,7 +100,7 @@ def report(path: Annotated[str, typer.Argument(metavar="OBSERVATION", help="Dire
 
     Example: reapkit report runs/demo --open
     """
-    from reapkit.inspection.exporting import page_at
+    from reapkit.report.inspection.exporting import page_at
 
     page = page_at(path, output, selection)
     print(json.dumps({"file": str(page)}) if as_json else page)

@@ -9,22 +9,15 @@ from typing import Annotated
 import typer
 
 from reapkit.cli.app import Elsewhere, Json, Overrides, RecipeArgument, app, out, quiet_libraries
-from reapkit.errors import RecipeError, UnusableError
-from reapkit.lock import (
-    check_lock,
-    lock_path,
-    read_lock,
-    recipe_digest,
-    revisions,
-    write_lock,
-)
-from reapkit.planning import STAGES, load_and_plan
-from reapkit.ranks import current
-from reapkit.recipe.jsonschema import recipe_schema
+from reapkit.core.errors import RecipeError, UnusableError
+from reapkit.core.ranks import current
+from reapkit.planning.lock import check_lock, lock_path, read_lock, recipe_digest, revisions, write_lock
+from reapkit.planning.plan import STAGES, load_and_plan
+from reapkit.planning.starting_recipe import starting_recipe
+from reapkit.recipe.json_schema import recipe_schema
 from reapkit.recipe.loading import find_recipe, load
-from reapkit.recipe.reference import language_page
-from reapkit.starter import starting_recipe
-from reapkit.tables import plan_as_json, plan_tables, result_table
+from reapkit.recipe.reference_page import language_page
+from reapkit.report.tables import plan_as_json, plan_tables, result_table
 
 
 @app.command()
@@ -105,7 +98,7 @@ def _directory_of(observation: str | None) -> Path | None:
     """Where an observation's files lie, of its own directory, its artifact in a store or a run."""
     if observation is None:
         return None
-    from reapkit.inspection.recognise import observation_at
+    from reapkit.report.inspection.recognise import observation_at
 
     return observation_at(observation)
 
@@ -114,9 +107,9 @@ def _apply(recipe: str, overrides: list[str], until: str | None, as_json: bool, 
     elsewhere = _directory_of(observation)
     loaded = load_and_plan(recipe, overrides, observation=elsewhere).loaded  # every contradiction is found before weights are fetched or torch is imported
     quiet_libraries()
-    from reapkit.run import apply as run_recipe
-    from reapkit.run import describe
-    from reapkit.terminal import make_progress
+    from reapkit.cli.progress_bars import make_progress
+    from reapkit.pipeline.run import apply as run_recipe
+    from reapkit.pipeline.run import describe
 
     run = run_recipe(loaded, until=until, progress=make_progress(), observation=elsewhere, ranks=current())
     if as_json:

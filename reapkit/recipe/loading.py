@@ -10,10 +10,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from reapkit.errors import Problem, RecipeError
-from reapkit.recipe.document import Node, json_text, parse_document, read_document, walk
-from reapkit.recipe.messages import closest, may_be_null, problems_of
+from reapkit.core.errors import Problem, RecipeError
+from reapkit.recipe.error_messages import closest, may_be_null, problems_of
 from reapkit.recipe.schema import Recipe
+from reapkit.recipe.yaml_tree import Node, json_text, parse_document, read_document, walk
 
 SHIPPED = tuple(folder for folder in (Path(__file__).parents[1] / "_recipes", Path(__file__).parents[2] / "recipes") if folder.is_dir())
 

@@ -7,14 +7,13 @@ from typing import Any, Literal
 
 import yaml
 
-from reapkit.gates import UNION
-from reapkit.planning import Sizes
+from reapkit.core.formatting import count, human_bytes, human_count, human_experts, listed, percent, plural
+from reapkit.evaluation.gates import UNION
+from reapkit.planning.plan import Sizes
 from reapkit.report.comparison_sections import benchmark_rows, speed_lead, speed_rows, verdict_of_equal_bytes
 from reapkit.report.facts import RunFacts
 from reapkit.report.measures import generated, measured_models, share_with_interval, verified_rows, with_interval
 from reapkit.report.serving import engine_for
-from reapkit.report.wording import count, listed, percent, plural
-from reapkit.tables import human_bytes, human_count, human_experts
 
 REAP_CITATION = """@article{lasby2025reap,
   title={REAP the Experts: Why Pruning Prevails for One-Shot MoE Compression},

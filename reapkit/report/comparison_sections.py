@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from reapkit.gates import UNION
+from reapkit.core.formatting import count, human_bytes
+from reapkit.evaluation.gates import UNION
 from reapkit.report.blocks import Note, Section, Table
 from reapkit.report.facts import RunFacts
 from reapkit.report.measures import shown, verified_rows, with_interval
-from reapkit.report.wording import count
-from reapkit.tables import human_bytes
 
 LEFT, RIGHT = "left", "right"
 ENGINES = {"transformers": "transformers", "vllm": "vLLM"}

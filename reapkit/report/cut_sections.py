@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from reapkit import statistics
+from reapkit.core.formatting import extreme, mean, number, percent
 from reapkit.report.blocks import Chart, Grid, Section, Slider
 from reapkit.report.charts import axis, bars, grid, line, reference, rows, shade
 from reapkit.report.view import View, decided_label
-from reapkit.report.wording import extreme, mean, number, percent
+from reapkit.selection import statistics
 
 DRIVER_NAMES = {"count": "frequency of use", "gate_mean": "gate weight", "norm_mean": "output magnitude", "norm_max": "largest output"}
 DRIVER_SYMBOLS = {"count": "N", "gate_mean": "Σg/N", "norm_mean": "Σn/N", "norm_max": "max n"}

@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 from numpy import ndarray
 
-from reapkit.eaft import REGIONS, Thresholds, region_positions
-from reapkit.eaft_table import Table as EaftTable
-from reapkit.eaft_table import cell_bounds
-from reapkit.observation import Trace
+from reapkit.core.formatting import number, percent, plural
+from reapkit.observation.eaft_table import Table as EaftTable
+from reapkit.observation.eaft_table import cell_bounds
+from reapkit.observation.observation import Trace
 from reapkit.recipe.schema import EaftSpec
 from reapkit.report.blocks import Chart, Note, Section, Table
 from reapkit.report.charts import axis, grid, shade
 from reapkit.report.view import View
-from reapkit.report.wording import number, percent, plural
-from reapkit.saliency import source_alphas
+from reapkit.selection.eaft import REGIONS, Thresholds, region_positions
+from reapkit.selection.saliency import source_alphas
 
 BINS = 48
 DECADES = 4

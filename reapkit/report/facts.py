@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from reapkit.planning import Plan, Sizes, store_of
-from reapkit.recipe.document import walk
+from reapkit.checkpoint.locate import is_local
+from reapkit.core.artifact_store import Artifact
+from reapkit.planning.plan import Plan, Sizes, store_of
 from reapkit.recipe.schema import Recipe
-from reapkit.resolve import is_local
-from reapkit.selection import Selection
-from reapkit.store import Artifact
+from reapkit.recipe.yaml_tree import walk
+from reapkit.selection.selection import Selection
 
 if TYPE_CHECKING:
-    from reapkit.observation import Observation
+    from reapkit.observation.observation import Observation
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def _json(artifacts: Mapping[str, Artifact], stage: str, file: str) -> dict[str,
 def _observation(artifacts: Mapping[str, Artifact]) -> Observation | None:
     if "observe" not in artifacts or not artifacts["observe"].has_payload:
         return None
-    from reapkit.observation import Observation
+    from reapkit.observation.observation import Observation
 
     return Observation.load(artifacts["observe"].payload)
 

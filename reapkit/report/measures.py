@@ -7,8 +7,8 @@ from typing import Any
 
 from markupsafe import Markup
 
+from reapkit.core.formatting import percent
 from reapkit.report.facts import RunFacts
-from reapkit.report.wording import percent
 
 METRICS = {"perplexity_ratio": "perplexity against the base", "kl_mean": "mean KL from the base", "top1_agreement": "same most likely token",
            "conflict_rate_delta": "change of confident conflicts", "loop_share_delta": "change of looping continuations"}

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from reapkit.observation import Observation
+from reapkit.core.formatting import count, plural
+from reapkit.observation.observation import Observation
 from reapkit.report.blocks import Page
 from reapkit.report.cut_sections import slider
 from reapkit.report.observation_sections import observation_sections
 from reapkit.report.page import write_page
 from reapkit.report.view import View
-from reapkit.report.wording import count, plural
-from reapkit.selection import Selection
+from reapkit.selection.selection import Selection
 
 
 def write_observation_report(observation: Observation, selection: Selection | None, out_html: Path, model: str | None = None) -> None:

@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from reapkit import statistics
+from reapkit.core.formatting import count, extreme, listed, number, percent, plural
 from reapkit.report.blocks import Chart, Folded, Note, Section, Table, Text, Tiles
 from reapkit.report.charts import axis, grid, line, reference, shade
 from reapkit.report.cut_sections import cut_sections, grid_height, grid_layout
 from reapkit.report.eaft_section import eaft_section
 from reapkit.report.reroute_section import reroute_section
 from reapkit.report.view import View
-from reapkit.report.wording import count, extreme, listed, number, percent, plural
+from reapkit.selection import statistics
 
 VARIABLES = (
     ("count", "N", "positions routed to the expert"),

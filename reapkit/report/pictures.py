@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reapkit.errors import UnusableError
+from reapkit.core.errors import UnusableError
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser

@@ -7,14 +7,24 @@ from typing import Any
 
 from markupsafe import Markup
 
-from reapkit.gates import UNION
+from reapkit.core.formatting import extreme, human_bytes, listed
+from reapkit.evaluation.gates import UNION
 from reapkit.report.blocks import Chart, Folded, Grid, Note, Section, Table
 from reapkit.report.charts import axis, names_axis, upright, whiskers
 from reapkit.report.facts import RunFacts
-from reapkit.report.measures import (METRICS, SHARES, TONES, badge, generated, heading, limit, measured_models, share_with_interval, shown,
-                                     with_interval)
-from reapkit.report.wording import extreme, listed
-from reapkit.tables import human_bytes
+from reapkit.report.measures import (
+    METRICS,
+    SHARES,
+    TONES,
+    badge,
+    generated,
+    heading,
+    limit,
+    measured_models,
+    share_with_interval,
+    shown,
+    with_interval,
+)
 
 LEFT, RIGHT = "left", "right"
 SAME_AS_BASE = {"perplexity_ratio": 1.0, "kl_mean": 0.0, "top1_agreement": 1.0}

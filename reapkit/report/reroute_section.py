@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from reapkit.core.formatting import count, extreme, listed, percent
 from reapkit.report.blocks import Chart, Folded, Section, Table
 from reapkit.report.charts import axis, line
 from reapkit.report.view import View
-from reapkit.report.wording import count, extreme, listed, percent
 
 
 def reroute_section(view: View) -> Section:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
+from reapkit.core.artifact_store import Artifact
+from reapkit.core.formatting import human_bytes, human_experts, percent
+from reapkit.planning.plan import Plan
 from reapkit.report import comparison_sections, quality_sections, run_sections
 from reapkit.report.blocks import Page, Section
 from reapkit.report.cut_sections import slider
-from reapkit.report.facts import RunFacts
+from reapkit.report.facts import RunFacts, facts_from
 from reapkit.report.observation_sections import observation_sections
 from reapkit.report.page import write_page
 from reapkit.report.view import View
-from reapkit.report.wording import percent
-from reapkit.tables import human_bytes, human_experts
 
 BADGES = {"pass": ("good", "Passed its gates"), "reject": ("bad", "Rejected by its gates"), "undecided": ("warn", "Undecided"),
           "not judged": ("info", "Not judged by gates")}
@@ -46,3 +48,8 @@ def _subtitle(facts: RunFacts) -> str:
     experts = f"{human_experts(facts.base.experts)} to {human_experts(final.experts)} experts per layer ({removed} removed{scheme})"
     sizes = f"{human_bytes(facts.base.nbytes)} to {human_bytes(final.nbytes)}"
     return f"{facts.recipe.description} {facts.model.source} from {experts}, {sizes}.".strip()
+
+
+def write_rejected_report(plan: Plan, artifacts: Mapping[str, Artifact], directory: Path) -> None:
+    """Writes report.html into the run directory of a run that its gates stopped."""
+    write_run_report(facts_from(plan, artifacts), Path(directory) / "report.html")

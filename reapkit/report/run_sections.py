@@ -8,14 +8,27 @@ from typing import Any
 
 from markupsafe import Markup
 
-from reapkit.planning import Sizes
+from reapkit.core.formatting import (
+    arrow,
+    count,
+    extreme,
+    human_bytes,
+    human_count,
+    human_experts,
+    listed,
+    mean,
+    number,
+    percent,
+    plural,
+    seconds,
+)
+from reapkit.planning.plan import Sizes
 from reapkit.report.blocks import Chart, Code, Folded, Note, Section, Table, Text, Tiles
-from reapkit.report.charts import axis, bars, rows as lying_bars
+from reapkit.report.charts import axis, bars
+from reapkit.report.charts import rows as lying_bars
 from reapkit.report.facts import RunFacts, StageRow
 from reapkit.report.measures import TONES, badge, shown, verified_rows
 from reapkit.report.quality_sections import results_table
-from reapkit.report.wording import arrow, count, extreme, listed, mean, number, percent, plural, seconds
-from reapkit.tables import human_bytes, human_count, human_experts
 
 LEFT, RIGHT = "left", "right"
 FACTS = [("", LEFT), ("", LEFT)]

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 from numpy import ndarray
 
-from reapkit import statistics
-from reapkit.observation import Observation
+from reapkit.core.formatting import percent
+from reapkit.observation.observation import Observation
 from reapkit.recipe.schema import SaliencySpec
-from reapkit.report.wording import percent
-from reapkit.saliency import Totals, add_sources, formula, saliency, source_alphas, totals
-from reapkit.selection import Selection
+from reapkit.selection import statistics
+from reapkit.selection.saliency import Totals, add_sources, formula, saliency, source_alphas, totals
+from reapkit.selection.selection import Selection
 
 FOLLOWED = ("reap", "frequency", "weighted-frequency", "ean", "ean-mean")
 """Criteria that can be recomputed for another mix from sums alone."""

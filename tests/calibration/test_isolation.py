@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import build
 
 from reapkit.calibration.isolation import check_isolation
 from reapkit.calibration.tokens import CalibrationTokens
-from reapkit.mapped import create_tensors
-from reapkit.errors import UnusableError
+from reapkit.core.errors import UnusableError
+from reapkit.core.mapped_safetensors import create_tensors
+from tests.support.tiny import build
 
 
 def two_samples(path: Path, packing: str) -> CalibrationTokens:

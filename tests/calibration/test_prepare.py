@@ -13,15 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
-from words import CHATML, all_shown, spec, word_tokenizer, write_lines
 
-from reapkit.calibration import encoded, encoder, gather
+from reapkit.calibration import draw_samples, encoder, token_journal
 from reapkit.calibration.prepare import prepare, prepare_packs
 from reapkit.calibration.tokens import CalibrationTokens
-from reapkit.errors import RecipeError, UnusableError
-from reapkit.hashing import digest_file
-from reapkit.progress import Progress
+from reapkit.core.errors import RecipeError, UnusableError
+from reapkit.core.hashing import digest_file
+from reapkit.core.progress import Progress
 from reapkit.recipe.schema import CalibrationSpec, EvaluateSpec
+from tests.support.paths import ROOT
+from tests.support.words import CHATML, all_shown, spec, word_tokenizer, write_lines
 
 LETTERS = "a b c d e f g h i j k l m n o p q r s t u v w x y z".split()
 
@@ -311,10 +312,10 @@ class TestEqualBytes:
         prepare(big_mix(home), home / "tokenizer", home, home / "first")
         code = (
             "import sys; from pathlib import Path; home = Path(sys.argv[1]); sys.path[:0] = sys.argv[2:];"
-            "from test_prepare import big_mix, prepare; prepare(big_mix(home), home / 'tokenizer', home, home / 'second')"
+            "from tests.calibration.test_prepare import big_mix, prepare; prepare(big_mix(home), home / 'tokenizer', home, home / 'second')"
         )
         subprocess.run(
-            [sys.executable, "-c", code, str(home), str(Path(__file__).parent)],
+            [sys.executable, "-c", code, str(home), str(ROOT)],
             check=True,
             env={**os.environ, "RAYON_NUM_THREADS": "3"},
         )
@@ -322,17 +323,17 @@ class TestEqualBytes:
 
     @pytest.mark.parametrize("blocks", [1, 4, 9])
     def test_killed_and_resumed(self, home: Path, monkeypatch: pytest.MonkeyPatch, blocks: int) -> None:
-        monkeypatch.setattr(gather, "BLOCK", 8)
+        monkeypatch.setattr(draw_samples, "BLOCK", 8)
         prepare(big_mix(home), home / "tokenizer", home, home / "undisturbed")
         appended = itertools.count()
 
-        def dying(samples: encoded.Samples, block: list, *others: object) -> None:
+        def dying(samples: token_journal.Samples, block: list, *others: object) -> None:
             if next(appended) == blocks:
                 raise KeyboardInterrupt
-            encoded.append(samples, block, *others)
+            token_journal.append(samples, block, *others)
 
         with monkeypatch.context() as dies:
-            dies.setattr(gather, "append", dying)
+            dies.setattr(draw_samples, "append", dying)
             with pytest.raises(KeyboardInterrupt):
                 prepare(big_mix(home), home / "tokenizer", home, home / "killed")
         for torn in (home / "killed" / "work").iterdir():

@@ -11,14 +11,14 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from words import spec, word_tokenizer, write_lines
 
-from reapkit import builtin
 from reapkit.calibration import sources
+from reapkit.calibration.builtin import generators
 from reapkit.calibration.prepare import prepare
 from reapkit.calibration.sources import PACK_START, Walk, open_walk, permutation
-from reapkit.errors import UnusableError
+from reapkit.core.errors import UnusableError
 from reapkit.recipe.schema import MixEntry
+from tests.support.words import spec, word_tokenizer, write_lines
 
 ROWS = [{"text": f"row number {number} of the file", "domain": "code" if number % 3 else "prose"} for number in range(30)]
 
@@ -127,10 +127,10 @@ def test_filter_keeps_rows_by_value_or_list_of_values(tmp_path: Path) -> None:
 
 def test_builtin_rows_come_from_their_generator() -> None:
     walk = open_walk(entry("builtin:tools"), Path("."), seed=7)
-    expected = list(itertools.islice(builtin.generate("tools", seed=7), 5))
+    expected = list(itertools.islice(generators.generate("tools", seed=7), 5))
     assert walk.read([0, 1, 2]) + walk.read([4, 3]) == [*expected[:3], expected[4], expected[3]]
     held_out = open_walk(entry("builtin:tools"), Path("."), seed=7, held_out=True)
-    assert held_out.read([0]) == [next(builtin.generate("tools", seed=7, start=PACK_START))]
+    assert held_out.read([0]) == [next(generators.generate("tools", seed=7, start=PACK_START))]
     with pytest.raises(UnusableError, match="nothing"):
         open_walk(entry("builtin:nothing"), Path("."), seed=7)
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
-from words import CHATML, GLM, HARMONY, PLAIN_CHATML, QWEN, all_shown, spec, word_tokenizer, write_lines
 
 from reapkit.calibration.prepare import prepare
 from reapkit.calibration.spans import Rendered, encode, marked_spans
 from reapkit.calibration.tokens import CalibrationTokens
-from reapkit.errors import UnusableError
+from reapkit.core.errors import UnusableError
 from reapkit.recipe.schema import Spans
+from tests.support.words import CHATML, GLM, HARMONY, PLAIN_CHATML, QWEN, all_shown, spec, word_tokenizer, write_lines
 
 VOCABULARY = (
     "user assistant system tool functions to commentary analysis final hello there how are you good fine thanks find the bug "

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from reapkit.calibration.tokens import CalibrationTokens, batches
-from reapkit.mapped import create_tensors, map_tensors
-from reapkit.errors import UnusableError
+from reapkit.core.errors import UnusableError
+from reapkit.core.mapped_safetensors import create_tensors, map_tensors
 
 
 def written(path: Path, *, score: str = "completion", packing: str = "concat") -> CalibrationTokens:

@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from observations import observe_routing, random_routing
-from reading import assert_readable, chromium
-from reapkit.cli import _run
-from reapkit.selection import LayerSelection, Selection
+from reapkit.cli.main import _run
+from reapkit.selection.selection import LayerSelection, Selection
+from tests.support.browser import assert_readable, chromium
+from tests.support.observations import observe_routing, random_routing
+from tests.support.paths import ROOT
 
 __all__ = ["chromium"]
 
@@ -74,7 +75,7 @@ def test_observations_say_whether_the_calibration_is_large_enough(root: Path, ca
 
 
 def _reap(directory: Path) -> list[list[float]]:
-    from reapkit.observation import Observation
+    from reapkit.observation.observation import Observation
 
     statistics = Observation.load(directory).statistics
     mean = statistics["gate_norm_sum"].sum(1) / statistics["count"].sum(1)  # 0/0 where an expert was never routed to: it ranks last
@@ -137,7 +138,7 @@ def test_what_cannot_be_compared_is_named(root: Path, names: tuple[str, ...], co
 def test_tables_fit_and_pages_stand_alone(root: Path, names: tuple[str, ...], tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     done = subprocess.run([sys.executable, "-m", "reapkit", "compare", *names, "--html", str(page)], capture_output=True, text=True, cwd=root,
-                          env=os.environ | {"COLUMNS": "80", "TERM": "dumb", "PYTHONPATH": str(Path(__file__).parents[2])})
+                          env=os.environ | {"COLUMNS": "80", "TERM": "dumb", "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     assert max(len(line) for line in done.stdout.splitlines() if str(page) not in line) <= 80
     html = page.read_text()

@@ -9,14 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from observations import observe_routing, random_routing
-from reapkit.cli import _run
-from reapkit.observation import Observation, Reroute
-from reapkit.planning import make_plan
+from reapkit.api import Observation
+from reapkit.cli.main import _run
+from reapkit.observation.observation import Reroute
+from reapkit.planning.plan import make_plan
 from reapkit.recipe.loading import load
-from reapkit.selection import Selection
+from reapkit.selection.selection import Selection
+from tests.support.observations import observe_routing, random_routing
+from tests.support.paths import ROOT
 
-DEMO = Path(__file__).parents[2] / "recipes" / "demo.yaml"
+DEMO = ROOT / "recipes" / "demo.yaml"
 
 
 @pytest.fixture(scope="module")

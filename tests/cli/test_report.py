@@ -7,9 +7,9 @@ import webbrowser
 from pathlib import Path
 
 import pytest
-from report import synthetic
 
-from reapkit.cli import _run
+from reapkit.cli.main import _run
+from tests.support import synthetic_report as synthetic
 
 
 @pytest.fixture(scope="module")

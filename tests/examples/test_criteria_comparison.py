@@ -8,14 +8,15 @@ from math import exp, log
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
-from tiny_tokens import tiny_tokens
 
 from reapkit.calibration.tokens import batches
-from reapkit.masking import masked
+from reapkit.model.masking import masked
+from tests.support import tiny
+from tests.support.paths import ROOT
+from tests.support.tiny_tokens import tiny_tokens
 
-FOLDER = Path(__file__).parents[2] / "examples" / "criteria"
+FOLDER = ROOT / "examples" / "criteria"
 
 
 @pytest.fixture(scope="module", autouse=True)

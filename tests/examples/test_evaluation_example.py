@@ -1,16 +1,15 @@
 """The example that turns on every kind of evidence plans, and leaves nothing out."""
 
 import json
-from pathlib import Path
 
 import yaml
 
-from reapkit.checkpoint import Checkpoint
-from reapkit.evaluate.equal_bytes import equal_bytes
-from reapkit.planning import make_plan
+from reapkit.checkpoint.checkpoint import Checkpoint
+from reapkit.evaluation.equal_bytes import equal_bytes
+from reapkit.planning.plan import make_plan
 from reapkit.recipe.loading import load
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "evaluation"
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-FOLDER = Path(__file__).parents[2] / "examples" / "llm_compressor"
+from tests.support.paths import ROOT
+
+FOLDER = ROOT / "examples" / "llm_compressor"
 
 
 @pytest.fixture

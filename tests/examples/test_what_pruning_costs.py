@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.util
 import sys
 from decimal import Decimal
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "what_pruning_costs.py"
+from tests.support.paths import ROOT
+
+SCRIPT = ROOT / "examples" / "what_pruning_costs.py"
 HALF = Decimal("0.5")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from reapkit.cli import _run
+from reapkit.cli.main import _run
 
 CASES = yaml.safe_load((Path(__file__).parent / "broken.yaml").read_text())
 

@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from reapkit.recipe.jsonschema import recipe_schema
+from reapkit.recipe.json_schema import recipe_schema
 from reapkit.recipe.loading import load, load_recipe
-from reapkit.recipe.reference import language_page
+from reapkit.recipe.reference_page import language_page
 from reapkit.recipe.schema import Recipe
 from reapkit.report.facts import recipe_yaml
-
-ROOT = Path(__file__).parents[2]
+from tests.support.paths import ROOT
 
 
 def test_the_committed_schema_is_current() -> None:

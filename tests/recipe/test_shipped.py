@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
-import published_models
-from reapkit.planning import Plan, make_plan
+from reapkit.planning.plan import Plan, make_plan
 from reapkit.recipe.loading import load
 from reapkit.recipe.schema import Recipe
+from tests.support import published_models
+from tests.support.paths import ROOT
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+RECIPES = ROOT / "recipes"
 NAMES = tuple(sorted(str(path.relative_to(RECIPES).with_suffix("")) for path in RECIPES.rglob("*.yaml")))
 
 

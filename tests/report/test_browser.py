@@ -7,14 +7,15 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from reading import DESK, PHONE, assert_readable, chromium, flaws, held, opened, remove
 
-import synthetic
-from reapkit import statistics
-from reapkit.export import export
-from reapkit.report import write_observation_report, write_run_report
+from reapkit.report.export import export
+from reapkit.report.observation_report import write_observation_report
 from reapkit.report.pictures import DRAWN, PATIENCE_MS
+from reapkit.report.run_report import write_run_report
 from reapkit.report.view import View
+from reapkit.selection import statistics
+from tests.support import synthetic_report as synthetic
+from tests.support.browser import DESK, PHONE, assert_readable, chromium, flaws, held, opened, remove
 
 __all__ = ["chromium"]
 

@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 import yaml
 
-import synthetic
-from reapkit.report import model_card
+from reapkit.report.card import model_card
+from tests.support import synthetic_report as synthetic
 
 
 def front_matter(card: str) -> dict:

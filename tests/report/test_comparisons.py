@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 
-import synthetic
-from reapkit.report import model_card
+from reapkit.report.card import model_card
 from reapkit.report.comparison_sections import benchmarks, equal_bytes, speed
 from reapkit.report.quality_sections import gates
+from tests.support import synthetic_report as synthetic
 
 NOTE = "The unpruned model in W2A16 (groups of 64, rounded to nearest) takes 94% of the result's bytes."
 

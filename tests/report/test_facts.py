@@ -6,12 +6,12 @@ import json
 
 import pytest
 
-import synthetic
-from reapkit.planning import make_plan
+from reapkit.core.artifact_store import Artifact
+from reapkit.planning.plan import make_plan
 from reapkit.recipe.loading import load
-from reapkit.report import facts_from, write_rejected_report
-from reapkit.report.facts import license_of, recipe_yaml
-from reapkit.store import Artifact
+from reapkit.report.facts import facts_from, license_of, recipe_yaml
+from reapkit.report.run_report import write_rejected_report
+from tests.support import synthetic_report as synthetic
 
 
 @pytest.fixture

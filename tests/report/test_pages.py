@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-import synthetic
-from reapkit.observation import Reroute
-from reapkit.report import model_card, write_observation_report, write_run_report
+from reapkit.observation.observation import Reroute
 from reapkit.report.blocks import Chart, Table
-from reapkit.report.observation_report import observation_page
+from reapkit.report.card import model_card
+from reapkit.report.observation_report import observation_page, write_observation_report
 from reapkit.report.page import as_json, render
 from reapkit.report.reroute_section import reroute_section
-from reapkit.report.run_report import run_page
+from reapkit.report.run_report import run_page, write_run_report
 from reapkit.report.view import View
+from tests.support import synthetic_report as synthetic
 
 
 def blocks(page):
@@ -91,8 +91,8 @@ def test_an_observation_without_some_part_leaves_only_that_part_out(lacking):
 
 
 def test_numbers_in_the_sentences_are_those_of_the_statistics(observed):
-    from reapkit import statistics
-    from reapkit.report.wording import percent
+    from reapkit.core.formatting import percent
+    from reapkit.selection import statistics
 
     selection = synthetic.selection(observed, 8)
     metrics = statistics.report_metrics(observed, selection)
@@ -197,7 +197,7 @@ def test_an_observation_of_few_rows_says_so(observed) -> None:
 
 
 def test_an_observation_with_a_table_shows_its_cells(observed) -> None:
-    from test_eaft_table import in_cells
+    from tests.observation.test_eaft_table import in_cells
 
     page = observation_page(in_cells(observed))
     assert [block.id for block in blocks(page) if isinstance(block, Chart) and block.id == "regions"] == ["regions"]

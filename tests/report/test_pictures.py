@@ -7,12 +7,14 @@ import struct
 from pathlib import Path
 
 import pytest
-from reading import can_browse
 
-import synthetic
-from reapkit.cli import _run
-from reapkit.errors import UnusableError
-from reapkit.report import pictures, write_run_report
+from reapkit.cli.main import _run
+from reapkit.core.errors import UnusableError
+from reapkit.report import pictures
+from reapkit.report.run_report import write_run_report
+from tests.support import synthetic_report as synthetic
+from tests.support.browser import can_browse
+from tests.support.paths import ROOT
 
 __all__ = ["can_browse"]
 
@@ -60,6 +62,6 @@ def test_export_without_a_place_is_a_usage_error(tmp_path, capsys):
 
 
 def test_the_readme_shows_pictures_that_are_there_and_small():
-    root = Path(__file__).parents[2]
+    root = ROOT
     shown = re.findall(r"!\[[^\]]+\]\((docs/[^)]+)\)", (root / "README.md").read_text())
     assert len(shown) >= 2 and all((root / name).stat().st_size < 300_000 and size_of(root / name)[0] >= 1000 for name in shown)

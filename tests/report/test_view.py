@@ -7,9 +7,9 @@ import base64
 import numpy as np
 import pytest
 
-import synthetic
-from reapkit import statistics
 from reapkit.report.view import View, coverage_curves
+from reapkit.selection import statistics
+from tests.support import synthetic_report as synthetic
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,209 @@
+"""Numbered rows of every kind of source: generators, lines, JSON arrays, documents, Arrow tables, streams. Torch-free."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from reapkit.calibration.builtin import generators
+from reapkit.core.errors import UnusableError
+
+MAX_SAMPLE_BYTES = 8 << 20
+"""A longer single sample is a mistake in the data (a whole file in one row), and tokenizing it would take gigabytes."""
+
+
+class Rows(Protocol):
+    """Numbered rows. `total` is None where there is no end or it is not known."""
+
+    total: int | None
+
+    def read(self, numbers: Sequence[int]) -> list[Mapping[str, Any]]:
+        """Rows by number. Raises ValueError beginning with the row's place."""
+
+    def place(self, number: int) -> str:
+        """What a user would call the row, e.g. `data.jsonl:17`."""
+
+
+class Generated:
+    """Rows of a generator of the package; row i depends on its name, the seed and i alone."""
+
+    total = None
+
+    def __init__(self, name: str, seed: int):
+        self.name, self.seed = name, seed
+        try:
+            generators.generate(name, seed=seed, start=0)
+        except ValueError as error:
+            raise UnusableError(str(error)) from None
+
+    def read(self, numbers: Sequence[int]) -> list[Mapping[str, Any]]:
+        rows: list[Mapping[str, Any]] = []
+        for _, run in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
+            run_numbers = [number for _, number in run]
+            rows += itertools.islice(generators.generate(self.name, seed=self.seed, start=run_numbers[0]), len(run_numbers))
+        return rows
+
+    def place(self, number: int) -> str:
+        return f"builtin:{self.name} row {number}"
+
+
+class Lines:
+    """One row per line that is not blank: JSON objects, or text in a column `text`. Only line offsets are in memory."""
+
+    def __init__(self, path: Path, json_lines: bool):
+        self.path, self.json_lines = path, json_lines
+        starts, numbers, position = [], [], 0
+        with path.open("rb") as stream:
+            for number, line in enumerate(stream, 1):
+                if not line.isspace():
+                    starts.append(position)
+                    numbers.append(number)
+                position += len(line)
+        self.starts, self.numbers = np.array(starts, np.int64), np.array(numbers, np.int64)
+        self.total = len(starts)
+
+    def read(self, numbers: Sequence[int]) -> list[Mapping[str, Any]]:
+        with self.path.open("rb") as stream:
+            return [self._row(stream, number) for number in numbers]
+
+    def _row(self, stream: Any, number: int) -> Mapping[str, Any]:
+        stream.seek(int(self.starts[number]))
+        line = stream.readline(MAX_SAMPLE_BYTES + 1)
+        if len(line) > MAX_SAMPLE_BYTES:
+            raise ValueError(f"{self.place(number)}: {too_long(None)}")
+        text = _utf8(line, self.place(number)).rstrip("\r\n")
+        if not self.json_lines:
+            return {"text": text}
+        try:
+            row = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{self.place(number)}: broken JSON ({error}). Every line takes one JSON object.") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{self.place(number)}: a JSON {type(row).__name__}, but every line takes one JSON object.")
+        return row
+
+    def place(self, number: int) -> str:
+        return f"{self.path.name}:{self.numbers[number]}"
+
+
+class Records:
+    """The objects of one JSON array, all in memory."""
+
+    def __init__(self, path: Path, records: list[Any]):
+        self.path, self.records, self.total = path, records, len(records)
+
+    def read(self, numbers: Sequence[int]) -> list[Mapping[str, Any]]:
+        for number in numbers:
+            if not isinstance(self.records[number], dict):
+                raise ValueError(f"{self.place(number)}: not a JSON object.")
+        return [self.records[number] for number in numbers]
+
+    def place(self, number: int) -> str:
+        return f"{self.path.name} record {number + 1}"
+
+
+class Document:
+    """A whole file as one row with a column `text`."""
+
+    total = 1
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def read(self, numbers: Sequence[int]) -> list[Mapping[str, Any]]:
+        return [self._row for _ in numbers]
+
+    @cached_property
+    def _row(self) -> Mapping[str, Any]:
+        if (size := self.path.stat().st_size) > MAX_SAMPLE_BYTES:
+            raise ValueError(f"{self.path.name}: {too_long(size)}")
+        return {"text": _utf8(self.path.read_bytes(), self.path.name)}
+
+    def place(self, number: int) -> str:
+        return self.path.name
+
+
+class Joined:
+    """Several files one after another."""
+
+    def __init__(self, parts: Sequence[Rows]):
+        self.parts = parts
+        self.offsets = np.cumsum([0, *(part.total for part in parts)])
+        self.total = int(self.offsets[-1])
+
+    def _locate(self, number: int) -> tuple[Rows, int]:
+        part = int(np.searchsorted(self.offsets, number, side="right")) - 1
+        return self.parts[part], number - int(self.offsets[part])
+
+    def read(self, numbers: Sequence[int]) -> list[Mapping[str, Any]]:
+        rows = []
+        for number in numbers:
+            part, local = self._locate(number)
+            rows += part.read([local])
+        return rows
+
+    def place(self, number: int) -> str:
+        part, local = self._locate(number)
+        return part.place(local)
+
+
+class Table:
+    """A dataset in Arrow files, memory-mapped by `datasets`; `revision` is the hub's commit."""
+
+    def __init__(self, dataset: Any, title: str, revision: str | None = None):
+        self.dataset, self.title, self.total, self.revision = dataset, title, len(dataset), revision
+
+    def only(self, columns: Sequence[str]) -> Table:
+        """The same rows with these columns alone, where it has them all; reading long texts just to filter takes minutes."""
+        known = set(columns) <= set(self.dataset.column_names)
+        return Table(self.dataset.select_columns(list(columns)), self.title) if known else self
+
+    def read(self, numbers: Sequence[int]) -> list[Mapping[str, Any]]:
+        columns = self.dataset[list(map(int, numbers))]
+        return [dict(zip(columns, values)) for values in zip(*columns.values())]
+
+    def place(self, number: int) -> str:
+        return f"{self.title} row {number}"
+
+
+class Stream:
+    """A hub dataset read over the network in shuffled order; only forward reads are cheap, earlier rows start it again."""
+
+    total = None
+
+    def __init__(self, dataset: Any, title: str, keep: Callable[[Mapping[str, Any]], bool], revision: str | None = None):
+        self.dataset, self.title, self.keep, self.revision = dataset, title, keep, revision
+        self._iterator, self._next = iter(()), None
+
+    def read(self, numbers: Sequence[int]) -> list[Mapping[str, Any]]:
+        if not numbers:
+            return []
+        if self._next is None or numbers[0] < self._next:
+            self._iterator, self._next = filter(self.keep, self.dataset), 0
+        skipped = numbers[0] - self._next
+        rows = list(itertools.islice(self._iterator, skipped, skipped + len(numbers)))
+        self._next = numbers[0] + len(rows)
+        return rows
+
+    def place(self, number: int) -> str:
+        return f"{self.title} streamed row {number}"
+
+
+def too_long(size: int | None) -> str:
+    """The message about a single sample above `MAX_SAMPLE_BYTES`."""
+    found = f"{size:,} bytes" if size else f"more than {MAX_SAMPLE_BYTES:,} bytes"
+    return f"one sample of {found}; at most {MAX_SAMPLE_BYTES:,} are read. Split it into several rows."
+
+
+def _utf8(data: bytes, place: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        found = f"byte {error.start} (0x{data[error.start]:02x})"
+        raise ValueError(f"{place}: not UTF-8 at {found}. Convert the file to UTF-8.") from None

@@ -1,0 +1,1 @@
+"""A model directory as its config and headers describe it. Torch-free."""

@@ -1,0 +1,155 @@
+"""A checkpoint on disk as its config and safetensors headers describe it; no weight is read. Torch-free."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from reapkit.checkpoint.architecture import Architecture
+from reapkit.core.errors import UnusableError
+from reapkit.core.hashing import digest, digest_file
+from reapkit.core.safetensors_header import TensorInfo, _read_header_text, _tensors_of
+
+HASHED_SHARD_BYTES = 64_000_000  # a tenth of a second; larger shards are hashed while observe first reads them
+INDEX = "model.safetensors.index.json"
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Tensor name -> shard; shards lie in the directory itself. Raises UnusableError where the index says anything else."""
+    try:
+        weight_map = json.loads(path.read_text())["weight_map"]
+        wrong = [shard for shard in weight_map.values() if type(shard) is not str]
+        wrong = wrong or [shard for shard in sorted(set(weight_map.values())) if shard != Path(shard).name or "\0" in shard]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UnusableError(f"{path}: no index of shards ({type(error).__name__}: {error}). Download it again.") from None
+    if wrong:
+        raise UnusableError(f"{path}: names the shard {wrong[0]!r}, which is no file of this directory. Download it again.")
+    return weight_map
+
+
+class AbsentShard(NamedTuple):
+    """A shard that is not on this machine: its size, its header as it is stored, and the sha256 of the whole file."""
+
+    nbytes: int
+    header: bytes
+    sha256: str
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A complete model directory: config, tensors by name, files."""
+
+    path: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    stored: str | None = None
+    """sha256 of index and headers as they are stored; None for tensors that were never read."""
+    shard_hashes: Mapping[str, str] = field(default_factory=dict)
+    """sha256 of the shards that are not on this machine."""
+
+    @classmethod
+    def open(cls, path: str | os.PathLike, *, absent: Mapping[str, AbsentShard] | None = None) -> Checkpoint:
+        """Reads config.json and the header of every shard that is not `absent`. Raises UnusableError naming what is missing."""
+        path = Path(path)
+        if not (path / "config.json").is_file():
+            raise UnusableError(f"{path}: no config.json there. Give a model directory or a hub id.")
+        try:
+            config = json.loads((path / "config.json").read_text())
+        except (ValueError, RecursionError) as error:
+            raise UnusableError(f"{path / 'config.json'}: not JSON ({error}).") from None
+        if not isinstance(config, dict):
+            raise UnusableError(f"{path / 'config.json'}: no JSON object. Download it again.")
+        with collector_paused():
+            return cls(path, config, *_read_tensors(path, absent or {}), {name: shard.sha256 for name, shard in (absent or {}).items()})
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        return Architecture.from_config(self.config)
+
+    @cached_property
+    def shards(self) -> tuple[str, ...]:
+        return tuple(sorted({tensor.shard for tensor in self.tensors.values()}))
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @cached_property
+    def numel(self) -> int:
+        return sum(tensor.numel for tensor in self.tensors.values())
+
+    @cached_property
+    def identity(self) -> str:
+        """What names this checkpoint in keys: config, headers and each shard's content where it is small, else its size and
+        mtime."""
+        return digest({"config": self.config, "tensors": self.stored or sorted(self.tensors.values()),
+                       "shards": [[shard, self.shard_hashes[shard]] if shard in self.shard_hashes else _shard_identity(self.path / shard)
+                                  for shard in self.shards]})
+
+
+def _read_tensors(path: Path, absent: Mapping[str, AbsentShard]) -> tuple[dict[str, TensorInfo], str]:
+    """The tensors of all shards that the index names, or without an index of all there are; of two of one name the index chooses.
+    And the sha256 of all that was read.
+
+    Raises UnusableError naming what is missing or contradictory.
+    """
+    index = path / INDEX
+    weight_map = read_index(index) if index.is_file() else None
+    sha = hashlib.sha256(index.read_bytes() if weight_map is not None else b"")
+    if weight_map is not None:
+        shards = sorted(set(weight_map.values()))
+    else:
+        shards = sorted({file.name for file in path.glob("*.safetensors")} | absent.keys())
+    if not shards:
+        raise UnusableError(f"{path}: no safetensors weights there. reapkit reads safetensors only; convert .bin files first.")
+    tensors: dict[str, TensorInfo] = {}
+    for shard in shards:
+        if shard not in absent and not (path / shard).is_file():
+            raise UnusableError(f"{path}: shard {shard} is missing. Download it again.")
+        size, text = absent[shard][:2] if shard in absent else _read_header_text(path / shard)
+        sha.update(f"{shard}\n{len(text)}\n".encode() + text)
+        found = _tensors_of(path / shard, size, text)
+        if weight_map is not None and list(map(weight_map.get, found)) != [shard] * len(found):
+            found = {name: tensor for name, tensor in found.items() if weight_map.get(name, shard) == shard}
+        if not tensors.keys().isdisjoint(found):
+            twice = next(name for name in found if name in tensors)
+            raise UnusableError(f"{path}: tensor {twice} lies in {tensors[twice].shard} and in {shard}. Remove the stale one.")
+        tensors.update(found)
+    if weight_map is not None and (lost := sorted(weight_map.keys() - tensors.keys())):
+        raise UnusableError(f"{path}: the index names {len(lost)} tensors that no shard holds, such as {lost[0]}.")
+    return tensors, sha.hexdigest()
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Without the garbage collector, which would walk hundreds of thousands of new and lasting objects again and again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _shard_identity(path: Path) -> list[str | int]:
+    """Hub caches name a shard by its sha256 and link to it; small files are hashed; others count as changed when touched."""
+    facts = path.lstat()
+    if stat.S_ISLNK(facts.st_mode):
+        blob = path.resolve()
+        if len(blob.name) == 64 and blob.parent.name == "blobs":
+            return [path.name, blob.name]
+        facts = blob.stat()
+    if facts.st_size <= HASHED_SHARD_BYTES:
+        return [path.name, digest_file(path)]
+    return [path.name, facts.st_size, facts.st_mtime_ns]

@@ -1,0 +1,199 @@
+"""Hub repositories: a model's checkpoint from its metadata alone, its snapshot in the local cache, its commits. Torch-free.
+
+A plan needs config, tokenizer files, index, and of each shard its header and its sha256: megabytes, whatever the weights take.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from reapkit.checkpoint.checkpoint import INDEX, AbsentShard, Checkpoint, read_index
+from reapkit.core.errors import UnusableError
+from reapkit.core.safetensors_header import FIRST_READ_BYTES, MAX_HEADER_BYTES
+
+TOKENIZER_FILES = ("tokenizer*", "*.jinja", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json", "*.model", "*.tiktoken")
+PLANNED_FILES = ("config.json", INDEX, *TOKENIZER_FILES)
+NEVER_FETCHED = ("*.bin", "*.pth", "*.gguf", "original/*")
+CONNECTIONS = 16
+
+
+def hub_checkpoint(repository: str, revision: str | None) -> Checkpoint:
+    """The checkpoint of a hub model that is not downloaded, with the `identity` that it has once it is.
+
+    Its small files go into the hub's cache, at the commit that `revision` (default: the main branch) names now; of shards only headers are
+    read. Raises UnusableError where the hub cannot be reached, does not give the repository, or holds no safetensors there.
+    """
+    from huggingface_hub import HfApi, constants, snapshot_download
+
+    with _explained(repository, revision, "is not in the local hub cache with all its safetensors"):
+        info = HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
+        files = {file.rfilename: file for file in info.siblings or () if "/" not in file.rfilename}
+        _check_listing(repository, files)
+        unhashed = [name for name, file in files.items() if name.endswith(".safetensors") and file.lfs is None]  # small: kept in git itself
+        planned = [name for name in files if any(fnmatchcase(name, pattern) for pattern in PLANNED_FILES)]
+        path = Path(snapshot_download(repository, revision=info.sha, allow_patterns=planned + unhashed, tqdm_class=_silent_bar()))
+        shards = _indexed(path) or {name for name in files if name.endswith(".safetensors")}
+        remote = [files[name] for name in sorted(shards) if name in files and files[name].lfs is not None]
+        absent = {} if cached_snapshot(repository, info.sha) else _absent_shards(repository, info.sha, remote)
+    return Checkpoint.open(path, absent=absent)
+
+
+def cached_snapshot(repository: str, revision: str | None) -> Path | None:
+    """The model's directory in the hub's cache if everything is there that a plan and a run read, else None.
+
+    Raises UnusableError for what is no hub id, or for a broken index.
+    """
+    path = _cached(repository, revision, PLANNED_FILES)
+    if path is None or not (path / "config.json").is_file():
+        return None
+    if shards := _indexed(path):
+        return path if all((path / shard).is_file() for shard in shards) else None
+    return _cached(repository, revision, ("*.safetensors",)) if any(path.glob("*.safetensors")) else None
+
+
+def download_snapshot(repository: str, revision: str | None) -> Path:
+    """The model's directory in the hub's cache, after fetching what is missing there; offline, as it is if it is complete.
+
+    Raises UnusableError naming the model and what would help.
+    """
+    import httpx
+    from huggingface_hub import snapshot_download
+
+    with _explained(repository, revision, "could not be downloaded"):
+        try:
+            return Path(snapshot_download(repository, revision=revision, ignore_patterns=list(NEVER_FETCHED)))
+        except (httpx.HTTPError, OSError):
+            if (path := cached_snapshot(repository, revision)) is None:
+                raise
+            return path
+
+
+def hub_revision(repository: str, kind: str) -> str:
+    """The commit that a hub repository's main branch has now (`kind`: model or dataset), or that the local cache holds.
+
+    Raises UnusableError where neither the hub nor the cache knows it.
+    """
+    import httpx
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return HfApi().repo_info(repository, repo_type=kind, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT).sha
+    except (httpx.HTTPError, HFValidationError, OSError) as error:
+        cached = Path(constants.HF_HUB_CACHE) / f"{kind}s--{repository.replace('/', '--')}" / "refs" / "main"
+        if cached.is_file():
+            return cached.read_text().strip()
+        raise UnusableError(f"{repository}: its commit cannot be had ({type(error).__name__}). Go online, or write `revision:` into the "
+                            "recipe.") from None
+
+
+def _cached(repository: str, revision: str | None, patterns: Iterable[str]) -> Path | None:
+    """The snapshot's directory, unless the cache knows that a file of these patterns is missing."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    with _explained(repository, revision, "cannot be read in the local hub cache"):
+        try:
+            return Path(snapshot_download(repository, revision=revision, local_files_only=True, allow_patterns=list(patterns),
+                                          ignore_patterns=list(NEVER_FETCHED)))
+        except LocalEntryNotFoundError:
+            return None
+
+
+def _indexed(path: Path) -> set[str]:
+    """The shards that the index of a directory names; none where it has no index."""
+    return set(read_index(path / INDEX).values()) if (path / INDEX).is_file() else set()
+
+
+def _check_listing(repository: str, names: Iterable[str]) -> None:
+    if "config.json" not in names:
+        raise UnusableError(f"model.source: {repository} has no config.json on the hub. Give the id of a transformers model.")
+    if not any(name.endswith(".safetensors") for name in names):
+        raise UnusableError(f"model.source: {repository} has no safetensors weights on the hub. reapkit reads safetensors only; choose "
+                            "another repository, or convert its weights and give the local directory.")
+
+
+def _absent_shards(repository: str, commit: str, files: list[Any]) -> Mapping[str, AbsentShard]:
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
+        headers = pool.map(lambda file: _header(repository, commit, file.rfilename, file.lfs.size), files)
+        return {file.rfilename: AbsentShard(file.lfs.size, header, file.lfs.sha256) for file, header in zip(files, headers, strict=True)}
+
+
+def _header(repository: str, commit: str, shard: str, size: int) -> bytes:
+    """A shard's header as it is stored, in one request or, where it is long, two."""
+    start = _read(repository, commit, shard, 0, min(FIRST_READ_BYTES, size))
+    length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
+    if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+        raise UnusableError(f"model.source: {shard} of {repository} is no safetensors file, or cut short ({size} bytes) on the hub. Choose "
+                            "another revision.")
+    if len(start) < 8 + length:
+        start += _read(repository, commit, shard, len(start), 8 + length)
+    return start[8:8 + length]
+
+
+def _read(repository: str, commit: str, shard: str, begin: int, end: int) -> bytes:
+    """Bytes [begin, end) of a file on the hub."""
+    from huggingface_hub import constants, hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
+
+    part = {"Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"}
+    response = http_backoff("GET", hf_hub_url(repository, shard, revision=commit), headers=build_hf_headers() | part,
+                            timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
+    hf_raise_for_status(response)
+    return response.content if response.status_code == 206 else response.content[begin:end]
+
+
+def _silent_bar() -> type:
+    """A plan shows no bars for the few small files it fetches."""
+    from huggingface_hub.utils import tqdm
+
+    class SilentBar(tqdm):
+        def __init__(self, *args: Any, **options: Any):
+            super().__init__(*args, **options | {"disable": True})
+
+    return SilentBar
+
+
+@contextmanager
+def _explained(repository: str, revision: str | None, state: str) -> Iterator[None]:
+    """Raises what goes wrong between us and the hub as UnusableError: what was found, and what would help."""
+    import httpx
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        yield
+    except HFValidationError:
+        raise UnusableError(f"model.source: '{repository}' is neither a directory nor a hub id (org/name).") from None
+    except (httpx.HTTPError, OSError) as error:
+        cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
+        raise UnusableError(_explanation(cause, repository, revision, state)) from None
+
+
+def _explanation(error: BaseException, repository: str, revision: str | None, state: str) -> str:
+    from huggingface_hub import constants
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    hub = constants.ENDPOINT.split("://")[-1]
+    if isinstance(error, GatedRepoError):
+        return f"model.source: {repository} is gated. Accept its terms at {hub}/{repository}, log in with `hf auth login` and run again."
+    if isinstance(error, RevisionNotFoundError):
+        return f"model.revision: {repository} has no revision '{revision}' on {hub}. Name one of its commits, tags or branches."
+    if isinstance(error, RepositoryNotFoundError):
+        return (f"model.source: {repository} is neither a directory, nor in the local hub cache, nor to be seen on {hub}. Check the name; "
+                "if it is private, log in with `hf auth login`.")
+    if isinstance(error, OfflineModeIsEnabled):
+        return f"model.source: {repository} {state}, and HF_HUB_OFFLINE forbids to ask {hub}. Unset it, or give a local directory."
+    response = getattr(error, "response", None)
+    found = f"HTTP {response.status_code}" if response is not None else getattr(error, "strerror", None) or type(error).__name__
+    return f"model.source: {repository} {state} ({hub}: {found}). Check the network and run again, or give a local directory."

@@ -1,0 +1,108 @@
+"""The command line: parses, calls, formats, exits. Everything up to the plan runs without importing torch."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import traceback
+
+import typer
+
+from reapkit.cli import directories, looking, recipes
+from reapkit.cli.app import app
+from reapkit.cli.following import follow, follower_code
+from reapkit.core import ranks, stop_requests
+from reapkit.core.errors import ReapkitError, RecipeError
+
+__all__ = ["app", "directories", "looking", "main", "recipes"]
+
+ROOMS = [room.__name__ for room in (recipes, looking, directories)]
+app.registered_commands.sort(key=lambda command: ROOMS.index(command.callback.__module__))  # as --help lists them
+
+COLLECT_AFTER = 200_000
+"""Objects made between two runs of Python's garbage collector: at its default of 700 it spends a fifth of what importing torch takes."""
+
+UsageError = typer.BadParameter.__mro__[1]  # typer carries its own click, whose errors it re-exports only in part
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line and exits with the documented code."""
+    own_process = arguments is None
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    stop_requests.listen()
+    gc.set_threshold(COLLECT_AFTER)
+    if own_process:
+        gc.freeze()  # what the imports left stays to the end: no collection need look at it
+    team = None
+    try:
+        team = ranks.join() if ranks.launched() else None
+        code = follow(team, debug) if team and team.rank else _run(arguments, debug)
+    except KeyboardInterrupt:  # it came while another error was being dealt with
+        code = _interrupted()
+    if team:
+        code = _end_together(team, code)
+    if code == 130:
+        # Python dies of SIGINT at its end if one ever crossed an exec() of text (imports do that), handled or not: leave with our code.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if own_process:
+        gc.freeze()  # nor at anything else now: the process ends, and its memory with it
+    sys.exit(code)
+
+
+def _end_together(team: ranks.Team, code: int) -> int:
+    """The code that all ranks end with; torchrun's signals to those that end last are ignored."""
+    stop_requests.ignore()
+    if team.rank == 0:
+        team.conclude(code)
+    else:
+        team.leave()
+    return code
+
+
+def _interrupted() -> int:
+    stop_requests.ignore()
+    team = ranks.current()
+    if team.rank:
+        return follower_code(team, ranks.INTERRUPTED)
+    if team.world > 1 and (error := team.cause()) is not None and error.exit_code != ranks.INTERRUPTED:
+        return _told(error)
+    print("Interrupted. Finished stages are kept; run the same command again to go on.", file=sys.stderr)
+    return 130
+
+
+def _told(error: ReapkitError) -> int:
+    print(error if isinstance(error, RecipeError) else f"reapkit: {error}", file=sys.stderr)
+    return error.exit_code
+
+
+def _run(arguments: list[str], debug: bool) -> int:
+    try:
+        result = typer.main.get_command(app).main(args=arguments, prog_name="reapkit", standalone_mode=False)
+        if result == 130:  # typer turns Ctrl-C into this code without a word
+            raise KeyboardInterrupt
+        return result if isinstance(result, int) else 0
+    except typer.Exit as stop:
+        return stop.exit_code
+    except UsageError as error:
+        error.show()
+        return RecipeError.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        return _interrupted()
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")
+        return 0
+    except ReapkitError as error:
+        if debug:
+            traceback.print_exc()
+        return _told(error)
+    except Exception as error:  # a defect of ours: say so, and how to report it
+        if debug:
+            traceback.print_exc()
+        print(f"reapkit: a defect of reapkit: {type(error).__name__}: {error}\n"
+              "Run again with --debug for the traceback, and please report it.", file=sys.stderr)
+        return 1

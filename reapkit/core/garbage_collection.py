@@ -1,0 +1,135 @@
+"""Which artifacts of a store runs still use, and the removal of those that none does. Torch-free.
+
+A run is entered in `<store>/runs/` before it relies on an artifact, and stays there as long as its directory does. An artifact is in use
+where such a run names it, where the run.json of a run beside the store does, or where its files are hard-linked from elsewhere (a run that
+was moved). What another process works on is locked, and never touched.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from reapkit.core.artifact_store import KEY_LETTERS, Store, write_json
+from reapkit.core.errors import UnusableError
+from reapkit.core.hashing import digest
+
+ARTIFACT = re.compile(rf"[a-z]+-[0-9a-f]{{{KEY_LETTERS}}}")
+IN_USE, LINKED, BUSY, UNFINISHED = "a run uses it", "its files are linked from elsewhere", "in progress", "unfinished, can be resumed"
+
+
+@dataclass(frozen=True)
+class Removed:
+    """An artifact that was, or would be, removed, and the bytes that this frees."""
+
+    artifact: str
+    nbytes: int
+
+
+@dataclass
+class Collected:
+    """What went, and by reason what stayed."""
+
+    removed: list[Removed] = field(default_factory=list)
+    kept: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(each.nbytes for each in self.removed)
+
+
+def register(store: Store, run: Path, artifacts: Mapping[str, str]) -> None:
+    """Enters that the run in directory `run` uses these artifacts, directory names by stage; an earlier one of a stage is let go.
+
+    Raises UnusableError where the run's directory cannot be made.
+    """
+    run = run.resolve()
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UnusableError(f"{run}: cannot be made ({error.strerror}). Choose another output.directory.") from None
+    with _registry(store):
+        file = store.root / "runs" / f"{digest(str(run))[:KEY_LETTERS]}.json"
+        known = _artifacts(file) if file.is_file() else {}
+        if artifacts.items() - known.items() or not file.is_file():
+            write_json(file, {"directory": str(run), "artifacts": known | dict(artifacts)})
+
+
+def collect(store: Store, *, unfinished: bool = False, dry_run: bool = False) -> Collected:
+    """Removes every artifact that no run uses, and with `unfinished` partial work that nobody is at; `dry_run` only says which.
+
+    Raises UnusableError where there is no store, or where what uses it cannot be read: then nothing is removed.
+    """
+    if not store.root.is_dir():
+        raise UnusableError(f"{store.root}: no store there. Give the runtime.store of your recipes with --store.")
+    found = Collected()
+    with _registry(store):
+        used = _used(store, dry_run)
+        for directory in sorted(store.root.iterdir()):
+            if not ARTIFACT.fullmatch(directory.name) or not directory.is_dir():
+                continue
+            with store.idle(directory.name) as idle:
+                if reason := BUSY if not idle else _reason_to_stay(directory, used, unfinished):
+                    found.kept.setdefault(reason, []).append(directory.name)
+                    continue
+                found.removed.append(Removed(directory.name, _freed(directory)))
+                if not dry_run:
+                    (directory / "manifest.json").unlink(missing_ok=True)  # first: half of an artifact must not look like a whole one
+                    shutil.rmtree(directory)
+    return found
+
+
+def _reason_to_stay(directory: Path, used: set[str], unfinished: bool) -> str | None:
+    if not (directory / "manifest.json").is_file():
+        return None if unfinished else UNFINISHED
+    if directory.name in used:
+        return IN_USE
+    return LINKED if any(file.stat().st_nlink > 1 for file in _files(directory / "payload")) else None
+
+
+def _files(directory: Path) -> Iterator[Path]:
+    return (file for file in directory.rglob("*") if file.is_file() and not file.is_symlink())
+
+
+def _freed(directory: Path) -> int:
+    return sum(file.stat().st_size for file in _files(directory) if file.stat().st_nlink == 1)
+
+
+def _used(store: Store, dry_run: bool) -> set[str]:
+    """Artifacts that some run names. A registered run whose directory is gone is forgotten."""
+    used: set[str] = set()
+    for file in (store.root / "runs").glob("*.json"):
+        directory = Path(_read(file)["directory"])
+        if directory.is_dir():
+            used |= set(_artifacts(file).values())
+        elif not dry_run:
+            file.unlink()
+    for file in store.root.resolve().parent.glob("*/run.json"):
+        used |= {str(stage["artifact"]) for stage in _read(file)["stages"].values()}
+    return used
+
+
+def _artifacts(file: Path) -> dict[str, str]:
+    return dict(_read(file)["artifacts"])
+
+
+def _read(file: Path) -> dict:
+    try:
+        found = json.loads(file.read_text())
+        if not {"directory", "artifacts"} <= found.keys() and "stages" not in found:
+            raise ValueError("it names no artifacts")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UnusableError(f"{file}: says which artifacts a run uses and cannot be read ({error}). Remove it if that run is gone; nothing was "
+                            "removed from the store.") from None
+    return found
+
+
+@contextmanager
+def _registry(store: Store) -> Iterator[None]:
+    with store.locked("runs", "registry"):
+        yield

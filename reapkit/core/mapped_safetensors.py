@@ -1,0 +1,60 @@
+"""Safetensors files as arrays that lie in them: read when they are used, whatever their size. Torch-free."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy import ndarray
+
+from reapkit.core.errors import UnusableError
+from reapkit.core.safetensors_header import read_header
+
+DTYPES = {"float64": "F64", "float32": "F32", "int64": "I64", "int32": "I32", "int16": "I16", "uint8": "U8"}
+
+
+def map_tensors(path: Path) -> dict[str, ndarray]:
+    """Every tensor of a safetensors file as a read-only array.
+
+    Raises UnusableError where its header is not to be trusted or names another dtype than DTYPES.
+    """
+    names = {code: name for name, code in DTYPES.items()}
+    tensors = {}
+    for name, tensor in read_header(path).items():
+        if tensor.dtype not in names:
+            raise UnusableError(f"{path}: tensor {name} is {tensor.dtype}, which nothing of reapkit's is. Make the file again.")
+        dtype = np.dtype(names[tensor.dtype]).newbyteorder("<")
+        tensors[name] = (np.memmap(path, dtype, "r", tensor.begin, tensor.shape).view(ndarray) if tensor.nbytes
+                         else np.empty(tensor.shape, dtype))
+    return tensors
+
+
+def create_tensors(path: Path, shapes: Mapping[str, tuple[str, int]]) -> dict[str, ndarray]:
+    """A safetensors file of 1-d tensors (name to dtype and length), allocated at once and returned as writable memory maps.
+
+    The bytes depend on names, dtypes, lengths and what is written, on nothing else. Wide types come first, which aligns all.
+    """
+    order = sorted(shapes, key=lambda name: (-np.dtype(shapes[name][0]).itemsize, name))
+    header: dict[str, Any] = {}
+    end = 0
+    for name in order:
+        dtype, length = shapes[name]
+        begin, end = end, end + np.dtype(dtype).itemsize * length
+        header[name] = {"dtype": DTYPES[dtype], "shape": [length], "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.truncate(8 + len(text) + end)
+    first = 8 + len(text)
+    return {name: np.memmap(path, np.dtype(dtype).newbyteorder("<"), "r+", first + header[name]["data_offsets"][0], (length,))
+            if length else np.empty(0, dtype) for name, (dtype, length) in shapes.items()}
+
+
+def as_arrays(frozen: Any, *names: str) -> None:
+    """Makes arrays of these fields of a frozen dataclass, which may have been given as tensors on the CPU."""
+    for name in names:
+        object.__setattr__(frozen, name, np.asarray(getattr(frozen, name)))

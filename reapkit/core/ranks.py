@@ -1,0 +1,372 @@
+"""Several processes at one run, started by torchrun: rank 0 runs the recipe, the others help where it asks, all end with one code.
+
+What ranks compute goes through files that they all see. torchrun's own key-value store carries the rest: who does what, who is alive,
+how it ended. Nobody waits inside a collective, so none can time out while rank 0 works alone for hours.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from reapkit.core.errors import ReapkitError, RecipeError, RejectedByGates, StageFailed, UnusableError
+
+BEAT_SECONDS = 2.0
+STALE_SECONDS = 60.0  # of another machine's rank without a beat; on this machine its process is looked up
+SEEING_SECONDS = 60.0  # network file systems show a new file late, up to the time that they keep attributes
+LEAVING_SECONDS = 25.0  # torchrun kills what has not ended 30 s after its SIGTERM
+INTERRUPTED = 130
+
+
+class LostContact(StageFailed):
+    """torchrun's key-value store does not answer any more."""
+
+    def __init__(self) -> None:
+        super().__init__("lost contact with torchrun's rendezvous (torchrun or the machine of rank 0 is gone), so the run ends here. What "
+                         "was finished is kept; run the same command again to resume.")
+
+
+class Alone:
+    """A run of one process: everything is its own work, and nobody is waited for."""
+
+    rank, world, local_rank, local_world = 0, 1, 0, 1
+
+    def begin(self, job: dict[str, Any]) -> None:
+        """Asks the other ranks to help with `job`."""
+
+    def share(self, directory: Path) -> None:
+        """Makes sure that all ranks see `directory`. Raises UnusableError naming the machine that does not."""
+
+    def agreed(self, name: str, make: Callable[[], Any]) -> Any:
+        """Rank 0's `make()`, on every rank; a JSON value."""
+        return make()
+
+    def same(self, name: str, facts: dict[str, Any]) -> None:
+        """Raises UnusableError where a rank's `facts` are not rank 0's."""
+
+    def claims(self, name: str, count: int) -> Iterator[int]:
+        """Each of 0 … count - 1 for exactly one rank, whoever comes first."""
+        return iter(range(count))
+
+    def add(self, name: str, amount: int) -> int:
+        """The sum of what all ranks added so far."""
+        return amount
+
+    def meet(self, name: str, directory: Path | None = None, waiting: Callable[[], None] = lambda: None) -> None:
+        """Returns once all ranks came here; then what they wrote to `directory` can be seen. `waiting()` is called meanwhile."""
+
+
+class Team(Alone):
+    """This process among those that torchrun started; `join()` makes it."""
+
+    def __init__(self, keys: Any, rank: int, world: int, local_rank: int, local_world: int):
+        self.keys, self.rank, self.world, self.local_rank, self.local_world = keys, rank, world, local_rank, local_world
+        self.trouble: ReapkitError | None = None
+        self._job, self._helping = 0, False
+        self._heard_at: dict[int, tuple[int, float]] = {}
+        self._stop = threading.Event()
+        self._put(f"who/{rank}", {"host": socket.gethostname(), "machine": _machine(), "pid": os.getpid()})
+        self._watcher = threading.Thread(target=self._watch, name="ranks", daemon=True)
+        self._watcher.start()
+
+    # ------------------------------------------------------------------------------------------ working together
+
+    def begin(self, job: dict[str, Any]) -> None:
+        self._job += 1
+        self._put(f"job/{self._job}", job)
+
+    def jobs(self) -> Iterator[dict[str, Any]]:
+        """What rank 0 asks for, until it ends the run."""
+        while self.outcome() is None:
+            if self._has(f"job/{self._job + 1}"):
+                self._job += 1
+                job = self._get(f"job/{self._job}")
+                if "see" in job:
+                    self._see(Path(job["see"]))
+                else:
+                    self._helping = True
+                    yield job
+                    self._helping = False
+            else:
+                time.sleep(0.2)
+
+    def share(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = directory.resolve() / f".ranks-{uuid4().hex}"
+        file.write_text("")
+        try:
+            self.begin({"see": str(file)})
+            self.meet("seen")
+        finally:
+            file.unlink(missing_ok=True)
+
+    def _see(self, file: Path) -> None:
+        deadline = time.monotonic() + SEEING_SECONDS
+        while not _listed(file):
+            if time.monotonic() > deadline:
+                raise UnusableError(
+                    f"runtime.store: {self._name(self.rank)} does not see {file.parent} as {self._name(0)} does. Ranks share their work "
+                    "through this directory: put it on a file system that all nodes mount at the same path (--set runtime.store=DIR)."
+                )
+            time.sleep(0.5)
+        self.meet("seen")
+
+    def agreed(self, name: str, make: Callable[[], Any]) -> Any:
+        key = f"{self._job}/agreed/{name}"
+        if self.rank == 0:
+            self._put(key, make())
+        self._wait([key])
+        return self._get(key)
+
+    def same(self, name: str, facts: dict[str, Any]) -> None:
+        theirs, mine = self.agreed(name, lambda: facts), json.loads(json.dumps(facts))
+        if different := [key for key in theirs if theirs[key] != mine.get(key)]:
+            found = ", ".join(f"{key} {mine.get(key)} instead of {theirs[key]}" for key in different)
+            raise UnusableError(f"{self._name(self.rank)} would compute in another way than {self._name(0)}: {found}. Results would depend on "
+                                "who computed what; give all ranks the same devices and the same environment.")
+
+    def claims(self, name: str, count: int) -> Iterator[int]:
+        while (number := self._add(f"{self._job}/claims/{name}", 1) - 1) < count:
+            yield number
+
+    def add(self, name: str, amount: int) -> int:
+        return self._add(f"{self._job}/sum/{name}", amount)
+
+    def meet(self, name: str, directory: Path | None = None, waiting: Callable[[], None] = lambda: None) -> None:
+        self._put(f"{self._job}/met/{name}/{self.rank}", True)
+        self._wait([f"{self._job}/met/{name}/{rank}" for rank in range(self.world)], waiting)
+        if directory is not None:
+            os.listdir(directory)  # a network file system forgets what it believed to be missing
+
+    def _wait(self, keys: list[str], waiting: Callable[[], None] = lambda: None) -> None:
+        pause = 0.005
+        while not self._has(*keys):
+            waiting()
+            time.sleep(pause)
+            pause = min(0.5, 1.5 * pause)
+
+    # ------------------------------------------------------------------------------------------ ending together
+
+    def conclude(self, code: int) -> None:
+        """Rank 0: ends the run with `code` on every rank, and waits until those that are alive have heard it."""
+        try:
+            self._put("outcome", code)
+            deadline = time.monotonic() + LEAVING_SECONDS
+            others = [rank for rank in range(1, self.world)]
+            while others and time.monotonic() < deadline:
+                dead = self._dead(others)
+                others = [rank for rank in others if not self._has(f"left/{rank}") and rank not in dead]
+                time.sleep(0.05)
+        except LostContact:
+            pass  # the keys are gone with torchrun: nobody is left to hear it
+        self._stop.set()
+
+    def leave(self) -> None:
+        """Other ranks: the last word before the process ends."""
+        self._stop.set()
+        try:
+            self._put(f"left/{self.rank}", True)
+        except LostContact:
+            pass
+
+    def outcome(self) -> int | None:
+        """The code that rank 0 ended the run with, if it did."""
+        return self._get("outcome") if self._has("outcome") else None
+
+    def fail(self, code: int, text: str) -> None:
+        """Other ranks: tells rank 0 why this one cannot go on."""
+        try:
+            self._put(f"failed/{self.rank}", {"code": code, "text": f"{self._name(self.rank)}: {text}" if text else ""})
+        except LostContact:
+            pass
+
+    def heard(self) -> int | None:
+        """Other ranks: rank 0's last word, which comes soon; None, with `trouble` set, where it cannot come any more."""
+        deadline = time.monotonic() + LEAVING_SECONDS
+        try:
+            while time.monotonic() < deadline:
+                if (code := self.outcome()) is not None:
+                    return code
+                if self._dead([0], quickly=True) and self.outcome() is None:
+                    self.trouble = self._died(0)
+                    return None
+                time.sleep(0.1)
+        except LostContact:
+            self.trouble = LostContact()
+        return None
+
+    def cause(self) -> ReapkitError | None:
+        """Rank 0: what interrupted it, if that was another rank's failure or death; None where it was the user."""
+        if self.trouble is None:
+            try:
+                self.trouble = self._look(quickly=True)
+            except LostContact:
+                self.trouble = LostContact()
+        return self.trouble
+
+    def speaks(self) -> bool:
+        """Whether this rank tells the user: the first that is alive."""
+        try:
+            return len(self._dead(range(self.rank), quickly=True)) == self.rank
+        except LostContact:
+            return self.rank == 0 or self.local_rank == 0
+
+    # ------------------------------------------------------------------------------------------ who is alive
+
+    def _watch(self) -> None:
+        """Beats, and interrupts the main thread once going on has become pointless."""
+        beats, ends = 0, 0
+        while not self._stop.wait(BEAT_SECONDS):
+            beats += 1
+            try:
+                self._put(f"beat/{self.rank}", beats)
+                ended = self.rank > 0 and self.outcome() is not None
+                ends += ended and self._helping  # twice in a row: who has done its share leaves by itself
+                found = None if ended else self._look()
+            except LostContact:
+                found = LostContact()
+            if self._stop.is_set():
+                return
+            if found or ends > 1:
+                self.trouble = found
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+                return
+
+    def _look(self, quickly: bool = False) -> ReapkitError | None:
+        others = list(range(1, self.world)) if self.rank == 0 else [0]
+        failures = [self._get(f"failed/{rank}") for rank in others if self._has(f"failed/{rank}")]
+        failures.sort(key=lambda failure: failure["code"] == INTERRUPTED)
+        if failures and failures[0]["code"] != INTERRUPTED:
+            return _error(**failures[0])
+        dead = self._dead(others, quickly or bool(failures))  # torchrun interrupts the living when one died
+        return self._died(dead[0]) if dead else _error(**failures[0]) if failures else None
+
+    def _dead(self, ranks: Sequence[int], quickly: bool = False) -> list[int]:
+        """By their process on this machine, else by their beats; `quickly` waits for three beats instead of a minute."""
+        here = _machine()
+        who = {rank: self._get(f"who/{rank}") for rank in ranks if self._has(f"who/{rank}") and not self._has(f"left/{rank}")}
+        near = [rank for rank in who if who[rank]["machine"] == here is not None]
+        far = [rank for rank in who if rank not in near]
+        gone = [rank for rank in near if not _runs(who[rank]["pid"])]
+        return gone + (self._silent(far) if quickly else self._stale(far))
+
+    def _silent(self, ranks: Sequence[int]) -> list[int]:
+        before, deadline = {rank: self._beat(rank) for rank in ranks}, time.monotonic() + 3 * BEAT_SECONDS
+        while before and time.monotonic() < deadline:
+            time.sleep(0.2)
+            before = {rank: beat for rank, beat in before.items() if self._beat(rank) == beat and not self._has(f"left/{rank}")}
+        return list(before)
+
+    def _stale(self, ranks: Sequence[int]) -> list[int]:
+        now = time.monotonic()
+        for rank in ranks:
+            beat, (last, since) = self._beat(rank), self._heard_at.get(rank, (None, now))
+            self._heard_at[rank] = (beat, since if beat == last else now)
+        return [rank for rank in ranks if now - self._heard_at[rank][1] > STALE_SECONDS]
+
+    def _beat(self, rank: int) -> int:
+        return self._get(f"beat/{rank}") if self._has(f"beat/{rank}") else 0
+
+    def _died(self, rank: int) -> StageFailed:
+        return StageFailed(f"{self._name(rank)} died without a word (killed, out of memory, or its machine is gone), so the run ends here. "
+                           "What was finished is kept; run the same command again to resume, with any number of ranks.")
+
+    def _name(self, rank: int) -> str:
+        who = self._get(f"who/{rank}") if self._has(f"who/{rank}") else None
+        return f"rank {rank}" + (f" ({who['host']}, process {who['pid']})" if who else "")
+
+    # ------------------------------------------------------------------------------------------ keys
+
+    def _put(self, key: str, value: Any) -> None:
+        with _contact():
+            self.keys.set(key, json.dumps(value))
+
+    def _has(self, *keys: str) -> bool:
+        with _contact():
+            return self.keys.check(list(keys))
+
+    def _get(self, key: str) -> Any:
+        with _contact():
+            return json.loads(self.keys.get(key))
+
+    def _add(self, key: str, amount: int) -> int:
+        with _contact():
+            return self.keys.add(key, amount)
+
+
+@contextmanager
+def _contact() -> Iterator[None]:
+    """Raises LostContact for every error of the store's client."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise LostContact from error
+
+
+ALONE = Alone()
+_joined: Alone = ALONE
+
+
+def launched() -> bool:
+    """Whether torchrun started this process as one of several."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def join() -> Team:
+    """The ranks that torchrun started together; from now on `current()` on this process."""
+    global _joined
+    from torch.distributed import PrefixStore, TCPStore
+
+    env = os.environ
+    rank, world = int(env["RANK"]), int(env["WORLD_SIZE"])
+    serves = rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun does, and outlives every rank
+    store = TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), None, serves, timedelta(seconds=120), wait_for_workers=False)
+    keys = PrefixStore(f"reapkit/{env.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    _joined = Team(keys, rank, world, int(env["LOCAL_RANK"]), int(env["LOCAL_WORLD_SIZE"]))
+    return _joined
+
+
+def current() -> Alone:
+    """The joined team, or `ALONE`."""
+    return _joined
+
+
+def _error(code: int, text: str) -> ReapkitError:
+    """Another rank's failure, raised here with its exit code."""
+    kinds = {kind.exit_code: kind for kind in (RecipeError, UnusableError, StageFailed, RejectedByGates)}
+    error = kinds.get(code, ReapkitError)(text)
+    error.exit_code = code
+    return error
+
+
+def _machine() -> str | None:
+    """The same for two processes exactly where one can look the other up by its id; None where that cannot be known."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return None
+
+
+def _runs(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"
+
+
+def _listed(file: Path) -> bool:
+    try:
+        return file.name in os.listdir(file.parent)  # listing asks the server anew where a look-up may be answered from memory
+    except OSError:
+        return False

@@ -1,0 +1,83 @@
+"""A model directory as it is on disk, against the base: the numbers that the verify stage publishes."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from reapkit.calibration.tokens import CalibrationTokens
+from reapkit.core.progress import SILENT, Progress
+from reapkit.evaluation.outputs import EAFT, BaseOutputs, Pack, base_outputs, compare, describe_base, measure
+from reapkit.model.loading import load_model
+
+
+def final_packs(tokens: Mapping[int, CalibrationTokens]) -> dict[int, Pack]:
+    """By length the rows of the final numbers: the confirm rows, or all where none confirm."""
+    return {length: Pack.part(each, "confirm" if each.rows("confirm") else "decide", length) for length, each in tokens.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Yardstick:
+    """The base on the rows of the final numbers, kept so that directories can be measured after the base has left memory."""
+
+    packs: Mapping[int, Pack]
+    bases: Mapping[int, BaseOutputs]
+    eaft: Mapping[str, Any]
+    batch_tokens: int
+
+    @classmethod
+    def of(
+        cls,
+        base: nn.Module,
+        tokens: Mapping[int, CalibrationTokens],
+        *,
+        eaft: Mapping[str, Any] = EAFT,
+        batch_tokens: int = 16384,
+        work_directory: Path | None = None,
+        progress: Progress = SILENT,
+    ) -> Yardstick:
+        """Measures the loaded base on the confirm rows of each length's pack; on all its rows where it confirms nothing."""
+        packs = final_packs(tokens)
+        bases = {length: base_outputs(base, pack, batch_tokens=batch_tokens, top_k=eaft["top_k"], work_directory=work_directory,
+                                      progress=progress) for length, pack in packs.items()}
+        return cls(packs, bases, eaft, batch_tokens)
+
+    @property
+    def base_metrics(self) -> dict[str, Any]:
+        """The base's own numbers: `{length: {group: metrics}}`."""
+        return {str(length): describe_base(self.bases[length], pack, self.eaft) for length, pack in self.packs.items()}
+
+    def measure(self, model: nn.Module, *, title: str = "verify", progress: Progress = SILENT) -> dict[str, Any]:
+        """A loaded model's numbers and distances from the base: `{length: {group: metrics}}`, what `gates.judge` reads."""
+        return {
+            str(length): compare(
+                self.bases[length],
+                measure(
+                    model,
+                    pack,
+                    self.bases[length],
+                    batch_tokens=self.batch_tokens,
+                    top_k=self.eaft["top_k"],
+                    title=title,
+                    progress=progress,
+                ),
+                pack,
+                self.eaft,
+            )
+            for length, pack in self.packs.items()
+        }
+
+    def measure_directory(self, path: Path, *, device: str = "cpu", dtype: str = "auto", trust_remote_code: bool = False,
+                          title: str | None = None, progress: Progress = SILENT) -> dict[str, Any]:
+        """Loads the directory, measures it, lets it go. Raises UnusableError where its weights do not fit its class."""
+        model = load_model(path, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        try:
+            return self.measure(model, title=title or f"measure {path.name}", progress=progress)
+        finally:
+            del model
+            gc.collect()

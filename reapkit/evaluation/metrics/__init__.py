@@ -1,0 +1,1 @@
+"""How far a candidate is from its base: signals of logits, bootstrap intervals, statistics over rows. Pure tensor maths."""

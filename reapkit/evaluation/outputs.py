@@ -1,0 +1,233 @@
+"""What a model says at the measured positions of a pack: the base's kept once, every candidate's compared with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from reapkit.calibration.tokens import CalibrationTokens, batches
+from reapkit.core.errors import StageFailed, UnusableError
+from reapkit.core.hashing import digest
+from reapkit.core.progress import SILENT, Progress
+from reapkit.evaluation.head import (
+    check_head,
+    chunk_positions,
+    embedding_weights,
+    has_embeddings,
+    hidden_states,
+    logits,
+    output_embeddings,
+)
+from reapkit.evaluation.metrics import rows, signals
+from reapkit.evaluation.metrics.rows import RowIndex
+from reapkit.evaluation.metrics.signals import Positions
+
+Head = Callable[[], AbstractContextManager]
+EAFT = {"p_low": "0.15", "h_low": "0.15", "thresholds": "pooled", "top_k": 20}
+"""Where confident conflict begins, unless a recipe says otherwise."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pack:
+    """Rows of one length, measured together; `outside` names sources that are not part of the calibration mix."""
+
+    tokens: CalibrationTokens
+    rows: tuple[int, ...]
+    length: int
+    outside: frozenset[str] = frozenset()
+
+    @classmethod
+    def part(cls, tokens: CalibrationTokens, part: str, length: int) -> Pack:
+        """The rows of a prepared pack's part: "decide" or "confirm"; its extra packs are outside."""
+        return cls(tokens, tuple(tokens.rows(part)), length, frozenset(tokens.summary.get("extra", ())))
+
+    @cached_property
+    def index(self) -> RowIndex:
+        measured = [0, *(int(self.tokens.row(row).signal.sum()) for row in self.rows)]
+        source = torch.tensor([int(self.tokens.row_source[row]) for row in self.rows], dtype=torch.int64)
+        return RowIndex(torch.tensor(measured).cumsum(0), source, self.tokens.sources, self.outside)
+
+    @property
+    def num_positions(self) -> int:
+        return int(self.index.offsets[-1])
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.tokens.row_lengths[list(self.rows)].sum())
+
+
+@dataclass(frozen=True, eq=False)
+class BaseOutputs:
+    """The base at a pack's measured positions: final hidden states `[n, hidden]` (in memory or mapped from disk), reference
+    tokens `[n]`, signals, and the output embeddings that turn the hidden states into logits."""
+
+    hidden: Tensor
+    reference: Tensor
+    positions: Positions
+    embeddings: dict[str, Tensor]
+
+
+@torch.no_grad()
+def base_outputs(model: nn.Module, pack: Pack, *, batch_tokens: int, top_k: int = 20, work_directory: Path | None = None,
+                 progress: Progress = SILENT) -> BaseOutputs:
+    """The base's outputs on a pack. With a `work_directory` hidden states live there and a killed run goes on where it was.
+
+    Raises UnusableError where the pack measures nothing, or where the model's logits are not a function of its hidden states.
+    """
+    if pack.num_positions == 0:
+        raise UnusableError(
+            f"The pack of {pack.length} tokens measures no position: its {len(pack.rows)} rows hold no scored token. "
+            "Raise evaluate.packs.samples."
+        )
+    check_head(model, pack.tokens.row(pack.rows[0]).input_ids)
+    return outputs_of(model, pack, _kept_hidden(model, pack, batch_tokens, work_directory, progress), top_k)
+
+
+@torch.no_grad()
+def outputs_of(model: nn.Module, pack: Pack, hidden: Tensor, top_k: int = 20) -> BaseOutputs:
+    """The base's outputs from its final hidden states `[n, hidden]` at the pack's measured positions."""
+    reference, step = torch.cat([_reference(pack.tokens.row(row)) for row in pack.rows]), chunk_positions(model)
+    described = [
+        _to_cpu(
+            signals.describe(
+                found := logits(model, hidden[at : at + step]), reference[at : at + step].to(found.device), top_k=top_k
+            )
+        )
+        for at in range(0, len(reference), step)
+    ]
+    return BaseOutputs(hidden, reference, Positions.concatenate(described), embedding_weights(model))
+
+
+def base_head(model: nn.Module, base: BaseOutputs) -> Head:
+    """A context in which `model` has the base's output embeddings; compared once, because they may be large."""
+    return nullcontext if has_embeddings(model, base.embeddings) else partial(output_embeddings, model, base.embeddings)
+
+
+@torch.no_grad()
+def compare_hidden(model: nn.Module, hidden: Tensor, base: BaseOutputs, start: int, head: Head, top_k: int = 20) -> Positions:
+    """The signals of `model`'s final hidden states `[n, hidden]`, which belong to the base's positions from `start` on.
+
+    `head` comes from `base_head`.
+    """
+    step, parts = chunk_positions(model), []
+    for at in range(0, len(hidden), step):
+        of_base = slice(start + at, start + min(at + step, len(hidden)))
+        found = logits(model, hidden[at:at + step])
+        with head():
+            expected = logits(model, base.hidden[of_base])
+        parts.append(
+            _to_cpu(signals.describe(found, base.reference[of_base].to(found.device), expected.to(found.device), top_k))
+        )
+    return Positions.concatenate(parts)
+
+
+@torch.no_grad()
+def measure(model: nn.Module, pack: Pack, base: BaseOutputs, *, batch_tokens: int, top_k: int = 20, title: str = "evaluate",
+            progress: Progress = SILENT) -> Positions:
+    """What `model` (masked, or loaded from a directory) says at the pack's measured positions, compared with the base.
+
+    Raises StageFailed where its logits are not finite.
+    """
+    parts, done, head = [], 0, base_head(model, base)
+    with progress.task(f"{title}, {pack.length} tokens", total=pack.num_positions, unit="positions") as task:
+        for hidden in _hidden(model, pack, batch_tokens):
+            if len(hidden):
+                parts.append(compare_hidden(model, hidden, base, done, head, top_k))
+            done += len(hidden)
+            task.advance(len(hidden))
+    return refuse_broken(Positions.concatenate(parts), title)
+
+
+def refuse_broken(found: Positions, title: str) -> Positions:
+    """`found` itself. Raises StageFailed where it holds numbers that are not finite."""
+    if broken := int((~found.nll.isfinite() | ~found.kl.isfinite()).sum()):
+        raise StageFailed(
+            f"{title}: {broken} of {len(found)} measured positions have logits that are not finite, so nothing can be "
+            "said of this model. Weights that overflow in float16 need bfloat16 or float32."
+        )
+    return found
+
+
+def describe_base(base: BaseOutputs, pack: Pack, eaft: dict[str, Any] = EAFT) -> dict[str, Any]:
+    """The base's own numbers per group: `all` and each source (`rows.summarize_base`)."""
+    return rows.summarize_base(base.positions, pack.index, rows.regions(base.positions, pack.index, eaft))
+
+
+def compare(base: BaseOutputs, candidate: Positions, pack: Pack, eaft: dict[str, Any] = EAFT) -> dict[str, Any]:
+    """The candidate's numbers and distances per group, with paired intervals (`rows.summarize_candidate`)."""
+    own, of_base = (rows.regions(positions, pack.index, eaft) for positions in (candidate, base.positions))
+    return rows.summarize_candidate(base.positions, candidate, pack.index, of_base, own)
+
+
+def save_positions(positions: Positions, path: Path) -> None:
+    """Writes beside `path`, then renames: a file that is there is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}.new")
+    save_file({field.name: getattr(positions, field.name).contiguous() for field in fields(Positions)}, fresh)
+    fresh.rename(path)
+
+
+def load_positions(path: Path) -> Positions:
+    return Positions(**load_file(path))
+
+
+def _reference(row: Any) -> Tensor:
+    return row.input_ids.roll(-1)[row.signal]
+
+
+def _to_cpu(positions: Positions) -> Positions:
+    return Positions(**{field.name: getattr(positions, field.name).cpu() for field in fields(Positions)})
+
+
+def _hidden(model: nn.Module, pack: Pack, batch_tokens: int, skip_batches: int = 0) -> Iterator[Tensor]:
+    """Per batch the final hidden states `[n, hidden]` of its measured positions, rows in order."""
+    for number, batch in enumerate(batches(pack.tokens, pack.rows, batch_tokens)):
+        if number >= skip_batches:
+            found = hidden_states(model, batch.input_ids, batch.position_ids)
+            yield found[batch.signal.to(found.device)]
+
+
+def _kept_hidden(model: nn.Module, pack: Pack, batch_tokens: int, work_directory: Path | None, progress: Progress) -> Tensor:
+    with progress.task(f"evaluate base, {pack.length} tokens", total=pack.num_positions, unit="positions") as task:
+        if work_directory is not None:
+            return _hidden_on_disk(model, pack, batch_tokens, work_directory, task)
+        parts = []
+        for hidden in _hidden(model, pack, batch_tokens):
+            parts.append(hidden.cpu())
+            task.advance(len(hidden))
+    return torch.cat(parts)
+
+
+def hidden_file(path: Path, positions: int, width: int, dtype: torch.dtype) -> Tensor:
+    """`[positions, width]` that lives in a file instead of in memory."""
+    return torch.from_file(str(path), shared=True, size=positions * width, dtype=dtype).view(-1, width)
+
+
+def _hidden_on_disk(model: nn.Module, pack: Pack, batch_tokens: int, directory: Path, task: Any) -> Tensor:
+    """A memory-mapped file that is filled batch by batch; `.json` beside it says how many batches and positions it holds."""
+    probe = hidden_states(model, pack.tokens.row(pack.rows[0]).input_ids[:1].unsqueeze(0))
+    width, dtype = probe.shape[-1], probe.dtype
+    identity = {"rows": pack.rows, "length": pack.length, "batch_tokens": batch_tokens, "width": width, "dtype": str(dtype)}
+    path = directory / f"base-{pack.length}-{digest(identity)[:12]}.bin"
+    state = path.with_suffix(".json")
+    directory.mkdir(parents=True, exist_ok=True)
+    finished = json.loads(state.read_text()) if state.is_file() and path.is_file() else {"batches": 0, "positions": 0}
+    mapped = hidden_file(path, pack.num_positions, width, dtype)
+    task.advance(finished["positions"])
+    for hidden in _hidden(model, pack, batch_tokens, finished["batches"]):
+        at = finished["positions"]
+        mapped[at:at + len(hidden)] = hidden.cpu()
+        finished = {"batches": finished["batches"] + 1, "positions": at + len(hidden)}
+        state.with_suffix(".new").write_text(json.dumps(finished))
+        state.with_suffix(".new").rename(state)
+        task.advance(len(hidden))
+    return mapped

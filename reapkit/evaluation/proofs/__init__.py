@@ -1,0 +1,1 @@
+"""Proofs that a pruned or a quantized directory is what it claims to be."""

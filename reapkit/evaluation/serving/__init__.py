@@ -1,0 +1,1 @@
+"""Whether engines serve a finished directory alike."""

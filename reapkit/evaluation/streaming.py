@@ -1,0 +1,246 @@
+"""Evaluation of a model of any size: base and candidates go through each decoder layer while it is in memory, in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reapkit.calibration.tokens import PARTS, Batch, CalibrationTokens, batches
+from reapkit.core.progress import SILENT, Progress
+from reapkit.evaluation.bench import Bench, Candidate, packs_of_part
+from reapkit.evaluation.candidates import give_verdict
+from reapkit.evaluation.directory import Yardstick, final_packs
+from reapkit.evaluation.gates import Gate
+from reapkit.evaluation.head import require_same_logits
+from reapkit.evaluation.linear import fast_linear
+from reapkit.evaluation.metrics.signals import Positions
+from reapkit.evaluation.outputs import (
+    EAFT,
+    BaseOutputs,
+    Pack,
+    base_head,
+    compare,
+    compare_hidden,
+    hidden_file,
+    outputs_of,
+    refuse_broken,
+)
+from reapkit.model.loading import final_hidden, head_logits
+from reapkit.model.streaming.layers import LayeredModel
+from reapkit.model.streaming.lockstep import Forward, Lockstep, Spool
+
+PROBE_TOKENS = 16
+Place = tuple[str, int]
+"""Part and row length of a pack."""
+
+
+@dataclass(frozen=True, eq=False)
+class StreamedBench(Bench):
+    """Numbers of a pass that has measured every candidate."""
+
+    packs: Mapping[int, Pack]
+    eaft: Mapping[str, Any]
+    bases: Mapping[int, BaseOutputs]
+    found: Mapping[tuple[str, int], Positions]
+    measures_all = True
+
+    def positions(self, candidate: Candidate, length: int) -> Positions:
+        return self.found[candidate.name, length]
+
+
+def evaluate_streaming(layered: LayeredModel, packs: Mapping[int, CalibrationTokens], candidates: Sequence[Candidate],
+                       gates: Sequence[Gate], *, controls: Sequence[Candidate] = (), eaft: Mapping[str, Any] = EAFT,
+                       pack_samples: int | None = None, batch_tokens: int = 16384, hidden_bytes: int | None = None,
+                       offload_directory: Path | None = None, progress: Progress = SILENT) -> dict[str, Any]:
+    """As `candidates.evaluate`, with one or two decoder layers in memory; generation is not measured.
+
+    Every weight is read once. Waiting hidden states of base and candidates take (1 + candidates) x tokens x hidden numbers, on
+    the host and, beyond `hidden_bytes`, in `offload_directory`. A killed pass begins again.
+    """
+    by_part = {part: packs_of_part(packs, part) for part in PARTS}
+    places = {(part, length): pack for part, of_part in by_part.items() for length, pack in of_part.items()}
+    tried = {each.name: each for each in (*candidates, *controls)}
+    spool = Spool(layered.device, hidden_bytes, offload_directory)
+    bases, found = _Pass(layered, places, tried, batch_tokens, eaft["top_k"], spool, offload_directory).run(progress)
+    benches = [StreamedBench(by_part[part], eaft, {length: bases[part, length] for length in by_part[part]},
+                             {(name, place[1]): positions for (name, place), positions in found.items() if place[0] == part})
+               for part in PARTS]
+    return give_verdict(*benches, candidates, gates, controls=controls, pack_samples=pack_samples)
+
+
+def yardstick_streaming(layered: LayeredModel, packs: Mapping[int, CalibrationTokens], *, eaft: Mapping[str, Any] = EAFT,
+                        batch_tokens: int = 16384, hidden_bytes: int | None = None, offload_directory: Path | None = None,
+                        progress: Progress = SILENT) -> Yardstick:
+    """As `Yardstick.of`, of a base that never is in memory as a whole."""
+    final = final_packs(packs)
+    spool = Spool(layered.device, hidden_bytes, offload_directory)
+    bases, _ = _Pass(
+        layered,
+        {("final", length): pack for length, pack in final.items()},
+        {},
+        batch_tokens,
+        eaft["top_k"],
+        spool,
+        offload_directory,
+    ).run(progress)
+    return Yardstick(final, {length: bases["final", length] for length in final}, eaft, batch_tokens)
+
+
+def measure_streaming(yardstick: Yardstick, layered: LayeredModel, *, hidden_bytes: int | None = None,
+                      offload_directory: Path | None = None, progress: Progress = SILENT) -> dict[str, Any]:
+    """As `Yardstick.measure`, of a model that never is in memory as a whole."""
+    own = yardstick_streaming(
+        layered,
+        {length: pack.tokens for length, pack in yardstick.packs.items()},
+        eaft=yardstick.eaft,
+        batch_tokens=yardstick.batch_tokens,
+        hidden_bytes=hidden_bytes,
+        offload_directory=offload_directory,
+        progress=progress,
+    )
+    found = {}
+    for length, pack in yardstick.packs.items():
+        base = yardstick.bases[length]
+        positions = compare_hidden(
+            layered.model, own.bases[length].hidden, base, 0, base_head(layered.model, base), yardstick.eaft["top_k"]
+        )
+        found[str(length)] = compare(base, refuse_broken(positions, f"verify {layered.path.name}"), pack, yardstick.eaft)
+    return found
+
+
+@dataclass(eq=False)
+class _Item:
+    """One batch of a pack, on its way through the base (`name` None) or a candidate."""
+
+    name: str | None
+    place: Place
+    batch: Batch
+    forward: Forward | None = None
+    hidden: Tensor | None = None
+
+
+class _Pass:
+    """Every batch of every pack through the base and all candidates, layer by layer."""
+
+    def __init__(
+        self,
+        layered: LayeredModel,
+        places: Mapping[Place, Pack],
+        candidates: Mapping[str, Candidate],
+        batch_tokens: int,
+        top_k: int,
+        spool: Spool,
+        directory: Path | None,
+    ):
+        self.layered, self.places, self.candidates = layered, places, candidates
+        self.top_k, self.spool, self.directory = top_k, spool, directory
+        self.variants: dict[str | None, list[_Item]] = {
+            name: list(self._items(name, batch_tokens)) for name in (None, *candidates)
+        }
+
+    def _items(self, name: str | None, batch_tokens: int) -> Iterator[_Item]:
+        for place, pack in self.places.items():
+            for batch in batches(pack.tokens, pack.rows, batch_tokens):
+                yield _Item(name, place, batch)
+
+    @torch.no_grad()
+    def run(self, progress: Progress) -> tuple[dict[Place, BaseOutputs], dict[tuple[str, Place], Positions]]:
+        """The base's outputs by pack, each candidate's signals by name and pack."""
+        layered, last = self.layered, len(self.layered.layers) - 1
+        layered.load_rest()
+        bases: dict[Place, BaseOutputs] = {}
+        found: dict[tuple[str, Place], Positions] = {}
+        with Lockstep(layered.layers) as lockstep, ThreadPoolExecutor(1, thread_name_prefix="layer-reader") as reader, \
+                progress.task("evaluate", total=last + 1, unit="layers") as task, fast_linear(layered.model):
+            probe = _Probe(lockstep, layered.model, self._probe_ids())
+            for item in (item for items in self.variants.values() for item in items):
+                item.forward = lockstep.forward(lambda item=item: self._finish(item))
+                self._advance(item)
+            coming = reader.submit(layered.load, 0)
+            for layer in range(last + 1):
+                coming.result()
+                if layer < last:
+                    coming = reader.submit(layered.load, layer + 1)
+                probe.advance()
+                for name, items in self.variants.items():
+                    with self._as_candidate(name, layer):
+                        for item in items:
+                            self._advance(item)
+                    if layer == last:
+                        self._collect(name, items, bases, found)
+                layered.drop(layer)
+                task.advance(1)
+        return bases, found
+
+    def _probe_ids(self) -> Tensor:
+        pack = next(iter(self.places.values()))
+        return pack.tokens.row(pack.rows[0]).input_ids[:PROBE_TOKENS].unsqueeze(0).to(self.layered.device)
+
+    def _as_candidate(self, name: str | None, layer: int) -> AbstractContextManager:
+        """The mask of a candidate, over the one layer that has weights."""
+        if name is None:
+            return nullcontext()
+        return self.candidates[name].on(self.layered.model, (layer,))
+
+    def _advance(self, item: _Item) -> None:
+        if item.forward.hidden is not None:
+            self.spool.unpark(item.forward)
+        item.forward.advance()
+        if not item.forward.finished:
+            self.spool.park(item.forward, f"{id(item):x}")
+
+    def _finish(self, item: _Item) -> None:
+        """A batch's own forward: pauses before every layer, then leaves the hidden states of its measured positions."""
+        batch, device = item.batch, self.layered.device
+        positions = None if batch.position_ids is None else batch.position_ids.to(device)
+        hidden = final_hidden(self.layered.model, batch.input_ids.to(device), positions)
+        item.hidden = hidden[batch.signal.to(hidden.device)].cpu()
+
+    def _collect(self, name: str | None, items: Sequence[_Item], bases: dict[Place, BaseOutputs],
+                 found: dict[tuple[str, Place], Positions]) -> None:
+        for place, pack in self.places.items():
+            hidden = torch.cat([item.hidden for item in items if item.place == place])
+            if name is None:
+                bases[place] = outputs_of(self.layered.model, pack, self._kept(hidden, place), self.top_k)
+            else:
+                base = bases[place]
+                positions = compare_hidden(self.layered.model, hidden, base, 0, base_head(self.layered.model, base), self.top_k)
+                found[name, place] = refuse_broken(positions, f"evaluate {name}")
+        for item in items:
+            item.hidden = None
+
+    def _kept(self, hidden: Tensor, place: Place) -> Tensor:
+        """The base's hidden states stay until the last candidate is compared: on disk where there is a directory."""
+        if self.directory is None:
+            return hidden
+        self.directory.mkdir(parents=True, exist_ok=True)
+        path = self.directory / f"base-{place[0]}-{place[1]}.bin"
+        mapped = hidden_file(path, *hidden.shape, hidden.dtype)
+        path.unlink()  # the mapping keeps the bytes until it is gone
+        return mapped.copy_(hidden)
+
+
+class _Probe:
+    """A few tokens whose logits the model makes itself, beside those made of their hidden states: proof that they suffice."""
+
+    def __init__(self, lockstep: Lockstep, model: nn.Module, input_ids: Tensor):
+        self.model, self.made = model, {}
+        self.forwards = [
+            lockstep.forward(lambda: self.made.update(logits=model(input_ids=input_ids, use_cache=False).logits[0].float())),
+            lockstep.forward(lambda: self.made.update(hidden=final_hidden(model, input_ids)[0])),
+        ]
+        self.advance()
+
+    def advance(self) -> None:
+        """Through the next layer; after the last one raises UnusableError where the two disagree."""
+        for forward in self.forwards:
+            forward.advance()
+        if len(self.made) == 2:
+            require_same_logits(self.model, self.made["logits"], head_logits(self.model, self.made["hidden"]))

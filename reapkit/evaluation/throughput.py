@@ -1,0 +1,161 @@
+"""How fast a model directory runs and how much memory it takes, each in a fresh process so that nothing else counts.
+
+`python -m reapkit.evaluation.throughput DIRECTORY PROMPT_TOKENS NEW_TOKENS [DEVICE]` prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reapkit.checkpoint.checkpoint import Checkpoint
+from reapkit.core.errors import ReapkitError, StageFailed
+from reapkit.evaluation.serving.serve_check import ask_vllm, vllm_python
+from reapkit.model.loading import load_model
+from reapkit.recipe.schema import ThroughputSpec
+
+REPEATS = 3
+DEFAULT = ThroughputSpec()
+NUMBERS = ("prefill_tokens_per_s", "decode_tokens_per_s", "peak_bytes")
+
+
+def measure_throughput(directories: Mapping[str, Path], spec: ThroughputSpec, *, device: str = "cpu", trust_remote_code: bool = False,
+                       skip: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
+    """A row per model and engine, transformers first, then vLLM where there is one; a speed that cannot be had never stops a run.
+
+    A row: `{model, engine, version, device, prompt_tokens, new_tokens, repeats, prefill_tokens_per_s, decode_tokens_per_s, peak_bytes,
+    idle_bytes, not_measured: why | None, note}`; numbers are None where `not_measured` says why. `skip`: models that transformers is not
+    asked for, with the reason.
+    """
+    rows = []
+    for name, path in directories.items():
+        found = _attempt(name, "transformers", lambda path=path: throughput_of(path, device, trust_remote_code, spec=spec),
+                         (skip or {}).get(name))
+        rows.append(found | {"note": _note(path)})
+    try:
+        python = vllm_python()
+    except ReapkitError as error:
+        return rows + [_row(name, "vllm", str(error)) for name in directories]
+    for name, path in directories.items() if python else ():
+        rows.append(_attempt(name, "vllm", lambda path=path: _by_vllm(python, path, spec, trust_remote_code)))
+    return rows
+
+
+def _attempt(name: str, engine: str, run: Callable[[], dict[str, Any]], skipped: str | None = None) -> dict[str, Any]:
+    if skipped is not None:
+        return _row(name, engine, skipped)
+    try:
+        return _row(name, engine) | run()
+    except ReapkitError as error:
+        return _row(name, engine, str(error)[:500])
+
+
+def _row(name: str, engine: str, not_measured: str | None = None) -> dict[str, Any]:
+    return {"model": name, "engine": engine, **dict.fromkeys((*NUMBERS, "idle_bytes")), "not_measured": not_measured, "note": ""}
+
+
+def _note(path: Path) -> str:
+    packed = "quantization_config" in Checkpoint.open(path).config
+    return "loaded as it is evaluated, weights unpacked to the model's dtype" if packed else ""
+
+
+def _by_vllm(python: Path, path: Path, spec: ThroughputSpec, trust_remote_code: bool) -> dict[str, Any]:
+    """Raises StageFailed with vLLM's own words where it does not run the directory."""
+    prompt = _prompt(_vocabulary(path), spec.prompt_tokens).squeeze(0).tolist()
+    options = {"trust_remote_code": True} if trust_remote_code else {}
+    answer = ask_vllm(python, [path], [prompt], spec.new_tokens, task="throughput", options=options)
+    [found] = answer["results"]
+    if "error" in found:
+        raise StageFailed(f"vLLM {answer['version']} does not run it here: {found['error']}")
+    return {"version": answer["version"], "device": answer["platform"], "prompt_tokens": spec.prompt_tokens,
+            "new_tokens": spec.new_tokens, **found}
+
+
+def throughput_of(path: Path, device: str = "cpu", trust_remote_code: bool = False, *,
+                  spec: ThroughputSpec = DEFAULT) -> dict[str, Any]:
+    """`{engine, version, device, prompt_tokens, new_tokens, repeats, prefill_tokens_per_s, decode_tokens_per_s, peak_bytes, idle_bytes}`.
+
+    One row of random tokens by transformers, medians over the repeats after a warm-up; the peak is the device's, on a CPU the process's,
+    of which `idle_bytes` were there before the model. Raises StageFailed with the process's last words where it fails.
+    """
+    command = [sys.executable, "-m", "reapkit.evaluation.throughput", str(path), str(spec.prompt_tokens), str(spec.new_tokens), device,
+               *(["--trust-remote-code"] if trust_remote_code else [])]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        last = done.stderr.strip().splitlines()[-1:] or ["no output"]
+        raise StageFailed(f"throughput of {path}: the measuring process ended with {done.returncode}: {last[0]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@torch.no_grad()
+def measure(model: nn.Module, spec: ThroughputSpec = DEFAULT, idle_bytes: int = 0) -> dict[str, Any]:
+    """The numbers of `throughput_of` for a loaded model, peak memory of this process included."""
+    import transformers
+
+    device = model.get_input_embeddings().weight.device
+    prompt = _prompt(model.get_input_embeddings().weight.shape[0], spec.prompt_tokens).to(device)
+    _timed(model, prompt, spec.new_tokens)
+    prefill, decode = (statistics.median(seconds) for seconds in zip(*(_timed(model, prompt, spec.new_tokens) for _ in range(REPEATS))))
+    return {"engine": "transformers", "version": transformers.__version__, "device": device.type, "prompt_tokens": spec.prompt_tokens,
+            "new_tokens": spec.new_tokens, "repeats": REPEATS, "prefill_tokens_per_s": spec.prompt_tokens / prefill,
+            "decode_tokens_per_s": spec.new_tokens / decode, "peak_bytes": _peak_bytes(device), "idle_bytes": idle_bytes}
+
+
+def _timed(model: nn.Module, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
+    """Seconds of the prompt, and of `new_tokens` single tokens on its cache."""
+    device, started = prompt.device, time.perf_counter()
+    out = model(input_ids=prompt, use_cache=True)
+    _wait(device)
+    prefilled = time.perf_counter()
+    for _ in range(new_tokens):
+        out = model(input_ids=out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values, use_cache=True)
+    _wait(device)
+    return prefilled - started, time.perf_counter() - prefilled
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _prompt(vocabulary: int, tokens: int) -> Tensor:
+    """Random ids `[1, tokens]`, the same every time."""
+    return torch.randint(vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0))
+
+
+def _vocabulary(path: Path) -> int:
+    from reapkit.checkpoint.architecture import text_config
+
+    return int(text_config(Checkpoint.open(path).config)["vocab_size"])
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return sum(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count()))
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024  # getrusage would count the parent's peak as ours
+    except (OSError, IndexError):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+def main(arguments: list[str]) -> None:
+    path, prompt, new, device = [argument for argument in arguments if argument != "--trust-remote-code"]
+    idle = 0 if device.startswith("cuda") else _peak_bytes(torch.device("cpu"))
+    model = load_model(path, device=device, trust_remote_code="--trust-remote-code" in arguments)
+    print(json.dumps(measure(model, ThroughputSpec(prompt_tokens=int(prompt), new_tokens=int(new)), idle)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

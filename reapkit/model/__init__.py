@@ -1,0 +1,1 @@
+"""A model in memory, or streamed through it layer by layer."""

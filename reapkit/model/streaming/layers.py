@@ -1,0 +1,286 @@
+"""A checkpoint of which only the embeddings, the head and one or two decoder layers are ever in memory."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.quantizers.auto import get_hf_quantizer
+
+from reapkit.checkpoint.checkpoint import Checkpoint
+from reapkit.checkpoint.shard_reader import ShardReader
+from reapkit.core.errors import UnusableError
+from reapkit.model.loading import DTYPES, dequantized, load_config, model_class, widened
+from reapkit.model.routed_experts import find_experts
+from reapkit.model.streaming.layer_memory import Arena, Arenas
+from reapkit.model.streaming.tensor_loading import Filling, Fillings, Stored, place_all
+
+
+class LayeredModel:
+    """The checkpoint's own class with its weights on the meta device, filled and emptied layer by layer.
+
+    `model`: the whole skeleton. `layers`: its decoder layers. After `load_rest()` everything but the layers is on `device`.
+    Names and formats are converted as transformers' own mapping says, FP8 and MXFP4 weights are dequantized. Two layers that are in
+    memory at once take two blocks of the largest one's size, filled again and again; beside them only buffers of a few MB. (Weights
+    that must be permuted or interleaved go through transformers' conversion, which holds up to two more copies of theirs meanwhile.)
+    `reading`, where set, is told the shards that are read next.
+    """
+
+    def __init__(
+        self, path: str | Path, *, device: str = "cpu", dtype: str | torch.dtype = "auto", trust_remote_code: bool = False
+    ):
+        self.path, self.device = Path(path), torch.device(device)
+        _keep_few_kernels()
+        self._checkpoint = Checkpoint.open(path)
+        config = load_config(path, trust_remote_code=trust_remote_code)
+        settings = dequantized(config).get("quantization_config")
+        self._quantizer, config, _ = get_hf_quantizer(config, settings, {"": device}, True, {})
+        self.dtype = _resolve(dtype, config)
+        self.model = _skeleton(config, self.dtype, trust_remote_code)
+        if self.device.type == "cpu":
+            self.model.set_experts_implementation("eager")  # the fastest there, and what a resident model runs: equal bits
+        if self._quantizer is not None:
+            self._quantizer.preprocess_model(
+                model=self.model,
+                dtype=self.dtype,
+                device_map={"": device},
+                use_kernels=False,
+                checkpoint_files=[str(self.path / shard) for shard in self._checkpoint.shards],
+            )
+        self._conversions = get_model_conversion_mapping(self.model, None, self._quantizer)
+        first = find_experts(self.model)[0]
+        self.prefix = first.name[: re.search(rf"\.{first.layer}\.", first.name).start()]
+        self.layers: nn.ModuleList = self.model.get_submodule(self.prefix)
+        self._renamings = [entry for entry in self._conversions if isinstance(entry, WeightRenaming)]
+        self._converters = [entry for entry in self._conversions if isinstance(entry, WeightConverter)]
+        self._expected = self.model.state_dict()  # on meta: names and shapes
+        self._dtype_plan = self.model._get_dtype_plan(self.dtype) or {}
+        self._targets = {key: self._target(key) for key in self._checkpoint.tensors}
+        self._keys = self._keys_by_layer()
+        self._plans = Fillings(self._checkpoint.tensors, self._targets, self._expected, self._converters, self._dtype_of,
+                               model=self.model, quantized=self._quantizer is not None, mapped=self.device.type == "cpu")
+        largest = max(sum(filling.nbytes for filling in self._fillings(layer)) for layer in range(len(self.layers)))
+        self._arenas, self._staging = Arenas(largest, self.device), None
+        self._facts: dict[str, tuple[int, int]] = {}
+        self.reading: Callable[[list[str]], None] | None = None
+        _rebuild_buffers(self.model, self.device)
+
+    def load_rest(self) -> None:
+        """Everything outside the decoder layers: embeddings, norms, head, other towers."""
+        self._read(None)
+        self.model.tie_weights()
+        self._refuse_missing((name, p) for name, p in self.model.named_parameters() if not name.startswith(self.prefix + "."))
+
+    def load(self, layer: int) -> None:
+        """Reads decoder layer `layer`; may run in another thread than the forward. Raises UnusableError where a tensor is
+        missing.
+        """
+        self._read(layer)
+        widened(self.layers[layer], self.dtype)
+        self._refuse_missing((f"{self.prefix}.{layer}.{name}", p) for name, p in self.layers[layer].named_parameters())
+
+    def drop(self, layer: int) -> None:
+        """Frees what `load` read: its memory is the next layer's once no tensor refers to it."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()  # else the next layer would need memory of its own meanwhile
+        for module in self.layers[layer].modules():
+            for name, tensor in list(module._parameters.items()):
+                if tensor is not None:
+                    module._parameters[name] = nn.Parameter(tensor.detach().to("meta"), requires_grad=False)
+            for name, tensor in list(module._buffers.items()):
+                if tensor is not None and name not in module._non_persistent_buffers_set:
+                    module._buffers[name] = tensor.to("meta")
+
+    def as_source(self) -> nn.Module:
+        """`model`, told what transformers tells a model that it loads: where it came from, and how its tensors were converted."""
+        self.model.config.name_or_path = str(self.path)
+        self.model._weight_conversions = self._conversions
+        return self.model
+
+    def nbytes(self, layer: int | None) -> int:
+        """Bytes on disk of a decoder layer, or (None) of everything else."""
+        return sum(self._checkpoint.tensors[key].nbytes for key in self._keys.get(layer, []))
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the checkpoint's weights are dequantized while they are read."""
+        return self._quantizer is not None
+
+    def sources_of(self, parameter: str) -> tuple[str | None, dict[int, str]]:
+        """The checkpoint tensors that stacked experts' `parameter` is made of: one name for all experts, or one name by expert."""
+        names = [key for key, (target, _) in self._targets.items() if target == parameter]
+        if len(names) == 1:
+            return names[0], {}
+        return None, {int(match.group(1)): name for name in names if (match := re.search(r"\.experts\.(\d+)\.", name))}
+
+    def read(self, name: str, entry: int | None = None) -> torch.Tensor:
+        """A checkpoint tensor, or one entry of its first axis, as it is stored."""
+        with ShardReader(self.path, self._facts) as reader:
+            stored = Stored(reader, self._checkpoint.tensors[name])
+            return stored[...] if entry is None else stored.entries(entry, entry + 1)[0]
+
+    def _keys_by_layer(self) -> dict[int | None, list[str]]:
+        """Checkpoint tensors by the decoder layer they become part of; those the model has no place for (MTP blocks) are left
+        out.
+        """
+        inside = re.compile(rf"{re.escape(self.prefix)}\.(\d+)\.")
+        keys: dict[int | None, list[str]] = {None: []}
+        for key, (target, _) in self._targets.items():
+            match = inside.match(target if target in self._expected else key)
+            layer = int(match.group(1)) if match else None
+            if layer is None or layer < len(self.layers):
+                keys.setdefault(layer, []).append(key)
+        return keys
+
+    def _target(self, key: str) -> tuple[str, str | None]:
+        """The parameter that a checkpoint tensor becomes (part of), and the pattern of the conversion that makes it so."""
+        return rename_source_key(key, self._renamings, self._converters, self.model.base_model_prefix, self._expected)
+
+    def _read(self, layer: int | None) -> None:
+        """The layer's tensors, straight to their place where that is known, the others through transformers' own conversion."""
+        keys, fillings = self._keys.get(layer, []), self._fillings(layer)
+        if self.reading is not None:
+            self.reading(sorted({self._checkpoint.tensors[key].shard for key in keys}))
+        with ShardReader(self.path, self._facts) as reader, torch.no_grad():
+            reader.announce(self._checkpoint.tensors[key] for key in keys)
+            placed = self._placed(layer, fillings, reader)
+            for target, tensor in placed.items():
+                _put(self.model, target, tensor)
+            done = {key for filling in fillings for key in filling.keys}
+            if left := {key: Stored(reader, self._checkpoint.tensors[key]) for key in keys if key not in done}:
+                self._convert(left)
+
+    def _fillings(self, layer: int | None) -> list[Filling]:
+        return self._plans.of(self._keys.get(layer, []))
+
+    def _placed(self, layer: int | None, fillings: list[Filling], reader: ShardReader) -> dict[str, Tensor]:
+        """On the device; an accelerator's arena is filled from pinned memory by a stream of its own, beside the forward's."""
+        arenas = self._arenas if layer is not None else Arenas(sum(filling.nbytes for filling in fillings), self.device)
+        if self.device.type == "cpu":
+            return place_all(fillings, arenas.take(), reader)
+        nbytes = sum(filling.nbytes for filling in fillings)
+        if self._staging is None or len(self._staging) < nbytes:
+            self._staging = torch.empty(max(nbytes, arenas.nbytes), dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        place_all(fillings, Arena(self._staging), reader)
+        with _own_stream(self.device) as stream:
+            arena = arenas.take()
+            arena.block[:nbytes].copy_(self._staging[:nbytes], non_blocking=True)
+        if stream is not None:
+            arena.block.record_stream(torch.cuda.default_stream(self.device))
+            stream.synchronize()  # the staging memory is free for the next layer, and whoever waits for this one may compute
+        if layer is None:
+            self._staging = None
+        return {filling.target: arena.tensor(filling.shape, filling.dtype, filling.phase) for filling in fillings}
+
+    def _dtype_of(self, target: str) -> torch.dtype:
+        """As transformers loads it: the skeleton's, except what the class keeps in another."""
+        for pattern, dtype in self._dtype_plan.items():
+            if re.search(pattern.replace("*", ".*"), target):
+                return dtype
+        return self._expected[target].dtype
+
+    def _convert(self, tensors: dict[str, Stored]) -> None:
+        settings = LoadStateDictConfig(
+            weight_mapping=copy.deepcopy(self._conversions),
+            dtype=self.dtype,
+            hf_quantizer=self._quantizer,
+            device_map={"": self.device},
+            dtype_plan=self._dtype_plan,
+        )
+        with no_progress_bars():
+            convert_and_load_state_dict_in_model(model=self.model, state_dict=tensors, load_config=settings)
+
+    def _refuse_missing(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+        missing = [name for name, parameter in parameters if parameter.device.type == "meta"]
+        if missing:
+            raise UnusableError(
+                f"{self.path}: {len(missing)} tensors that {type(self.model).__name__} needs are missing, such as "
+                f"{missing[0]}. Download the checkpoint again."
+            )
+
+
+def _keep_few_kernels() -> None:
+    """Up to 32 compiled matrix products stay in memory instead of 1,024 in each of two caches, unless the user set them otherwise.
+
+    In bf16 on a CPU every number of tokens that an expert gets is a shape with a kernel of about 0.5 MB, seldom met again: together
+    as much as a layer or two. Both are read at a process's first such product; compiling again costs less than it takes to measure.
+    """
+    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):  # torch's and oneDNN's own
+        os.environ.setdefault(name, "32")
+
+
+def _put(model: nn.Module, target: str, tensor: Tensor) -> None:
+    module, _, name = target.rpartition(".")
+    owner = model.get_submodule(module)
+    if name in owner._buffers:
+        owner._buffers[name] = tensor
+    else:
+        owner._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+
+
+@contextmanager
+def _own_stream(device: torch.device):
+    """Work inside goes beside what the default stream does; None where the device has no streams that we know."""
+    if device.type != "cuda":
+        yield None
+        return
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        yield stream
+
+
+def _resolve(dtype: str | torch.dtype, config: transformers.PretrainedConfig) -> torch.dtype:
+    wanted = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    if wanted == "auto":
+        wanted = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None) or torch.bfloat16
+    return getattr(torch, wanted) if isinstance(wanted, str) else wanted
+
+
+def _skeleton(config: transformers.PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
+    cls = model_class(config, trust_remote_code)
+    with torch.device("meta"):
+        if hasattr(cls, "from_config"):
+            model = cls.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        else:
+            model = cls._from_config(config, dtype=dtype)
+    return model.eval().requires_grad_(False)
+
+
+def _rebuild_buffers(model: nn.Module, device: torch.device) -> None:
+    """Rotary tables and scales are in no checkpoint: the model's own initialisation computes them, its weights being on
+    meta.
+    """
+    for module in model.modules():
+        computed = [name for name in module._non_persistent_buffers_set if module._buffers.get(name) is not None]
+        for name in computed:
+            module._buffers[name] = torch.empty_like(module._buffers[name], device=device)
+        if computed:
+            with torch.no_grad():
+                model._init_weights(module)
+
+
+@contextmanager
+def no_progress_bars():
+    """transformers draws none inside the block."""
+    enabled = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            transformers.utils.logging.enable_progress_bar()

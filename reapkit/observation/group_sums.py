@@ -1,0 +1,80 @@
+"""Row groups' partial sums on disk: written whole or not at all, added in group order, so that a killed run continues to the
+same bytes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from reapkit.observation.observation import MAXIMA, SNAPSHOTS
+
+_NUMPY = {"F32": numpy.float32, "I16": numpy.int16}
+
+
+class Partials:
+    """The finished row groups of one observation under `directory`."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def has(self, group: int) -> bool:
+        return self._file(group).exists()
+
+    def write(self, group: int, tensors: Mapping[str, Tensor]) -> None:
+        save_by_rename(tensors, self._file(group))
+
+    def total(self, groups: Iterable[int], snapshots: Sequence[int]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """All statistics of the groups, added in the given order; and the SNAPSHOTS [stages, L, S, E] after `snapshots[stage]`
+        groups.
+        """
+        total: dict[str, Tensor] = {}
+        taken: dict[int, dict[str, Tensor]] = {}
+        for done, group in enumerate(groups, start=1):
+            part = load_file(self._file(group))
+            for name, tensor in part.items():
+                if name in total:
+                    total[name] = torch.maximum(total[name], tensor) if name in MAXIMA else total[name] + tensor
+                else:
+                    total[name] = tensor
+            if done in snapshots:
+                taken[done] = {name: total[name] for name in SNAPSHOTS}
+        nothing = {name: torch.zeros_like(total[name]) for name in SNAPSHOTS}
+        return total, {name: torch.stack([taken.get(done, nothing)[name] for done in snapshots]) for name in SNAPSHOTS}
+
+    def _file(self, group: int) -> Path:
+        return self.directory / f"group-{group:05d}.safetensors"
+
+
+def save_by_rename(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """A file that exists is complete."""
+    temporary = file.with_suffix(f".{os.getpid()}.writing")  # of this process: a killed run's last rank may still be at its own
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+    os.replace(temporary, file)
+
+
+def trace_header(layers: Sequence[int], top_k: int, positions: int) -> dict[str, Any]:
+    """The safetensors header of a trace; float32 tensors first, so that all are aligned."""
+    shapes = {"p": ("F32", [positions]), "h": ("F32", [positions])}
+    shapes |= {f"gate_norm.{layer}": ("F32", [positions, top_k]) for layer in layers}
+    shapes |= {"source": ("I16", [positions])} | {f"expert.{layer}": ("I16", [positions, top_k]) for layer in layers}
+    header, offset = {}, 0
+    for name, (dtype, shape) in shapes.items():
+        end = offset + prod(shape) * _NUMPY[dtype]().itemsize
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    return header
+
+
+def trace_nbytes(num_layers: int, top_k: int, positions: int) -> int:
+    """Bytes of an exact trace."""
+    return positions * (4 + 4 + 2 + num_layers * top_k * (4 + 2))

@@ -1,0 +1,290 @@
+"""Walks a plan: runs what is missing, skips what is there, judges, links the results into the run directory."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from reapkit.core.artifact_store import Artifact, link_or_copy, write_json
+from reapkit.core.errors import ReapkitError, RecipeError, RejectedByGates, StageFailed, UnusableError
+from reapkit.core.garbage_collection import register
+from reapkit.core.progress import SILENT, Progress
+from reapkit.core.ranks import ALONE, Alone
+from reapkit.evaluation.task_benchmarks import require_lm_eval
+from reapkit.pipeline.stages.context import Context
+from reapkit.planning.estimates import missing_disk
+from reapkit.planning.lock import make_lock, versions
+from reapkit.planning.plan import STAGES, Plan, Stage, make_plan, store_of
+from reapkit.recipe.loading import LoadedRecipe, as_loaded
+from reapkit.recipe.schema import Recipe
+from reapkit.report.facts import recipe_yaml
+from reapkit.report.run_report import write_rejected_report
+
+LINKS = {"calibrate": "calibration", "packs": "packs", "observe": "observation", "select": "selection", "repair": "repair", "evaluate": "evaluation",
+         "prune": "pruned", "quantize": "quantized", "verify": "verification", "report": "report"}
+RESUMED_IN_PLACE = ("prune",)  # it knows what an earlier attempt finished; other stages keep partial work in `work`
+MODEL_STAGES = ("prune", "quantize")
+
+
+@dataclass
+class Run:
+    """What a walk did: artifacts by stage, which stages were executed, seconds and warnings."""
+
+    plan: Plan
+    directory: Path
+    artifacts: dict[str, Artifact] = field(default_factory=dict)
+    executed: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    ranks: Alone = ALONE
+
+    def summary(self, stage: str) -> Mapping[str, Any]:
+        """What the stage reported, or nothing if it did not come to it."""
+        artifact = self.artifacts.get(stage)
+        return artifact.summary if artifact else {}
+
+
+class _Listening(Progress):
+    """Passes everything on and keeps the warnings for the manifest."""
+
+    def __init__(self, inner: Progress):
+        self.inner, self.heard = inner, []
+        self.task, self.say = inner.task, inner.say
+
+    def warn(self, text: str) -> None:
+        self.heard.append(text)
+        self.inner.warn(text)
+
+
+def run_directory(plan: Plan) -> Path:
+    """Where the run's results are linked."""
+    return Path(plan.recipe.output.directory or f"runs/{plan.recipe.name}")
+
+
+def _check_raw_recipe(loaded: LoadedRecipe) -> None:
+    """llm-compressor's own classes read a raw recipe before any stage runs. Raises RecipeError with its place."""
+    if loaded.recipe.quantize.recipe is not None:
+        from reapkit.quantization.calibrated import raw_modifiers
+
+        try:
+            raw_modifiers(loaded.recipe.quantize)
+        except RecipeError as error:
+            raise loaded.located(error) from error
+
+
+def apply(recipe: Recipe | LoadedRecipe | str | Path, *, until: str | None = None, progress: Progress = SILENT,
+          observation: str | Path | None = None, ranks: Alone = ALONE) -> Run:
+    """Runs the recipe to its end, or what the end of stage `until` needs. Finished stages are skipped, interrupted ones resumed.
+
+    `observation`: the directory of one made elsewhere of this model, by which it decides instead of observing.
+    Of several `ranks` only rank 0 calls this; the others wait and help to observe.
+    Raises RejectedByGates when the verdict stops the run, StageFailed when a stage fails for want of disk or memory.
+    """
+    loaded, elsewhere = as_loaded(recipe), None if observation is None else Path(observation)
+    first = make_plan(loaded, observation=elsewhere)
+    if shortage := missing_disk(first, until):
+        raise UnusableError(f"disk: {shortage}")
+    # entered before the plan that counts looks at the store, so that nobody clears away in between what it found
+    register(store_of(first.recipe), run_directory(first), {stage.name: stage.artifact.directory.name for stage in first.stages if stage.hit})
+    reads_model = set(first.leading_to(until)) - {"select"} - ({"observe"} if elsewhere else set())  # to decide anew takes no weights
+    plan = make_plan(loaded, download=bool(reads_model), observation=elsewhere)
+    _check_raw_recipe(loaded)
+    if loaded.recipe.evaluate.lm_eval is not None and "verify" in plan.leading_to(until):
+        require_lm_eval()  # now, not after everything else
+    run = Run(plan, run_directory(plan), ranks=ranks)
+    ranks.share(store_of(plan.recipe).root)
+    try:
+        for name in plan.leading_to(until):
+            stage = run.plan.stage(name)
+            if stage.key is None:
+                run.plan = make_plan(loaded, observation=elsewhere)
+                stage = run.plan.stage(name)
+            run.artifacts[name] = _finished(run, stage, progress)
+            if name == "evaluate" and name != until:
+                _stop_if_rejected(run, progress)
+            if name == until:
+                break
+    finally:
+        _link(run, proven="verify" in run.artifacts or until in MODEL_STAGES)
+    _drop_unwanted(run)
+    _stop_if_final_rejected(run)
+    _push(run, progress)
+    return run
+
+
+def _push(run: Run, progress: Progress) -> None:
+    """Uploads the final directory, card included, where the recipe says so and the run came to its end."""
+    repository = run.plan.recipe.output.push_to_hub
+    final = next((stage for stage in reversed(MODEL_STAGES) if stage in run.artifacts), None)
+    if repository is None or "report" not in run.artifacts or final is None:
+        return
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    progress.say(f"upload: {repository}")
+    try:
+        HfApi().create_repo(repository, exist_ok=True)
+        HfApi().upload_folder(repo_id=repository, folder_path=run.directory / LINKS[final], commit_message=f"{run.plan.recipe.name} by reapkit")
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+        raise StageFailed(f"upload to {repository}: {error}. The result is in {run.directory / LINKS[final]}; run again to retry.") from error
+
+
+def _finished(run: Run, stage: Stage, progress: Progress) -> Artifact:
+    """The stage's artifact: from the store, or made now."""
+    store = store_of(run.plan.recipe)
+    register(store, run.directory, {stage.name: store.directory(stage.name, stage.key).name})
+    if stage.hit and store.get(stage.name, stage.key) is not None:  # registered by now, so nobody clears it away any more
+        progress.say(f"{stage.name}: in the store ({stage.artifact.directory.name})")
+        run.warnings += stage.artifact.manifest.get("warnings", [])
+        return stage.artifact
+    waiting = lambda: progress.say(f"{stage.name}: another run is making it; waiting")  # noqa: E731
+    with store.locked(stage.name, stage.key, waiting):
+        made = store.get(stage.name, stage.key)  # by whoever held the lock
+        if made is not None and made.has_payload:
+            return made
+        progress.say(f"{stage.name}: running ({stage.reason})")
+        artifact = _execute(run, stage, progress)
+    progress.say(f"{stage.name}: done in {artifact.manifest['seconds']:.0f} s{_remark(artifact)}")
+    run.executed.append(stage.name)
+    run.warnings += artifact.manifest["warnings"]
+    return artifact
+
+
+def _remark(artifact: Artifact) -> str:
+    """What is worth a word at the end of a stage."""
+    summary = artifact.summary
+    if artifact.stage == "observe":
+        speed = "imported" if summary["tokens_per_second"] is None else f"{summary['tokens_per_second']:,} tokens/s"
+        return f", {summary['tokens']:,} tokens, {speed}"
+    if artifact.stage != "evaluate":
+        return ""
+    return f". {summary['advice']}" if summary["verdict"] == "pass" else f": {summary['verdict']}"  # the reasons come with the error
+
+
+def _execute(run: Run, stage: Stage, progress: Progress) -> Artifact:
+    store, listening = store_of(run.plan.recipe), _Listening(progress)
+    payload = store.begin(stage.name, stage.key, resume=stage.name in RESUMED_IN_PLACE)
+    work = payload.parent / "work"
+    work.mkdir(exist_ok=True)
+    inputs = {name: run.artifacts[name] for name in (*stage.inputs, *stage.after)}
+    context = Context(run.plan, inputs, payload, work, listening, stage.spec.get("candidate"), run.ranks)
+    started = time.time()
+    try:
+        summary = importlib.import_module(f"reapkit.pipeline.stages.{'imported' if 'imported' in stage.spec else stage.name}").run(context)
+    except (OSError, MemoryError) as error:
+        if isinstance(error, ReapkitError):
+            raise
+        raise StageFailed(f"{stage.name}: {_explain(error)} Run the same command again to resume.") from error
+    shutil.rmtree(work, ignore_errors=True)
+    return store.finish(stage.name, stage.key, {
+        "spec": stage.spec, "inputs": {name: run.artifacts[name].key for name in stage.inputs}, "summary": summary,
+        "seconds": round(time.time() - started, 3), "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "versions": versions(), "warnings": listening.heard})
+
+
+def _explain(error: OSError | MemoryError) -> str:
+    if isinstance(error, MemoryError):
+        return "ran out of memory. Lower runtime.batch_tokens."
+    if error.errno == 28:
+        return f"no space left on device{f' ({error.filename})' if error.filename else ''}. Free some, or move runtime.store."
+    return f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}."
+
+
+def _stop_if_rejected(run: Run, progress: Progress) -> None:
+    summary, evaluate = run.summary("evaluate"), run.plan.recipe.evaluate
+    action = {"reject": evaluate.on_reject, "undecided": evaluate.on_undecided}.get(summary["verdict"], "go on")
+    if action == "stop":
+        write_rejected_report(run.plan, run.artifacts, run.directory)
+        raise RejectedByGates(f"{summary['advice']}\nNo weight was written. All numbers: {run.directory / 'report.html'}")
+    if action == "warn":
+        progress.warn(summary["advice"])
+        run.warnings.append(summary["advice"])
+
+
+def _stop_if_final_rejected(run: Run) -> None:
+    """A rejected directory is not published; an undecided one is there, and the command says that nobody knows yet."""
+    summary, evaluate = run.summary("verify"), run.plan.recipe.evaluate
+    final = next((LINKS[stage] for stage in reversed(MODEL_STAGES) if stage in run.artifacts), "")
+    where = {"reject": f"It was kept as {run.directory / f'{final}.rejected'}, unpublished.",
+             "undecided": f"It was written to {run.directory / final}, and not uploaded."}.get(summary.get("verdict"))
+    if where and (summary["verdict"] == "reject" or evaluate.on_undecided == "stop"):
+        raise RejectedByGates(f"{summary['advice']}\n{where} All numbers: {run.directory / 'report.html'}")
+
+
+def _drop_unwanted(run: Run) -> None:
+    """Payloads of models that `output.keep` does not name go once the verified result is there."""
+    keep = run.plan.recipe.output.keep
+    if "report" in run.artifacts:
+        for stage in MODEL_STAGES:
+            if stage in run.artifacts and LINKS[stage] not in keep:
+                run.artifacts[stage].drop_payload()
+                shutil.rmtree(run.directory / LINKS[stage], ignore_errors=True)
+
+
+def _link(run: Run, *, proven: bool) -> None:
+    """The run directory as DESIGN lays it out: hard links into the store, and what this run did.
+
+    Models stay in the store until their proofs hold (`proven`), or nobody asked for proofs.
+    """
+    run.directory.mkdir(parents=True, exist_ok=True)
+    rejected = run.summary("verify").get("verdict") == "reject"
+    for name, artifact in run.artifacts.items():
+        if not artifact.has_payload or name in MODEL_STAGES and not proven:
+            continue
+        target = run.directory / LINKS[name]
+        final = name in MODEL_STAGES and name == next(s for s in reversed(MODEL_STAGES) if s in run.artifacts)
+        if final and rejected:
+            shutil.rmtree(target, ignore_errors=True)
+            target = target.with_name(f"{target.name}.rejected")
+        if name == "report":
+            shutil.copy(artifact.payload / "report.html", run.directory / "report.html")
+            continue
+        if name == "verify":
+            shutil.copy(artifact.payload / "verify.json", run.directory / "verify.json")
+            continue
+        publish(artifact.payload, target)
+        if name in MODEL_STAGES and "report" in run.artifacts and run.artifacts["report"].has_payload:
+            card = run.artifacts["report"].payload / f"{LINKS[name]}.md"
+            if card.is_file():
+                (target / "README.md").unlink(missing_ok=True)
+                shutil.copy(card, target / "README.md")
+    (run.directory / "recipe.resolved.yaml").write_text(recipe_yaml(run.plan.recipe))
+    write_json(run.directory / "lock.json", make_lock(run.plan.loaded) | {"drawn": _drawn(run)})
+    write_json(run.directory / "run.json", describe(run))
+
+
+def _drawn(run: Run) -> dict[str, Any]:
+    """Which rows of each source the calibration took, by index, and the hash of their texts."""
+    artifact = run.artifacts.get("calibrate")
+    if artifact is None or not artifact.has_payload:
+        return {}
+    summary = json.loads((artifact.payload / "calibration.json").read_text())
+    return {source["name"]: {"indices": source["indices"], "sha256": source["sha256"]} for source in summary["sources"]}
+
+
+def publish(payload: Path, target: Path) -> None:
+    """`target` mirrors `payload` by hard links (copies across file systems), replacing what was there."""
+    fresh = target.with_name(f".{target.name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    shutil.copytree(payload, fresh, copy_function=link_or_copy, symlinks=True)
+    if target.is_symlink() or target.is_file():
+        target.unlink()
+    shutil.rmtree(target, ignore_errors=True)
+    fresh.rename(target)
+
+
+def describe(run: Run) -> dict[str, Any]:
+    """What ran, from what, in which time, with which versions."""
+    stages = {}
+    for name in STAGES:
+        if name in run.artifacts:
+            artifact = run.artifacts[name]
+            stages[name] = {"key": artifact.key, "artifact": artifact.directory.name, "executed": name in run.executed,
+                            "seconds": artifact.manifest["seconds"], "summary": dict(artifact.summary)}
+    return {"name": run.plan.recipe.name, "recipe": run.plan.loaded.shown,
+            "model": run.plan.recipe.model.source, "stages": stages, "warnings": list(dict.fromkeys(run.warnings)), "versions": versions()}

@@ -1,0 +1,88 @@
+"""evaluate: base and candidates, the latter as masks on the loaded model, on held-out packs; gates give the verdict."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from functools import cache
+from typing import Any
+
+from reapkit.calibration.identity import tokenizer_identity
+from reapkit.calibration.tokens import CalibrationTokens
+from reapkit.core.artifact_store import write_json
+from reapkit.core.errors import RecipeError
+from reapkit.evaluation.bench import Candidate
+from reapkit.evaluation.candidates import SmallerCut, eaft_settings, evaluate
+from reapkit.evaluation.gates import Gate, resolve
+from reapkit.evaluation.streaming import evaluate_streaming
+from reapkit.model.loading import load_model, load_tokenizer
+from reapkit.model.streaming.layers import LayeredModel
+from reapkit.observation.observation import Observation
+from reapkit.pipeline.stages.context import Context
+from reapkit.pipeline.stages.repair import load_repaired
+from reapkit.pipeline.stages.select import load_selections
+from reapkit.recipe.schema import Gates
+from reapkit.selection.decide import select_all
+
+
+def run(context: Context) -> dict[str, Any]:
+    recipe, spec = context.recipe, context.recipe.evaluate
+    index = context.inputs["select"].summary
+    decided = load_selections(context.inputs["select"].payload, [*index["candidates"], *index["controls"]])
+    selections = {name: selection.decoder(context.plan.checkpoint.architecture) for name, selection in decided.items()}
+    nbytes = {candidate.name: context.plan.pruned(candidate).nbytes for candidate in context.plan.candidates}
+    weights = load_repaired(context, list(selections))
+    tried = [Candidate(name, selections[name], nbytes[name], weights=weights.get(name)) for name in index["candidates"]]
+    compared = {"controls": [Candidate(name, selections[name], control_of=candidate, weights=weights.get(name))
+                             for name, candidate in index["controls"].items()],
+                "eaft": eaft_settings(recipe.saliency, recipe.observe), "pack_samples": spec.packs.samples,
+                "batch_tokens": recipe.runtime.batch_tokens, "progress": context.progress}
+    where = {"device": context.device, "trust_remote_code": recipe.model.trust_remote_code}
+    gates, packs = gates_of(spec.gates, context), load_packs(context)
+    if context.streams:
+        evaluation = evaluate_streaming(LayeredModel(context.model_directory, **where), packs, tried, gates, **compared, **context.streaming)
+    else:
+        evaluation = evaluate(load_model(context.model_directory, **where), packs, tried, gates, generation=spec.generation,
+                              tokenizer=_tokenizer(context), smaller_cut=_smaller_cut(context), work_directory=context.work, **compared)
+    write_json(context.payload / "evaluation.json", evaluation)
+    decided[evaluation["chosen"]].save(context.payload)
+    return {name: evaluation[name] for name in ("chosen", "verdict", "advice")}
+
+
+def _smaller_cut(context: Context) -> SmallerCut | None:
+    """Decides the recipe's candidates anew with fewer removals; None where each would have to be re-fitted first."""
+    if context.recipe.prune.repair is not None:
+        return None
+    plan, grid = context.plan, {candidate.name: candidate for candidate in context.plan.candidates}
+    num_experts = max(plan.base.experts.values())
+
+    @cache
+    def observation() -> Observation:
+        return Observation.load(context.inputs["observe"].payload)
+
+    def smaller_cut(name: str, share: Fraction) -> Candidate | None:
+        removed = int(max(plan.base.experts[layer] - kept for layer, kept in plan.kept(grid[name]).items()) * share)
+        smaller = grid[name].removing(removed, num_experts)
+        try:
+            [selection] = select_all(observation(), context.recipe.saliency, context.recipe.prune, plan.checkpoint.architecture, (smaller,))
+        except RecipeError:  # nothing would be removed, or the caps leave no room
+            return None
+        return Candidate(smaller.name, selection, plan.pruned(smaller).nbytes, ratio=f"{smaller.ratio.normalize():f}")
+
+    return smaller_cut
+
+
+def _tokenizer(context: Context) -> Any:
+    """The model's tokenizer; None where the calibration gave tokens and the model ships none."""
+    return load_tokenizer(context.model_directory) if tokenizer_identity(context.model_directory) else None
+
+
+def load_packs(context: Context) -> dict[int, CalibrationTokens]:
+    """The held-out packs by row length."""
+    payload = context.inputs["packs"].payload
+    return {length: CalibrationTokens.load(payload / str(length)) for length in context.recipe.evaluate.packs.lengths}
+
+
+def gates_of(gates: Gates | None, context: Context) -> tuple[Gate, ...]:
+    """The recipe's gates with their preset resolved."""
+    sources = [entry.name for entry in (*context.recipe.calibration.mix, *context.recipe.evaluate.extra_packs)]
+    return resolve(gates if gates is None or isinstance(gates, str) else gates.model_dump(exclude_none=True), sources)

@@ -1,0 +1,20 @@
+"""observe, where the observation was made elsewhere: its files are taken over as they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from reapkit.core.artifact_store import link_or_copy
+from reapkit.pipeline.stages.context import Context
+
+
+def run(context: Context) -> dict[str, Any]:
+    imported = context.plan.imported
+    for file in imported.files:
+        link_or_copy(file, context.payload / file.name)
+    context.progress.warn(f"observe: {imported.differences([entry.name for entry in context.recipe.calibration.mix])}")
+    facts = imported.facts
+    return {"tokens": sum(facts["tokens"]), "scored_tokens": sum(facts["scored_tokens"]), "device": facts["meta"].get("device"),
+            "placement": facts["meta"].get("placement"), "tokens_per_second": None,
+            "imported": {"directory": str(imported.directory), "content": imported.content,
+                         "sources": dict(zip(facts["sources"], facts["scored_tokens"], strict=True))}}

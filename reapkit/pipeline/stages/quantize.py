@@ -1,0 +1,37 @@
+"""quantize: the pruned checkpoint through llm-compressor, under the source's own tensor names."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from reapkit.calibration.tokens import CalibrationTokens
+from reapkit.checkpoint.checkpoint import Checkpoint
+from reapkit.pipeline.stages.context import Context
+from reapkit.planning.quantization_memory import quantize_memory
+from reapkit.pruning.manifest import read_manifest, seal
+from reapkit.quantization.checkpoint import quantize_checkpoint
+
+
+def _offload(context: Context) -> Path | None:
+    """Where decoder layers wait for their turn, if the model does not stay in host memory."""
+    needed = quantize_memory(context.plan)
+    if needed is None or not needed.offloads:
+        return None
+    directory = context.recipe.runtime.offload_directory
+    return (Path(directory) if directory else context.work) / f"quantize-{os.getpid()}"
+
+
+def run(context: Context) -> dict[str, Any]:
+    tokens = context.inputs.get("calibrate")
+    facts = quantize_checkpoint(context.inputs["prune"].payload, context.payload, context.recipe.quantize,
+                                calibration=CalibrationTokens.load(tokens.payload) if tokens else None,
+                                device=context.device, work=context.work, progress=context.progress,
+                                batch_tokens=context.recipe.runtime.batch_tokens, max_shard_bytes=context.recipe.output.max_shard_bytes,
+                                offload=_offload(context), trust_remote_code=context.recipe.model.trust_remote_code)
+    pruned = read_manifest(context.inputs["prune"].payload)
+    seal(context.payload, {name: pruned.get(name) for name in ("key", "source", "keep")} | {"scheme": facts["scheme"], "method": facts["method"]},
+         context.progress)
+    quantized = Checkpoint.open(context.payload)
+    return {"bytes": quantized.nbytes, **facts}

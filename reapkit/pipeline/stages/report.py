@@ -1,0 +1,19 @@
+"""report: one page that shows the run, and the model cards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from reapkit.pipeline.stages.context import Context
+from reapkit.report.card import model_card
+from reapkit.report.facts import facts_from
+from reapkit.report.run_report import write_run_report
+
+
+def run(context: Context) -> dict[str, Any]:
+    facts = facts_from(context.plan, context.inputs)
+    write_run_report(facts, context.payload / "report.html")
+    cards = [name for stage, name in (("prune", "pruned"), ("quantize", "quantized")) if stage in context.inputs]
+    for name in cards if context.recipe.output.card else ():
+        (context.payload / f"{name}.md").write_text(model_card(facts, name))
+    return {"cards": cards if context.recipe.output.card else []}

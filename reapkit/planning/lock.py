@@ -1,0 +1,126 @@
+"""What a recipe meant on the day it was locked: revisions, file hashes, versions. Torch-free.
+
+`reapkit lock` writes it beside the recipe; `apply --locked` takes the hub revisions from it and refuses to differ in anything else.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from reapkit.calibration.identity import source_identity, tokenizer_identity
+from reapkit.checkpoint.hub import hub_revision
+from reapkit.checkpoint.locate import is_local, model_checkpoint
+from reapkit.core.artifact_store import write_json
+from reapkit.core.errors import UnusableError
+from reapkit.core.hashing import digest
+from reapkit.recipe.loading import LoadedRecipe
+from reapkit.recipe.schema import MixEntry
+
+FORMAT = 1
+PACKAGES = ("reapkit", "torch", "transformers", "llmcompressor", "compressed-tensors", "datasets", "tokenizers", "safetensors")
+NOT_LOCKED = ("runtime", "output")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and the packages that shape results."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def make_lock(loaded: LoadedRecipe) -> dict[str, Any]:
+    """Everything outside the recipe that its result depends on, as it is now.
+
+    Raises UnusableError where a model, source or hub revision cannot be found.
+    """
+    recipe, directory = loaded.recipe, loaded.directory
+    checkpoint = model_checkpoint(recipe.model, directory)
+    entries = {f"calibration.mix.{entry.name}": entry for entry in recipe.calibration.mix}
+    entries |= {f"evaluate.extra_packs.{entry.name}": entry for entry in recipe.evaluate.extra_packs}
+    return {"format": FORMAT, "name": recipe.name, "recipe": recipe_digest(loaded),
+            "model": {"source": recipe.model.source, "revision": _model_revision(loaded, checkpoint.path),
+                      "identity": checkpoint.identity, "tokenizer": tokenizer_identity(checkpoint.path)},
+            "sources": {place: _source(entry, directory) for place, entry in entries.items()},
+            "versions": versions()}
+
+
+def _source(entry: MixEntry, directory: Path) -> dict[str, Any]:
+    identity = source_identity(entry, directory)
+    return identity | {"revision": entry.revision or hub_revision(entry.source, "dataset")} if "hub" in identity else identity
+
+
+def _model_revision(loaded: LoadedRecipe, path: Path) -> str | None:
+    source = loaded.recipe.model.source
+    if source.startswith("builtin:") or is_local(source, loaded.directory):
+        return None
+    return path.name if path.parent.name == "snapshots" else loaded.recipe.model.revision
+
+
+def lock_path(loaded: LoadedRecipe, recipe_file: Path) -> Path:
+    """`NAME.lock.json` beside the recipe."""
+    return recipe_file.with_name(f"{loaded.recipe.name}.lock.json")
+
+
+def write_lock(loaded: LoadedRecipe, path: Path) -> dict[str, Any]:
+    """Writes and returns the lock."""
+    lock = make_lock(loaded)
+    write_json(path, lock)
+    return lock
+
+
+def read_lock(path: Path) -> dict[str, Any]:
+    """Raises UnusableError where there is no lock that this version reads."""
+    try:
+        lock = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UnusableError(f"{path}: no readable lock there ({error}). Write one with `reapkit lock`.") from None
+    if lock.get("format") != FORMAT:
+        raise UnusableError(f"{path}: lock format {lock.get('format')}, this version reads {FORMAT}. Lock again.")
+    return lock
+
+
+def revisions(lock: Mapping[str, Any], loaded: LoadedRecipe) -> list[str]:
+    """The `--set` overrides that pin what the recipe leaves open: hub revisions of the model and of its datasets."""
+    pins = {"model": lock["model"]["revision"]} if loaded.recipe.model.revision is None else {}
+    entries = {f"calibration.mix.{entry.name}": entry for entry in loaded.recipe.calibration.mix}
+    pins |= {place: lock["sources"].get(place, {}).get("revision") for place, entry in entries.items() if entry.revision is None}
+    return [f"{place}.revision='{revision}'" for place, revision in pins.items() if revision]
+
+
+def check_lock(lock: Mapping[str, Any], loaded: LoadedRecipe, own_digest: str, path: Path) -> None:
+    """Raises UnusableError listing everything in which the recipe, its sources or the environment differ from the lock.
+
+    `own_digest`: `recipe_digest` of the recipe before the lock's revisions were put in.
+    """
+    found = make_lock(loaded) | {"recipe": own_digest}
+    differences = [f"  {place}: locked {_shown(locked)}, found {_shown(now)}" for place, locked, now in _differences(lock, found)]
+    if differences:
+        raise UnusableError("\n".join([f"{path}: {len(differences)} things differ from the lock:", *differences,
+                                       "Restore them, or accept them with `reapkit lock`."]))
+
+
+def recipe_digest(loaded: LoadedRecipe) -> str:
+    """What names a recipe's own text in its lock; where it runs and where the result goes do not count."""
+    return digest(loaded.recipe.model_dump(mode="json", exclude=set(NOT_LOCKED)))
+
+
+def _differences(left: Any, right: Any, place: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(left, Mapping) and isinstance(right, Mapping):
+        for key in dict.fromkeys((*left, *right)):
+            yield from _differences(left.get(key), right.get(key), f"{place}.{key}" if place else key)
+    elif left != right:
+        yield place, left, right
+
+
+def _shown(value: Any) -> str:
+    text = "nothing" if value is None else json.dumps(value) if isinstance(value, Sequence) and not isinstance(value, str) else str(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."

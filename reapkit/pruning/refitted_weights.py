@@ -1,0 +1,106 @@
+"""Re-fitted weights on disk: one safetensors file per layer under the checkpoint's own tensor names, and an index. Torch-free to read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from reapkit.core.artifact_store import write_json
+from reapkit.core.errors import UnusableError
+from reapkit.core.safetensors_header import TensorInfo, read_header
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+INDEX = "repair.json"
+
+
+@dataclass(frozen=True)
+class LayerNames:
+    """Where a layer's re-fitted matrices are: `stacked` names one tensor [kept, ...], else `experts` names one tensor each."""
+
+    file: str
+    keep: tuple[int, ...]
+    stacked: str | None
+    experts: Mapping[int, str]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"file": self.file, "keep": list(self.keep), "stacked": self.stacked,
+                "experts": {str(expert): name for expert, name in self.experts.items()}}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> LayerNames:
+        return cls(data["file"], tuple(data["keep"]), data["stacked"], {int(expert): name for expert, name in data["experts"].items()})
+
+
+@dataclass(frozen=True)
+class RepairedWeights:
+    """The re-fitted `down_proj` of every repaired layer of one selection, by decoder index."""
+
+    directory: Path
+    layers: Mapping[int, LayerNames]
+    facts: Mapping[str, Any]
+
+    def save_index(self) -> None:
+        write_json(self.directory / INDEX, self.describe())
+
+    def describe(self) -> dict[str, Any]:
+        """What the index file holds: the tensors' names, and how the fit went."""
+        return {"layers": {str(layer): names.to_json() for layer, names in self.layers.items()}, "facts": dict(self.facts)}
+
+    @classmethod
+    def load(cls, directory: str | Path) -> RepairedWeights:
+        """Raises UnusableError where there is none."""
+        path = Path(directory) / INDEX
+        try:
+            data = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise UnusableError(f"{path}: no re-fitted weights ({error}). Run the repair stage again.") from None
+        return cls(path.parent, {int(layer): LayerNames.from_json(names) for layer, names in data["layers"].items()}, data["facts"])
+
+    def tensors(self) -> dict[str, tuple[Path, TensorInfo]]:
+        """Source tensor name -> the file that holds its re-fitted bytes (a stacked one already cut to the kept experts)."""
+        return {name: (self.directory / names.file, info) for names in self.layers.values()
+                for name, info in read_header(self.directory / names.file).items()}
+
+    def down_proj(self, layer: int) -> Mapping[int, Tensor]:
+        """Expert -> its re-fitted matrix, as the checkpoint stores it."""
+        from safetensors.torch import load_file
+
+        names = self.layers[layer]
+        found = load_file(self.directory / names.file)
+        if names.stacked is not None:
+            return dict(zip(names.keep, found[names.stacked], strict=True))
+        return {expert: found[name] for expert, name in names.experts.items()}
+
+
+@contextmanager
+def repaired(model: nn.Module, weights: RepairedWeights | None, layers: Collection[int] | None = None) -> Iterator[None]:
+    """Inside the block the kept experts of `model` have their re-fitted matrices; the block's end restores all.
+
+    `layers`: only these (in streaming, the one that is in memory).
+    """
+    import torch
+
+    from reapkit.model.routed_experts import find_experts
+
+    held: list[tuple[Tensor, Tensor]] = []
+    try:
+        if weights is not None:
+            for site in find_experts(model):
+                matrix = site.module.down_proj
+                if site.layer not in weights.layers or layers is not None and site.layer not in layers:
+                    continue
+                for expert, tensor in weights.down_proj(site.layer).items():
+                    place = matrix.data[expert]
+                    held.append((place, place.clone()))
+                    place.copy_(tensor)
+        yield
+    finally:
+        with torch.no_grad():
+            for place, old in reversed(held):
+                place.copy_(old)

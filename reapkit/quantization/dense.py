@@ -1,0 +1,133 @@
+"""A quantized directory turned back into plain weights under the source's names: what its packed matrices stand for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from compressed_tensors.quantization import QuantizationScheme
+from safetensors import safe_open
+from torch import Tensor
+
+from reapkit.checkpoint.checkpoint import Checkpoint
+from reapkit.core.progress import SILENT, Progress
+from reapkit.quantization.formats import PARTS, decompress, scheme_on_disk
+from reapkit.quantization.schemes import Matrix, Targets, expert_prefixes, targets
+from reapkit.quantization.writing import copy_companions, write_index, write_shards
+from reapkit.recipe.schema import QuantizeSpec
+
+
+class PackedDirectory:
+    """Reads a quantized directory against the source it was made from, one matrix at a time."""
+
+    def __init__(self, source: Checkpoint, directory: Checkpoint, plan: Targets):
+        self.source, self.directory, self.plan = source, directory, plan
+        self.scheme: QuantizationScheme = scheme_on_disk(directory.config)
+        self._files = ExitStack()
+        self._open: dict[tuple[str, str], Any] = {}
+
+    def __enter__(self) -> PackedDirectory:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._files.close()
+
+    def read(self, checkpoint: Checkpoint, name: str) -> Tensor:
+        """One tensor as it is stored."""
+        shard = (str(checkpoint.path), checkpoint.tensors[name].shard)
+        if shard not in self._open:
+            self._open[shard] = self._files.enter_context(safe_open(checkpoint.path / shard[1], "pt"))
+        return self._open[shard].get_tensor(name)
+
+    def parts(self, prefix: str) -> dict[str, Tensor]:
+        """The stored parts of one matrix, empty where there are none."""
+        names = {part: f"{prefix}.{part}" for part in PARTS if f"{prefix}.{part}" in self.directory.tensors}
+        return {part: self.read(self.directory, name) for part, name in names.items()}
+
+    def expected(self, name: str) -> list[str]:
+        """The names that stand for a source tensor's matrices."""
+        matrix = self.plan.matrices[name]
+        return [matrix.module] if len(matrix.tensor.shape) == 2 else expert_prefixes(matrix)
+
+    def dense(self, name: str) -> Tensor:
+        """The source tensor `name` as its packed form says, in the source's shape and dtype."""
+        source = self.source_dense(name)
+        pieces = [decompress(self.parts(prefix), self.scheme).to(source.dtype) for prefix in self.expected(name)]
+        return pieces[0] if len(source.shape) == 2 else _restacked(pieces, self.plan.matrices[name], source)
+
+    def source_dense(self, name: str) -> Tensor:
+        """The source tensor itself, block FP8 multiplied out."""
+        source = self.read(self.source, name)
+        scale = f"{name}_scale_inv"
+        if scale not in self.source.tensors:
+            return source
+        block = (self.source.config.get("quantization_config") or {}).get("weight_block_size") or (128, 128)
+        return unblocked(source, self.read(self.source, scale), block)
+
+    def state_dict(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the source, the quantized ones dequantized, the others as the directory holds them."""
+        for name in self.source.tensors:
+            if name.endswith("_scale_inv"):
+                continue
+            if name in self.plan.matrices:
+                yield name, self.dense(name)
+            elif name in self.directory.tensors:
+                yield name, self.read(self.directory, name)
+            else:
+                yield name, self.read(self.source, name)
+
+
+def write_dense(source: Path, directory: Path, spec: QuantizeSpec, out: Path, progress: Progress = SILENT) -> None:
+    """Writes to `out` the source with the weights that the packed directory stands for: a plain checkpoint that any loader reads.
+
+    For looking at a result whose format this transformers cannot read, or whose model does not fit into memory; shard by shard.
+    """
+    old, new = Checkpoint.open(source), Checkpoint.open(directory)
+    plan = targets(old, spec)
+    out.mkdir(parents=True, exist_ok=True)
+    with PackedDirectory(old, new, plan) as packed:
+        def value(name: str) -> dict[str, Tensor]:
+            if name.endswith("_scale_inv"):
+                return {}
+            if name in plan.matrices:
+                return {name: packed.dense(name)}
+            return {name: packed.read(new, name) if name in new.tensors else packed.source_dense(name)}
+
+        write_shards(old, out, value, progress)
+    copy_companions(old, out)
+    (out / "config.json").write_text(json.dumps({key: value for key, value in old.config.items() if key != "quantization_config"}, indent=2))
+    write_index(out)
+
+
+def unblocked(weight: Tensor, scale: Tensor, block: Sequence[int]) -> Tensor:
+    """A block-scaled FP8 matrix [rows, columns] in bf16; `scale` [ceil(rows / height), ceil(columns / width)]."""
+    (rows, columns), (height, width) = weight.shape, block
+    whole = scale.float().repeat_interleave(height, 0)[:rows].repeat_interleave(width, 1)[:, :columns]
+    return (weight.float() * whole).to(torch.bfloat16)
+
+
+def relative_error(value: Tensor, reference: Tensor) -> float:
+    """‖value − reference‖ / ‖reference‖ in float32; 0 for two zeros."""
+    difference, size = (value.float() - reference.float()).norm().item(), reference.float().norm().item()
+    return difference / size if size else float(difference > 0)
+
+
+def _restacked(pieces: list[Tensor], matrix: Matrix, source: Tensor) -> Tensor:
+    """Experts' projections as the source stacks them. Which way round it does (outputs first, gate and up interleaved) shows in the
+    values: the arrangement nearest to the source is the one."""
+    experts = source.shape[0]
+    per_expert = len(pieces) // experts
+    candidates = []
+    if per_expert == 1:
+        plain = torch.stack(pieces)
+        candidates = [plain, plain.transpose(1, 2)]
+    else:
+        gate, up = torch.stack(pieces[0::2]), torch.stack(pieces[1::2])
+        halves, interleaved = torch.cat([gate, up], 1), torch.stack([gate, up], 2).flatten(1, 2)
+        candidates = [halves, interleaved, halves.transpose(1, 2), interleaved.transpose(1, 2)]
+    fitting = [candidate for candidate in candidates if candidate.shape == source.shape]
+    return min(fitting, key=lambda candidate: relative_error(candidate, source)).contiguous()

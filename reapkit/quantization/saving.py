@@ -1,0 +1,123 @@
+"""What llm-compressor saves of a pruned model, brought under the names and the config that its source has."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from reapkit.checkpoint.architecture import Architecture
+from reapkit.checkpoint.checkpoint import Checkpoint
+from reapkit.core.errors import UnusableError
+from reapkit.model.routed_experts import find_experts
+from reapkit.pruning.config_edits import Counts, config_edits, edit_json
+from reapkit.quantization.writing import write_index
+
+EXPERT_TENSOR = re.compile(r"(?P<before>.*\.experts\.)(?P<expert>\d+)\.(?P<projection>\w+)\.(?P<part>\w+)")
+SPELLINGS = {frozenset(("w1", "w2", "w3")): {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}}
+"""How checkpoints spell an expert's projections where llm-compressor says gate_proj, up_proj and down_proj."""
+LIKE_OURS = (frozenset(("gate_proj", "up_proj", "down_proj")), frozenset(("up_proj", "down_proj")))
+
+
+def save_as_the_source(model: nn.Module) -> None:
+    """From now on `model.save_pretrained` writes tensors and config as the checkpoint that the model came from spells them.
+
+    Call it on a model that `oneshot` has prepared. Stacked experts are stacked again unless they are quantized, for which no stacked
+    format exists. Raises UnusableError where the source spells its experts in a way that is not known, now and not after the calibration.
+    """
+    source = Checkpoint.open(_source_of(model))
+    spelling = _spelling(source)
+    stacked = not any(EXPERT_TENSOR.fullmatch(name) for name in source.tensors)
+    save = model.save_pretrained
+
+    @functools.wraps(save)
+    def save_pretrained(save_directory: str | Path, **settings: Any) -> None:
+        if stacked and not _quantized_experts(model):
+            _stack_again(model)
+        save(save_directory, **settings)
+        _respell(Path(save_directory), spelling)
+        _config(Path(save_directory), source, model)
+
+    save_pretrained._overridden = True  # llm-compressor would wrap it once more
+    model.save_pretrained = save_pretrained
+
+
+def _source_of(model: nn.Module) -> Path:
+    name = model.config._name_or_path
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (LocalEntryNotFoundError, HfHubHTTPError, ValueError) as error:
+        raise UnusableError(f"'{name}', which the model was loaded from, is neither a directory nor in the hub's cache, so its tensor names are "
+                            "not known. Load the model from a directory.") from error
+
+
+def _spelling(source: Checkpoint) -> dict[str, str]:
+    found = frozenset(match["projection"] for name in source.tensors if (match := EXPERT_TENSOR.fullmatch(name)))
+    if not found or found in LIKE_OURS:
+        return {}
+    if found not in SPELLINGS:
+        raise UnusableError(f"{source.path}: its experts are called {', '.join(sorted(found))}; which of them is gate_proj, up_proj and "
+                            "down_proj is not known. Prune with `reapkit prune`, which keeps names as they are.")
+    return SPELLINGS[found]
+
+
+def _quantized_experts(model: nn.Module) -> bool:
+    return any(getattr(module, "quantization_scheme", None) is not None for site in find_experts(model) for module in site.module.modules())
+
+
+@torch.no_grad()
+def _stack_again(model: nn.Module) -> None:
+    """llm-compressor's own `repack_moe`, and what it forgets: gpt_oss has gate and up in alternating columns, not in halves."""
+    from llmcompressor.modeling.moe.linear_experts import ExpertMLPWithGate
+    from llmcompressor.modeling.moe.linearize import get_linearized_moes, repack_moe
+
+    halved = [name for name, experts in get_linearized_moes(model) if not experts.is_concatenated and experts.has_gate
+              and experts.expert_cls_with_gate is not ExpertMLPWithGate
+              and experts.expert_cls_with_gate.copy_to_experts_module is ExpertMLPWithGate.copy_to_experts_module]
+    repack_moe(model)
+    for name in halved:
+        experts = model.get_submodule(name)
+        for tensor in (experts.gate_up_proj, *([experts.gate_up_proj_bias] if experts.has_bias else [])):
+            gate, up = tensor.detach().clone().chunk(2, dim=-1)
+            tensor.copy_(torch.stack([gate, up], dim=-1).flatten(-2))
+
+
+def _respell(directory: Path, spelling: dict[str, str]) -> None:
+    if not spelling:
+        return
+    for shard in sorted(directory.glob("*.safetensors")):
+        with safe_open(shard, "pt") as file:
+            tensors = {_spelled(name, spelling): file.get_tensor(name) for name in file.keys()}
+        save_file(tensors, shard, metadata={"format": "pt"})
+    write_index(directory)
+
+
+def _spelled(name: str, spelling: dict[str, str]) -> str:
+    match = EXPERT_TENSOR.fullmatch(name)
+    if match is None or match["projection"] not in spelling:
+        return name
+    return f"{match['before']}{match['expert']}.{spelling[match['projection']]}.{match['part']}"
+
+
+def _config(directory: Path, source: Checkpoint, model: nn.Module) -> None:
+    """The source's own config with the new counts, and the `quantization_config` that llm-compressor wrote."""
+    architecture = Architecture.from_config(source.config)
+    kept = find_experts(model)[0].num_experts
+    top_k = architecture.num_experts_per_tok
+    counts = Counts((architecture.num_experts, kept), (top_k, top_k), architecture.n_group, drop_mtp=True)  # loaded models have no MTP block
+    edits = config_edits(source.config, counts, lambda name: name)
+    written = json.loads((directory / "config.json").read_text())
+    if "quantization_config" in written:
+        edits[("quantization_config",)] = written["quantization_config"]
+    (directory / "config.json").write_text(edit_json((source.path / "config.json").read_text(), edits))

@@ -1,0 +1,1 @@
+"""Several observations, selections, runs or recipes beside each other."""

@@ -1,0 +1,1 @@
+"""What lies at a path: facts for machines, tables for people."""

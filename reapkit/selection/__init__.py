@@ -1,0 +1,1 @@
+"""Which experts stay and which go, and why. Torch-free."""

@@ -1,0 +1,85 @@
+"""Names of saliency criteria: the built-in ones, those of installed packages, and `module:function`. Torch-free.
+
+A package offers its own under the entry point group `reapkit.criteria`; a project's own file needs no packaging, only to be
+importable: `saliency.criterion: my_module:my_function`. Both are functions of the totals and the spec (see `saliency.Totals`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import re
+from collections.abc import Callable
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any
+
+from reapkit.core.errors import Problem, RecipeError
+from reapkit.recipe.schema import BUILTIN_CRITERIA
+
+ENTRY_POINT_GROUP = "reapkit.criteria"
+_MODULE_FUNCTION = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")
+
+
+def installed_criteria() -> dict[str, EntryPoint]:
+    """Criteria that installed packages offer, by name; a built-in name cannot be taken over."""
+    return {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP) if point.name not in BUILTIN_CRITERIA}
+
+
+def criterion_problem(name: str, path: str = "saliency.criterion") -> Problem | None:
+    """What is wrong with a criterion's name, without importing anything of the user's; None if nothing is."""
+    known = (*BUILTIN_CRITERIA, *sorted(installed_criteria()))
+    if name in known or _MODULE_FUNCTION.match(name):
+        return None
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return Problem(path, f"found '{name}'. Known: {', '.join(known)}, or your own as module:function."
+                   + (f" Did you mean '{near[0]}'?" if near else ""))
+
+
+def user_criterion(name: str) -> Callable[..., Any]:
+    """The function behind an installed criterion's name or `module:function`. Raises RecipeError if it cannot be had."""
+    if problem := criterion_problem(name):
+        raise RecipeError([problem])
+    module, _, attribute = _target(name).partition(":")
+    try:
+        found: Any = importlib.import_module(module)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise RecipeError([_not_found(name, error)]) from error
+    if not callable(found):
+        kind = type(found).__name__
+        raise RecipeError([Problem("saliency.criterion", f"'{name}' is a {kind}, not a function of (totals, spec).")])
+    return found
+
+
+def criterion_fingerprint(name: str) -> str | None:
+    """sha256 of the file that defines a user's criterion, for keys: its code decides. None for built-in ones.
+
+    The file is found, not run. Raises RecipeError where there is none.
+    """
+    if name in BUILTIN_CRITERIA:
+        return None
+    if problem := criterion_problem(name):
+        raise RecipeError([problem])
+    module = _target(name).partition(":")[0]
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or not spec.has_location:
+        raise RecipeError([_not_found(name, f"No module named '{module}'")])
+    return hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()
+
+
+def _target(name: str) -> str:
+    point = installed_criteria().get(name)
+    return point.value if point else name
+
+
+def _not_found(name: str, why: object) -> Problem:
+    folder = _target(name).partition(":")[0].partition(".")[0]
+    return Problem("saliency.criterion", f"'{name}' cannot be imported ({why}). Put the folder that holds {folder} on "
+                                         "PYTHONPATH, or install its package.")

@@ -1,0 +1,120 @@
+"""The command line: signals, exit codes, output on narrow terminals, files it must not overwrite."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from reapkit.cli.main import _run
+from tests.support.paths import ROOT
+
+DEMO = str(ROOT / "recipes" / "demo.yaml")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_go_on(number: int, tmp_path: Path) -> None:
+    where = [f"--set=runtime.store={tmp_path / 'store'}", f"--set=output.directory={tmp_path / 'run'}"]
+    process = subprocess.Popen([sys.executable, "-m", "reapkit", "apply", DEMO, *where], stderr=subprocess.PIPE, text=True,
+                               env=os.environ | {"PYTHONPATH": str(ROOT)})
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "store").glob("observe-*/*")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(number)
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 130, said
+    assert "Interrupted. Finished stages are kept; run the same command again to go on." in said
+    assert "Traceback" not in said
+
+
+SWALLOWING = """
+import os, signal, sys, threading, time
+from reapkit.cli.main import app, main
+from reapkit.cli.progress_bars import make_progress
+
+@app.command()
+def work() -> None:
+    with make_progress().task("work") as task:
+        try:
+            os.kill(os.getpid(), int(sys.argv[1]))
+            time.sleep(60)
+        except:  # what some libraries do around their own imports
+            print("swallowed")
+        other = threading.Thread(target=lambda: (task.advance(), print("threads go on")))
+        other.start()
+        other.join()
+        task.advance()
+        print("never here")
+
+main(["work"])
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_a_library_swallows_still_stops_the_run(number: int) -> None:
+    done = subprocess.run([sys.executable, "-c", SWALLOWING, str(int(number))], capture_output=True, text=True, timeout=50,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 130, done.stderr
+    assert done.stdout.splitlines() == ["swallowed", "threads go on"]
+    assert "Interrupted." in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["plan", DEMO], ["validate", DEMO], ["compare", DEMO, DEMO], ["--help"], ["apply", "--help"]])
+def test_nothing_is_wider_than_the_terminal(arguments: list[str]) -> None:
+    done = subprocess.run([sys.executable, "-m", "reapkit", *arguments], capture_output=True, text=True, cwd=ROOT,
+                          env=os.environ | {"COLUMNS": "80", "TERM": "dumb"})
+    assert done.returncode == 0, done.stderr
+    assert max(len(line) for line in done.stdout.splitlines()) <= 80 or arguments[0] == "validate"
+
+
+def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture) -> None:
+    assert _run(["--help"], debug=False) == 0
+    listing = capsys.readouterr().out
+    commands = [line.split()[0] for line in listing.split("Commands:")[1].splitlines() if line.startswith("  ") and not line.startswith("   ")]
+    assert {"apply", "plan", "validate", "lock", "init", "compare", "inspect", "export", "merge", "report", "schema", "observe", "select",
+            "evaluate", "prune", "quantize"} <= set(commands)
+    for command in commands:
+        assert _run([command, "--help"], debug=False) == 0
+        assert "Example: reapkit " in capsys.readouterr().out, command
+
+
+def test_init_writes_a_recipe_that_is_valid_and_never_overwrites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                                 capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert _run(["init", "builtin:demo", "-o", "mine.yaml"], debug=False) == 0
+    assert _run(["validate", "mine.yaml"], debug=False) == 0
+    before = Path("mine.yaml").read_text()
+    assert _run(["init", "builtin:demo", "-o", "mine.yaml"], debug=False) == 2
+    assert Path("mine.yaml").read_text() == before and "is there already" in capsys.readouterr().err
+
+
+def test_a_lock_is_kept_or_says_what_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("data.jsonl").write_text(json.dumps({"text": "one two three"}) + "\n")
+    recipe = Path("mine.yaml")
+    recipe.write_text("version: 1\nname: mine\nmodel: {source: 'builtin:demo'}\ncalibration: {samples: 4, mix: [{name: d, source: data.jsonl}]}\n"
+                      "prune: {ratio: 0.5}\nquantize: {group_size: 64}\n")
+    assert _run(["lock", "mine.yaml"], debug=False) == 0
+    assert _run(["apply", "mine.yaml", "--locked", "--dry-run"], debug=False) == 0
+    assert _run(["apply", "mine.yaml", "--locked", "--dry-run", "--set", "runtime.batch_tokens=64"], debug=False) == 0
+    capsys.readouterr()
+    Path("data.jsonl").write_text(json.dumps({"text": "one two four"}) + "\n")
+    assert _run(["apply", "mine.yaml", "--locked", "--dry-run"], debug=False) == 3
+    assert "sources.calibration.mix.d.files.data.jsonl: locked" in capsys.readouterr().err
+    assert _run(["apply", "mine.yaml", "--locked", "--dry-run", "--set", "prune.ratio=0.25"], debug=False) == 3
+    assert "  recipe: locked" in capsys.readouterr().err
+
+
+def test_compare_names_fields_and_stages(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    other = tmp_path / "other.yaml"
+    other.write_text(Path(DEMO).read_text().replace("ratio: 0.5", "ratio: 0.25").replace("weight: 0.3}", "weight: 0.3}", 1))
+    assert _run(["compare", DEMO, str(other), "--json"], debug=False) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["fields"] == [{"path": "prune.ratio", "left": "0.5", "right": "0.25"}]
+    assert found["stages"] == ["select", "evaluate", "prune", "quantize", "verify", "report"]

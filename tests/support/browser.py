@@ -1,0 +1,145 @@
+"""Reads a page as a person does: in a real Chromium, every section, both themes, wide and narrow, and says all that is wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from reapkit.core.errors import UnusableError
+from reapkit.report.pictures import DRAWN, PATIENCE_MS, browser
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+DESK, PHONE = 1200, 390
+
+FLAWS = """() => {
+  const flaws = [], far = (chart) => chart.getBoundingClientRect();
+  for (const link of document.querySelectorAll('nav a')) {
+    const section = document.querySelector(link.hash);
+    if (!section) flaws.push(`no section ${link.hash}`);
+    else if (!section.querySelector('h2').textContent.trim() || section.innerText.trim().split('\\n').length < 2) flaws.push(`section ${link.hash} is empty`);
+  }
+  for (const chart of document.querySelectorAll('.chart')) {
+    const box = far(chart), say = (what) => flaws.push(`${chart.id}: ${what}`);
+    if (!/\\d.*\\.$/s.test(chart.closest('figure').querySelector('figcaption').textContent)) say('its sentence holds no number');
+    if (!chart.data || !chart.querySelector('.main-svg')) { say('not drawn'); continue; }
+    const values = (trace) => (trace.type === 'heatmap' ? trace.z.flat() : [...(typeof trace.y[0] === 'string' ? trace.x : trace.y)]);
+    if (!chart.data.some((trace) => values(trace).some((value) => value !== null && Number.isFinite(Number(value))))) say('holds no number');
+    const marks = [...chart.querySelectorAll('.mlayer path, .mlayer image')].map(far);
+    if (!marks.some((mark) => mark.width + mark.height > 2)) say('shows no mark');
+    for (const text of chart.querySelectorAll('svg text')) {
+      const at = far(text);
+      if (at.width && (at.left < box.left - 1 || at.right > box.right + 1 || at.top < box.top - 1 || at.bottom > box.bottom + 1)) say(`clips '${text.textContent}'`);
+    }
+    for (const axis of ['xtick', 'ytick']) {
+      const ticks = [...chart.querySelectorAll(`.${axis} text`)].map((text) => [text.textContent, far(text)]);
+      const names = ticks.map(([name]) => name);
+      if (new Set(names).size < names.length) say(`${axis} labels repeat: ${names.join(', ')}`);
+      ticks.forEach(([one, a], i) => ticks.slice(i + 1).forEach(([other, b]) => {
+        if (Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1 && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 3) say(`'${one}' lies on '${other}'`);
+      }));
+    }
+  }
+  for (const text of document.querySelectorAll('h1, h2, h3, p, td, th, dd, figcaption, summary, button')) {
+    if (/\\b(NaN|undefined|null|None)\\b/.test(text.textContent) && !text.closest('pre')) flaws.push(`says '${text.textContent}'`);
+    const at = far(text);
+    if (at.right > innerWidth + 1 && !text.closest('.links, .table')) flaws.push(`'${text.textContent.slice(0, 40)}' leaves the page`);
+  }
+  for (const table of document.querySelectorAll('.table')) {
+    const beyond = table.scrollWidth - table.clientWidth;
+    if (beyond > 0) flaws.push(`the table under '${table.closest('section').querySelector('h2').textContent}' scrolls sideways by ${beyond} px`);
+  }
+  const beyond = document.documentElement.scrollWidth - document.documentElement.clientWidth;
+  if (beyond > 0) flaws.push(`scrolls sideways by ${beyond} px`);
+  return flaws;
+}"""
+"""All that is wrong with the page as it is drawn: empty sections and charts, clipped or overlapping labels, text that leaves the page."""
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    """One browser for a file's tests."""
+    with browser_or_skip() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def can_browse() -> None:
+    """For tests of what starts a browser of its own."""
+    with browser_or_skip():
+        pass
+
+
+@contextmanager
+def browser_or_skip() -> Iterator[Browser]:
+    """One browser for the block; skips the test, with the reason, where none can be started."""
+    started = browser()
+    try:
+        found = started.__enter__()
+    except UnusableError as error:
+        pytest.skip(str(error))
+    try:
+        yield found
+    finally:
+        started.__exit__(None, None, None)
+
+
+@contextmanager
+def opened(chromium: Browser, file: Path, width: int = DESK, theme: str = "light", *, draw_all: bool = True) -> Iterator[Page]:
+    """The page with its script run; at its end nothing may have been written to the console."""
+    context = chromium.new_context(viewport={"width": width, "height": 900}, color_scheme=theme, has_touch=width == PHONE, is_mobile=width == PHONE)
+    context.set_default_timeout(PATIENCE_MS)
+    page, said = context.new_page(), []
+    page.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
+    page.on("pageerror", lambda error: said.append(f"error: {error}"))
+    page.on("request", lambda request: said.append(f"asks for {request.url[:80]}") if not request.url.startswith(("file:", "data:", "blob:")) else None)
+    page.goto(file.resolve().as_uri() + ("#draw=all" if draw_all else ""))
+    page.wait_for_function(DRAWN)
+    yield page
+    context.close()
+    assert not said, "; ".join(said)
+
+
+def flaws(page: Page) -> list[str]:
+    """What is wrong with the page, in words; `draw_all` must have drawn it."""
+    return page.evaluate(FLAWS)
+
+
+def remove(page: Page, experts: int) -> str:
+    """Moves the page's slider and returns what it then reads."""
+    page.locator("#removed").evaluate("(slider, value) => { slider.value = value; slider.dispatchEvent(new Event('input')); }", experts)
+    page.wait_for_timeout(400)  # the heat map follows after a pause
+    return page.locator("#readout").inner_text()
+
+
+def held(page: Page, chart: str) -> dict[str, Any]:
+    """A chart's data and layout as plotly holds them."""
+    return page.evaluate("id => { const {data, layout} = document.getElementById(id); return JSON.parse(JSON.stringify({data, layout})); }", chart)
+
+
+def assert_readable(chromium: Browser, file: Path) -> None:
+    """In both themes, one wide and one narrow: no flaw, no word on the console; where there is a slider the page follows it."""
+    for width, theme in ((DESK, "light"), (PHONE, "dark")):
+        with opened(chromium, file, width, theme) as page:
+            assert page.locator("html").get_attribute("data-theme") == theme
+            assert not (found := flaws(page)), f"{file.name} at {width} px, {theme}: {'; '.join(found)}"
+            if page.locator("#removed").count():
+                _assert_follows(page)
+
+
+def _assert_follows(page: Page) -> None:
+    before = {name: held(page, name) for name in ("cut-curve", "heat", "floor")}
+    read = page.locator("#readout").inner_text()
+    assert read.startswith("Deletes ")
+    assert remove(page, 1) != read
+    after = {name: held(page, name) for name in before}
+    assert before["cut-curve"]["layout"]["shapes"] != after["cut-curve"]["layout"]["shapes"]
+    dropped = [sum(cell is not None for row in each["heat"]["data"][1]["z"] for cell in row) for each in (before, after)]
+    assert dropped[1] == len(after["heat"]["data"][1]["z"]) < dropped[0]
+    assert before["floor"]["data"][0]["y"] != after["floor"]["data"][0]["y"]
+    assert not (found := flaws(page)), "; ".join(found)

@@ -1,0 +1,98 @@
+"""Observations made of random routing, with the pairs they were summed from kept for naive checks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from numpy import ndarray
+from torch import Tensor
+
+from reapkit.observation.observation import MAXIMA, SUMS, Observation, Trace
+
+
+@dataclass(frozen=True, eq=False)
+class Routing:
+    """Positions and their routing: `source`, `scored`, `signal`, `p`, `h` [T]; `expert`, `gate`, `norm`, `peak` [L, T, k]."""
+
+    source: Tensor
+    scored: Tensor
+    signal: Tensor
+    expert: Tensor
+    gate: Tensor
+    norm: Tensor
+    peak: Tensor
+    p: Tensor
+    h: Tensor
+
+
+def random_routing(seed: int = 0, *, layers: int = 3, experts: int = 8, top_k: int = 2, tokens: int = 120, sources: int = 2,
+                   dead: tuple[int, ...] = (), score_all: bool = False) -> Routing:
+    """Random positions; the experts `dead` are never routed to. Values are float32, as a model would give them."""
+    draw = torch.Generator().manual_seed(seed)
+    bias = torch.randn(layers, 1, experts, generator=draw)
+    logits = torch.randn(layers, tokens, experts, generator=draw) + bias
+    logits[..., list(dead)] = -1e9
+    gate, expert = logits.softmax(-1).topk(top_k, dim=-1)
+    norm = torch.rand(layers, tokens, top_k, generator=draw) * (1 + expert.float())
+    scored = torch.ones(tokens, dtype=torch.bool) if score_all else torch.rand(tokens, generator=draw) < 0.7
+    signal = scored & (torch.rand(tokens, generator=draw) < 0.9)
+    return Routing(torch.randint(0, sources, (tokens,), generator=draw), scored, signal, expert, gate, norm, norm * 0.5,
+                   torch.rand(tokens, generator=draw), torch.rand(tokens, generator=draw))
+
+
+def repeated(routing: Routing, positions: Tensor) -> Routing:
+    """The routing of `positions` only, in that order; an index may stand there several times."""
+    by_layer = {name: getattr(routing, name)[:, positions] for name in ("expert", "gate", "norm", "peak")}
+    return Routing(**{name: getattr(routing, name)[positions] for name in ("source", "scored", "signal", "p", "h")}, **by_layer)
+
+
+def observe_routing(routing: Routing, *, experts: int = 8, sources: tuple[str, ...] = ("code", "tools"), trace: bool = True,
+                    layers: tuple[int, ...] | None = None, coactivation: bool = True) -> Observation:
+    """The observation of a routing, summed naively."""
+    depth, tokens, top_k = routing.expert.shape
+    shape = (depth, len(sources), experts)
+    together = torch.zeros((*shape, experts), dtype=torch.int64)
+    snapshots = {name: torch.zeros((4, *shape), dtype=torch.float64) for name in ("count", "gate_norm_sum")}
+    experts_of, gates, norms, peaks_of = (getattr(routing, name).tolist() for name in ("expert", "gate", "norm", "peak"))
+    source_of, scored = routing.source.tolist(), routing.scored.tolist()
+    cells = lambda: [[[0.0] * experts for _ in sources] for _ in range(depth)]  # noqa: E731
+    added, largest = {name: cells() for name in SUMS}, {name: cells() for name in MAXIMA}
+    for layer in range(depth):
+        for t in range(tokens):
+            s = source_of[t]
+            for slot in range(top_k):
+                e, g, n = experts_of[layer][t][slot], gates[layer][t][slot], norms[layer][t][slot]
+                for name, value in {"norm_max": n, "gate_norm_max": g * n, "activation_max": peaks_of[layer][t][slot]}.items():
+                    for column in (name, f"{name}_scored") if scored[t] else (name,):
+                        largest[column][layer][s][e] = max(largest[column][layer][s][e], value)
+                if not scored[t]:
+                    continue
+                for name, value in zip(SUMS, (1.0, g, n, g * n, (g * n) ** 2), strict=True):
+                    added[name][layer][s][e] += value
+                for step, fraction in enumerate((16, 8, 4, 2)):
+                    if t < tokens / fraction:
+                        snapshots["count"][step, layer, s, e] += 1
+                        snapshots["gate_norm_sum"][step, layer, s, e] += g * n
+                for other in experts_of[layer][t]:
+                    together[layer, s, e, other] += 1
+    sums = {name: torch.tensor(values, dtype=torch.float64) for name, values in added.items()}
+    maxima = {name: torch.tensor(values, dtype=torch.float32) for name, values in largest.items()}
+    names = tuple(range(depth)) if layers is None else layers
+    count = lambda mask: torch.bincount(routing.source[mask], minlength=len(sources))  # noqa: E731
+    return Observation(
+        model_type="toy_moe", layers=names, num_experts=experts, num_experts_per_tok=top_k, sources=sources,
+        tokens=count(torch.ones_like(routing.scored)), scored_tokens=count(routing.scored), statistics=sums, maxima=maxima,
+        coactivation=together if coactivation else None, snapshots=snapshots,
+        eaft=trace_of_routing(routing, names) if trace else None, meta={"model": "toy"})
+
+
+def trace_of_routing(routing: Routing, layers: tuple[int, ...]) -> Trace:
+    """The exact EAFT trace of the positions with a signal."""
+    keep = routing.signal
+
+    def routed(layer: int) -> tuple[ndarray, ndarray]:
+        index = layers.index(layer)
+        return routing.expert[index, keep].to(torch.int16).numpy(), (routing.gate * routing.norm)[index, keep].numpy()
+
+    return Trace(routing.source[keep].to(torch.int16), routing.p[keep], routing.h[keep], routed)
