@@ -1,9 +1,10 @@
-"""How long preparing a calibration takes, and how much memory; the goal is 200,000 samples in 3 minutes and 2 GB on two cores.
+"""How long preparing a calibration takes, and how much memory; the goal is 200,000 samples in 3 minutes and 2 GB on two
+cores.
 
     python benchmarks/calibration.py [--samples 200000] [--directory /big/disk] [--json FILE]
 
-Rows come from the package's generators in four equal parts (code, prose, tool calls, mathematics), go through the demo model's
-chat template and tokenizer, and are packed into rows of 2,048 tokens.
+Rows come from the package's generators in four equal parts (code, prose, tool calls, mathematics), go through the demo
+model's chat template and tokenizer, and are packed into rows of 2,048 tokens.
 """
 
 from __future__ import annotations
@@ -40,7 +41,10 @@ def measure(samples: int, directory: Path) -> dict:
     summary = prepare(calibration, MODEL_DIRECTORY, directory, directory / "calibration")
     used = resource.getrusage(resource.RUSAGE_SELF)
     return {
-        "samples": samples, "rows": summary["rows"], "tokens": summary["tokens"], "scored_tokens": summary["scored_tokens"],
+        "samples": samples,
+        "rows": summary["rows"],
+        "tokens": summary["tokens"],
+        "scored_tokens": summary["scored_tokens"],
         "seconds": round(time.perf_counter() - began, 1),
         "cpu_seconds": round(used.ru_utime + used.ru_stime - imported.ru_utime - imported.ru_stime, 1),
         "peak_megabytes": round(used.ru_maxrss * 1024 / 1e6),
@@ -56,9 +60,16 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:
         result = measure(arguments.samples, Path(directory))
-    result = {"date": datetime.date.today().isoformat(), "machine": machine(), "load_before": round(LOAD_BEFORE, 1), **result,
-              "versions": {"python": platform.python_version(), **{module.__name__: module.__version__ for module in
-                                                                   (datasets, numpy, tokenizers, transformers)}}}
+    result = {
+        "date": datetime.date.today().isoformat(),
+        "machine": machine(),
+        "load_before": round(LOAD_BEFORE, 1),
+        **result,
+        "versions": {
+            "python": platform.python_version(),
+            **{module.__name__: module.__version__ for module in (datasets, numpy, tokenizers, transformers)},
+        },
+    }
     print(json.dumps(result, indent=1))
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)

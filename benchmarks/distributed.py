@@ -1,11 +1,13 @@
-"""How much faster do two ranks of one thread each observe than one process of one thread? In turns, medians of the ratios.
+"""How much faster do two ranks of one thread each observe than one process of one thread? In turns, medians of the
+ratios.
 
     python benchmarks/distributed.py [--placement resident|streaming] [--tokens 16384] [--pairs 5] [--directory DIR] [--json FILE]
 
-The model is a random qwen3_moe of hidden 1024, 64 experts, top-8, 4 layers, float32, written as a checkpoint; the calibration has 16 row
-groups. Every measurement starts its processes anew, two ranks by torchrun. `observe` counts from the moment when every rank has its
-model in memory to the observation on rank 0, waiting and adding up included (streaming: reading the layers too); `process` counts
-everything from the start of the first process to the end of the last: Python, libraries, loading.
+The model is a random qwen3_moe of hidden 1024, 64 experts, top-8, 4 layers, float32, written as a checkpoint; the
+calibration has 16 row groups. Every measurement starts its processes anew, two ranks by torchrun. `observe` counts from
+the moment when every rank has its model in memory to the observation on rank 0, waiting and adding up included
+(streaming: reading the layers too); `process` counts everything from the start of the first process to the end of the
+last: Python, libraries, loading.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ LAYER_BYTES = 4 * 64 * 3 * 1024 * 512
 
 
 def write_inputs(directory: Path, tokens: int) -> None:
-    write_checkpoint(directory / "model", 4 * LAYER_BYTES, Shape(hidden=1024, experts=64, intermediate=512), torch.float32)
+    write_checkpoint(
+        directory / "model", 4 * LAYER_BYTES, Shape(hidden=1024, experts=64, intermediate=512), torch.float32
+    )
     rows = write_tokens(directory / "tokens", tokens).num_rows
     file = directory / "tokens" / SUMMARY_FILE
     bounds = sorted({rows * group // GROUPS for group in range(GROUPS + 1)})
@@ -75,11 +79,24 @@ def measured(directory: Path, placement: str, count: int) -> tuple[float, float,
     """Seconds of the observation and of the processes, and the observation's bytes."""
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node", str(count)) if count > 1 else ()
     with tempfile.TemporaryDirectory(dir=directory) as work:
-        command = [sys.executable, *launcher, __file__, "--child", "--placement", placement, "--directory", str(directory)]
+        command = [
+            sys.executable,
+            *launcher,
+            __file__,
+            "--child",
+            "--placement",
+            placement,
+            "--directory",
+            str(directory),
+        ]
         start = time.perf_counter()
         subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1", "WORK": work})
         seconds = time.perf_counter() - start
-        return float(Path(work, "seconds").read_text()), seconds, Path(work, "saved", "observation.safetensors").read_bytes()
+        return (
+            float(Path(work, "seconds").read_text()),
+            seconds,
+            Path(work, "saved", "observation.safetensors").read_bytes(),
+        )
 
 
 def report(arguments: argparse.Namespace) -> None:
@@ -93,16 +110,28 @@ def report(arguments: argparse.Namespace) -> None:
                 (one if count == 1 else two).append(measured(directory, arguments.placement, count))
         if len({file for _, _, file in (*one, *two)}) != 1:
             raise SystemExit("two ranks and one process gave different observations")
-    result = {"date": date.today().isoformat(), "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-              "torch": torch.__version__, "transformers": transformers.__version__, "placement": arguments.placement,
-              "tokens": arguments.tokens, "load_average": [round(load, 2) for load in os.getloadavg()], "equal_bytes": True}
+    result = {
+        "date": date.today().isoformat(),
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "placement": arguments.placement,
+        "tokens": arguments.tokens,
+        "load_average": [round(load, 2) for load in os.getloadavg()],
+        "equal_bytes": True,
+    }
     for place, name in enumerate(("observe", "process")):
         ratios = [alone[place] / together[place] for alone, together in zip(one, two, strict=True)]
-        result[name] = {"one_tokens_per_second": round(arguments.tokens / statistics.median(run[place] for run in one), 1),
-                        "two_tokens_per_second": round(arguments.tokens / statistics.median(run[place] for run in two), 1),
-                        "median": round(statistics.median(ratios), 3), "ratios": [round(ratio, 3) for ratio in ratios]}
-        print(f"{name:8s} {result[name]['one_tokens_per_second']:8.1f} -> {result[name]['two_tokens_per_second']:8.1f} tokens/s, "
-              f"{result[name]['median']:.2f}x (pairs {min(ratios):.2f} to {max(ratios):.2f})")
+        result[name] = {
+            "one_tokens_per_second": round(arguments.tokens / statistics.median(run[place] for run in one), 1),
+            "two_tokens_per_second": round(arguments.tokens / statistics.median(run[place] for run in two), 1),
+            "median": round(statistics.median(ratios), 3),
+            "ratios": [round(ratio, 3) for ratio in ratios],
+        }
+        print(
+            f"{name:8s} {result[name]['one_tokens_per_second']:8.1f} -> {result[name]['two_tokens_per_second']:8.1f}"
+            f" tokens/s, {result[name]['median']:.2f}x (pairs {min(ratios):.2f} to {max(ratios):.2f})"
+        )
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
 

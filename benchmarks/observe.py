@@ -2,9 +2,9 @@
 
     python benchmarks/observe.py [--dtype float32|bfloat16] [--device cpu|cuda] [--pairs 7] [--json FILE]
 
-The model is a random qwen3_moe, top-8: on a CPU of hidden 1024, 64 experts, 4 layers, one thread; on a GPU of hidden 2048, 128
-experts, 24 layers (15 billion parameters). The plain forward runs transformers' fastest experts implementation on the device, both
-sides without the LM head, and with it where EAFT signals are collected.
+The model is a random qwen3_moe, top-8: on a CPU of hidden 1024, 64 experts, 4 layers, one thread; on a GPU of hidden
+2048, 128 experts, 24 layers (15 billion parameters). The plain forward runs transformers' fastest experts
+implementation on the device, both sides without the LM head, and with it where EAFT signals are collected.
 """
 
 from __future__ import annotations
@@ -88,7 +88,14 @@ def one_batch(rows: int, length: int, vocabulary: int) -> Batch:
     signal = everywhere.clone()
     signal[:, -1] = False
     return Batch(
-        ids, torch.full((rows,), length), everywhere, everywhere, signal, torch.arange(rows) % 3, None, tuple(range(rows))
+        ids,
+        torch.full((rows,), length),
+        everywhere,
+        everywhere,
+        signal,
+        torch.arange(rows) % 3,
+        None,
+        tuple(range(rows)),
     )
 
 
@@ -181,9 +188,13 @@ def main() -> None:
             plain = (lambda: model(ids, use_cache=False)) if eaft else (lambda: final_hidden(model, ids))
             measured = ratios(plain, observed, arguments.pairs)
         name = "eaft" if eaft else "statistics"
-        result[name] = {"median": round(statistics.median(measured), 4), "ratios": [round(ratio, 4) for ratio in measured]}
+        result[name] = {
+            "median": round(statistics.median(measured), 4),
+            "ratios": [round(ratio, 4) for ratio in measured],
+        }
         print(
-            f"{name:11s} {result[name]['median']:.3f}x a plain forward ({best}), pairs {min(measured):.3f} to {max(measured):.3f}"
+            f"{name:11s} {result[name]['median']:.3f}x a plain forward ({best}), pairs {min(measured):.3f} to"
+            f" {max(measured):.3f}"
         )
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")

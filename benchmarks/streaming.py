@@ -1,23 +1,26 @@
-"""Time and peak memory of a streamed observation, against reading the shards and against the plain forward of the same layers.
+"""Time and peak memory of a streamed observation, against reading the shards and against the plain forward of the same
+layers.
 
     python benchmarks/streaming.py [--device cpu|cuda] [--gigabytes 10] [--dtype bfloat16] [--rounds 3] [--directory DIR] [--json FILE]
 
-Writes a random qwen3_moe checkpoint, one shard per layer, and measures in turns, each in a process of its own with one torch thread:
-reading all shards into one buffer, the plain forward (one layer's share measured, times the layers), and the streamed observation
-with its hashes of the shards, all with the shards in the page cache; then reading and observing with the shards on disk alone.
-Reported: medians, the observation over the larger of reading and computing, and the highest resident memory that the kernel saw of
-the observing process (VmHWM, everything counted) against what was resident before (interpreter, libraries, after observing a
-model of a few MB) plus two layers, embeddings and head, the hidden
-states, and what the plan counts for a batch and for buffers.
+Writes a random qwen3_moe checkpoint, one shard per layer, and measures in turns, each in a process of its own with one
+torch thread: reading all shards into one buffer, the plain forward (one layer's share measured, times the layers), and
+the streamed observation with its hashes of the shards, all with the shards in the page cache; then reading and
+observing with the shards on disk alone. Reported: medians, the observation over the larger of reading and computing,
+and the highest resident memory that the kernel saw of the observing process (VmHWM, everything counted) against what
+was resident before (interpreter, libraries, after observing a model of a few MB) plus two layers, embeddings and head,
+the hidden states, and what the plan counts for a batch and for buffers.
 
-A virtual machine may give freed memory back to its host within seconds and then take it again at 0.5 GB/s, twenty times slower than
-memory it has, and slower than a disk is read. So a measured process first touches and frees as much as it will use; and where it reads
-from disk, whose pages want memory for as long as it runs, it finds the page cache full of another file, as on a machine that has been
-up for a day. `--empty-cache` leaves the memory that the shards had free instead.
+A virtual machine may give freed memory back to its host within seconds and then take it again at 0.5 GB/s, twenty times
+slower than memory it has, and slower than a disk is read. So a measured process first touches and frees as much as it
+will use; and where it reads from disk, whose pages want memory for as long as it runs, it finds the page cache full of
+another file, as on a machine that has been up for a day. `--empty-cache` leaves the memory that the shards had free
+instead.
 
-With `--device cuda` the model has 15 GB, the process may allocate 4 GiB of the card's memory (torch refuses more), rows pass in batches of
-8,192 tokens, and memory is the card's: what torch's allocator had reserved at most. Its memory is too large to fill its page cache within
-minutes, so that reading "from disk" finds free memory there, as with `--empty-cache`.
+With `--device cuda` the model has 15 GB, the process may allocate 4 GiB of the card's memory (torch refuses more), rows
+pass in batches of 8,192 tokens, and memory is the card's: what torch's allocator had reserved at most. Its memory is
+too large to fill its page cache within minutes, so that reading "from disk" finds free memory there, as with
+`--empty-cache`.
 """
 
 from __future__ import annotations
@@ -79,7 +82,10 @@ class Defaults:
     rounds: int
 
 
-DEFAULTS = {"cpu": Defaults(10, Shape(1024, 128, 512), 2048, 2048, 3), "cuda": Defaults(15, Shape(2048, 128, 768), 131_072, 8_192, 1)}
+DEFAULTS = {
+    "cpu": Defaults(10, Shape(1024, 128, 512), 2048, 2048, 3),
+    "cuda": Defaults(15, Shape(2048, 128, 768), 131_072, 8_192, 1),
+}
 
 
 @dataclass(frozen=True)
@@ -137,7 +143,9 @@ def write_checkpoint(path: Path, nbytes: int, shape: Shape, dtype: torch.dtype) 
     parts = {"rest": {name: tensor for name, tensor in one.items() if ".layers." not in name}}
     for layer in range(layers):
         parts[f"{layer:04d}"] = {
-            name.replace(".layers.0.", f".layers.{layer}."): tensor for name, tensor in one.items() if ".layers." in name
+            name.replace(".layers.0.", f".layers.{layer}."): tensor
+            for name, tensor in one.items()
+            if ".layers." in name
         }
     for part, tensors in parts.items():
         file = f"model-{part}.safetensors"
@@ -176,7 +184,8 @@ def write_tokens(path: Path, tokens: int) -> CalibrationTokens:
     return CalibrationTokens.load(path)
 
 
-# ---------------------------------------------------------------------------------------------- measured, each in its own process
+# ---------------------------------------------------------------------------------------------- measured, each in its
+# own process
 
 
 def read(path: Path, tokens: CalibrationTokens, get_ready: Callable[[Path], None], place: Place) -> dict[str, float]:
@@ -195,7 +204,8 @@ def read(path: Path, tokens: CalibrationTokens, get_ready: Callable[[Path], None
 
 @torch.no_grad()
 def compute(path: Path, tokens: CalibrationTokens, get_ready: Callable[[Path], None], place: Place) -> dict[str, float]:
-    """One layer's forward over all tokens, on a copy of the checkpoint with one layer: the median of three, times the layers."""
+    """One layer's forward over all tokens, on a copy of the checkpoint with one layer: the median of three, times the
+    layers."""
     config = json.loads((path / "config.json").read_text())
     with tempfile.TemporaryDirectory() as directory:
         kept = ("model-rest.safetensors", "model-0000.safetensors")
@@ -236,8 +246,15 @@ def observe(path: Path, tokens: CalibrationTokens, get_ready: Callable[[Path], N
 
 def _observed(path: Path, tokens: CalibrationTokens, place: Place) -> None:
     with tempfile.TemporaryDirectory() as work, ShardHashes(path, Path(work) / "shards.json") as hashes:
-        observe_streaming(path, tokens, ObserveSpec(eaft=False), batch_tokens=place.batch_tokens, work_directory=Path(work),
-                          device=place.device, reading=hashes.begin)
+        observe_streaming(
+            path,
+            tokens,
+            ObserveSpec(eaft=False),
+            batch_tokens=place.batch_tokens,
+            work_directory=Path(work),
+            device=place.device,
+            reading=hashes.begin,
+        )
         hashes.keep()
         place.finish()
 
@@ -292,8 +309,20 @@ CACHES = {"warm": have_memory, "full": fill_cache, "empty": empty_cache}
 
 
 def in_child(name: str, cache: str, directory: Path, place: Place) -> dict[str, float]:
-    command = [sys.executable, __file__, "--child", name, "--cache", cache, "--directory", str(directory), "--device", place.device,
-               "--batch-tokens", str(place.batch_tokens)]
+    command = [
+        sys.executable,
+        __file__,
+        "--child",
+        name,
+        "--cache",
+        cache,
+        "--directory",
+        str(directory),
+        "--device",
+        place.device,
+        "--batch-tokens",
+        str(place.batch_tokens),
+    ]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
@@ -302,20 +331,34 @@ def child(name: str, cache: str, directory: Path, place: Place) -> None:
     logging.disable_progress_bar()
     if place.device == "cuda":
         torch.cuda.set_per_process_memory_fraction(GPU_BYTES / torch.cuda.get_device_properties(0).total_memory)
-    print(json.dumps(MEASURED[name](directory / "model", CalibrationTokens.load(directory / "tokens"), CACHES[cache], place)))
+    print(
+        json.dumps(
+            MEASURED[name](directory / "model", CalibrationTokens.load(directory / "tokens"), CACHES[cache], place)
+        )
+    )
 
 
-# ---------------------------------------------------------------------------------------------- the bound and the report
+# ---------------------------------------------------------------------------------------------- the bound and the
+# report
 
 
 def bound(path: Path, tokens: int, dtype: torch.dtype, place: Place) -> dict[str, int]:
-    """What the observation may take beside what was resident before it; on a card hidden states and buffers wait on the host."""
+    """What the observation may take beside what was resident before it; on a card hidden states and buffers wait on the
+    host."""
     checkpoint = Checkpoint.open(path)
     weights = layer_weights(checkpoint, read_layout(checkpoint))
     rest, wider = weights.pop(None), dtype.itemsize // COMPUTE_BYTES
     batch = (activation_bytes(checkpoint.config, place.batch_tokens) - LOGITS_BYTES) * wider
-    on_host = {"hidden_states": tokens * checkpoint.config["hidden_size"] * dtype.itemsize, "buffers": READ_BUFFER_BYTES}
-    return {"two_layers": 2 * max(weights.values()), "embeddings_and_head": rest, "batch": batch, **({} if place.device == "cuda" else on_host)}
+    on_host = {
+        "hidden_states": tokens * checkpoint.config["hidden_size"] * dtype.itemsize,
+        "buffers": READ_BUFFER_BYTES,
+    }
+    return {
+        "two_layers": 2 * max(weights.values()),
+        "embeddings_and_head": rest,
+        "batch": batch,
+        **({} if place.device == "cuda" else on_host),
+    }
 
 
 def measure(arguments: argparse.Namespace, dtype: torch.dtype) -> dict[str, object]:
@@ -323,7 +366,12 @@ def measure(arguments: argparse.Namespace, dtype: torch.dtype) -> dict[str, obje
         directory = Path(name)
         path = directory / "model"
         place = Place(arguments.device, arguments.batch_tokens)
-        write_checkpoint(path, int(arguments.gigabytes * 1e9), Shape(arguments.hidden, arguments.experts, arguments.intermediate), dtype)
+        write_checkpoint(
+            path,
+            int(arguments.gigabytes * 1e9),
+            Shape(arguments.hidden, arguments.experts, arguments.intermediate),
+            dtype,
+        )
         write_tokens(directory / "tokens", arguments.tokens)
         write_checkpoint(directory / "small", 0, Shape(256, 8, 32), dtype)
         write_tokens(directory / "few-tokens", ROW)
@@ -338,7 +386,10 @@ def measure(arguments: argparse.Namespace, dtype: torch.dtype) -> dict[str, obje
     seconds = {name: statistics.median(turn[name]["seconds"] for turn in turns) for name in turns[0]}
 
     def over_the_larger(suffix: str) -> float:
-        ratios = [turn[f"observe{suffix}"]["seconds"] / max(turn[f"read{suffix}"]["seconds"], turn["compute"]["seconds"]) for turn in turns]
+        ratios = [
+            turn[f"observe{suffix}"]["seconds"] / max(turn[f"read{suffix}"]["seconds"], turn["compute"]["seconds"])
+            for turn in turns
+        ]
         return round(statistics.median(ratios), 3)
 
     peak = max(turn[name]["peak"] - turn[name]["before"] for turn in turns for name in ("observe", "observe_cold"))
@@ -363,7 +414,13 @@ def with_defaults(arguments: argparse.Namespace) -> argparse.Namespace:
     defaults = DEFAULTS[arguments.device]
     tokens = arguments.tokens or defaults.tokens
     at_once = {"cpu": tokens, "cuda": defaults.batch_tokens}[arguments.device]
-    found = {"gigabytes": defaults.gigabytes, **vars(defaults.shape), "tokens": tokens, "batch_tokens": at_once, "rounds": defaults.rounds}
+    found = {
+        "gigabytes": defaults.gigabytes,
+        **vars(defaults.shape),
+        "tokens": tokens,
+        "batch_tokens": at_once,
+        "rounds": defaults.rounds,
+    }
     for name, value in found.items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
@@ -378,14 +435,20 @@ def main() -> None:
     for name in ("hidden", "experts", "intermediate", "tokens", "batch-tokens", "rounds"):
         parser.add_argument(f"--{name}", type=int, help="default: by device")
     parser.add_argument("--dtype", choices=["bfloat16", "float32", "both"], default="both")
-    parser.add_argument("--empty-cache", action="store_true", help="read from disk into memory that is free, not full of another file's pages")
+    parser.add_argument(
+        "--empty-cache",
+        action="store_true",
+        help="read from disk into memory that is free, not full of another file's pages",
+    )
     parser.add_argument("--directory", type=Path, help="where the checkpoint is written, and deleted again")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", choices=MEASURED, help=argparse.SUPPRESS)
     parser.add_argument("--cache", choices=CACHES, help=argparse.SUPPRESS)
     arguments = with_defaults(parser.parse_args())
     if arguments.child:
-        return child(arguments.child, arguments.cache, arguments.directory, Place(arguments.device, arguments.batch_tokens))
+        return child(
+            arguments.child, arguments.cache, arguments.directory, Place(arguments.device, arguments.batch_tokens)
+        )
     logging.disable_progress_bar()
     result = {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
@@ -394,7 +457,11 @@ def main() -> None:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "argv": [f"{name}={value}" for name, value in vars(arguments).items() if name not in ("json", "directory", "child", "cache")],
+        "argv": [
+            f"{name}={value}"
+            for name, value in vars(arguments).items()
+            if name not in ("json", "directory", "child", "cache")
+        ],
     }
     for dtype in ("bfloat16", "float32") if arguments.dtype == "both" else (arguments.dtype,):
         result[dtype] = measure(arguments, getattr(torch, dtype))

@@ -2,10 +2,11 @@
 
     python benchmarks/surgery.py [--gigabytes 20] [--pairs 3] [--warm-pairs 5] [--directory /big/disk] [--layout per-expert|fused] [--output FILE]
 
-Writes a random checkpoint, prunes half its experts, and copies the result with `cp`; each pair in alternating order, once with
-what is read out of the page cache (cold) and once in it (warm, on a checkpoint of at most a fifth of the memory: a larger one does not
-stay there). Both sides end with fsync; pruning hashes what it writes with SHA-256 besides. Reports medians, the ratio of each pair and
-the peak memory, and whether they are within 1.15 and 1 GiB. Needs twice the checkpoint's size on the disk.
+Writes a random checkpoint, prunes half its experts, and copies the result with `cp`; each pair in alternating order,
+once with what is read out of the page cache (cold) and once in it (warm, on a checkpoint of at most a fifth of the
+memory: a larger one does not stay there). Both sides end with fsync; pruning hashes what it writes with SHA-256
+besides. Reports medians, the ratio of each pair and the peak memory, and whether they are within 1.15 and 1 GiB. Needs
+twice the checkpoint's size on the disk.
 """
 
 from __future__ import annotations
@@ -63,7 +64,9 @@ def write_checkpoint(path: Path, gigabytes: float, layout: str) -> None:
     """A random checkpoint of about that size in shards of 1 GB; no model library is needed."""
     layer_bytes = 2 * (EXPERTS * 3 * HIDDEN * INNER + 4 * HIDDEN * HIDDEN)
     layers = max(1, round(gigabytes * 1e9 / layer_bytes))
-    noise = memoryview(os.urandom(NOISE_BYTES))  # no disk or file system of ours compresses or deduplicates; fresh noise would take minutes
+    noise = memoryview(
+        os.urandom(NOISE_BYTES)
+    )  # no disk or file system of ours compresses or deduplicates; fresh noise would take minutes
     shards: list[list[tuple[str, tuple[int, ...], int]]] = [[]]
     for name, shape in tensors(layers, layout):
         nbytes = 2
@@ -84,13 +87,18 @@ def write_checkpoint(path: Path, gigabytes: float, layout: str) -> None:
         with (path / file).open("wb") as stream:
             stream.write(struct.pack("<Q", len(text)) + text)
             while position > 0:
-                stream.write(noise[:min(position, NOISE_BYTES)])
+                stream.write(noise[: min(position, NOISE_BYTES)])
                 position -= NOISE_BYTES
             stream.flush()
             os.fsync(stream.fileno())
     (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
-    config = {"model_type": "qwen3_moe", "num_hidden_layers": layers, "num_experts": EXPERTS, "num_experts_per_tok": TOP_K,
-              "hidden_size": HIDDEN}
+    config = {
+        "model_type": "qwen3_moe",
+        "num_hidden_layers": layers,
+        "num_experts": EXPERTS,
+        "num_experts_per_tok": TOP_K,
+        "hidden_size": HIDDEN,
+    }
     (path / "config.json").write_text(json.dumps(config))
 
 
@@ -129,8 +137,13 @@ def compare(work: Path, gigabytes: float, layout: str, pairs: int, *, warm: bool
     source.mkdir()
     write_checkpoint(source, gigabytes, layout)
     checkpoint, draw = Checkpoint.open(source), random.Random(0)
-    selection = Selection("random", {layer: LayerSelection(tuple(sorted(draw.sample(range(EXPERTS), EXPERTS // 2))), (), ())
-                                     for layer in read_layout(checkpoint).layers})
+    selection = Selection(
+        "random",
+        {
+            layer: LayerSelection(tuple(sorted(draw.sample(range(EXPERTS), EXPERTS // 2))), (), ())
+            for layer in read_layout(checkpoint).layers
+        },
+    )
     nbytes = prune_checkpoint(checkpoint, selection, kept, max_shard_bytes=SHARD_BYTES).nbytes
     times: dict[str, list[float]] = {"cp": [], "prune": []}
     for pair in range(pairs):
@@ -142,11 +155,15 @@ def compare(work: Path, gigabytes: float, layout: str, pairs: int, *, warm: bool
     ratios = [prune / copy for prune, copy in zip(times["prune"], times["cp"], strict=True)]
     shutil.rmtree(source)
     shutil.rmtree(kept)
-    return {"checkpoint_bytes": checkpoint.nbytes, "tensors": len(checkpoint.tensors), "kept_bytes": nbytes,
-            "seconds": {side: [round(run, 2) for run in runs] for side, runs in times.items()},
-            "gigabytes_per_second": round(nbytes / statistics.median(times["prune"]) / 1e9, 2),
-            "ratio": {"median": round(statistics.median(ratios), 3), "runs": [round(ratio, 3) for ratio in ratios]},
-            "within_limit": statistics.median(ratios) <= LIMIT_RATIO}
+    return {
+        "checkpoint_bytes": checkpoint.nbytes,
+        "tensors": len(checkpoint.tensors),
+        "kept_bytes": nbytes,
+        "seconds": {side: [round(run, 2) for run in runs] for side, runs in times.items()},
+        "gigabytes_per_second": round(nbytes / statistics.median(times["prune"]) / 1e9, 2),
+        "ratio": {"median": round(statistics.median(ratios), 3), "runs": [round(ratio, 3) for ratio in ratios]},
+        "within_limit": statistics.median(ratios) <= LIMIT_RATIO,
+    }
 
 
 def sha256_rate() -> float:
@@ -160,15 +177,26 @@ def sha256_rate() -> float:
 def benchmark(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Cold and warm pairs, the peak memory of this process, and the limits."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    found = {"cold": compare(work, options.gigabytes, options.layout, options.pairs, warm=False),
-             "warm": compare(work, min(options.gigabytes, WARM_SHARE * memory / 1e9), options.layout, options.warm_pairs, warm=True)}
+    found = {
+        "cold": compare(work, options.gigabytes, options.layout, options.pairs, warm=False),
+        "warm": compare(
+            work, min(options.gigabytes, WARM_SHARE * memory / 1e9), options.layout, options.warm_pairs, warm=True
+        ),
+    }
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"benchmark": "prune against cp of the bytes that stay", "date": datetime.date.today().isoformat(),
-            "machine": f"{os.cpu_count()} {platform.machine().replace('_', '-')} cores, {memory / 2**30:.0f} GiB",
-            "versions": {"python": platform.python_version(), "reapkit": version("reapkit"), "kernel": platform.release()},
-            "layout": options.layout, "load_average": round(os.getloadavg()[0], 2), "sha256_gigabytes_per_second": round(sha256_rate(), 2),
-            **found, "peak_memory_mib": round(peak / 2**20), "limits": {"ratio": LIMIT_RATIO, "memory_mib": LIMIT_BYTES >> 20},
-            "within_limits": peak <= LIMIT_BYTES and all(part["within_limit"] for part in found.values())}
+    return {
+        "benchmark": "prune against cp of the bytes that stay",
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{os.cpu_count()} {platform.machine().replace('_', '-')} cores, {memory / 2**30:.0f} GiB",
+        "versions": {"python": platform.python_version(), "reapkit": version("reapkit"), "kernel": platform.release()},
+        "layout": options.layout,
+        "load_average": round(os.getloadavg()[0], 2),
+        "sha256_gigabytes_per_second": round(sha256_rate(), 2),
+        **found,
+        "peak_memory_mib": round(peak / 2**20),
+        "limits": {"ratio": LIMIT_RATIO, "memory_mib": LIMIT_BYTES >> 20},
+        "within_limits": peak <= LIMIT_BYTES and all(part["within_limit"] for part in found.values()),
+    }
 
 
 def main() -> None:

@@ -1,7 +1,9 @@
-"""What examples share to measure what pruning costs: held-out losses, paired resamples, intervals that cover both kinds of noise.
+"""What examples share to measure what pruning costs: held-out losses, paired resamples, intervals that cover both kinds
+of noise.
 
-An increase of the loss has two sources of chance: which rows were held out (bootstrap over rows, within each source) and which rows
-calibrated (independent draws, resampled along). All cells of a table share their resamples, so they can be compared in pairs.
+An increase of the loss has two sources of chance: which rows were held out (bootstrap over rows, within each source)
+and which rows calibrated (independent draws, resampled along). All cells of a table share their resamples, so they can
+be compared in pairs.
 """
 
 from __future__ import annotations
@@ -50,19 +52,32 @@ class Losses:
 
     def by_source(self) -> dict[str, float]:
         """Mean loss of each source, nats per token."""
-        return {name: float(self.nll[self.source == s].sum() / self.count[self.source == s].sum()) for s, name in enumerate(SOURCES)}
+        return {
+            name: float(self.nll[self.source == s].sum() / self.count[self.source == s].sum())
+            for s, name in enumerate(SOURCES)
+        }
 
 
 class Study:
     """A model with the packaged tokenizer, held-out rows of all sources, and the unpruned model's loss on them."""
 
-    def __init__(self, scratch: Path, samples: int, held_out: int, *, directory: Path = MODEL_DIRECTORY, spec: ObserveSpec | None = None):
+    def __init__(
+        self,
+        scratch: Path,
+        samples: int,
+        held_out: int,
+        *,
+        directory: Path = MODEL_DIRECTORY,
+        spec: ObserveSpec | None = None,
+    ):
         self.scratch, self.samples, self.directory, self.spec = scratch, samples, directory, spec or ObserveSpec()
         self.architecture = Checkpoint.open(directory).architecture
         self.model = load_model(directory)
         prepare(mix(SOURCES, samples), directory, Path.cwd(), scratch / "drawn")
         packs = EvaluateSpec(packs=PacksSpec(samples=held_out, lengths=(LENGTH,), confirm=Decimal(0)))
-        prepare_packs(mix(SOURCES, samples), packs, LENGTH, scratch / "drawn", directory, Path.cwd(), scratch / "held-out")
+        prepare_packs(
+            mix(SOURCES, samples), packs, LENGTH, scratch / "drawn", directory, Path.cwd(), scratch / "held-out"
+        )
         self.held_out = CalibrationTokens.load(scratch / "held-out")
         self.held_out_texts = {row_key(self.held_out, row) for row in range(self.held_out.num_rows)}
         self.base = self.losses()
@@ -79,16 +94,26 @@ class Study:
 
     def calibrated(self, seed: int = 42) -> Observation:
         """An observation of one draw of all sources."""
-        return observe(self.model, self.tokens(seed), self.spec, batch_tokens=BATCH_TOKENS, work_directory=self.scratch / f"observed-{seed}")
+        return observe(
+            self.model,
+            self.tokens(seed),
+            self.spec,
+            batch_tokens=BATCH_TOKENS,
+            work_directory=self.scratch / f"observed-{seed}",
+        )
 
     @torch.no_grad()
     def losses(self) -> Losses:
         """Over the positions that predict a scored token; rows of like length run together."""
         nll, count, source = [], [], []
-        for batch in batches(self.held_out, np.argsort(self.held_out.row_lengths, kind="stable").tolist(), BATCH_TOKENS):
+        for batch in batches(
+            self.held_out, np.argsort(self.held_out.row_lengths, kind="stable").tolist(), BATCH_TOKENS
+        ):
             row, at = batch.signal[:, :-1].nonzero(as_tuple=True)
             logits = head_logits(self.model, final_hidden(self.model, batch.input_ids)[row, at])
-            found = torch.nn.functional.cross_entropy(logits.float(), batch.input_ids[row, at + 1], reduction="none").double()
+            found = torch.nn.functional.cross_entropy(
+                logits.float(), batch.input_ids[row, at + 1], reduction="none"
+            ).double()
             nll += torch.zeros(len(batch.rows), dtype=torch.float64).index_add_(0, row, found).tolist()
             count += torch.bincount(row, minlength=len(batch.rows)).tolist()
             source += [SOURCES.index(self.held_out.sources[s]) for s in batch.source.tolist()]
@@ -99,7 +124,9 @@ class Study:
         with masked(self.model, selection.keep), repaired(self.model, weights):
             return self.losses()
 
-    def select(self, observation: Observation, ratio: Decimal, allocation: str = "uniform", **saliency: object) -> Selection:
+    def select(
+        self, observation: Observation, ratio: Decimal, allocation: str = "uniform", **saliency: object
+    ) -> Selection:
         layout = "ragged" if allocation == "global" else "uniform"
         prune = PruneSpec(ratio=ratio, allocation=allocation, layout=layout, protect={"super_experts": False})
         return select(observation, SaliencySpec.model_validate(saliency, strict=False), prune, self.architecture)
@@ -144,7 +171,9 @@ class Cost:
     @classmethod
     def of(cls, base: Losses, draws: Sequence[Losses], noise: Noise) -> Cost:
         increases = [pruned.nll - base.nll for pruned in draws]
-        values = [_mean_over_sources(increase, base, np.ones((1, len(increase)), dtype=np.int64))[0] for increase in increases]
+        values = [
+            _mean_over_sources(increase, base, np.ones((1, len(increase)), dtype=np.int64))[0] for increase in increases
+        ]
         resampled = np.stack([_mean_over_sources(increase, base, noise.rows) for increase in increases], axis=1)
         weights = noise.draws if len(draws) == noise.draws.shape[1] else np.ones((len(resampled), len(draws)))
         return cls(float(np.mean(values)), (resampled * weights).sum(1) / weights.sum(1))
@@ -155,13 +184,16 @@ class Cost:
         return float(low), float(high)
 
     def against(self, other: Cost) -> str:
-        """"lower" or "higher" where the paired interval of the difference excludes zero, else ""."""
+        """ "lower" or "higher" where the paired interval of the difference excludes zero, else ""."""
         low, high = np.quantile(self.resampled - other.resampled, [0.025, 0.975])
         return "lower" if high < 0 else "higher" if low > 0 else ""
 
 
 def _mean_over_sources(increase: np.ndarray, base: Losses, taken: np.ndarray) -> np.ndarray:
     """float64 [resamples]: the mean over sources of increase per token, rows counted as often as they are `taken`."""
-    shares = [(taken[:, base.source == s] @ increase[base.source == s]) / (taken[:, base.source == s] @ base.count[base.source == s])
-              for s in range(len(SOURCES))]
+    shares = [
+        (taken[:, base.source == s] @ increase[base.source == s])
+        / (taken[:, base.source == s] @ base.count[base.source == s])
+        for s in range(len(SOURCES))
+    ]
     return np.mean(shares, axis=0)

@@ -1,6 +1,7 @@
 """reapkit compresses Mixture-of-Experts language models from one YAML recipe.
 
-Public names (`reapkit.api`) load on first use, so that `import reapkit` and everything up to the plan stays free of torch.
+Public names (`reapkit.api`) load on first use, so that `import reapkit` and everything up to the plan stays free of
+torch.
 """
 
 from __future__ import annotations

@@ -25,28 +25,47 @@ if TYPE_CHECKING:
     from torch import nn
 
 __all__ = [
-    "Observation", "Plan", "Problem", "ReapkitError", "Recipe", "RecipeError", "Selection", "StageFailed", "Totals", "UnusableError", "apply",
-    "load_model", "load_recipe", "plan", "select",
+    "Observation",
+    "Plan",
+    "Problem",
+    "ReapkitError",
+    "Recipe",
+    "RecipeError",
+    "Selection",
+    "StageFailed",
+    "Totals",
+    "UnusableError",
+    "apply",
+    "load_model",
+    "load_recipe",
+    "plan",
+    "select",
 ]
 
 
 @dataclass(frozen=True, eq=False)
 class Observation(recorded.Observation):
-    """What one pass over the calibration recorded about every routed expert, and the criteria that can be computed from it."""
+    """What one pass over the calibration recorded about every routed expert, and the criteria that can be computed from
+    it."""
 
     def saliency(self, criterion: str = "reap", **settings: Any) -> ndarray:
-        """Saliency of every expert, float64 [L, E], -inf for those never routed; `settings` as in a recipe's `saliency:` section.
+        """Saliency of every expert, float64 [L, E], -inf for those never routed; `settings` as in a recipe's
+        `saliency:` section.
 
-        Raises RecipeError for an unknown criterion, UnusableError where this observation lacks what the criterion needs.
+        Raises RecipeError for an unknown criterion, UnusableError where this observation lacks what the criterion
+        needs.
         """
         return saliency(self, SaliencySpec.model_validate({"criterion": criterion, **settings}, strict=False))
 
 
-def load_model(path: str | Path, *, device: str = "cpu", dtype: str = "auto", trust_remote_code: bool = False) -> nn.Module:
-    """The checkpoint's own class in evaluation mode, without gradients, on `device` ("auto": spread over the accelerators).
+def load_model(
+    path: str | Path, *, device: str = "cpu", dtype: str = "auto", trust_remote_code: bool = False
+) -> nn.Module:
+    """The checkpoint's own class in evaluation mode, without gradients, on `device` ("auto": spread over the
+    accelerators).
 
-    `dtype`: "auto" (the checkpoint's), "float32", "bfloat16" or "float16". Block-FP8 and MXFP4 weights are dequantized. Raises
-    UnusableError where the weights do not fit the class.
+    `dtype`: "auto" (the checkpoint's), "float32", "bfloat16" or "float16". Block-FP8 and MXFP4 weights are dequantized.
+    Raises UnusableError where the weights do not fit the class.
     """
     from reapkit.model import loading
 

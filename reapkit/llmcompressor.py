@@ -8,7 +8,8 @@
         GPTQModifier: {scheme: W4A16, targets: [Linear], ignore: [lm_head, "re:.*mlp.gate$"]}
     ''', output_dir=...)
 
-The experts go before the calibration begins, so whatever follows in the recipe is calibrated on the pruned model, and on no other.
+The experts go before the calibration begins, so whatever follows in the recipe is calibrated on the pruned model, and
+on no other.
 """
 
 from __future__ import annotations
@@ -42,15 +43,17 @@ BUDGET = ("ratio", "keep_ratio", "keep_experts")
 
 
 class REAPModifier(Modifier):
-    """Prunes routed experts as a reapkit selection says, or decides itself from an observation; the rest of the recipe sees the pruned model.
+    """Prunes routed experts as a reapkit selection says, or decides itself from an observation; the rest of the recipe
+    sees the pruned model.
 
-    One of: `selection` (path: nothing is decided any more), `observation` (path, with a budget), or only a budget: then the calibration
-    data is observed first, by a plain causal forward with the model's own routing, without its padding. `budget`: ratio, keep_ratio
-    or keep_experts; `criterion` and all else as in a reapkit recipe's `saliency` and `prune` sections.
+    One of: `selection` (path: nothing is decided any more), `observation` (path, with a budget), or only a budget: then
+    the calibration data is observed first, by a plain causal forward with the model's own routing, without its padding.
+    `budget`: ratio, keep_ratio or keep_experts; `criterion` and all else as in a reapkit recipe's `saliency` and
+    `prune` sections.
 
-    `selection_path`: a directory where the decision is kept. Saving writes the tensor names and the config that the source has, so
-    that transformers and vLLM load the result. Raises at construction what the sections would refuse in a recipe; UnusableError
-    where model, selection and calibration do not fit.
+    `selection_path`: a directory where the decision is kept. Saving writes the tensor names and the config that the
+    source has, so that transformers and vLLM load the result. Raises at construction what the sections would refuse in
+    a recipe; UnusableError where model, selection and calibration do not fit.
     """
 
     selection: str | None = None
@@ -81,8 +84,10 @@ class REAPModifier(Modifier):
         """The settings as a recipe's sections."""
         budget = {name: value for name in BUDGET if (value := getattr(self, name)) is not None}
         criterion = {} if self.criterion is None else {"criterion": self.criterion}
-        return (SaliencySpec.model_validate_json(json.dumps({**self.saliency, **criterion})),
-                PruneSpec.model_validate_json(json.dumps({**self.prune, **budget})))
+        return (
+            SaliencySpec.model_validate_json(json.dumps({**self.saliency, **criterion})),
+            PruneSpec.model_validate_json(json.dumps({**self.prune, **budget})),
+        )
 
     @property
     def decision(self) -> Selection | None:
@@ -115,12 +120,21 @@ class REAPModifier(Modifier):
             return select(Observation.load(Path(self.observation)), saliency, prune, architecture).decoder(architecture)
         data = getattr(state.data, "calib", None) if state.data is not None else None
         if data is None:
-            raise UnusableError("REAPModifier: no calibration data to observe. Give oneshot a dataset, or the modifier an observation or selection.")
+            raise UnusableError(
+                "REAPModifier: no calibration data to observe. Give oneshot a dataset, or the modifier an observation"
+                " or selection."
+            )
         spec = ObserveSpec(eaft=saliency.criterion == "eaft-reap" or bool(prune.protect.core_per_layer))
         with tempfile.TemporaryDirectory() as work:
             tokens = tokens_of_loader(data, Path(work) / "tokens")
-            return select(observe(state.model, tokens, spec, batch_tokens=self.batch_tokens, work_directory=Path(work) / "observe"),
-                          saliency, prune, architecture)
+            return select(
+                observe(
+                    state.model, tokens, spec, batch_tokens=self.batch_tokens, work_directory=Path(work) / "observe"
+                ),
+                saliency,
+                prune,
+                architecture,
+            )
 
 
 ModifierFactory.register("REAPModifier", REAPModifier)

@@ -1,5 +1,5 @@
-"""One thread, so that tests of exact equality and a shared machine both hold; Ctrl-C reaches the programs that tests start, also where
-a shell started the tests in the background.
+"""One thread, so that tests of exact equality and a shared machine both hold; Ctrl-C reaches the programs that tests
+start, also where a shell started the tests in the background.
 """
 
 import signal

@@ -16,7 +16,10 @@ def test_public_names_are_there_and_typed() -> None:
 
 
 def test_a_submodule_never_hides_a_public_function() -> None:
-    code = "import reapkit, reapkit.planning.plan, reapkit.pipeline.run, reapkit.selection.selection; assert callable(reapkit.plan) and callable(reapkit.select)"
+    code = (
+        "import reapkit, reapkit.planning.plan, reapkit.pipeline.run, reapkit.selection.selection; assert"
+        " callable(reapkit.plan) and callable(reapkit.select)"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

@@ -1,4 +1,5 @@
-"""The house keeps its plan: no circle among modules, rooms import rooms above them only, torch-free files are free of torch.
+"""The house keeps its plan: no circle among modules, rooms import rooms above them only, torch-free files are free of
+torch.
 
     python tests/test_house.py
 
@@ -18,8 +19,21 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "reapkit"
 ROOMS = (
-    "core", "recipe", "checkpoint", "calibration", "model", "observation", "selection", "pruning", "healing", "quantization", "evaluation",
-    "planning", "report", "pipeline", "cli",
+    "core",
+    "recipe",
+    "checkpoint",
+    "calibration",
+    "model",
+    "observation",
+    "selection",
+    "pruning",
+    "healing",
+    "quantization",
+    "evaluation",
+    "planning",
+    "report",
+    "pipeline",
+    "cli",
 )
 """From the ground up: a room imports rooms that stand before it, and itself."""
 BESIDE = {"calibration", "model"}
@@ -31,7 +45,10 @@ HEAVY = {"torch", "transformers", "datasets", "llmcompressor", "compressed_tenso
 def modules() -> dict[str, Path]:
     """Every module of the package by its dotted name."""
     files = (path for path in sorted(PACKAGE.rglob("*.py")) if "_recipes" not in path.parts)
-    return {".".join(("reapkit", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): path for path in files}
+    return {
+        ".".join(("reapkit", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): path
+        for path in files
+    }
 
 
 MODULES = modules()
@@ -44,7 +61,8 @@ def room(module: str) -> str:
 
 @cache
 def imports(module: str, *, lazy: bool = True) -> frozenset[str]:
-    """What a module imports when it is used, by full dotted name; type checking aside. Without `lazy`: when it is imported."""
+    """What a module imports when it is used, by full dotted name; type checking aside. Without `lazy`: when it is
+    imported."""
     tree = ast.parse(MODULES[module].read_text())
     hidden = set()
     for node in ast.walk(tree):
@@ -71,7 +89,8 @@ def own(module: str, *, lazy: bool = True) -> set[str]:
 
 @cache
 def loaded_by(module: str) -> frozenset[str]:
-    """Top-level names of everything outside the package that importing a module imports, its own packages' `__init__` included."""
+    """Top-level names of everything outside the package that importing a module imports, its own packages' `__init__`
+    included."""
     seen: set[str] = set()
     outside: set[str] = set()
     waiting = [module]
@@ -108,25 +127,41 @@ def test_rooms_import_rooms_below_them(module: str) -> None:
     assert not wrong, f"{module} imports {wrong}, which stand above or beside {here}"
 
 
-@pytest.mark.parametrize("module", [name for name, path in MODULES.items() if "torch-free." in (ast.get_docstring(ast.parse(path.read_text())) or "").lower()])
+@pytest.mark.parametrize(
+    "module",
+    [
+        name
+        for name, path in MODULES.items()
+        if "torch-free." in (ast.get_docstring(ast.parse(path.read_text())) or "").lower()
+    ],
+)
 def test_torch_free_modules_are(module: str) -> None:
     assert not loaded_by(module) & HEAVY
 
 
-@pytest.mark.parametrize("module", ["reapkit", "reapkit.api", "reapkit.planning.plan", "reapkit.cli.main", "reapkit.pipeline.run"])
+@pytest.mark.parametrize(
+    "module", ["reapkit", "reapkit.api", "reapkit.planning.plan", "reapkit.cli.main", "reapkit.pipeline.run"]
+)
 def test_torch_stays_out_until_the_plan_is_made(module: str) -> None:
     assert not loaded_by(module) & HEAVY
 
 
 def main() -> None:
     """Prints the house."""
-    arrows = Counter((room(module), room(other)) for module in MODULES for other in own(module) if room(module) != room(other))
+    arrows = Counter(
+        (room(module), room(other)) for module in MODULES for other in own(module) if room(module) != room(other)
+    )
     for name in (*ROOMS, *sorted(LOOSE)):
         inside = [module for module in MODULES if room(module) == name]
         lines = sum(len(MODULES[module].read_text().splitlines()) for module in inside)
-        reads = ", ".join(f"{other} {count}" for (here, other), count in sorted(arrows.items()) if here == name and other in ROOMS)
+        reads = ", ".join(
+            f"{other} {count}" for (here, other), count in sorted(arrows.items()) if here == name and other in ROOMS
+        )
         print(f"{name:14s} {len(inside):3d} modules {lines:6d} lines   imports {reads or 'nothing'}")
-    print(f"{len(arrows)} arrows between {len({*ROOMS, *LOOSE})} boxes, {sum(len(own(module)) for module in MODULES)} between modules")
+    print(
+        f"{len(arrows)} arrows between {len({*ROOMS, *LOOSE})} boxes, {sum(len(own(module)) for module in MODULES)}"
+        " between modules"
+    )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""Which criterion, allocation and repair lose least? Every criterion on several small models, against each other and an oracle.
+"""Which criterion, allocation and repair lose least? Every criterion on several small models, against each other and an
+oracle.
 
-    python examples/criteria/train_models.py --output runs/criteria-models
-    python examples/criteria/compare.py measure runs/criteria-models/softmax-a -o runs/criteria     # for each model; "demo" is the packaged one
-    python examples/criteria/compare.py table runs/criteria/*.json -o examples/criteria/results
+    python examples/criteria/train_models.py --output runs/criteria-models python examples/criteria/compare.py measure
+    runs/criteria-models/softmax-a -o runs/criteria     # for each model; "demo" is the packaged one python
+    examples/criteria/compare.py table runs/criteria/*.json -o examples/criteria/results
 
-`measure` writes one JSON per model: for every criterion, ratio, allocation, calibration and repair the increase of the held-out loss
-(nats per token, mean over four sources), its 95 % interval over resampled rows and calibration draws, and the paired comparison with
-`reap`. `table` sets them side by side, with the interval of the ratio to `reap` over models, each of another seed.
+`measure` writes one JSON per model: for every criterion, ratio, allocation, calibration and repair the increase of the
+held-out loss (nats per token, mean over four sources), its 95 % interval over resampled rows and calibration draws, and
+the paired comparison with `reap`. `table` sets them side by side, with the interval of the ratio to `reap` over models,
+each of another seed.
 """
 
 from __future__ import annotations
@@ -43,10 +45,21 @@ from table import write_tables
 RATIOS = (Decimal("0.25"), Decimal("0.5"), Decimal("0.625"))
 ALLOCATIONS = ("uniform", "global")
 CRITERIA: dict[str, dict[str, object]] = {
-    "reap": {}, "reap, sum": {"criterion": "reap", "reduction": "sum"}, "frequency": {}, "weighted-frequency": {}, "ean": {}, "ean-mean": {},
-    "eaft-reap": {}, "reroute-single": {}, "reroute": {}}
+    "reap": {},
+    "reap, sum": {"criterion": "reap", "reduction": "sum"},
+    "frequency": {},
+    "weighted-frequency": {},
+    "ean": {},
+    "ean-mean": {},
+    "eaft-reap": {},
+    "reroute-single": {},
+    "reroute": {},
+}
 CALIBRATIONS: dict[str, dict[str, Decimal] | None] = {
-    "all sources": None, "equal weights": dict.fromkeys(SOURCES, Decimal("0.25")), "code alone": {"code": Decimal(1)}}
+    "all sources": None,
+    "equal weights": dict.fromkeys(SOURCES, Decimal("0.25")),
+    "code alone": {"code": Decimal(1)},
+}
 """By `saliency.mix`: as drawn, every scored token counts the same; every source counts the same; one source alone."""
 REPAIRED = ("reap", "reap, sum", "reroute")
 RANDOM_SEEDS = range(3)
@@ -94,8 +107,13 @@ class Comparison:
                 if not chosen:
                     continue
                 tokens = self.study.tokens(seed, SOURCES if weights is None else tuple(weights))
-                found = repair(LayeredModel(self.study.directory), tokens, {name: self.selection(cell, draw) for name, cell in chosen.items()},
-                               self.study.scratch / f"repair-{calibration}-{seed}", batch_tokens=8192)
+                found = repair(
+                    LayeredModel(self.study.directory),
+                    tokens,
+                    {name: self.selection(cell, draw) for name, cell in chosen.items()},
+                    self.study.scratch / f"repair-{calibration}-{seed}",
+                    batch_tokens=8192,
+                )
                 self._repaired |= {(chosen[name], draw): repaired for name, repaired in found.items()}
 
     def losses(self, cell: Cell, draw: int) -> Losses:
@@ -109,12 +127,15 @@ class Comparison:
         """The cell's increase, and by source."""
         draws = [self.losses(cell, draw) for draw in range(len(self.seeds))]
         base = self.study.base.by_source()
-        by_source = {name: sum(one.by_source()[name] for one in draws) / len(draws) - loss for name, loss in base.items()}
+        by_source = {
+            name: sum(one.by_source()[name] for one in draws) / len(draws) - loss for name, loss in base.items()
+        }
         return Cost.of(self.study.base, draws, self.noise), by_source
 
 
 def measure(study: Study, seeds: Sequence[int], wanted: Sequence[Cell]) -> list[dict[str, Any]]:
-    """All cells as JSON rows, each compared in pairs with `reap` under the same ratio, allocation and calibration, unrepaired."""
+    """All cells as JSON rows, each compared in pairs with `reap` under the same ratio, allocation and calibration,
+    unrepaired."""
     comparison = Comparison(study, seeds)
     if any(cell.repair for cell in wanted):
         comparison.repair_all([cell for cell in wanted if cell.repair])
@@ -129,26 +150,45 @@ def measure(study: Study, seeds: Sequence[int], wanted: Sequence[Cell]) -> list[
 def _random(comparison: Comparison) -> Iterator[dict[str, Any]]:
     study, noise = comparison.study, Noise.of(comparison.study.base, 1, resamples=1)
     for ratio in RATIOS:
-        losses = [study.pruned(study.select(comparison.observations[0], ratio, criterion="random", seed=seed)) for seed in RANDOM_SEEDS]
+        losses = [
+            study.pruned(study.select(comparison.observations[0], ratio, criterion="random", seed=seed))
+            for seed in RANDOM_SEEDS
+        ]
         values = [Cost.of(study.base, [one], noise).value for one in losses]
         base = study.base.by_source()
-        by_source = {name: sum(one.by_source()[name] for one in losses) / len(losses) - loss for name, loss in base.items()}
+        by_source = {
+            name: sum(one.by_source()[name] for one in losses) / len(losses) - loss for name, loss in base.items()
+        }
         mean = sum(values) / len(values)
-        yield _row(Cell("random", ratio, "uniform", "all sources"), mean, (min(values), max(values)), by_source) | {"against_reap": ""}
+        yield _row(Cell("random", ratio, "uniform", "all sources"), mean, (min(values), max(values)), by_source) | {
+            "against_reap": ""
+        }
 
 
 def _oracle(study: Study, seed: int, rows: int) -> Iterator[dict[str, Any]]:
     noise = Noise.of(study.base, 1)
-    for ratio, keep in greedy_oracle(study.model, study.tokens(seed), [ratio for ratio in RATIOS if ratio <= Decimal("0.5")], rows).items():
+    for ratio, keep in greedy_oracle(
+        study.model, study.tokens(seed), [ratio for ratio in RATIOS if ratio <= Decimal("0.5")], rows
+    ).items():
         pruned = study.pruned(keep)
         cost = Cost.of(study.base, [pruned], noise)
         by_source = {name: loss - study.base.by_source()[name] for name, loss in pruned.by_source().items()}
-        yield _row(Cell("oracle", ratio, "uniform", "all sources"), cost.value, cost.interval, by_source) | {"against_reap": ""}
+        yield _row(Cell("oracle", ratio, "uniform", "all sources"), cost.value, cost.interval, by_source) | {
+            "against_reap": ""
+        }
 
 
 def _row(cell: Cell, value: float, interval: tuple[float, float], by_source: Mapping[str, float]) -> dict[str, Any]:
-    return {"criterion": cell.criterion, "ratio": float(cell.ratio), "allocation": cell.allocation, "calibration": cell.calibration,
-            "repair": cell.repair, "increase": value, "interval": list(interval), "by_source": dict(by_source)}
+    return {
+        "criterion": cell.criterion,
+        "ratio": float(cell.ratio),
+        "allocation": cell.allocation,
+        "calibration": cell.calibration,
+        "repair": cell.repair,
+        "increase": value,
+        "interval": list(interval),
+        "by_source": dict(by_source),
+    }
 
 
 def main() -> None:
@@ -161,7 +201,9 @@ def main() -> None:
     one.add_argument("--draws", type=int, default=2, help="independent draws of the calibration")
     one.add_argument("--held-out", type=int, default=96, help="held-out samples over the mix")
     one.add_argument("--reroute-tokens", type=int, default=8192)
-    one.add_argument("--criteria", nargs="+", choices=CRITERIA, default=list(CRITERIA), help="which of them, `reap` always")
+    one.add_argument(
+        "--criteria", nargs="+", choices=CRITERIA, default=list(CRITERIA), help="which of them, `reap` always"
+    )
     one.add_argument("--calibrations", nargs="+", choices=CALIBRATIONS, default=list(CALIBRATIONS))
     one.add_argument("--no-repair", action="store_true", help="leave the repaired rows out")
     one.add_argument("--oracle-rows", type=int, default=0, help="calibration rows of the greedy oracle; 0: none")
@@ -178,13 +220,23 @@ def main() -> None:
         study = Study(Path(scratch), arguments.samples, arguments.held_out, directory=directory, spec=spec)
         seeds = range(42, 42 + arguments.draws)
         criteria = list(dict.fromkeys(["reap", *arguments.criteria]))
-        rows = measure(study, seeds, list(cells((None,) if arguments.no_repair else (None, "ridge"), criteria, arguments.calibrations)))
+        rows = measure(
+            study,
+            seeds,
+            list(cells((None,) if arguments.no_repair else (None, "ridge"), criteria, arguments.calibrations)),
+        )
         if arguments.oracle_rows:
             rows += _oracle(study, seeds[0], arguments.oracle_rows)
-        facts = {"model": directory.name if arguments.model != "demo" else "demo", "base": study.base.by_source(), "date": date.today().isoformat(),
-                 "minutes": round((time.monotonic() - began) / 60, 1), "machine": platform.machine(), "torch": torch.__version__,
-                 "transformers": transformers.__version__, "settings": {name: value for name, value in vars(arguments).items()
-                                                                        if isinstance(value, (int, bool))}}
+        facts = {
+            "model": directory.name if arguments.model != "demo" else "demo",
+            "base": study.base.by_source(),
+            "date": date.today().isoformat(),
+            "minutes": round((time.monotonic() - began) / 60, 1),
+            "machine": platform.machine(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "settings": {name: value for name, value in vars(arguments).items() if isinstance(value, (int, bool))},
+        }
     arguments.output.mkdir(parents=True, exist_ok=True)
     (arguments.output / f"{facts['model']}.json").write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
 

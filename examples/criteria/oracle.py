@@ -1,4 +1,5 @@
-"""The greedy oracle: measures the loss of every single removal on some calibration rows, and takes the cheapest, layer by layer."""
+"""The greedy oracle: measures the loss of every single removal on some calibration rows, and takes the cheapest, layer
+by layer."""
 
 from __future__ import annotations
 
@@ -17,11 +18,13 @@ from reapkit.selection.selection import LayerSelection, Selection
 
 
 @torch.no_grad()
-def greedy_oracle(model: nn.Module, tokens: CalibrationTokens, ratios: Sequence[Decimal], rows: int) -> Mapping[Decimal, Selection]:
+def greedy_oracle(
+    model: nn.Module, tokens: CalibrationTokens, ratios: Sequence[Decimal], rows: int
+) -> Mapping[Decimal, Selection]:
     """One selection per ratio, nested, every layer losing the same number.
 
-    Layers take turns; in its turn a layer loses the expert whose removal, everything else as it is by then, raises the mean loss of the
-    rows (the first `rows`, cut to 256 tokens) least. Ties go to the lower index.
+    Layers take turns; in its turn a layer loses the expert whose removal, everything else as it is by then, raises the
+    mean loss of the rows (the first `rows`, cut to 256 tokens) least. Ties go to the lower index.
     """
     sites = {site.layer: site.num_experts for site in find_experts(model)}
     keep = {layer: set(range(count)) for layer, count in sites.items()}

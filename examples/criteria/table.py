@@ -39,11 +39,16 @@ def key(row: Mapping[str, Any]) -> Key:
 
 
 def ratio_to(models: Sequence[Mapping[Key, float]], cell: Key, other: Key) -> tuple[float, float, float] | None:
-    """Geometric mean over models of increase / other's increase, with its 95 % interval (Student's t of the logarithms).
+    """Geometric mean over models of increase / other's increase, with its 95 % interval (Student's t of the
+    logarithms).
 
     Increases below SMALLEST count as that much. None where fewer than FEWEST models have both.
     """
-    logs = [log(max(model[cell], SMALLEST) / max(model[other], SMALLEST)) for model in models if cell in model and other in model]
+    logs = [
+        log(max(model[cell], SMALLEST) / max(model[other], SMALLEST))
+        for model in models
+        if cell in model and other in model
+    ]
     if len(logs) < FEWEST:
         return None
     half = STUDENT_T[len(logs) - 1] * stdev(logs) / len(logs) ** 0.5
@@ -51,23 +56,40 @@ def ratio_to(models: Sequence[Mapping[Key, float]], cell: Key, other: Key) -> tu
 
 
 def markdown(models: Sequence[Mapping[str, Any]]) -> str:
-    """Ratios to uniform `reap` over all models, then each model's increases, then what one domain's calibration costs the others."""
+    """Ratios to uniform `reap` over all models, then each model's increases, then what one domain's calibration costs
+    the others."""
     rows = [{key(row): row for row in model["rows"]} for model in models]
     increases = [{cell: row["increase"] for cell, row in model.items()} for model in rows]
-    known = sorted({cell for model in rows for cell in model}, key=lambda cell: (cell[3], cell[4] or "", cell[2] != "uniform", _order(models, cell[0])))
+    known = sorted(
+        {cell for model in rows for cell in model},
+        key=lambda cell: (cell[3], cell[4] or "", cell[2] != "uniform", _order(models, cell[0])),
+    )
     ratios = sorted({cell[1] for cell in known})
     names = ", ".join(f"{model['model']} ({fmean(model['base'].values()):.2f})" for model in models)
-    parts = [f"Models (held-out loss unpruned, nats per token, mean of four sources): {names}.",
-             "Loss increase as a multiple of uniform `reap`'s under the same calibration, geometric mean over the models with the 95 % interval over "
-             "models (below 1 is better; every model has another seed)."]
+    parts = [
+        f"Models (held-out loss unpruned, nats per token, mean of four sources): {names}.",
+        (
+            "Loss increase as a multiple of uniform `reap`'s under the same calibration, geometric mean over the models"
+            " with the 95 % interval over models (below 1 is better; every model has another seed)."
+        ),
+    ]
     for calibration in dict.fromkeys(cell[3] for cell in known):
         lines = _head(f"calibrated on {calibration}", ratios)
-        for criterion, allocation, how in dict.fromkeys((cell[0], cell[2], cell[4]) for cell in known if cell[3] == calibration):
+        for criterion, allocation, how in dict.fromkeys(
+            (cell[0], cell[2], cell[4]) for cell in known if cell[3] == calibration
+        ):
             cells = []
             for ratio in ratios:
-                found = ratio_to(increases, (criterion, ratio, allocation, calibration, how), ("reap", ratio, "uniform", calibration, None))
+                found = ratio_to(
+                    increases,
+                    (criterion, ratio, allocation, calibration, how),
+                    ("reap", ratio, "uniform", calibration, None),
+                )
                 cells.append("–" if found is None else f"{found[0]:.2f} [{found[1]:.2f}, {found[2]:.2f}]")
-            have = sum(any((criterion, ratio, allocation, calibration, how) in model for ratio in ratios) for model in increases)
+            have = sum(
+                any((criterion, ratio, allocation, calibration, how) in model for ratio in ratios)
+                for model in increases
+            )
             fewer = f" ({have} of {len(models)} models)" if have < len(models) else ""
             lines.append(f"| {_name(criterion, allocation, how)}{fewer} | " + " | ".join(cells) + " |")
         parts.append("\n".join(lines))
@@ -85,37 +107,67 @@ def _repairs(increases: Sequence[Mapping[Key, float]], known: Sequence[Key], rat
     for criterion, allocation, calibration, how in dict.fromkeys((cell[0], *cell[2:]) for cell in repaired):
         cells = []
         for ratio in ratios:
-            found = ratio_to(increases, (criterion, ratio, allocation, calibration, how), (criterion, ratio, allocation, calibration, None))
+            found = ratio_to(
+                increases,
+                (criterion, ratio, allocation, calibration, how),
+                (criterion, ratio, allocation, calibration, None),
+            )
             cells.append("–" if found is None else f"{found[0]:.2f} [{found[1]:.2f}, {found[2]:.2f}]")
         lines.append(f"| {_name(criterion, allocation, how)}, {calibration} | " + " | ".join(cells) + " |")
     return ["\n".join(lines)]
 
 
 def _model(model: Mapping[str, Any], found: Mapping[Key, Mapping[str, Any]], ratios: Sequence[float]) -> str:
-    """Increases with intervals; ▼ and ▲ beside those that differ from `reap` of the same allocation beyond the noise."""
+    """Increases with intervals; ▼ and ▲ beside those that differ from `reap` of the same allocation beyond the
+    noise."""
     marks = {"lower": " ▼", "higher": " ▲", "": ""}
     lines = _head(f"{model['model']}, calibrated on all sources, increase in nats per token", ratios)
-    for criterion, allocation, how in dict.fromkeys((cell[0], cell[2], cell[4]) for cell in found if cell[3] == "all sources"):
+    for criterion, allocation, how in dict.fromkeys(
+        (cell[0], cell[2], cell[4]) for cell in found if cell[3] == "all sources"
+    ):
         row = [found.get((criterion, ratio, allocation, "all sources", how)) for ratio in ratios]
-        cells = ["–" if one is None else f"{one['increase']:.3f} [{one['interval'][0]:.3f}, {one['interval'][1]:.3f}]{marks[one['against_reap']]}"
-                 for one in row]
+        cells = [
+            (
+                "–"
+                if one is None
+                else (
+                    f"{one['increase']:.3f} [{one['interval'][0]:.3f},"
+                    f" {one['interval'][1]:.3f}]{marks[one['against_reap']]}"
+                )
+            )
+            for one in row
+        ]
         lines.append(f"| {_name(criterion, allocation, how)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def _other_domains(rows: Sequence[Mapping[Key, Mapping[str, Any]]]) -> str:
-    """Calibrated on code alone, 50 % removed, uniform: the increase on code and on the rest, mean over the models that have every row."""
+    """Calibrated on code alone, 50 % removed, uniform: the increase on code and on the rest, mean over the models that
+    have every row."""
     cells = list(dict.fromkeys(cell for model in rows for cell in model if cell[1:4] == (0.5, "uniform", "code alone")))
     whole = [model for model in rows if all(cell in model for cell in cells)]
-    lines = [f"| calibrated on code alone, 50 % removed, uniform, mean of {len(whole)} models | code | tools | prose | math |", "|---|---|---|---|---|"]
+    lines = [
+        (
+            f"| calibrated on code alone, 50 % removed, uniform, mean of {len(whole)} models | code | tools | prose |"
+            " math |"
+        ),
+        "|---|---|---|---|---|",
+    ]
     for cell in cells if whole else ():
-        means = [fmean(model[cell]["by_source"][source] for model in whole) for source in ("code", "tools", "prose", "math")]
-        lines.append(f"| {_name(cell[0], 'uniform', cell[4])} | " + " | ".join(f"{value:.3f}" for value in means) + " |")
+        means = [
+            fmean(model[cell]["by_source"][source] for model in whole) for source in ("code", "tools", "prose", "math")
+        ]
+        lines.append(
+            f"| {_name(cell[0], 'uniform', cell[4])} | " + " | ".join(f"{value:.3f}" for value in means) + " |"
+        )
     return "\n".join(lines)
 
 
 def _head(title: str, ratios: Sequence[float]) -> list[str]:
-    return [f"| {title} | " + " | ".join(f"{ratio:.1%} removed" for ratio in ratios) + " |", "|---" * (len(ratios) + 1) + "|"]
+    return [
+        f"| {title} | " + " | ".join(f"{ratio:.1%} removed" for ratio in ratios) + " |",
+        "|---" * (len(ratios) + 1) + "|",
+    ]
 
 
 def _order(models: Sequence[Mapping[str, Any]], criterion: str) -> int:

@@ -1,10 +1,11 @@
-"""Train five small MoE models on a CPU for the comparison of criteria: other seeds, top-k, expert counts, routers than the demo's.
+"""Train five small MoE models on a CPU for the comparison of criteria: other seeds, top-k, expert counts, routers than
+the demo's.
 
-    python examples/criteria/train_models.py --output runs/criteria-models       # 5 to 8 minutes a model on one CPU core
-    python examples/criteria/train_models.py --output runs/criteria-models --only sigmoid
+    python examples/criteria/train_models.py --output runs/criteria-models       # 5 to 8 minutes a model on one CPU
+    core python examples/criteria/train_models.py --output runs/criteria-models --only sigmoid
 
-They share the packaged demo model's corpus, tokenizer, optimizers and schedule (examples/demo_model), and differ where a pruning
-criterion could care. The same versions of Python, torch and the CPU's kernels give the same weights.
+They share the packaged demo model's corpus, tokenizer, optimizers and schedule (examples/demo_model), and differ where
+a pruning criterion could care. The same versions of Python, torch and the CPU's kernels give the same weights.
 """
 
 from __future__ import annotations
@@ -30,20 +31,12 @@ from reapkit.checkpoint.locate import MODEL_DIRECTORY
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "demo_model"))
 from build_corpus import build_corpus
-from train import (
-    Settings,
-    balance_loss,
-    batches,
-    experts_in_order,
-    held_out_losses,
-    optimizers,
-    rate,
-    tokenized,
-)
+from train import Settings, balance_loss, batches, experts_in_order, held_out_losses, optimizers, rate, tokenized
 from train_tokenizer import CONTEXT, DOMAINS
 
 BIAS_STEP = 0.003
-"""How far a step moves the correction bias of a sigmoid router towards even loads (DeepSeek-V3's balancing without a loss)."""
+"""How far a step moves the correction bias of a sigmoid router towards even loads (DeepSeek-V3's balancing without a
+loss)."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +55,24 @@ VARIANTS = {
     "softmax-a": Variant("Qwen3MoeConfig", seed=1, extra=(("norm_topk_prob", True),)),
     "softmax-b": Variant("Qwen3MoeConfig", seed=2, extra=(("norm_topk_prob", True),)),
     "top-4-of-64": Variant("Qwen3MoeConfig", seed=3, experts=64, top_k=4, width=32, extra=(("norm_topk_prob", True),)),
-    "shared-expert": Variant("Qwen2MoeConfig", seed=4, extra=(("shared_expert_intermediate_size", 96), ("norm_topk_prob", False))),
-    "sigmoid": Variant("Glm4MoeConfig", seed=5, extra=(("n_routed_experts", 32), ("n_shared_experts", 1), ("first_k_dense_replace", 1), ("n_group", 1),
-                                                       ("topk_group", 1), ("norm_topk_prob", True), ("routed_scaling_factor", 1.0),
-                                                       ("use_qk_norm", True), ("partial_rotary_factor", 0.5))),
+    "shared-expert": Variant(
+        "Qwen2MoeConfig", seed=4, extra=(("shared_expert_intermediate_size", 96), ("norm_topk_prob", False))
+    ),
+    "sigmoid": Variant(
+        "Glm4MoeConfig",
+        seed=5,
+        extra=(
+            ("n_routed_experts", 32),
+            ("n_shared_experts", 1),
+            ("first_k_dense_replace", 1),
+            ("n_group", 1),
+            ("topk_group", 1),
+            ("norm_topk_prob", True),
+            ("routed_scaling_factor", 1.0),
+            ("use_qk_norm", True),
+            ("partial_rotary_factor", 0.5),
+        ),
+    ),
 }
 HIDDEN, LAYERS, HEAD = 96, 4, 32
 
@@ -134,7 +141,9 @@ def train_step(model: PreTrainedModel, tokens: torch.Tensor, settings: Settings,
     return cross_entropy.item()
 
 
-def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, corpus: Path, settings: Settings) -> dict[str, float]:
+def train(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, corpus: Path, settings: Settings
+) -> dict[str, float]:
     """Runs all steps, prints a line now and then, and returns the held-out losses."""
     domains = {name: tokenized(_rows(corpus / f"{name}.jsonl", settings.seed), tokenizer) for name in DOMAINS}
     moved_by, loads = muon_friendly(model, settings), Loads(model)
@@ -151,7 +160,12 @@ def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, corpus: Pa
             optimizer.zero_grad(set_to_none=True)
         loads.even_out(share)
         if step % 50 == 49:
-            print(json.dumps({"step": step + 1, "minutes": round((time.monotonic() - began) / 60, 1), "loss": round(loss, 3)}), flush=True)
+            print(
+                json.dumps(
+                    {"step": step + 1, "minutes": round((time.monotonic() - began) / 60, 1), "loss": round(loss, 3)}
+                ),
+                flush=True,
+            )
     return held_out_losses(model, tokenizer)
 
 
@@ -181,7 +195,12 @@ def main() -> None:
         model.set_experts_implementation(None)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        facts = {"held_out": losses, "steps": settings.steps, "seed": variant.seed, "parameters": sum(p.numel() for p in model.parameters())}
+        facts = {
+            "held_out": losses,
+            "steps": settings.steps,
+            "seed": variant.seed,
+            "parameters": sum(p.numel() for p in model.parameters()),
+        }
         (folder / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
         print(json.dumps({"model": name, **facts}), flush=True)
 

@@ -1,4 +1,5 @@
-"""REAP and GPTQ in one llm-compressor recipe, and the same in one reapkit recipe: the two directories, tensor by tensor.
+"""REAP and GPTQ in one llm-compressor recipe, and the same in one reapkit recipe: the two directories, tensor by
+tensor.
 
     python examples/llm_compressor/compare.py [--directory runs/llm-compressor] [--set calibration.samples=32]
 
@@ -31,7 +32,12 @@ BUILTIN = Path(reapkit.__file__).parent / "calibration/builtin/demo_model"
 
 def with_reapkit(directory: Path, overrides: list[str]) -> Path:
     """The recipe's run directory."""
-    apply(load(HERE / "recipe.yaml", (f"runtime.store={directory / 'store'}", f"output.directory={directory / 'reapkit'}", *overrides)))
+    apply(
+        load(
+            HERE / "recipe.yaml",
+            (f"runtime.store={directory / 'store'}", f"output.directory={directory / 'reapkit'}", *overrides),
+        )
+    )
     return directory / "reapkit"
 
 
@@ -39,8 +45,15 @@ def with_llm_compressor(tokens: CalibrationTokens, out: Path) -> Path:
     """The same, from the model and the rows alone."""
     rows = list(equal_batches(tokens, batch_tokens=16384))
     with quiet():
-        oneshot(model=load_model(BUILTIN), processor=AutoTokenizer.from_pretrained(BUILTIN), recipe=str(HERE / "llm_compressor.yaml"),
-                dataset=DataLoader(rows, batch_size=None), num_calibration_samples=len(rows), moe_calibrate_all_experts=False, output_dir=str(out))
+        oneshot(
+            model=load_model(BUILTIN),
+            processor=AutoTokenizer.from_pretrained(BUILTIN),
+            recipe=str(HERE / "llm_compressor.yaml"),
+            dataset=DataLoader(rows, batch_size=None),
+            num_calibration_samples=len(rows),
+            moe_calibrate_all_experts=False,
+            output_dir=str(out),
+        )
     return out
 
 

@@ -2,9 +2,10 @@
 
     PYTHONPATH=examples/own_criterion reapkit apply examples/own_criterion/recipe.yaml
 
-A criterion is a function of the totals (`reapkit.selection.saliency.Totals`: sums and maxima, each an array [layers, experts] of numpy's) and the
-recipe's `saliency` section. It returns an array [layers, experts]; higher is kept. Experts that received no token are ranked last
-by reapkit, whatever the function says of them. To share one, offer it from a package and name it in recipes like a built-in criterion:
+A criterion is a function of the totals (`reapkit.selection.saliency.Totals`: sums and maxima, each an array [layers,
+experts] of numpy's) and the recipe's `saliency` section. It returns an array [layers, experts]; higher is kept. Experts
+that received no token are ranked last by reapkit, whatever the function says of them. To share one, offer it from a
+package and name it in recipes like a built-in criterion:
 
     [project.entry-points."reapkit.criteria"]
     steady = "steady:steady"

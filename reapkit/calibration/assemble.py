@@ -53,8 +53,15 @@ class Plan:
         return [sum(map(len, pieces)) for _, _, pieces in self.rows]
 
 
-def assemble(inputs: Inputs, gathered: Sequence[Gathered], streams: Sequence[Stream], out: Path, about: Mapping[str, Any], *,
-             removable: bool) -> dict[str, Any]:
+def assemble(
+    inputs: Inputs,
+    gathered: Sequence[Gathered],
+    streams: Sequence[Stream],
+    out: Path,
+    about: Mapping[str, Any],
+    *,
+    removable: bool,
+) -> dict[str, Any]:
     """Writes `tokens.safetensors` and, last, `calibration.json` below `out`; returns the latter's content.
 
     Raises UnusableError naming every source of which nothing would be scored.
@@ -73,11 +80,17 @@ def assemble(inputs: Inputs, gathered: Sequence[Gathered], streams: Sequence[Str
     summary = {
         "version": 1,
         **about,
-        "score": calibration.score, "packing": calibration.packing, "overflow": calibration.overflow,
-        "max_length": calibration.max_length, "seed": calibration.seed,
-        "rows": len(plan.rows), "tokens": int(sum(plan.lengths)),
-        "scored_tokens": int(counts["scored"].sum()), "signal_tokens": int(counts["signal"].sum()),
-        "groups": bounds, "snapshots": snapshots,
+        "score": calibration.score,
+        "packing": calibration.packing,
+        "overflow": calibration.overflow,
+        "max_length": calibration.max_length,
+        "seed": calibration.seed,
+        "rows": len(plan.rows),
+        "tokens": int(sum(plan.lengths)),
+        "scored_tokens": int(counts["scored"].sum()),
+        "signal_tokens": int(counts["signal"].sum()),
+        "groups": bounds,
+        "snapshots": snapshots,
         "tokenizer": inputs.tokenizer_hash,
         "duplicates": _duplicates(gathered),
         "warnings": warnings,
@@ -86,7 +99,9 @@ def assemble(inputs: Inputs, gathered: Sequence[Gathered], streams: Sequence[Str
     if about["kind"] == "packs":
         parts = [part for _, part, _ in plan.rows]
         samples = [sum(len(stream.samples) for stream in streams if stream.part == part) for part in range(len(PARTS))]
-        summary["parts"] = {name: {"rows": parts.count(part), "samples": samples[part]} for part, name in enumerate(PARTS)}
+        summary["parts"] = {
+            name: {"rows": parts.count(part), "samples": samples[part]} for part, name in enumerate(PARTS)
+        }
     write_json(out / SUMMARY_FILE, summary)
     if removable:
         shutil.rmtree(inputs.work, ignore_errors=True)
@@ -99,8 +114,10 @@ def _plan(inputs: Inputs, streams: Sequence[Stream]) -> Plan:
     rows = []
     for part in sorted({stream.part for stream in streams}):
         chosen = [number for number, stream in enumerate(streams) if stream.part == part]
-        rows += [(streams[chosen[stream]].source, part, packed[chosen[stream]][row])
-                 for stream, row in interleave([len(packed[number]) for number in chosen])]
+        rows += [
+            (streams[chosen[stream]].source, part, packed[chosen[stream]][row])
+            for stream, row in interleave([len(packed[number]) for number in chosen])
+        ]
     return Plan(rows)
 
 
@@ -108,23 +125,41 @@ def _pack_stream(inputs: Inputs, stream: Stream) -> list[list[Piece]]:
     calibration, source = inputs.calibration, stream.gathered
     samples, packing = source.samples, packing_of(calibration, source.format)
     end_token = inputs.end_token() if packing == "concat" else None
-    pieces = list(itertools.chain.from_iterable(
-        pieces_of(number, samples.lengths[number], samples.last_assistant[number], samples.last_token[number] == end_token,
-                  calibration.max_length, calibration.overflow, packing) for number in stream.samples))
+    pieces = list(
+        itertools.chain.from_iterable(
+            pieces_of(
+                number,
+                samples.lengths[number],
+                samples.last_assistant[number],
+                samples.last_token[number] == end_token,
+                calibration.max_length,
+                calibration.overflow,
+                packing,
+            )
+            for number in stream.samples
+        )
+    )
     if source.target.tokens is not None:
         pieces = limit(pieces, source.target.tokens)
     return pack(pieces, calibration.max_length, packing)
 
 
-def _write(inputs: Inputs, gathered: Sequence[Gathered], plan: Plan, path: Path, is_pack: bool) -> dict[str, np.ndarray]:
-    """Copies the rows' tokens into the safetensors file, a row at a time; returns `lengths`, `scored`, `signal`: tokens, scored
-    positions and those with a signal per row, int64 [rows].
+def _write(
+    inputs: Inputs, gathered: Sequence[Gathered], plan: Plan, path: Path, is_pack: bool
+) -> dict[str, np.ndarray]:
+    """Copies the rows' tokens into the safetensors file, a row at a time; returns `lengths`, `scored`, `signal`:
+    tokens, scored positions and those with a signal per row, int64 [rows].
     """
     lengths = np.array(plan.lengths, np.int64)
     pieces = [piece for _, _, pieces in plan.rows for piece in pieces]
-    shapes = {"input_ids": ("int32", int(lengths.sum())), "assistant": ("uint8", int(lengths.sum())),
-              "row_offsets": ("int64", len(lengths) + 1), "row_source": ("int16", len(lengths)),
-              "sample_offsets": ("int64", len(pieces) + 1), "part_sample": ("int32", len(pieces))}
+    shapes = {
+        "input_ids": ("int32", int(lengths.sum())),
+        "assistant": ("uint8", int(lengths.sum())),
+        "row_offsets": ("int64", len(lengths) + 1),
+        "row_source": ("int16", len(lengths)),
+        "sample_offsets": ("int64", len(pieces) + 1),
+        "part_sample": ("int32", len(pieces)),
+    }
     file = create_tensors(path, shapes | ({"row_part": ("uint8", len(lengths))} if is_pack else {}))
     file["row_offsets"][:] = np.concatenate([[0], np.cumsum(lengths)])
     file["row_source"][:] = [source for source, _, _ in plan.rows]
@@ -139,8 +174,12 @@ def _write(inputs: Inputs, gathered: Sequence[Gathered], plan: Plan, path: Path,
         stored = [open_files.enter_context(source.samples.reader()) for source in gathered]
         out = open_files.enter_context(path.open("r+b")).fileno()
         for row, (source, _, row_pieces) in enumerate(plan.rows):
-            read = [_with_end(*stored[source](piece.sample, piece.start, piece.stop), end_token if piece.end_token else None)
-                    for piece in row_pieces]
+            read = [
+                _with_end(
+                    *stored[source](piece.sample, piece.start, piece.stop), end_token if piece.end_token else None
+                )
+                for piece in row_pieces
+            ]
             # Written, not mapped: the pages of a map would count as this process's memory.
             os.pwrite(out, np.concatenate([ids for ids, _ in read]).tobytes(), file["input_ids"].offset + 4 * position)
             os.pwrite(out, np.concatenate([marks for _, marks in read]).tobytes(), file["assistant"].offset + position)
@@ -158,8 +197,9 @@ def _with_end(ids: np.ndarray, marks: np.ndarray, end_token: int | None) -> tupl
     return (ids, marks) if end_token is None else (np.append(ids, np.int32(end_token)), np.append(marks, np.uint8(0)))
 
 
-def _source_summary(inputs: Inputs, source: Gathered, number: int, plan: Plan,
-                    counts: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def _source_summary(
+    inputs: Inputs, source: Gathered, number: int, plan: Plan, counts: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
     entry, samples, used = source.entry, source.samples, source.used
     rows = [row for row, (owner, _, _) in enumerate(plan.rows) if owner == number]
     pieces = [piece for row in rows for piece in plan.rows[row][2]]
@@ -170,18 +210,32 @@ def _source_summary(inputs: Inputs, source: Gathered, number: int, plan: Plan,
     kept = sum(piece.stop - piece.start for piece in pieces)
     ways = sorted(set(samples.ways[:used]))
     return {
-        "name": entry.name, "source": entry.source, "config": entry.config, "split": entry.split,
+        "name": entry.name,
+        "source": entry.source,
+        "config": entry.config,
+        "split": entry.split,
         "revision": source.walk.revision,
-        "filter": entry.filter, "weight": str(entry.weight), "format": describe(source.format), "packing": packing,
-        "spans": ways, "spans_text": "; ".join(WAYS[way] for way in ways),
+        "filter": entry.filter,
+        "weight": str(entry.weight),
+        "format": describe(source.format),
+        "packing": packing,
+        "spans": ways,
+        "spans_text": "; ".join(WAYS[way] for way in ways),
         "asked": {source.target.unit: source.target.amount},
-        "samples": used, "rows": len(rows), "tokens": sum(map(len, pieces)),
-        "scored_tokens": int(counts["scored"][rows].sum()), "signal_tokens": int(counts["signal"][rows].sum()),
+        "samples": used,
+        "rows": len(rows),
+        "tokens": sum(map(len, pieces)),
+        "scored_tokens": int(counts["scored"][rows].sum()),
+        "signal_tokens": int(counts["signal"][rows].sum()),
         "end_tokens": sum(piece.end_token for piece in pieces),
-        "lengths": _length_summary(lengths), "row_lengths": _length_summary(counts["lengths"][rows]),
-        "samples_cut": _samples_cut(pieces, lengths), "tokens_cut": int(lengths.sum()) - kept,
+        "lengths": _length_summary(lengths),
+        "row_lengths": _length_summary(counts["lengths"][rows]),
+        "samples_cut": _samples_cut(pieces, lengths),
+        "tokens_cut": int(lengths.sum()) - kept,
         "tool_calls": sum(samples.tool_calls[:used]),
-        "available_rows": source.walk.length, "rows_read": read, "order": source.walk.order,
+        "available_rows": source.walk.length,
+        "rows_read": read,
+        "order": source.walk.order,
         "dropped": dropped_summary([entry for entry in samples.dropped if entry[0] < read]),
         "sha256": hashlib.sha256("".join(hashes).encode()).hexdigest(),
         "example": _example(inputs, source, pieces),
@@ -195,8 +249,13 @@ def _length_summary(lengths: np.ndarray) -> dict[str, float]:
     if not len(lengths):
         return {}
     ordered = np.sort(lengths)
-    return {"min": int(ordered[0]), "median": int(ordered[(len(ordered) - 1) // 2]), "mean": round(float(ordered.mean()), 1),
-            "p90": int(ordered[-(-9 * len(ordered) // 10) - 1]), "max": int(ordered[-1])}
+    return {
+        "min": int(ordered[0]),
+        "median": int(ordered[(len(ordered) - 1) // 2]),
+        "mean": round(float(ordered.mean()), 1),
+        "p90": int(ordered[-(-9 * len(ordered) // 10) - 1]),
+        "max": int(ordered[-1]),
+    }
 
 
 def _samples_cut(pieces: Sequence[Piece], lengths: np.ndarray) -> int:
@@ -208,7 +267,8 @@ def _samples_cut(pieces: Sequence[Piece], lengths: np.ndarray) -> int:
 
 
 def _example(inputs: Inputs, source: Gathered, pieces: Sequence[Piece]) -> list[list[Any]]:
-    """The source's first piece as [text, is the assistant's] stretches, from a little before its first assistant token."""
+    """The source's first piece as [text, is the assistant's] stretches, from a little before its first assistant
+    token."""
     if not pieces:
         return []
     piece = min(pieces, key=lambda piece: (piece.sample, piece.start))
@@ -223,22 +283,33 @@ def _example(inputs: Inputs, source: Gathered, pieces: Sequence[Piece]) -> list[
 
 
 def _check(score: str, sources: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Warnings about sources of which little is scored. Raises UnusableError where nothing is, although completions are."""
+    """Warnings about sources of which little is scored. Raises UnusableError where nothing is, although completions
+    are."""
     silent = [source for source in sources if score == "completion" and not source["scored_tokens"]]
     if silent:
-        raise UnusableError("\n".join(
-            f"source '{source['name']}': none of its {source['tokens']:,} tokens is scored; assistant tokens were sought by "
-            f"{source['spans_text']}. {_way_out(source)}" for source in silent))
-    return [f"source '{source['name']}': {source['scored_tokens']:,} of {source['tokens']:,} tokens are scored "
-            f"({source['scored_tokens'] / source['tokens']:.1%}); the rest is context and says nothing about experts. "
-            f"{_way_out(source)}" for source in sources
-            if score == "completion" and source["scored_tokens"] < LOW_SCORED_SHARE * source["tokens"]]
+        raise UnusableError(
+            "\n".join(
+                f"source '{source['name']}': none of its {source['tokens']:,} tokens is scored; assistant tokens were"
+                f" sought by {source['spans_text']}. {_way_out(source)}"
+                for source in silent
+            )
+        )
+    return [
+        f"source '{source['name']}': {source['scored_tokens']:,} of {source['tokens']:,} tokens are scored "
+        f"({source['scored_tokens'] / source['tokens']:.1%}); the rest is context and says nothing about experts. "
+        f"{_way_out(source)}"
+        for source in sources
+        if score == "completion" and source["scored_tokens"] < LOW_SCORED_SHARE * source["tokens"]
+    ]
 
 
 def _silent_calls(sources: Sequence[Mapping[str, Any]], gathered: Sequence[Gathered]) -> list[str]:
-    return [f"source '{source['name']}': the chat template never mentions tool_calls, so its {source['tool_calls']} calls are "
-            "not rendered. Give calibration.chat_template."
-            for source, made in zip(sources, gathered) if source["tool_calls"] and not made.shows_calls]
+    return [
+        f"source '{source['name']}': the chat template never mentions tool_calls, so its {source['tool_calls']} calls"
+        " are not rendered. Give calibration.chat_template."
+        for source, made in zip(sources, gathered)
+        if source["tool_calls"] and not made.shows_calls
+    ]
 
 
 def _way_out(source: Mapping[str, Any]) -> str:
@@ -252,6 +323,9 @@ def _way_out(source: Mapping[str, Any]) -> str:
 
 
 def _duplicates(gathered: Sequence[Gathered]) -> dict[str, int]:
-    """Samples with equal content in two sources, as `first/second` to how many; equal ones within a source were dropped."""
+    """Samples with equal content in two sources, as `first/second` to how many; equal ones within a source were
+    dropped."""
     contents = {source.entry.name: set(source.samples.hashes[: source.used]) for source in gathered}
-    return {f"{a}/{b}": shared for a, b in itertools.combinations(contents, 2) if (shared := len(contents[a] & contents[b]))}
+    return {
+        f"{a}/{b}": shared for a, b in itertools.combinations(contents, 2) if (shared := len(contents[a] & contents[b]))
+    }

@@ -1,4 +1,5 @@
-"""Draws a source's samples along its walk, tokenizes them block by block and keeps the good ones until there are enough."""
+"""Draws a source's samples along its walk, tokenizes them block by block and keeps the good ones until there are
+enough."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ BLOCK = 256
 
 @dataclass(frozen=True)
 class Target:
-    """When a source has enough: so many samples, or so many tokens in its rows; and which field of the recipe says so."""
+    """When a source has enough: so many samples, or so many tokens in its rows; and which field of the recipe says
+    so."""
 
     samples: int | None = None
     tokens: int | None = None
@@ -53,33 +55,57 @@ class Gathered:
     shows_calls: bool
 
 
-def gather(inputs: Inputs, entry: MixEntry, target: Target, held_out: Collection[str] | None = None, skip: int = 0) -> Gathered:
+def gather(
+    inputs: Inputs, entry: MixEntry, target: Target, held_out: Collection[str] | None = None, skip: int = 0
+) -> Gathered:
     """Enough samples of a mix entry for the target; those that a killed run left are used first.
 
-    `held_out`: contents that may not occur, which makes the samples a pack's; `skip`: rows of a stream that the calibration
-    read. Raises UnusableError naming the source, and the row where one is at fault; where too few are left, with what was
-    dropped and why.
+    `held_out`: contents that may not occur, which makes the samples a pack's; `skip`: rows of a stream that the
+    calibration read. Raises UnusableError naming the source, and the row where one is at fault; where too few are left,
+    with what was dropped and why.
     """
-    walk = open_walk(entry, inputs.recipe_directory, seed=inputs.calibration.seed, held_out=held_out is not None, skip=skip)
+    walk = open_walk(
+        entry, inputs.recipe_directory, seed=inputs.calibration.seed, held_out=held_out is not None, skip=skip
+    )
     format = format_of(entry, walk)
     encoder = Encoder(inputs.calibration, format, inputs.tokenizer, inputs.template, inputs.vocabulary)
     end_token = inputs.end_token() if packing_of(inputs.calibration, format) == "concat" else None
     directory = inputs.work / f"{entry.name}-{inputs.part_key(entry, held_out, skip)[:12]}"
-    with opened(directory) as samples, inputs.progress.task(f"tokenize {entry.name}", target.amount, target.unit) as task:
+    with (
+        opened(directory) as samples,
+        inputs.progress.task(f"tokenize {entry.name}", target.amount, target.unit) as task,
+    ):
         used = _fill(samples, walk, encoder, target, end_token, held_out or (), task)
     return Gathered(entry, walk, format, samples, used, target, encoder.shows_calls)
 
 
-def _row_tokens(samples: Samples, number: int, calibration: CalibrationSpec, packing: str, end_token: int | None) -> int:
+def _row_tokens(
+    samples: Samples, number: int, calibration: CalibrationSpec, packing: str, end_token: int | None
+) -> int:
     """Tokens that a sample brings into rows, after overflow and with its end token."""
-    pieces = pieces_of(number, samples.lengths[number], samples.last_assistant[number], samples.last_token[number] == end_token,
-                       calibration.max_length, calibration.overflow, packing)
+    pieces = pieces_of(
+        number,
+        samples.lengths[number],
+        samples.last_assistant[number],
+        samples.last_token[number] == end_token,
+        calibration.max_length,
+        calibration.overflow,
+        packing,
+    )
     return sum(map(len, pieces))
 
 
-def _fill(samples: Samples, walk: Walk, encoder: Encoder, target: Target, end_token: int | None, held_out: Collection[str],
-          task: Task) -> int:
-    """Appends to `samples` until the target is met; returns how many of them are used (earlier runs may have left more)."""
+def _fill(
+    samples: Samples,
+    walk: Walk,
+    encoder: Encoder,
+    target: Target,
+    end_token: int | None,
+    held_out: Collection[str],
+    task: Task,
+) -> int:
+    """Appends to `samples` until the target is met; returns how many of them are used (earlier runs may have left
+    more)."""
     seen = set(samples.hashes)
     used = reached = 0
     wanted = target.amount
@@ -88,7 +114,11 @@ def _fill(samples: Samples, walk: Walk, encoder: Encoder, target: Target, end_to
         next(blocks)
         while True:
             while used < len(samples) and reached < wanted:
-                step = 1 if target.samples is not None else _row_tokens(samples, used, encoder.calibration, packing, end_token)
+                step = (
+                    1
+                    if target.samples is not None
+                    else _row_tokens(samples, used, encoder.calibration, packing, end_token)
+                )
                 used, reached = used + 1, reached + step
                 task.advance(step)
             if reached >= wanted:
@@ -100,8 +130,9 @@ def _fill(samples: Samples, walk: Walk, encoder: Encoder, target: Target, end_to
 
 
 def _blocks(walk: Walk, encoder: Encoder, start: int) -> Generator[list[Encoded], int | None, None]:
-    """Encoded blocks from `start` on. Sent the number of samples still missing (None: unknown), it works ahead, but never reads
-    further than if all were good; a block that turns out not to be needed is forgotten together with its error.
+    """Encoded blocks from `start` on. Sent the number of samples still missing (None: unknown), it works ahead, but
+    never reads further than if all were good; a block that turns out not to be needed is forgotten together with its
+    error.
 
     Two blocks are in work at a time, so that one is rendered by the interpreter while the other is in the tokenizer.
     """
@@ -125,9 +156,12 @@ def _blocks(walk: Walk, encoder: Encoder, start: int) -> Generator[list[Encoded]
 def _too_few(samples: Samples, walk: Walk, target: Target, reached: int) -> str:
     reasons = dropped_summary(samples.dropped)
     dropped = "; ".join(f"{entry['count']} {reason} (first: {entry['first']})" for reason, entry in reasons.items())
-    return (f"source '{walk.name}' yields {reached} of {target.amount} {target.unit}: {samples.next_position} rows were read"
-            + (f", dropped: {dropped}" if dropped else "")
-            + f". Give it more data, a smaller weight, or lower {target.field}.")
+    return (
+        f"source '{walk.name}' yields {reached} of {target.amount} {target.unit}: {samples.next_position} rows were"
+        " read"
+        + (f", dropped: {dropped}" if dropped else "")
+        + f". Give it more data, a smaller weight, or lower {target.field}."
+    )
 
 
 def dropped_summary(dropped: Sequence[tuple[int, str, str]]) -> dict[str, dict[str, Any]]:

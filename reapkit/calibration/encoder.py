@@ -25,8 +25,14 @@ MIN_TOKENS = 2
 class Encoder:
     """Rows to tokens: format, template, assistant spans, tokenizer."""
 
-    def __init__(self, calibration: CalibrationSpec, format: Format, tokenizer: Callable[[], Any], template: str | None,
-                 vocabulary: int | None):
+    def __init__(
+        self,
+        calibration: CalibrationSpec,
+        format: Format,
+        tokenizer: Callable[[], Any],
+        template: str | None,
+        vocabulary: int | None,
+    ):
         self.calibration, self.format, self.vocabulary = calibration, format, vocabulary
         self._load, self._template = tokenizer, template
         self._renderer: spans.Renderer | None = None
@@ -63,8 +69,13 @@ class Encoder:
         for position, row in zip(positions, walk.read(positions)):
             try:
                 sample = to_sample(row, self.format)
-                item = Encoded(position, walk.rows.place(walk.number(position)), self._unfit(sample), sample.content_hash(),
-                               tool_calls=sample.tool_calls)
+                item = Encoded(
+                    position,
+                    walk.rows.place(walk.number(position)),
+                    self._unfit(sample),
+                    sample.content_hash(),
+                    tool_calls=sample.tool_calls,
+                )
                 if sample.input_ids is not None and not item.dropped:
                     item = self._given(item, sample)
                 elif not item.dropped:

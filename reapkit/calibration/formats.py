@@ -13,17 +13,37 @@ from reapkit.recipe.schema import MessagesFormat, PromptFormat, TextFormat, Toke
 
 Format = TextFormat | PromptFormat | MessagesFormat | XlamFormat | TokensFormat
 
-_SPEAKERS = {"human": "user", "gpt": "assistant", "model": "assistant", "function_call": "assistant", "observation": "tool"}
+_SPEAKERS = {
+    "human": "user",
+    "gpt": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+}
 """Roles of the older `{from, value}` turns."""
 
-_JSON_TYPES = {"str": "string", "string": "string", "int": "integer", "integer": "integer", "float": "number",
-               "number": "number", "bool": "boolean", "boolean": "boolean", "list": "array", "array": "array",
-               "tuple": "array", "set": "array", "dict": "object", "object": "object"}
+_JSON_TYPES = {
+    "str": "string",
+    "string": "string",
+    "int": "integer",
+    "integer": "integer",
+    "float": "number",
+    "number": "number",
+    "bool": "boolean",
+    "boolean": "boolean",
+    "list": "array",
+    "array": "array",
+    "tuple": "array",
+    "set": "array",
+    "dict": "object",
+    "object": "object",
+}
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One row's content: one of `text`, `messages` (with `tools` or None) and `input_ids` (with `assistant` or None)."""
+    """One row's content: one of `text`, `messages` (with `tools` or None) and `input_ids` (with `assistant` or
+    None)."""
 
     text: str | None = None
     messages: list[dict[str, Any]] | None = None
@@ -38,8 +58,10 @@ class Sample:
             return len(self.input_ids)
         if self.text is not None:
             return len(self.text.strip())
-        return sum(len(turn["content"].strip()) + sum(len(str(call)) for call in turn.get("tool_calls", ()))
-                   for turn in self.messages)
+        return sum(
+            len(turn["content"].strip()) + sum(len(str(call)) for call in turn.get("tool_calls", ()))
+            for turn in self.messages
+        )
 
     @property
     def tool_calls(self) -> int:
@@ -53,10 +75,13 @@ class Sample:
         try:
             if self.text is not None:
                 return hashlib.sha256(self.text.encode()).hexdigest()[:32]
-            return digest([self.messages, self.tools] if self.input_ids is None else [self.input_ids, self.assistant])[:32]
+            return digest([self.messages, self.tools] if self.input_ids is None else [self.input_ids, self.assistant])[
+                :32
+            ]
         except UnicodeEncodeError as error:
-            raise ValueError(f"half of a surrogate pair ({error.object[error.start]!a}) at character {error.start}, "
-                             "which is no text") from None
+            raise ValueError(
+                f"half of a surrogate pair ({error.object[error.start]!a}) at character {error.start}, which is no text"
+            ) from None
         except TypeError as error:
             raise ValueError(f"turns or tools hold what JSON cannot say ({error})") from None
 
@@ -72,8 +97,14 @@ def recognise(columns: Iterable[str]) -> Format:
     for column in ("messages", "conversations", "conversation"):
         if column in names:
             return MessagesFormat(messages=column)
-    for prompt, completion in (("instruction", "output"), ("prompt", "completion"), ("instruction", "response"),
-                               ("prompt", "response"), ("question", "answer"), ("problem", "solution")):
+    for prompt, completion in (
+        ("instruction", "output"),
+        ("prompt", "completion"),
+        ("instruction", "response"),
+        ("prompt", "response"),
+        ("question", "answer"),
+        ("problem", "solution"),
+    ):
         if {prompt, completion} <= names:
             return PromptFormat(prompt=prompt, completion=completion)
     if "input_ids" in names:
@@ -81,8 +112,10 @@ def recognise(columns: Iterable[str]) -> Format:
     for column in ("text", "content"):
         if column in names:
             return TextFormat(text=column)
-    raise ValueError(f"no format fits the columns {', '.join(sorted(names)) or '(none)'}. Set `format`, e.g. {{text: COLUMN}}, "
-                     "{prompt: COLUMN, completion: COLUMN} or {messages: COLUMN}")
+    raise ValueError(
+        f"no format fits the columns {', '.join(sorted(names)) or '(none)'}. Set `format`, e.g. {{text: COLUMN}}, "
+        "{prompt: COLUMN, completion: COLUMN} or {messages: COLUMN}"
+    )
 
 
 def describe(format: Format) -> dict[str, Any]:
@@ -108,7 +141,9 @@ def to_sample(row: Mapping[str, Any], format: Format) -> Sample:
             if not turns:
                 return Sample(text="")
             schemas = _decoded(row, tools) if tools else row.get("tools")
-            return Sample(messages=_turns(turns, column), tools=_tools(_from_json(schemas, tools or "tools"), tools or "tools"))
+            return Sample(
+                messages=_turns(turns, column), tools=_tools(_from_json(schemas, tools or "tools"), tools or "tools")
+            )
         case XlamFormat():
             return _xlam(row)
         case TokensFormat(tokens=column, assistant_mask=mask):
@@ -168,8 +203,11 @@ def _turn(turn: Mapping[str, Any], number: int) -> dict[str, Any]:
         role, content = _SPEAKERS.get(turn["from"], turn["from"]), turn.get("value")
     if not isinstance(role, str) or not role:
         raise ValueError(f"turn {number} has no role; it has {', '.join(turn) or 'no key'}")
-    kept = {key: item for key, item in turn.items()
-            if key not in ("role", "content", "tool_calls", "from", "value") and item is not None}
+    kept = {
+        key: item
+        for key, item in turn.items()
+        if key not in ("role", "content", "tool_calls", "from", "value") and item is not None
+    }
     calls = turn.get("tool_calls")
     if isinstance(calls, str):
         calls = _from_json(calls, f"turn {number}: tool_calls")
@@ -225,9 +263,13 @@ def _xlam(row: Mapping[str, Any]) -> Sample:
         raise ValueError("column 'answers' is no list of calls")
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) and "name" in tool for tool in tools):
         raise ValueError("column 'tools' is no list of named tools")
-    return Sample(messages=[{"role": "user", "content": query},
-                            {"role": "assistant", "content": "", "tool_calls": [_call(answer, 2) for answer in answers]}],
-                  tools=[_xlam_tool(tool) for tool in tools])
+    return Sample(
+        messages=[
+            {"role": "user", "content": query},
+            {"role": "assistant", "content": "", "tool_calls": [_call(answer, 2) for answer in answers]},
+        ],
+        tools=[_xlam_tool(tool) for tool in tools],
+    )
 
 
 def _xlam_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
@@ -257,5 +299,7 @@ def _tokens(row: Mapping[str, Any], column: str, mask_column: str | None) -> Sam
     if mask is not None:
         mask = [int(mark) for mark in mask]
         if len(mask) != len(ids) or not set(mask) <= {0, 1}:
-            raise ValueError(f"column '{mask_column}' has {len(mask)} marks for {len(ids)} ids; it takes one 0 or 1 per id")
+            raise ValueError(
+                f"column '{mask_column}' has {len(mask)} marks for {len(ids)} ids; it takes one 0 or 1 per id"
+            )
     return Sample(input_ids=ids, assistant=mask)

@@ -1,4 +1,5 @@
-"""What names the content of a calibration's inputs in keys: tokenizer, chat template and the sources of the mix. Torch-free."""
+"""What names the content of a calibration's inputs in keys: tokenizer, chat template and the sources of the mix.
+Torch-free."""
 
 from __future__ import annotations
 
@@ -37,7 +38,9 @@ def source_identity(entry: MixEntry, directory: Path) -> dict[str, Any]:
         return {"builtin": entry.source.removeprefix("builtin:"), "generators": _generators_identity()}
     if is_local(entry.source, directory) and (folder := local_path(entry.source, directory)).is_dir():
         inside = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
-        return {"files": {str(file.relative_to(folder)): [file.stat().st_size, file.stat().st_mtime_ns] for file in inside}}
+        return {
+            "files": {str(file.relative_to(folder)): [file.stat().st_size, file.stat().st_mtime_ns] for file in inside}
+        }
     if is_local(entry.source, directory):
         return {"files": {Path(file).name: digest_file(Path(file)) for file in source_files(entry, directory)}}
     return {"hub": entry.source, "config": entry.config, "split": entry.split, "revision": entry.revision}
@@ -54,5 +57,7 @@ def source_files(entry: MixEntry, directory: Path) -> list[str]:
     pattern = str(local_path(entry.source, directory))
     files = sorted(file for file in glob.glob(pattern, recursive=True) if Path(file).is_file())
     if not files:
-        raise UnusableError(f"calibration source '{entry.name}': no file matches {pattern}. Paths start from the recipe's folder.")
+        raise UnusableError(
+            f"calibration source '{entry.name}': no file matches {pattern}. Paths start from the recipe's folder."
+        )
     return files

@@ -50,23 +50,38 @@ class Inputs:
         return config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
 
     def tokenizer(self) -> Any:
-        """Loaded when first asked for: sources of token ids need none. Raises UnusableError where it cannot be loaded."""
+        """Loaded when first asked for: sources of token ids need none. Raises UnusableError where it cannot be
+        loaded."""
         return _load_tokenizer(self.tokenizer_directory, self.trust_remote_code, self.tokenizer_hash)
 
     def end_token(self) -> int:
         """The id that `concat` puts between samples. Raises UnusableError where the tokenizer has none."""
         token = self.tokenizer().eos_token_id
         if token is None:
-            raise UnusableError(f"{self.tokenizer_directory}: the tokenizer has no end token (eos_token), which "
-                                "`packing: concat` puts between samples. Choose `packing: none` or `isolated`.")
+            raise UnusableError(
+                f"{self.tokenizer_directory}: the tokenizer has no end token (eos_token), which "
+                "`packing: concat` puts between samples. Choose `packing: none` or `isolated`."
+            )
         return token
 
     def part_key(self, entry: MixEntry, held_out: Collection[str] | None, skip: int) -> str:
-        """Names what decides which samples a source gives and how they are tokenized; not how many, nor how they are packed."""
+        """Names what decides which samples a source gives and how they are tokenized; not how many, nor how they are
+        packed."""
         calibration = self.calibration
-        return digest([VERSION, source_identity(entry, self.recipe_directory), entry.model_dump(mode="json", exclude={"weight"}),
-                       self.tokenizer_hash, calibration.seed, calibration.score, self.template,
-                       calibration.spans and calibration.spans.model_dump(mode="json"), held_out and sorted(held_out), skip])
+        return digest(
+            [
+                VERSION,
+                source_identity(entry, self.recipe_directory),
+                entry.model_dump(mode="json", exclude={"weight"}),
+                self.tokenizer_hash,
+                calibration.seed,
+                calibration.score,
+                self.template,
+                calibration.spans and calibration.spans.model_dump(mode="json"),
+                held_out and sorted(held_out),
+                skip,
+            ]
+        )
 
 
 @lru_cache(maxsize=2)

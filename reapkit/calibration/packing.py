@@ -1,4 +1,5 @@
-"""Samples become rows: what is kept of a long sample, and which samples share a row. Works on lengths; no token is touched."""
+"""Samples become rows: what is kept of a long sample, and which samples share a row. Works on lengths; no token is
+touched."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ class Piece:
 
 
 def largest_remainder(total: int, weights: Sequence) -> list[int]:
-    """`total` split by weight into integers that add up to it: floors, then one each by largest remainder, ties to the first.
+    """`total` split by weight into integers that add up to it: floors, then one each by largest remainder, ties to the
+    first.
 
     Weights are exact numbers (Decimal, Fraction, int), so that equal recipes split equally everywhere.
     """
@@ -44,8 +46,8 @@ def largest_remainder(total: int, weights: Sequence) -> list[int]:
 def cut(length: int, last_assistant: int, max_length: int, overflow: str) -> list[tuple[int, int]]:
     """What is kept of a sample of `length` tokens, as stretches of at most `max_length` tokens.
 
-    truncate: the beginning. split: everything, in consecutive stretches. window: the `max_length` tokens that end with the last
-    assistant token (`last_assistant`, -1: none, then the sample's end).
+    truncate: the beginning. split: everything, in consecutive stretches. window: the `max_length` tokens that end with
+    the last assistant token (`last_assistant`, -1: none, then the sample's end).
     """
     if length <= max_length:
         return [(0, length)]
@@ -57,13 +59,17 @@ def cut(length: int, last_assistant: int, max_length: int, overflow: str) -> lis
     return [(stop - max_length, stop)]
 
 
-def pieces_of(sample: int, length: int, last_assistant: int, ended: bool, max_length: int, overflow: str,
-              packing: str) -> list[Piece]:
-    """A sample's pieces in order; `concat` puts an end token behind the last, unless the sample has its own there (`ended`)."""
+def pieces_of(
+    sample: int, length: int, last_assistant: int, ended: bool, max_length: int, overflow: str, packing: str
+) -> list[Piece]:
+    """A sample's pieces in order; `concat` puts an end token behind the last, unless the sample has its own there
+    (`ended`)."""
     kept = cut(length, last_assistant, max_length, overflow)
     last = len(kept) - 1
-    return [Piece(sample, start, stop, packing == "concat" and number == last and not (ended and stop == length))
-            for number, (start, stop) in enumerate(kept)]
+    return [
+        Piece(sample, start, stop, packing == "concat" and number == last and not (ended and stop == length))
+        for number, (start, stop) in enumerate(kept)
+    ]
 
 
 def limit(pieces: Sequence[Piece], tokens: int) -> list[Piece]:
@@ -117,7 +123,8 @@ def _head(piece: Piece, room: int) -> Piece:
 def interleave(counts: Sequence[int]) -> list[tuple[int, int]]:
     """(stream, row) in an order in which every prefix holds each stream's share of the rows, to within a row or two.
 
-    Row j of n stands at (j + 1/2) / n, so that up to any place a stream is off by at most half a row; ties go to the earlier.
+    Row j of n stands at (j + 1/2) / n, so that up to any place a stream is off by at most half a row; ties go to the
+    earlier.
     """
     stream = np.repeat(np.arange(len(counts)), counts)
     row = np.concatenate([np.arange(count) for count in counts]) if counts else np.empty(0, np.int64)

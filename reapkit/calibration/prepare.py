@@ -18,68 +18,115 @@ from reapkit.core.progress import SILENT, Progress
 from reapkit.recipe.schema import CalibrationSpec, EvaluateSpec, MixEntry
 
 
-def prepare(calibration: CalibrationSpec, tokenizer_directory: Path, recipe_directory: Path, out: Path,
-            progress: Progress = SILENT, *, work: Path | None = None, trust_remote_code: bool = False) -> dict[str, Any]:
+def prepare(
+    calibration: CalibrationSpec,
+    tokenizer_directory: Path,
+    recipe_directory: Path,
+    out: Path,
+    progress: Progress = SILENT,
+    *,
+    work: Path | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
     """Writes the calibration's tokens below `out` and returns what `calibration.json` says.
 
-    Samples (or tokens) are split over the mix by largest remainder and met exactly. The same recipe, data and tokenizer give
-    the same bytes. Tokenized samples are kept below `work` (default: inside `out`, removed at the end), from where a killed
-    run goes on; a folder that is kept serves other sizes, lengths and packings of the same sources too.
+    Samples (or tokens) are split over the mix by largest remainder and met exactly. The same recipe, data and tokenizer
+    give the same bytes. Tokenized samples are kept below `work` (default: inside `out`, removed at the end), from where
+    a killed run goes on; a folder that is kept serves other sizes, lengths and packings of the same sources too.
 
     Raises UnusableError naming source and row, or the source of which nothing would be scored.
     """
-    inputs = Inputs(calibration, Path(tokenizer_directory), Path(recipe_directory), work or out / "work", trust_remote_code,
-                    progress)
+    inputs = Inputs(
+        calibration,
+        Path(tokenizer_directory),
+        Path(recipe_directory),
+        work or out / "work",
+        trust_remote_code,
+        progress,
+    )
     weights = [entry.weight for entry in calibration.mix]
     if calibration.samples is not None:
         asked = {"samples": calibration.samples}
-        targets = [Target(samples=count) for count in _shares(calibration.samples, calibration.mix, "calibration.samples")]
+        targets = [
+            Target(samples=count) for count in _shares(calibration.samples, calibration.mix, "calibration.samples")
+        ]
     else:
         asked = {"tokens": calibration.tokens}
-        targets = [Target(tokens=count, field="calibration.tokens") for count in largest_remainder(calibration.tokens, weights)]
+        targets = [
+            Target(tokens=count, field="calibration.tokens") for count in largest_remainder(calibration.tokens, weights)
+        ]
     gathered = [gather(inputs, entry, target) for entry, target in zip(calibration.mix, targets)]
     streams = [Stream(number, source, range(source.used)) for number, source in enumerate(gathered)]
     return assemble(inputs, gathered, streams, out, {"kind": "calibration", "asked": asked}, removable=work is None)
 
 
-def prepare_packs(calibration: CalibrationSpec, evaluate: EvaluateSpec, length: int, exclude: Path, tokenizer_directory: Path,
-                  recipe_directory: Path, out: Path, progress: Progress = SILENT, *, work: Path | None = None,
-                  trust_remote_code: bool = False) -> dict[str, Any]:
-    """Writes held-out rows of at most `length` tokens below `out`: other samples of the calibration's sources, and extra packs.
+def prepare_packs(
+    calibration: CalibrationSpec,
+    evaluate: EvaluateSpec,
+    length: int,
+    exclude: Path,
+    tokenizer_directory: Path,
+    recipe_directory: Path,
+    out: Path,
+    progress: Progress = SILENT,
+    *,
+    work: Path | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Writes held-out rows of at most `length` tokens below `out`: other samples of the calibration's sources, and
+    extra packs.
 
-    `evaluate.packs.samples` are split over the mix like the calibration. An extra pack gets as many samples as a source of the
-    mix has on average, weighted among the extra packs. No sample has the content of one in the calibration at `exclude`. The
-    `confirm` share of each source's samples makes rows of their own, which `CalibrationTokens.rows("confirm")` lists.
+    `evaluate.packs.samples` are split over the mix like the calibration. An extra pack gets as many samples as a source
+    of the mix has on average, weighted among the extra packs. No sample has the content of one in the calibration at
+    `exclude`. The `confirm` share of each source's samples makes rows of their own, which
+    `CalibrationTokens.rows("confirm")` lists.
 
     Raises UnusableError as `prepare` does, RecipeError where an extra pack has the name of a source of the mix.
     """
     _check_names(calibration, evaluate)
     calibration = calibration.model_copy(update={"max_length": length})
-    inputs = Inputs(calibration, Path(tokenizer_directory), Path(recipe_directory), work or out / "work", trust_remote_code,
-                    progress)
+    inputs = Inputs(
+        calibration,
+        Path(tokenizer_directory),
+        Path(recipe_directory),
+        work or out / "work",
+        trust_remote_code,
+        progress,
+    )
     known = CalibrationTokens.load(exclude).summary["sources"]
     held_out = {content for source in known for content in source["hashes"]}
     rows_read = {source["name"]: source["rows_read"] for source in known}
     packs = evaluate.packs
     entries = (*calibration.mix, *evaluate.extra_packs)
     targets = [Target(samples=count, field="evaluate.packs.samples") for count in _counts(calibration, evaluate)]
-    gathered = [gather(inputs, entry, target, held_out, skip=rows_read.get(entry.name, 0))
-                for entry, target in zip(entries, targets)]
+    gathered = [
+        gather(inputs, entry, target, held_out, skip=rows_read.get(entry.name, 0))
+        for entry, target in zip(entries, targets)
+    ]
     streams = []
     for number, source in enumerate(gathered):
         confirm = [_is_confirm(sample, packs.confirm) for sample in range(source.used)]
-        streams += [Stream(number, source, [sample for sample, mark in enumerate(confirm) if mark == part], part)
-                    for part in range(len(PARTS))]
-    about = {"kind": "packs", "asked": {"samples": packs.samples, "confirm": str(packs.confirm)},
-             "extra": [entry.name for entry in evaluate.extra_packs]}
+        streams += [
+            Stream(number, source, [sample for sample, mark in enumerate(confirm) if mark == part], part)
+            for part in range(len(PARTS))
+        ]
+    about = {
+        "kind": "packs",
+        "asked": {"samples": packs.samples, "confirm": str(packs.confirm)},
+        "extra": [entry.name for entry in evaluate.extra_packs],
+    }
     return assemble(inputs, gathered, streams, out, about, removable=work is None)
 
 
 def _check_names(calibration: CalibrationSpec, evaluate: EvaluateSpec) -> None:
     names = [entry.name for entry in (*calibration.mix, *evaluate.extra_packs)]
     if doubled := sorted({name for name in names if names.count(name) > 1}):
-        raise RecipeError([Problem("evaluate.extra_packs", f"the name '{name}' is taken. Give every source its own name.")
-                           for name in doubled])
+        raise RecipeError(
+            [
+                Problem("evaluate.extra_packs", f"the name '{name}' is taken. Give every source its own name.")
+                for name in doubled
+            ]
+        )
 
 
 def _counts(calibration: CalibrationSpec, evaluate: EvaluateSpec) -> list[int]:
@@ -98,8 +145,15 @@ def _shares(samples: int, entries: Sequence[MixEntry], field: str) -> list[int]:
     counts = largest_remainder(samples, weights)
     if without := [entry.name for entry, count in zip(entries, counts) if not count]:
         enough = ceil(sum(weights) / min(weights))
-        raise RecipeError([Problem(field, f"{samples} for {len(entries)} sources leave none for {', '.join(without)}. With their weights "
-                                          f"{enough} are enough for each to get one.")])
+        raise RecipeError(
+            [
+                Problem(
+                    field,
+                    f"{samples} for {len(entries)} sources leave none for {', '.join(without)}. With their weights "
+                    f"{enough} are enough for each to get one.",
+                )
+            ]
+        )
     return counts
 
 

@@ -1,4 +1,5 @@
-"""Numbered rows of every kind of source: generators, lines, JSON arrays, documents, Arrow tables, streams. Torch-free."""
+"""Numbered rows of every kind of source: generators, lines, JSON arrays, documents, Arrow tables, streams.
+Torch-free."""
 
 from __future__ import annotations
 
@@ -46,7 +47,9 @@ class Generated:
         rows: list[Mapping[str, Any]] = []
         for _, run in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
             run_numbers = [number for _, number in run]
-            rows += itertools.islice(generators.generate(self.name, seed=self.seed, start=run_numbers[0]), len(run_numbers))
+            rows += itertools.islice(
+                generators.generate(self.name, seed=self.seed, start=run_numbers[0]), len(run_numbers)
+            )
         return rows
 
     def place(self, number: int) -> str:
@@ -83,9 +86,13 @@ class Lines:
         try:
             row = json.loads(text)
         except ValueError as error:
-            raise ValueError(f"{self.place(number)}: broken JSON ({error}). Every line takes one JSON object.") from None
+            raise ValueError(
+                f"{self.place(number)}: broken JSON ({error}). Every line takes one JSON object."
+            ) from None
         if not isinstance(row, dict):
-            raise ValueError(f"{self.place(number)}: a JSON {type(row).__name__}, but every line takes one JSON object.")
+            raise ValueError(
+                f"{self.place(number)}: a JSON {type(row).__name__}, but every line takes one JSON object."
+            )
         return row
 
     def place(self, number: int) -> str:
@@ -160,7 +167,8 @@ class Table:
         self.dataset, self.title, self.total, self.revision = dataset, title, len(dataset), revision
 
     def only(self, columns: Sequence[str]) -> Table:
-        """The same rows with these columns alone, where it has them all; reading long texts just to filter takes minutes."""
+        """The same rows with these columns alone, where it has them all; reading long texts just to filter takes
+        minutes."""
         known = set(columns) <= set(self.dataset.column_names)
         return Table(self.dataset.select_columns(list(columns)), self.title) if known else self
 
@@ -173,11 +181,14 @@ class Table:
 
 
 class Stream:
-    """A hub dataset read over the network in shuffled order; only forward reads are cheap, earlier rows start it again."""
+    """A hub dataset read over the network in shuffled order; only forward reads are cheap, earlier rows start it
+    again."""
 
     total = None
 
-    def __init__(self, dataset: Any, title: str, keep: Callable[[Mapping[str, Any]], bool], revision: str | None = None):
+    def __init__(
+        self, dataset: Any, title: str, keep: Callable[[Mapping[str, Any]], bool], revision: str | None = None
+    ):
         self.dataset, self.title, self.keep, self.revision = dataset, title, keep, revision
         self._iterator, self._next = iter(()), None
 

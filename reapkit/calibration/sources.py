@@ -1,4 +1,5 @@
-"""Where rows come from (generators, local files, datasets of the hub) and the order in which they are tried. Torch-free."""
+"""Where rows come from (generators, local files, datasets of the hub) and the order in which they are tried.
+Torch-free."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ PACK_START = 1 << 32
 
 @dataclass(frozen=True)
 class Walk:
-    """The order in which a source's rows are tried: a seeded permutation, a generator's own order, or a shuffled stream."""
+    """The order in which a source's rows are tried: a seeded permutation, a generator's own order, or a shuffled
+    stream."""
 
     name: str
     rows: Rows
@@ -54,7 +56,8 @@ class Walk:
         return f"source '{self.name}', {self.rows.place(self.number(position))}"
 
     def read(self, positions: Sequence[int]) -> list[Mapping[str, Any]]:
-        """Rows in the order of `positions`; fewer at the end of a stream. Raises UnusableError naming source and row."""
+        """Rows in the order of `positions`; fewer at the end of a stream. Raises UnusableError naming source and
+        row."""
         try:
             return self.rows.read([self.number(position) for position in positions])
         except ValueError as error:
@@ -64,9 +67,9 @@ class Walk:
 def open_walk(entry: MixEntry, recipe_directory: Path, *, seed: int, held_out: bool = False, skip: int = 0) -> Walk:
     """The walk over a mix entry's rows that pass its filter.
 
-    A calibration walks the permutation of `seed` and the entry's name from the front, held-out packs from the back, so that
-    neither depends on the size of the other; they meet only where the source is too small. A stream has no back: packs
-    begin `skip` rows in.
+    A calibration walks the permutation of `seed` and the entry's name from the front, held-out packs from the back, so
+    that neither depends on the size of the other; they meet only where the source is too small. A stream has no back:
+    packs begin `skip` rows in.
 
     Raises UnusableError naming the source.
     """
@@ -117,8 +120,10 @@ def passes(row: Mapping[str, Any], entry: MixEntry, place: str) -> bool:
     """Whether every filtered column holds the value, or one of the values where the filter lists several."""
     for column, wanted in (entry.filter or {}).items():
         if column not in row:
-            raise UnusableError(f"source '{entry.name}', {place}: the filter's column '{column}' is missing; "
-                                f"the row has {', '.join(row)}.")
+            raise UnusableError(
+                f"source '{entry.name}', {place}: the filter's column '{column}' is missing; "
+                f"the row has {', '.join(row)}."
+            )
         found = row[column]
         if found != wanted and not (isinstance(wanted, list) and found in wanted):
             return False
@@ -138,7 +143,8 @@ def _open_files(entry: MixEntry, recipe_directory: Path, seed: int) -> Rows:
 
 
 def _open_file(path: Path, entry: MixEntry) -> Rows:
-    """.jsonl and .ndjson: a row per line; .json: an array, or lines; .txt: a row per line; any other: the file is one row."""
+    """.jsonl and .ndjson: a row per line; .json: an array, or lines; .txt: a row per line; any other: the file is one
+    row."""
     suffix = path.suffix.lower()
     if suffix in (".jsonl", ".ndjson"):
         return Lines(path, json_lines=True)
@@ -164,7 +170,9 @@ def _open_parquet(files: Sequence[Path], entry: MixEntry) -> Rows:
         with _quiet(datasets):
             table = datasets.load_dataset("parquet", data_files=[str(file) for file in files], split="train")
     except Exception as error:
-        raise UnusableError(f"source '{entry.name}', {', '.join(file.name for file in files)}: {_reason(error)}") from None
+        raise UnusableError(
+            f"source '{entry.name}', {', '.join(file.name for file in files)}: {_reason(error)}"
+        ) from None
     return Table(table, files[0].name if len(files) == 1 else f"{len(files)} parquet files")
 
 
@@ -180,7 +188,9 @@ def open_dataset(entry: MixEntry, path: str, seed: int) -> Rows:
             builder = datasets.load_dataset_builder(path, entry.config, revision=entry.revision)
             if _bytes_of(builder, entry) > STREAM_ABOVE_BYTES:
                 stream = builder.as_streaming_dataset(split=entry.split).shuffle(seed=seed, buffer_size=STREAM_BUFFER)
-                return Stream(stream, entry.source, lambda row: passes(row, entry, entry.source), _commit(builder, entry))
+                return Stream(
+                    stream, entry.source, lambda row: passes(row, entry, entry.source), _commit(builder, entry)
+                )
             table = datasets.load_dataset(path, entry.config, split=entry.split, revision=entry.revision)
             return Table(table, entry.source, _commit(builder, entry))
     except UnusableError:

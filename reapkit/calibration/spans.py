@@ -35,7 +35,8 @@ WAYS = {
 
 @dataclass(frozen=True)
 class Rendered:
-    """A sample as the model reads it: text, assistant spans in characters, and whether the tokenizer adds special tokens."""
+    """A sample as the model reads it: text, assistant spans in characters, and whether the tokenizer adds special
+    tokens."""
 
     text: str
     spans: list[tuple[int, int]]
@@ -46,8 +47,8 @@ class Rendered:
 class Renderer:
     """Samples to text with assistant spans, by the first way that applies: markers, {% generation %}, prefix rendering.
 
-    A `chat_template` of the recipe replaces the model's. Plain text counts as written by the assistant throughout, unless
-    markers are given: it has no prompt that could be left out.
+    A `chat_template` of the recipe replaces the model's. Plain text counts as written by the assistant throughout,
+    unless markers are given: it has no prompt that could be left out.
     """
 
     def __init__(self, calibration: CalibrationSpec, tokenizer: Any, own_template: str | None):
@@ -65,9 +66,13 @@ class Renderer:
     def template(self, tools: list[dict[str, Any]] | None) -> str:
         """The chat template in use. Raises ValueError where there is none."""
         if self.own_template is None and not self.tokenizer.chat_template:
-            raise ValueError("the model ships no chat template. Give calibration.chat_template (a Jinja file), "
-                             "or render the chats yourself into a text column and give calibration.spans")
-        return self.own_template if self.own_template is not None else self.tokenizer.get_chat_template(None, tools=tools)
+            raise ValueError(
+                "the model ships no chat template. Give calibration.chat_template (a Jinja file), "
+                "or render the chats yourself into a text column and give calibration.spans"
+            )
+        return (
+            self.own_template if self.own_template is not None else self.tokenizer.get_chat_template(None, tools=tools)
+        )
 
     def render(self, sample: Sample) -> Rendered:
         """Text and spans of a text or chat sample. Raises ValueError saying what is wrong and what to do."""
@@ -91,11 +96,13 @@ class Renderer:
             return Rendered(text, marked_spans(text, self.markers), "markers", special)
         return Rendered(text, [(0, len(text))], "whole text", special)
 
-    def _chat(self, template: str, messages: list[dict[str, Any]], tools: Any, *, prompt: bool = False,
-              marked: bool = False) -> Any:
+    def _chat(
+        self, template: str, messages: list[dict[str, Any]], tools: Any, *, prompt: bool = False, marked: bool = False
+    ) -> Any:
         """The conversation as text, with `marked` also its generation spans.
 
-        Call arguments are given as objects, as transformers documents; templates that concatenate them get JSON text instead.
+        Call arguments are given as objects, as transformers documents; templates that concatenate them get JSON text
+        instead.
         """
         try:
             return self._apply(template, messages, tools, prompt, marked)
@@ -105,22 +112,29 @@ class Renderer:
                     return self._apply(template, _with_text_arguments(messages), tools, prompt, marked)
                 except Exception:
                     pass  # the first error is the one to show
-            raise ValueError(f"the chat template refuses this conversation ({type(error).__name__}: {error})") from error
+            raise ValueError(
+                f"the chat template refuses this conversation ({type(error).__name__}: {error})"
+            ) from error
 
     def _apply(self, template: str, messages: list[dict[str, Any]], tools: Any, prompt: bool, marked: bool) -> Any:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         rendered, spans = render_jinja_template(
-            conversations=[messages], tools=tools, chat_template=template, add_generation_prompt=prompt,
-            return_assistant_tokens_mask=marked, **self.tokenizer.special_tokens_map)
+            conversations=[messages],
+            tools=tools,
+            chat_template=template,
+            add_generation_prompt=prompt,
+            return_assistant_tokens_mask=marked,
+            **self.tokenizer.special_tokens_map,
+        )
         return (rendered[0], spans[0]) if marked else rendered[0]
 
     def _prefix_spans(self, template: str, sample: Sample, whole: str) -> list[tuple[int, int]]:
         """What each assistant turn adds to the rendering of the turns before it.
 
-        A turn's span begins where the rendering with it and that of a generation prompt part (a prompt that opens a thought
-        parts from a turn without one), and ends where the rendering up to it ends. That rendering must be a prefix of the whole
-        conversation, and the turns before it a prefix of that.
+        A turn's span begins where the rendering with it and that of a generation prompt part (a prompt that opens a
+        thought parts from a turn without one), and ends where the rendering up to it ends. That rendering must be a
+        prefix of the whole conversation, and the turns before it a prefix of that.
         """
         spans = []
         for number, turn in enumerate(sample.messages):
@@ -132,19 +146,24 @@ class Renderer:
             before = prompt if nests else self._chat(template, sample.messages[:number], sample.tools)
             if not whole.startswith(upto) or not upto.startswith(before):
                 raise ValueError(self._no_nesting(template, sample, number))
-            shared = 0 if nests else len(os.path.commonprefix([prompt.removeprefix(before), upto[len(before):]]))
+            shared = 0 if nests else len(os.path.commonprefix([prompt.removeprefix(before), upto[len(before) :]]))
             spans.append((len(before) + shared, len(upto)))
         return spans
 
     def _no_nesting(self, template: str, sample: Sample, number: int) -> str:
-        before, prompt = (self._chat(template, sample.messages[:number], sample.tools, prompt=prompt) if number else ""
-                          for prompt in (False, True))
+        before, prompt = (
+            self._chat(template, sample.messages[:number], sample.tools, prompt=prompt) if number else ""
+            for prompt in (False, True)
+        )
         opening = prompt.removeprefix(before) if prompt.startswith(before) else ""
-        markers = json.dumps({"start": opening or "<|assistant|>", "end": self.tokenizer.eos_token or "<|end|>"},
-                             ensure_ascii=False)
-        return (f"the chat template rewrites earlier turns: turn {number + 1} is rendered otherwise once later turns follow, "
-                "so its assistant tokens cannot be found by comparing prefixes. Give markers, e.g. calibration.spans: "
-                f"{markers}, or a calibration.chat_template with {{% generation %}} blocks")
+        markers = json.dumps(
+            {"start": opening or "<|assistant|>", "end": self.tokenizer.eos_token or "<|end|>"}, ensure_ascii=False
+        )
+        return (
+            f"the chat template rewrites earlier turns: turn {number + 1} is rendered otherwise once later turns"
+            " follow, so its assistant tokens cannot be found by comparing prefixes. Give markers, e.g."
+            f" calibration.spans: {markers}, or a calibration.chat_template with {{% generation %}} blocks"
+        )
 
 
 def read_template(path: str | None, recipe_directory: Path) -> str | None:
@@ -155,8 +174,10 @@ def read_template(path: str | None, recipe_directory: Path) -> str | None:
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UnusableError(f"calibration.chat_template: {file} cannot be read ({type(error).__name__}). "
-                            "Paths start from the recipe's folder.") from None
+        raise UnusableError(
+            f"calibration.chat_template: {file} cannot be read ({type(error).__name__}). "
+            "Paths start from the recipe's folder."
+        ) from None
 
 
 def _with_text_arguments(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -165,8 +186,10 @@ def _with_text_arguments(messages: list[dict[str, Any]]) -> list[dict[str, Any]]
         text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
         return {**call, "function": {**call["function"], "arguments": text}}
 
-    return [{**turn, "tool_calls": [as_text(call) for call in turn["tool_calls"]]} if turn.get("tool_calls") else turn
-            for turn in messages]
+    return [
+        {**turn, "tool_calls": [as_text(call) for call in turn["tool_calls"]]} if turn.get("tool_calls") else turn
+        for turn in messages
+    ]
 
 
 def marked_spans(text: str, markers: Spans) -> list[tuple[int, int]]:
@@ -187,7 +210,8 @@ def marked_spans(text: str, markers: Spans) -> list[tuple[int, int]]:
 
 
 def encode(rendered: Sequence[Rendered], tokenizer: Any) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Ids int32 [n] and assistant marks uint8 [n] of each text; a token is the assistant's when any of its characters is.
+    """Ids int32 [n] and assistant marks uint8 [n] of each text; a token is the assistant's when any of its characters
+    is.
 
     Texts go through the tokenizer in batches, on all cores, with the interpreter free meanwhile. Tokenizers without
     character offsets (remote code) encode the stretches between span borders one by one.
@@ -196,9 +220,11 @@ def encode(rendered: Sequence[Rendered], tokenizer: Any) -> list[tuple[np.ndarra
         return [_encode_stretches(item, tokenizer) for item in rendered]
     results: list[Any] = [None] * len(rendered)
     for numbers in _batches(rendered):
-        # The backend itself: transformers' call first sets truncation and padding on it, which fails while a thread encodes.
-        encodings = tokenizer.backend_tokenizer.encode_batch([rendered[number].text for number in numbers],
-                                                             add_special_tokens=rendered[numbers[0]].special)
+        # The backend itself: transformers' call first sets truncation and padding on it, which fails while a thread
+        # encodes.
+        encodings = tokenizer.backend_tokenizer.encode_batch(
+            [rendered[number].text for number in numbers], add_special_tokens=rendered[numbers[0]].special
+        )
         for number, encoding in zip(numbers, encodings):
             ids = np.array(encoding.ids, dtype=np.int32)
             results[number] = ids, _marks(encoding, rendered[number], len(ids))
@@ -206,7 +232,8 @@ def encode(rendered: Sequence[Rendered], tokenizer: Any) -> list[tuple[np.ndarra
 
 
 def _batches(rendered: Sequence[Rendered]) -> Iterator[list[int]]:
-    """Numbers of texts that agree on special tokens, at most `BATCH_CHARACTERS` together (a longer text comes alone)."""
+    """Numbers of texts that agree on special tokens, at most `BATCH_CHARACTERS` together (a longer text comes
+    alone)."""
     for special in (False, True):
         chosen, characters = [], 0
         for number, item in enumerate(rendered):
@@ -233,13 +260,21 @@ def _marks(encoding: Any, item: Rendered, length: int) -> np.ndarray:
 
 
 def _token_range(encoding: Any, start: int, stop: int) -> tuple[int, int]:
-    """The tokens that hold a character of [start, stop); characters that no token holds (dropped blanks) are stepped over."""
+    """The tokens that hold a character of [start, stop); characters that no token holds (dropped blanks) are stepped
+    over."""
     first = next((token for place in range(start, stop) if (token := encoding.char_to_token(place)) is not None), None)
     if first is None:
         return 0, 0
-    last = next(token for place in range(stop - 1, start - 1, -1) if (token := encoding.char_to_token(place)) is not None)
+    last = next(
+        token for place in range(stop - 1, start - 1, -1) if (token := encoding.char_to_token(place)) is not None
+    )
     # A character of several bytes may be several tokens, of which char_to_token names the first.
-    while last + 1 < len(encoding) and (chars := encoding.token_to_chars(last + 1)) and chars[0] < stop and chars[1] > start:
+    while (
+        last + 1 < len(encoding)
+        and (chars := encoding.token_to_chars(last + 1))
+        and chars[0] < stop
+        and chars[1] > start
+    ):
         last += 1
     return first, last + 1
 

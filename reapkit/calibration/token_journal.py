@@ -1,7 +1,8 @@
-"""A source's accepted samples as tokens on disk, appended block by block, so that a killed preparation goes on where it was.
+"""A source's accepted samples as tokens on disk, appended block by block, so that a killed preparation goes on where it
+was.
 
-    input_ids.bin   int32, samples one after another        assistant.bin   uint8, the same
-    journal.jsonl   one line per finished block: walk positions, lengths and hashes of its samples, and what was dropped
+input_ids.bin   int32, samples one after another        assistant.bin   uint8, the same
+journal.jsonl   one line per finished block: walk positions, lengths and hashes of its samples, and what was dropped
 """
 
 from __future__ import annotations
@@ -59,21 +60,28 @@ class Samples:
 
     @contextmanager
     def reader(self) -> Iterator[Callable[[int, int, int], tuple[np.ndarray, np.ndarray]]]:
-        """For the block, a function from (sample, start, stop) to those tokens' ids int32 and marks uint8, read from disk."""
+        """For the block, a function from (sample, start, stop) to those tokens' ids int32 and marks uint8, read from
+        disk."""
         offsets = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
-        with (self.directory / "input_ids.bin").open("rb") as ids, (self.directory / "assistant.bin").open("rb") as marks:
+        with (
+            (self.directory / "input_ids.bin").open("rb") as ids,
+            (self.directory / "assistant.bin").open("rb") as marks,
+        ):
 
             def read(sample: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
                 place, size = int(offsets[sample]) + start, stop - start
-                return (np.frombuffer(os.pread(ids.fileno(), 4 * size, 4 * place), "<i4"),
-                        np.frombuffer(os.pread(marks.fileno(), size, place), np.uint8))
+                return (
+                    np.frombuffer(os.pread(ids.fileno(), 4 * size, 4 * place), "<i4"),
+                    np.frombuffer(os.pread(marks.fileno(), size, place), np.uint8),
+                )
 
             yield read
 
 
 @contextmanager
 def opened(directory: Path) -> Iterator[Samples]:
-    """The samples that earlier, perhaps killed, runs left in `directory`, ready to be appended to; locked for the block."""
+    """The samples that earlier, perhaps killed, runs left in `directory`, ready to be appended to; locked for the
+    block."""
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

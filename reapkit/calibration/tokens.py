@@ -1,11 +1,12 @@
 """Calibration tokens on disk: ragged rows that are read one at a time, whatever their total size.
 
     tokens.safetensors   input_ids int32 [tokens], assistant uint8 [tokens], row_offsets int64 [rows + 1],
-                         row_source int16 [rows], sample_offsets int64 [parts + 1], part_sample int32 [parts] (the number of
-                         the sample within its source), row_part uint8 [rows] (packs only)
+                         row_source int16 [rows], sample_offsets int64 [parts + 1], part_sample int32 [parts] (the
+                         number of the sample within its source), row_part uint8 [rows] (packs only)
     calibration.json     what it was made of and what came out
 
-A *part* is what one row holds of one sample; `sample_offsets` says where each begins and has a boundary at every row start.
+A *part* is what one row holds of one sample; `sample_offsets` says where each begins and has a boundary at every row
+start.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ class Row:
 class CalibrationTokens:
     """A prepared calibration (or a held-out pack); index tensors are in memory, token data stays on disk.
 
-    With `score: all` every position is scored; with `completion` every position whose next token lies in an assistant span of
-    the same sample. A position has a signal when it is scored and its sample goes on within the row.
+    With `score: all` every position is scored; with `completion` every position whose next token lies in an assistant
+    span of the same sample. A position has a signal when it is scored and its sample goes on within the row.
     """
 
     def __init__(self, directory: Path, summary: Mapping[str, Any]):
@@ -71,8 +72,9 @@ class CalibrationTokens:
         try:
             summary = json.loads((directory / SUMMARY_FILE).read_text())
         except FileNotFoundError:
-            raise UnusableError(f"{directory} holds no {SUMMARY_FILE}, so it is no finished calibration. "
-                                "Run it again.") from None
+            raise UnusableError(
+                f"{directory} holds no {SUMMARY_FILE}, so it is no finished calibration. Run it again."
+            ) from None
         return cls(directory, summary)
 
     @property
@@ -120,7 +122,8 @@ class CalibrationTokens:
 class Batch:
     """Rows padded on the right: `input_ids` int64 [b, t]; `valid`, `scored`, `signal` bool [b, t].
 
-    `lengths`, `source` int64 [b]; `rows`: their numbers. `position_ids` int64 [b, t] restarts at every sample with `packing: isolated` and is None otherwise.
+    `lengths`, `source` int64 [b]; `rows`: their numbers. `position_ids` int64 [b, t] restarts at every sample with
+    `packing: isolated` and is None otherwise.
     """
 
     input_ids: torch.Tensor

@@ -33,7 +33,9 @@ def _num_hidden_layers(config: Mapping[str, Any]) -> int:
     if value is None:  # nemotron_h may say it by listing the layers
         value = len(config.get("layers_block_type") or config.get("layer_types") or ())
     if not isinstance(value, int) or value < 1:
-        raise UnusableError("config.json: num_hidden_layers is missing or no positive number, so the layers cannot be told apart.")
+        raise UnusableError(
+            "config.json: num_hidden_layers is missing or no positive number, so the layers cannot be told apart."
+        )
     return value
 
 
@@ -41,7 +43,8 @@ def _num_hidden_layers(config: Mapping[str, Any]) -> int:
 class Architecture:
     """The routing of a MoE as its config declares it.
 
-    `n_group` > 1: experts are routed in groups of `num_experts // n_group`, of which `topk_group` are eligible per token.
+    `n_group` > 1: experts are routed in groups of `num_experts // n_group`, of which `topk_group` are eligible per
+    token.
     """
 
     model_type: str
@@ -59,14 +62,23 @@ class Architecture:
         model_type = str(text.get("model_type") or config.get("model_type") or "unknown")
         if experts is None or top_k is None:
             missing = f"none of {', '.join(EXPERT_COUNT_KEYS if experts is None else TOP_K_KEYS)}"
-            raise UnusableError(f"config.json: model_type '{model_type}' has {missing}, so it is no Mixture-of-Experts "
-                                "checkpoint that reapkit knows. Choose a MoE model.")
-        return cls(model_type, _num_hidden_layers(text), experts, top_k,
-                   n_group=int(text.get("n_group") or 1), topk_group=int(text.get("topk_group") or 1))
+            raise UnusableError(
+                f"config.json: model_type '{model_type}' has {missing}, so it is no Mixture-of-Experts "
+                "checkpoint that reapkit knows. Choose a MoE model."
+            )
+        return cls(
+            model_type,
+            _num_hidden_layers(text),
+            experts,
+            top_k,
+            n_group=int(text.get("n_group") or 1),
+            topk_group=int(text.get("topk_group") or 1),
+        )
 
     @property
     def least_experts(self) -> int:
-        """The fewest experts per layer that still route: top-k in the eligible groups; groups scored by two experts need two."""
+        """The fewest experts per layer that still route: top-k in the eligible groups; groups scored by two experts
+        need two."""
         if self.n_group == 1:
             return self.num_experts_per_tok
         per_group = max(2, -(-self.num_experts_per_tok // self.topk_group))

@@ -24,15 +24,22 @@ INDEX = "model.safetensors.index.json"
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """Tensor name -> shard; shards lie in the directory itself. Raises UnusableError where the index says anything else."""
+    """Tensor name -> shard; shards lie in the directory itself. Raises UnusableError where the index says anything
+    else."""
     try:
         weight_map = json.loads(path.read_text())["weight_map"]
         wrong = [shard for shard in weight_map.values() if type(shard) is not str]
-        wrong = wrong or [shard for shard in sorted(set(weight_map.values())) if shard != Path(shard).name or "\0" in shard]
+        wrong = wrong or [
+            shard for shard in sorted(set(weight_map.values())) if shard != Path(shard).name or "\0" in shard
+        ]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UnusableError(f"{path}: no index of shards ({type(error).__name__}: {error}). Download it again.") from None
+        raise UnusableError(
+            f"{path}: no index of shards ({type(error).__name__}: {error}). Download it again."
+        ) from None
     if wrong:
-        raise UnusableError(f"{path}: names the shard {wrong[0]!r}, which is no file of this directory. Download it again.")
+        raise UnusableError(
+            f"{path}: names the shard {wrong[0]!r}, which is no file of this directory. Download it again."
+        )
     return weight_map
 
 
@@ -58,7 +65,8 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: str | os.PathLike, *, absent: Mapping[str, AbsentShard] | None = None) -> Checkpoint:
-        """Reads config.json and the header of every shard that is not `absent`. Raises UnusableError naming what is missing."""
+        """Reads config.json and the header of every shard that is not `absent`. Raises UnusableError naming what is
+        missing."""
         path = Path(path)
         if not (path / "config.json").is_file():
             raise UnusableError(f"{path}: no config.json there. Give a model directory or a hub id.")
@@ -69,7 +77,12 @@ class Checkpoint:
         if not isinstance(config, dict):
             raise UnusableError(f"{path / 'config.json'}: no JSON object. Download it again.")
         with collector_paused():
-            return cls(path, config, *_read_tensors(path, absent or {}), {name: shard.sha256 for name, shard in (absent or {}).items()})
+            return cls(
+                path,
+                config,
+                *_read_tensors(path, absent or {}),
+                {name: shard.sha256 for name, shard in (absent or {}).items()},
+            )
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -90,16 +103,25 @@ class Checkpoint:
 
     @cached_property
     def identity(self) -> str:
-        """What names this checkpoint in keys: config, headers and each shard's content where it is small, else its size and
-        mtime."""
-        return digest({"config": self.config, "tensors": self.stored or sorted(self.tensors.values()),
-                       "shards": [[shard, self.shard_hashes[shard]] if shard in self.shard_hashes else _shard_identity(self.path / shard)
-                                  for shard in self.shards]})
+        """What names this checkpoint in keys: config, headers and each shard's content where it is small, else its size
+        and mtime."""
+        return digest(
+            {
+                "config": self.config,
+                "tensors": self.stored or sorted(self.tensors.values()),
+                "shards": [
+                    [shard, self.shard_hashes[shard]]
+                    if shard in self.shard_hashes
+                    else _shard_identity(self.path / shard)
+                    for shard in self.shards
+                ],
+            }
+        )
 
 
 def _read_tensors(path: Path, absent: Mapping[str, AbsentShard]) -> tuple[dict[str, TensorInfo], str]:
-    """The tensors of all shards that the index names, or without an index of all there are; of two of one name the index chooses.
-    And the sha256 of all that was read.
+    """The tensors of all shards that the index names, or without an index of all there are; of two of one name the
+    index chooses. And the sha256 of all that was read.
 
     Raises UnusableError naming what is missing or contradictory.
     """
@@ -111,7 +133,9 @@ def _read_tensors(path: Path, absent: Mapping[str, AbsentShard]) -> tuple[dict[s
     else:
         shards = sorted({file.name for file in path.glob("*.safetensors")} | absent.keys())
     if not shards:
-        raise UnusableError(f"{path}: no safetensors weights there. reapkit reads safetensors only; convert .bin files first.")
+        raise UnusableError(
+            f"{path}: no safetensors weights there. reapkit reads safetensors only; convert .bin files first."
+        )
     tensors: dict[str, TensorInfo] = {}
     for shard in shards:
         if shard not in absent and not (path / shard).is_file():
@@ -123,7 +147,9 @@ def _read_tensors(path: Path, absent: Mapping[str, AbsentShard]) -> tuple[dict[s
             found = {name: tensor for name, tensor in found.items() if weight_map.get(name, shard) == shard}
         if not tensors.keys().isdisjoint(found):
             twice = next(name for name in found if name in tensors)
-            raise UnusableError(f"{path}: tensor {twice} lies in {tensors[twice].shard} and in {shard}. Remove the stale one.")
+            raise UnusableError(
+                f"{path}: tensor {twice} lies in {tensors[twice].shard} and in {shard}. Remove the stale one."
+            )
         tensors.update(found)
     if weight_map is not None and (lost := sorted(weight_map.keys() - tensors.keys())):
         raise UnusableError(f"{path}: the index names {len(lost)} tensors that no shard holds, such as {lost[0]}.")
@@ -132,7 +158,8 @@ def _read_tensors(path: Path, absent: Mapping[str, AbsentShard]) -> tuple[dict[s
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """Without the garbage collector, which would walk hundreds of thousands of new and lasting objects again and again."""
+    """Without the garbage collector, which would walk hundreds of thousands of new and lasting objects again and
+    again."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -143,7 +170,8 @@ def collector_paused() -> Iterator[None]:
 
 
 def _shard_identity(path: Path) -> list[str | int]:
-    """Hub caches name a shard by its sha256 and link to it; small files are hashed; others count as changed when touched."""
+    """Hub caches name a shard by its sha256 and link to it; small files are hashed; others count as changed when
+    touched."""
     facts = path.lstat()
     if stat.S_ISLNK(facts.st_mode):
         blob = path.resolve()

@@ -3,8 +3,8 @@
 Four kinds of names are told apart inside a layer that routes:
 
     ....experts.7.gate_proj.weight          per expert: the index is in the name (with all its scales and shapes)
-    ....experts.gate_up_proj[_blocks]       stacked: axis 0 counts experts (granitemoe and step spell it without `experts`)
-    ....gate.weight, ....router.bias, ...   router: one axis has as many entries as there are experts
+    ....experts.gate_up_proj[_blocks]       stacked: axis 0 counts experts (granitemoe and step spell it without
+    `experts`) ....gate.weight, ....router.bias, ...   router: one axis has as many entries as there are experts
     everything else                         no expert axis: attention, norms, shared experts, dense parts
 
 A tensor that fits none of them and yet could count experts is an error that names it, never a guess.
@@ -26,25 +26,31 @@ from reapkit.core.errors import UnusableError
 from reapkit.core.safetensors_header import TensorInfo
 
 EXPERTS = ".experts."
-STACKED_WITHOUT_EXPERTS = re.compile(r"^(?P<site>.*?)\.(?:(?:input|output)_linear|(?<=\.moe\.)(?:gate|up|down|gate_up)_proj)\.")
+STACKED_WITHOUT_EXPERTS = re.compile(
+    r"^(?P<site>.*?)\.(?:(?:input|output)_linear|(?<=\.moe\.)(?:gate|up|down|gate_up)_proj)\."
+)
 LAYER = re.compile(r"^(?P<stack>(?:[^.\d][^.]*\.)*)(?P<index>[0-9]{1,9})\.")
 MTP = re.compile(r"(?:^|\.)(?:mtp|nextn)(?:_[a-z_]+)?\.")
 SHARED = re.compile(r"(?:^|[._])shared?(?:[._]|$)")
-ROUTER = re.compile(r"(?:^|\.)(?:gate|wg|router\w*|moe_statics|classifier|\w*expert\w*|\w*correction_bias|tid2eid)(?:\.|$)")
+ROUTER = re.compile(
+    r"(?:^|\.)(?:gate|wg|router\w*|moe_statics|classifier|\w*expert\w*|\w*correction_bias|tid2eid)(?:\.|$)"
+)
 ATTENTION = re.compile(r"(?:^|\.)\w*(?:attn|attention|mamba|conv|norm|rotary|latent)\w*(?:\.|$)")
 DENSE = re.compile(r"(?:^|\.)(?:mlps?|feed_forward|ffn)\.(?:\d+\.)?(?:gate|up|down|gate_up|w[123])(?:_proj)?\.")
-QUANTIZER_STATE = re.compile(r"(?:^|_)(?:weight|input|output|proj)_(?:global_)?scale(?:_\d|_inv)?$|scales$|weight_shape$|"
-                             r"zero_point$|^qzeros$|^g_idx$|weight_g_idx$")
+QUANTIZER_STATE = re.compile(
+    r"(?:^|_)(?:weight|input|output|proj)_(?:global_)?scale(?:_\d|_inv)?$|scales$|weight_shape$|"
+    r"zero_point$|^qzeros$|^g_idx$|weight_g_idx$"
+)
 
 
 @dataclass(frozen=True)
 class MoeLayer:
     """The tensors of one layer that carry its expert axis.
 
-    `parts`: what follows the expert's number, such as `gate_proj.weight` -> expert -> name. `stacked`: name -> axis that counts
-    the experts, for weights and router rows alike; where that axis is longer than `num_experts`, its last entries belong to no
-    routed expert (zero experts, shared rows) and stay. `table` names a fixed token-to-expert table: a layer that has one can only
-    stay whole.
+    `parts`: what follows the expert's number, such as `gate_proj.weight` -> expert -> name. `stacked`: name -> axis
+    that counts the experts, for weights and router rows alike; where that axis is longer than `num_experts`, its last
+    entries belong to no routed expert (zero experts, shared rows) and stay. `table` names a fixed token-to-expert
+    table: a layer that has one can only stay whole.
     """
 
     index: int
@@ -73,8 +79,9 @@ class MoeLayer:
 class Kind:
     """A tensor, or the tensors of one layer that differ in nothing but their expert: `names`, alike in dtype and shape.
 
-    `layer` owns the expert axis, if there is one; `axis` is its place in the shape, None where the experts lie one by one. Sums
-    over a checkpoint go over its kinds: there are thousands of them where there are hundreds of thousands of tensors.
+    `layer` owns the expert axis, if there is one; `axis` is its place in the shape, None where the experts lie one by
+    one. Sums over a checkpoint go over its kinds: there are thousands of them where there are hundreds of thousands of
+    tensors.
     """
 
     tensor: TensorInfo
@@ -94,10 +101,11 @@ class Kind:
 
 @dataclass(frozen=True)
 class Layout:
-    """Decoder layers that route, multi-token-prediction blocks that route, and every tensor of such blocks, routing or not.
+    """Decoder layers that route, multi-token-prediction blocks that route, and every tensor of such blocks, routing or
+    not.
 
-    `stack` is the decoder layers' common prefix, such as `model.layers.`; `mtp` continues the decoder's numbers. `kinds` hold every
-    tensor once.
+    `stack` is the decoder layers' common prefix, such as `model.layers.`; `mtp` continues the decoder's numbers.
+    `kinds` hold every tensor once.
     """
 
     layers: Mapping[int, MoeLayer]
@@ -110,8 +118,8 @@ class Layout:
 def read_layout(checkpoint: Checkpoint) -> Layout:
     """Finds every expert axis of the checkpoint, once; tensors of multi-token-prediction blocks are kept apart.
 
-    Raises UnusableError naming a tensor that might carry an expert axis but cannot be decided, or counts that contradict each
-    other.
+    Raises UnusableError naming a tensor that might carry an expert axis but cannot be decided, or counts that
+    contradict each other.
     """
     if checkpoint not in _LAYOUTS:
         with collector_paused():
@@ -135,16 +143,22 @@ def _read_layout(checkpoint: Checkpoint) -> Layout:
         index += depth if is_mtp and parent != stack else 0
         found = mtp if is_mtp else layers
         if index in found:
-            raise UnusableError(f"{checkpoint.path}: layer {index} holds routed experts in two places, one of them {site}. "
-                                "reapkit prunes one set of routed experts per layer.")
+            raise UnusableError(
+                f"{checkpoint.path}: layer {index} holds routed experts in two places, one of them {site}. "
+                "reapkit prunes one set of routed experts per layer."
+            )
         layer = MoeLayer(index, _num_experts(site, parts, stacked, checkpoint), parts, dict.fromkeys(stacked, 0))
         found[index] = _with_router(layer, site, others.pop((parent, _place(site)[1]), ()), checkpoint)
     for names in others.values():
         if lost := next((name for name in names if "expert" in name and not SHARED.search(name)), None):
-            raise UnusableError(f"{checkpoint.path}: tensor {lost} names an expert in a layer where reapkit finds none. {_ASK}")
+            raise UnusableError(
+                f"{checkpoint.path}: tensor {lost} names an expert in a layer where reapkit finds none. {_ASK}"
+            )
     if not layers:
-        raise UnusableError(f"{checkpoint.path}: its config declares experts, but no tensor holds any. Choose the checkpoint "
-                            "of a MoE model whose expert weights are stored as `experts`.")
+        raise UnusableError(
+            f"{checkpoint.path}: its config declares experts, but no tensor holds any. Choose the checkpoint "
+            "of a MoE model whose expert weights are stored as `experts`."
+        )
     _agree_with_config(layers, checkpoint)
     kinds = tuple(_kinds(checkpoint, [*layers.values(), *mtp.values()]))
     return Layout(dict(sorted(layers.items())), dict(sorted(mtp.items())), mtp_tensors, stack, kinds)
@@ -167,7 +181,8 @@ def _kinds(checkpoint: Checkpoint, layers: Iterable[MoeLayer]) -> Iterator[Kind]
 
 
 def _mtp_names(sites: Mapping[str, Any], others: Mapping[Any, Iterable[str]], stack: str, depth: int) -> Iterator[str]:
-    """Names of multi-token-prediction blocks; an expert's number says nothing about that, so one expert speaks for all."""
+    """Names of multi-token-prediction blocks; an expert's number says nothing about that, so one expert speaks for
+    all."""
     for parts, stacked in sites.values():
         for part in parts.values():
             if is_mtp_name(next(iter(part.values())), stack, depth):
@@ -177,12 +192,16 @@ def _mtp_names(sites: Mapping[str, Any], others: Mapping[Any, Iterable[str]], st
         yield from (name for name in names if is_mtp_name(name, stack, depth))
 
 
-_ASK = "It might count experts, and reapkit does not guess: please report the model, with this name and its config.json."
+_ASK = (
+    "It might count experts, and reapkit does not guess: please report the model, with this name and its config.json."
+)
 
 
-def _expert_sites(checkpoint: Checkpoint) -> tuple[dict[str, tuple[dict[str, dict[int, str]], list[str]]],
-                                                   dict[tuple[str, int], list[str]]]:
-    """Modules that hold routed experts: path -> (names by part and expert, stacked names); and the other names, by (stack, layer)."""
+def _expert_sites(
+    checkpoint: Checkpoint,
+) -> tuple[dict[str, tuple[dict[str, dict[int, str]], list[str]]], dict[tuple[str, int], list[str]]]:
+    """Modules that hold routed experts: path -> (names by part and expert, stacked names); and the other names, by
+    (stack, layer)."""
     parts: dict[str, dict[str, dict[int, str]]] = defaultdict(lambda: defaultdict(dict))
     stacked: dict[str, list[str]] = defaultdict(list)
     others: dict[tuple[str, int], list[str]] = defaultdict(list)
@@ -218,7 +237,7 @@ def _place(name: str) -> tuple[str, int]:
 def _own_path(name: str) -> str:
     """What follows the layer's number."""
     match = LAYER.match(name)
-    return name[match.end():] if match else name
+    return name[match.end() :] if match else name
 
 
 def _decoder_stack(checkpoint: Checkpoint, sites: Iterable[str]) -> str:
@@ -226,8 +245,10 @@ def _decoder_stack(checkpoint: Checkpoint, sites: Iterable[str]) -> str:
     stacks = Counter(_place(site)[0] for site in sites)
     decoders = [stack for stack in stacks if not MTP.search(stack)]
     if len(decoders) > 1 or "" in decoders:
-        raise UnusableError(f"{checkpoint.path}: routed experts lie below {' and '.join(repr(stack) for stack in decoders)}; "
-                            "reapkit prunes models with one stack of decoder layers.")
+        raise UnusableError(
+            f"{checkpoint.path}: routed experts lie below {' and '.join(repr(stack) for stack in decoders)}; "
+            "reapkit prunes models with one stack of decoder layers."
+        )
     return decoders[0] if decoders else ""
 
 
@@ -235,37 +256,45 @@ def is_mtp_name(name: str, stack: str, depth: int) -> bool:
     """Whether a tensor or module belongs to a multi-token-prediction block: by its prefix, or by its number beyond the
     decoder's."""
     if name.startswith(stack):
-        number = name[len(stack):name.find(".", len(stack))]
+        number = name[len(stack) : name.find(".", len(stack))]
         if number.isascii() and number.isdecimal():
             return int(number) >= depth
     return ("mtp" in name or "nextn" in name) and MTP.search(name) is not None
 
 
-def _num_experts(site: str, parts: Mapping[str, Mapping[int, str]], stacked: Iterable[str], checkpoint: Checkpoint) -> int:
+def _num_experts(
+    site: str, parts: Mapping[str, Mapping[int, str]], stacked: Iterable[str], checkpoint: Checkpoint
+) -> int:
     """As many as the names or the stacked axes say, all of them alike."""
     axes = {name: checkpoint.tensors[name].shape for name in stacked if checkpoint.tensors[name].numel != 1}
     first = Counter(shape[0] for shape in axes.values() if shape)
     experts = set().union(*parts.values())
     count = len(experts) or (first.most_common(1)[0][0] if first else 0)
     if not count:
-        raise UnusableError(f"{checkpoint.path}: {site} names experts, but none of its tensors has an axis that counts them. "
-                            f"{_ASK}")
+        raise UnusableError(
+            f"{checkpoint.path}: {site} names experts, but none of its tensors has an axis that counts them. {_ASK}"
+        )
     if experts and max(experts) != count - 1:
         missing = next(expert for expert in range(count) if expert not in experts)
-        raise UnusableError(f"{checkpoint.path}: {site} has experts up to {max(experts)} but no expert {missing}. Download "
-                            "it again.")
+        raise UnusableError(
+            f"{checkpoint.path}: {site} has experts up to {max(experts)} but no expert {missing}. Download it again."
+        )
     for name, shape in axes.items():
         if not shape or shape[0] != count:
-            raise UnusableError(f"{checkpoint.path}: tensor {name} has shape {list(shape)} in a layer of {count} experts. "
-                                f"{_ASK}")
+            raise UnusableError(
+                f"{checkpoint.path}: tensor {name} has shape {list(shape)} in a layer of {count} experts. {_ASK}"
+            )
     return count
 
 
 def _with_router(layer: MoeLayer, site: str, names: Iterable[str], checkpoint: Checkpoint) -> MoeLayer:
     """The layer with its router's tensors added, and scalars that only look stacked removed."""
     text = text_config(checkpoint.config)
-    lengths = [layer.num_experts] + [layer.num_experts + text[key] for key in ("zero_expert_num", "n_shared_experts")
-                                     if isinstance(text.get(key), int) and text[key] > 0]
+    lengths = [layer.num_experts] + [
+        layer.num_experts + text[key]
+        for key in ("zero_expert_num", "n_shared_experts")
+        if isinstance(text.get(key), int) and text[key] > 0
+    ]
     stacked = {name: axis for name, axis in layer.stacked.items() if checkpoint.tensors[name].numel != 1}
     own_site = _own_path(f"{site}.").rstrip(".")  # empty (gemma4): the experts' neighbours are the layer's other parts
     table, routes = None, False
@@ -280,17 +309,25 @@ def _with_router(layer: MoeLayer, site: str, names: Iterable[str], checkpoint: C
             if axis is not None:
                 stacked[name] = axis
                 routes = routes or len(tensor.shape) == 2
-        elif own_site and own.startswith(f"{own_site}.") and not DENSE.search(own) and layer.num_experts in tensor.shape:
-            raise UnusableError(f"{checkpoint.path}: tensor {name} has shape {list(tensor.shape)} in a layer of "
-                                f"{layer.num_experts} experts. {_ASK}")
+        elif (
+            own_site and own.startswith(f"{own_site}.") and not DENSE.search(own) and layer.num_experts in tensor.shape
+        ):
+            raise UnusableError(
+                f"{checkpoint.path}: tensor {name} has shape {list(tensor.shape)} in a layer of "
+                f"{layer.num_experts} experts. {_ASK}"
+            )
     if not routes:
-        raise UnusableError(f"{checkpoint.path}: {site} holds {layer.num_experts} experts, but no router with as many rows was "
-                            "found beside them. Known names: gate.weight, router.weight, gate.wg.weight, router.layer.weight, "
-                            "router.proj.weight.")
+        raise UnusableError(
+            f"{checkpoint.path}: {site} holds {layer.num_experts} experts, but no router with as many rows was "
+            "found beside them. Known names: gate.weight, router.weight, gate.wg.weight, router.layer.weight, "
+            "router.proj.weight."
+        )
     return MoeLayer(layer.index, layer.num_experts, layer.parts, stacked, table)
 
 
-def _router_axis(tensor: TensorInfo, own: str, lengths: list[int], hidden: int | None, checkpoint: Checkpoint) -> int | None:
+def _router_axis(
+    tensor: TensorInfo, own: str, lengths: list[int], hidden: int | None, checkpoint: Checkpoint
+) -> int | None:
     for length in lengths:
         axes = [axis for axis, size in enumerate(tensor.shape) if size == length]
         if axes == [0, 1] and own.endswith("weight"):
@@ -302,8 +339,10 @@ def _router_axis(tensor: TensorInfo, own: str, lengths: list[int], hidden: int |
     else:
         if tensor.shape == (hidden,):  # an input scale or bias of the router acts on channels
             return None
-    raise UnusableError(f"{checkpoint.path}: tensor {tensor.name} has shape {list(tensor.shape)} in a layer of {lengths[0]} "
-                        f"experts. {_ASK}")
+    raise UnusableError(
+        f"{checkpoint.path}: tensor {tensor.name} has shape {list(tensor.shape)} in a layer of {lengths[0]} "
+        f"experts. {_ASK}"
+    )
 
 
 def _agree_with_config(layers: Mapping[int, MoeLayer], checkpoint: Checkpoint) -> None:
@@ -313,5 +352,7 @@ def _agree_with_config(layers: Mapping[int, MoeLayer], checkpoint: Checkpoint) -
         listed = isinstance(per_layer, list) and index < len(per_layer)
         declared = per_layer[index] if listed else checkpoint.architecture.num_experts
         if layer.num_experts != declared:
-            raise UnusableError(f"{checkpoint.path}: layer {index} holds {layer.num_experts} experts where config.json says "
-                                f"{declared}. The two must agree; download the checkpoint again or correct its config.")
+            raise UnusableError(
+                f"{checkpoint.path}: layer {index} holds {layer.num_experts} experts where config.json says "
+                f"{declared}. The two must agree; download the checkpoint again or correct its config."
+            )

@@ -1,6 +1,8 @@
-"""Hub repositories: a model's checkpoint from its metadata alone, its snapshot in the local cache, its commits. Torch-free.
+"""Hub repositories: a model's checkpoint from its metadata alone, its snapshot in the local cache, its commits.
+Torch-free.
 
-A plan needs config, tokenizer files, index, and of each shard its header and its sha256: megabytes, whatever the weights take.
+A plan needs config, tokenizer files, index, and of each shard its header and its sha256: megabytes, whatever the
+weights take.
 """
 
 from __future__ import annotations
@@ -17,7 +19,16 @@ from reapkit.checkpoint.checkpoint import INDEX, AbsentShard, Checkpoint, read_i
 from reapkit.core.errors import UnusableError
 from reapkit.core.safetensors_header import FIRST_READ_BYTES, MAX_HEADER_BYTES
 
-TOKENIZER_FILES = ("tokenizer*", "*.jinja", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json", "*.model", "*.tiktoken")
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "*.jinja",
+    "vocab*",
+    "merges*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*.model",
+    "*.tiktoken",
+)
 PLANNED_FILES = ("config.json", INDEX, *TOKENIZER_FILES)
 NEVER_FETCHED = ("*.bin", "*.pth", "*.gguf", "original/*")
 CONNECTIONS = 16
@@ -26,18 +37,27 @@ CONNECTIONS = 16
 def hub_checkpoint(repository: str, revision: str | None) -> Checkpoint:
     """The checkpoint of a hub model that is not downloaded, with the `identity` that it has once it is.
 
-    Its small files go into the hub's cache, at the commit that `revision` (default: the main branch) names now; of shards only headers are
-    read. Raises UnusableError where the hub cannot be reached, does not give the repository, or holds no safetensors there.
+    Its small files go into the hub's cache, at the commit that `revision` (default: the main branch) names now; of
+    shards only headers are read. Raises UnusableError where the hub cannot be reached, does not give the repository, or
+    holds no safetensors there.
     """
     from huggingface_hub import HfApi, constants, snapshot_download
 
     with _explained(repository, revision, "is not in the local hub cache with all its safetensors"):
-        info = HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
+        info = HfApi().model_info(
+            repository, revision=revision, files_metadata=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
+        )
         files = {file.rfilename: file for file in info.siblings or () if "/" not in file.rfilename}
         _check_listing(repository, files)
-        unhashed = [name for name, file in files.items() if name.endswith(".safetensors") and file.lfs is None]  # small: kept in git itself
+        unhashed = [
+            name for name, file in files.items() if name.endswith(".safetensors") and file.lfs is None
+        ]  # small: kept in git itself
         planned = [name for name in files if any(fnmatchcase(name, pattern) for pattern in PLANNED_FILES)]
-        path = Path(snapshot_download(repository, revision=info.sha, allow_patterns=planned + unhashed, tqdm_class=_silent_bar()))
+        path = Path(
+            snapshot_download(
+                repository, revision=info.sha, allow_patterns=planned + unhashed, tqdm_class=_silent_bar()
+            )
+        )
         shards = _indexed(path) or {name for name in files if name.endswith(".safetensors")}
         remote = [files[name] for name in sorted(shards) if name in files and files[name].lfs is not None]
         absent = {} if cached_snapshot(repository, info.sha) else _absent_shards(repository, info.sha, remote)
@@ -58,7 +78,8 @@ def cached_snapshot(repository: str, revision: str | None) -> Path | None:
 
 
 def download_snapshot(repository: str, revision: str | None) -> Path:
-    """The model's directory in the hub's cache, after fetching what is missing there; offline, as it is if it is complete.
+    """The model's directory in the hub's cache, after fetching what is missing there; offline, as it is if it is
+    complete.
 
     Raises UnusableError naming the model and what would help.
     """
@@ -89,8 +110,10 @@ def hub_revision(repository: str, kind: str) -> str:
         cached = Path(constants.HF_HUB_CACHE) / f"{kind}s--{repository.replace('/', '--')}" / "refs" / "main"
         if cached.is_file():
             return cached.read_text().strip()
-        raise UnusableError(f"{repository}: its commit cannot be had ({type(error).__name__}). Go online, or write `revision:` into the "
-                            "recipe.") from None
+        raise UnusableError(
+            f"{repository}: its commit cannot be had ({type(error).__name__}). Go online, or write `revision:` into the"
+            " recipe."
+        ) from None
 
 
 def _cached(repository: str, revision: str | None, patterns: Iterable[str]) -> Path | None:
@@ -100,8 +123,15 @@ def _cached(repository: str, revision: str | None, patterns: Iterable[str]) -> P
 
     with _explained(repository, revision, "cannot be read in the local hub cache"):
         try:
-            return Path(snapshot_download(repository, revision=revision, local_files_only=True, allow_patterns=list(patterns),
-                                          ignore_patterns=list(NEVER_FETCHED)))
+            return Path(
+                snapshot_download(
+                    repository,
+                    revision=revision,
+                    local_files_only=True,
+                    allow_patterns=list(patterns),
+                    ignore_patterns=list(NEVER_FETCHED),
+                )
+            )
         except LocalEntryNotFoundError:
             return None
 
@@ -113,16 +143,23 @@ def _indexed(path: Path) -> set[str]:
 
 def _check_listing(repository: str, names: Iterable[str]) -> None:
     if "config.json" not in names:
-        raise UnusableError(f"model.source: {repository} has no config.json on the hub. Give the id of a transformers model.")
+        raise UnusableError(
+            f"model.source: {repository} has no config.json on the hub. Give the id of a transformers model."
+        )
     if not any(name.endswith(".safetensors") for name in names):
-        raise UnusableError(f"model.source: {repository} has no safetensors weights on the hub. reapkit reads safetensors only; choose "
-                            "another repository, or convert its weights and give the local directory.")
+        raise UnusableError(
+            f"model.source: {repository} has no safetensors weights on the hub. reapkit reads safetensors only; choose "
+            "another repository, or convert its weights and give the local directory."
+        )
 
 
 def _absent_shards(repository: str, commit: str, files: list[Any]) -> Mapping[str, AbsentShard]:
     with ThreadPoolExecutor(CONNECTIONS) as pool:
         headers = pool.map(lambda file: _header(repository, commit, file.rfilename, file.lfs.size), files)
-        return {file.rfilename: AbsentShard(file.lfs.size, header, file.lfs.sha256) for file, header in zip(files, headers, strict=True)}
+        return {
+            file.rfilename: AbsentShard(file.lfs.size, header, file.lfs.sha256)
+            for file, header in zip(files, headers, strict=True)
+        }
 
 
 def _header(repository: str, commit: str, shard: str, size: int) -> bytes:
@@ -130,11 +167,13 @@ def _header(repository: str, commit: str, shard: str, size: int) -> bytes:
     start = _read(repository, commit, shard, 0, min(FIRST_READ_BYTES, size))
     length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
     if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-        raise UnusableError(f"model.source: {shard} of {repository} is no safetensors file, or cut short ({size} bytes) on the hub. Choose "
-                            "another revision.")
+        raise UnusableError(
+            f"model.source: {shard} of {repository} is no safetensors file, or cut short ({size} bytes) on the hub."
+            " Choose another revision."
+        )
     if len(start) < 8 + length:
         start += _read(repository, commit, shard, len(start), 8 + length)
-    return start[8:8 + length]
+    return start[8 : 8 + length]
 
 
 def _read(repository: str, commit: str, shard: str, begin: int, end: int) -> bytes:
@@ -143,8 +182,12 @@ def _read(repository: str, commit: str, shard: str, begin: int, end: int) -> byt
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
 
     part = {"Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"}
-    response = http_backoff("GET", hf_hub_url(repository, shard, revision=commit), headers=build_hf_headers() | part,
-                            timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
+    response = http_backoff(
+        "GET",
+        hf_hub_url(repository, shard, revision=commit),
+        headers=build_hf_headers() | part,
+        timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+    )
     hf_raise_for_status(response)
     return response.content if response.status_code == 206 else response.content[begin:end]
 
@@ -186,14 +229,32 @@ def _explanation(error: BaseException, repository: str, revision: str | None, st
 
     hub = constants.ENDPOINT.split("://")[-1]
     if isinstance(error, GatedRepoError):
-        return f"model.source: {repository} is gated. Accept its terms at {hub}/{repository}, log in with `hf auth login` and run again."
+        return (
+            f"model.source: {repository} is gated. Accept its terms at {hub}/{repository}, log in with `hf auth login`"
+            " and run again."
+        )
     if isinstance(error, RevisionNotFoundError):
-        return f"model.revision: {repository} has no revision '{revision}' on {hub}. Name one of its commits, tags or branches."
+        return (
+            f"model.revision: {repository} has no revision '{revision}' on {hub}. Name one of its commits, tags or"
+            " branches."
+        )
     if isinstance(error, RepositoryNotFoundError):
-        return (f"model.source: {repository} is neither a directory, nor in the local hub cache, nor to be seen on {hub}. Check the name; "
-                "if it is private, log in with `hf auth login`.")
+        return (
+            f"model.source: {repository} is neither a directory, nor in the local hub cache, nor to be seen on {hub}."
+            " Check the name; if it is private, log in with `hf auth login`."
+        )
     if isinstance(error, OfflineModeIsEnabled):
-        return f"model.source: {repository} {state}, and HF_HUB_OFFLINE forbids to ask {hub}. Unset it, or give a local directory."
+        return (
+            f"model.source: {repository} {state}, and HF_HUB_OFFLINE forbids to ask {hub}. Unset it, or give a local"
+            " directory."
+        )
     response = getattr(error, "response", None)
-    found = f"HTTP {response.status_code}" if response is not None else getattr(error, "strerror", None) or type(error).__name__
-    return f"model.source: {repository} {state} ({hub}: {found}). Check the network and run again, or give a local directory."
+    found = (
+        f"HTTP {response.status_code}"
+        if response is not None
+        else getattr(error, "strerror", None) or type(error).__name__
+    )
+    return (
+        f"model.source: {repository} {state} ({hub}: {found}). Check the network and run again, or give a local"
+        " directory."
+    )

@@ -17,7 +17,11 @@ MODEL_DIRECTORY = Path(__file__).parents[1] / "calibration/builtin/demo_model"
 
 def is_local(source: str, directory: Path) -> bool:
     """Whether a source names files: an existing path, or anything that can only be one."""
-    return source.startswith((".", "/", "~")) or local_path(source, directory).exists() or any(mark in source for mark in "*?[")
+    return (
+        source.startswith((".", "/", "~"))
+        or local_path(source, directory).exists()
+        or any(mark in source for mark in "*?[")
+    )
 
 
 def local_path(source: str, directory: Path) -> Path:
@@ -27,7 +31,8 @@ def local_path(source: str, directory: Path) -> Path:
 
 
 def model_checkpoint(model: ModelSpec, directory: Path, *, download: bool = False) -> Checkpoint:
-    """The model as its config and headers describe it: packaged, local, in the hub's cache, or else from the hub's metadata.
+    """The model as its config and headers describe it: packaged, local, in the hub's cache, or else from the hub's
+    metadata.
 
     `download` fetches what is missing in the cache first. Raises UnusableError naming the source and what would help.
     """
@@ -39,25 +44,30 @@ def model_checkpoint(model: ModelSpec, directory: Path, *, download: bool = Fals
     if is_local(source, directory):
         path = local_path(source, directory)
         if not path.is_dir():
-            raise UnusableError(f"model.source: {path} is no directory. Give a model directory, a hub id or builtin:demo.")
+            raise UnusableError(
+                f"model.source: {path} is no directory. Give a model directory, a hub id or builtin:demo."
+            )
         return _opened(path)
     path = download_snapshot(source, model.revision) if download else cached_snapshot(source, model.revision)
     return _opened(path) if path is not None else hub_checkpoint(source, model.revision)
 
 
 _LAST: dict[Path, tuple[Any, Checkpoint]] = {}
-"""The checkpoint that was opened last, and its files as they were: a command plans several times, and a thousand headers take a second."""
+"""The checkpoint that was opened last, and its files as they were: a command plans several times, and a thousand
+headers take a second."""
 
 
 def _opened(path: Path) -> Checkpoint:
     """`Checkpoint.open`, or what it gave the last time where no file was touched since."""
     path = Path(path)
-    files = sorted((entry.name, facts.st_size, facts.st_mtime_ns, facts.st_ino, entry.is_symlink() and os.readlink(entry))
-                   for entry in os.scandir(path) if entry.name.endswith((".safetensors", ".json")) and entry.is_file()
-                   for facts in (entry.stat(),))
+    files = sorted(
+        (entry.name, facts.st_size, facts.st_mtime_ns, facts.st_ino, entry.is_symlink() and os.readlink(entry))
+        for entry in os.scandir(path)
+        if entry.name.endswith((".safetensors", ".json")) and entry.is_file()
+        for facts in (entry.stat(),)
+    )
     if path not in _LAST or _LAST[path][0] != files:
         found = Checkpoint.open(path)
         _LAST.clear()
         _LAST[path] = (files, found)
     return _LAST[path][1]
-

@@ -1,4 +1,5 @@
-"""Multi-token-prediction blocks: which of them are observed and pruned, decided from config and headers alone. Torch-free."""
+"""Multi-token-prediction blocks: which of them are observed and pruned, decided from config and headers alone.
+Torch-free."""
 
 from __future__ import annotations
 
@@ -14,11 +15,19 @@ LOADED = ("deepseek_v3", "glm4_moe")
 """Model types whose blocks transformers loads beside the model."""
 
 
-def observed_mtp(wish: Literal["auto", "observe", "drop"], checkpoint: Checkpoint, layout: Layout, *, trust_remote_code: bool = False,
-                 measured: Collection[int] | None = None) -> tuple[int, ...]:
-    """The layers (numbers behind the decoder's, as in `Layout.mtp`) that are observed and pruned by their own saliency; the others go.
+def observed_mtp(
+    wish: Literal["auto", "observe", "drop"],
+    checkpoint: Checkpoint,
+    layout: Layout,
+    *,
+    trust_remote_code: bool = False,
+    measured: Collection[int] | None = None,
+) -> tuple[int, ...]:
+    """The layers (numbers behind the decoder's, as in `Layout.mtp`) that are observed and pruned by their own saliency;
+    the others go.
 
-    `wish`: the recipe's `prune.mtp`. `measured`: the layers of an observation that was made elsewhere, which then decides what can be.
+    `wish`: the recipe's `prune.mtp`. `measured`: the layers of an observation that was made elsewhere, which then
+    decides what can be.
     """
     layers = tuple(layout.mtp)
     if wish == "drop":
@@ -29,35 +38,56 @@ def observed_mtp(wish: Literal["auto", "observe", "drop"], checkpoint: Checkpoin
 
 
 def why_unobserved(checkpoint: Checkpoint, layout: Layout, *, trust_remote_code: bool = False) -> str | None:
-    """Why transformers cannot run the blocks beside the model, half a sentence; None where it can, or where no block routes."""
+    """Why transformers cannot run the blocks beside the model, half a sentence; None where it can, or where no block
+    routes."""
     if not layout.mtp:
         return None
     config, architecture = checkpoint.config, checkpoint.architecture
     text = text_config(config)
     method = (config.get("quantization_config") or {}).get("quant_method")
     if config.get("model_type") not in LOADED:
-        return f"transformers loads the multi-token-prediction blocks of {' and '.join(LOADED)} only, not of {config.get('model_type')}"
+        return (
+            f"transformers loads the multi-token-prediction blocks of {' and '.join(LOADED)} only, not of"
+            f" {config.get('model_type')}"
+        )
     if trust_remote_code and "AutoModelForCausalLM" in (config.get("auto_map") or {}):
-        return "the checkpoint brings modelling code of its own (model.trust_remote_code), which loads no multi-token-prediction block"
+        return (
+            "the checkpoint brings modelling code of its own (model.trust_remote_code), which loads no"
+            " multi-token-prediction block"
+        )
     if method not in (None, "fp8"):
         return f"its weights are quantized ({method}), in which multi-token-prediction blocks are not read"
     declared = text.get("num_nextn_predict_layers", text.get("num_mtp_layers", 1))
     wanted = list(range(architecture.num_hidden_layers, architecture.num_hidden_layers + declared))
     if list(layout.mtp) != wanted or any(not name.startswith(layout.stack) for name in layout.mtp_tensors):
-        return (f"config.json declares {declared} multi-token-prediction blocks behind layer {architecture.num_hidden_layers - 1}, and the tensors "
-                f"hold routed experts in {', '.join(map(str, layout.mtp))}")
+        return (
+            f"config.json declares {declared} multi-token-prediction blocks behind layer"
+            f" {architecture.num_hidden_layers - 1}, and the tensors hold routed experts in"
+            f" {', '.join(map(str, layout.mtp))}"
+        )
     counts = {layer.num_experts for layer in layout.mtp.values()}
     if counts != {architecture.num_experts}:
-        return f"its block has {' and '.join(map(str, sorted(counts)))} experts where config.json says {architecture.num_experts}"
+        return (
+            f"its block has {' and '.join(map(str, sorted(counts)))} experts where config.json says"
+            f" {architecture.num_experts}"
+        )
     return None
 
 
-def mtp_notes(wish: Literal["auto", "observe", "drop"], layout: Layout, observed: tuple[int, ...], why: str | None) -> list[str]:
+def mtp_notes(
+    wish: Literal["auto", "observe", "drop"], layout: Layout, observed: tuple[int, ...], why: str | None
+) -> list[str]:
     """What the user should hear of the blocks' fate, where there are any; `why` they cannot be observed."""
     block = "block" if len(layout.mtp) < 2 else "blocks"
     if observed:
-        return [f"The multi-token-prediction {block} (layer {ranges(observed)}) will be observed and pruned like the decoder's layers."]
+        return [
+            f"The multi-token-prediction {block} (layer {ranges(observed)}) will be observed and pruned like the"
+            " decoder's layers."
+        ]
     if not layout.mtp and (not layout.mtp_tensors or wish != "drop"):  # blocks that do not route stay as they are
         return []
-    return [f"The multi-token-prediction {block} will be dropped{' (prune.mtp: drop)' if wish == 'drop' else f', since {why}'}. "
-            "Engines lose speculative decoding with it."]
+    return [
+        f"The multi-token-prediction {block} will be"
+        f" dropped{' (prune.mtp: drop)' if wish == 'drop' else f', since {why}'}. Engines lose speculative decoding"
+        " with it."
+    ]

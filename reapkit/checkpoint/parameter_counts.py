@@ -1,4 +1,5 @@
-"""How much a checkpoint weighs and computes with, before and after experts go: parameters and bytes, from headers alone. Torch-free."""
+"""How much a checkpoint weighs and computes with, before and after experts go: parameters and bytes, from headers
+alone. Torch-free."""
 
 from __future__ import annotations
 
@@ -31,8 +32,8 @@ class Parameters:
 def pruned_sizes(checkpoint: Checkpoint, kept: Mapping[int, int], layout: Layout | None = None) -> tuple[int, int]:
     """(numel, nbytes) of all tensors once layer `l` keeps `kept[l]` experts; layers that `kept` omits stay whole.
 
-    Multi-token-prediction blocks that route stay only where `kept` names all of them (their index continues the decoder's);
-    otherwise the whole block is counted as dropped. Experts of a layer count as equally large.
+    Multi-token-prediction blocks that route stay only where `kept` names all of them (their index continues the
+    decoder's); otherwise the whole block is counted as dropped. Experts of a layer count as equally large.
     """
     layout = layout or read_layout(checkpoint)
     numel, nbytes = checkpoint.numel, checkpoint.nbytes
@@ -58,16 +59,19 @@ def _by_layer(layout: Layout) -> Mapping[int, list[Kind]]:
     return found
 
 
-def active_parameters(checkpoint: Checkpoint, layout: Layout, kept: Mapping[int, int] | None = None,
-                      experts_per_token: int | None = None) -> Parameters:
-    """Weights in all and per token: each layer counts `experts_per_token` of its experts, multi-token prediction counts not at
-    all.
+def active_parameters(
+    checkpoint: Checkpoint, layout: Layout, kept: Mapping[int, int] | None = None, experts_per_token: int | None = None
+) -> Parameters:
+    """Weights in all and per token: each layer counts `experts_per_token` of its experts, multi-token prediction counts
+    not at all.
 
     Packed weights count as what they stand for, scales and zero points as nothing; router rows stay active.
     """
     top_k = experts_per_token or checkpoint.architecture.num_experts_per_tok
     bits = _packed_bits(checkpoint.config)
-    total = active = sum(kind.count * _weights(kind.tensor, bits) for kind in layout.kinds if kind.names[0] not in layout.mtp_tensors)
+    total = active = sum(
+        kind.count * _weights(kind.tensor, bits) for kind in layout.kinds if kind.names[0] not in layout.mtp_tensors
+    )
     kinds = _by_layer(layout)
     for index, layer in layout.layers.items():
         remaining = (kept or {}).get(index, layer.num_experts)

@@ -1,10 +1,11 @@
 """The bytes of a checkpoint's shards: read in place, without mapping files, and told by their sha256. Torch-free.
 
-Guaranteed: every read of one `ShardReader` sees files of the size and mtime that they had when the checkpoint was opened by it; the
-hashes of `ShardHashes` are of those same files, taken whole by threads of their own while observe first reads them, and kept beside
-the store's artifacts by the model's identity. A later observation hashes again and compares; other stages compare size and mtime, and
-hash again only what was touched. What differs raises UnusableError (exit 3). Not seen: bytes that change under the same size and
-mtime after they were observed, until the next observation.
+Guaranteed: every read of one `ShardReader` sees files of the size and mtime that they had when the checkpoint was
+opened by it; the hashes of `ShardHashes` are of those same files, taken whole by threads of their own while observe
+first reads them, and kept beside the store's artifacts by the model's identity. A later observation hashes again and
+compares; other stages compare size and mtime, and hash again only what was touched. What differs raises UnusableError
+(exit 3). Not seen: bytes that change under the same size and mtime after they were observed, until the next
+observation.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ class ShardReader:
                 os.posix_fadvise(self._file(shard), begin, end - begin, os.POSIX_FADV_WILLNEED)
 
     def read_into(self, shard: str, begin: int, place: memoryview) -> None:
-        """Fills `place` (bytes) with the shard's bytes from `begin` on. Raises UnusableError where the shard ends before."""
+        """Fills `place` (bytes) with the shard's bytes from `begin` on. Raises UnusableError where the shard ends
+        before."""
         file, done = self._file(shard), 0
         while done < len(place):
             count = os.preadv(file, [place[done : done + READ_BYTES]], begin + done)
@@ -86,8 +88,8 @@ class HashedShard:
 class ShardHashes:
     """sha256 of shards, each taken in the background from the moment it is `begin`-ed; a context manager.
 
-    `record`: the file that keeps them, one per model. Nothing is hashed before the reader gets there, so that a disk reads a shard
-    once: what one of the two reads, the other finds in the page cache.
+    `record`: the file that keeps them, one per model. Nothing is hashed before the reader gets there, so that a disk
+    reads a shard once: what one of the two reads, the other finds in the page cache.
     """
 
     directory: Path
@@ -109,8 +111,8 @@ class ShardHashes:
                 self._pending[shard] = self._pool.submit(_hashed, self.directory / shard)
 
     def keep(self) -> dict[str, str]:
-        """Waits, compares with the record and completes it; sha256 by shard. Raises UnusableError where a shard differs from
-        what an earlier observation of this model read.
+        """Waits, compares with the record and completes it; sha256 by shard. Raises UnusableError where a shard differs
+        from what an earlier observation of this model read.
         """
         known = _load(self.record)
         for shard, future in self._pending.items():
@@ -147,14 +149,18 @@ def _stand_back() -> None:
 
 
 def _hashed(path: Path) -> HashedShard:
-    """Raises UnusableError where the file changes meanwhile, or is a hub cache's blob that does not hold what its name says."""
+    """Raises UnusableError where the file changes meanwhile, or is a hub cache's blob that does not hold what its name
+    says."""
     before = _facts(path.stat())
     sha256 = digest_file(path)
     if _facts(path.stat()) != before:
         raise _changed(path)
     blob = path.resolve()
     if blob.parent.name == "blobs" and len(blob.name) == HEX_LETTERS and blob.name != sha256:
-        raise UnusableError(f"{path}: its bytes have sha256 {sha256[:12]}…, the hub says {blob.name[:12]}…. Delete {blob} and download it again.")
+        raise UnusableError(
+            f"{path}: its bytes have sha256 {sha256[:12]}…, the hub says {blob.name[:12]}…. Delete {blob} and download"
+            " it again."
+        )
     return HashedShard(*before, sha256)
 
 
@@ -179,7 +185,9 @@ def _load(record: Path) -> dict[str, HashedShard]:
     except FileNotFoundError:
         return {}
     except (ValueError, TypeError, AttributeError):
-        raise UnusableError(f"{record}: no record of shards' hashes. Delete it; the next observation writes it anew.") from None
+        raise UnusableError(
+            f"{record}: no record of shards' hashes. Delete it; the next observation writes it anew."
+        ) from None
 
 
 def _save(record: Path, shards: Mapping[str, HashedShard]) -> None:
@@ -190,9 +198,13 @@ def _save(record: Path, shards: Mapping[str, HashedShard]) -> None:
 
 
 def _changed(path: Path) -> UnusableError:
-    return UnusableError(f"{path}: changed while it was being read (size or mtime). Leave the model alone during a run, and run again.")
+    return UnusableError(
+        f"{path}: changed while it was being read (size or mtime). Leave the model alone during a run, and run again."
+    )
 
 
 def _differs(path: Path, record: Path) -> UnusableError:
-    return UnusableError(f"{path}: differs from what was observed (sha256 in {record}), though the model is called the same. Restore the file, or "
-                         f"delete {record} and observe into another runtime.store.")
+    return UnusableError(
+        f"{path}: differs from what was observed (sha256 in {record}), though the model is called the same. Restore the"
+        f" file, or delete {record} and observe into another runtime.store."
+    )

@@ -8,13 +8,26 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-app = typer.Typer(name="reapkit", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
-                  help="Compress Mixture-of-Experts language models from one YAML recipe.\n\nExample: reapkit apply demo",
-                  context_settings={"help_option_names": ["-h", "--help"]})
+app = typer.Typer(
+    name="reapkit",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Compress Mixture-of-Experts language models from one YAML recipe.\n\nExample: reapkit apply demo",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
-RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="Path of a recipe, or the name of a shipped one.")]
-Overrides = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a field: --set prune.ratio=0.25")]
-Elsewhere = Annotated[str | None, typer.Option("--observation", metavar="DIR", help="Decide by this observation of the same model, made elsewhere.")]
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="Path of a recipe, or the name of a shipped one.")
+]
+Overrides = Annotated[
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a field: --set prune.ratio=0.25")
+]
+Elsewhere = Annotated[
+    str | None,
+    typer.Option("--observation", metavar="DIR", help="Decide by this observation of the same model, made elsewhere."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document for machines.")]
 
 

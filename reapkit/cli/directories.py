@@ -15,8 +15,13 @@ from reapkit.report.inspection.render import table
 
 
 @app.command()
-def merge(observations: Annotated[list[str], typer.Argument(metavar="OBSERVATION...", help="Observations of one model, from any machines.")],
-          output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Where the sum goes.")], as_json: Json = False) -> None:
+def merge(
+    observations: Annotated[
+        list[str], typer.Argument(metavar="OBSERVATION...", help="Observations of one model, from any machines.")
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Where the sum goes.")],
+    as_json: Json = False,
+) -> None:
     """Add observations of the same model: other data, other machines, one decision.
 
     Example: reapkit merge monday/observation tuesday/observation -o both
@@ -31,12 +36,20 @@ def merge(observations: Annotated[list[str], typer.Argument(metavar="OBSERVATION
     merged = reduce(add, (Observation.load(Path(directory)) for directory in observations))
     merged.save(output)
     facts = {"directory": str(output), "tokens": int(merged.tokens.sum()), "sources": list(merged.sources)}
-    print(json.dumps(facts) if as_json else f"{output}: {len(observations)} observations, {facts['tokens']:,} tokens of {', '.join(merged.sources)}")
+    print(
+        json.dumps(facts)
+        if as_json
+        else f"{output}: {len(observations)} observations, {facts['tokens']:,} tokens of {', '.join(merged.sources)}"
+    )
 
 
 @app.command()
-def verify(directory: Annotated[Path, typer.Argument(metavar="DIR", help="A model directory that prune or quantize wrote, or a run.")],
-           as_json: Json = False) -> None:
+def verify(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A model directory that prune or quantize wrote, or a run.")
+    ],
+    as_json: Json = False,
+) -> None:
     """Check a written model against the record inside it: sha256 of every shard, index, names, shapes, expert counts.
 
     Works wherever the directory was copied to. Ends with 0 where all holds, else with 3.
@@ -50,7 +63,16 @@ def verify(directory: Annotated[Path, typer.Argument(metavar="DIR", help="A mode
     found = {place: check_directory(place, progress) for place in written_directories(directory)}
     passed = all(finding.passed for findings in found.values() for finding in findings)
     if as_json:
-        print(json.dumps({"passed": passed, "directories": {str(place): [vars(finding) for finding in findings] for place, findings in found.items()}}))
+        print(
+            json.dumps(
+                {
+                    "passed": passed,
+                    "directories": {
+                        str(place): [vars(finding) for finding in findings] for place, findings in found.items()
+                    },
+                }
+            )
+        )
     else:
         for place, findings in found.items():
             rows = [(finding.name, "holds" if finding.passed else "FAILS", finding.detail) for finding in findings]
@@ -61,21 +83,40 @@ def verify(directory: Annotated[Path, typer.Argument(metavar="DIR", help="A mode
 
 
 @app.command(name="serve-check")
-def serve_check(directory: Annotated[Path, typer.Argument(metavar="DIR", help="A model directory, as prune or quantize wrote it.")],
-                base: Annotated[Path | None, typer.Option("--base", metavar="DIR", help="The model it was made from, served and compared too.")] = None,
-                prompts: Annotated[int, typer.Option("--prompts", metavar="N", min=1, help="How many prompts.")] = 4,
-                new_tokens: Annotated[int, typer.Option("--new-tokens", metavar="N", min=1, help="Greedy tokens after each prompt.")] = 16,
-                vllm_python: Annotated[Path | None, typer.Option("--vllm-python", metavar="PATH",
-                                                                 help="A Python that has vLLM; default: REAPKIT_VLLM_PYTHON, else this one.")] = None,
-                dtype: Annotated[str, typer.Option("--dtype", metavar="DTYPE", help="auto, float32, bfloat16 or float16, in both engines.")] = "auto",
-                device: Annotated[str, typer.Option("--device", metavar="DEVICE", help="Where transformers runs: cpu, cuda:0 or auto.")] = "cpu",
-                tensor_parallel: Annotated[int, typer.Option("--tensor-parallel", metavar="N", min=1, help="GPUs that vLLM spreads the model over.")] = 1,
-                trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run modelling code that lies in the directory.")] = False,
-                as_json: Json = False) -> None:
+def serve_check(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A model directory, as prune or quantize wrote it.")],
+    base: Annotated[
+        Path | None, typer.Option("--base", metavar="DIR", help="The model it was made from, served and compared too.")
+    ] = None,
+    prompts: Annotated[int, typer.Option("--prompts", metavar="N", min=1, help="How many prompts.")] = 4,
+    new_tokens: Annotated[
+        int, typer.Option("--new-tokens", metavar="N", min=1, help="Greedy tokens after each prompt.")
+    ] = 16,
+    vllm_python: Annotated[
+        Path | None,
+        typer.Option(
+            "--vllm-python", metavar="PATH", help="A Python that has vLLM; default: REAPKIT_VLLM_PYTHON, else this one."
+        ),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option("--dtype", metavar="DTYPE", help="auto, float32, bfloat16 or float16, in both engines.")
+    ] = "auto",
+    device: Annotated[
+        str, typer.Option("--device", metavar="DEVICE", help="Where transformers runs: cpu, cuda:0 or auto.")
+    ] = "cpu",
+    tensor_parallel: Annotated[
+        int, typer.Option("--tensor-parallel", metavar="N", min=1, help="GPUs that vLLM spreads the model over.")
+    ] = 1,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run modelling code that lies in the directory.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Generate greedily with transformers and with vLLM, and compare token by token.
 
-    Where vLLM has no kernel for a quantized directory, its own weight loaders check names, shapes and packing instead. Ends with 0 where
-    all is equal, 4 where something differs (and says whether it is a near-tie), 3 where an engine refuses the directory.
+    Where vLLM has no kernel for a quantized directory, its own weight loaders check names, shapes and packing instead.
+    Ends with 0 where all is equal, 4 where something differs (and says whether it is a near-tie), 3 where an engine
+    refuses the directory.
 
     Example: reapkit serve-check runs/demo/pruned --base Qwen3-30B-A3B --vllm-python ~/vllm/bin/python
     """
@@ -87,23 +128,44 @@ def serve_check(directory: Annotated[Path, typer.Argument(metavar="DIR", help="A
     quiet_libraries()
     from reapkit.evaluation.serving.serve_check import serve_check as check
 
-    found = check(directory, base, prompts=prompts, new_tokens=new_tokens, vllm=vllm_python, dtype=dtype, device=device,
-                  tensor_parallel=tensor_parallel, trust_remote_code=trust_remote_code)
+    found = check(
+        directory,
+        base,
+        prompts=prompts,
+        new_tokens=new_tokens,
+        vllm=vllm_python,
+        dtype=dtype,
+        device=device,
+        tensor_parallel=tensor_parallel,
+        trust_remote_code=trust_remote_code,
+    )
     if as_json:
         print(json.dumps({**found.to_json(), "exit_code": found.exit_code}))
     else:
         engines = " and ".join(f"{name} {version}" for name, version in found.engines.items())
         print(f"{engines}: {found.prompts} prompts, {found.new_tokens} greedy tokens each")
-        print("\n".join([*(f"{one.directory}: {one.outcome}: {one.detail}" for one in found.comparisons), *found.notes]))
+        print(
+            "\n".join([*(f"{one.directory}: {one.outcome}: {one.detail}" for one in found.comparisons), *found.notes])
+        )
     raise typer.Exit(found.exit_code)
 
 
 @app.command("import")
-def import_(file: Annotated[Path, typer.Argument(metavar="FILE", help="A llm-compressor REAP report (.json) or a Cerebras observer state (.pt).")],
-            output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Where the selection or observation goes.")],
-            model: Annotated[Path | None, typer.Option(metavar="DIR", help="The model before pruning: says what the file does not.")] = None,
-            as_json: Json = False) -> None:
-    """Turn what another tool measured or decided into an observation or a selection of ours; no code of the file is run.
+def import_(
+    file: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", help="A llm-compressor REAP report (.json) or a Cerebras observer state (.pt)."),
+    ],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="DIR", help="Where the selection or observation goes.")
+    ],
+    model: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The model before pruning: says what the file does not.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Turn what another tool measured or decided into an observation or a selection of ours; no code of the file is
+    run.
 
     Example: reapkit import observations.pt -o observation
     """
@@ -116,21 +178,40 @@ def import_(file: Annotated[Path, typer.Argument(metavar="FILE", help="A llm-com
     found = read_foreign(file, None if model is None else Checkpoint.open(model).architecture)
     found.save(output)
     if isinstance(found, Selection):
-        facts = {"directory": str(output), "kind": "selection", "layers": len(found.layers),
-                 "dropped": sum(len(layer.drop) for layer in found.layers.values())}
+        facts = {
+            "directory": str(output),
+            "kind": "selection",
+            "layers": len(found.layers),
+            "dropped": sum(len(layer.drop) for layer in found.layers.values()),
+        }
         text = f"selection of {facts['layers']} layers, {facts['dropped']} experts dropped"
     else:
-        facts = {"directory": str(output), "kind": "observation", "layers": len(found.layers), "experts": found.num_experts,
-                 "tokens": int(found.tokens.sum()), "statistics": list(found.statistics)}
-        text = f"observation of {facts['layers']} layers and {facts['tokens']:,} tokens with {', '.join(facts['statistics'])}"
+        facts = {
+            "directory": str(output),
+            "kind": "observation",
+            "layers": len(found.layers),
+            "experts": found.num_experts,
+            "tokens": int(found.tokens.sum()),
+            "statistics": list(found.statistics),
+        }
+        text = (
+            f"observation of {facts['layers']} layers and {facts['tokens']:,} tokens with"
+            f" {', '.join(facts['statistics'])}"
+        )
     print(json.dumps(facts) if as_json else f"{output}: {text}")
 
 
 @app.command()
-def gc(store: Annotated[Path, typer.Option("--store", metavar="DIR", help="The artifact store, runtime.store of your recipes.")] = Path("runs/.store"),
-       dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would go.")] = False,
-       unfinished: Annotated[bool, typer.Option("--unfinished", help="Also remove partial work that nobody is at.")] = False,
-       as_json: Json = False) -> None:
+def gc(
+    store: Annotated[
+        Path, typer.Option("--store", metavar="DIR", help="The artifact store, runtime.store of your recipes.")
+    ] = Path("runs/.store"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would go.")] = False,
+    unfinished: Annotated[
+        bool, typer.Option("--unfinished", help="Also remove partial work that nobody is at.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Remove the artifacts of a store that no run links to. What is in progress stays, and so does what can be resumed.
 
     Example: reapkit gc --dry-run
@@ -141,8 +222,17 @@ def gc(store: Annotated[Path, typer.Option("--store", metavar="DIR", help="The a
 
     found = collect(Store(store), unfinished=unfinished, dry_run=dry_run)
     if as_json:
-        print(json.dumps({"store": str(store), "dry_run": dry_run, "bytes": found.nbytes, "removed": [vars(each) for each in found.removed],
-                          "kept": found.kept}))
+        print(
+            json.dumps(
+                {
+                    "store": str(store),
+                    "dry_run": dry_run,
+                    "bytes": found.nbytes,
+                    "removed": [vars(each) for each in found.removed],
+                    "kept": found.kept,
+                }
+            )
+        )
         return
     if found.removed:
         rows = [(each.artifact, human_bytes(each.nbytes)) for each in found.removed]

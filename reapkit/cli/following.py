@@ -30,7 +30,8 @@ def follow(team: Team, debug: bool) -> int:
 
 
 def follower_code(team: Team, code: int) -> int:
-    """What this rank ends with: rank 0's code, or, where rank 0 is no more, the one of its death, which the first left reports."""
+    """What this rank ends with: rank 0's code, or, where rank 0 is no more, the one of its death, which the first left
+    reports."""
     if code == INTERRUPTED and team.trouble is None:
         team.fail(code, "")
     heard = team.heard() if team.trouble is None else None
@@ -49,4 +50,10 @@ def _described(error: Exception) -> tuple[int, str]:
         return error.exit_code, str(error)
     if isinstance(error, (OSError, MemoryError)):
         return StageFailed.exit_code, f"{str(error) or 'ran out of memory'}. Run the same command again to resume."
-    return 1, f"a defect of reapkit: {type(error).__name__}: {error}. Run again with --debug for the traceback, and please report it."
+    return (
+        1,
+        (
+            f"a defect of reapkit: {type(error).__name__}: {error}. Run again with --debug for the traceback, and"
+            " please report it."
+        ),
+    )

@@ -17,16 +17,28 @@ from reapkit.report.inspection.inspect import inspect as look_into
 
 
 @app.command()
-def compare(paths: Annotated[list[str], typer.Argument(metavar="A B...", help="Recipes, observations, selections or runs, all of one kind.")],
-            criterion: Annotated[str, typer.Option("--criterion", metavar="NAME", help="Of observations: the saliency that ranks.")] = "reap",
-            ratio: Annotated[str, typer.Option("--ratio", metavar="R", help="Of observations: the share of experts that goes.")] = "0.5",
-            different_models: Annotated[bool, typer.Option("--different-models", help="Compare observations of different models.")] = False,
-            html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a page that opens offline, too.")] = None,
-            as_json: Json = False) -> None:
+def compare(
+    paths: Annotated[
+        list[str], typer.Argument(metavar="A B...", help="Recipes, observations, selections or runs, all of one kind.")
+    ],
+    criterion: Annotated[
+        str, typer.Option("--criterion", metavar="NAME", help="Of observations: the saliency that ranks.")
+    ] = "reap",
+    ratio: Annotated[
+        str, typer.Option("--ratio", metavar="R", help="Of observations: the share of experts that goes.")
+    ] = "0.5",
+    different_models: Annotated[
+        bool, typer.Option("--different-models", help="Compare observations of different models.")
+    ] = False,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write a page that opens offline, too.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Show what two or more recipes, observations, selections or runs have in common, and in what they differ.
 
-    Of observations it answers whether a calibration is large enough: do two of the same sources keep the same experts? Of runs it
-    sets sizes, quality with its intervals, verdicts and recipes side by side.
+    Of observations it answers whether a calibration is large enough: do two of the same sources keep the same experts?
+    Of runs it sets sizes, quality with its intervals, verdicts and recipes side by side.
 
     Example: reapkit compare monday/observation tuesday/observation --ratio 0.5
     """
@@ -56,8 +68,10 @@ def _ratio(text: str) -> Decimal:
 
 
 @app.command()
-def inspect(path: Annotated[str, typer.Argument(metavar="PATH", help="A recipe, a checkpoint, a run, or an artifact of one.")],
-            as_json: Json = False) -> None:
+def inspect(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A recipe, a checkpoint, a run, or an artifact of one.")],
+    as_json: Json = False,
+) -> None:
     """Show what lies at a path: recipe, checkpoint, calibration, packs, observation, selection, evaluation or run.
 
     Example: reapkit inspect runs/demo/calibration
@@ -72,11 +86,20 @@ def inspect(path: Annotated[str, typer.Argument(metavar="PATH", help="A recipe, 
 
 
 @app.command()
-def export(observation: Annotated[str, typer.Argument(metavar="OBSERVATION", help="Directory of an observation, or of a run.")],
-           directory: Annotated[Path | None, typer.Argument(metavar="DIR", help="Where the tables go.", show_default=False)] = None,
-           png: Annotated[Path | None, typer.Option("--png", metavar="DIR", help="Where a PNG of every chart goes; takes a Chromium.")] = None,
-           as_json: Json = False) -> None:
-    """Write an observation as saliency.parquet, ranking_by_layer.json and profile.md; its charts, or a run's, as pictures for papers.
+def export(
+    observation: Annotated[
+        str, typer.Argument(metavar="OBSERVATION", help="Directory of an observation, or of a run.")
+    ],
+    directory: Annotated[
+        Path | None, typer.Argument(metavar="DIR", help="Where the tables go.", show_default=False)
+    ] = None,
+    png: Annotated[
+        Path | None, typer.Option("--png", metavar="DIR", help="Where a PNG of every chart goes; takes a Chromium.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write an observation as saliency.parquet, ranking_by_layer.json and profile.md; its charts, or a run's, as
+    pictures for papers.
 
     Example: reapkit export runs/demo saliency --png figures
     """
@@ -90,12 +113,24 @@ def export(observation: Annotated[str, typer.Argument(metavar="OBSERVATION", hel
 
 
 @app.command()
-def report(path: Annotated[str, typer.Argument(metavar="OBSERVATION", help="Directory of an observation, or of a run.")],
-           output: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", help="The page; default: observation.html, of a run its own.",
-                                                       show_default=False)] = None,
-           selection: Annotated[Path | None, typer.Option("--selection", metavar="DIR", help="Mark what this selection drops.")] = None,
-           show: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
-           as_json: Json = False) -> None:
+def report(
+    path: Annotated[str, typer.Argument(metavar="OBSERVATION", help="Directory of an observation, or of a run.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="FILE",
+            help="The page; default: observation.html, of a run its own.",
+            show_default=False,
+        ),
+    ] = None,
+    selection: Annotated[
+        Path | None, typer.Option("--selection", metavar="DIR", help="Mark what this selection drops.")
+    ] = None,
+    show: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
+    as_json: Json = False,
+) -> None:
     """Draw an observation as one HTML page that opens offline. A run has drawn its own: show where, or open it.
 
     Example: reapkit report runs/demo --open

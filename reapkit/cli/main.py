@@ -21,7 +21,8 @@ ROOMS = [room.__name__ for room in (recipes, looking, directories)]
 app.registered_commands.sort(key=lambda command: ROOMS.index(command.callback.__module__))  # as --help lists them
 
 COLLECT_AFTER = 200_000
-"""Objects made between two runs of Python's garbage collector: at its default of 700 it spends a fifth of what importing torch takes."""
+"""Objects made between two runs of Python's garbage collector: at its default of 700 it spends a fifth of what
+importing torch takes."""
 
 UsageError = typer.BadParameter.__mro__[1]  # typer carries its own click, whose errors it re-exports only in part
 
@@ -45,7 +46,8 @@ def main(arguments: list[str] | None = None) -> None:
     if team:
         code = _end_together(team, code)
     if code == 130:
-        # Python dies of SIGINT at its end if one ever crossed an exec() of text (imports do that), handled or not: leave with our code.
+        # Python dies of SIGINT at its end if one ever crossed an exec() of text (imports do that), handled or not:
+        # leave with our code.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -103,6 +105,9 @@ def _run(arguments: list[str], debug: bool) -> int:
     except Exception as error:  # a defect of ours: say so, and how to report it
         if debug:
             traceback.print_exc()
-        print(f"reapkit: a defect of reapkit: {type(error).__name__}: {error}\n"
-              "Run again with --debug for the traceback, and please report it.", file=sys.stderr)
+        print(
+            f"reapkit: a defect of reapkit: {type(error).__name__}: {error}\n"
+            "Run again with --debug for the traceback, and please report it.",
+            file=sys.stderr,
+        )
         return 1

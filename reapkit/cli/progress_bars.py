@@ -42,8 +42,15 @@ class Bars(Progress):
     @contextmanager
     def task(self, title: str, total: float | None = None, unit: str = "") -> Iterator[Task]:
         stop_requests.check()
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(),
-                   TextColumn(unit), TimeElapsedColumn(), TimeRemainingColumn(compact=True))
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn(unit),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(compact=True),
+        )
         with RichProgress(*columns, console=self.console, transient=True) as bars:
             yield _Bar(bars, bars.add_task(title, total=total), title)
 
@@ -92,7 +99,9 @@ class _Line:
         if time.monotonic() - self.last >= PLAIN_SECONDS:
             self.last = time.monotonic()
             total = f"/{self.total:,.0f}" if self.total else ""
-            print(f"  {self.title}{self.noted}: {self.done:,.0f}{total} {self.unit}".rstrip(), file=sys.stderr, flush=True)
+            print(
+                f"  {self.title}{self.noted}: {self.done:,.0f}{total} {self.unit}".rstrip(), file=sys.stderr, flush=True
+            )
 
     def note(self, text: str) -> None:
         self.noted = f" ({text})"

@@ -21,8 +21,11 @@ from reapkit.report.tables import plan_as_json, plan_tables, result_table
 
 
 @app.command()
-def validate(recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="Recipes to check.")],
-             overrides: Overrides = [], as_json: Json = False) -> None:
+def validate(
+    recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="Recipes to check.")],
+    overrides: Overrides = [],
+    as_json: Json = False,
+) -> None:
     """Check recipes, against their model where it is local, cached or on the hub; every problem is shown at once.
 
     Example: reapkit validate recipes/demo.yaml
@@ -64,12 +67,19 @@ def _show_plan(recipe: str, overrides: list[str], as_json: bool, observation: st
 
 
 @app.command()
-def apply(recipe: RecipeArgument, overrides: Overrides = [],
-          until: Annotated[str | None, typer.Option(metavar="STAGE", help=f"Stop after a stage: {', '.join(STAGES)}.")] = None,
-          dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
-          observation: Elsewhere = None,
-          locked: Annotated[bool, typer.Option("--locked", help="Take revisions from the lock; refuse to differ from it.")] = False,
-          as_json: Json = False) -> None:
+def apply(
+    recipe: RecipeArgument,
+    overrides: Overrides = [],
+    until: Annotated[
+        str | None, typer.Option(metavar="STAGE", help=f"Stop after a stage: {', '.join(STAGES)}.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
+    observation: Elsewhere = None,
+    locked: Annotated[
+        bool, typer.Option("--locked", help="Take revisions from the lock; refuse to differ from it.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Run a recipe: calibrate, observe, select, evaluate, prune, quantize, verify, report. Finished stages are skipped.
 
     Example: reapkit apply demo
@@ -105,7 +115,9 @@ def _directory_of(observation: str | None) -> Path | None:
 
 def _apply(recipe: str, overrides: list[str], until: str | None, as_json: bool, observation: str | None = None) -> None:
     elsewhere = _directory_of(observation)
-    loaded = load_and_plan(recipe, overrides, observation=elsewhere).loaded  # every contradiction is found before weights are fetched or torch is imported
+    loaded = load_and_plan(
+        recipe, overrides, observation=elsewhere
+    ).loaded  # every contradiction is found before weights are fetched or torch is imported
     quiet_libraries()
     from reapkit.cli.progress_bars import make_progress
     from reapkit.pipeline.run import apply as run_recipe
@@ -118,12 +130,18 @@ def _apply(recipe: str, overrides: list[str], until: str | None, as_json: bool, 
     console = out()
     if "verify" in run.artifacts:
         console.print(result_table(run.summary("verify")))
-    console.print(f"{'Nothing to do, all of it was there' if not run.executed else 'Done'}: {run.directory}"
-                  + (f"  (open {run.directory / 'report.html'})" if "report" in run.artifacts else ""), soft_wrap=True, markup=False)
+    console.print(
+        f"{'Nothing to do, all of it was there' if not run.executed else 'Done'}: {run.directory}"
+        + (f"  (open {run.directory / 'report.html'})" if "report" in run.artifacts else ""),
+        soft_wrap=True,
+        markup=False,
+    )
 
 
 def _stage_command(stage: str, purpose: str) -> None:
-    def deciding(recipe: RecipeArgument, overrides: Overrides = [], observation: Elsewhere = None, as_json: Json = False) -> None:
+    def deciding(
+        recipe: RecipeArgument, overrides: Overrides = [], observation: Elsewhere = None, as_json: Json = False
+    ) -> None:
         _apply(recipe, overrides, stage, as_json, observation)
 
     def observing(recipe: RecipeArgument, overrides: Overrides = [], as_json: Json = False) -> None:
@@ -134,11 +152,13 @@ def _stage_command(stage: str, purpose: str) -> None:
     app.command(name=stage)(command)
 
 
-for _stage, _purpose in (("observe", "Run the calibration through the model and keep its routing statistics"),
-                         ("select", "Decide which experts stay"),
-                         ("evaluate", "Compare the candidates, as masks, with the base"),
-                         ("prune", "Write the pruned checkpoint"),
-                         ("quantize", "Write the quantized checkpoint")):
+for _stage, _purpose in (
+    ("observe", "Run the calibration through the model and keep its routing statistics"),
+    ("select", "Decide which experts stay"),
+    ("evaluate", "Compare the candidates, as masks, with the base"),
+    ("prune", "Write the pruned checkpoint"),
+    ("quantize", "Write the quantized checkpoint"),
+):
     _stage_command(_stage, _purpose)
 
 
@@ -151,13 +171,21 @@ def lock(recipe: RecipeArgument, overrides: Overrides = [], as_json: Json = Fals
     loaded = load_and_plan(recipe, overrides).loaded
     path = lock_path(loaded, find_recipe(recipe))
     written = write_lock(loaded, path)
-    print(json.dumps({"path": str(path), **written}) if as_json else f"{path}: {len(written['sources'])} sources and the model locked")
+    print(
+        json.dumps({"path": str(path), **written})
+        if as_json
+        else f"{path}: {len(written['sources'])} sources and the model locked"
+    )
 
 
 @app.command()
-def init(model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, model directory or builtin:demo.")],
-         output: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", help="Where to write it; default NAME.yaml.")] = None,
-         as_json: Json = False) -> None:
+def init(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, model directory or builtin:demo.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Where to write it; default NAME.yaml.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Write a commented starting recipe for a model, filled from its config and headers.
 
     Example: reapkit init /models/my-moe -o my-moe.yaml
@@ -171,7 +199,9 @@ def init(model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, mod
 
 
 @app.command()
-def schema(markdown: Annotated[bool, typer.Option("--markdown", help="The language on one page, for people.")] = False) -> None:
+def schema(
+    markdown: Annotated[bool, typer.Option("--markdown", help="The language on one page, for people.")] = False,
+) -> None:
     """Print the recipe language as JSON Schema (2020-12).
 
     Example: reapkit schema > recipe.schema.json

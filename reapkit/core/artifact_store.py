@@ -1,7 +1,7 @@
 """Artifacts by key: a directory whose manifest, written last by rename, says that it is complete. Torch-free.
 
-    <store>/<stage>-<key12>/manifest.json     the stage, its whole key, spec, inputs, seconds, versions, summary
-    <store>/<stage>-<key12>/payload/          what the stage made; may be dropped later, the manifest stays
+<store>/<stage>-<key12>/manifest.json     the stage, its whole key, spec, inputs, seconds, versions, summary
+<store>/<stage>-<key12>/payload/          what the stage made; may be dropped later, the manifest stays
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ class Store:
 
     @contextmanager
     def idle(self, name: str) -> Iterator[bool]:
-        """True, and then locked for the block, where no process is at the artifact of that directory name; False at once otherwise."""
+        """True, and then locked for the block, where no process is at the artifact of that directory name; False at
+        once otherwise."""
         with (self.root / f"{name}.lock").open("a") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

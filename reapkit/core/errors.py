@@ -8,7 +8,8 @@ from typing import Any
 
 
 class ReapkitError(Exception):
-    """Something a user can act on; `exit_code` is what the command ends with. Anything else that escapes is a defect."""
+    """Something a user can act on; `exit_code` is what the command ends with. Anything else that escapes is a
+    defect."""
 
     exit_code = 1
 
@@ -25,7 +26,11 @@ class Problem:
 
     def __str__(self) -> str:
         if self.file and self.file.startswith("--set "):  # what was written on the command line is its own place
-            return f"{self.file}: {self.message}" if self.path in self.file else f"{self.file}: {self.path}: {self.message}"
+            return (
+                f"{self.file}: {self.message}"
+                if self.path in self.file
+                else f"{self.file}: {self.path}: {self.message}"
+            )
         place = ":".join(str(part) for part in (self.file, self.line, self.column) if part is not None)
         return " ".join(part for part in (place, f"{self.path}: {self.message}" if self.path else self.message) if part)
 

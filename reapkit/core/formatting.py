@@ -64,7 +64,9 @@ def mean(values: Iterable[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def extreme(values: Sequence[float | None], names: Sequence[object], *, largest: bool = True) -> tuple[object, float] | None:
+def extreme(
+    values: Sequence[float | None], names: Sequence[object], *, largest: bool = True
+) -> tuple[object, float] | None:
     """The (name, value) of the largest or smallest known value."""
     known = [(name, value) for name, value in zip(names, values, strict=True) if value is not None]
     if not known:

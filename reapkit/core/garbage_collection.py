@@ -1,8 +1,8 @@
 """Which artifacts of a store runs still use, and the removal of those that none does. Torch-free.
 
-A run is entered in `<store>/runs/` before it relies on an artifact, and stays there as long as its directory does. An artifact is in use
-where such a run names it, where the run.json of a run beside the store does, or where its files are hard-linked from elsewhere (a run that
-was moved). What another process works on is locked, and never touched.
+A run is entered in `<store>/runs/` before it relies on an artifact, and stays there as long as its directory does. An
+artifact is in use where such a run names it, where the run.json of a run beside the store does, or where its files are
+hard-linked from elsewhere (a run that was moved). What another process works on is locked, and never touched.
 """
 
 from __future__ import annotations
@@ -20,7 +20,12 @@ from reapkit.core.errors import UnusableError
 from reapkit.core.hashing import digest
 
 ARTIFACT = re.compile(rf"[a-z]+-[0-9a-f]{{{KEY_LETTERS}}}")
-IN_USE, LINKED, BUSY, UNFINISHED = "a run uses it", "its files are linked from elsewhere", "in progress", "unfinished, can be resumed"
+IN_USE, LINKED, BUSY, UNFINISHED = (
+    "a run uses it",
+    "its files are linked from elsewhere",
+    "in progress",
+    "unfinished, can be resumed",
+)
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,8 @@ class Collected:
 
 
 def register(store: Store, run: Path, artifacts: Mapping[str, str]) -> None:
-    """Enters that the run in directory `run` uses these artifacts, directory names by stage; an earlier one of a stage is let go.
+    """Enters that the run in directory `run` uses these artifacts, directory names by stage; an earlier one of a stage
+    is let go.
 
     Raises UnusableError where the run's directory cannot be made.
     """
@@ -61,7 +67,8 @@ def register(store: Store, run: Path, artifacts: Mapping[str, str]) -> None:
 
 
 def collect(store: Store, *, unfinished: bool = False, dry_run: bool = False) -> Collected:
-    """Removes every artifact that no run uses, and with `unfinished` partial work that nobody is at; `dry_run` only says which.
+    """Removes every artifact that no run uses, and with `unfinished` partial work that nobody is at; `dry_run` only
+    says which.
 
     Raises UnusableError where there is no store, or where what uses it cannot be read: then nothing is removed.
     """
@@ -79,7 +86,9 @@ def collect(store: Store, *, unfinished: bool = False, dry_run: bool = False) ->
                     continue
                 found.removed.append(Removed(directory.name, _freed(directory)))
                 if not dry_run:
-                    (directory / "manifest.json").unlink(missing_ok=True)  # first: half of an artifact must not look like a whole one
+                    (directory / "manifest.json").unlink(
+                        missing_ok=True
+                    )  # first: half of an artifact must not look like a whole one
                     shutil.rmtree(directory)
     return found
 
@@ -124,8 +133,10 @@ def _read(file: Path) -> dict:
         if not {"directory", "artifacts"} <= found.keys() and "stages" not in found:
             raise ValueError("it names no artifacts")
     except (OSError, ValueError, AttributeError) as error:
-        raise UnusableError(f"{file}: says which artifacts a run uses and cannot be read ({error}). Remove it if that run is gone; nothing was "
-                            "removed from the store.") from None
+        raise UnusableError(
+            f"{file}: says which artifacts a run uses and cannot be read ({error}). Remove it if that run is gone;"
+            " nothing was removed from the store."
+        ) from None
     return found
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 
 def digest(value: Any) -> str:
-    """sha256 (hex) of `value` as canonical JSON: sorted keys, no spaces, UTF-8. Raises TypeError for what JSON cannot say."""
+    """sha256 (hex) of `value` as canonical JSON: sorted keys, no spaces, UTF-8. Raises TypeError for what JSON cannot
+    say."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 

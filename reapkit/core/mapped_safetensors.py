@@ -25,17 +25,24 @@ def map_tensors(path: Path) -> dict[str, ndarray]:
     tensors = {}
     for name, tensor in read_header(path).items():
         if tensor.dtype not in names:
-            raise UnusableError(f"{path}: tensor {name} is {tensor.dtype}, which nothing of reapkit's is. Make the file again.")
+            raise UnusableError(
+                f"{path}: tensor {name} is {tensor.dtype}, which nothing of reapkit's is. Make the file again."
+            )
         dtype = np.dtype(names[tensor.dtype]).newbyteorder("<")
-        tensors[name] = (np.memmap(path, dtype, "r", tensor.begin, tensor.shape).view(ndarray) if tensor.nbytes
-                         else np.empty(tensor.shape, dtype))
+        tensors[name] = (
+            np.memmap(path, dtype, "r", tensor.begin, tensor.shape).view(ndarray)
+            if tensor.nbytes
+            else np.empty(tensor.shape, dtype)
+        )
     return tensors
 
 
 def create_tensors(path: Path, shapes: Mapping[str, tuple[str, int]]) -> dict[str, ndarray]:
-    """A safetensors file of 1-d tensors (name to dtype and length), allocated at once and returned as writable memory maps.
+    """A safetensors file of 1-d tensors (name to dtype and length), allocated at once and returned as writable memory
+    maps.
 
-    The bytes depend on names, dtypes, lengths and what is written, on nothing else. Wide types come first, which aligns all.
+    The bytes depend on names, dtypes, lengths and what is written, on nothing else. Wide types come first, which aligns
+    all.
     """
     order = sorted(shapes, key=lambda name: (-np.dtype(shapes[name][0]).itemsize, name))
     header: dict[str, Any] = {}
@@ -50,8 +57,14 @@ def create_tensors(path: Path, shapes: Mapping[str, tuple[str, int]]) -> dict[st
         stream.write(len(text).to_bytes(8, "little") + text)
         stream.truncate(8 + len(text) + end)
     first = 8 + len(text)
-    return {name: np.memmap(path, np.dtype(dtype).newbyteorder("<"), "r+", first + header[name]["data_offsets"][0], (length,))
-            if length else np.empty(0, dtype) for name, (dtype, length) in shapes.items()}
+    return {
+        name: np.memmap(
+            path, np.dtype(dtype).newbyteorder("<"), "r+", first + header[name]["data_offsets"][0], (length,)
+        )
+        if length
+        else np.empty(0, dtype)
+        for name, (dtype, length) in shapes.items()
+    }
 
 
 def as_arrays(frozen: Any, *names: str) -> None:

@@ -1,7 +1,8 @@
-"""Several processes at one run, started by torchrun: rank 0 runs the recipe, the others help where it asks, all end with one code.
+"""Several processes at one run, started by torchrun: rank 0 runs the recipe, the others help where it asks, all end
+with one code.
 
-What ranks compute goes through files that they all see. torchrun's own key-value store carries the rest: who does what, who is alive,
-how it ended. Nobody waits inside a collective, so none can time out while rank 0 works alone for hours.
+What ranks compute goes through files that they all see. torchrun's own key-value store carries the rest: who does what,
+who is alive, how it ended. Nobody waits inside a collective, so none can time out while rank 0 works alone for hours.
 """
 
 from __future__ import annotations
@@ -32,8 +33,10 @@ class LostContact(StageFailed):
     """torchrun's key-value store does not answer any more."""
 
     def __init__(self) -> None:
-        super().__init__("lost contact with torchrun's rendezvous (torchrun or the machine of rank 0 is gone), so the run ends here. What "
-                         "was finished is kept; run the same command again to resume.")
+        super().__init__(
+            "lost contact with torchrun's rendezvous (torchrun or the machine of rank 0 is gone), so the run ends here."
+            " What was finished is kept; run the same command again to resume."
+        )
 
 
 class Alone:
@@ -63,7 +66,8 @@ class Alone:
         return amount
 
     def meet(self, name: str, directory: Path | None = None, waiting: Callable[[], None] = lambda: None) -> None:
-        """Returns once all ranks came here; then what they wrote to `directory` can be seen. `waiting()` is called meanwhile."""
+        """Returns once all ranks came here; then what they wrote to `directory` can be seen. `waiting()` is called
+        meanwhile."""
 
 
 class Team(Alone):
@@ -115,8 +119,9 @@ class Team(Alone):
         while not _listed(file):
             if time.monotonic() > deadline:
                 raise UnusableError(
-                    f"runtime.store: {self._name(self.rank)} does not see {file.parent} as {self._name(0)} does. Ranks share their work "
-                    "through this directory: put it on a file system that all nodes mount at the same path (--set runtime.store=DIR)."
+                    f"runtime.store: {self._name(self.rank)} does not see {file.parent} as {self._name(0)} does. Ranks"
+                    " share their work through this directory: put it on a file system that all nodes mount at the"
+                    " same path (--set runtime.store=DIR)."
                 )
             time.sleep(0.5)
         self.meet("seen")
@@ -132,8 +137,10 @@ class Team(Alone):
         theirs, mine = self.agreed(name, lambda: facts), json.loads(json.dumps(facts))
         if different := [key for key in theirs if theirs[key] != mine.get(key)]:
             found = ", ".join(f"{key} {mine.get(key)} instead of {theirs[key]}" for key in different)
-            raise UnusableError(f"{self._name(self.rank)} would compute in another way than {self._name(0)}: {found}. Results would depend on "
-                                "who computed what; give all ranks the same devices and the same environment.")
+            raise UnusableError(
+                f"{self._name(self.rank)} would compute in another way than {self._name(0)}: {found}. Results would"
+                " depend on who computed what; give all ranks the same devices and the same environment."
+            )
 
     def claims(self, name: str, count: int) -> Iterator[int]:
         while (number := self._add(f"{self._job}/claims/{name}", 1) - 1) < count:
@@ -191,7 +198,8 @@ class Team(Alone):
             pass
 
     def heard(self) -> int | None:
-        """Other ranks: rank 0's last word, which comes soon; None, with `trouble` set, where it cannot come any more."""
+        """Other ranks: rank 0's last word, which comes soon; None, with `trouble` set, where it cannot come any
+        more."""
         deadline = time.monotonic() + LEAVING_SECONDS
         try:
             while time.monotonic() < deadline:
@@ -252,9 +260,14 @@ class Team(Alone):
         return self._died(dead[0]) if dead else _error(**failures[0]) if failures else None
 
     def _dead(self, ranks: Sequence[int], quickly: bool = False) -> list[int]:
-        """By their process on this machine, else by their beats; `quickly` waits for three beats instead of a minute."""
+        """By their process on this machine, else by their beats; `quickly` waits for three beats instead of a
+        minute."""
         here = _machine()
-        who = {rank: self._get(f"who/{rank}") for rank in ranks if self._has(f"who/{rank}") and not self._has(f"left/{rank}")}
+        who = {
+            rank: self._get(f"who/{rank}")
+            for rank in ranks
+            if self._has(f"who/{rank}") and not self._has(f"left/{rank}")
+        }
         near = [rank for rank in who if who[rank]["machine"] == here is not None]
         far = [rank for rank in who if rank not in near]
         gone = [rank for rank in near if not _runs(who[rank]["pid"])]
@@ -264,7 +277,11 @@ class Team(Alone):
         before, deadline = {rank: self._beat(rank) for rank in ranks}, time.monotonic() + 3 * BEAT_SECONDS
         while before and time.monotonic() < deadline:
             time.sleep(0.2)
-            before = {rank: beat for rank, beat in before.items() if self._beat(rank) == beat and not self._has(f"left/{rank}")}
+            before = {
+                rank: beat
+                for rank, beat in before.items()
+                if self._beat(rank) == beat and not self._has(f"left/{rank}")
+            }
         return list(before)
 
     def _stale(self, ranks: Sequence[int]) -> list[int]:
@@ -278,8 +295,10 @@ class Team(Alone):
         return self._get(f"beat/{rank}") if self._has(f"beat/{rank}") else 0
 
     def _died(self, rank: int) -> StageFailed:
-        return StageFailed(f"{self._name(rank)} died without a word (killed, out of memory, or its machine is gone), so the run ends here. "
-                           "What was finished is kept; run the same command again to resume, with any number of ranks.")
+        return StageFailed(
+            f"{self._name(rank)} died without a word (killed, out of memory, or its machine is gone), so the run ends"
+            " here. What was finished is kept; run the same command again to resume, with any number of ranks."
+        )
 
     def _name(self, rank: int) -> str:
         who = self._get(f"who/{rank}") if self._has(f"who/{rank}") else None
@@ -329,8 +348,12 @@ def join() -> Team:
 
     env = os.environ
     rank, world = int(env["RANK"]), int(env["WORLD_SIZE"])
-    serves = rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun does, and outlives every rank
-    store = TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), None, serves, timedelta(seconds=120), wait_for_workers=False)
+    serves = (
+        rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    )  # else torchrun does, and outlives every rank
+    store = TCPStore(
+        env["MASTER_ADDR"], int(env["MASTER_PORT"]), None, serves, timedelta(seconds=120), wait_for_workers=False
+    )
     keys = PrefixStore(f"reapkit/{env.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     _joined = Team(keys, rank, world, int(env["LOCAL_RANK"]), int(env["LOCAL_WORLD_SIZE"]))
     return _joined
@@ -367,6 +390,8 @@ def _runs(pid: int) -> bool:
 
 def _listed(file: Path) -> bool:
     try:
-        return file.name in os.listdir(file.parent)  # listing asks the server anew where a look-up may be answered from memory
+        return file.name in os.listdir(
+            file.parent
+        )  # listing asks the server anew where a look-up may be answered from memory
     except OSError:
         return False

@@ -1,4 +1,5 @@
-"""The header of a safetensors file, distrusted until it is proven: offsets must tile the file and fit dtypes and shapes. Torch-free."""
+"""The header of a safetensors file, distrusted until it is proven: offsets must tile the file and fit dtypes and
+shapes. Torch-free."""
 
 from __future__ import annotations
 
@@ -14,8 +15,26 @@ from typing import Any, NamedTuple
 
 from reapkit.core.errors import UnusableError
 
-DTYPE_BITS = {"F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "U16": 16,
-              "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I8": 8, "U8": 8, "BOOL": 8, "F4": 4, "C64": 64}
+DTYPE_BITS = {
+    "F64": 64,
+    "I64": 64,
+    "U64": 64,
+    "F32": 32,
+    "I32": 32,
+    "U32": 32,
+    "F16": 16,
+    "BF16": 16,
+    "I16": 16,
+    "U16": 16,
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "F8_E8M0": 8,
+    "I8": 8,
+    "U8": 8,
+    "BOOL": 8,
+    "F4": 4,
+    "C64": 64,
+}
 
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit: a forged length must not make us allocate the file's size
@@ -23,7 +42,8 @@ FIRST_READ_BYTES = 1 << 16  # holds most headers, which then cost one read
 
 
 class TensorInfo(NamedTuple):
-    """One tensor of a shard: safetensors dtype code, shape, and its bytes [begin, end) as absolute offsets in the shard."""
+    """One tensor of a shard: safetensors dtype code, shape, and its bytes [begin, end) as absolute offsets in the
+    shard."""
 
     name: str
     dtype: str
@@ -56,8 +76,9 @@ def _tensors_of(path: Path, size: int, text: bytes) -> dict[str, TensorInfo]:
         header.pop("__metadata__", None)
         found = _parse_entries(header, shard, base)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UnusableError(f"{path}: its header is no safetensors header ({type(error).__name__}: {error}). Download it "
-                            "again.") from None
+        raise UnusableError(
+            f"{path}: its header is no safetensors header ({type(error).__name__}: {error}). Download it again."
+        ) from None
     if not _tiles(found, base, size):
         found.sort(key=itemgetter(4, 5))  # begin, end
         _refuse_gaps(path, found, base, size)
@@ -65,25 +86,41 @@ def _tensors_of(path: Path, size: int, text: bytes) -> dict[str, TensorInfo]:
 
 
 def _tiles(found: Sequence[TensorInfo], base: int, size: int) -> bool:
-    """Whether the tensors follow each other to the file's end in the order in which they are listed, each as long as its shape says."""
+    """Whether the tensors follow each other to the file's end in the order in which they are listed, each as long as
+    its shape says."""
     if not found:
         return base == size
     _, dtypes, shapes, _, begins, ends = zip(*found, strict=True)
-    nbits = {(dtype, shape): prod(shape) * DTYPE_BITS.get(dtype, -1) for dtype, shape in set(zip(dtypes, shapes, strict=True))}
-    return (begins == (base, *ends[:-1]) and ends[-1] == size
-            and all(map(eq, (8 * nbytes for nbytes in map(sub, ends, begins)), map(nbits.__getitem__, zip(dtypes, shapes, strict=True)))))
+    nbits = {
+        (dtype, shape): prod(shape) * DTYPE_BITS.get(dtype, -1)
+        for dtype, shape in set(zip(dtypes, shapes, strict=True))
+    }
+    return (
+        begins == (base, *ends[:-1])
+        and ends[-1] == size
+        and all(
+            map(
+                eq,
+                (8 * nbytes for nbytes in map(sub, ends, begins)),
+                map(nbits.__getitem__, zip(dtypes, shapes, strict=True)),
+            )
+        )
+    )
 
 
 def _refuse_gaps(path: Path, found: Iterable[TensorInfo], base: int, size: int) -> None:
-    """Raises UnusableError where tensors in the order of their bytes leave a gap, overlap, or do not fit their shapes."""
+    """Raises UnusableError where tensors in the order of their bytes leave a gap, overlap, or do not fit their
+    shapes."""
     position = base
     for name, dtype, shape, _, begin, end in found:
         bits = DTYPE_BITS.get(dtype)
         if bits is None:
             raise UnusableError(f"{path}: tensor {name} has unknown dtype {dtype}. Upgrade reapkit.")
         if begin != position or (end - begin) * 8 != prod(shape) * bits:
-            raise UnusableError(f"{path}: tensor {name} has offsets {begin - base}..{end - base} that do not fit its shape. "
-                                "Download it again.")
+            raise UnusableError(
+                f"{path}: tensor {name} has offsets {begin - base}..{end - base} that do not fit its shape. "
+                "Download it again."
+            )
         position = end
     if position != size:
         raise UnusableError(f"{path}: holds {size} bytes where its header says {position}. Download it again.")
@@ -101,13 +138,14 @@ def _read_header_text(path: Path) -> tuple[int, bytes]:
             start += more
     finally:
         os.close(file)
-    return size, start[8:8 + length]
+    return size, start[8 : 8 + length]
 
 
 def _parse_header(text: bytes) -> dict[str, Any]:
     """The header as JSON. Raises ValueError where it gives a name twice, of which a parser would keep one.
 
-    Names given twice leave quotes in the text for which nothing parsed accounts; only then the text is parsed pair by pair.
+    Names given twice leave quotes in the text for which nothing parsed accounts; only then the text is parsed pair by
+    pair.
     """
     header = json.loads(text)
     metadata = header.get("__metadata__")
@@ -128,7 +166,8 @@ _INTEGERS = {int}  # and not bool, which Python counts among the integers
 
 
 def _parse_entries(header: Mapping[str, Any], shard: str, base: int) -> list[TensorInfo]:
-    """Every value of the type and sign that the format demands, looked at for all tensors together: there may be 100,000."""
+    """Every value of the type and sign that the format demands, looked at for all tensors together: there may be
+    100,000."""
     "".join(header).encode()  # a lone surrogate could not be written back
     dtypes, shapes = [entry["dtype"] for entry in header.values()], [tuple(entry["shape"]) for entry in header.values()]
     begins, ends = [], []
@@ -139,8 +178,13 @@ def _parse_entries(header: Mapping[str, Any], shard: str, base: int) -> list[Ten
     numbers = list(chain(begins, ends, *shapes))
     if not set(map(type, dtypes)) <= {str} or not set(map(type, numbers)) <= _INTEGERS or min(numbers, default=0) < 0:
         each = zip(header, dtypes, shapes, begins, ends, strict=True)
-        name = next(name for name, dtype, shape, *span in each
-                    if type(dtype) is not str or set(map(type, (*span, *shape))) != _INTEGERS or min(*span, *shape) < 0)
+        name = next(
+            name
+            for name, dtype, shape, *span in each
+            if type(dtype) is not str or set(map(type, (*span, *shape))) != _INTEGERS or min(*span, *shape) < 0
+        )
         raise ValueError(f"tensor {name} has a dtype, shape or offset of a wrong kind")
-    return [TensorInfo(name, dtype, shape, shard, base + begin, base + end)
-            for name, dtype, shape, begin, end in zip(header, dtypes, shapes, begins, ends, strict=True)]
+    return [
+        TensorInfo(name, dtype, shape, shard, base + begin, base + end)
+        for name, dtype, shape, begin, end in zip(header, dtypes, shapes, begins, ends, strict=True)
+    ]

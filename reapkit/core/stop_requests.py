@@ -1,4 +1,5 @@
-"""A request to stop (Ctrl-C, or Slurm's SIGTERM) that is obeyed even where a library swallows the exception it raises."""
+"""A request to stop (Ctrl-C, or Slurm's SIGTERM) that is obeyed even where a library swallows the exception it
+raises."""
 
 from __future__ import annotations
 
@@ -15,7 +16,9 @@ def listen() -> None:
     """From now on both signals raise KeyboardInterrupt where the main thread is, and at each `check` until `ignore`."""
     _asked.clear()
     for number in SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup, or a shell's background job: whoever started us wants it ignored
+        if (
+            signal.getsignal(number) != signal.SIG_IGN
+        ):  # nohup, or a shell's background job: whoever started us wants it ignored
             signal.signal(number, _ask)
 
 

@@ -15,15 +15,18 @@ SHOWN = ("perplexity", "perplexity_ratio", "kl_mean", "top1_agreement", "conflic
 
 
 def summary_rows(evaluation: Mapping[str, Any], group: str = UNION) -> Iterator[dict[str, Any]]:
-    """The rows of a terminal's table: base, candidates, what was tried after a rejection, controls and the confirmed choice, each at
-    every length.
+    """The rows of a terminal's table: base, candidates, what was tried after a rejection, controls and the confirmed
+    choice, each at every length.
 
     `{"name", "role": "base" | "candidate" | "searched" | "control" | "confirm", "length", "experts", "bytes", "rows", "verdict"}` and, for
     each of `SHOWN`, the value with its interval as `NAME_interval`; None where there is none. `group`: `all` or a source.
     """
     yield from _rows({"name": "base", "metrics": evaluation["base"]}, "base", group)
-    for role, entries in (("candidate", evaluation["candidates"]), ("searched", evaluation.get("search") or ()),
-                          ("control", evaluation["controls"])):
+    for role, entries in (
+        ("candidate", evaluation["candidates"]),
+        ("searched", evaluation.get("search") or ()),
+        ("control", evaluation["controls"]),
+    ):
         for entry in entries:
             yield from _rows(entry, role, group)
     if (confirm := evaluation["confirm"]) is not None:
@@ -60,7 +63,8 @@ MEANING = {
 
 
 def advice(evaluation: Mapping[str, Any]) -> str:
-    """What happened and what to change, in lines of a terminal: which gate, which source, by how much, what would pass."""
+    """What happened and what to change, in lines of a terminal: which gate, which source, by how much, what would
+    pass."""
     chosen = next(entry for entry in evaluation["candidates"] if entry["name"] == evaluation["chosen"])
     confirm, verdict = evaluation["confirm"], evaluation["verdict"]
     overturned = confirm is not None and chosen["verdict"] == "pass" and confirm["verdict"] != "pass"
@@ -73,9 +77,16 @@ def advice(evaluation: Mapping[str, Any]) -> str:
     where = " on the confirm rows, after passing on the others" if overturned else ""
     why = [] if verdict == "reject" else ["Its intervals straddle the limits, so these rows cannot tell:"]
     changes = _changes(judged, chosen, evaluation) if verdict == "reject" else _more_samples(judged, evaluation)
-    return "\n".join([f"{among} {chosen['name']} ({chosen['experts']} experts kept): {said}{where}.", *why,
-                      *gate_lines(judged["gates"], verdict), *_worst_sources(judged, verdict, evaluation.get("outside", ())), *_found(evaluation),
-                      *changes])
+    return "\n".join(
+        [
+            f"{among} {chosen['name']} ({chosen['experts']} experts kept): {said}{where}.",
+            *why,
+            *gate_lines(judged["gates"], verdict),
+            *_worst_sources(judged, verdict, evaluation.get("outside", ())),
+            *_found(evaluation),
+            *changes,
+        ]
+    )
 
 
 def gate_lines(results: Sequence[Mapping[str, Any]], verdict: str) -> list[str]:
@@ -84,23 +95,38 @@ def gate_lines(results: Sequence[Mapping[str, Any]], verdict: str) -> list[str]:
     rows = [("gate", "source", "rows of", "measured", "limit", "beyond by"), *map(_cells, found)]
     widths = [max(map(len, column)) for column in zip(*rows)]
     table = ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-    return table + [f"  {metric}: {MEANING[metric]}" for metric in dict.fromkeys(entry["metric"] for entry in found) if metric in MEANING]
+    return table + [
+        f"  {metric}: {MEANING[metric]}"
+        for metric in dict.fromkeys(entry["metric"] for entry in found)
+        if metric in MEANING
+    ]
 
 
 def _cells(entry: Mapping[str, Any]) -> tuple[str, ...]:
     value, interval = entry["value"], entry["interval"]
     between = f" ({interval[0]:.3g} to {interval[1]:.3g})" if interval else ""
     pack = entry["pack"] if entry["pack"].isdigit() else "prompts" if entry["pack"] else "-"
-    return (entry["metric"], entry["source"], pack, "not measured" if value is None else f"{value:.4g}{between}", entry["limit"],
-            f"{entry['excess']:.3g}" if entry["excess"] is not None and entry["excess"] > 0 else "-")
+    return (
+        entry["metric"],
+        entry["source"],
+        pack,
+        "not measured" if value is None else f"{value:.4g}{between}",
+        entry["limit"],
+        f"{entry['excess']:.3g}" if entry["excess"] is not None and entry["excess"] > 0 else "-",
+    )
 
 
 def _worst_sources(judged: Mapping[str, Any], verdict: str, outside: Sequence[str] = ()) -> list[str]:
-    """Beside each gate on the union that failed, the source of the union that is furthest beyond it, on the rows that failed most."""
+    """Beside each gate on the union that failed, the source of the union that is furthest beyond it, on the rows that
+    failed most."""
     worst: dict[str, tuple[float, str]] = {}
     for result in map(GateResult.from_json, judged["gates"]):
         metric, groups = result.gate.metric, judged["metrics"].get(result.pack, {})
-        values = {source: found[metric]["value"] for source, found in groups.items() if source not in (UNION, *outside) and metric in found}
+        values = {
+            source: found[metric]["value"]
+            for source, found in groups.items()
+            if source not in (UNION, *outside) and metric in found
+        }
         if result.verdict == verdict and result.gate.source == UNION and len(values) > 1:
             source = max(values, key=lambda name: _beyond(result.gate, values[name]))
             by, said = _beyond(result.gate, values[source]), f"{metric} {values[source]:.4g} ({source})"
@@ -111,7 +137,10 @@ def _worst_sources(judged: Mapping[str, Any], verdict: str, outside: Sequence[st
 
 def _beyond(gate: Gate, value: float) -> float:
     """How far a value lies beyond the limit, negative inside it."""
-    return max(value - gate.max if gate.max is not None else float("-inf"), gate.min - value if gate.min is not None else float("-inf"))
+    return max(
+        value - gate.max if gate.max is not None else float("-inf"),
+        gate.min - value if gate.min is not None else float("-inf"),
+    )
 
 
 def _found(evaluation: Mapping[str, Any]) -> list[str]:
@@ -119,7 +148,11 @@ def _found(evaluation: Mapping[str, Any]) -> list[str]:
     if not (tried := evaluation.get("search")):
         return []
     if (nearest := _nearest_passing(evaluation)) is None:
-        return wrap(f"None of the smaller cuts that were tried passes either: {', '.join(entry['name'] for entry in tried)}.", WIDTH, subsequent_indent="  ")
+        return wrap(
+            f"None of the smaller cuts that were tried passes either: {', '.join(entry['name'] for entry in tried)}.",
+            WIDTH,
+            subsequent_indent="  ",
+        )
     size = f", {human_bytes(nearest['bytes'])}" if nearest["bytes"] else ""
     return [f"Nearest candidate that passes: {nearest['name']} ({nearest['experts']} experts kept{size})."]
 
@@ -136,16 +169,26 @@ def _weak_sources(judged: Mapping[str, Any]) -> list[str]:
     for result in map(GateResult.from_json, judged["gates"]):
         for source, found in judged["metrics"].get(result.pack, {}).items():
             measurement = found.get(result.gate.metric)
-            if result.gate.source == UNION != source and measurement is not None and result.gate.breaks(measurement["value"]):
-                lines.append(f"  {source} alone: {result.gate.metric} {measurement['value']:.4g} on rows of {result.pack}, "
-                             f"limit {result.gate.limit}")
+            if (
+                result.gate.source == UNION != source
+                and measurement is not None
+                and result.gate.breaks(measurement["value"])
+            ):
+                lines.append(
+                    f"  {source} alone: {result.gate.metric} {measurement['value']:.4g} on rows of {result.pack}, "
+                    f"limit {result.gate.limit}"
+                )
     return lines
 
 
 def _changes(judged: Mapping[str, Any], chosen: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[str]:
     """Overrides for the command line, the gentlest first; none of them observes the model again."""
-    options = [*_smaller_ratios(chosen, evaluation), *_better_criterion(chosen, evaluation), *_more_of_the_worst(judged, evaluation),
-               *_looser_preset(judged)]
+    options = [
+        *_smaller_ratios(chosen, evaluation),
+        *_better_criterion(chosen, evaluation),
+        *_more_of_the_worst(judged, evaluation),
+        *_looser_preset(judged),
+    ]
     lines = ["What to change: repeat the command with one of these (the observation is kept):"]
     for override, why in options:
         lines += [f"  {why}:", f"    --set {override}"]
@@ -153,21 +196,37 @@ def _changes(judged: Mapping[str, Any], chosen: Mapping[str, Any], evaluation: M
 
 
 def _smaller_ratios(chosen: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The ratio that was found to pass; where none was searched half, a quarter and an eighth of what was removed, at least one expert."""
+    """The ratio that was found to pass; where none was searched half, a quarter and an eighth of what was removed, at
+    least one expert."""
     removed, fewest = chosen.get("removed"), 1 / max(chosen.get("num_experts") or 1, 1)
     if evaluation.get("search"):
         nearest = _nearest_passing(evaluation)
-        return [] if nearest is None else [(f"'prune.candidates.ratio=[{nearest['ratio']}]'",
-                                            f"prune {nearest['ratio']} instead of {removed:.4g}; it passed on the same rows")]
+        return (
+            []
+            if nearest is None
+            else [
+                (
+                    f"'prune.candidates.ratio=[{nearest['ratio']}]'",
+                    f"prune {nearest['ratio']} instead of {removed:.4g}; it passed on the same rows",
+                )
+            ]
+        )
     ratios = [removed / part for part in (2, 4, 8) if removed and removed / part >= fewest]
     listed = ", ".join(f"{ratio:.4g}" for ratio in ratios)
-    return [(f"'prune.candidates.ratio=[{listed}]'", f"prune less than {removed:.4g}; the smallest that passes is taken")] if ratios else []
+    return (
+        [(f"'prune.candidates.ratio=[{listed}]'", f"prune less than {removed:.4g}; the smallest that passes is taken")]
+        if ratios
+        else []
+    )
 
 
 def _better_criterion(chosen: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[tuple[str, str]]:
     """A control of the same budget that loses significantly less."""
-    better = [(gain["value"], entry["criterion"]) for entry in evaluation["controls"]
-              if (gain := _gain(entry)) and gain["interval"] and gain["interval"][1] < 0]
+    better = [
+        (gain["value"], entry["criterion"])
+        for entry in evaluation["controls"]
+        if (gain := _gain(entry)) and gain["interval"] and gain["interval"][1] < 0
+    ]
     if not better:
         return []
     name = min(better)[1]
@@ -186,7 +245,9 @@ def _gain(control: Mapping[str, Any]) -> Mapping[str, Any] | None:
 def _more_of_the_worst(judged: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The source that lost most, at twice its share of the saliency, where one clearly stands out."""
     groups = judged["metrics"][max(judged["metrics"], key=int)]
-    inside = {name: found for name, found in groups.items() if name != UNION and name not in evaluation.get("outside", ())}
+    inside = {
+        name: found for name, found in groups.items() if name != UNION and name not in evaluation.get("outside", ())
+    }
     if len(inside) < 2:
         return []
     worst = max(inside, key=lambda name: inside[name]["kl_mean"]["value"])
@@ -200,8 +261,11 @@ def _more_of_the_worst(judged: Mapping[str, Any], evaluation: Mapping[str, Any])
 def _looser_preset(judged: Mapping[str, Any]) -> list[tuple[str, str]]:
     measured: Mapping[str, Any] = judged["metrics"]
     passing = [name for name in PRESETS if overall(judge(measured, resolve(name))) == "pass"]
-    return [(f"evaluate.gates={passing[0]}", f"accept more loss; it passes {passing[0]}")] if passing else \
-        [("evaluate.on_reject=warn", "write it all the same, to look at it (it passes no preset)")]
+    return (
+        [(f"evaluate.gates={passing[0]}", f"accept more loss; it passes {passing[0]}")]
+        if passing
+        else [("evaluate.on_reject=warn", "write it all the same, to look at it (it passes no preset)")]
+    )
 
 
 def _more_samples(judged: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[str]:
@@ -210,25 +274,47 @@ def _more_samples(judged: Mapping[str, Any], evaluation: Mapping[str, Any]) -> l
     undecided = [entry for entry in judged["gates"] if entry["verdict"] == "undecided"]
     known = [entry for entry in undecided if entry["more_rows"] is not None]
     samples = evaluation.get("pack_samples")
-    unmeasured = dict.fromkeys(entry["metric"] for entry in undecided if entry["value"] is None and entry["metric"] in GENERATION_METRICS)
+    unmeasured = dict.fromkeys(
+        entry["metric"] for entry in undecided if entry["value"] is None and entry["metric"] in GENERATION_METRICS
+    )
     if unmeasured:
-        return ["What to change:", f"  {', '.join(unmeasured)} cannot be measured where layers stream; judge by the others:",
-                *(f"    --set evaluate.gates.{metric}=null" for metric in unmeasured), *warn]
+        return [
+            "What to change:",
+            f"  {', '.join(unmeasured)} cannot be measured where layers stream; judge by the others:",
+            *(f"    --set evaluate.gates.{metric}=null" for metric in unmeasured),
+            *warn,
+        ]
     if not known:
-        return ["What to change:", "  measure on more samples; these rows are too few to say how many it would take:",
-                f"    --set evaluate.packs.samples={2 * samples if samples else 'N'}", *warn]
+        return [
+            "What to change:",
+            "  measure on more samples; these rows are too few to say how many it would take:",
+            f"    --set evaluate.packs.samples={2 * samples if samples else 'N'}",
+            *warn,
+        ]
     worst = max(known, key=lambda entry: entry["more_rows"] / entry["rows"])
     target = ceil(samples * (1 + worst["more_rows"] / worst["rows"])) if samples else "N"
-    return ["What to change:", f"  measure on about {worst['more_rows']} more rows beside these {worst['rows']}:",
-            f"    --set evaluate.packs.samples={target}", *warn]
+    return [
+        "What to change:",
+        f"  measure on about {worst['more_rows']} more rows beside these {worst['rows']}:",
+        f"    --set evaluate.packs.samples={target}",
+        *warn,
+    ]
 
 
-def final_advice(results: Sequence[GateResult], pruned: Sequence[GateResult] | None, *, method: str | None = None,
-                 next_scheme: tuple[str, float] | None = None, removed: float | None = None, samples: int | None = None) -> str:
-    """What to tell of a final directory that its gates did not pass: which gates, whose fault it is, the cheapest next step.
+def final_advice(
+    results: Sequence[GateResult],
+    pruned: Sequence[GateResult] | None,
+    *,
+    method: str | None = None,
+    next_scheme: tuple[str, float] | None = None,
+    removed: float | None = None,
+    samples: int | None = None,
+) -> str:
+    """What to tell of a final directory that its gates did not pass: which gates, whose fault it is, the cheapest next
+    step.
 
-    `pruned`: the same gates on the pruned directory where the final one is quantized. `next_scheme`: the next larger one
-    and its bytes as a multiple of the present ones. `removed`: the share of experts that was pruned.
+    `pruned`: the same gates on the pruned directory where the final one is quantized. `next_scheme`: the next larger
+    one and its bytes as a multiple of the present ones. `removed`: the share of experts that was pruned.
     """
     entries, verdict = [result.to_json() for result in results], overall(results)
     said = {"reject": "rejected", "undecided": "undecided"}[verdict]
@@ -247,4 +333,10 @@ def final_advice(results: Sequence[GateResult], pruned: Sequence[GateResult] | N
             steps.append((f"the cheapest next scheme, {times:.2f} times these bytes", f"quantize.scheme={name}"))
         else:
             steps.append(("no larger scheme is left: keep the pruned model as it is", "quantize.scheme=null"))
-    return "\n".join([*lines, "What to change:", *(line for why, override in steps for line in (f"  {why}:", f"    --set {override}"))])
+    return "\n".join(
+        [
+            *lines,
+            "What to change:",
+            *(line for why, override in steps for line in (f"  {why}:", f"    --set {override}")),
+        ]
+    )

@@ -40,8 +40,8 @@ def packs_of_part(tokens: Mapping[int, CalibrationTokens], part: str) -> dict[in
 
 @dataclass(frozen=True)
 class Candidate:
-    """A selection to try. `nbytes`: the pruned checkpoint's size; `control_of`: the candidate whose budget a control shares;
-    `weights`: its re-fitted experts; `ratio`: how a recipe says its budget.
+    """A selection to try. `nbytes`: the pruned checkpoint's size; `control_of`: the candidate whose budget a control
+    shares; `weights`: its re-fitted experts; `ratio`: how a recipe says its budget.
     """
 
     name: str
@@ -53,7 +53,8 @@ class Candidate:
 
     @contextmanager
     def on(self, model: nn.Module, layers: Collection[int] | None = None) -> Iterator[None]:
-        """Inside the block `model` is this candidate; `layers`: only these are in memory, the others stay as they are."""
+        """Inside the block `model` is this candidate; `layers`: only these are in memory, the others stay as they
+        are."""
         keep = {layer: kept for layer, kept in self.selection.keep.items() if layers is None or layer in layers}
         with masked(model, keep, self.selection.experts_per_token), repaired(model, self.weights, layers):
             yield
@@ -72,10 +73,18 @@ class Candidate:
         kept = self.kept
         low, high = min(kept.values()), max(kept.values())
         dropped = sum(len(layer.drop) for layer in self.selection.layers.values())
-        return {"name": self.name, "criterion": self.selection.criterion, "kept": {str(layer): n for layer, n in kept.items()},
-                "removed": dropped / (dropped + sum(kept.values())), "num_experts": (dropped + sum(kept.values())) // len(kept),
-                "experts": str(low) if low == high else f"{low} to {high}",
-                "experts_per_token": self.selection.experts_per_token, "bytes": self.nbytes, "control_of": self.control_of, "ratio": self.ratio}
+        return {
+            "name": self.name,
+            "criterion": self.selection.criterion,
+            "kept": {str(layer): n for layer, n in kept.items()},
+            "removed": dropped / (dropped + sum(kept.values())),
+            "num_experts": (dropped + sum(kept.values())) // len(kept),
+            "experts": str(low) if low == high else f"{low} to {high}",
+            "experts_per_token": self.selection.experts_per_token,
+            "bytes": self.nbytes,
+            "control_of": self.control_of,
+            "ratio": self.ratio,
+        }
 
 
 class Bench(ABC):
@@ -97,13 +106,19 @@ class Bench(ABC):
 
     def metrics(self, candidate: Candidate) -> dict[str, Any]:
         """The candidate's numbers by length and group."""
-        return {str(length): compare(self.bases[length], self.positions(candidate, length), pack, self.eaft)
-                for length, pack in self.packs.items()}
+        return {
+            str(length): compare(self.bases[length], self.positions(candidate, length), pack, self.eaft)
+            for length, pack in self.packs.items()
+        }
 
     def against(self, candidate: Candidate, other: Candidate) -> dict[str, Any]:
         """By how much `other` is further from the base than `candidate`, by length and group, paired row by row."""
-        return {str(length): summarize_difference(self.positions(candidate, length), self.positions(other, length), pack.index)
-                for length, pack in self.packs.items()}
+        return {
+            str(length): summarize_difference(
+                self.positions(candidate, length), self.positions(other, length), pack.index
+            )
+            for length, pack in self.packs.items()
+        }
 
     def generation(self, candidate: Candidate | None) -> dict[str, Any]:
         """`{"generation": shares over continuations by group | None, "examples": [...]}`; of the base itself for None."""
@@ -124,8 +139,14 @@ class MaskedBench(Bench):
     tokenizer: Any = None
 
     @classmethod
-    def of_part(cls, model: nn.Module, tokens: Mapping[int, CalibrationTokens], part: str, work_directory: Path | None,
-                **settings: Any) -> MaskedBench:
+    def of_part(
+        cls,
+        model: nn.Module,
+        tokens: Mapping[int, CalibrationTokens],
+        part: str,
+        work_directory: Path | None,
+        **settings: Any,
+    ) -> MaskedBench:
         return cls(
             model,
             packs_of_part(tokens, part),
@@ -154,8 +175,15 @@ class MaskedBench(Bench):
             return load_positions(path)
         base = self.bases[length]
         with candidate.on(self.model):
-            found = measure(self.model, self.packs[length], base, batch_tokens=self.batch_tokens, top_k=self.eaft["top_k"],
-                            title=f"evaluate {candidate.name}", progress=self.progress)
+            found = measure(
+                self.model,
+                self.packs[length],
+                base,
+                batch_tokens=self.batch_tokens,
+                top_k=self.eaft["top_k"],
+                title=f"evaluate {candidate.name}",
+                progress=self.progress,
+            )
         if path is not None:
             save_positions(found, path)
         return found
@@ -163,7 +191,11 @@ class MaskedBench(Bench):
     @cached_property
     def prompts(self) -> list[generation.Prompt]:
         """Prompts from the longest pack, which cuts fewest samples."""
-        return generation.draw_prompts(self.packs[max(self.packs)], self.writing.prompts) if self.writing and self.packs else []
+        return (
+            generation.draw_prompts(self.packs[max(self.packs)], self.writing.prompts)
+            if self.writing and self.packs
+            else []
+        )
 
     @cached_property
     def _base_written(self) -> generation.Written:
@@ -189,5 +221,9 @@ class MaskedBench(Bench):
                 written = self._write(candidate.name)
         pack = self.packs[max(self.packs)]
         shares = generation.summarize(base, written, self.prompts, pack.tokens.sources, pack.outside, self.tokenizer)
-        shown = generation.examples(base, written, self.prompts, pack.tokens.sources, self.tokenizer) if self.tokenizer else []
+        shown = (
+            generation.examples(base, written, self.prompts, pack.tokens.sources, self.tokenizer)
+            if self.tokenizer
+            else []
+        )
         return {"generation": shares, "examples": shown}

@@ -1,4 +1,5 @@
-"""Candidates judged as masks on the loaded model: smallest first, the first that passes wins, confirmed on fresh rows."""
+"""Candidates judged as masks on the loaded model: smallest first, the first that passes wins, confirmed on fresh
+rows."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ from reapkit.recipe.schema import GenerationSpec, ObserveSpec, SaliencySpec
 
 FORMAT_VERSION = 1
 SEARCH_STEPS = 4
-"""Smaller cuts that are measured after a rejection: the nearest that passes is known to a sixteenth of what was to be removed."""
+"""Smaller cuts that are measured after a rejection: the nearest that passes is known to a sixteenth of what was to be
+removed."""
 
 SmallerCut = Callable[[str, Fraction], Candidate | None]
 """The named candidate with this share of its removals, None where there is no such budget."""
@@ -30,8 +32,12 @@ SmallerCut = Callable[[str, Fraction], Candidate | None]
 
 def eaft_settings(saliency: SaliencySpec, observe: ObserveSpec) -> dict[str, Any]:
     """Where confident conflict begins, as the recipe's EAFT section and `observe.entropy_top_k` say it."""
-    return {"p_low": str(saliency.eaft.quantiles.p_low), "h_low": str(saliency.eaft.quantiles.h_low),
-            "thresholds": saliency.eaft.thresholds, "top_k": observe.entropy_top_k}
+    return {
+        "p_low": str(saliency.eaft.quantiles.p_low),
+        "h_low": str(saliency.eaft.quantiles.h_low),
+        "thresholds": saliency.eaft.thresholds,
+        "top_k": observe.entropy_top_k,
+    }
 
 
 def evaluate(
@@ -52,36 +58,50 @@ def evaluate(
 ) -> dict[str, Any]:
     """The verdict on `candidates` (masks on the loaded base `model`) with every number behind it; JSON-able.
 
-    `packs` by row length; their "decide" rows judge, their "confirm" rows (if any) give the winner's final numbers and verdict.
-    Candidates are tried from the smallest to the largest; of the smallest size at which one passes, the one with the lowest
-    kl_mean wins, larger ones are not tried. `controls` of the chosen candidate are measured, not judged. Sources of
-    `evaluate.extra_packs` stay outside the union. `tokenizer` is needed for tool calls and examples only, `pack_samples` for
-    the advice only. After a rejection `smaller_cut` gives less pruned versions of the chosen candidate, among which the nearest
-    that passes is searched.
+    `packs` by row length; their "decide" rows judge, their "confirm" rows (if any) give the winner's final numbers and
+    verdict. Candidates are tried from the smallest to the largest; of the smallest size at which one passes, the one
+    with the lowest kl_mean wins, larger ones are not tried. `controls` of the chosen candidate are measured, not
+    judged. Sources of `evaluate.extra_packs` stay outside the union. `tokenizer` is needed for tool calls and examples
+    only, `pack_samples` for the advice only. After a rejection `smaller_cut` gives less pruned versions of the chosen
+    candidate, among which the nearest that passes is searched.
 
-    Shape: `{"format", "eaft", "packs": {length: {part: {rows, tokens, positions}}}, "outside": [source], "gates": [gate],
-    "base": {length: {group: metrics}}, "base_generation": {group: metrics} | None,
-    "candidates": [{name, criterion, kept: {layer: n}, removed: share, ratio, num_experts, experts, experts_per_token, bytes,
-    metrics: {length: {group: metrics}} | None, generation: {group: metrics} | None, examples, gates: [result], verdict}],
-    "controls": [{name, ..., metrics, against: {length: {group: what it loses more than the chosen}}}],
-    "confirm": {candidate, base, metrics, gates, verdict} | None, "search": [candidate] | None, "winner": name | None,
-    "chosen": the winner's name, else that of the nearest to passing, "verdict": "pass" | "reject" | "undecided",
-    "advice": text, "pack_samples"}`. A group is `all` (the mix) or a source; a metric is
-    `{"value", "interval": [low, high] | None}` (see `metrics.rows`); counts are integers.
+    Shape: `{"format", "eaft", "packs": {length: {part: {rows, tokens, positions}}}, "outside": [source], "gates":
+    [gate], "base": {length: {group: metrics}}, "base_generation": {group: metrics} | None, "candidates": [{name,
+    criterion, kept: {layer: n}, removed: share, ratio, num_experts, experts, experts_per_token, bytes, metrics:
+    {length: {group: metrics}} | None, generation: {group: metrics} | None, examples, gates: [result], verdict}],
+    "controls": [{name, ..., metrics, against: {length: {group: what it loses more than the chosen}}}], "confirm":
+    {candidate, base, metrics, gates, verdict} | None, "search": [candidate] | None, "winner": name | None, "chosen":
+    the winner's name, else that of the nearest to passing, "verdict": "pass" | "reject" | "undecided", "advice": text,
+    "pack_samples"}`. A group is `all` (the mix) or a source; a metric is `{"value", "interval": [low, high] | None}`
+    (see `metrics.rows`); counts are integers.
 
     Raises UnusableError where no pack has a row to decide on.
     """
     settings = {"eaft": eaft, "batch_tokens": batch_tokens, "progress": progress}
-    decide = MaskedBench.of_part(model, packs, "decide", work_directory, writing=generation, tokenizer=tokenizer, **settings)
+    decide = MaskedBench.of_part(
+        model, packs, "decide", work_directory, writing=generation, tokenizer=tokenizer, **settings
+    )
     confirm = MaskedBench.of_part(model, packs, "confirm", work_directory, **settings)
-    return give_verdict(decide, confirm, candidates, gates, controls=controls, pack_samples=pack_samples, smaller_cut=smaller_cut)
+    return give_verdict(
+        decide, confirm, candidates, gates, controls=controls, pack_samples=pack_samples, smaller_cut=smaller_cut
+    )
 
 
-def give_verdict(decide: Bench, confirm: Bench, candidates: Sequence[Candidate], gates: Sequence[Gate], *,
-                 controls: Sequence[Candidate] = (), pack_samples: int | None = None, smaller_cut: SmallerCut | None = None) -> dict[str, Any]:
+def give_verdict(
+    decide: Bench,
+    confirm: Bench,
+    candidates: Sequence[Candidate],
+    gates: Sequence[Gate],
+    *,
+    controls: Sequence[Candidate] = (),
+    pack_samples: int | None = None,
+    smaller_cut: SmallerCut | None = None,
+) -> dict[str, Any]:
     """The evaluation (see `evaluate`) of candidates on benches, wherever they measure."""
     if not decide.packs:
-        raise UnusableError("The packs hold no row to decide on. Raise evaluate.packs.samples or lower evaluate.packs.confirm.")
+        raise UnusableError(
+            "The packs hold no row to decide on. Raise evaluate.packs.samples or lower evaluate.packs.confirm."
+        )
     table = _try_candidates(decide, candidates, gates)
     passed = [entry for entry in table if entry["verdict"] == "pass"]
     by_name = {candidate.name: candidate for candidate in candidates}
@@ -98,13 +118,15 @@ def give_verdict(decide: Bench, confirm: Bench, candidates: Sequence[Candidate],
         "base_generation": decide.generation(None)["generation"],
         "candidates": table,
         "controls": [
-            each.describe() | {"metrics": decide.metrics(each), "against": decide.against(by_name[chosen["name"]], each)}
+            each.describe()
+            | {"metrics": decide.metrics(each), "against": decide.against(by_name[chosen["name"]], each)}
             for each in controls
             if each.control_of in (None, chosen["name"])
         ],
         "confirm": confirmed,
         "search": _search(*((confirm, _of_packs(gates)) if passed else (decide, gates)), chosen["name"], smaller_cut)
-        if verdict == "reject" and smaller_cut is not None else None,
+        if verdict == "reject" and smaller_cut is not None
+        else None,
         "winner": chosen["name"] if verdict == "pass" else None,
         "chosen": chosen["name"],
         "verdict": verdict,
@@ -135,14 +157,24 @@ def _try_candidates(bench: Bench, candidates: Sequence[Candidate], gates: Sequen
 
 
 def _untried(candidate: Candidate) -> dict[str, Any]:
-    return candidate.describe() | {"metrics": None, "generation": None, "examples": [], "gates": [], "verdict": "not evaluated"}
+    return candidate.describe() | {
+        "metrics": None,
+        "generation": None,
+        "examples": [],
+        "gates": [],
+        "verdict": "not evaluated",
+    }
 
 
 def _judged(bench: Bench, candidate: Candidate, gates: Sequence[Gate]) -> dict[str, Any]:
     measured, written = bench.metrics(candidate), bench.generation(candidate)
     results = judge(measured | ({"generation": written["generation"]} if written["generation"] else {}), gates)
-    return candidate.describe() | {"metrics": measured, **written, "gates": [result.to_json() for result in results],
-                                   "verdict": overall(results)}
+    return candidate.describe() | {
+        "metrics": measured,
+        **written,
+        "gates": [result.to_json() for result in results],
+        "verdict": overall(results),
+    }
 
 
 def kl_mean(entry: Mapping[str, Any]) -> float:
@@ -163,7 +195,8 @@ def _nearest(table: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _search(bench: Bench, gates: Sequence[Gate], name: str, smaller_cut: SmallerCut) -> list[dict[str, Any]]:
-    """Less pruned versions of a rejected candidate, judged on the rows that rejected it, in the order in which halving tries them."""
+    """Less pruned versions of a rejected candidate, judged on the rows that rejected it, in the order in which halving
+    tries them."""
     tried: dict[str, dict[str, Any]] = {}
     passes, fails = Fraction(0), Fraction(1)
     for _ in range(SEARCH_STEPS):
@@ -180,8 +213,13 @@ def _confirm(bench: Bench, candidate: Candidate, gates: Sequence[Gate]) -> dict[
     """The chosen candidate on the confirm rows; generation has been judged on the decide rows' prompts."""
     found = bench.metrics(candidate)
     results = judge(found, _of_packs(gates))
-    return {"candidate": candidate.name, "base": bench.base_metrics(), "metrics": found,
-            "gates": [result.to_json() for result in results], "verdict": overall(results)}
+    return {
+        "candidate": candidate.name,
+        "base": bench.base_metrics(),
+        "metrics": found,
+        "gates": [result.to_json() for result in results],
+        "verdict": overall(results),
+    }
 
 
 def _of_packs(gates: Sequence[Gate]) -> list[Gate]:

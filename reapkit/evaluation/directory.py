@@ -18,12 +18,16 @@ from reapkit.model.loading import load_model
 
 def final_packs(tokens: Mapping[int, CalibrationTokens]) -> dict[int, Pack]:
     """By length the rows of the final numbers: the confirm rows, or all where none confirm."""
-    return {length: Pack.part(each, "confirm" if each.rows("confirm") else "decide", length) for length, each in tokens.items()}
+    return {
+        length: Pack.part(each, "confirm" if each.rows("confirm") else "decide", length)
+        for length, each in tokens.items()
+    }
 
 
 @dataclass(frozen=True, eq=False)
 class Yardstick:
-    """The base on the rows of the final numbers, kept so that directories can be measured after the base has left memory."""
+    """The base on the rows of the final numbers, kept so that directories can be measured after the base has left
+    memory."""
 
     packs: Mapping[int, Pack]
     bases: Mapping[int, BaseOutputs]
@@ -41,10 +45,20 @@ class Yardstick:
         work_directory: Path | None = None,
         progress: Progress = SILENT,
     ) -> Yardstick:
-        """Measures the loaded base on the confirm rows of each length's pack; on all its rows where it confirms nothing."""
+        """Measures the loaded base on the confirm rows of each length's pack; on all its rows where it confirms
+        nothing."""
         packs = final_packs(tokens)
-        bases = {length: base_outputs(base, pack, batch_tokens=batch_tokens, top_k=eaft["top_k"], work_directory=work_directory,
-                                      progress=progress) for length, pack in packs.items()}
+        bases = {
+            length: base_outputs(
+                base,
+                pack,
+                batch_tokens=batch_tokens,
+                top_k=eaft["top_k"],
+                work_directory=work_directory,
+                progress=progress,
+            )
+            for length, pack in packs.items()
+        }
         return cls(packs, bases, eaft, batch_tokens)
 
     @property
@@ -53,7 +67,8 @@ class Yardstick:
         return {str(length): describe_base(self.bases[length], pack, self.eaft) for length, pack in self.packs.items()}
 
     def measure(self, model: nn.Module, *, title: str = "verify", progress: Progress = SILENT) -> dict[str, Any]:
-        """A loaded model's numbers and distances from the base: `{length: {group: metrics}}`, what `gates.judge` reads."""
+        """A loaded model's numbers and distances from the base: `{length: {group: metrics}}`, what `gates.judge`
+        reads."""
         return {
             str(length): compare(
                 self.bases[length],
@@ -72,8 +87,16 @@ class Yardstick:
             for length, pack in self.packs.items()
         }
 
-    def measure_directory(self, path: Path, *, device: str = "cpu", dtype: str = "auto", trust_remote_code: bool = False,
-                          title: str | None = None, progress: Progress = SILENT) -> dict[str, Any]:
+    def measure_directory(
+        self,
+        path: Path,
+        *,
+        device: str = "cpu",
+        dtype: str = "auto",
+        trust_remote_code: bool = False,
+        title: str | None = None,
+        progress: Progress = SILENT,
+    ) -> dict[str, Any]:
         """Loads the directory, measures it, lets it go. Raises UnusableError where its weights do not fit its class."""
         model = load_model(path, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         try:

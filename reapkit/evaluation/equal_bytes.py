@@ -19,7 +19,8 @@ SERVED = ("W3A16", "W4A16", "W8A16")
 
 @dataclass(frozen=True)
 class EqualBytes:
-    """The scheme nearest in size to the result and the unpruned model's bytes in it; `spec` is None if none is near enough."""
+    """The scheme nearest in size to the result and the unpruned model's bytes in it; `spec` is None if none is near
+    enough."""
 
     scheme: str | None
     nbytes: int | None
@@ -32,19 +33,27 @@ class EqualBytes:
         share = f"{self.nbytes / self.target_bytes:.0%} of the result's bytes"
         if self.spec is None:
             return f"No equal-bytes control: the nearest scheme for the unpruned model, {self.scheme}, takes {share}."
-        return f"The unpruned model in {self.scheme} (groups of {self.spec.group_size}, rounded to nearest) takes {share}."
+        return (
+            f"The unpruned model in {self.scheme} (groups of {self.spec.group_size}, rounded to nearest) takes {share}."
+        )
 
     def to_json(self) -> dict[str, Any]:
-        return {"scheme": self.scheme if self.spec else None, "method": "rtn" if self.spec else None,
-                "group_size": self.spec.group_size if self.spec else None, "bytes": self.nbytes, "target_bytes": self.target_bytes,
-                "note": str(self)}
+        return {
+            "scheme": self.scheme if self.spec else None,
+            "method": "rtn" if self.spec else None,
+            "group_size": self.spec.group_size if self.spec else None,
+            "bytes": self.nbytes,
+            "target_bytes": self.target_bytes,
+            "note": str(self),
+        }
 
 
 def equal_bytes(checkpoint: Checkpoint, quantize: QuantizeSpec, target_bytes: int) -> EqualBytes:
-    """How the unpruned `checkpoint`, rounded to nearest, would come nearest to `target_bytes`, with the recipe's group size and ignores.
+    """How the unpruned `checkpoint`, rounded to nearest, would come nearest to `target_bytes`, with the recipe's group
+    size and ignores.
 
-    Only integer weight-only schemes that fit the checkpoint are considered. A group size that the recipe does not name is the largest of
-    128, 64 and 32 that fits.
+    Only integer weight-only schemes that fit the checkpoint are considered. A group size that the recipe does not name
+    is the largest of 128, 64 and 32 that fits.
     """
     sizes = [(quantized_bytes(checkpoint, spec), spec) for spec in _fitting(checkpoint, quantize)]
     if not sizes:
@@ -55,15 +64,21 @@ def equal_bytes(checkpoint: Checkpoint, quantize: QuantizeSpec, target_bytes: in
 
 
 def next_scheme(checkpoint: Checkpoint, quantize: QuantizeSpec, nbytes: int) -> tuple[str, float] | None:
-    """The smallest of the schemes that engines serve in which `checkpoint` takes more than `nbytes`, and by what factor, or None."""
+    """The smallest of the schemes that engines serve in which `checkpoint` takes more than `nbytes`, and by what
+    factor, or None."""
     sizes = [(quantized_bytes(checkpoint, spec), spec.scheme) for spec in _fitting(checkpoint, quantize, SERVED)]
     larger = [each for each in sizes if each[0] > nbytes]
     return (min(larger)[1], min(larger)[0] / nbytes) if larger else None
 
 
 def _fitting(checkpoint: Checkpoint, quantize: QuantizeSpec, names: Sequence[str] = INTEGER) -> Iterator[QuantizeSpec]:
-    groups = (quantize.group_size,) if "group_size" in quantize.model_fields_set else (quantize.group_size, *GROUP_SIZES)
+    groups = (
+        (quantize.group_size,) if "group_size" in quantize.model_fields_set else (quantize.group_size, *GROUP_SIZES)
+    )
     for name in names:
-        specs = (quantize.model_copy(update={"scheme": name, "recipe": None, "method": "rtn", "group_size": group}) for group in groups)
+        specs = (
+            quantize.model_copy(update={"scheme": name, "recipe": None, "method": "rtn", "group_size": group})
+            for group in groups
+        )
         if (fitting := next((spec for spec in specs if not check_quantize(checkpoint, spec)), None)) is not None:
             yield fitting

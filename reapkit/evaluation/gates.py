@@ -34,11 +34,7 @@ PRESETS: dict[str, dict[str, dict[str, float]]] = {
         "conflict_rate_delta": {"min": -0.002, "max": 0.002},
         "loop_share_delta": {"max": 0.0},
     },
-    "size-first": {
-        "perplexity_ratio": {"max": 1.5},
-        "kl_mean": {"max": 0.5},
-        "top1_agreement": {"min": 0.7},
-    },
+    "size-first": {"perplexity_ratio": {"max": 1.5}, "kl_mean": {"max": 0.5}, "top1_agreement": {"min": 0.7}},
 }
 """Limits by preset and metric, against the base, over the union of the sources, at every pack length."""
 
@@ -46,7 +42,8 @@ GENERATION_METRICS = frozenset({"loop_share_delta"})
 """Measured on continuations instead of packs."""
 
 SIGNIFICANCE_METRICS = frozenset({"loop_share_delta"})
-"""Rejected only where the whole interval lies beyond the limit, else passed: a share of few prompts has wide intervals."""
+"""Rejected only where the whole interval lies beyond the limit, else passed: a share of few prompts has wide
+intervals."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +97,12 @@ class GateResult:
     def to_json(self) -> dict[str, Any]:
         """Flat: the gate's fields, its limit in words, then the result's."""
         own = {name: value for name, value in vars(self).items() if name != "gate"}
-        return {**asdict(self.gate), "limit": self.gate.limit, **own,
-                "interval": None if self.interval is None else list(self.interval)}
+        return {
+            **asdict(self.gate),
+            "limit": self.gate.limit,
+            **own,
+            "interval": None if self.interval is None else list(self.interval),
+        }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> GateResult:
@@ -120,8 +121,9 @@ def resolve(gates: str | GatesSpec | Mapping[str, Any] | None, sources: Iterable
     if gates is None:
         return ()
     if isinstance(gates, str):
-        return tuple(Gate(metric, required=metric not in GENERATION_METRICS, **limit)
-                     for metric, limit in _preset(gates).items())
+        return tuple(
+            Gate(metric, required=metric not in GENERATION_METRICS, **limit) for metric, limit in _preset(gates).items()
+        )
     limits = dict(gates if isinstance(gates, Mapping) else gates.model_dump(exclude_none=True))
     resolved = {(gate.metric, gate.source): gate for gate in resolve(limits.pop("preset", None))}
     for metric, limit in limits.items():
@@ -156,9 +158,9 @@ def _preset(name: str) -> dict[str, dict[str, float]]:
 def judge(measured: Mapping[str, Mapping[str, Mapping[str, Any]]], gates: Sequence[Gate]) -> list[GateResult]:
     """Each gate's results, one per pack that it applies to.
 
-    `measured[pack][source][metric]` is a measurement; packs are lengths as text and `generation`. A gate passes where the
-    interval lies inside its limit, rejects where it lies outside, else it is undecided; without an interval (fewer than
-    two rows) it is undecided. A metric that was not measured is undecided where the gate is required.
+    `measured[pack][source][metric]` is a measurement; packs are lengths as text and `generation`. A gate passes where
+    the interval lies inside its limit, rejects where it lies outside, else it is undecided; without an interval (fewer
+    than two rows) it is undecided. A metric that was not measured is undecided where the gate is required.
     """
     results = []
     for gate in gates:
@@ -188,11 +190,16 @@ def _judge(gate: Gate, pack: str, measurement: Mapping[str, Any], rows: int | No
 
 def _more_rows(value: float, interval: Sequence[float] | None, gate: Gate, rows: int | None) -> int | None:
     """Rows to add until the interval straddles no limit, its sides shrinking with 1/√rows; None: no telling."""
-    straddled = [limit for limit in (gate.min, gate.max)
-                 if limit is not None and interval is not None and interval[0] < limit < interval[1]]
+    straddled = [
+        limit
+        for limit in (gate.min, gate.max)
+        if limit is not None and interval is not None and interval[0] < limit < interval[1]
+    ]
     if not straddled or not rows or value in straddled:
         return None
-    sides = [(interval[1] - value if limit > value else value - interval[0]) / abs(limit - value) for limit in straddled]
+    sides = [
+        (interval[1] - value if limit > value else value - interval[0]) / abs(limit - value) for limit in straddled
+    ]
     return max(1, ceil(rows * max(sides) ** 2 - 1e-6) - rows)
 
 

@@ -71,28 +71,48 @@ def _prompts_of_row(row: Any, source: int) -> Iterator[Prompt]:
 
 
 @torch.no_grad()
-def write(model: nn.Module, prompts: Sequence[Prompt], *, max_new_tokens: int, batch_tokens: int = 16384, seed: int = 0,
-          title: str = "generate", progress: Progress = SILENT) -> Written:
+def write(
+    model: nn.Module,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int,
+    batch_tokens: int = 16384,
+    seed: int = 0,
+    title: str = "generate",
+    progress: Progress = SILENT,
+) -> Written:
     """Greedy and sampled continuations of every prompt, in the prompts' order; the same seed gives the same ones."""
     ends = _end_tokens(model)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].tokens))
     written: dict[str, list[Any]] = {mode: [None] * len(prompts) for mode in MODES}
-    with progress.task(title, total=len(prompts) * len(MODES), unit="continuations") as task, torch.random.fork_rng(), \
-            fast_linear(model):
+    with (
+        progress.task(title, total=len(prompts) * len(MODES), unit="continuations") as task,
+        torch.random.fork_rng(),
+        fast_linear(model),
+    ):
         torch.manual_seed(seed)
         for mode, settings in MODES.items():
-            config = GenerationConfig(max_new_tokens=max_new_tokens, num_beams=1, eos_token_id=ends or None,
-                                      pad_token_id=ends[0] if ends else 0, **settings)
+            config = GenerationConfig(
+                max_new_tokens=max_new_tokens,
+                num_beams=1,
+                eos_token_id=ends or None,
+                pad_token_id=ends[0] if ends else 0,
+                **settings,
+            )
             for chosen in _batched(order, prompts, max_new_tokens, batch_tokens):
                 ids, attended = _left_padded([prompts[i].tokens for i in chosen], model)
-                tokens = model.generate(input_ids=ids, attention_mask=attended, generation_config=config)[:, ids.shape[1]:]
+                tokens = model.generate(input_ids=ids, attention_mask=attended, generation_config=config)[
+                    :, ids.shape[1] :
+                ]
                 for i, row in zip(chosen, tokens.tolist()):
                     written[mode][i] = _until_end(row, ends)
                 task.advance(len(chosen))
     return written
 
 
-def _batched(order: Sequence[int], prompts: Sequence[Prompt], max_new_tokens: int, batch_tokens: int) -> Iterator[list[int]]:
+def _batched(
+    order: Sequence[int], prompts: Sequence[Prompt], max_new_tokens: int, batch_tokens: int
+) -> Iterator[list[int]]:
     chosen: list[int] = []
     for i in order:  # ascending length: the newest is the longest
         if chosen and (len(chosen) + 1) * (len(prompts[i].tokens) + max_new_tokens) > batch_tokens:
@@ -133,8 +153,9 @@ def summarize(
     """Per group (`all` and each source) shares over prompts, with paired intervals and the difference from the base.
 
     loop_share, loop_share_delta, unfinished_share, unfinished_share_delta (both modes together), greedy_loop_share,
-    sampled_loop_share, distinct_4; with a tokenizer, where prompts offer functions and the reference calls one: tool_prompts,
-    tool_call_validity and tool_call_validity_delta (both modes together), greedy_tool_call_validity, sampled_tool_call_validity.
+    sampled_loop_share, distinct_4; with a tokenizer, where prompts offer functions and the reference calls one:
+    tool_prompts, tool_call_validity and tool_call_validity_delta (both modes together), greedy_tool_call_validity,
+    sampled_tool_call_validity.
     """
     source = torch.tensor([prompt.source for prompt in prompts])
     counted = torch.tensor([sources[prompt.source] not in outside for prompt in prompts])
@@ -161,8 +182,11 @@ def _per_prompt(base: Written, written: Written) -> dict[str, Tensor]:
         return torch.tensor([float(what(each)) for each in found[mode]], dtype=torch.float64)
 
     sums: dict[str, Tensor] = {}
-    for name, what in (("loops", lambda each: loops(each.tokens)), ("unfinished", lambda each: not each.finished),
-                       ("distinct", lambda each: distinct_n(each.tokens))):
+    for name, what in (
+        ("loops", lambda each: loops(each.tokens)),
+        ("unfinished", lambda each: not each.finished),
+        ("distinct", lambda each: distinct_n(each.tokens)),
+    ):
         sums[name] = sum(of(written, mode, what) for mode in MODES)
         sums[f"base_{name}"] = sum(of(base, mode, what) for mode in MODES)
     for mode in MODES:
@@ -189,23 +213,48 @@ def _tool_sums(base: Written, written: Written, prompts: Sequence[Prompt], token
     asks = [bool(tools) and bool(calls(tokenizer.decode(prompt.reference))) for tools, prompt in zip(offered, prompts)]
 
     def valid(found: Sequence[Continuation]) -> Tensor:
-        return torch.tensor([float(ask and valid_calls(tokenizer.decode(each.tokens), tools))
-                             for ask, tools, each in zip(asks, offered, found)], dtype=torch.float64)
+        return torch.tensor(
+            [
+                float(ask and valid_calls(tokenizer.decode(each.tokens), tools))
+                for ask, tools, each in zip(asks, offered, found)
+            ],
+            dtype=torch.float64,
+        )
 
-    return {"n": torch.tensor(asks, dtype=torch.float64), **{f"valid_{mode}": valid(written[mode]) for mode in MODES},
-            **{f"base_valid_{mode}": valid(base[mode]) for mode in MODES}}
+    return {
+        "n": torch.tensor(asks, dtype=torch.float64),
+        **{f"valid_{mode}": valid(written[mode]) for mode in MODES},
+        **{f"base_valid_{mode}": valid(base[mode]) for mode in MODES},
+    }
 
 
 def _validity(s: Sums) -> dict[str, Tensor]:
-    own, of_base = (sum(s[f"{prefix}valid_{mode}"] for mode in MODES) / (s["n"] * len(MODES)) for prefix in ("", "base_"))
-    return {"tool_call_validity": own, "tool_call_validity_delta": own - of_base,
-            **{f"{mode}_tool_call_validity": s[f"valid_{mode}"] / s["n"] for mode in MODES}}
+    own, of_base = (
+        sum(s[f"{prefix}valid_{mode}"] for mode in MODES) / (s["n"] * len(MODES)) for prefix in ("", "base_")
+    )
+    return {
+        "tool_call_validity": own,
+        "tool_call_validity_delta": own - of_base,
+        **{f"{mode}_tool_call_validity": s[f"valid_{mode}"] / s["n"] for mode in MODES},
+    }
 
 
-def examples(base: Written, written: Written, prompts: Sequence[Prompt], sources: Sequence[str], tokenizer: Any,
-             characters: int = 600) -> list[dict[str, str]]:
+def examples(
+    base: Written,
+    written: Written,
+    prompts: Sequence[Prompt],
+    sources: Sequence[str],
+    tokenizer: Any,
+    characters: int = 600,
+) -> list[dict[str, str]]:
     """One prompt of each source with what the base and the candidate wrote greedily, for a reader's own eyes."""
     first = {prompt.source: i for i, prompt in reversed(list(enumerate(prompts)))}
-    return [{"source": sources[source], "prompt": tokenizer.decode(prompts[i].tokens)[-characters:],
-             "base": tokenizer.decode(base["greedy"][i].tokens)[:characters],
-             "candidate": tokenizer.decode(written["greedy"][i].tokens)[:characters]} for source, i in sorted(first.items())]
+    return [
+        {
+            "source": sources[source],
+            "prompt": tokenizer.decode(prompts[i].tokens)[-characters:],
+            "base": tokenizer.decode(base["greedy"][i].tokens)[:characters],
+            "candidate": tokenizer.decode(written["greedy"][i].tokens)[:characters],
+        }
+        for source, i in sorted(first.items())
+    ]

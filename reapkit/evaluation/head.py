@@ -1,4 +1,5 @@
-"""The output head on kept hidden states: proven once per model, in bounded chunks, another model's head where it differs."""
+"""The output head on kept hidden states: proven once per model, in bounded chunks, another model's head where it
+differs."""
 
 from __future__ import annotations
 
@@ -38,7 +39,9 @@ def check_head(model: nn.Module, input_ids: Tensor) -> None:
     """Raises UnusableError unless `logits` of `hidden_states` are what the model itself says of `input_ids` `[t]`."""
     ids = input_ids[:16].unsqueeze(0)
     with fast_linear(model):
-        expected = model(input_ids=ids.to(model.get_input_embeddings().weight.device), use_cache=False).logits[0].float()
+        expected = (
+            model(input_ids=ids.to(model.get_input_embeddings().weight.device), use_cache=False).logits[0].float()
+        )
     require_same_logits(model, expected, logits(model, hidden_states(model, ids)[0]))
 
 
@@ -48,8 +51,8 @@ def require_same_logits(model: nn.Module, expected: Tensor, found: Tensor) -> No
     gap = (expected - found.to(expected.device)).abs().max().item()
     if not gap <= tolerance * max(1.0, expected.abs().max().item()):
         raise UnusableError(
-            f"{type(model).__name__}: its logits cannot be made from its final hidden states (they differ by {gap:.3g}), "
-            "so base and candidates cannot be compared. Report the architecture."
+            f"{type(model).__name__}: its logits cannot be made from its final hidden states (they differ by"
+            f" {gap:.3g}), so base and candidates cannot be compared. Report the architecture."
         )
 
 
@@ -70,11 +73,16 @@ def output_embeddings(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[
 def has_embeddings(model: nn.Module, weights: dict[str, Tensor]) -> bool:
     """Whether the model's output embeddings are exactly `weights`."""
     own = embedding_weights(model)
-    return own.keys() == weights.keys() and all(own[name].dtype == tensor.dtype and torch.equal(own[name], tensor)
-                                                for name, tensor in weights.items())
+    return own.keys() == weights.keys() and all(
+        own[name].dtype == tensor.dtype and torch.equal(own[name], tensor) for name, tensor in weights.items()
+    )
 
 
 def embedding_weights(model: nn.Module) -> dict[str, Tensor]:
     """The output embeddings' tensors on the CPU, to measure another model against this one after it is gone."""
     module = model.get_output_embeddings()
-    return {name: tensor.detach().cpu() for name in ("weight", "bias") if (tensor := getattr(module, name, None)) is not None}
+    return {
+        name: tensor.detach().cpu()
+        for name in ("weight", "bias")
+        if (tensor := getattr(module, name, None)) is not None
+    }

@@ -67,8 +67,8 @@ class Pack:
 
 @dataclass(frozen=True, eq=False)
 class BaseOutputs:
-    """The base at a pack's measured positions: final hidden states `[n, hidden]` (in memory or mapped from disk), reference
-    tokens `[n]`, signals, and the output embeddings that turn the hidden states into logits."""
+    """The base at a pack's measured positions: final hidden states `[n, hidden]` (in memory or mapped from disk),
+    reference tokens `[n]`, signals, and the output embeddings that turn the hidden states into logits."""
 
     hidden: Tensor
     reference: Tensor
@@ -77,11 +77,20 @@ class BaseOutputs:
 
 
 @torch.no_grad()
-def base_outputs(model: nn.Module, pack: Pack, *, batch_tokens: int, top_k: int = 20, work_directory: Path | None = None,
-                 progress: Progress = SILENT) -> BaseOutputs:
-    """The base's outputs on a pack. With a `work_directory` hidden states live there and a killed run goes on where it was.
+def base_outputs(
+    model: nn.Module,
+    pack: Pack,
+    *,
+    batch_tokens: int,
+    top_k: int = 20,
+    work_directory: Path | None = None,
+    progress: Progress = SILENT,
+) -> BaseOutputs:
+    """The base's outputs on a pack. With a `work_directory` hidden states live there and a killed run goes on where it
+    was.
 
-    Raises UnusableError where the pack measures nothing, or where the model's logits are not a function of its hidden states.
+    Raises UnusableError where the pack measures nothing, or where the model's logits are not a function of its hidden
+    states.
     """
     if pack.num_positions == 0:
         raise UnusableError(
@@ -113,7 +122,9 @@ def base_head(model: nn.Module, base: BaseOutputs) -> Head:
 
 
 @torch.no_grad()
-def compare_hidden(model: nn.Module, hidden: Tensor, base: BaseOutputs, start: int, head: Head, top_k: int = 20) -> Positions:
+def compare_hidden(
+    model: nn.Module, hidden: Tensor, base: BaseOutputs, start: int, head: Head, top_k: int = 20
+) -> Positions:
     """The signals of `model`'s final hidden states `[n, hidden]`, which belong to the base's positions from `start` on.
 
     `head` comes from `base_head`.
@@ -121,7 +132,7 @@ def compare_hidden(model: nn.Module, hidden: Tensor, base: BaseOutputs, start: i
     step, parts = chunk_positions(model), []
     for at in range(0, len(hidden), step):
         of_base = slice(start + at, start + min(at + step, len(hidden)))
-        found = logits(model, hidden[at:at + step])
+        found = logits(model, hidden[at : at + step])
         with head():
             expected = logits(model, base.hidden[of_base])
         parts.append(
@@ -131,8 +142,16 @@ def compare_hidden(model: nn.Module, hidden: Tensor, base: BaseOutputs, start: i
 
 
 @torch.no_grad()
-def measure(model: nn.Module, pack: Pack, base: BaseOutputs, *, batch_tokens: int, top_k: int = 20, title: str = "evaluate",
-            progress: Progress = SILENT) -> Positions:
+def measure(
+    model: nn.Module,
+    pack: Pack,
+    base: BaseOutputs,
+    *,
+    batch_tokens: int,
+    top_k: int = 20,
+    title: str = "evaluate",
+    progress: Progress = SILENT,
+) -> Positions:
     """What `model` (masked, or loaded from a directory) says at the pack's measured positions, compared with the base.
 
     Raises StageFailed where its logits are not finite.
@@ -196,7 +215,9 @@ def _hidden(model: nn.Module, pack: Pack, batch_tokens: int, skip_batches: int =
             yield found[batch.signal.to(found.device)]
 
 
-def _kept_hidden(model: nn.Module, pack: Pack, batch_tokens: int, work_directory: Path | None, progress: Progress) -> Tensor:
+def _kept_hidden(
+    model: nn.Module, pack: Pack, batch_tokens: int, work_directory: Path | None, progress: Progress
+) -> Tensor:
     with progress.task(f"evaluate base, {pack.length} tokens", total=pack.num_positions, unit="positions") as task:
         if work_directory is not None:
             return _hidden_on_disk(model, pack, batch_tokens, work_directory, task)
@@ -213,10 +234,17 @@ def hidden_file(path: Path, positions: int, width: int, dtype: torch.dtype) -> T
 
 
 def _hidden_on_disk(model: nn.Module, pack: Pack, batch_tokens: int, directory: Path, task: Any) -> Tensor:
-    """A memory-mapped file that is filled batch by batch; `.json` beside it says how many batches and positions it holds."""
+    """A memory-mapped file that is filled batch by batch; `.json` beside it says how many batches and positions it
+    holds."""
     probe = hidden_states(model, pack.tokens.row(pack.rows[0]).input_ids[:1].unsqueeze(0))
     width, dtype = probe.shape[-1], probe.dtype
-    identity = {"rows": pack.rows, "length": pack.length, "batch_tokens": batch_tokens, "width": width, "dtype": str(dtype)}
+    identity = {
+        "rows": pack.rows,
+        "length": pack.length,
+        "batch_tokens": batch_tokens,
+        "width": width,
+        "dtype": str(dtype),
+    }
     path = directory / f"base-{pack.length}-{digest(identity)[:12]}.bin"
     state = path.with_suffix(".json")
     directory.mkdir(parents=True, exist_ok=True)
@@ -225,7 +253,7 @@ def _hidden_on_disk(model: nn.Module, pack: Pack, batch_tokens: int, directory: 
     task.advance(finished["positions"])
     for hidden in _hidden(model, pack, batch_tokens, finished["batches"]):
         at = finished["positions"]
-        mapped[at:at + len(hidden)] = hidden.cpu()
+        mapped[at : at + len(hidden)] = hidden.cpu()
         finished = {"batches": finished["batches"] + 1, "positions": at + len(hidden)}
         state.with_suffix(".new").write_text(json.dumps(finished))
         state.with_suffix(".new").rename(state)

@@ -1,4 +1,5 @@
-"""Evaluation of a model of any size: base and candidates go through each decoder layer while it is in memory, in one pass."""
+"""Evaluation of a model of any size: base and candidates go through each decoder layer while it is in memory, in one
+pass."""
 
 from __future__ import annotations
 
@@ -55,29 +56,52 @@ class StreamedBench(Bench):
         return self.found[candidate.name, length]
 
 
-def evaluate_streaming(layered: LayeredModel, packs: Mapping[int, CalibrationTokens], candidates: Sequence[Candidate],
-                       gates: Sequence[Gate], *, controls: Sequence[Candidate] = (), eaft: Mapping[str, Any] = EAFT,
-                       pack_samples: int | None = None, batch_tokens: int = 16384, hidden_bytes: int | None = None,
-                       offload_directory: Path | None = None, progress: Progress = SILENT) -> dict[str, Any]:
+def evaluate_streaming(
+    layered: LayeredModel,
+    packs: Mapping[int, CalibrationTokens],
+    candidates: Sequence[Candidate],
+    gates: Sequence[Gate],
+    *,
+    controls: Sequence[Candidate] = (),
+    eaft: Mapping[str, Any] = EAFT,
+    pack_samples: int | None = None,
+    batch_tokens: int = 16384,
+    hidden_bytes: int | None = None,
+    offload_directory: Path | None = None,
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
     """As `candidates.evaluate`, with one or two decoder layers in memory; generation is not measured.
 
-    Every weight is read once. Waiting hidden states of base and candidates take (1 + candidates) x tokens x hidden numbers, on
-    the host and, beyond `hidden_bytes`, in `offload_directory`. A killed pass begins again.
+    Every weight is read once. Waiting hidden states of base and candidates take (1 + candidates) x tokens x hidden
+    numbers, on the host and, beyond `hidden_bytes`, in `offload_directory`. A killed pass begins again.
     """
     by_part = {part: packs_of_part(packs, part) for part in PARTS}
     places = {(part, length): pack for part, of_part in by_part.items() for length, pack in of_part.items()}
     tried = {each.name: each for each in (*candidates, *controls)}
     spool = Spool(layered.device, hidden_bytes, offload_directory)
     bases, found = _Pass(layered, places, tried, batch_tokens, eaft["top_k"], spool, offload_directory).run(progress)
-    benches = [StreamedBench(by_part[part], eaft, {length: bases[part, length] for length in by_part[part]},
-                             {(name, place[1]): positions for (name, place), positions in found.items() if place[0] == part})
-               for part in PARTS]
+    benches = [
+        StreamedBench(
+            by_part[part],
+            eaft,
+            {length: bases[part, length] for length in by_part[part]},
+            {(name, place[1]): positions for (name, place), positions in found.items() if place[0] == part},
+        )
+        for part in PARTS
+    ]
     return give_verdict(*benches, candidates, gates, controls=controls, pack_samples=pack_samples)
 
 
-def yardstick_streaming(layered: LayeredModel, packs: Mapping[int, CalibrationTokens], *, eaft: Mapping[str, Any] = EAFT,
-                        batch_tokens: int = 16384, hidden_bytes: int | None = None, offload_directory: Path | None = None,
-                        progress: Progress = SILENT) -> Yardstick:
+def yardstick_streaming(
+    layered: LayeredModel,
+    packs: Mapping[int, CalibrationTokens],
+    *,
+    eaft: Mapping[str, Any] = EAFT,
+    batch_tokens: int = 16384,
+    hidden_bytes: int | None = None,
+    offload_directory: Path | None = None,
+    progress: Progress = SILENT,
+) -> Yardstick:
     """As `Yardstick.of`, of a base that never is in memory as a whole."""
     final = final_packs(packs)
     spool = Spool(layered.device, hidden_bytes, offload_directory)
@@ -93,8 +117,14 @@ def yardstick_streaming(layered: LayeredModel, packs: Mapping[int, CalibrationTo
     return Yardstick(final, {length: bases["final", length] for length in final}, eaft, batch_tokens)
 
 
-def measure_streaming(yardstick: Yardstick, layered: LayeredModel, *, hidden_bytes: int | None = None,
-                      offload_directory: Path | None = None, progress: Progress = SILENT) -> dict[str, Any]:
+def measure_streaming(
+    yardstick: Yardstick,
+    layered: LayeredModel,
+    *,
+    hidden_bytes: int | None = None,
+    offload_directory: Path | None = None,
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
     """As `Yardstick.measure`, of a model that never is in memory as a whole."""
     own = yardstick_streaming(
         layered,
@@ -111,7 +141,9 @@ def measure_streaming(yardstick: Yardstick, layered: LayeredModel, *, hidden_byt
         positions = compare_hidden(
             layered.model, own.bases[length].hidden, base, 0, base_head(layered.model, base), yardstick.eaft["top_k"]
         )
-        found[str(length)] = compare(base, refuse_broken(positions, f"verify {layered.path.name}"), pack, yardstick.eaft)
+        found[str(length)] = compare(
+            base, refuse_broken(positions, f"verify {layered.path.name}"), pack, yardstick.eaft
+        )
     return found
 
 
@@ -157,8 +189,12 @@ class _Pass:
         layered.load_rest()
         bases: dict[Place, BaseOutputs] = {}
         found: dict[tuple[str, Place], Positions] = {}
-        with Lockstep(layered.layers) as lockstep, ThreadPoolExecutor(1, thread_name_prefix="layer-reader") as reader, \
-                progress.task("evaluate", total=last + 1, unit="layers") as task, fast_linear(layered.model):
+        with (
+            Lockstep(layered.layers) as lockstep,
+            ThreadPoolExecutor(1, thread_name_prefix="layer-reader") as reader,
+            progress.task("evaluate", total=last + 1, unit="layers") as task,
+            fast_linear(layered.model),
+        ):
             probe = _Probe(lockstep, layered.model, self._probe_ids())
             for item in (item for items in self.variants.values() for item in items):
                 item.forward = lockstep.forward(lambda item=item: self._finish(item))
@@ -203,15 +239,22 @@ class _Pass:
         hidden = final_hidden(self.layered.model, batch.input_ids.to(device), positions)
         item.hidden = hidden[batch.signal.to(hidden.device)].cpu()
 
-    def _collect(self, name: str | None, items: Sequence[_Item], bases: dict[Place, BaseOutputs],
-                 found: dict[tuple[str, Place], Positions]) -> None:
+    def _collect(
+        self,
+        name: str | None,
+        items: Sequence[_Item],
+        bases: dict[Place, BaseOutputs],
+        found: dict[tuple[str, Place], Positions],
+    ) -> None:
         for place, pack in self.places.items():
             hidden = torch.cat([item.hidden for item in items if item.place == place])
             if name is None:
                 bases[place] = outputs_of(self.layered.model, pack, self._kept(hidden, place), self.top_k)
             else:
                 base = bases[place]
-                positions = compare_hidden(self.layered.model, hidden, base, 0, base_head(self.layered.model, base), self.top_k)
+                positions = compare_hidden(
+                    self.layered.model, hidden, base, 0, base_head(self.layered.model, base), self.top_k
+                )
                 found[name, place] = refuse_broken(positions, f"evaluate {name}")
         for item in items:
             item.hidden = None
@@ -228,12 +271,15 @@ class _Pass:
 
 
 class _Probe:
-    """A few tokens whose logits the model makes itself, beside those made of their hidden states: proof that they suffice."""
+    """A few tokens whose logits the model makes itself, beside those made of their hidden states: proof that they
+    suffice."""
 
     def __init__(self, lockstep: Lockstep, model: nn.Module, input_ids: Tensor):
         self.model, self.made = model, {}
         self.forwards = [
-            lockstep.forward(lambda: self.made.update(logits=model(input_ids=input_ids, use_cache=False).logits[0].float())),
+            lockstep.forward(
+                lambda: self.made.update(logits=model(input_ids=input_ids, use_cache=False).logits[0].float())
+            ),
             lockstep.forward(lambda: self.made.update(hidden=final_hidden(model, input_ids)[0])),
         ]
         self.advance()

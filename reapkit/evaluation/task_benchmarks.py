@@ -16,13 +16,16 @@ from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.core.errors import StageFailed, UnusableError
 
 MAX_NEW_TOKENS = 1024
-"""Told to lm-eval explicitly: its own default cuts reasoning models off after 256 tokens. At most half of what the model reads."""
+"""Told to lm-eval explicitly: its own default cuts reasoning models off after 256 tokens. At most half of what the
+model reads."""
 
 
 def require_lm_eval() -> None:
     """Raises UnusableError where lm-eval is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
-        raise UnusableError("evaluate.lm_eval needs the package lm-eval, which is not installed. Run: pip install 'reapkit[lm-eval]'.")
+        raise UnusableError(
+            "evaluate.lm_eval needs the package lm-eval, which is not installed. Run: pip install 'reapkit[lm-eval]'."
+        )
 
 
 def run_benchmarks(
@@ -38,9 +41,9 @@ def run_benchmarks(
 ) -> dict[str, Any]:
     """`{"tasks": {task: {metric: value}}, "limit", "max_new_tokens", "lm_eval": version, "output": file}`.
 
-    `tasks` are lm-eval's names or paths of its task files (YAML); all it writes lies below `out`. Its metrics keep its names
-    (`acc`, `acc_stderr`, ...), the filter appended where it is not `none`. Raises UnusableError where lm-eval is not installed,
-    StageFailed with its last words where it fails.
+    `tasks` are lm-eval's names or paths of its task files (YAML); all it writes lies below `out`. Its metrics keep its
+    names (`acc`, `acc_stderr`, ...), the filter appended where it is not `none`. Raises UnusableError where lm-eval is
+    not installed, StageFailed with its last words where it fails.
     """
     longest = text_config(Checkpoint.open(model).config).get("max_position_embeddings")
     if isinstance(longest, int):
@@ -75,8 +78,13 @@ def run_benchmarks(
     if code != 0 or not written:
         last = (out / "lm_eval.log").read_text().strip().splitlines()[-1:] or ["no output"]
         raise StageFailed(f"lm-eval on {model} ended with {code}: {last[0]} (all of it in {out / 'lm_eval.log'}).")
-    return {"tasks": _metrics(json.loads(written[-1].read_text())["results"]), "limit": limit, "max_new_tokens": max_new_tokens,
-            "lm_eval": version("lm_eval"), "output": str(written[-1].relative_to(out))}
+    return {
+        "tasks": _metrics(json.loads(written[-1].read_text())["results"]),
+        "limit": limit,
+        "max_new_tokens": max_new_tokens,
+        "lm_eval": version("lm_eval"),
+        "output": str(written[-1].relative_to(out)),
+    }
 
 
 def _metrics(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:

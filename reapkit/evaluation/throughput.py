@@ -29,18 +29,29 @@ DEFAULT = ThroughputSpec()
 NUMBERS = ("prefill_tokens_per_s", "decode_tokens_per_s", "peak_bytes")
 
 
-def measure_throughput(directories: Mapping[str, Path], spec: ThroughputSpec, *, device: str = "cpu", trust_remote_code: bool = False,
-                       skip: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
-    """A row per model and engine, transformers first, then vLLM where there is one; a speed that cannot be had never stops a run.
+def measure_throughput(
+    directories: Mapping[str, Path],
+    spec: ThroughputSpec,
+    *,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    skip: Mapping[str, str] | None = None,
+) -> list[dict[str, Any]]:
+    """A row per model and engine, transformers first, then vLLM where there is one; a speed that cannot be had never
+    stops a run.
 
-    A row: `{model, engine, version, device, prompt_tokens, new_tokens, repeats, prefill_tokens_per_s, decode_tokens_per_s, peak_bytes,
-    idle_bytes, not_measured: why | None, note}`; numbers are None where `not_measured` says why. `skip`: models that transformers is not
-    asked for, with the reason.
+    A row: `{model, engine, version, device, prompt_tokens, new_tokens, repeats, prefill_tokens_per_s,
+    decode_tokens_per_s, peak_bytes, idle_bytes, not_measured: why | None, note}`; numbers are None where `not_measured`
+    says why. `skip`: models that transformers is not asked for, with the reason.
     """
     rows = []
     for name, path in directories.items():
-        found = _attempt(name, "transformers", lambda path=path: throughput_of(path, device, trust_remote_code, spec=spec),
-                         (skip or {}).get(name))
+        found = _attempt(
+            name,
+            "transformers",
+            lambda path=path: throughput_of(path, device, trust_remote_code, spec=spec),
+            (skip or {}).get(name),
+        )
         rows.append(found | {"note": _note(path)})
     try:
         python = vllm_python()
@@ -61,7 +72,13 @@ def _attempt(name: str, engine: str, run: Callable[[], dict[str, Any]], skipped:
 
 
 def _row(name: str, engine: str, not_measured: str | None = None) -> dict[str, Any]:
-    return {"model": name, "engine": engine, **dict.fromkeys((*NUMBERS, "idle_bytes")), "not_measured": not_measured, "note": ""}
+    return {
+        "model": name,
+        "engine": engine,
+        **dict.fromkeys((*NUMBERS, "idle_bytes")),
+        "not_measured": not_measured,
+        "note": "",
+    }
 
 
 def _note(path: Path) -> str:
@@ -77,19 +94,35 @@ def _by_vllm(python: Path, path: Path, spec: ThroughputSpec, trust_remote_code: 
     [found] = answer["results"]
     if "error" in found:
         raise StageFailed(f"vLLM {answer['version']} does not run it here: {found['error']}")
-    return {"version": answer["version"], "device": answer["platform"], "prompt_tokens": spec.prompt_tokens,
-            "new_tokens": spec.new_tokens, **found}
+    return {
+        "version": answer["version"],
+        "device": answer["platform"],
+        "prompt_tokens": spec.prompt_tokens,
+        "new_tokens": spec.new_tokens,
+        **found,
+    }
 
 
-def throughput_of(path: Path, device: str = "cpu", trust_remote_code: bool = False, *,
-                  spec: ThroughputSpec = DEFAULT) -> dict[str, Any]:
-    """`{engine, version, device, prompt_tokens, new_tokens, repeats, prefill_tokens_per_s, decode_tokens_per_s, peak_bytes, idle_bytes}`.
+def throughput_of(
+    path: Path, device: str = "cpu", trust_remote_code: bool = False, *, spec: ThroughputSpec = DEFAULT
+) -> dict[str, Any]:
+    """`{engine, version, device, prompt_tokens, new_tokens, repeats, prefill_tokens_per_s, decode_tokens_per_s,
+    peak_bytes, idle_bytes}`.
 
-    One row of random tokens by transformers, medians over the repeats after a warm-up; the peak is the device's, on a CPU the process's,
-    of which `idle_bytes` were there before the model. Raises StageFailed with the process's last words where it fails.
+    One row of random tokens by transformers, medians over the repeats after a warm-up; the peak is the device's, on a
+    CPU the process's, of which `idle_bytes` were there before the model. Raises StageFailed with the process's last
+    words where it fails.
     """
-    command = [sys.executable, "-m", "reapkit.evaluation.throughput", str(path), str(spec.prompt_tokens), str(spec.new_tokens), device,
-               *(["--trust-remote-code"] if trust_remote_code else [])]
+    command = [
+        sys.executable,
+        "-m",
+        "reapkit.evaluation.throughput",
+        str(path),
+        str(spec.prompt_tokens),
+        str(spec.new_tokens),
+        device,
+        *(["--trust-remote-code"] if trust_remote_code else []),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         last = done.stderr.strip().splitlines()[-1:] or ["no output"]
@@ -105,10 +138,21 @@ def measure(model: nn.Module, spec: ThroughputSpec = DEFAULT, idle_bytes: int = 
     device = model.get_input_embeddings().weight.device
     prompt = _prompt(model.get_input_embeddings().weight.shape[0], spec.prompt_tokens).to(device)
     _timed(model, prompt, spec.new_tokens)
-    prefill, decode = (statistics.median(seconds) for seconds in zip(*(_timed(model, prompt, spec.new_tokens) for _ in range(REPEATS))))
-    return {"engine": "transformers", "version": transformers.__version__, "device": device.type, "prompt_tokens": spec.prompt_tokens,
-            "new_tokens": spec.new_tokens, "repeats": REPEATS, "prefill_tokens_per_s": spec.prompt_tokens / prefill,
-            "decode_tokens_per_s": spec.new_tokens / decode, "peak_bytes": _peak_bytes(device), "idle_bytes": idle_bytes}
+    prefill, decode = (
+        statistics.median(seconds) for seconds in zip(*(_timed(model, prompt, spec.new_tokens) for _ in range(REPEATS)))
+    )
+    return {
+        "engine": "transformers",
+        "version": transformers.__version__,
+        "device": device.type,
+        "prompt_tokens": spec.prompt_tokens,
+        "new_tokens": spec.new_tokens,
+        "repeats": REPEATS,
+        "prefill_tokens_per_s": spec.prompt_tokens / prefill,
+        "decode_tokens_per_s": spec.new_tokens / decode,
+        "peak_bytes": _peak_bytes(device),
+        "idle_bytes": idle_bytes,
+    }
 
 
 def _timed(model: nn.Module, prompt: Tensor, new_tokens: int) -> tuple[float, float]:

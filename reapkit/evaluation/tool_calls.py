@@ -1,7 +1,8 @@
 """Function calls in generated text, judged by the JSON schemas that the prompt offered. Torch-free.
 
-Works on text as chat templates of the JSON kind render it: schemas as `{"name", "parameters"}` (maybe under `function`), calls
-as `{"name", "arguments"}`. Templates that write calls otherwise yield no calls, and nothing is measured there.
+Works on text as chat templates of the JSON kind render it: schemas as `{"name", "parameters"}` (maybe under
+`function`), calls as `{"name", "arguments"}`. Templates that write calls otherwise yield no calls, and nothing is
+measured there.
 """
 
 from __future__ import annotations
@@ -37,31 +38,43 @@ def json_objects(text: str) -> Iterator[dict[str, Any]]:
 def offered_tools(prompt: str) -> dict[str, Mapping[str, Any]]:
     """Name to parameter schema of each function that `prompt` describes."""
     described = (found.get("function", found) for found in json_objects(prompt))
-    return {each["name"]: each["parameters"] for each in described
-            if isinstance(each, dict) and isinstance(each.get("name"), str) and isinstance(each.get("parameters"), dict)}
+    return {
+        each["name"]: each["parameters"]
+        for each in described
+        if isinstance(each, dict) and isinstance(each.get("name"), str) and isinstance(each.get("parameters"), dict)
+    }
 
 
 def calls(text: str) -> list[tuple[str, Any]]:
     """(name, arguments) of each call in `text`; arguments given as a JSON string are decoded where they can be."""
-    return [(found["name"], _decoded(found["arguments"])) for found in json_objects(text)
-            if isinstance(found.get("name"), str) and "arguments" in found]
+    return [
+        (found["name"], _decoded(found["arguments"]))
+        for found in json_objects(text)
+        if isinstance(found.get("name"), str) and "arguments" in found
+    ]
 
 
 def valid_calls(text: str, tools: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Whether `text` calls something, and every call names an offered function with arguments that its schema allows."""
+    """Whether `text` calls something, and every call names an offered function with arguments that its schema
+    allows."""
     found = calls(text)
-    return bool(found) and all(name in tools and schema_problem(arguments, {"type": "object", **tools[name]}) is None
-                               for name, arguments in found)
+    return bool(found) and all(
+        name in tools and schema_problem(arguments, {"type": "object", **tools[name]}) is None
+        for name, arguments in found
+    )
 
 
 def schema_problem(value: Any, schema: Mapping[str, Any], path: str = "$") -> str | None:
     """What is wrong with `value`, None if nothing is.
 
-    Reads type, enum, const, required, properties, additionalProperties, items, anyOf and oneOf of JSON Schema. Deviation: an
-    object whose schema lists properties has no others unless additionalProperties says so: an invented argument breaks a call.
+    Reads type, enum, const, required, properties, additionalProperties, items, anyOf and oneOf of JSON Schema.
+    Deviation: an object whose schema lists properties has no others unless additionalProperties says so: an invented
+    argument breaks a call.
     """
     allowed = schema.get("type")
-    if allowed is not None and not any(_is_a(value, name) for name in (allowed if isinstance(allowed, list) else [allowed])):
+    if allowed is not None and not any(
+        _is_a(value, name) for name in (allowed if isinstance(allowed, list) else [allowed])
+    ):
         return f"{path}: not of type {allowed}"
     if "enum" in schema and value not in schema["enum"]:
         return f"{path}: none of {schema['enum']}"
@@ -74,7 +87,11 @@ def schema_problem(value: Any, schema: Mapping[str, Any], path: str = "$") -> st
         return _object_problem(value, schema, path)
     if isinstance(value, list) and isinstance(schema.get("items"), dict):
         return next(
-            (problem for i, each in enumerate(value) if (problem := schema_problem(each, schema["items"], f"{path}[{i}]"))),
+            (
+                problem
+                for i, each in enumerate(value)
+                if (problem := schema_problem(each, schema["items"], f"{path}[{i}]"))
+            ),
             None,
         )
     return None
@@ -83,7 +100,10 @@ def schema_problem(value: Any, schema: Mapping[str, Any], path: str = "$") -> st
 def _object_problem(value: Mapping[str, Any], schema: Mapping[str, Any], path: str) -> str | None:
     if missing := [name for name in schema.get("required") or () if name not in value]:
         return f"{path}: lacks {', '.join(missing)}"
-    properties, others = schema.get("properties") or {}, schema.get("additionalProperties", not schema.get("properties"))
+    properties, others = (
+        schema.get("properties") or {},
+        schema.get("additionalProperties", not schema.get("properties")),
+    )
     for name, each in value.items():
         inner = properties.get(name, others)
         if inner is False:

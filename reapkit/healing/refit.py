@@ -1,5 +1,5 @@
-"""The pass that re-fits: the original and the pruned model go through the layers side by side, each layer's experts are fitted to
-what the original's residual stream says, and the pruned model goes on from there.
+"""The pass that re-fits: the original and the pruned model go through the layers side by side, each layer's experts are
+fitted to what the original's residual stream says, and the pruned model goes on from there.
 """
 
 from __future__ import annotations
@@ -38,21 +38,35 @@ NOT_ADDED = 0.05
 
 
 @torch.no_grad()
-def repair(layered: LayeredModel, tokens: CalibrationTokens, selections: Mapping[str, Selection], out: Path, *,
-           batch_tokens: int = 16384, max_tokens: int | None = None, hidden_bytes: int | None = None,
-           offload_directory: Path | None = None, progress: Progress = SILENT) -> dict[str, RepairedWeights]:
-    """Re-fitted weights of every selection, written to `out/<name>`; each decoder layer is read once and is alone in memory.
+def repair(
+    layered: LayeredModel,
+    tokens: CalibrationTokens,
+    selections: Mapping[str, Selection],
+    out: Path,
+    *,
+    batch_tokens: int = 16384,
+    max_tokens: int | None = None,
+    hidden_bytes: int | None = None,
+    offload_directory: Path | None = None,
+    progress: Progress = SILENT,
+) -> dict[str, RepairedWeights]:
+    """Re-fitted weights of every selection, written to `out/<name>`; each decoder layer is read once and is alone in
+    memory.
 
-    The fit sees the first rows of `tokens` up to `max_tokens` positions (padding aside), whose shares are the mix's. Layers whose
-    held-out rows no fit helps keep their weights. Raises UnusableError for a quantized checkpoint, for one whose layers do
-    not simply add their experts' output, or whose tensors are not the matrices themselves.
+    The fit sees the first rows of `tokens` up to `max_tokens` positions (padding aside), whose shares are the mix's.
+    Layers whose held-out rows no fit helps keep their weights. Raises UnusableError for a quantized checkpoint, for one
+    whose layers do not simply add their experts' output, or whose tensors are not the matrices themselves.
     """
     if layered.is_quantized:
-        raise UnusableError("prune.repair: ridge re-fits plain weights, but this checkpoint is quantized. Start from its bfloat16 "
-                            "version, or remove prune.repair.")
+        raise UnusableError(
+            "prune.repair: ridge re-fits plain weights, but this checkpoint is quantized. Start from its bfloat16 "
+            "version, or remove prune.repair."
+        )
     width = layered.model.config.get_text_config().hidden_size
     rows = _rows(tokens, max_tokens or min(TOKENS, ERROR_ENTRIES // width))
-    return _Pass(layered, tokens, rows, selections, batch_tokens, Spool(layered.device, hidden_bytes, offload_directory)).run(out, progress)
+    return _Pass(
+        layered, tokens, rows, selections, batch_tokens, Spool(layered.device, hidden_bytes, offload_directory)
+    ).run(out, progress)
 
 
 def _rows(tokens: CalibrationTokens, max_tokens: int) -> list[int]:
@@ -63,7 +77,9 @@ def _rows(tokens: CalibrationTokens, max_tokens: int) -> list[int]:
             break
         rows.append(row)
     if len(rows) < 2:
-        raise UnusableError("prune.repair: needs at least two calibration rows, one to fit and one to judge. Raise calibration.samples.")
+        raise UnusableError(
+            "prune.repair: needs at least two calibration rows, one to fit and one to judge. Raise calibration.samples."
+        )
     return rows
 
 
@@ -72,13 +88,14 @@ def _judging_rows(tokens: CalibrationTokens, rows: Sequence[int]) -> set[int]:
     by_source: dict[int, list[int]] = {}
     for row in rows:
         by_source.setdefault(int(tokens.row_source[row]), []).append(row)
-    chosen = {row for of_source in by_source.values() for row in of_source[HELD_OUT_EVERY - 1::HELD_OUT_EVERY]}
+    chosen = {row for of_source in by_source.values() for row in of_source[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]}
     return chosen or {rows[-1]}
 
 
 @dataclass(eq=False)
 class _Item:
-    """One batch on its way through the original (`name` None) or a pruned model, and what it left in the present layer."""
+    """One batch on its way through the original (`name` None) or a pruned model, and what it left in the present
+    layer."""
 
     name: str | None
     number: int
@@ -117,12 +134,22 @@ class _Pass:
         layered, last = self.layered, len(self.layered.layers) - 1
         layered.load_rest()
         sites = {site.layer: site for site in find_experts(layered.model)}
-        items = {name: [_Item(name, number, batch) for number, batch in enumerate(batches(self.tokens, self.rows, self.batch_tokens))]
-                 for name in (None, *self.selections)}
+        items = {
+            name: [
+                _Item(name, number, batch)
+                for number, batch in enumerate(batches(self.tokens, self.rows, self.batch_tokens))
+            ]
+            for name in (None, *self.selections)
+        }
         found: dict[str, dict[int, LayerNames]] = {name: {} for name in self.selections}
         facts: dict[str, dict[str, Any]] = {name: {} for name in self.selections}
-        with (Lockstep(layered.layers) as lockstep, self._watched(), ThreadPoolExecutor(1, thread_name_prefix="layer-reader") as reader,
-              intercepted(tuple(sites.values()), self._on_experts), progress.task("repair", total=last + 1, unit="layers") as task):
+        with (
+            Lockstep(layered.layers) as lockstep,
+            self._watched(),
+            ThreadPoolExecutor(1, thread_name_prefix="layer-reader") as reader,
+            intercepted(tuple(sites.values()), self._on_experts),
+            progress.task("repair", total=last + 1, unit="layers") as task,
+        ):
             for item in (item for each in items.values() for item in each):
                 item.forward = lockstep.forward(lambda item=item: self._forward(item.batch))
                 self._advance(item)
@@ -137,9 +164,15 @@ class _Pass:
                 for name, selection in self.selections.items():
                     fitted = self._pruned(layer, sites.get(layer), selection, items[name], items[None])
                     if fitted is not None:
-                        facts[name][str(layer)] = {"strength": fitted.strength, "fitted": fitted.fitted, "held_out": fitted.held_out}
+                        facts[name][str(layer)] = {
+                            "strength": fitted.strength,
+                            "fitted": fitted.fitted,
+                            "held_out": fitted.held_out,
+                        }
                     if fitted is not None and fitted.corrections:
-                        found[name][layer] = self._save(layer, sites[layer], selection.keep[layer], fitted, items[name], out / name)
+                        found[name][layer] = self._save(
+                            layer, sites[layer], selection.keep[layer], fitted, items[name], out / name
+                        )
                 for item in (item for each in items.values() for item in each):
                     item.output = item.call = None
                 self.seen = _Layer()
@@ -155,7 +188,11 @@ class _Pass:
 
     def _forward(self, batch: Batch) -> None:
         device = self.layered.device
-        final_hidden(self.layered.model, batch.input_ids.to(device), None if batch.position_ids is None else batch.position_ids.to(device))
+        final_hidden(
+            self.layered.model,
+            batch.input_ids.to(device),
+            None if batch.position_ids is None else batch.position_ids.to(device),
+        )
 
     def _advance(self, item: _Item) -> None:
         if item.forward.hidden is not None:
@@ -169,15 +206,23 @@ class _Pass:
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        """Hooks behind those that pause: a forward that waits before a layer has its hooks already, later ones would be missed."""
+        """Hooks behind those that pause: a forward that waits before a layer has its hooks already, later ones would be
+        missed."""
+
         def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
             self.seen.call = (args, kwargs)
 
         def after(module: nn.Module, args: tuple, output: Any) -> None:
             self.seen.output = output[0] if isinstance(output, tuple) else output
 
-        handles = [handle for layer in self.layered.layers
-                   for handle in (layer.register_forward_pre_hook(before, with_kwargs=True), layer.register_forward_hook(after))]
+        handles = [
+            handle
+            for layer in self.layered.layers
+            for handle in (
+                layer.register_forward_pre_hook(before, with_kwargs=True),
+                layer.register_forward_hook(after),
+            )
+        ]
         try:
             yield
         finally:
@@ -190,7 +235,8 @@ class _Pass:
         return out if self.seen.shift is None else out + self.seen.shift.to(out.dtype)
 
     def _output(self, item: _Item) -> Tensor:
-        """The residual stream behind the layer at the batch's positions, padding aside: [positions, hidden] on the host."""
+        """The residual stream behind the layer at the batch's positions, padding aside: [positions, hidden] on the
+        host."""
         return self.seen.output.reshape(-1, self.seen.output.shape[-1])[self._valid(item)].to("cpu", copy=True)
 
     def _valid(self, item: _Item) -> Tensor:
@@ -198,9 +244,16 @@ class _Pass:
 
     # ------------------------------------------------------------------------------------------ a pruned model's layer
 
-    def _pruned(self, layer: int, site: RoutedExperts | None, selection: Selection, items: Sequence[_Item],
-                base: Sequence[_Item]) -> Refit | None:
-        """All batches of one pruned model through a layer that is fitted on the way; None where there is nothing to fit."""
+    def _pruned(
+        self,
+        layer: int,
+        site: RoutedExperts | None,
+        selection: Selection,
+        items: Sequence[_Item],
+        base: Sequence[_Item],
+    ) -> Refit | None:
+        """All batches of one pruned model through a layer that is fitted on the way; None where there is nothing to
+        fit."""
         keep = {layer: selection.keep[layer]} if layer in selection.keep and site is not None else {}
         fits = bool(keep) and len(selection.keep[layer]) < site.num_experts
         scale = 1.0
@@ -216,9 +269,16 @@ class _Pass:
             return None
         fitted = refit(*self._problem(site, selection.keep[layer], items, base, scale))
         matrices = {expert: self._matrix(site, expert) for expert in fitted.corrections}
-        rounded = {expert: _oriented(site, correction).add(matrices[expert].float()).to(matrices[expert].dtype)
-                   for expert, correction in fitted.corrections.items()}
-        self._go_on(site, {expert: _oriented(site, rounded[expert].float() - matrices[expert].float()) for expert in rounded}, items, scale)
+        rounded = {
+            expert: _oriented(site, correction).add(matrices[expert].float()).to(matrices[expert].dtype)
+            for expert, correction in fitted.corrections.items()
+        }
+        self._go_on(
+            site,
+            {expert: _oriented(site, rounded[expert].float() - matrices[expert].float()) for expert in rounded},
+            items,
+            scale,
+        )
         return Refit(rounded, fitted.strength, fitted.fitted, fitted.held_out)
 
     def _call_of(self, item: _Item) -> tuple[Tensor, Tensor, Tensor]:
@@ -242,31 +302,47 @@ class _Pass:
         share = float((moved * shift).sum() / shift.square().sum())
         off = float((moved - share * shift).norm() / moved.norm().clamp_min(1e-30))
         if not share or off > NOT_ADDED:
-            raise UnusableError(f"prune.repair: layer {layer} does not simply add its experts' output to the residual stream (a norm or a "
-                                "gate follows), so it cannot be re-fitted in closed form. Remove prune.repair.")
+            raise UnusableError(
+                f"prune.repair: layer {layer} does not simply add its experts' output to the residual stream (a norm or"
+                " a gate follows), so it cannot be re-fitted in closed form. Remove prune.repair."
+            )
         return share
 
-    def _problem(self, site: RoutedExperts, keep: Sequence[int], items: Sequence[_Item], base: Sequence[_Item],
-                 scale: float) -> tuple[dict[int, ExpertFeatures], Tensor, Tensor, Tensor]:
+    def _problem(
+        self, site: RoutedExperts, keep: Sequence[int], items: Sequence[_Item], base: Sequence[_Item], scale: float
+    ) -> tuple[dict[int, ExpertFeatures], Tensor, Tensor, Tensor]:
         """What `refit` takes, over all batches."""
         device = self.layered.device
         target = torch.cat([item.output for item in base]).to(device).float()
         error = (target - torch.cat([item.output for item in items]).to(device).float()) / scale
         weight = 1 / target.square().sum(1).clamp_min(1e-30)
         hidden, index, gates = (torch.cat(parts) for parts in zip(*(item.call for item in items), strict=True))
-        judging = torch.cat([torch.tensor([row in self.judging for row in item.batch.rows]).repeat_interleave(item.batch.lengths)
-                             for item in items])
-        return {expert: _features(site, expert, hidden, index, gates) for expert in keep}, error, weight, judging.to(device)
+        judging = torch.cat(
+            [
+                torch.tensor([row in self.judging for row in item.batch.rows]).repeat_interleave(item.batch.lengths)
+                for item in items
+            ]
+        )
+        return (
+            {expert: _features(site, expert, hidden, index, gates) for expert in keep},
+            error,
+            weight,
+            judging.to(device),
+        )
 
     def _matrix(self, site: RoutedExperts, expert: int) -> Tensor:
         return site.module.down_proj.detach()[expert]
 
-    def _go_on(self, site: RoutedExperts, corrections: Mapping[int, Tensor], items: Sequence[_Item], scale: float) -> None:
+    def _go_on(
+        self, site: RoutedExperts, corrections: Mapping[int, Tensor], items: Sequence[_Item], scale: float
+    ) -> None:
         """Adds what the rounded corrections change to the hidden states that wait for the next layer."""
         for item in items:
             if item.forward.finished or not corrections:
                 continue
-            change = torch.zeros(item.call[0].shape[0], item.forward.hidden.shape[-1], dtype=torch.float32, device=self.layered.device)
+            change = torch.zeros(
+                item.call[0].shape[0], item.forward.hidden.shape[-1], dtype=torch.float32, device=self.layered.device
+            )
             for expert, correction in corrections.items():
                 seen = _features(site, expert, *item.call)
                 if len(seen.rows):
@@ -280,13 +356,26 @@ class _Pass:
 
     # ------------------------------------------------------------------------------------------ what is written
 
-    def _save(self, layer: int, site: RoutedExperts, keep: Sequence[int], fitted: Refit, items: Sequence[_Item], directory: Path) -> LayerNames:
-        """One file with the layer's re-fitted matrices under the checkpoint's names; experts without tokens keep theirs."""
+    def _save(
+        self,
+        layer: int,
+        site: RoutedExperts,
+        keep: Sequence[int],
+        fitted: Refit,
+        items: Sequence[_Item],
+        directory: Path,
+    ) -> LayerNames:
+        """One file with the layer's re-fitted matrices under the checkpoint's names; experts without tokens keep
+        theirs."""
         directory.mkdir(parents=True, exist_ok=True)
         file = f"layer-{layer:04d}.safetensors"
-        matrices = {expert: fitted.corrections.get(expert, self._matrix(site, expert)).contiguous().cpu() for expert in keep}
+        matrices = {
+            expert: fitted.corrections.get(expert, self._matrix(site, expert)).contiguous().cpu() for expert in keep
+        }
         if not all(bool(matrix.isfinite().all()) for matrix in matrices.values()):
-            raise StageFailed(f"repair: layer {layer} got weights that are not finite. Remove prune.repair, or report it.")
+            raise StageFailed(
+                f"repair: layer {layer} got weights that are not finite. Remove prune.repair, or report it."
+            )
         stacked, experts = self.layered.sources_of(f"{site.name}.down_proj")
         self._confirm(site, keep[0], stacked, experts)
         if stacked is not None:
@@ -295,16 +384,20 @@ class _Pass:
         save_file({experts[expert]: matrices[expert] for expert in keep}, directory / file)
         return LayerNames(file, tuple(keep), None, {expert: experts[expert] for expert in keep})
 
-
     def _confirm(self, site: RoutedExperts, expert: int, stacked: str | None, experts: Mapping[int, str]) -> None:
-        """Raises UnusableError unless the checkpoint's tensor is the module's matrix as it is, so that ours can take its place."""
+        """Raises UnusableError unless the checkpoint's tensor is the module's matrix as it is, so that ours can take
+        its place."""
         name = stacked or experts.get(expert)
         if name is not None:
             on_disk = self.layered.read(name, expert if stacked is not None else None)
-            if on_disk.shape == self._matrix(site, expert).shape and torch.equal(on_disk, self._matrix(site, expert).cpu()):
+            if on_disk.shape == self._matrix(site, expert).shape and torch.equal(
+                on_disk, self._matrix(site, expert).cpu()
+            ):
                 return
-        raise UnusableError(f"prune.repair: layer {site.layer} stores its experts' output matrices in another layout ({name}) than the model "
-                            "uses, so re-fitted ones cannot be written. Remove prune.repair.")
+        raise UnusableError(
+            f"prune.repair: layer {site.layer} stores its experts' output matrices in another layout ({name}) than the"
+            " model uses, so re-fitted ones cannot be written. Remove prune.repair."
+        )
 
 
 def _features(site: RoutedExperts, expert: int, hidden: Tensor, index: Tensor, gates: Tensor) -> ExpertFeatures:

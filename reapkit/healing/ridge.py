@@ -1,7 +1,7 @@
 """Re-fit of the kept experts' output matrices in closed form, so that they make up for the dropped ones. Pure maths.
 
-A layer adds Σ_e φ_te W_eᵀ to the residual stream, with φ_te the expert's activation before its last matrix times its gate.
-With E_t = r_t − r̃_t, what the pruned layer lacks of the original's residual stream, the corrections D_e minimise
+A layer adds Σ_e φ_te W_eᵀ to the residual stream, with φ_te the expert's activation before its last matrix times its
+gate. With E_t = r_t − r̃_t, what the pruned layer lacks of the original's residual stream, the corrections D_e minimise
 
     Σ_t w_t ‖E_t − Σ_e φ_te D_eᵀ‖² + λ Σ_e ‖D_e‖²,   w_t = 1/‖r_t‖²,
 
@@ -33,8 +33,8 @@ class ExpertFeatures:
 class Refit:
     """Corrections by expert, [hidden, intermediate] float32, and the error shares that they leave.
 
-    `fitted` and `held_out`: Σ w‖E‖² after over before, on the rows that the fit saw and on those kept from it; `strength` is None
-    where no strength helped on the latter, and then there are no corrections.
+    `fitted` and `held_out`: Σ w‖E‖² after over before, on the rows that the fit saw and on those kept from it;
+    `strength` is None where no strength helped on the latter, and then there are no corrections.
     """
 
     corrections: Mapping[int, Tensor]
@@ -43,12 +43,18 @@ class Refit:
     held_out: float
 
 
-def refit(experts: Mapping[int, ExpertFeatures], error: Tensor, weight: Tensor, held_out: Tensor,
-          strengths: Sequence[float] = STRENGTHS, sweeps: int = SWEEPS) -> Refit:
+def refit(
+    experts: Mapping[int, ExpertFeatures],
+    error: Tensor,
+    weight: Tensor,
+    held_out: Tensor,
+    strengths: Sequence[float] = STRENGTHS,
+    sweeps: int = SWEEPS,
+) -> Refit:
     """The corrections whose strength leaves the least error on held-out rows.
 
-    `error` float32 [tokens, hidden]: E. `weight` float32 [tokens]: w. `held_out` bool [tokens]: rows that only judge. Sums are
-    float32 products of the device, systems are solved in float64.
+    `error` float32 [tokens, hidden]: E. `weight` float32 [tokens]: w. `held_out` bool [tokens]: rows that only judge.
+    Sums are float32 products of the device, systems are solved in float64.
     """
     before = _share(error, weight, held_out)
     scale = _mean_diagonal(experts, weight, ~held_out)
@@ -64,9 +70,11 @@ def refit(experts: Mapping[int, ExpertFeatures], error: Tensor, weight: Tensor, 
     return best
 
 
-def descend(experts: Mapping[int, ExpertFeatures], error: Tensor, weight: Tensor, ridge: float,
-            sweeps: int = SWEEPS) -> tuple[dict[int, Tensor], Tensor]:
-    """Corrections D [hidden, intermediate] by expert after `sweeps` rounds over the experts in order, and the error left."""
+def descend(
+    experts: Mapping[int, ExpertFeatures], error: Tensor, weight: Tensor, ridge: float, sweeps: int = SWEEPS
+) -> tuple[dict[int, Tensor], Tensor]:
+    """Corrections D [hidden, intermediate] by expert after `sweeps` rounds over the experts in order, and the error
+    left."""
     left = error.clone()
     found: dict[int, Tensor] = {}
     for _ in range(sweeps):

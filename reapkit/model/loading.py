@@ -21,17 +21,20 @@ DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, 
 def load_model(
     path: str | Path, *, device: str = "cpu", dtype: str | torch.dtype = "auto", trust_remote_code: bool = False
 ) -> nn.Module:
-    """The checkpoint's own class in evaluation mode, without gradients, on `device` ("auto": spread over the accelerators).
+    """The checkpoint's own class in evaluation mode, without gradients, on `device` ("auto": spread over the
+    accelerators).
 
-    `dtype`: "auto" (the checkpoint's), "float32", "bfloat16", "float16" or a torch dtype. Block-FP8 and MXFP4 weights are
-    dequantized. The experts run by the implementation that is fastest there. Raises UnusableError where the weights do not fit
-    the class.
+    `dtype`: "auto" (the checkpoint's), "float32", "bfloat16", "float16" or a torch dtype. Block-FP8 and MXFP4 weights
+    are dequantized. The experts run by the implementation that is fastest there. Raises UnusableError where the weights
+    do not fit the class.
     """
     path = Path(path)
     config = load_config(path, trust_remote_code=trust_remote_code)
     implementation = {} if device != "cpu" else {"experts_implementation": "eager"}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="You passed `quantization_config`")  # that we override how it loads is meant
+        warnings.filterwarnings(
+            "ignore", message="You passed `quantization_config`"
+        )  # that we override how it loads is meant
         model, info = model_class(config, trust_remote_code).from_pretrained(
             path,
             config=config,
@@ -51,11 +54,15 @@ def load_model(
 
 
 def widened(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """`module` without floats narrower than `dtype`: MXFP4 weights always unpack to bfloat16, whatever the rest of the model is
-    in.
+    """`module` without floats narrower than `dtype`: MXFP4 weights always unpack to bfloat16, whatever the rest of the
+    model is in.
     """
     for parameter in module.parameters():
-        if parameter.is_floating_point() and parameter.dtype.itemsize < dtype.itemsize and parameter.device.type != "meta":
+        if (
+            parameter.is_floating_point()
+            and parameter.dtype.itemsize < dtype.itemsize
+            and parameter.device.type != "meta"
+        ):
             parameter.data = parameter.data.to(dtype)
     return module
 
@@ -81,8 +88,8 @@ def model_class(config: transformers.PretrainedConfig, trust_remote_code: bool =
 
 
 def dequantized(config: transformers.PretrainedConfig) -> dict[str, Any]:
-    """Arguments of `from_pretrained` that turn FP8, MXFP4 and compressed-tensors weights into plain ones; other schemes load as
-    they are.
+    """Arguments of `from_pretrained` that turn FP8, MXFP4 and compressed-tensors weights into plain ones; other schemes
+    load as they are.
     """
     settings = getattr(config, "quantization_config", None)
     method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
@@ -107,7 +114,8 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def final_hidden(model: nn.Module, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-    """The hidden states that the head reads, [batch, tokens, hidden]. Right padding needs no mask: nothing looks ahead."""
+    """The hidden states that the head reads, [batch, tokens, hidden]. Right padding needs no mask: nothing looks
+    ahead."""
     positions = {} if position_ids is None else {"position_ids": position_ids}
     return decoder(model)(input_ids=input_ids, use_cache=False, **positions)[0]
 

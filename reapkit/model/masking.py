@@ -1,5 +1,5 @@
-"""A candidate on the loaded model: dropped experts leave the routing, no weight is written, and the block's end restores
-everything.
+"""A candidate on the loaded model: dropped experts leave the routing, no weight is written, and the block's end
+restores everything.
 """
 
 from __future__ import annotations
@@ -32,22 +32,24 @@ GROUP_NAMES = ("num_group", "n_group", "num_expert_group")
 
 @contextmanager
 def masked(model: nn.Module, keep: Mapping[int, Sequence[int]], experts_per_token: int | None = None) -> Iterator[None]:
-    """Inside the block the model routes as its pruned self: only to `keep[layer]` (decoder index -> expert indices) of each
-    layer.
+    """Inside the block the model routes as its pruned self: only to `keep[layer]` (decoder index -> expert indices) of
+    each layer.
 
-    Router rows, biases and per-expert scales are sliced in memory, in ascending expert order, and the indices the router
-    returns are mapped back to the original experts, so softmax, group scoring and renormalisation run over the kept ones alone.
-    Layers that `keep` does not name stay whole. `experts_per_token` overrides top-k everywhere.
+    Router rows, biases and per-expert scales are sliced in memory, in ascending expert order, and the indices the
+    router returns are mapped back to the original experts, so softmax, group scoring and renormalisation run over the
+    kept ones alone. Layers that `keep` does not name stay whole. `experts_per_token` overrides top-k everywhere.
 
-    Raises UnusableError where a layer has no routed experts, keeps too few, keeps unequal numbers per routing group, or routes
-    by a fixed table.
+    Raises UnusableError where a layer has no routed experts, keeps too few, keeps unequal numbers per routing group, or
+    routes by a fixed table.
     """
     with masked_sites(find_experts(model), keep, experts_per_token):
         yield
 
 
 @contextmanager
-def masked_sites(found: Sequence[RoutedExperts], keep: Mapping[int, Sequence[int]], experts_per_token: int | None = None) -> Iterator[None]:
+def masked_sites(
+    found: Sequence[RoutedExperts], keep: Mapping[int, Sequence[int]], experts_per_token: int | None = None
+) -> Iterator[None]:
     """As `masked`, of these experts, which may be those of multi-token-prediction blocks."""
     sites = {site.layer: site for site in found}
     if unknown := sorted(set(keep) - set(sites)):
@@ -83,8 +85,8 @@ def _back_to_original(kept: Mapping[int, Tensor], experts_per_token: int | None)
 
 
 def routing_modules(site: RoutedExperts) -> Iterator[tuple[str, nn.Module]]:
-    """The modules whose tensors may have an expert axis, beside the experts and the shared experts; the block itself comes
-    first.
+    """The modules whose tensors may have an expert axis, beside the experts and the shared experts; the block itself
+    comes first.
     """
     yield "", site.block
     for child, module in site.block.named_children():
@@ -94,7 +96,8 @@ def routing_modules(site: RoutedExperts) -> Iterator[tuple[str, nn.Module]]:
 
 @contextmanager
 def sliced_routing(site: RoutedExperts, kept: Tensor) -> Iterator[None]:
-    """Inside the block the router's tensors hold only the rows of `kept` (int64, ascending), and the counts beside them say so."""
+    """Inside the block the router's tensors hold only the rows of `kept` (int64, ascending), and the counts beside them
+    say so."""
     undo: list[tuple[dict[str, Any], str, Any]] = []
     try:
         slice_routing(site, kept, undo)
@@ -105,7 +108,8 @@ def sliced_routing(site: RoutedExperts, kept: Tensor) -> Iterator[None]:
 
 
 def slice_routing(site: RoutedExperts, kept: Tensor, undo: list[tuple[dict[str, Any], str, Any]]) -> None:
-    """Slices the router to the rows of `kept` (int64, ascending); what each (store, key) held before is appended to `undo`.
+    """Slices the router to the rows of `kept` (int64, ascending); what each (store, key) held before is appended to
+    `undo`.
 
     Raises UnusableError where the router cannot route to `kept`, or has no rows to slice.
     """
@@ -143,9 +147,13 @@ def _set(undo: list[tuple[dict[str, Any], str, Any]], store: dict[str, Any], key
 def _refuse_bad_keep(site: RoutedExperts, kept: Tensor) -> None:
     where = f"layer {site.layer}"
     if len(kept) == 0 or len(kept.unique()) < len(kept) or kept[0] < 0 or kept[-1] >= site.num_experts:
-        raise UnusableError(f"{where}: kept experts {kept.tolist()} are not distinct numbers from 0 to {site.num_experts - 1}.")
+        raise UnusableError(
+            f"{where}: kept experts {kept.tolist()} are not distinct numbers from 0 to {site.num_experts - 1}."
+        )
     for name, module in routing_modules(site):
-        if name and any(not tensor.is_floating_point() and tensor.numel() > 1 for tensor in module.buffers(recurse=False)):
+        if name and any(
+            not tensor.is_floating_point() and tensor.numel() > 1 for tensor in module.buffers(recurse=False)
+        ):
             raise UnusableError(
                 f"{where}: its router reads expert numbers from a fixed table, so dropping experts is undefined. "
                 "Exclude the layer with a cap {layers: ..., keep_all: true}."

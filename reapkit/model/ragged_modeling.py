@@ -1,9 +1,9 @@
 """Loads a Mixture-of-Experts checkpoint whose layers hold different numbers of experts.
 
-Every model class of transformers is available from here under its own name, as a subclass that builds each decoder layer while
-the config says that layer's number of experts (`num_routed_experts_per_layer` in config.json, by decoder index). This file
-travels with such a checkpoint, so it imports nothing but transformers: `from_pretrained(..., trust_remote_code=True)` finds it
-through `auto_map`.
+Every model class of transformers is available from here under its own name, as a subclass that builds each decoder
+layer while the config says that layer's number of experts (`num_routed_experts_per_layer` in config.json, by decoder
+index). This file travels with such a checkpoint, so it imports nothing but transformers: `from_pretrained(...,
+trust_remote_code=True)` finds it through `auto_map`.
 """
 
 import contextlib
@@ -57,8 +57,14 @@ def per_layer_experts(module, config):
     """Inside the block the decoder layers of the modelling file `module` see their own number of experts while they are
     built."""
     counts = expert_counts(config)
-    layers = [cls for cls in vars(module).values() if inspect.isclass(cls) and issubclass(cls, GradientCheckpointingLayer)
-              and {"config", "layer_idx"} <= set(inspect.signature(cls.__init__).parameters) and "__init__" in vars(cls)]
+    layers = [
+        cls
+        for cls in vars(module).values()
+        if inspect.isclass(cls)
+        and issubclass(cls, GradientCheckpointingLayer)
+        and {"config", "layer_idx"} <= set(inspect.signature(cls.__init__).parameters)
+        and "__init__" in vars(cls)
+    ]
     with _building:
         spec = config.__dict__.pop("_heterogeneity_spec", None)
         before = {cls: cls.__init__ for cls in layers}
@@ -75,7 +81,8 @@ def per_layer_experts(module, config):
 
 @functools.cache
 def ragged(base):
-    """The subclass of a transformers model class that gives every layer its own number of experts; it keeps the base's name."""
+    """The subclass of a transformers model class that gives every layer its own number of experts; it keeps the base's
+    name."""
     module = sys.modules[base.__module__]
 
     def __init__(self, config, *args, **kwargs):

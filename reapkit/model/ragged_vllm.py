@@ -1,7 +1,8 @@
-"""Lets vLLM serve checkpoints whose layers hold different numbers of experts: its entry point in `vllm.general_plugins`.
+"""Lets vLLM serve checkpoints whose layers hold different numbers of experts: its entry point in
+`vllm.general_plugins`.
 
-While decoder layer N is built, the shared config says layer N's number of experts, exactly as `ragged_modeling` does for
-transformers. Checkpoints without `num_routed_experts_per_layer` are not touched.
+While decoder layer N is built, the shared config says layer N's number of experts, exactly as `ragged_modeling` does
+for transformers. Checkpoints without `num_routed_experts_per_layer` are not touched.
 """
 
 from __future__ import annotations
@@ -37,11 +38,14 @@ def refuse_unservable(vllm_config: Any) -> None:
     parallel = vllm_config.parallel_config
     for field in ("enable_eplb", "enable_ep_weight_filter"):
         if getattr(parallel, field, False):
-            raise ValueError(f"{field} assumes equal numbers of experts in all layers, but this checkpoint's differ. Switch it "
-                             "off.")
+            raise ValueError(
+                f"{field} assumes equal numbers of experts in all layers, but this checkpoint's differ. Switch it off."
+            )
     if getattr(vllm_config.model_config, "quantization", None) in ("mxfp4", "gpt_oss_mxfp4"):
-        raise ValueError("vLLM's mxfp4 experts assume equal numbers in all layers, but this checkpoint's differ. Use a bf16 "
-                         "checkpoint.")
+        raise ValueError(
+            "vLLM's mxfp4 experts assume equal numbers in all layers, but this checkpoint's differ. Use a bf16 "
+            "checkpoint."
+        )
 
 
 def register() -> None:
@@ -61,7 +65,9 @@ def register() -> None:
 
 def _make_layers(original: Callable[..., Any], current: Callable[[], Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def make_layers(num_hidden_layers: int, layer_fn: Callable[..., Any], prefix: str, *args: Any, **kwargs: Any) -> Any:
+    def make_layers(
+        num_hidden_layers: int, layer_fn: Callable[..., Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> Any:
         vllm_config = current()
         config = vllm_config.model_config.hf_text_config
         counts = expert_counts(config)

@@ -16,12 +16,15 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_expe
 from reapkit.core.errors import UnusableError
 
 IMPLEMENTATION = "reapkit"
-GATE_ON_INPUT = ("Llama4TextMoe",)  # blocks with their own experts loop, which scale the expert's input instead of its output
+GATE_ON_INPUT = (
+    "Llama4TextMoe",
+)  # blocks with their own experts loop, which scale the expert's input instead of its output
 LINEARISED = "LinearExperts2D"
 NOT_TEXT = ("vision", "visual", "audio", "talker", "code_predictor", "image")
 EXAMPLES = (
-    "qwen2_moe, qwen3_moe, qwen3_next, qwen3_vl_moe, glm4_moe, deepseek_v2, deepseek_v3, kimi_linear, minimax_m2, mixtral, "
-    "gpt_oss, olmoe, ernie4_5_moe, granitemoe, phimoe, dots1, hunyuan_v1_moe, nemotron_h, gemma4, lfm2_moe, jamba, llama4"
+    "qwen2_moe, qwen3_moe, qwen3_next, qwen3_vl_moe, glm4_moe, deepseek_v2, deepseek_v3, kimi_linear, minimax_m2,"
+    " mixtral, gpt_oss, olmoe, ernie4_5_moe, granitemoe, phimoe, dots1, hunyuan_v1_moe, nemotron_h, gemma4, lfm2_moe,"
+    " jamba, llama4"
 )
 
 Experts = Callable[
@@ -31,8 +34,8 @@ Experts = Callable[
 
 @dataclass(frozen=True, eq=False)
 class RoutedExperts:
-    """The routed experts of one decoder layer: the module that is called with (hidden, index, gates), and the block that calls
-    it.
+    """The routed experts of one decoder layer: the module that is called with (hidden, index, gates), and the block
+    that calls it.
     """
 
     layer: int
@@ -44,11 +47,16 @@ class RoutedExperts:
     linearised: bool = False
 
     def expert(self, hidden: Tensor, expert: int) -> Tensor:
-        """f(x) of one expert, [tokens, hidden], by the layout that the class declares to transformers' experts interface."""
+        """f(x) of one expert, [tokens, hidden], by the layout that the class declares to transformers' experts
+        interface."""
         if self.linearised:
             return self.module[expert](hidden)
         inner = self.activation(hidden, expert)
-        return inner @ self.module.down_proj[expert] if self.gate_on_input else _linear(self.module, "down_proj", inner, expert)
+        return (
+            inner @ self.module.down_proj[expert]
+            if self.gate_on_input
+            else _linear(self.module, "down_proj", inner, expert)
+        )
 
     def activation(self, hidden: Tensor, expert: int) -> Tensor:
         """What one expert's `down_proj` reads, [tokens, intermediate]."""
@@ -84,23 +92,30 @@ def find_experts(model: nn.Module) -> tuple[RoutedExperts, ...]:
             if adapted or linearised or is_dispatched(module):
                 path = f"{name}.{child}" if name else child
                 layer = next((int(part) for part in path.split(".") if part.isdigit()), 0)
-                found.setdefault(layer, []).append(RoutedExperts(layer, path, module, block, _count(module), adapted, linearised))
+                found.setdefault(layer, []).append(
+                    RoutedExperts(layer, path, module, block, _count(module), adapted, linearised)
+                )
     sites = [_text_experts(layer, candidates) for layer, candidates in sorted(found.items())]
     if not sites:
         raise UnusableError(
-            f"model_type '{_model_type(model)}' hides its experts from transformers' experts interface, so it cannot be "
-            f"observed. Known to work: {EXAMPLES}, and every other model that transformers dispatches through it."
+            f"model_type '{_model_type(model)}' hides its experts from transformers' experts interface, so it cannot be"
+            f" observed. Known to work: {EXAMPLES}, and every other model that transformers dispatches through it."
         )
     return tuple(sites)
 
 
 def is_dispatched(module: nn.Module) -> bool:
     """Does transformers dispatch this module's forward through its experts interface?"""
-    return hasattr(type(module).forward, "__wrapped__") and hasattr(module, "has_gate") and hasattr(module, "is_transposed")
+    return (
+        hasattr(type(module).forward, "__wrapped__")
+        and hasattr(module, "has_gate")
+        and hasattr(module, "is_transposed")
+    )
 
 
 def is_linearised(module: nn.Module) -> bool:
-    """Has llm-compressor replaced this experts module by a list of one MLP per expert, called with the same arguments?"""
+    """Has llm-compressor replaced this experts module by a list of one MLP per expert, called with the same
+    arguments?"""
     return any(kind.__name__ == LINEARISED for kind in type(module).__mro__)
 
 
@@ -132,10 +147,13 @@ Handler = Callable[[RoutedExperts, Tensor, Tensor, Tensor, Experts], Tensor]
 def intercepted(sites: Sequence[RoutedExperts], handler: Handler) -> Iterator[None]:
     """Inside the block every call of these experts goes to `handler(site, hidden, index, gates, inner)`.
 
-    `inner(hidden, index, gates)` is what would have run otherwise; interceptions nest, the innermost block is called first.
+    `inner(hidden, index, gates)` is what would have run otherwise; interceptions nest, the innermost block is called
+    first.
     """
     undo: list[Callable[[], None]] = []
-    inners = [site.module.__dict__.get("_routed_call") or _plain(site) for site in sites]  # before a shared config changes
+    inners = [
+        site.module.__dict__.get("_routed_call") or _plain(site) for site in sites
+    ]  # before a shared config changes
     try:
         for site, inner in zip(sites, inners, strict=True):
             undo.append(_redirect(site, functools.partial(handler, site, inner=inner)))
@@ -180,7 +198,9 @@ def _dispatch(module: nn.Module, hidden: Tensor, index: Tensor, gates: Tensor) -
     return call(hidden, index, gates)
 
 
-def _dispatch_linearised(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def _dispatch_linearised(
+    module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
     return module.__dict__["_routed_call"](hidden_states, top_k_index, top_k_weights)
 
 
@@ -188,8 +208,8 @@ ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _dispatch)
 
 
 def _original(module: nn.Module) -> Experts:
-    """The fastest implementation transformers has for the module where it is: its own loop on a CPU, grouped kernels on a
-    GPU.
+    """The fastest implementation transformers has for the module where it is: its own loop on a CPU, grouped kernels on
+    a GPU.
     """
     if next(module.parameters()).device.type == "cpu":
         return functools.partial(type(module).forward.__wrapped__, module)
@@ -220,15 +240,17 @@ def _sum_over_pairs(site: RoutedExperts, hidden: Tensor, index: Tensor, gates: T
     return observed_forward(site, hidden, index, gates)[0]
 
 
-# ---------------------------------------------------------------------------------------------- what each expert puts out
+# ---------------------------------------------------------------------------------------------- what each expert puts
+# out
 
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """The (token, slot) pairs of one call, sorted by expert: position in the flattened index, expert, and the output's size.
+    """The (token, slot) pairs of one call, sorted by expert: position in the flattened index, expert, and the output's
+    size.
 
-    `order` int64 [pairs]: pair -> token * top_k + slot. `expert` int64 [pairs]. `gate`, `norm` (L2, before the gate) and `peak`
-    (largest magnitude of a component) float32 [pairs]. `top_k`: slots per token.
+    `order` int64 [pairs]: pair -> token * top_k + slot. `expert` int64 [pairs]. `gate`, `norm` (L2, before the gate)
+    and `peak` (largest magnitude of a component) float32 [pairs]. `top_k`: slots per token.
     """
 
     order: Tensor
@@ -261,7 +283,8 @@ def observed_forward(site: RoutedExperts, hidden: Tensor, index: Tensor, gates: 
 def _loop_over_experts(
     site: RoutedExperts, hidden: Tensor, expert: Tensor, token: Tensor, order: Tensor, gate: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One pass over the experts that were chosen; every intermediate stays in cache, so this beats a grouped call on a CPU."""
+    """One pass over the experts that were chosen; every intermediate stays in cache, so this beats a grouped call on a
+    CPU."""
     out = torch.zeros_like(hidden)
     norm, peak = hidden.new_empty(len(expert), dtype=torch.float32), hidden.new_empty(len(expert), dtype=torch.float32)
     start = 0
@@ -282,8 +305,8 @@ def _loop_over_experts(
 def _grouped(
     site: RoutedExperts, hidden: Tensor, expert: Tensor, token: Tensor, order: Tensor, gate: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Grouped kernels over the sorted pairs: no host synchronisation, no float atomics, one more read of what the experts put out
-    than the plain forward.
+    """Grouped kernels over the sorted pairs: no host synchronisation, no float atomics, one more read of what the
+    experts put out than the plain forward.
     """
     x = hidden[token]
     if site.gate_on_input:
@@ -313,8 +336,8 @@ def _grouped_linear(module: nn.Module, name: str, rows: Tensor, expert: Tensor, 
 
 
 def _sizes(y: Tensor) -> tuple[Tensor, Tensor]:
-    """L2 norm and largest magnitude per row, float32; the infinity norm is one kernel on a GPU and 15x slower than this on a
-    CPU.
+    """L2 norm and largest magnitude per row, float32; the infinity norm is one kernel on a GPU and 15x slower than this
+    on a CPU.
     """
     peak = y.abs().amax(dim=-1) if y.device.type == "cpu" else torch.linalg.vector_norm(y, ord=float("inf"), dim=-1)
     return torch.linalg.vector_norm(y, dim=-1, dtype=torch.float32), peak.float()

@@ -1,4 +1,5 @@
-"""Sums of what the experts put out, per layer, source and expert: float64, in a fixed order, without waiting for the device."""
+"""Sums of what the experts put out, per layer, source and expert: float64, in a fixed order, without waiting for the
+device."""
 
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ from reapkit.observation.observation import MAXIMA, SUMS
 class Positions:
     """What the statistics need to know of a batch's positions, flattened row by row: [batch * tokens].
 
-    `source` int64, `valid` (not padding) and `scored` bool; `signal` int64 [signals]: positions that carry an EAFT signal;
-    `rows` : (source, rows of that source) pairs for the batch of shape `shape`.
+    `source` int64, `valid` (not padding) and `scored` bool; `signal` int64 [signals]: positions that carry an EAFT
+    signal; `rows` : (source, rows of that source) pairs for the batch of shape `shape`.
     """
 
     source: Tensor
@@ -46,7 +47,12 @@ class Positions:
         move = dict(device=device, non_blocking=True)
         rows = tuple((s, index.to(**move)) for s, index in self.rows)
         return Positions(
-            self.source.to(**move), self.valid.to(**move), self.scored.to(**move), self.signal.to(**move), rows, self.shape
+            self.source.to(**move),
+            self.valid.to(**move),
+            self.scored.to(**move),
+            self.signal.to(**move),
+            rows,
+            self.shape,
         )
 
 
@@ -75,15 +81,19 @@ class LayerSums:
         self._add_coactivation(token, pairs.expert, positions)
 
     def _add_by_bin(self, key: Tensor, terms: Tensor, sizes: Tensor, valid: Tensor, scored: Tensor) -> None:
-        """Pair by pair into its bin, in order: `key` int64 [pairs], `terms` float64 [pairs, 5], `sizes` float32 [pairs, 3]."""
+        """Pair by pair into its bin, in order: `key` int64 [pairs], `terms` float64 [pairs, 5], `sizes` float32 [pairs,
+        3]."""
         trash = self.bins - 1
         self.sums += torch.zeros_like(self.sums).index_add_(0, torch.where(scored, key, trash), terms)
         for part, counted in zip(self.maxima.chunk(2, dim=1), (valid, scored), strict=True):
             part.scatter_reduce_(0, torch.where(counted, key, trash)[:, None].expand(-1, sizes.shape[1]), sizes, "amax")
 
-    def _add_by_row(self, place: Tensor, terms: Tensor, sizes: Tensor, valid: Tensor, scored: Tensor, positions: Positions) -> None:
-        """The same where a device adds in parallel and pairs of one bin would meet in any order: each pair goes to a `place` of its
-        own, token * experts + expert, in a dense table whose tokens the device then reduces in a fixed order.
+    def _add_by_row(
+        self, place: Tensor, terms: Tensor, sizes: Tensor, valid: Tensor, scored: Tensor, positions: Positions
+    ) -> None:
+        """The same where a device adds in parallel and pairs of one bin would meet in any order: each pair goes to a
+        `place` of its own, token * experts + expert, in a dense table whose tokens the device then reduces in a fixed
+        order.
         """
         table = (len(positions.source) * self.shape[1], *positions.shape, self.shape[1])
         sums, maxima = (part[:-1].view(*self.shape, -1) for part in (self.sums, self.maxima))
@@ -107,13 +117,15 @@ class LayerSums:
     def tensors(self) -> dict[str, Tensor]:
         """The statistics so far as [S, E] tensors on the host."""
         out = {name: column.view(self.shape) for name, column in zip(SUMS, self.sums[:-1].cpu().unbind(1), strict=True)}
-        out |= {name: column.view(self.shape) for name, column in zip(MAXIMA, self.maxima[:-1].cpu().unbind(1), strict=True)}
+        out |= {
+            name: column.view(self.shape) for name, column in zip(MAXIMA, self.maxima[:-1].cpu().unbind(1), strict=True)
+        }
         return out | {"coactivation": self.coactivation.cpu()}
 
 
 def _dense(values: Tensor, place: Tensor, counted: Tensor, reduce: str, table: tuple[int, int, int, int]) -> Tensor:
-    """`values` [pairs, columns] of the pairs that are counted, at their places of [rows, tokens, experts, columns], else 0;
-    `table`: how many places, and their shape. A router that chooses an expert twice has both reduced.
+    """`values` [pairs, columns] of the pairs that are counted, at their places of [rows, tokens, experts, columns],
+    else 0; `table`: how many places, and their shape. A router that chooses an expert twice has both reduced.
     """
     places, *shape = table
     out = values.new_zeros(places, values.shape[1])
@@ -126,7 +138,9 @@ class GroupSums:
 
     def __init__(self, sites: Sequence[RoutedExperts], num_sources: int):
         num_experts = max(site.num_experts for site in sites)
-        self.layers = {site.layer: LayerSums(num_sources, num_experts, next(site.module.parameters()).device) for site in sites}
+        self.layers = {
+            site.layer: LayerSums(num_sources, num_experts, next(site.module.parameters()).device) for site in sites
+        }
         self.sites = sites
         self.tokens = torch.zeros(num_sources, dtype=torch.int64)
         self.scored_tokens = torch.zeros(num_sources, dtype=torch.int64)
@@ -140,7 +154,8 @@ class GroupSums:
         self.scored_tokens.index_add_(0, batch.source, batch.scored.sum(dim=1))
 
     def tensors(self) -> dict[str, Tensor]:
-        """All statistics, stacked to [L, S, E]. Raises UnusableError naming layer and expert where one is not finite."""
+        """All statistics, stacked to [L, S, E]. Raises UnusableError naming layer and expert where one is not
+        finite."""
         layers = [self.layers[site.layer].tensors() for site in self.sites]
         for site, layer in zip(self.sites, layers, strict=True):
             refuse_unusable(site, layer)

@@ -1,4 +1,5 @@
-"""EAFT material of a calibration whose exact trace would be too large: kept for a few row groups at a time, then added up in cells."""
+"""EAFT material of a calibration whose exact trace would be too large: kept for a few row groups at a time, then added
+up in cells."""
 
 from __future__ import annotations
 
@@ -30,13 +31,15 @@ from reapkit.observation.group_sums import save_by_rename
 from reapkit.observation.observation import Trace
 
 PILOT_POSITIONS = 1 << 16
-"""Signal positions whose quantiles are the edges, where a pass cannot know all before it sums: off by about 0.002 at 0.5."""
+"""Signal positions whose quantiles are the edges, where a pass cannot know all before it sums: off by about 0.002 at
+0.5."""
 CHUNK_POSITIONS = 1 << 18  # bounds the index arrays
 
 
 @dataclass(eq=False)
 class TableSums:
-    """Takes what a trace takes into `spool`, group by group, and adds finished groups up in cells; then `drop` frees theirs."""
+    """Takes what a trace takes into `spool`, group by group, and adds finished groups up in cells; then `drop` frees
+    theirs."""
 
     spool: GroupTraces
     num_experts: int
@@ -60,17 +63,26 @@ class TableSums:
         """Edges from these positions, once for all. Raises UnusableError where p or H is not finite."""
         bad = int((~(np.isfinite(p) & np.isfinite(h))).sum())
         if bad:
-            raise UnusableError(f"observe: the EAFT signals of {bad} of {len(p)} positions are not finite: the logits overflowed. "
-                                "Observe in bfloat16 or float32.")
-        edges = {"p_edges": cell_edges(p, source, self.num_sources, P_EXACT, P_LEVELS),
-                 "h_edges": cell_edges(h, source, self.num_sources, H_EXACT, H_LEVELS)}
+            raise UnusableError(
+                f"observe: the EAFT signals of {bad} of {len(p)} positions are not finite: the logits overflowed. "
+                "Observe in bfloat16 or float32."
+            )
+        edges = {
+            "p_edges": cell_edges(p, source, self.num_sources, P_EXACT, P_LEVELS),
+            "h_edges": cell_edges(h, source, self.num_sources, H_EXACT, H_LEVELS),
+        }
         save_by_rename({name: torch.from_numpy(values) for name, values in edges.items()}, self._edges_file)
 
     def set_edges_of(self, groups: Iterable[int]) -> None:
         """Edges from all positions of these groups, which are spooled, where there are none yet."""
         if not self.has_edges:
             traces = [trace for group in groups if (trace := self._spooled(group)) is not None]
-            self.set_edges(*(np.concatenate([getattr(trace, name) for trace in traces] or [np.empty(0, np.float32)]) for name in ("p", "h", "source")))
+            self.set_edges(
+                *(
+                    np.concatenate([getattr(trace, name) for trace in traces] or [np.empty(0, np.float32)])
+                    for name in ("p", "h", "source")
+                )
+            )
 
     @property
     def _edges_file(self) -> Path:
@@ -79,16 +91,23 @@ class TableSums:
     # ------------------------------------------------------------------------------------------ sums
 
     def tensors(self, group: int) -> dict[str, Tensor]:
-        """One group's sums by cell: `table.positions` int64 [S, P, H], `table.count` and `table.gate_norm_sum` float64 [L, S, P, H, E]."""
+        """One group's sums by cell: `table.positions` int64 [S, P, H], `table.count` and `table.gate_norm_sum` float64
+        [L, S, P, H, E]."""
         trace, edges, layers = self._spooled(group), load_file(self._edges_file), self.spool.layers
         shape = (self.num_sources, P_CELLS, H_CELLS)
         if trace is None:
             sums = torch.zeros(len(layers), *shape, self.num_experts, dtype=torch.float64)
-            return {"table.positions": torch.zeros(shape, dtype=torch.int64), "table.count": sums, "table.gate_norm_sum": sums.clone()}
+            return {
+                "table.positions": torch.zeros(shape, dtype=torch.int64),
+                "table.count": sums,
+                "table.gate_norm_sum": sums.clone(),
+            }
         cell = cells_of(trace.p, trace.h, trace.source, edges["p_edges"], edges["h_edges"])
         positions = np.bincount(cell, minlength=self.num_sources * P_CELLS * H_CELLS).reshape(shape)
         summed = [self._layer(*trace.routed(layer), cell) for layer in layers]
-        count, mass = (np.stack(column).reshape(len(layers), *shape, self.num_experts) for column in zip(*summed, strict=True))
+        count, mass = (
+            np.stack(column).reshape(len(layers), *shape, self.num_experts) for column in zip(*summed, strict=True)
+        )
         found = {"table.positions": positions, "table.count": count, "table.gate_norm_sum": mass}
         return {name: torch.from_numpy(values) for name, values in found.items()}
 

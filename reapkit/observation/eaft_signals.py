@@ -15,8 +15,8 @@ CHUNK_BYTES = 256 << 20  # of float32 logits held at once
 def signals(logits: Tensor, reference: Tensor, entropy_top_k: int) -> tuple[Tensor, Tensor]:
     """p and H, float32 [positions], of float32 logits [positions, vocabulary] and reference tokens int64 [positions].
 
-    p = softmax(logits)[reference] over the whole vocabulary; H = entropy of the softmax over the k largest logits / ln k, in
-    [0, 1] (fewer than k logits: all of them).
+    p = softmax(logits)[reference] over the whole vocabulary; H = entropy of the softmax over the k largest logits / ln
+    k, in [0, 1] (fewer than k logits: all of them).
     """
     at_reference = logits.gather(1, reference[:, None])[:, 0]
     p = (at_reference - torch.logsumexp(logits, dim=1)).exp()
@@ -26,7 +26,8 @@ def signals(logits: Tensor, reference: Tensor, entropy_top_k: int) -> tuple[Tens
 
 
 def signals_of_hidden(model: nn.Module, hidden: Tensor, reference: Tensor, entropy_top_k: int) -> tuple[Tensor, Tensor]:
-    """`signals` of final hidden states [positions, hidden], the head applied in chunks of at most CHUNK_BYTES of logits."""
+    """`signals` of final hidden states [positions, hidden], the head applied in chunks of at most CHUNK_BYTES of
+    logits."""
     vocabulary = model.get_output_embeddings().weight.shape[0]
     chunk = max(1, CHUNK_BYTES // (4 * vocabulary))
     parts = [

@@ -1,7 +1,9 @@
-"""EAFT material in cells of (p, H), for calibrations whose exact trace would be too large: every position falls into one of 32 x 16.
+"""EAFT material in cells of (p, H), for calibrations whose exact trace would be too large: every position falls into
+one of 32 x 16.
 
-A cell holds what lies above the edge before it and not above its own. Edges stand at quantiles over the positions of all sources and of
-each source alone; at the levels that recipes use most, two stand side by side, so that the quantile itself is a cell and cuts exactly.
+A cell holds what lies above the edge before it and not above its own. Edges stand at quantiles over the positions of
+all sources and of each source alone; at the levels that recipes use most, two stand side by side, so that the quantile
+itself is a cell and cuts exactly.
 """
 
 from __future__ import annotations
@@ -20,8 +22,31 @@ from reapkit.core.mapped_safetensors import as_arrays
 
 P_CELLS, H_CELLS = 32, 16
 P_EXACT, H_EXACT = ("0.15", "0.5"), ("0.15", "0.5", "0.85")
-P_LEVELS = ("0.01", "0.02", "0.03", "0.05", "0.07", "0.1", "0.125", "0.175", "0.2", "0.225", "0.25", "0.275", "0.3", "0.325", "0.35", "0.4",
-            "0.45", "0.6", "0.7", "0.75", "0.8", "0.9", "0.95")
+P_LEVELS = (
+    "0.01",
+    "0.02",
+    "0.03",
+    "0.05",
+    "0.07",
+    "0.1",
+    "0.125",
+    "0.175",
+    "0.2",
+    "0.225",
+    "0.25",
+    "0.275",
+    "0.3",
+    "0.325",
+    "0.35",
+    "0.4",
+    "0.45",
+    "0.6",
+    "0.7",
+    "0.75",
+    "0.8",
+    "0.9",
+    "0.95",
+)
 H_LEVELS = ("0.1", "0.2", "0.9")
 TOLERANCE = Fraction("0.02")
 """How far a realised quantile may be from the one asked for."""
@@ -30,9 +55,9 @@ COLUMNS = ("positions", "count", "gate_norm_sum")
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """Sums by cell. `p_edges` float32 [S, 31], `h_edges` float32 [S, 15]: ascending, equal ones leave the cell between them empty.
-    `positions` int64 [S, 32, 16]: positions with a signal. `count`, `gate_norm_sum` float64 [L, S, 32, 16, E]: N and Σgn of those
-    routed to the expert.
+    """Sums by cell. `p_edges` float32 [S, 31], `h_edges` float32 [S, 15]: ascending, equal ones leave the cell between
+    them empty. `positions` int64 [S, 32, 16]: positions with a signal. `count`, `gate_norm_sum` float64 [L, S, 32, 16,
+    E]: N and Σgn of those routed to the expert.
     """
 
     p_edges: ndarray
@@ -59,8 +84,11 @@ class Table:
         return cls(**{name: tensors[f"eaft_table.{name}"] for name in cls.__dataclass_fields__})
 
 
-def cell_edges(values: ndarray, source: ndarray, num_sources: int, exact: Sequence[str], levels: Sequence[str]) -> ndarray:
-    """Edges [S, n] float32 at quantiles (the ⌈a·n⌉-th smallest) of all values and of each source's; infinity where there are none."""
+def cell_edges(
+    values: ndarray, source: ndarray, num_sources: int, exact: Sequence[str], levels: Sequence[str]
+) -> ndarray:
+    """Edges [S, n] float32 at quantiles (the ⌈a·n⌉-th smallest) of all values and of each source's; infinity where
+    there are none."""
     pooled = _edges_of(values, exact, levels)
     rows = [np.concatenate([pooled, _edges_of(values[source == index], exact, ())]) for index in range(num_sources)]
     return np.sort(np.stack(rows), axis=1)
@@ -71,7 +99,9 @@ def _edges_of(values: ndarray, exact: Sequence[str], levels: Sequence[str]) -> n
     at = {level: _at(ordered, level) for level in (*exact, *levels)}
     doubled = [math.nan if math.isinf(at[level]) else at[level] for level in exact]
     below = np.nextafter(np.array(doubled, np.float32), np.float32(-math.inf))
-    return np.concatenate([np.where(np.isnan(below), np.float32(math.inf), below), np.array(list(at.values()), np.float32)])
+    return np.concatenate(
+        [np.where(np.isnan(below), np.float32(math.inf), below), np.array(list(at.values()), np.float32)]
+    )
 
 
 def _at(ordered: ndarray, level: str) -> float:
@@ -96,18 +126,23 @@ class Border:
     realised: float
 
 
-def border(edges: ndarray, counts: ndarray, alphas: Sequence[Fraction], level: Decimal, name: str, *, upward: bool = False) -> Border:
-    """The threshold nearest to quantile `level` of the sources weighed by α that the cells can cut at: what is not above it (`upward`:
-    not below it) are whole cells.
+def border(
+    edges: ndarray, counts: ndarray, alphas: Sequence[Fraction], level: Decimal, name: str, *, upward: bool = False
+) -> Border:
+    """The threshold nearest to quantile `level` of the sources weighed by α that the cells can cut at: what is not
+    above it (`upward`: not below it) are whole cells.
 
-    `edges` [S, n], `counts` [S, n + 1]: positions by source and cell. Raises UnusableError where it is off by more than TOLERANCE.
+    `edges` [S, n], `counts` [S, n + 1]: positions by source and cell. Raises UnusableError where it is off by more than
+    TOLERANCE.
     """
     used = [index for index, alpha in enumerate(alphas) if alpha and int(counts[index].sum())]
     if not used:
         return Border(math.nan, float(level))
     total = sum(alphas[index] * int(counts[index].sum()) for index in used)
     common = sorted(set.intersection(*(set(edges[index].tolist()) for index in used)) - {math.inf})
-    shares = [sum(alphas[index] * _not_above(edges[index], counts[index], edge) for index in used) / total for edge in common]
+    shares = [
+        sum(alphas[index] * _not_above(edges[index], counts[index], edge) for index in used) / total for edge in common
+    ]
     reached = next((place for place, share in enumerate(shares) if share >= Fraction(level)), len(common))
     if 0 < reached < len(common) and common[reached - 1] == _next(common[reached], -math.inf):
         return Border(common[reached], float(level))
@@ -115,9 +150,11 @@ def border(edges: ndarray, counts: ndarray, alphas: Sequence[Fraction], level: D
     candidates += [(Fraction(0), -math.inf)] * (reached == 0) + [(Fraction(1), math.inf)] * (reached == len(common))
     share, edge = min(candidates, key=lambda each: abs(each[0] - Fraction(level)))
     if abs(share - Fraction(level)) > TOLERANCE:
-        raise UnusableError(f"saliency.eaft: {name} {level} cannot be cut in this observation's table of p and H; the nearest it has is "
-                            f"{float(share):.3f}, more than {float(TOLERANCE):g} off. Choose {float(share):.3f} or a common level such as 0.15, "
-                            "or raise observe.trace_bytes and observe again for the exact trace.")
+        raise UnusableError(
+            f"saliency.eaft: {name} {level} cannot be cut in this observation's table of p and H; the nearest it has is"
+            f" {float(share):.3f}, more than {float(TOLERANCE):g} off. Choose {float(share):.3f} or a common level such"
+            " as 0.15, or raise observe.trace_bytes and observe again for the exact trace."
+        )
     return Border(_next(edge, math.inf) if upward else edge, float(share))
 
 

@@ -1,4 +1,5 @@
-"""The EAFT trace in the making: one file per row group, written by whoever observes the group, joined to one at the end."""
+"""The EAFT trace in the making: one file per row group, written by whoever observes the group, joined to one at the
+end."""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ COPY_BYTES = 64 << 20
 class GroupTraces:
     """Writes trace positions to their group's own file, so that no two machines ever write to the same page of one.
 
-    `starts` [groups + 1]: signal positions before each group, and of all. Writes may come in any order and as often as they must;
-    all of a group must come from one rank at a time.
+    `starts` [groups + 1]: signal positions before each group, and of all. Writes may come in any order and as often as
+    they must; all of a group must come from one rank at a time.
     """
 
     def __init__(self, directory: Path, layers: Sequence[int], top_k: int, starts: Sequence[int]):
@@ -52,7 +53,8 @@ class GroupTraces:
         return self.directory / f"trace-{group:05d}.part"
 
     def join(self) -> Path:
-        """All groups' positions in one safetensors file; the groups' files go. Nothing to do where that was done before."""
+        """All groups' positions in one safetensors file; the groups' files go. Nothing to do where that was done
+        before."""
         groups = range(len(self.starts) - 1)
         if not self.file.exists():
             head, header = self._header(self.starts[-1])

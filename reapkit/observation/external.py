@@ -1,4 +1,5 @@
-"""An observation that was made elsewhere, told by its content and checked against the model it is to decide for. Torch-free."""
+"""An observation that was made elsewhere, told by its content and checked against the model it is to decide for.
+Torch-free."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ FILES = ("observation.json", "observation.safetensors", "trace.safetensors")
 
 @dataclass(frozen=True)
 class ImportedObservation:
-    """A directory with an observation: `content` is the sha256 over all its files, which becomes its key; `facts` its JSON."""
+    """A directory with an observation: `content` is the sha256 over all its files, which becomes its key; `facts` its
+    JSON."""
 
     directory: Path
     content: str
@@ -38,8 +40,10 @@ class ImportedObservation:
             facts["layers"], facts["num_experts"], facts["sources"], facts["meta"]  # what is read below
             hashes = _hashes([directory / name for name in names], cache)
         except (OSError, ValueError, LookupError, TypeError) as error:
-            raise UnusableError(f"--observation {directory}: no readable observation there ({type(error).__name__}: {error}). Give an "
-                                "observation's directory, or a run that has one.") from None
+            raise UnusableError(
+                f"--observation {directory}: no readable observation there ({type(error).__name__}: {error}). Give an "
+                "observation's directory, or a run that has one."
+            ) from None
         return cls(directory, digest(hashes), facts)
 
     @property
@@ -48,25 +52,39 @@ class ImportedObservation:
         return [self.directory / name for name in (FILES if self.facts["eaft"] else FILES[:2])]
 
     def check(self, checkpoint: Checkpoint, layout: Layout) -> None:
-        """Raises UnusableError where it was not made of this model: another identity, other MoE layers, other numbers of experts."""
+        """Raises UnusableError where it was not made of this model: another identity, other MoE layers, other numbers
+        of experts."""
         theirs = self.facts["meta"].get("model")
         if theirs is not None and theirs != checkpoint.identity:
-            raise UnusableError(f"--observation {self.directory}: was made of model {theirs[:12]}, the recipe's is {checkpoint.identity[:12]} ("
-                                f"{checkpoint.path}). Give the model that was observed; a copy of local files counts as the same only with their "
-                                "times (cp -p, rsync -t).")
+            raise UnusableError(
+                f"--observation {self.directory}: was made of model {theirs[:12]}, the recipe's is"
+                f" {checkpoint.identity[:12]} ({checkpoint.path}). Give the model that was observed; a copy of local"
+                " files counts as the same only with their times (cp -p, rsync -t)."
+            )
         held = {index: layer.num_experts for index, layer in layout.layers.items()}
         observed = dict.fromkeys(self.facts["layers"], self.facts["num_experts"])
         if {index: observed.get(index) for index in held} != held or set(observed) - set(held) - set(layout.mtp):
-            raise UnusableError(f"--observation {self.directory}: has {len(observed)} MoE layers of {self.facts['num_experts']} experts, the recipe's "
-                                f"model {len(held)} of {' to '.join(map(str, sorted(set(held.values()))))}. Give an observation of this model.")
+            raise UnusableError(
+                f"--observation {self.directory}: has {len(observed)} MoE layers of {self.facts['num_experts']}"
+                f" experts, the recipe's model {len(held)} of {' to '.join(map(str, sorted(set(held.values()))))}. Give"
+                " an observation of this model."
+            )
 
     def differences(self, mix: list[str]) -> str:
-        """What must be said: that this recipe's calibration was not what was observed, and how its sources differ from `mix`."""
+        """What must be said: that this recipe's calibration was not what was observed, and how its sources differ from
+        `mix`."""
         tokens = sum(self.facts["scored_tokens"])
         other = "" if set(self.facts["sources"]) == set(mix) else f", while calibration.mix names {', '.join(mix)}"
-        unknown = "" if self.facts["meta"].get("model") else " It does not say of which model it was made; only layers and experts were checked."
-        return (f"the observation was imported from {self.directory}: {tokens:,} scored tokens of {', '.join(self.facts['sources'])}{other}. Held-out "
-                f"rows are kept apart from this recipe's own calibration, not from what was observed there.{unknown}")
+        unknown = (
+            ""
+            if self.facts["meta"].get("model")
+            else " It does not say of which model it was made; only layers and experts were checked."
+        )
+        return (
+            f"the observation was imported from {self.directory}: {tokens:,} scored tokens of"
+            f" {', '.join(self.facts['sources'])}{other}. Held-out rows are kept apart from this recipe's own"
+            f" calibration, not from what was observed there.{unknown}"
+        )
 
 
 def _hashes(files: list[Path], cache: Path) -> list[list[str]]:

@@ -1,5 +1,5 @@
-"""Row groups' partial sums on disk: written whole or not at all, added in group order, so that a killed run continues to the
-same bytes.
+"""Row groups' partial sums on disk: written whole or not at all, added in group order, so that a killed run continues
+to the same bytes.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Partials:
         save_by_rename(tensors, self._file(group))
 
     def total(self, groups: Iterable[int], snapshots: Sequence[int]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """All statistics of the groups, added in the given order; and the SNAPSHOTS [stages, L, S, E] after `snapshots[stage]`
-        groups.
+        """All statistics of the groups, added in the given order; and the SNAPSHOTS [stages, L, S, E] after
+        `snapshots[stage]` groups.
         """
         total: dict[str, Tensor] = {}
         taken: dict[int, dict[str, Tensor]] = {}
@@ -57,7 +57,9 @@ class Partials:
 
 def save_by_rename(tensors: Mapping[str, Tensor], file: Path) -> None:
     """A file that exists is complete."""
-    temporary = file.with_suffix(f".{os.getpid()}.writing")  # of this process: a killed run's last rank may still be at its own
+    temporary = file.with_suffix(
+        f".{os.getpid()}.writing"
+    )  # of this process: a killed run's last rank may still be at its own
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
     os.replace(temporary, file)
 

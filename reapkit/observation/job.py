@@ -25,9 +25,11 @@ from reapkit.recipe.schema import ObserveSpec
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that decides what a rank does: directories (absolute, the same on every machine), the spec and the runtime.
+    """Everything that decides what a rank does: directories (absolute, the same on every machine), the spec and the
+    runtime.
 
-    `hidden_bytes`: of one rank. `mtp`: multi-token-prediction layers that are observed too. `device`: "cpu", "cuda" or one of torch's; with several ranks, "cuda" is the rank's own.
+    `hidden_bytes`: of one rank. `mtp`: multi-token-prediction layers that are observed too. `device`: "cpu", "cuda" or
+    one of torch's; with several ranks, "cuda" is the rank's own.
     """
 
     model: str
@@ -51,31 +53,52 @@ class Job:
     def of_json(cls, fields: dict[str, Any]) -> Job:
         return cls(**{**fields, "spec": ObserveSpec.model_validate(fields["spec"]), "mtp": tuple(fields["mtp"])})
 
-    def run(self, ranks: Alone = ALONE, *, progress: Progress = SILENT,
-            reading: Callable[[list[str]], None] | None = None) -> Observation | None:
+    def run(
+        self, ranks: Alone = ALONE, *, progress: Progress = SILENT, reading: Callable[[list[str]], None] | None = None
+    ) -> Observation | None:
         """The observation on rank 0, None on the others. `reading` is told the shards that are read next.
 
         Raises UnusableError where the model cannot be observed, or where a rank does not see what rank 0 sees.
         """
         for directory in (self.model, self.calibration, self.work):
             if not Path(directory).is_dir():
-                raise UnusableError(f"{directory} is not on this machine, but rank 0 reads it. Put the checkpoint (for hub models HF_HOME) and "
-                                    "runtime.store on a file system that all nodes mount at the same path.")
+                raise UnusableError(
+                    f"{directory} is not on this machine, but rank 0 reads it. Put the checkpoint (for hub models"
+                    " HF_HOME) and runtime.store on a file system that all nodes mount at the same path."
+                )
         tokens = CalibrationTokens.load(self.calibration)
-        common = {"batch_tokens": self.batch_tokens, "work_directory": Path(self.work), "identity": self.identity, "progress": progress,
-                  "ranks": ranks, "mtp": self.mtp}
+        common = {
+            "batch_tokens": self.batch_tokens,
+            "work_directory": Path(self.work),
+            "identity": self.identity,
+            "progress": progress,
+            "ranks": ranks,
+            "mtp": self.mtp,
+        }
         device = own_device(self.device, ranks)
         if self.placement == "streaming":
-            return observe_streaming(self.model, tokens, self.spec, device=device, trust_remote_code=self.trust_remote_code,
-                                     checkpoint_minutes=self.checkpoint_minutes, hidden_bytes=self.hidden_bytes, reading=reading,
-                                     offload_directory=self._offload(ranks), **common)
+            return observe_streaming(
+                self.model,
+                tokens,
+                self.spec,
+                device=device,
+                trust_remote_code=self.trust_remote_code,
+                checkpoint_minutes=self.checkpoint_minutes,
+                hidden_bytes=self.hidden_bytes,
+                reading=reading,
+                offload_directory=self._offload(ranks),
+                **common,
+            )
         if device == "cuda" and torch.cuda.device_count() > 1:
             device = "auto"  # alone on a machine with several: the layers are spread over them
         model = load_model(self.model, device=device, trust_remote_code=self.trust_remote_code)
         if reading is not None:
             reading(sorted(Checkpoint.open(self.model).shards))
         if ranks.rank == 0:
-            check_isolation(lambda ids, positions: final_hidden(model, ids.to(model.device), positions.to(model.device)).cpu(), tokens)
+            check_isolation(
+                lambda ids, positions: final_hidden(model, ids.to(model.device), positions.to(model.device)).cpu(),
+                tokens,
+            )
         return observe(model, tokens, self.spec, **common)
 
     def _offload(self, ranks: Alone) -> Path | None:
@@ -90,8 +113,10 @@ def own_device(device: str, ranks: Alone) -> str:
     if device != "cuda" or ranks.world == 1:
         return device
     if ranks.local_rank >= torch.cuda.device_count():
-        raise UnusableError(f"{ranks.local_world} ranks on a machine with {torch.cuda.device_count()} GPUs. Start one rank per GPU: "
-                            f"torchrun --nproc-per-node {max(1, torch.cuda.device_count())}")
+        raise UnusableError(
+            f"{ranks.local_world} ranks on a machine with {torch.cuda.device_count()} GPUs. Start one rank per GPU: "
+            f"torchrun --nproc-per-node {max(1, torch.cuda.device_count())}"
+        )
     torch.cuda.set_device(ranks.local_rank)
     return f"cuda:{ranks.local_rank}"
 

@@ -1,9 +1,11 @@
-"""Multi-token-prediction blocks: loaded as transformers does, run beside the model on the same batches, watched like its layers.
+"""Multi-token-prediction blocks: loaded as transformers does, run beside the model on the same batches, watched like
+its layers.
 
-Block k = 1, 2, … stands at position p of a row where it reads token p and, from position p - 1, what stood before it: the decoder's
-final hidden state, or the output of block k - 1. There it predicts token p + 1, as the decoder does at p. So a position counts for the
-block exactly where it counts for the decoder (padding, scored, EAFT signal, whose p and H are the decoder's for that token), except the
-first k positions of a row (of a sample, where rows isolate their samples), before which nothing stands.
+Block k = 1, 2, … stands at position p of a row where it reads token p and, from position p - 1, what stood before it:
+the decoder's final hidden state, or the output of block k - 1. There it predicts token p + 1, as the decoder does at p.
+So a position counts for the block exactly where it counts for the decoder (padding, scored, EAFT signal, whose p and H
+are the decoder's for that token), except the first k positions of a row (of a sample, where rows isolate their
+samples), before which nothing stands.
 """
 
 from __future__ import annotations
@@ -31,8 +33,9 @@ from reapkit.observation.accumulate import Positions
 class Slots:
     """The positions of a batch at which the block of depth k runs, packed to the left of each row.
 
-    `at` int64 [b, t]: positions in the row; `position_ids` int64 [b, t]: as the block is told. `positions`: what statistics need to know
-    of the slots. `signals` int64: which of the batch's `num_signals` signals are those of `positions`.
+    `at` int64 [b, t]: positions in the row; `position_ids` int64 [b, t]: as the block is told. `positions`: what
+    statistics need to know of the slots. `signals` int64: which of the batch's `num_signals` signals are those of
+    `positions`.
     """
 
     at: Tensor
@@ -48,19 +51,34 @@ class Slots:
         runs = batch.valid & (ahead >= depth)
         at = torch.sort(runs.logical_not().int(), dim=1, stable=True).indices[:, : int(runs.sum(1).max())]
         filled = runs.gather(1, at)
-        told = ahead.gather(1, at) if batch.position_ids is not None else (depth + torch.arange(at.shape[1])).expand(at.shape)
+        told = (
+            ahead.gather(1, at)
+            if batch.position_ids is not None
+            else (depth + torch.arange(at.shape[1])).expand(at.shape)
+        )
         signal = (batch.signal.gather(1, at) & filled).reshape(-1).nonzero()[:, 0]
         number = batch.signal.reshape(-1).cumsum(0).view(rows, width).gather(1, at).reshape(-1) - 1
         source = batch.source[:, None].expand(at.shape).reshape(-1)
         of_source = tuple((int(one), (batch.source == one).nonzero()[:, 0]) for one in batch.source.unique())
-        positions = Positions(source, filled.reshape(-1), (batch.scored.gather(1, at) & filled).reshape(-1), signal, of_source, tuple(at.shape))
+        positions = Positions(
+            source,
+            filled.reshape(-1),
+            (batch.scored.gather(1, at) & filled).reshape(-1),
+            signal,
+            of_source,
+            tuple(at.shape),
+        )
         return cls(at, told, positions, number[signal], int(batch.signal.sum()))
 
     def spread(self, expert: Tensor, gate_norm: Tensor) -> tuple[Tensor, Tensor]:
-        """What the slots with a signal were routed to, one row per signal of the batch: expert -1 and nothing where no slot is."""
+        """What the slots with a signal were routed to, one row per signal of the batch: expert -1 and nothing where no
+        slot is."""
         shape = (self.num_signals, expert.shape[1])
         where = self.signals.to(expert.device)
-        return (expert.new_full(shape, -1).index_copy(0, where, expert), gate_norm.new_zeros(shape).index_copy(0, where, gate_norm))
+        return (
+            expert.new_full(shape, -1).index_copy(0, where, expert),
+            gate_norm.new_zeros(shape).index_copy(0, where, gate_norm),
+        )
 
 
 class MtpBlocks:
@@ -70,14 +88,16 @@ class MtpBlocks:
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[int], device: torch.device):
-        """`layers`: the blocks' numbers in the checkpoint that `model` came from. Raises UnusableError where transformers cannot load them."""
+        """`layers`: the blocks' numbers in the checkpoint that `model` came from. Raises UnusableError where
+        transformers cannot load them."""
         self.device = device
         self.model = _loaded(model, layers, device)
         found = {site.layer: site for site in find_experts(self.model)}
         self.sites = tuple(replace(found[number], layer=layer) for number, layer in enumerate(layers))
 
     def run(self, input_ids: Tensor, hidden: Tensor, entering: Callable[[RoutedExperts, int], Slots]) -> list[Tensor]:
-        """Runs every block on rows whose final hidden states [b, t, hidden] are `hidden`; each one's output at its slots, [b, t', hidden].
+        """Runs every block on rows whose final hidden states [b, t, hidden] are `hidden`; each one's output at its
+        slots, [b, t', hidden].
 
         `entering(site, depth)`: the slots of the block that comes next; one without slots is not run.
         """
@@ -90,17 +110,23 @@ class MtpBlocks:
             at = slots.at.to(self.device)
             outputs.append(self._block(block, depth, input_ids, slots, _taken(hidden, (at - 1).clamp_min(0))))
             if depth < len(self.sites):
-                hidden = torch.zeros_like(hidden).scatter(1, at[..., None].expand(*at.shape, hidden.shape[-1]), outputs[-1])
+                hidden = torch.zeros_like(hidden).scatter(
+                    1, at[..., None].expand(*at.shape, hidden.shape[-1]), outputs[-1]
+                )
         return outputs
 
     def _block(self, block: nn.Module, depth: int, input_ids: Tensor, slots: Slots, previous: Tensor) -> Tensor:
         model = self.model
         near = model.embed_tokens.weight.device
         embeds = model.embed_tokens(input_ids.cpu().gather(1, slots.at).to(near))
-        rotary = tuple(part.to(self.device) for part in model.rotary_emb(embeds, position_ids=slots.position_ids.to(near)))
+        rotary = tuple(
+            part.to(self.device) for part in model.rotary_emb(embeds, position_ids=slots.position_ids.to(near))
+        )
         embeds, position_ids = embeds.to(self.device), slots.position_ids.to(self.device)
         masks = model.create_masks_for_mtp_layer(depth - 1, embeds, None, position_ids)
-        return block(embeds, previous, position_embeddings=rotary, position_ids=position_ids, past_key_values=None, **masks)
+        return block(
+            embeds, previous, position_embeddings=rotary, position_ids=position_ids, past_key_values=None, **masks
+        )
 
     def logits(self, output: Tensor) -> Tensor:
         """Float32 logits of a block's output, by the model's own head."""
@@ -118,8 +144,10 @@ def _loaded(model: nn.Module, layers: Sequence[int], device: torch.device) -> nn
         try:
             blocks = MtpModel.from_pretrained(model, device_map={"": device})
         except (RuntimeError, ValueError) as error:
-            raise UnusableError(f"{model.config.name_or_path}: transformers {transformers.__version__} cannot load the multi-token-prediction "
-                                f"layers {', '.join(map(str, layers))}: {error} Set prune.mtp: drop.") from error
+            raise UnusableError(
+                f"{model.config.name_or_path}: transformers {transformers.__version__} cannot load the"
+                f" multi-token-prediction layers {', '.join(map(str, layers))}: {error} Set prune.mtp: drop."
+            ) from error
     widened(blocks.layers.eval().requires_grad_(False), model.dtype)
     for block, layer in zip(blocks.layers, layers, strict=True):
         _unround(block.mtp_block, layer, model)
@@ -127,10 +155,13 @@ def _loaded(model: nn.Module, layers: Sequence[int], device: torch.device) -> nn
 
 
 def _unround(block: nn.Module, layer: int, model: nn.Module) -> None:
-    """Reads again what the model's class keeps in float32 whatever the rest is in, which transformers does not tell its blocks: rounded
-    biases of a router would choose other experts.
+    """Reads again what the model's class keeps in float32 whatever the rest is in, which transformers does not tell its
+    blocks: rounded biases of a router would choose other experts.
     """
-    kept = [(re.compile(pattern.replace("*", ".*")), dtype) for pattern, dtype in (model._get_dtype_plan(model.dtype) or {}).items()]
+    kept = [
+        (re.compile(pattern.replace("*", ".*")), dtype)
+        for pattern, dtype in (model._get_dtype_plan(model.dtype) or {}).items()
+    ]
     files = Checkpoint.open(model.config.name_or_path)
     for module_name, module in block.named_modules():
         for name, tensor in {**module._parameters, **module._buffers}.items():
@@ -151,7 +182,8 @@ def _unround(block: nn.Module, layer: int, model: nn.Module) -> None:
 
 @contextmanager
 def _named(model: nn.Module, layers: Sequence[int]) -> Iterator[None]:
-    """transformers finds a checkpoint's blocks by what the model's class leaves unread, where only the published sizes stand."""
+    """transformers finds a checkpoint's blocks by what the model's class leaves unread, where only the published sizes
+    stand."""
     held = model.__dict__.get("_keys_to_ignore_on_load_unexpected")
     model._keys_to_ignore_on_load_unexpected = [rf"\.layers\.{layer}\." for layer in layers]
     try:
@@ -161,4 +193,3 @@ def _named(model: nn.Module, layers: Sequence[int]) -> Iterator[None]:
             del model._keys_to_ignore_on_load_unexpected
         else:
             model._keys_to_ignore_on_load_unexpected = held
-

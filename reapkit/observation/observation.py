@@ -1,5 +1,5 @@
-"""What one pass over the calibration says about every routed expert: additive, per source, complete enough to decide anything
-later.
+"""What one pass over the calibration says about every routed expert: additive, per source, complete enough to decide
+anything later.
 """
 
 from __future__ import annotations
@@ -21,7 +21,14 @@ from reapkit.core.mapped_safetensors import as_arrays, map_tensors
 from reapkit.observation.eaft_table import Table
 
 SUMS = ("count", "gate_sum", "norm_sum", "gate_norm_sum", "gate_norm_sq_sum")
-MAXIMA = ("norm_max", "gate_norm_max", "activation_max", "norm_max_scored", "gate_norm_max_scored", "activation_max_scored")
+MAXIMA = (
+    "norm_max",
+    "gate_norm_max",
+    "activation_max",
+    "norm_max_scored",
+    "gate_norm_max_scored",
+    "activation_max_scored",
+)
 SNAPSHOTS = ("count", "gate_norm_sum")
 FORMAT_VERSION = 1
 
@@ -30,9 +37,10 @@ FORMAT_VERSION = 1
 class Trace:
     """The exact EAFT material: every position with a signal, in row order, and what each of its slots contributed.
 
-    `source` int16 [T] (index into `Observation.sources`), `p` float32 [T] (full-vocabulary probability of the reference token),
-    `h` float32 [T] (entropy of the softmax over the top-k logits / ln k), and per layer `routed(layer)` = (`expert` int16 [T,
-    top_k], `gate_norm` float32 [T, top_k]), read when asked for; expert -1 where a multi-token-prediction block did not run.
+    `source` int16 [T] (index into `Observation.sources`), `p` float32 [T] (full-vocabulary probability of the reference
+    token), `h` float32 [T] (entropy of the softmax over the top-k logits / ln k), and per layer `routed(layer)` =
+    (`expert` int16 [T, top_k], `gate_norm` float32 [T, top_k]), read when asked for; expert -1 where a
+    multi-token-prediction block did not run.
     """
 
     source: ndarray
@@ -54,7 +62,8 @@ class Trace:
         return cls(*(tensors[name] for name in ("source", "p", "h")), routed, file)
 
     def save(self, file: Path, layers: tuple[int, ...]) -> None:
-        """Writes the trace to `file`; one that is a file already is linked or copied, for it may be larger than memory."""
+        """Writes the trace to `file`; one that is a file already is linked or copied, for it may be larger than
+        memory."""
         if self.file is not None:
             return _link_or_copy(self.file, file)
         tensors = {"source": self.source, "p": self.p, "h": self.h}
@@ -72,7 +81,12 @@ class Trace:
             return tuple(np.concatenate(pair) for pair in zip(self.routed(layer), other.routed(layer), strict=True))
 
         source = other_source.astype(np.int16)[other.source]
-        return Trace(np.concatenate([self.source, source]), np.concatenate([self.p, other.p]), np.concatenate([self.h, other.h]), routed)
+        return Trace(
+            np.concatenate([self.source, source]),
+            np.concatenate([self.p, other.p]),
+            np.concatenate([self.h, other.h]),
+            routed,
+        )
 
 
 def _save(tensors: Mapping[str, ndarray], file: Path) -> None:
@@ -93,10 +107,11 @@ def _link_or_copy(source: Path, target: Path) -> None:
 class Reroute:
     """What removal costs on a sample of tokens once they are re-routed (see reroute), by layer.
 
-    Paths are those of each source, of all sources with equal weights, and of the mix by its scored tokens: S + 2 in this order.
-    Multi-token-prediction blocks have none (order -1, 0 elsewhere). `tokens` int64 [S]: sampled of each source. `order` int64 [L, S + 2, E]: experts as the backward greedy path removes them, -1
-    beyond the last that can go. `error` float64 [L, S + 2, E]: mean ‖y(A) − y(all)‖² / ‖r‖² once each is gone. `single` float64
-    [L, S, E]: the same summed over a source's tokens after removing one expert alone.
+    Paths are those of each source, of all sources with equal weights, and of the mix by its scored tokens: S + 2 in
+    this order. Multi-token-prediction blocks have none (order -1, 0 elsewhere). `tokens` int64 [S]: sampled of each
+    source. `order` int64 [L, S + 2, E]: experts as the backward greedy path removes them, -1 beyond the last that can
+    go. `error` float64 [L, S + 2, E]: mean ‖y(A) − y(all)‖² / ‖r‖² once each is gone. `single` float64 [L, S, E]: the
+    same summed over a source's tokens after removing one expert alone.
     """
 
     tokens: ndarray
@@ -114,7 +129,8 @@ class Reroute:
 
 
 class Columns(dict[str, ndarray]):
-    """Statistics by name; one that was not measured, as in an observation made by another tool, says so when it is asked for."""
+    """Statistics by name; one that was not measured, as in an observation made by another tool, says so when it is
+    asked for."""
 
     def __missing__(self, name: str) -> ndarray:
         raise UnusableError(
@@ -125,15 +141,17 @@ class Columns(dict[str, ndarray]):
 
 @dataclass(frozen=True, eq=False)
 class Observation:
-    """Statistics of L MoE layers, S sources of the mix and E experts over the scored positions; two of the same model add up.
+    """Statistics of L MoE layers, S sources of the mix and E experts over the scored positions; two of the same model
+    add up.
 
-    `layers`: decoder indices; numbers behind the decoder's are multi-token-prediction blocks, which run at all positions but the first few
-    of a row. `tokens`, `scored_tokens`: int64 [S], positions that are not padding, and those that are scored.
-    `statistics`: float64 [L, S, E] each, by the names of SUMS: N, Σg, Σn, Σgn, Σ(gn)², with g the gate weight as the model
-    hands it to its experts and n the L2 norm of the expert's output before the gate. `maxima`: float32 [L, S, E] each, by the
-    names of MAXIMA: over every position that is not padding, and (`…_scored`) over the scored ones. `coactivation`: int64 [L,
-    S, E, E], positions routed to both. `snapshots`: float64 [4, L, S, E], `count` and `gate_norm_sum` after 1/16, 1/8, 1/4 and
-    1/2 of the rows. `eaft`: the trace, or a table. `reroute`: removal paths, which do not add up: a sum of two observations has none.
+    `layers`: decoder indices; numbers behind the decoder's are multi-token-prediction blocks, which run at all
+    positions but the first few of a row. `tokens`, `scored_tokens`: int64 [S], positions that are not padding, and
+    those that are scored. `statistics`: float64 [L, S, E] each, by the names of SUMS: N, Σg, Σn, Σgn, Σ(gn)², with g
+    the gate weight as the model hands it to its experts and n the L2 norm of the expert's output before the gate.
+    `maxima`: float32 [L, S, E] each, by the names of MAXIMA: over every position that is not padding, and (`…_scored`)
+    over the scored ones. `coactivation`: int64 [L, S, E, E], positions routed to both. `snapshots`: float64 [4, L, S,
+    E], `count` and `gate_norm_sum` after 1/16, 1/8, 1/4 and 1/2 of the rows. `eaft`: the trace, or a table. `reroute`:
+    removal paths, which do not add up: a sum of two observations has none.
     """
 
     model_type: str
@@ -158,8 +176,8 @@ class Observation:
             object.__setattr__(self, name, columns)
 
     def save(self, directory: Path) -> None:
-        """Writes observation.safetensors, observation.json and, where there is a trace, trace.safetensors: equal inputs, equal
-        bytes.
+        """Writes observation.safetensors, observation.json and, where there is a trace, trace.safetensors: equal
+        inputs, equal bytes.
         """
         directory.mkdir(parents=True, exist_ok=True)
         if isinstance(self.eaft, Trace):
@@ -177,7 +195,9 @@ class Observation:
             "eaft": isinstance(self.eaft, Trace),
             "meta": dict(self.meta),
         }
-        (directory / "observation.json").write_text(json.dumps(facts, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+        (directory / "observation.json").write_text(
+            json.dumps(facts, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        )
 
     @classmethod
     def load(cls, directory: Path) -> Observation:
@@ -223,17 +243,21 @@ class Observation:
         return tensors if self.coactivation is None else tensors | {"coactivation": self.coactivation}
 
     def __add__(self, other: Observation) -> Observation:
-        """Both together: sources of the same name are summed, others stand side by side. Snapshots are summed stage by stage.
+        """Both together: sources of the same name are summed, others stand side by side. Snapshots are summed stage by
+        stage.
 
         Raises UnusableError where the two are not of the same model.
         """
         mine, theirs = self._identity(), other._identity()
         if differing := [name for name in mine if mine[name] != theirs[name]]:
             name = differing[0]
-            if differing == ["layers"] and min(self.layers, other.layers, key=len) == tuple(sorted(set(self.layers) & set(other.layers))):
+            if differing == ["layers"] and min(self.layers, other.layers, key=len) == tuple(
+                sorted(set(self.layers) & set(other.layers))
+            ):
                 raise UnusableError(
-                    f"one holds multi-token-prediction layers that the other does not: {', '.join(map(str, sorted(set(self.layers) ^ set(other.layers))))}. "
-                    "Observe both with the same prune.mtp."
+                    "one holds multi-token-prediction layers that the other does not:"
+                    f" {', '.join(map(str, sorted(set(self.layers) ^ set(other.layers))))}. Observe both with the same"
+                    " prune.mtp."
                 )
             raise UnusableError(
                 f"observations of different models cannot be added: {name} is {mine[name]} here and {theirs[name]} "
@@ -245,8 +269,10 @@ class Observation:
         trace = None
         if isinstance(self.eaft, Table) or isinstance(other.eaft, Table):
             if self.eaft is not None and other.eaft is not None:
-                raise UnusableError("EAFT tables of p and H have edges of their own and cannot be added. Observe with a larger "
-                                    "observe.trace_bytes, or with observe.eaft: false.")
+                raise UnusableError(
+                    "EAFT tables of p and H have edges of their own and cannot be added. Observe with a larger "
+                    "observe.trace_bytes, or with observe.eaft: false."
+                )
         elif self.eaft is not None and other.eaft is not None:
             trace = self.eaft.then(other.eaft, np.array([sources.index(name) for name in other.sources]))
         return replace(
@@ -262,7 +288,8 @@ class Observation:
         )
 
     def with_sources(self, sources: tuple[str, ...]) -> Observation:
-        """The same statistics with one slice per name of `sources` (zeros for a source not observed); the trace is left out."""
+        """The same statistics with one slice per name of `sources` (zeros for a source not observed); the trace is left
+        out."""
 
         places = [sources.index(name) for name in self.sources]
 

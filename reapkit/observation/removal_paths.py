@@ -1,4 +1,5 @@
-"""The reroute criteria: an observation's removal paths as saliency, order of removal and cost, for allocation to spend."""
+"""The reroute criteria: an observation's removal paths as saliency, order of removal and cost, for allocation to
+spend."""
 
 from __future__ import annotations
 
@@ -17,10 +18,11 @@ REROUTE = ("reroute", "reroute-single")
 
 @dataclass(frozen=True, eq=False)
 class Removal:
-    """`saliency` float64 [L, E]: the layer's relative error once the expert is gone. `cost` float64 [L, E]: what its removal adds.
+    """`saliency` float64 [L, E]: the layer's relative error once the expert is gone. `cost` float64 [L, E]: what its
+    removal adds.
 
-    `order`: by layer, the experts in the order they go (those that never can are not named), or None where saliency says it.
-    Costs are fractions of the squared residual stream per token, and so compare between layers.
+    `order`: by layer, the experts in the order they go (those that never can are not named), or None where saliency
+    says it. Costs are fractions of the squared residual stream per token, and so compare between layers.
     """
 
     saliency: ndarray
@@ -31,16 +33,20 @@ class Removal:
 def removal(observation: Observation, criterion: str, alphas: Sequence[Fraction]) -> Removal:
     """What a reroute criterion says, its sources weighed by `alphas` (see saliency.source_alphas).
 
-    `reroute` follows one path as it was measured: of the mix by its scored tokens, of all sources with equal weights, or of one
-    source. A path under other weights visits other sets of experts, and what they cost is no sum of what was kept: finding it takes
-    every sampled token's router logits and its experts' inner products, 0.5 GB a layer at 128 experts and 8,192 tokens.
+    `reroute` follows one path as it was measured: of the mix by its scored tokens, of all sources with equal weights,
+    or of one source. A path under other weights visits other sets of experts, and what they cost is no sum of what was
+    kept: finding it takes every sampled token's router logits and its experts' inner products, 0.5 GB a layer at 128
+    experts and 8,192 tokens.
 
     Raises UnusableError where nothing was measured, RecipeError for weights that no path was measured for.
     """
     found = observation.reroute
     if found is None:
-        raise UnusableError(f"saliency.criterion: {criterion} needs removal paths, and this observation holds none (observe.reroute_tokens was "
-                            "0, or it is a sum of observations, whose paths do not add up). Observe with observe.reroute_tokens: 8192.")
+        raise UnusableError(
+            f"saliency.criterion: {criterion} needs removal paths, and this observation holds none"
+            " (observe.reroute_tokens was 0, or it is a sum of observations, whose paths do not add up). Observe with"
+            " observe.reroute_tokens: 8192."
+        )
     if criterion == "reroute-single":
         return _alone(observation, found, alphas)
     number = _path_number(observation, found, alphas)
@@ -77,15 +83,23 @@ def _alone(observation: Observation, found: Reroute, alphas: Sequence[Fraction])
     weighed = [source for source, alpha in enumerate(alphas) if alpha and observation.scored_tokens[source]]
     _refuse_unsampled(observation, found, weighed)
     shares = [float(alphas[source] * int(observation.scored_tokens[source])) for source in weighed]
-    mean = sum(share / sum(shares) * found.single[:, source] / int(found.tokens[source]) for share, source in zip(shares, weighed, strict=True))
+    mean = sum(
+        share / sum(shares) * found.single[:, source] / int(found.tokens[source])
+        for share, source in zip(shares, weighed, strict=True)
+    )
     return Removal(mean, mean, None)
 
 
 def _refuse_unsampled(observation: Observation, found: Reroute, weighed: Sequence[int]) -> None:
     missing = [observation.sources[source] for source in weighed if not found.tokens[source]]
     if missing:
-        raise UnusableError(f"saliency.criterion: the reroute sample holds no token of {', '.join(missing)}. Raise observe.reroute_tokens.")
+        raise UnusableError(
+            f"saliency.criterion: the reroute sample holds no token of {', '.join(missing)}. Raise"
+            " observe.reroute_tokens."
+        )
 
 
-NO_PATH = ("reroute follows paths that were measured for the mix as it was calibrated, for equal weights of all sources, and for each source "
-           "alone; others are unknown. Choose one of these, change calibration.mix, or choose reroute-single.")
+NO_PATH = (
+    "reroute follows paths that were measured for the mix as it was calibrated, for equal weights of all sources, and"
+    " for each source alone; others are unknown. Choose one of these, change calibration.mix, or choose reroute-single."
+)

@@ -1,7 +1,8 @@
 """The sample behind the reroute criterion: which tokens, what each layer saw of them, and the paths that follow.
 
-What a layer's block read and how large the residual stream was behind it are kept for the sampled tokens, per row group, in files
-that survive a kill. Once all groups have passed, and while the layer is in memory, every expert's output on the sample is computed.
+What a layer's block read and how large the residual stream was behind it are kept for the sampled tokens, per row
+group, in files that survive a kill. Once all groups have passed, and while the layer is in memory, every expert's
+output on the sample is computed.
 """
 
 from __future__ import annotations
@@ -27,16 +28,7 @@ from reapkit.core.ranks import ALONE, Alone
 from reapkit.model.masking import sliced_routing
 from reapkit.model.routed_experts import Experts, RoutedExperts, intercepted
 from reapkit.observation.observation import Reroute
-from reapkit.observation.rerouting import (
-    PROJECTED,
-    InnerProducts,
-    Outputs,
-    Sampled,
-    Vectors,
-    path,
-    projection,
-    single,
-)
+from reapkit.observation.rerouting import PROJECTED, InnerProducts, Outputs, Sampled, Vectors, path, projection, single
 from reapkit.observation.rerouting import Path as RemovalPath
 
 SEED = 0
@@ -46,12 +38,16 @@ ROUNDED = 0.02  # share of tokens whose choice may turn on rounding alone
 
 
 def sampled_positions(tokens: CalibrationTokens, count: int) -> dict[int, list[int]]:
-    """Row -> offsets (ascending) of `count` scored positions, as many of each source as there are or as make equal shares.
+    """Row -> offsets (ascending) of `count` scored positions, as many of each source as there are or as make equal
+    shares.
 
     Seeded, and a function of the calibration alone: neither batch, placement nor ranks matter.
     """
     scored = [int(tokens.row(row).scored.sum()) for row in range(tokens.num_rows)]
-    by_source = [[row for row in range(tokens.num_rows) if int(tokens.row_source[row]) == source] for source in range(len(tokens.sources))]
+    by_source = [
+        [row for row in range(tokens.num_rows) if int(tokens.row_source[row]) == source]
+        for source in range(len(tokens.sources))
+    ]
     totals = [sum(scored[row] for row in rows) for rows in by_source]
     draw, chosen = np.random.default_rng(SEED), {}
     for rows, total, share in zip(by_source, totals, _equal_shares(totals, count), strict=True):
@@ -68,7 +64,9 @@ def sampled_positions(tokens: CalibrationTokens, count: int) -> dict[int, list[i
 def _equal_shares(totals: Sequence[int], count: int) -> list[int]:
     """The smallest source first, each takes an equal part of what is left, or all it has."""
     shares = [0] * len(totals)
-    for left, source in zip(range(len(totals), 0, -1), sorted(range(len(totals)), key=lambda s: (totals[s], s)), strict=True):
+    for left, source in zip(
+        range(len(totals), 0, -1), sorted(range(len(totals)), key=lambda s: (totals[s], s)), strict=True
+    ):
         shares[source] = min(totals[source], (count - sum(shares)) // left)
     return shares
 
@@ -77,8 +75,8 @@ def _equal_shares(totals: Sequence[int], count: int) -> list[int]:
 class Capture:
     """Keeps what the layers see of the sampled tokens while `watching`, group by group.
 
-    Files: `reroute-LLLL-GGGGG.safetensors` with `inputs` [n, hidden] in the model's dtype and `residual` float32 [n], ‖r_t‖², in row
-    order; `reroute-LLLL.safetensors` is a finished layer's paths.
+    Files: `reroute-LLLL-GGGGG.safetensors` with `inputs` [n, hidden] in the model's dtype and `residual` float32 [n],
+    ‖r_t‖², in row order; `reroute-LLLL.safetensors` is a finished layer's paths.
     """
 
     model: nn.Module
@@ -94,12 +92,18 @@ class Capture:
         for site in self.sites:
             refuse_unfit(self.model, site)
         self.positions = sampled_positions(self.tokens, self.count)
-        rows = [(int(self.tokens.row_source[row]), int(self.tokens.row(row).scored.sum())) for row in range(self.tokens.num_rows)]
-        self._scored = torch.tensor([sum(scored for source, scored in rows if source == s) for s in range(len(self.tokens.sources))])
+        rows = [
+            (int(self.tokens.row_source[row]), int(self.tokens.row(row).scored.sum()))
+            for row in range(self.tokens.num_rows)
+        ]
+        self._scored = torch.tensor(
+            [sum(scored for source, scored in rows if source == s) for s in range(len(self.tokens.sources))]
+        )
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Hooks on blocks and decoder layers; they must be there before a forward that waits in front of a layer begins."""
+        """Hooks on blocks and decoder layers; they must be there before a forward that waits in front of a layer
+        begins."""
         handles = []
         for site in self.sites:
             handles.append(site.block.register_forward_pre_hook(self._before(site), with_kwargs=True))
@@ -132,7 +136,9 @@ class Capture:
 
     def _rows(self, batch: Batch, hidden: Tensor) -> Tensor:
         width = batch.input_ids.shape[1]
-        at = [number * width + offset for number, row in enumerate(batch.rows) for offset in self.positions.get(row, ())]
+        at = [
+            number * width + offset for number, row in enumerate(batch.rows) for offset in self.positions.get(row, ())
+        ]
         return hidden.reshape(-1, hidden.shape[-1])[torch.tensor(at, dtype=torch.int64, device=hidden.device)]
 
     def keep_group(self, group: int, layers: Sequence[int]) -> None:
@@ -141,16 +147,25 @@ class Capture:
             kept = self._kept.pop(layer, [])
             if sum(len(inputs) for inputs, _ in kept):
                 inputs, residual = (torch.cat(parts) for parts in zip(*kept, strict=True))
-                _save(self.directory / f"reroute-{layer:04d}-{group:05d}.safetensors", {"inputs": inputs, "residual": residual})
+                _save(
+                    self.directory / f"reroute-{layer:04d}-{group:05d}.safetensors",
+                    {"inputs": inputs, "residual": residual},
+                )
 
     def finish(self, site: RoutedExperts) -> None:
         """The layer's paths, once every group was kept; its weights must be in memory."""
-        files = [self.directory / f"reroute-{site.layer:04d}-{group:05d}.safetensors" for group in range(len(self.tokens.groups))]
+        files = [
+            self.directory / f"reroute-{site.layer:04d}-{group:05d}.safetensors"
+            for group in range(len(self.tokens.groups))
+        ]
         parts = [load_file(file) for file in files if file.exists()]
         done = self._paths_of(site.layer)
         if not done.exists():
             rows = [row for group in self.tokens.groups for row in group]
-            source = torch.tensor([int(self.tokens.row_source[row]) for row in rows for _ in self.positions.get(row, ())], dtype=torch.int64)
+            source = torch.tensor(
+                [int(self.tokens.row_source[row]) for row in rows for _ in self.positions.get(row, ())],
+                dtype=torch.int64,
+            )
             inputs, residual = (torch.cat([part[name] for part in parts]) for name in ("inputs", "residual"))
             _save(done, measure_layer(self.model, site, inputs, residual, source, self._scored))
         self._read.clear()
@@ -168,10 +183,14 @@ class Capture:
     def result(self, rows: int) -> Reroute:
         """All layers' paths, stacked to `rows` layers, of which those behind the sampled ones have none."""
         layers = [load_file(self._paths_of(site.layer)) for site in self.sites]
-        source = torch.tensor([int(self.tokens.row_source[row]) for row, offsets in self.positions.items() for _ in offsets], dtype=torch.int64)
+        source = torch.tensor(
+            [int(self.tokens.row_source[row]) for row, offsets in self.positions.items() for _ in offsets],
+            dtype=torch.int64,
+        )
         counts = torch.bincount(source, minlength=len(self.tokens.sources))
         width = max(site.num_experts for site in self.sites)
         blank = {"order": -1, "error": 0, "single": 0}
+
         def stacked(name: str, value: int) -> Tensor:
             wide = [nn.functional.pad(layer[name], (0, width - layer[name].shape[-1]), value=value) for layer in layers]
             return torch.stack(wide + [torch.full_like(wide[0], value)] * (rows - len(wide)))
@@ -202,8 +221,10 @@ def refuse_unfit(model: nn.Module, site: RoutedExperts) -> None:
     else:
         with sliced_routing(site, torch.arange(site.num_experts)):  # raises where a router has no rows to leave out
             return
-    raise UnusableError(f"observe.reroute_tokens: model_type '{model_type}' cannot be re-routed in layer {site.layer}: {why}. "
-                        "Set it to 0 and choose another criterion.")
+    raise UnusableError(
+        f"observe.reroute_tokens: model_type '{model_type}' cannot be re-routed in layer {site.layer}: {why}. "
+        "Set it to 0 and choose another criterion."
+    )
 
 
 def decoder_layer(model: nn.Module, site: RoutedExperts) -> nn.Module:
@@ -215,24 +236,44 @@ def decoder_layer(model: nn.Module, site: RoutedExperts) -> nn.Module:
 
 
 @torch.no_grad()
-def measure_layer(model: nn.Module, site: RoutedExperts, inputs: Tensor, residual: Tensor, source: Tensor, scored: Tensor,
-                  projected: bool | None = None) -> dict[str, Tensor]:
-    """`order` int64 and `error` float64 [S + 2, E], and `single` float64 [S, E] (see observation.Reroute), of a layer in memory.
+def measure_layer(
+    model: nn.Module,
+    site: RoutedExperts,
+    inputs: Tensor,
+    residual: Tensor,
+    source: Tensor,
+    scored: Tensor,
+    projected: bool | None = None,
+) -> dict[str, Tensor]:
+    """`order` int64 and `error` float64 [S + 2, E], and `single` float64 [S, E] (see observation.Reroute), of a layer
+    in memory.
 
-    `inputs` [T, hidden]: what the block read; `residual` float32 [T]: ‖r_t‖²; `source` int64 [T]; `scored` int64 [S]: scored tokens of
-    each source, which the sample stands for. `projected`: keep random
-    projections of the experts' outputs instead of their inner products (default: where there are more experts than dimensions).
+    `inputs` [T, hidden]: what the block read; `residual` float32 [T]: ‖r_t‖²; `source` int64 [T]; `scored` int64 [S]:
+    scored tokens of each source, which the sample stands for. `projected`: keep random projections of the experts'
+    outputs instead of their inner products (default: where there are more experts than dimensions).
     """
     architecture = Architecture.from_config(model.config.to_dict())
     with Router(site, inputs.to(site.module.down_proj.device)) as router:
         read = router.read
         outputs = _outputs(site, read, residual, site.num_experts > PROJECTED if projected is None else projected)
         equally = 1 / torch.bincount(source, minlength=len(scored)).double()[source]
-        sampled = Sampled(outputs, router.route, source, equally, site.num_experts, architecture.least_experts, architecture.n_group,
-                          architecture.n_group == 1 and is_local(router, site.num_experts, architecture.least_experts))
+        sampled = Sampled(
+            outputs,
+            router.route,
+            source,
+            equally,
+            site.num_experts,
+            architecture.least_experts,
+            architecture.n_group,
+            architecture.n_group == 1 and is_local(router, site.num_experts, architecture.least_experts),
+        )
         found = [path(sampled.of_source(number)) for number in range(len(scored))]
         found += [path(sampled), path(replace(sampled, weight=equally * scored[source]))]
-        return {"order": _stacked(found, "order"), "error": _stacked(found, "error"), "single": single(sampled, len(scored))}
+        return {
+            "order": _stacked(found, "order"),
+            "error": _stacked(found, "error"),
+            "single": single(sampled, len(scored)),
+        }
 
 
 def _stacked(paths: Sequence[RemovalPath], name: str) -> Tensor:
@@ -248,31 +289,42 @@ def _outputs(site: RoutedExperts, read: Tensor, residual: Tensor, projected: boo
     parts = []
     for at in range(0, len(read), chunk):
         rows = slice(at, at + chunk)
-        out = torch.stack([_output(site, read[rows], expert) for expert in range(site.num_experts)], 1) * scale[rows, None, None]
+        out = (
+            torch.stack([_output(site, read[rows], expert) for expert in range(site.num_experts)], 1)
+            * scale[rows, None, None]
+        )
         parts.append(out @ out.mT if matrix is None else out @ matrix)
     found = torch.cat(parts)
     return InnerProducts(found) if matrix is None else Vectors(found)
 
 
 def _output(site: RoutedExperts, hidden: Tensor, expert: int) -> Tensor:
-    """f(x) of one expert in float32, computed so on a CPU: without matrix units for it, half precision is several times slower there."""
+    """f(x) of one expert in float32, computed so on a CPU: without matrix units for it, half precision is several times
+    slower there."""
     if hidden.device.type != "cpu" or hidden.dtype == torch.float32 or site.linearised:
         return site.expert(hidden, expert).float()
     alone = copy.copy(site.module)
-    alone._parameters = {name: tensor if tensor is None else tensor[expert : expert + 1].float() for name, tensor in site.module._parameters.items()}
+    alone._parameters = {
+        name: tensor if tensor is None else tensor[expert : expert + 1].float()
+        for name, tensor in site.module._parameters.items()
+    }
     return replace(site, module=alone).expert(hidden.float(), 0)
 
 
 class Router:
     """The block's own routing of some tokens, whatever experts are left; used as a context manager.
 
-    The block runs up to the call of its experts, which ends it; what else it would have added (shared experts) is never computed
-    where it comes behind, and skipped where it comes first.
+    The block runs up to the call of its experts, which ends it; what else it would have added (shared experts) is never
+    computed where it comes behind, and skipped where it comes first.
     """
 
     def __init__(self, site: RoutedExperts, inputs: Tensor):
         self.site, self.inputs = site, inputs
-        self.shared = [module for name, module in site.block.named_children() if "shared" in name and not isinstance(module, nn.Linear)]
+        self.shared = [
+            module
+            for name, module in site.block.named_children()
+            if "shared" in name and not isinstance(module, nn.Linear)
+        ]
 
     def __enter__(self) -> Router:
         with ExitStack() as stack:
@@ -299,7 +351,9 @@ class Router:
                 self.site.block(self.inputs[tokens.to(self.inputs.device)][None])
             except _Reached as reached:
                 return reached.call
-        raise UnusableError(f"layer {self.site.layer}: the block finished without calling its experts, so it cannot be re-routed.")
+        raise UnusableError(
+            f"layer {self.site.layer}: the block finished without calling its experts, so it cannot be re-routed."
+        )
 
 
 class _Reached(Exception):
@@ -312,10 +366,11 @@ def _stop(site: RoutedExperts, hidden: Tensor, index: Tensor, gates: Tensor, inn
 
 
 def is_local(router: Router, num_experts: int, least: int) -> bool:
-    """Does removing an expert leave the routing of the tokens that did not choose it as it was? Tried out on a few, in float32.
+    """Does removing an expert leave the routing of the tokens that did not choose it as it was? Tried out on a few, in
+    float32.
 
-    Gates that are softmax values over all experts, not renormalised, are not: they grow as others leave. In half precision neither
-    that nor a tie between two experts' logits could be told from rounding.
+    Gates that are softmax values over all experts, not renormalised, are not: they grow as others leave. In half
+    precision neither that nor a tie between two experts' logits could be told from rounding.
     """
     if num_experts <= least:
         return True
@@ -341,7 +396,9 @@ def _in_float32(router: Router) -> Iterator[None]:
     left_out = {module for part in (router.site.module, *router.shared) for module in part.modules()}
     for module in router.site.block.modules():
         if module not in left_out:
-            held += [(module._parameters, name, tensor) for name, tensor in module._parameters.items() if tensor is not None]
+            held += [
+                (module._parameters, name, tensor) for name, tensor in module._parameters.items() if tensor is not None
+            ]
     try:
         router.inputs = inputs.float()
         for store, name, tensor in held:

@@ -1,15 +1,17 @@
-"""What pruning really does to a layer: tokens go to the next-best experts that are left. Pure maths on a sample of tokens.
+"""What pruning really does to a layer: tokens go to the next-best experts that are left. Pure maths on a sample of
+tokens.
 
-For token t and alive set A, y_t(A) is the routed output when only A exists, by the model's own router on its sliced rows, and r_t
-the residual stream after the layer:
+For token t and alive set A, y_t(A) is the routed output when only A exists, by the model's own router on its sliced
+rows, and r_t the residual stream after the layer:
 
     err(A) = Σ_t w_t ‖y_t(A) − y_t(all)‖² / ‖r_t‖² / Σ_t w_t
 
-Backward greedy: starting from all experts, the one whose removal raises err least goes next (of equals the lower index), down to
-the fewest that still route. The path gives every ratio at once, nested.
+Backward greedy: starting from all experts, the one whose removal raises err least goes next (of equals the lower
+index), down to the fewest that still route. The path gives every ratio at once, nested.
 
-Routers whose experts come in equal groups lose one expert of every group at a time, a *round*: groups in order, each giving up the
-expert that costs least together with the picks of the others, which are at first those with the least Σ g‖f‖.
+Routers whose experts come in equal groups lose one expert of every group at a time, a *round*: groups in order, each
+giving up the expert that costs least together with the picks of the others, which are at first those with the least Σ
+g‖f‖.
 """
 
 from __future__ import annotations
@@ -64,7 +66,8 @@ class Vectors:
 
 
 def projection(hidden: int, dimensions: int = PROJECTED, seed: int = 0) -> Tensor:
-    """A Johnson–Lindenstrauss matrix, float32 [hidden, dimensions]: squared norms keep to about √(2 / dimensions), 9 % at 256."""
+    """A Johnson–Lindenstrauss matrix, float32 [hidden, dimensions]: squared norms keep to about √(2 / dimensions), 9 %
+    at 256."""
     return torch.randn(hidden, dimensions, generator=torch.Generator().manual_seed(seed)) / dimensions**0.5
 
 
@@ -72,7 +75,8 @@ def projection(hidden: int, dimensions: int = PROJECTED, seed: int = 0) -> Tenso
 class Sampled:
     """A layer's sample: outputs, router, each token's source int64 [T], and its weight w float64 [T].
 
-    `local`: removing an expert leaves the routing of tokens that did not choose it as it was; `least`: fewest experts that route.
+    `local`: removing an expert leaves the routing of tokens that did not choose it as it was; `least`: fewest experts
+    that route.
     """
 
     outputs: Outputs
@@ -88,8 +92,13 @@ class Sampled:
         """The tokens of one source."""
         mine = (self.source == source).nonzero()[:, 0]
         narrowed = _Some(self.outputs, mine)
-        return replace(self, outputs=narrowed, route=lambda alive, tokens: self.route(alive, mine[tokens]), source=self.source[mine],
-                       weight=self.weight[mine])
+        return replace(
+            self,
+            outputs=narrowed,
+            route=lambda alive, tokens: self.route(alive, mine[tokens]),
+            source=self.source[mine],
+            weight=self.weight[mine],
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +112,8 @@ class _Some:
 
 @dataclass(frozen=True, eq=False)
 class Path:
-    """`order` int64 [E]: experts in the order they go, -1 beyond the last that can; `error` float64 [E]: err once each is gone."""
+    """`order` int64 [E]: experts in the order they go, -1 beyond the last that can; `error` float64 [E]: err once each
+    is gone."""
 
     order: Tensor
     error: Tensor
@@ -149,10 +159,12 @@ def single(sampled: Sampled, num_sources: int) -> Tensor:
 
 @dataclass(eq=False)
 class _Pairs:
-    """For every (token, slot): where the token would go if that slot's expert were gone, and its error then; all on the host.
+    """For every (token, slot): where the token would go if that slot's expert were gone, and its error then; all on the
+    host.
 
-    `index`, `gates` [T, k]: the present routing; `error` float64 [T]; `other_index`, `other_gates` [T, k, k] and `other_error`
-    float64 [T, k]: without the slot's expert. Holds for local routers: an entry changes only where the removed expert is in it.
+    `index`, `gates` [T, k]: the present routing; `error` float64 [T]; `other_index`, `other_gates` [T, k, k] and
+    `other_error` float64 [T, k]: without the slot's expert. Holds for local routers: an entry changes only where the
+    removed expert is in it.
     """
 
     sampled: Sampled
@@ -170,8 +182,16 @@ class _Pairs:
         alive = list(range(sampled.num_experts))
         base = sampled.route(alive, torch.arange(len(sampled.source)))
         tokens, k = base[0].shape
-        pairs = cls(sampled, base, base[0].clone(), base[1].clone(), torch.zeros(tokens, dtype=torch.float64),
-                    torch.zeros(tokens, k, k, dtype=torch.int64), torch.zeros(tokens, k, k), torch.zeros(tokens, k, dtype=torch.float64))
+        pairs = cls(
+            sampled,
+            base,
+            base[0].clone(),
+            base[1].clone(),
+            torch.zeros(tokens, dtype=torch.float64),
+            torch.zeros(tokens, k, k, dtype=torch.int64),
+            torch.zeros(tokens, k, k),
+            torch.zeros(tokens, k, dtype=torch.float64),
+        )
         if len(alive) > sampled.least:
             pairs.evaluate(alive, torch.ones(tokens, k, dtype=torch.bool))
         return pairs
@@ -179,7 +199,9 @@ class _Pairs:
     def costs(self) -> Tensor:
         """The increase of Σ_t by removed expert, float64 [E]."""
         increase = (self.other_error - self.error[:, None]) * self.sampled.weight[:, None]
-        return torch.zeros(self.sampled.num_experts, dtype=torch.float64).index_add_(0, self.index.flatten(), increase.flatten())
+        return torch.zeros(self.sampled.num_experts, dtype=torch.float64).index_add_(
+            0, self.index.flatten(), increase.flatten()
+        )
 
     def remove(self, expert: int, alive: Sequence[int]) -> None:
         """Re-routes the expert's tokens among `alive`, and re-evaluates every entry that named it."""
@@ -199,7 +221,9 @@ class _Pairs:
         for removed, of_expert in zip(*_runs(expert), strict=True):
             t, s = token[of_expert], slot[of_expert]
             self.other_index[t, s], self.other_gates[t, s] = self.sampled.route([e for e in alive if e != removed], t)
-        self.other_error[token, slot] = _errors(self.sampled, self.base, token, (self.other_index[token, slot], self.other_gates[token, slot]))
+        self.other_error[token, slot] = _errors(
+            self.sampled, self.base, token, (self.other_index[token, slot], self.other_gates[token, slot])
+        )
 
 
 def _runs(values: Tensor) -> tuple[list[int], list[slice]]:
@@ -224,7 +248,10 @@ def _exhaustive(sampled: Sampled) -> list[tuple[int, float]]:
     alive, steps, tokens = list(range(sampled.num_experts)), [], torch.arange(len(sampled.source))
     base = sampled.route(alive, tokens)
     while len(alive) > sampled.least:
-        errors = [_mean(sampled, _errors(sampled, base, tokens, sampled.route([e for e in alive if e != expert], tokens))) for expert in alive]
+        errors = [
+            _mean(sampled, _errors(sampled, base, tokens, sampled.route([e for e in alive if e != expert], tokens)))
+            for expert in alive
+        ]
         best = min(range(len(alive)), key=errors.__getitem__)
         steps.append((alive.pop(best), errors[best]))
     return steps
@@ -239,7 +266,9 @@ def _in_rounds(sampled: Sampled) -> list[tuple[int, float]]:
             errors = {}
             for expert in (e for e in alive if _group(sampled, e) == group):
                 gone = _with_pick(sampled, picks, expert)
-                errors[expert] = _mean(sampled, _errors(sampled, base, tokens, sampled.route([e for e in alive if e not in gone], tokens)))
+                errors[expert] = _mean(
+                    sampled, _errors(sampled, base, tokens, sampled.route([e for e in alive if e not in gone], tokens))
+                )
             picks[group] = min(errors, key=errors.__getitem__)
         after = errors[picks[-1]]
         alive = [e for e in alive if e not in picks]
@@ -255,7 +284,10 @@ def _least_loaded(sampled: Sampled, alive: Sequence[int]) -> list[int]:
     norms = _squared(sampled, tokens.repeat_interleave(k), index.reshape(-1, 1), gates.reshape(-1, 1)).sqrt()
     norms = norms * sampled.weight.repeat_interleave(k)
     load = torch.zeros(sampled.num_experts, dtype=torch.float64).index_add_(0, index.flatten(), norms)
-    return [min((e for e in alive if _group(sampled, e) == group), key=lambda e: float(load[e])) for group in range(sampled.groups)]
+    return [
+        min((e for e in alive if _group(sampled, e) == group), key=lambda e: float(load[e]))
+        for group in range(sampled.groups)
+    ]
 
 
 def _with_pick(sampled: Sampled, picks: Sequence[int], expert: int) -> set[int]:
@@ -272,10 +304,14 @@ def _mean(sampled: Sampled, errors: Tensor) -> float:
 
 def _errors(sampled: Sampled, base: tuple[Tensor, Tensor], tokens: Tensor, routing: tuple[Tensor, Tensor]) -> Tensor:
     """‖y_t(A) − y_t(all)‖² / ‖r_t‖², float64 [t]."""
-    return _squared(sampled, tokens, torch.cat([routing[0], base[0][tokens]], 1), torch.cat([routing[1], -base[1][tokens]], 1))
+    return _squared(
+        sampled, tokens, torch.cat([routing[0], base[0][tokens]], 1), torch.cat([routing[1], -base[1][tokens]], 1)
+    )
 
 
 def _squared(sampled: Sampled, tokens: Tensor, experts: Tensor, coefficients: Tensor) -> Tensor:
-    parts = [sampled.outputs.squared(tokens[at : at + ROWS], experts[at : at + ROWS], coefficients[at : at + ROWS]).cpu()
-             for at in range(0, len(tokens), ROWS)]
+    parts = [
+        sampled.outputs.squared(tokens[at : at + ROWS], experts[at : at + ROWS], coefficients[at : at + ROWS]).cpu()
+        for at in range(0, len(tokens), ROWS)
+    ]
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)

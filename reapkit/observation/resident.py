@@ -36,12 +36,14 @@ def observe(
     ranks: Alone = ALONE,
     mtp: Sequence[int] = (),
 ) -> Observation | None:
-    """The observation of `model` over `tokens`; killed and run again with the same arguments, it continues to the same bytes.
+    """The observation of `model` over `tokens`; killed and run again with the same arguments, it continues to the same
+    bytes.
 
-    Row groups' partial sums live under `work_directory` (the trace of the result too, so keep it until the result is saved).
-    `identity` names the checkpoint. `mtp`: multi-token-prediction layers of its files that are observed too. With several `ranks` each calls this with its own copy of the model; a row group is summed by
-    whoever comes first, and rank 0 returns the sum of all in group order, the others None. Raises UnusableError where experts
-    cannot be watched or put out NaN or infinity.
+    Row groups' partial sums live under `work_directory` (the trace of the result too, so keep it until the result is
+    saved). `identity` names the checkpoint. `mtp`: multi-token-prediction layers of its files that are observed too.
+    With several `ranks` each calls this with its own copy of the model; a row group is summed by whoever comes first,
+    and rank 0 returns the sum of all in group order, the others None. Raises UnusableError where experts cannot be
+    watched or put out NaN or infinity.
     """
     device = model.get_input_embeddings().weight.device
     blocks = MtpBlocks(model, mtp, next(find_experts(model)[-1].module.parameters()).device) if mtp else None
@@ -77,7 +79,9 @@ def observe(
     return None if ranks.rank else session.observation(*partials.total(range(len(tokens.groups)), tokens.snapshots))
 
 
-def _sum_group(model: nn.Module, session: Session, group: int, batch_tokens: int, advance: Callable[[int], None]) -> dict[str, Tensor]:
+def _sum_group(
+    model: nn.Module, session: Session, group: int, batch_tokens: int, advance: Callable[[int], None]
+) -> dict[str, Tensor]:
     tokens, device = session.tokens, model.get_input_embeddings().weight.device
     sums, at = GroupSums(session.sites, len(tokens.sources)), session.trace_start[group] if session.spec.eaft else 0
     for batch in batches(tokens, tokens.groups[group], batch_tokens):
@@ -90,8 +94,11 @@ def _sum_group(model: nn.Module, session: Session, group: int, batch_tokens: int
     return sums.tensors() | ({} if session.table is None else session.table.tensors(group))
 
 
-def _pilot(model: nn.Module, session: Session, batch_tokens: int, device: torch.device) -> tuple[ndarray, ndarray, ndarray]:
-    """p, H and source at the signal positions of the first rows, whatever rows are observed later: every attempt gets the same."""
+def _pilot(
+    model: nn.Module, session: Session, batch_tokens: int, device: torch.device
+) -> tuple[ndarray, ndarray, ndarray]:
+    """p, H and source at the signal positions of the first rows, whatever rows are observed later: every attempt gets
+    the same."""
     seen: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
     rows = [row for group in session.tokens.groups for row in group]
     for batch in batches(session.tokens, rows, batch_tokens):

@@ -1,4 +1,5 @@
-"""One observation in the making: what is watched, where the partial sums go, and the observation that they add up to."""
+"""One observation in the making: what is watched, where the partial sums go, and the observation that they add up
+to."""
 
 from __future__ import annotations
 
@@ -35,8 +36,8 @@ TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k
 
 @dataclass(frozen=True, eq=False)
 class Session:
-    """What every placement shares: the watched experts (those of multi-token-prediction blocks last), the calibration, the files that
-    survive a kill.
+    """What every placement shares: the watched experts (those of multi-token-prediction blocks last), the calibration,
+    the files that survive a kill.
     """
 
     sites: tuple[RoutedExperts, ...]
@@ -67,8 +68,8 @@ class Session:
         mtp: MtpBlocks | None = None,
         **layout: Any,
     ) -> Session:
-        """`layout`: whatever else decides which partial sums belong together. Raises UnusableError where the model's experts
-        cannot be watched, or where a rank would compute in another way than rank 0.
+        """`layout`: whatever else decides which partial sums belong together. Raises UnusableError where the model's
+        experts cannot be watched, or where a rank would compute in another way than rank 0.
         """
         decoder = find_experts(model)
         sites = decoder + (mtp.sites if mtp else ())
@@ -116,8 +117,8 @@ class Session:
             self.sample.keep_group(group, layers)
 
     def observation(self, total: Mapping[str, Tensor], snapshots: Mapping[str, Tensor]) -> Observation:
-        """The observation that these sums, maxima, coactivation, token counts [L, S, ...] and snapshots [stages, L, S, E]
-        make.
+        """The observation that these sums, maxima, coactivation, token counts [L, S, ...] and snapshots [stages, L, S,
+        E] make.
         """
         return Observation(
             model_type=self.model_type,
@@ -181,7 +182,8 @@ class BatchWatch:
         return out
 
     def predict_further(self, hidden: Tensor) -> None:
-        """Runs the multi-token-prediction blocks that are watched on the batch's final hidden states [batch, tokens, hidden]."""
+        """Runs the multi-token-prediction blocks that are watched on the batch's final hidden states [batch, tokens,
+        hidden]."""
         if self.session.mtp is not None:
             self.session.mtp.run(self.batch.input_ids, hidden, self._entering)
 
@@ -223,7 +225,9 @@ class BatchWatch:
     def signals(self, model: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """p, H and the source of the batch's signals, from its final hidden states [batch, tokens, hidden]."""
         at_signals = hidden.reshape(-1, hidden.shape[-1])[self.positions_on(hidden.device).signal]
-        p, h = signals_of_hidden(model, at_signals, self.references().to(hidden.device), self.session.spec.entropy_top_k)
+        p, h = signals_of_hidden(
+            model, at_signals, self.references().to(hidden.device), self.session.spec.entropy_top_k
+        )
         return p, h, self._host.source[self._host.signal].to(torch.int16)
 
 

@@ -1,4 +1,5 @@
-"""Observation of a model of any size: one decoder layer in memory, the next being read, every batch waiting in front of it."""
+"""Observation of a model of any size: one decoder layer in memory, the next being read, every batch waiting in front of
+it."""
 
 from __future__ import annotations
 
@@ -53,20 +54,23 @@ def observe_streaming(
 ) -> Observation | None:
     """The same observation as `resident.observe` of the loaded checkpoint, with one or two decoder layers in memory.
 
-    `mtp`: multi-token-prediction layers that are observed too; they stay in memory, and run where a batch leaves the last decoder layer.
+    `mtp`: multi-token-prediction layers that are observed too; they stay in memory, and run where a batch leaves the
+    last decoder layer.
 
-    `hidden_bytes`: budget for the paused batches' hidden states on the host; beyond it they go to `offload_directory`, or,
-    without one, the rows run in waves that each read the weights once. Killed and run again with the same arguments it
-    continues: layers' sums are kept as they finish, hidden states every `checkpoint_minutes`. `reading` is told the shards that
-    are read next.
+    `hidden_bytes`: budget for the paused batches' hidden states on the host; beyond it they go to `offload_directory`,
+    or, without one, the rows run in waves that each read the weights once. Killed and run again with the same arguments
+    it continues: layers' sums are kept as they finish, hidden states every `checkpoint_minutes`. `reading` is told the
+    shards that are read next.
 
-    EAFT material that goes into a table waits on disk until its cells' edges are known: without a budget that cuts the rows into waves,
-    until all have passed, and the edges are all positions' quantiles; else until rank 0's first wave has passed, and they are its.
+    EAFT material that goes into a table waits on disk until its cells' edges are known: without a budget that cuts the
+    rows into waves, until all have passed, and the edges are all positions' quantiles; else until rank 0's first wave
+    has passed, and they are its.
 
-    With several `ranks` each calls this and takes its share of the row groups through all layers, reading the shards itself; rank 0
-    returns the observation, the others None. One rank that reads and broadcasts would be slower: on one machine the second reader
-    finds the shards in the page cache (two readers at once: 1.8 GB/s each on 2 busy cores, where gloo broadcasts 0.9 GB/s), and
-    several machines read side by side; ranks also need not wait for each other at every layer.
+    With several `ranks` each calls this and takes its share of the row groups through all layers, reading the shards
+    itself; rank 0 returns the observation, the others None. One rank that reads and broadcasts would be slower: on one
+    machine the second reader finds the shards in the page cache (two readers at once: 1.8 GB/s each on 2 busy cores,
+    where gloo broadcasts 0.9 GB/s), and several machines read side by side; ranks also need not wait for each other at
+    every layer.
     """
     layered = LayeredModel(path, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     layered.reading = reading
@@ -85,7 +89,9 @@ def observe_streaming(
     )
     waves = _my_waves(session, layered, batch_tokens, None if offload_directory else hidden_bytes, ranks)
     layered.load_rest()
-    pass_ = _Pass(layered, session, batch_tokens, hidden_bytes, offload_directory, checkpoint_minutes, alone=ranks.world == 1)
+    pass_ = _Pass(
+        layered, session, batch_tokens, hidden_bytes, offload_directory, checkpoint_minutes, alone=ranks.world == 1
+    )
     with (
         Lockstep(layered.layers) as lockstep,
         session.sampling(),
@@ -111,7 +117,9 @@ def observe_streaming(
     return session.observation(*assemble(session))
 
 
-def _my_waves(session: Session, layered: LayeredModel, batch_tokens: int, budget: int | None, ranks: Alone) -> list[Wave]:
+def _my_waves(
+    session: Session, layered: LayeredModel, batch_tokens: int, budget: int | None, ranks: Alone
+) -> list[Wave]:
     """This rank's, by rank 0's plan of what is left to do."""
 
     def plan() -> list[list[Any]]:
@@ -173,7 +181,10 @@ class _Pass:
     ):
         self.root, self.alone = session.directory, alone
         self.layered, self.session, self.batch_tokens = layered, session, batch_tokens
-        self.spool, self.checkpoint_seconds = Spool(layered.device, hidden_bytes, offload_directory), 60 * checkpoint_minutes
+        self.spool, self.checkpoint_seconds = (
+            Spool(layered.device, hidden_bytes, offload_directory),
+            60 * checkpoint_minutes,
+        )
         self.current: BatchWatch | None = None
         self.sums: dict[int, LayerSums] = {}
         self.num_experts = max(site.num_experts for site in session.sites)
@@ -229,17 +240,25 @@ class _Pass:
                 coming = reader.submit(self.layered.load, layer + 1)
             self._one_layer(directory, layer, waiting)
             self.layered.drop(layer)
-            if layer + 1 < count and lockstep.simple_outputs and time.monotonic() - last_checkpoint >= self.checkpoint_seconds:
+            if (
+                layer + 1 < count
+                and lockstep.simple_outputs
+                and time.monotonic() - last_checkpoint >= self.checkpoint_seconds
+            ):
                 self._save_inputs(directory, layer + 1, waiting, lockstep)
                 last_checkpoint = time.monotonic()
             advance(1)
 
     def _one_layer(self, directory: Path, layer: int, waiting: list[_Waiting]) -> None:
-        """Every batch through one layer, and behind the last one through what follows it; their sums are kept once all have passed."""
+        """Every batch through one layer, and behind the last one through what follows it; their sums are kept once all
+        have passed."""
         sites = self._sites_at(layer)
         totals = {site.layer: WaveSums() for site in sites}
         for group in sorted({item.group for item in waiting}):
-            self.sums = {site.layer: LayerSums(len(self.session.tokens.sources), self.num_experts, self.layered.device) for site in sites}
+            self.sums = {
+                site.layer: LayerSums(len(self.session.tokens.sources), self.num_experts, self.layered.device)
+                for site in sites
+            }
             for item in (item for item in waiting if item.group == group):
                 self.current = item.watch
                 self.spool.unpark(item.forward)
@@ -256,7 +275,12 @@ class _Pass:
                 totals[site.layer].add(group, tensors)
         for site in sites:
             totals[site.layer].save(directory / f"layer-{site.layer:04d}.safetensors")
-            if self.session.sample is not None and site in self.session.sample.sites and self.alone and self._is_complete(layer):
+            if (
+                self.session.sample is not None
+                and site in self.session.sample.sites
+                and self.alone
+                and self._is_complete(layer)
+            ):
                 self.session.sample.finish(site)
 
     def _sites_at(self, layer: int) -> list[RoutedExperts]:
@@ -274,7 +298,9 @@ class _Pass:
     def _batches(self, groups: Sequence[int]) -> Iterator[_Waiting]:
         for group in groups:
             at = self.session.trace_start[group] if self.session.trace is not None else 0
-            for number, batch in enumerate(batches(self.session.tokens, self.session.tokens.groups[group], self.batch_tokens)):
+            for number, batch in enumerate(
+                batches(self.session.tokens, self.session.tokens.groups[group], self.batch_tokens)
+            ):
                 watch = BatchWatch(self.session, batch, self._add, at)
                 at += watch.num_signals
                 yield _Waiting(watch, group, number)

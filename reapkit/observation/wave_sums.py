@@ -1,4 +1,5 @@
-"""A streamed pass's sums: one file per wave and layer, added in group order over all waves, stacked to the whole at the end."""
+"""A streamed pass's sums: one file per wave and layer, added in group order over all waves, stacked to the whole at the
+end."""
 
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ from reapkit.observation.waves import covering
 class WaveSums:
     """One layer's statistics of a wave's row groups.
 
-    Float64 sums depend on the order of adding, so every group keeps its own, SUMS [groups, S, E]; the rest is exact in any order and
-    is kept once: MAXIMA [S, E], `coactivation` [S, E, E].
+    Float64 sums depend on the order of adding, so every group keeps its own, SUMS [groups, S, E]; the rest is exact in
+    any order and is kept once: MAXIMA [S, E], `coactivation` [S, E, E].
     """
 
     def __init__(self) -> None:
@@ -51,7 +52,10 @@ def assemble(session: Session) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 def _layer(session: Session, layer: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Totals of one layer, and its snapshots [stages, S, E]."""
-    parts = [load_file(file) for file in covering(session.directory, f"layer-{layer:04d}.safetensors", len(session.tokens.groups))]
+    parts = [
+        load_file(file)
+        for file in covering(session.directory, f"layer-{layer:04d}.safetensors", len(session.tokens.groups))
+    ]
     place = {int(group): (part, row) for part in parts for row, group in enumerate(part["groups"])}
     total: dict[str, Tensor] = {}
     for part in parts:

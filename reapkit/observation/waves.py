@@ -1,4 +1,5 @@
-"""Which row groups go through the layers together, and what each such wave has left on disk: sums per layer, hidden states, an end.
+"""Which row groups go through the layers together, and what each such wave has left on disk: sums per layer, hidden
+states, an end.
 
     wave-FFFFF-dddddd/            one set of row groups, named by the first and all of them
         groups.json               the set
@@ -6,7 +7,8 @@
         inputs-LLLL/              what its batches hand to layer LLLL, complete with facts.json
         done                      every layer is summed
 
-Waves are only ever split when work is taken up again, never joined, so that of every layer's files some fit together exactly.
+Waves are only ever split when work is taken up again, never joined, so that of every layer's files some fit together
+exactly.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from reapkit.core.hashing import digest
 
 @dataclass(frozen=True)
 class Wave:
-    """Row groups that pass the layers together, from layer `start` on, whose input is in directory `taken_from` (None: layer 0)."""
+    """Row groups that pass the layers together, from layer `start` on, whose input is in directory `taken_from` (None:
+    layer 0)."""
 
     groups: tuple[int, ...]
     start: int = 0
@@ -42,21 +45,29 @@ class Wave:
         return directory
 
 
-def plan_waves(root: Path, cost: Mapping[int, int], ranks: int, num_layers: int, budget: int | None) -> list[list[Wave]]:
+def plan_waves(
+    root: Path, cost: Mapping[int, int], ranks: int, num_layers: int, budget: int | None
+) -> list[list[Wave]]:
     """Every rank's waves: what `root` holds of earlier work is gone on from, whatever the number of ranks was then.
 
-    `cost`: bytes of each row group's hidden states; a wave's fit `budget` together. Drops what earlier work left unusable.
+    `cost`: bytes of each row group's hidden states; a wave's fit `budget` together. Drops what earlier work left
+    unusable.
     """
     shares: list[dict[tuple[int, str | None], list[int]]] = [{} for _ in range(ranks)]
     units = _unfinished(root, tuple(cost))
     if len(units) < ranks:
-        units = [Wave(groups, unit.start, unit.taken_from) for unit in units for groups in _split(unit.groups, cost, ranks)]
+        units = [
+            Wave(groups, unit.start, unit.taken_from) for unit in units for groups in _split(unit.groups, cost, ranks)
+        ]
     load = [0] * ranks
     for unit in sorted(units, key=lambda unit: -_work(unit, cost, num_layers)):
         rank = load.index(min(load))
         load[rank] += _work(unit, cost, num_layers)
         shares[rank].setdefault((unit.start, unit.taken_from), []).extend(unit.groups)
-    waves = [[Wave(groups, *where) for where, mine in share.items() for groups in _fitting(sorted(mine), cost, budget)] for share in shares]
+    waves = [
+        [Wave(groups, *where) for where, mine in share.items() for groups in _fitting(sorted(mine), cost, budget)]
+        for share in shares
+    ]
     return [sorted(share, key=lambda wave: wave.groups) for share in waves]
 
 

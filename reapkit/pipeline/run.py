@@ -26,8 +26,18 @@ from reapkit.recipe.schema import Recipe
 from reapkit.report.facts import recipe_yaml
 from reapkit.report.run_report import write_rejected_report
 
-LINKS = {"calibrate": "calibration", "packs": "packs", "observe": "observation", "select": "selection", "repair": "repair", "evaluate": "evaluation",
-         "prune": "pruned", "quantize": "quantized", "verify": "verification", "report": "report"}
+LINKS = {
+    "calibrate": "calibration",
+    "packs": "packs",
+    "observe": "observation",
+    "select": "selection",
+    "repair": "repair",
+    "evaluate": "evaluation",
+    "prune": "pruned",
+    "quantize": "quantized",
+    "verify": "verification",
+    "report": "report",
+}
 RESUMED_IN_PLACE = ("prune",)  # it knows what an earlier attempt finished; other stages keep partial work in `work`
 MODEL_STAGES = ("prune", "quantize")
 
@@ -77,9 +87,16 @@ def _check_raw_recipe(loaded: LoadedRecipe) -> None:
             raise loaded.located(error) from error
 
 
-def apply(recipe: Recipe | LoadedRecipe | str | Path, *, until: str | None = None, progress: Progress = SILENT,
-          observation: str | Path | None = None, ranks: Alone = ALONE) -> Run:
-    """Runs the recipe to its end, or what the end of stage `until` needs. Finished stages are skipped, interrupted ones resumed.
+def apply(
+    recipe: Recipe | LoadedRecipe | str | Path,
+    *,
+    until: str | None = None,
+    progress: Progress = SILENT,
+    observation: str | Path | None = None,
+    ranks: Alone = ALONE,
+) -> Run:
+    """Runs the recipe to its end, or what the end of stage `until` needs. Finished stages are skipped, interrupted ones
+    resumed.
 
     `observation`: the directory of one made elsewhere of this model, by which it decides instead of observing.
     Of several `ranks` only rank 0 calls this; the others wait and help to observe.
@@ -90,8 +107,14 @@ def apply(recipe: Recipe | LoadedRecipe | str | Path, *, until: str | None = Non
     if shortage := missing_disk(first, until):
         raise UnusableError(f"disk: {shortage}")
     # entered before the plan that counts looks at the store, so that nobody clears away in between what it found
-    register(store_of(first.recipe), run_directory(first), {stage.name: stage.artifact.directory.name for stage in first.stages if stage.hit})
-    reads_model = set(first.leading_to(until)) - {"select"} - ({"observe"} if elsewhere else set())  # to decide anew takes no weights
+    register(
+        store_of(first.recipe),
+        run_directory(first),
+        {stage.name: stage.artifact.directory.name for stage in first.stages if stage.hit},
+    )
+    reads_model = (
+        set(first.leading_to(until)) - {"select"} - ({"observe"} if elsewhere else set())
+    )  # to decide anew takes no weights
     plan = make_plan(loaded, download=bool(reads_model), observation=elsewhere)
     _check_raw_recipe(loaded)
     if loaded.recipe.evaluate.lm_eval is not None and "verify" in plan.leading_to(until):
@@ -129,16 +152,24 @@ def _push(run: Run, progress: Progress) -> None:
     progress.say(f"upload: {repository}")
     try:
         HfApi().create_repo(repository, exist_ok=True)
-        HfApi().upload_folder(repo_id=repository, folder_path=run.directory / LINKS[final], commit_message=f"{run.plan.recipe.name} by reapkit")
+        HfApi().upload_folder(
+            repo_id=repository,
+            folder_path=run.directory / LINKS[final],
+            commit_message=f"{run.plan.recipe.name} by reapkit",
+        )
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
-        raise StageFailed(f"upload to {repository}: {error}. The result is in {run.directory / LINKS[final]}; run again to retry.") from error
+        raise StageFailed(
+            f"upload to {repository}: {error}. The result is in {run.directory / LINKS[final]}; run again to retry."
+        ) from error
 
 
 def _finished(run: Run, stage: Stage, progress: Progress) -> Artifact:
     """The stage's artifact: from the store, or made now."""
     store = store_of(run.plan.recipe)
     register(store, run.directory, {stage.name: store.directory(stage.name, stage.key).name})
-    if stage.hit and store.get(stage.name, stage.key) is not None:  # registered by now, so nobody clears it away any more
+    if (
+        stage.hit and store.get(stage.name, stage.key) is not None
+    ):  # registered by now, so nobody clears it away any more
         progress.say(f"{stage.name}: in the store ({stage.artifact.directory.name})")
         run.warnings += stage.artifact.manifest.get("warnings", [])
         return stage.artifact
@@ -163,7 +194,9 @@ def _remark(artifact: Artifact) -> str:
         return f", {summary['tokens']:,} tokens, {speed}"
     if artifact.stage != "evaluate":
         return ""
-    return f". {summary['advice']}" if summary["verdict"] == "pass" else f": {summary['verdict']}"  # the reasons come with the error
+    return (
+        f". {summary['advice']}" if summary["verdict"] == "pass" else f": {summary['verdict']}"
+    )  # the reasons come with the error
 
 
 def _execute(run: Run, stage: Stage, progress: Progress) -> Artifact:
@@ -175,23 +208,37 @@ def _execute(run: Run, stage: Stage, progress: Progress) -> Artifact:
     context = Context(run.plan, inputs, payload, work, listening, stage.spec.get("candidate"), run.ranks)
     started = time.time()
     try:
-        summary = importlib.import_module(f"reapkit.pipeline.stages.{'imported' if 'imported' in stage.spec else stage.name}").run(context)
+        summary = importlib.import_module(
+            f"reapkit.pipeline.stages.{'imported' if 'imported' in stage.spec else stage.name}"
+        ).run(context)
     except (OSError, MemoryError) as error:
         if isinstance(error, ReapkitError):
             raise
         raise StageFailed(f"{stage.name}: {_explain(error)} Run the same command again to resume.") from error
     shutil.rmtree(work, ignore_errors=True)
-    return store.finish(stage.name, stage.key, {
-        "spec": stage.spec, "inputs": {name: run.artifacts[name].key for name in stage.inputs}, "summary": summary,
-        "seconds": round(time.time() - started, 3), "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "versions": versions(), "warnings": listening.heard})
+    return store.finish(
+        stage.name,
+        stage.key,
+        {
+            "spec": stage.spec,
+            "inputs": {name: run.artifacts[name].key for name in stage.inputs},
+            "summary": summary,
+            "seconds": round(time.time() - started, 3),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "versions": versions(),
+            "warnings": listening.heard,
+        },
+    )
 
 
 def _explain(error: OSError | MemoryError) -> str:
     if isinstance(error, MemoryError):
         return "ran out of memory. Lower runtime.batch_tokens."
     if error.errno == 28:
-        return f"no space left on device{f' ({error.filename})' if error.filename else ''}. Free some, or move runtime.store."
+        return (
+            f"no space left on device{f' ({error.filename})' if error.filename else ''}. Free some, or move"
+            " runtime.store."
+        )
     return f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}."
 
 
@@ -200,7 +247,9 @@ def _stop_if_rejected(run: Run, progress: Progress) -> None:
     action = {"reject": evaluate.on_reject, "undecided": evaluate.on_undecided}.get(summary["verdict"], "go on")
     if action == "stop":
         write_rejected_report(run.plan, run.artifacts, run.directory)
-        raise RejectedByGates(f"{summary['advice']}\nNo weight was written. All numbers: {run.directory / 'report.html'}")
+        raise RejectedByGates(
+            f"{summary['advice']}\nNo weight was written. All numbers: {run.directory / 'report.html'}"
+        )
     if action == "warn":
         progress.warn(summary["advice"])
         run.warnings.append(summary["advice"])
@@ -210,8 +259,10 @@ def _stop_if_final_rejected(run: Run) -> None:
     """A rejected directory is not published; an undecided one is there, and the command says that nobody knows yet."""
     summary, evaluate = run.summary("verify"), run.plan.recipe.evaluate
     final = next((LINKS[stage] for stage in reversed(MODEL_STAGES) if stage in run.artifacts), "")
-    where = {"reject": f"It was kept as {run.directory / f'{final}.rejected'}, unpublished.",
-             "undecided": f"It was written to {run.directory / final}, and not uploaded."}.get(summary.get("verdict"))
+    where = {
+        "reject": f"It was kept as {run.directory / f'{final}.rejected'}, unpublished.",
+        "undecided": f"It was written to {run.directory / final}, and not uploaded.",
+    }.get(summary.get("verdict"))
     if where and (summary["verdict"] == "reject" or evaluate.on_undecided == "stop"):
         raise RejectedByGates(f"{summary['advice']}\n{where} All numbers: {run.directory / 'report.html'}")
 
@@ -284,7 +335,18 @@ def describe(run: Run) -> dict[str, Any]:
     for name in STAGES:
         if name in run.artifacts:
             artifact = run.artifacts[name]
-            stages[name] = {"key": artifact.key, "artifact": artifact.directory.name, "executed": name in run.executed,
-                            "seconds": artifact.manifest["seconds"], "summary": dict(artifact.summary)}
-    return {"name": run.plan.recipe.name, "recipe": run.plan.loaded.shown,
-            "model": run.plan.recipe.model.source, "stages": stages, "warnings": list(dict.fromkeys(run.warnings)), "versions": versions()}
+            stages[name] = {
+                "key": artifact.key,
+                "artifact": artifact.directory.name,
+                "executed": name in run.executed,
+                "seconds": artifact.manifest["seconds"],
+                "summary": dict(artifact.summary),
+            }
+    return {
+        "name": run.plan.recipe.name,
+        "recipe": run.plan.loaded.shown,
+        "model": run.plan.recipe.model.source,
+        "stages": stages,
+        "warnings": list(dict.fromkeys(run.warnings)),
+        "versions": versions(),
+    }

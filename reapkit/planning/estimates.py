@@ -1,6 +1,8 @@
-"""What a run takes: memory per placement, tokens, FLOPs, bytes read and written. From config and headers alone; torch-free.
+"""What a run takes: memory per placement, tokens, FLOPs, bytes read and written. From config and headers alone;
+torch-free.
 
-The figures are bounds to plan with, not measurements: weights are exact, activations are counted from the widths of one batch.
+The figures are bounds to plan with, not measurements: weights are exact, activations are counted from the widths of one
+batch.
 """
 
 from __future__ import annotations
@@ -20,8 +22,12 @@ from reapkit.quantization.schemes import kept_share
 
 COMPUTE_BYTES = 2  # bf16: FP8 and MXFP4 weights are dequantized to it
 LOGITS_BYTES = 256_000_000  # logits are taken in chunks of this size
-HIDDEN_COPIES = 8  # hidden-sized tensors that live at once in a decoder layer: residual, norms, attention in- and outputs
-STREAMED_LAYERS = 2  # one computing, one read ahead, each in a block that is filled again (measured by benchmarks/streaming.py)
+HIDDEN_COPIES = (
+    8  # hidden-sized tensors that live at once in a decoder layer: residual, norms, attention in- and outputs
+)
+STREAMED_LAYERS = (
+    2  # one computing, one read ahead, each in a block that is filled again (measured by benchmarks/streaming.py)
+)
 READ_BUFFER_BYTES = 100_000_000  # what is cast or dequantized at once, the hashes' chunks, kernels that torch keeps
 SAFE_SHARE = 0.85  # of what is free; the rest is for fragmentation and the libraries themselves
 HOST_BASE_BYTES = 2_000_000_000  # Python, torch, transformers
@@ -31,7 +37,8 @@ REROUTE_CHUNK_BYTES = 512 << 20  # of all experts' outputs held at once
 
 @dataclass(frozen=True)
 class Footprint:
-    """Peak bytes on the device and on the host in one placement; on a machine without accelerator both are the host's."""
+    """Peak bytes on the device and on the host in one placement; on a machine without accelerator both are the
+    host's."""
 
     device: int
     host: int
@@ -47,8 +54,8 @@ class Machine:
 
 @dataclass(frozen=True)
 class Reroute:
-    """The reroute sample: tokens, FLOPs of all experts on it in all layers, bytes on the device while one layer's path is found, and
-    bytes of block inputs that wait on disk."""
+    """The reroute sample: tokens, FLOPs of all experts on it in all layers, bytes on the device while one layer's path
+    is found, and bytes of block inputs that wait on disk."""
 
     tokens: int
     flops: float
@@ -58,8 +65,9 @@ class Reroute:
 
 @dataclass(frozen=True)
 class Estimates:
-    """`tokens`: of the calibration, exact once it is prepared, else at most. `flops`: of the observing forward. `hidden_bytes`: what waits
-    between two layers in streaming; `written`: bytes that stages still to run leave on disk."""
+    """`tokens`: of the calibration, exact once it is prepared, else at most. `flops`: of the observing forward.
+    `hidden_bytes`: what waits between two layers in streaming; `written`: bytes that stages still to run leave on
+    disk."""
 
     tokens: int
     tokens_exact: bool
@@ -92,9 +100,25 @@ def estimate(plan: Plan, share: int = 1) -> Estimates:
     least = plan.recipe.runtime.batch_tokens * int(text_config(plan.checkpoint.config)["hidden_size"]) * COMPUTE_BYTES
     waves = -(-hidden // max(budget, least))
     waves = 1 if placement == "resident" or plan.recipe.runtime.offload_directory else max(1, waves)
-    fits = footprints[placement].device <= (machine.host if machine.device is None else machine.device) and footprints[placement].host <= machine.host
-    return Estimates(tokens, exact, 2.0 * plan.base.active_parameters * tokens, footprints, hidden,
-                     plan.checkpoint.nbytes * (waves if placement == "streaming" else 1), _written(plan), machine, placement, fits, waves, budget, reroute)
+    fits = (
+        footprints[placement].device <= (machine.host if machine.device is None else machine.device)
+        and footprints[placement].host <= machine.host
+    )
+    return Estimates(
+        tokens,
+        exact,
+        2.0 * plan.base.active_parameters * tokens,
+        footprints,
+        hidden,
+        plan.checkpoint.nbytes * (waves if placement == "streaming" else 1),
+        _written(plan),
+        machine,
+        placement,
+        fits,
+        waves,
+        budget,
+        reroute,
+    )
 
 
 def choose_placement(resident: Footprint, machine: Machine) -> str:
@@ -115,15 +139,18 @@ def machine_memory() -> Machine:
 
 
 def missing_disk(plan: Plan, until: str | None = None) -> str | None:
-    """A sentence if the store's disk has no room for what is still to be written up to the end of stage `until`, else None."""
+    """A sentence if the store's disk has no room for what is still to be written up to the end of stage `until`, else
+    None."""
     needed, place = _written(plan, until), Path(plan.recipe.runtime.store).absolute()
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
     if needed <= free:
         return None
-    return (f"{place}: {needed / 1e9:.3g} GB will be written and {free / 1e9:.3g} GB are free. Free some, set runtime.store to another disk, "
-            "or keep less (output.keep).")
+    return (
+        f"{place}: {needed / 1e9:.3g} GB will be written and {free / 1e9:.3g} GB are free. Free some, set runtime.store"
+        " to another disk, or keep less (output.keep)."
+    )
 
 
 def _tokens(plan: Plan) -> tuple[int, bool]:
@@ -144,16 +171,25 @@ def _footprints(plan: Plan, tokens: int) -> tuple[dict[str, Footprint], int]:
     observed, experts = len(plan.layout.layers) + len(plan.mtp), plan.checkpoint.architecture.num_experts
     statistics = observed * len(plan.recipe.calibration.mix) * experts * 8 * (20 + experts)
     rest += _mtp_weights(plan)
-    return {"resident": Footprint(rest + sum(weights.values()) + batch, HOST_BASE_BYTES + statistics),
-            "streaming": Footprint(rest + STREAMED_LAYERS * largest + READ_BUFFER_BYTES + batch, HOST_BASE_BYTES + statistics + largest)}, hidden
+    return {
+        "resident": Footprint(rest + sum(weights.values()) + batch, HOST_BASE_BYTES + statistics),
+        "streaming": Footprint(
+            rest + STREAMED_LAYERS * largest + READ_BUFFER_BYTES + batch, HOST_BASE_BYTES + statistics + largest
+        ),
+    }, hidden
 
 
 def _reroute(plan: Plan, tokens: int) -> Reroute | None:
-    """Every expert computes every sampled token once: two FLOPs per weight of its three matrices, and the inner products."""
+    """Every expert computes every sampled token once: two FLOPs per weight of its three matrices, and the inner
+    products."""
     sampled = min(plan.recipe.observe.reroute_tokens, tokens)
     if not sampled:
         return None
-    text, experts, layers = text_config(plan.checkpoint.config), plan.checkpoint.architecture.num_experts, len(plan.layout.layers)
+    text, experts, layers = (
+        text_config(plan.checkpoint.config),
+        plan.checkpoint.architecture.num_experts,
+        len(plan.layout.layers),
+    )
     hidden, kept = int(text["hidden_size"]), min(experts, REROUTE_WIDTH)
     inner = int(text.get("moe_intermediate_size") or text.get("intermediate_size") or hidden)
     flops = 2.0 * layers * sampled * experts * hidden * (3 * inner + kept)
@@ -163,16 +199,24 @@ def _reroute(plan: Plan, tokens: int) -> Reroute | None:
 
 
 def _mtp_weights(plan: Plan) -> int:
-    """Bytes of the multi-token-prediction blocks that are observed; they stay in memory, and share the model's embedding and head."""
+    """Bytes of the multi-token-prediction blocks that are observed; they stay in memory, and share the model's
+    embedding and head."""
     if not plan.mtp:
         return 0
-    own = [kind for kind in plan.layout.kinds if kind.tensor.name in plan.layout.mtp_tensors
-           and not kind.tensor.name.endswith(("embed_tokens.weight", "shared_head.head.weight"))]
+    own = [
+        kind
+        for kind in plan.layout.kinds
+        if kind.tensor.name in plan.layout.mtp_tensors
+        and not kind.tensor.name.endswith(("embed_tokens.weight", "shared_head.head.weight"))
+    ]
     return sum(kind.count * _computing_bytes(kind.tensor.dtype, kind.tensor.numel, kind.tensor.name) for kind in own)
 
 
-def layer_weights(checkpoint: Checkpoint, layout: Layout, kept: Mapping[int, int] | None = None) -> dict[int | None, int]:
-    """Bytes of each decoder layer as it computes, and (None) of everything else; multi-token-prediction blocks are not among them.
+def layer_weights(
+    checkpoint: Checkpoint, layout: Layout, kept: Mapping[int, int] | None = None
+) -> dict[int | None, int]:
+    """Bytes of each decoder layer as it computes, and (None) of everything else; multi-token-prediction blocks are not
+    among them.
 
     `kept`: experts that stay, by MoE layer; None: all of them.
     """
@@ -198,11 +242,18 @@ def _computing_bytes(dtype: str, numel: int, name: str) -> int:
 
 
 def activation_bytes(text: Mapping[str, Any], batch_tokens: int) -> int:
-    """What one batch needs beside the weights: hidden-sized tensors, the experts' widest pair tensors, a chunk of logits."""
+    """What one batch needs beside the weights: hidden-sized tensors, the experts' widest pair tensors, a chunk of
+    logits."""
     hidden = int(text["hidden_size"])
     inner = int(text.get("moe_intermediate_size") or text.get("intermediate_size") or hidden)
-    slots = next((int(text[key]) for key in ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
-                  if isinstance(text.get(key), int)), 1)
+    slots = next(
+        (
+            int(text[key])
+            for key in ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+            if isinstance(text.get(key), int)
+        ),
+        1,
+    )
     return batch_tokens * COMPUTE_BYTES * (HIDDEN_COPIES * hidden + slots * (3 * inner + 2 * hidden)) + LOGITS_BYTES
 
 
@@ -210,7 +261,9 @@ def _written(plan: Plan, until: str | None = None) -> int:
     """The largest candidate decides; stages that are in the store, or come after `until`, write nothing."""
     reached = plan.leading_to(until)
     absent = {shard for shard in plan.checkpoint.shards if not (plan.checkpoint.path / shard).exists()}
-    total = sum(tensor.nbytes for tensor in plan.checkpoint.tensors.values() if tensor.shard in absent) if absent else 0  # to be downloaded
+    total = (
+        sum(tensor.nbytes for tensor in plan.checkpoint.tensors.values() if tensor.shard in absent) if absent else 0
+    )  # to be downloaded
     if "prune" in reached and plan.stage("prune").must_run:
         total += max(plan.pruned(candidate).nbytes for candidate in plan.candidates)
     if any(stage.name == "quantize" and stage.must_run and stage.name in reached for stage in plan.stages):

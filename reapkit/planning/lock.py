@@ -1,6 +1,7 @@
 """What a recipe meant on the day it was locked: revisions, file hashes, versions. Torch-free.
 
-`reapkit lock` writes it beside the recipe; `apply --locked` takes the hub revisions from it and refuses to differ in anything else.
+`reapkit lock` writes it beside the recipe; `apply --locked` takes the hub revisions from it and refuses to differ in
+anything else.
 """
 
 from __future__ import annotations
@@ -22,7 +23,16 @@ from reapkit.recipe.loading import LoadedRecipe
 from reapkit.recipe.schema import MixEntry
 
 FORMAT = 1
-PACKAGES = ("reapkit", "torch", "transformers", "llmcompressor", "compressed-tensors", "datasets", "tokenizers", "safetensors")
+PACKAGES = (
+    "reapkit",
+    "torch",
+    "transformers",
+    "llmcompressor",
+    "compressed-tensors",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+)
 NOT_LOCKED = ("runtime", "output")
 
 
@@ -46,16 +56,28 @@ def make_lock(loaded: LoadedRecipe) -> dict[str, Any]:
     checkpoint = model_checkpoint(recipe.model, directory)
     entries = {f"calibration.mix.{entry.name}": entry for entry in recipe.calibration.mix}
     entries |= {f"evaluate.extra_packs.{entry.name}": entry for entry in recipe.evaluate.extra_packs}
-    return {"format": FORMAT, "name": recipe.name, "recipe": recipe_digest(loaded),
-            "model": {"source": recipe.model.source, "revision": _model_revision(loaded, checkpoint.path),
-                      "identity": checkpoint.identity, "tokenizer": tokenizer_identity(checkpoint.path)},
-            "sources": {place: _source(entry, directory) for place, entry in entries.items()},
-            "versions": versions()}
+    return {
+        "format": FORMAT,
+        "name": recipe.name,
+        "recipe": recipe_digest(loaded),
+        "model": {
+            "source": recipe.model.source,
+            "revision": _model_revision(loaded, checkpoint.path),
+            "identity": checkpoint.identity,
+            "tokenizer": tokenizer_identity(checkpoint.path),
+        },
+        "sources": {place: _source(entry, directory) for place, entry in entries.items()},
+        "versions": versions(),
+    }
 
 
 def _source(entry: MixEntry, directory: Path) -> dict[str, Any]:
     identity = source_identity(entry, directory)
-    return identity | {"revision": entry.revision or hub_revision(entry.source, "dataset")} if "hub" in identity else identity
+    return (
+        identity | {"revision": entry.revision or hub_revision(entry.source, "dataset")}
+        if "hub" in identity
+        else identity
+    )
 
 
 def _model_revision(loaded: LoadedRecipe, path: Path) -> str | None:
@@ -92,7 +114,11 @@ def revisions(lock: Mapping[str, Any], loaded: LoadedRecipe) -> list[str]:
     """The `--set` overrides that pin what the recipe leaves open: hub revisions of the model and of its datasets."""
     pins = {"model": lock["model"]["revision"]} if loaded.recipe.model.revision is None else {}
     entries = {f"calibration.mix.{entry.name}": entry for entry in loaded.recipe.calibration.mix}
-    pins |= {place: lock["sources"].get(place, {}).get("revision") for place, entry in entries.items() if entry.revision is None}
+    pins |= {
+        place: lock["sources"].get(place, {}).get("revision")
+        for place, entry in entries.items()
+        if entry.revision is None
+    }
     return [f"{place}.revision='{revision}'" for place, revision in pins.items() if revision]
 
 
@@ -102,10 +128,19 @@ def check_lock(lock: Mapping[str, Any], loaded: LoadedRecipe, own_digest: str, p
     `own_digest`: `recipe_digest` of the recipe before the lock's revisions were put in.
     """
     found = make_lock(loaded) | {"recipe": own_digest}
-    differences = [f"  {place}: locked {_shown(locked)}, found {_shown(now)}" for place, locked, now in _differences(lock, found)]
+    differences = [
+        f"  {place}: locked {_shown(locked)}, found {_shown(now)}" for place, locked, now in _differences(lock, found)
+    ]
     if differences:
-        raise UnusableError("\n".join([f"{path}: {len(differences)} things differ from the lock:", *differences,
-                                       "Restore them, or accept them with `reapkit lock`."]))
+        raise UnusableError(
+            "\n".join(
+                [
+                    f"{path}: {len(differences)} things differ from the lock:",
+                    *differences,
+                    "Restore them, or accept them with `reapkit lock`.",
+                ]
+            )
+        )
 
 
 def recipe_digest(loaded: LoadedRecipe) -> str:
@@ -122,5 +157,11 @@ def _differences(left: Any, right: Any, place: str = "") -> Iterator[tuple[str, 
 
 
 def _shown(value: Any) -> str:
-    text = "nothing" if value is None else json.dumps(value) if isinstance(value, Sequence) and not isinstance(value, str) else str(value)
+    text = (
+        "nothing"
+        if value is None
+        else json.dumps(value)
+        if isinstance(value, Sequence) and not isinstance(value, str)
+        else str(value)
+    )
     return text if len(text) <= 40 else f"{text[:37]}..."

@@ -1,4 +1,5 @@
-"""What a recipe would do to a checkpoint: integers, bytes, and for every stage its key and whether it must run. Torch-free.
+"""What a recipe would do to a checkpoint: integers, bytes, and for every stage its key and whether it must run.
+Torch-free.
 
 A stage's key is a hash of (stage, version, resolved spec, input keys); a key that is in the store is never run again.
 """
@@ -37,7 +38,18 @@ from reapkit.selection.candidates import Candidate, budget_notes, candidates
 from reapkit.selection.criteria import criterion_fingerprint, criterion_problem
 
 STAGES = ("calibrate", "packs", "observe", "select", "repair", "evaluate", "prune", "quantize", "verify", "report")
-VERSIONS = {"calibrate": 1, "packs": 1, "observe": 1, "select": 1, "repair": 1, "evaluate": 3, "prune": 1, "quantize": 3, "verify": 4, "report": 4}
+VERSIONS = {
+    "calibrate": 1,
+    "packs": 1,
+    "observe": 1,
+    "select": 1,
+    "repair": 1,
+    "evaluate": 3,
+    "prune": 1,
+    "quantize": 3,
+    "verify": 4,
+    "report": 4,
+}
 """Raised by one whenever a stage's code would give other bytes for the same spec."""
 
 
@@ -71,7 +83,8 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything decided before any weight is read. `mtp`: the multi-token-prediction layers that are observed and pruned, not dropped."""
+    """Everything decided before any weight is read. `mtp`: the multi-token-prediction layers that are observed and
+    pruned, not dropped."""
 
     loaded: LoadedRecipe
     checkpoint: Checkpoint
@@ -100,16 +113,23 @@ class Plan:
     @cached_property
     def notes(self) -> tuple[str, ...]:
         """What the user should hear before it runs."""
-        notes = budget_notes(self.candidates[0].prune(self.recipe.prune), self.checkpoint.architecture, tuple(self.layout.layers))
-        why = why_unobserved(self.checkpoint, self.layout, trust_remote_code=self.recipe.model.trust_remote_code) if self.imported is None else (
-            "the imported observation does not hold its layers")
+        notes = budget_notes(
+            self.candidates[0].prune(self.recipe.prune), self.checkpoint.architecture, tuple(self.layout.layers)
+        )
+        why = (
+            why_unobserved(self.checkpoint, self.layout, trust_remote_code=self.recipe.model.trust_remote_code)
+            if self.imported is None
+            else ("the imported observation does not hold its layers")
+        )
         notes += mtp_notes(self.recipe.prune.mtp, self.layout, self.mtp, why)
         if self.recipe.quantize.scheme is not None and self.recipe.quantize.recipe is None:
             found = targets(self.checkpoint, self.recipe.quantize, self.layout)
             routed = any(matrix.routed for matrix in found.matrices.values())
             if found.has_stacked_experts or routed and not scheme_of(self.recipe.quantize).experts_reload:
-                notes.append(f"transformers cannot read this model's routed experts in {self.recipe.quantize.scheme}; engines with one module per "
-                             "expert, such as vLLM, can. The result is proven without the loader.")
+                notes.append(
+                    f"transformers cannot read this model's routed experts in {self.recipe.quantize.scheme}; engines"
+                    " with one module per expert, such as vLLM, can. The result is proven without the loader."
+                )
         return tuple(notes)
 
     @cached_property
@@ -126,8 +146,15 @@ class Plan:
     def pruned(self, candidate: Candidate) -> Sizes:
         """The pruned checkpoint's size, from headers alone."""
         kept = self.kept(candidate)
-        weights = active_parameters(self.checkpoint, self.layout, kept=kept, experts_per_token=candidate.experts_per_token)
-        return Sizes({layer: kept[layer] for layer in self.layout.layers}, weights.total, weights.active, pruned_sizes(self.checkpoint, kept, self.layout)[1])
+        weights = active_parameters(
+            self.checkpoint, self.layout, kept=kept, experts_per_token=candidate.experts_per_token
+        )
+        return Sizes(
+            {layer: kept[layer] for layer in self.layout.layers},
+            weights.total,
+            weights.active,
+            pruned_sizes(self.checkpoint, kept, self.layout)[1],
+        )
 
     def quantized_nbytes(self, candidate: Candidate) -> int | None:
         """Bytes of the quantized checkpoint, or None where the recipe quantizes nothing."""
@@ -141,8 +168,11 @@ def plan(recipe: Recipe | LoadedRecipe | str | Path) -> Plan:
     return make_plan(as_loaded(recipe))
 
 
-def load_and_plan(name: str, overrides: Sequence[str] = (), *, download: bool = False, observation: Path | None = None) -> Plan:
-    """The plan of the recipe at a path or of a shipped name; what is wrong with the file and with the budget is raised together.
+def load_and_plan(
+    name: str, overrides: Sequence[str] = (), *, download: bool = False, observation: Path | None = None
+) -> Plan:
+    """The plan of the recipe at a path or of a shipped name; what is wrong with the file and with the budget is raised
+    together.
 
     Raises RecipeError with every problem, UnusableError for the checkpoint of a recipe that is right in itself.
     """
@@ -154,18 +184,22 @@ def load_and_plan(name: str, overrides: Sequence[str] = (), *, download: bool = 
                 make_plan(error.partial)
             except RecipeError as more:
                 known = {problem.path for problem in error.problems}
-                raise RecipeError(in_file_order(error.problems + [p for p in more.problems if p.path not in known])) from None
+                raise RecipeError(
+                    in_file_order(error.problems + [p for p in more.problems if p.path not in known])
+                ) from None
             except ReapkitError:
                 pass  # the checkpoint's turn comes when the recipe is right
         raise
 
 
 def make_plan(loaded: LoadedRecipe, *, download: bool = False, observation: Path | None = None) -> Plan:
-    """The plan of a recipe against its checkpoint and the store; of a hub model that is not in the cache, from its metadata.
+    """The plan of a recipe against its checkpoint and the store; of a hub model that is not in the cache, from its
+    metadata.
 
-    `download` fetches the hub model first: a run needs it, a plan does not. `observation`: the directory of one made elsewhere, which
-    takes the place of observing; its content is its key, whatever the recipe's calibration says.
-    Raises RecipeError with every contradiction between recipe and checkpoint at its line, UnusableError for the checkpoint.
+    `download` fetches the hub model first: a run needs it, a plan does not. `observation`: the directory of one made
+    elsewhere, which takes the place of observing; its content is its key, whatever the recipe's calibration says.
+    Raises RecipeError with every contradiction between recipe and checkpoint at its line, UnusableError for the
+    checkpoint.
     """
     recipe = loaded.recipe
     if str(loaded.directory) not in sys.path:
@@ -177,16 +211,32 @@ def make_plan(loaded: LoadedRecipe, *, download: bool = False, observation: Path
     if observation is not None:
         imported = ImportedObservation.open(observation, store.root / "imports" / "hashes.json")
         imported.check(checkpoint, layout)
-    mtp = observed_mtp(recipe.prune.mtp, checkpoint, layout, trust_remote_code=recipe.model.trust_remote_code,
-                       measured=None if imported is None else imported.facts["layers"])
+    mtp = observed_mtp(
+        recipe.prune.mtp,
+        checkpoint,
+        layout,
+        trust_remote_code=recipe.model.trust_remote_code,
+        measured=None if imported is None else imported.facts["layers"],
+    )
     if imported is not None and recipe.prune.mtp == "observe" and layout.mtp and not mtp:
-        raise loaded.located(RecipeError([Problem("prune.mtp", f"observe, but --observation {observation} does not hold the multi-token-prediction "
-                                                  f"layers {ranges(sorted(layout.mtp))}. Choose drop or auto, or give one that does.")]))
+        raise loaded.located(
+            RecipeError(
+                [
+                    Problem(
+                        "prune.mtp",
+                        f"observe, but --observation {observation} does not hold the multi-token-prediction "
+                        f"layers {ranges(sorted(layout.mtp))}. Choose drop or auto, or give one that does.",
+                    )
+                ]
+            )
+        )
     stages = _stages(loaded, checkpoint, grid, store, imported, mtp)
     return Plan(loaded, checkpoint, layout, grid, stages, imported, mtp)
 
 
-def _check(loaded: LoadedRecipe, checkpoint: Checkpoint, layout: Layout, observation: Path | None) -> tuple[Candidate, ...]:
+def _check(
+    loaded: LoadedRecipe, checkpoint: Checkpoint, layout: Layout, observation: Path | None
+) -> tuple[Candidate, ...]:
     """The concrete candidates; every contradiction of recipe and checkpoint is raised at once."""
     recipe, problems, grid = loaded.recipe, [], ()
     names = [entry.name for entry in recipe.calibration.mix]
@@ -196,15 +246,30 @@ def _check(loaded: LoadedRecipe, checkpoint: Checkpoint, layout: Layout, observa
         problems += error.problems
     problems += check_quantize(checkpoint, recipe.quantize) + _length_problems(recipe, checkpoint)
     problems += _unavailable(recipe, layout, checkpoint, observation) + _source_problems(recipe)
-    problems += [Problem(f"saliency.mix.{name}", f"no source of calibration.mix has this name.{closest(name, names)} Allowed: {', '.join(names)}.")
-                 for name in recipe.saliency.mix or {} if name not in names]
-    problems += ([*_unmeasured(recipe), *_without_path(recipe)] if observation is None else []) + _unmeasured_gates(recipe) + _missing_tasks(loaded)
-    problems += [problem for i, name in enumerate(recipe.evaluate.controls)
-                 if (problem := criterion_problem(name, f"evaluate.controls[{i}]"))]
+    problems += [
+        Problem(
+            f"saliency.mix.{name}",
+            f"no source of calibration.mix has this name.{closest(name, names)} Allowed: {', '.join(names)}.",
+        )
+        for name in recipe.saliency.mix or {}
+        if name not in names
+    ]
+    problems += (
+        ([*_unmeasured(recipe), *_without_path(recipe)] if observation is None else [])
+        + _unmeasured_gates(recipe)
+        + _missing_tasks(loaded)
+    )
+    problems += [
+        problem
+        for i, name in enumerate(recipe.evaluate.controls)
+        if (problem := criterion_problem(name, f"evaluate.controls[{i}]"))
+    ]
     for gates in (recipe.evaluate.gates, recipe.evaluate.gates_quantized):
         try:
-            resolve(gates if gates is None or isinstance(gates, str) else gates.model_dump(exclude_none=True),
-                    [*names, *(entry.name for entry in recipe.evaluate.extra_packs)])
+            resolve(
+                gates if gates is None or isinstance(gates, str) else gates.model_dump(exclude_none=True),
+                [*names, *(entry.name for entry in recipe.evaluate.extra_packs)],
+            )
         except RecipeError as error:
             problems += error.problems
     if problems:
@@ -214,14 +279,32 @@ def _check(loaded: LoadedRecipe, checkpoint: Checkpoint, layout: Layout, observa
 
 def _source_problems(recipe: Recipe) -> list[Problem]:
     """Packaged sources that exist, and a name of its own for every source."""
-    mix, extra, known = recipe.calibration.mix, recipe.evaluate.extra_packs, [f"builtin:{name}" for name in generators.SOURCES]
-    places = [(f"calibration.mix[{i}]", entry) for i, entry in enumerate(mix)] + [(f"evaluate.extra_packs[{i}]", entry) for i, entry in enumerate(extra)]
-    problems = [Problem(f"{place}.source", f"found '{entry.source}', which is not packaged.{closest(entry.source, known)} Allowed: {', '.join(known)}.")
-                for place, entry in places if entry.source.startswith("builtin:") and entry.source not in known]
+    mix, extra, known = (
+        recipe.calibration.mix,
+        recipe.evaluate.extra_packs,
+        [f"builtin:{name}" for name in generators.SOURCES],
+    )
+    places = [(f"calibration.mix[{i}]", entry) for i, entry in enumerate(mix)] + [
+        (f"evaluate.extra_packs[{i}]", entry) for i, entry in enumerate(extra)
+    ]
+    problems = [
+        Problem(
+            f"{place}.source",
+            f"found '{entry.source}', which is not packaged.{closest(entry.source, known)} Allowed:"
+            f" {', '.join(known)}.",
+        )
+        for place, entry in places
+        if entry.source.startswith("builtin:") and entry.source not in known
+    ]
     taken = [entry.name for entry in mix]
     for i, entry in enumerate(extra):
         if entry.name in taken:
-            problems.append(Problem(f"evaluate.extra_packs[{i}].name", f"'{entry.name}' is the name of another source. Give every source its own."))
+            problems.append(
+                Problem(
+                    f"evaluate.extra_packs[{i}].name",
+                    f"'{entry.name}' is the name of another source. Give every source its own.",
+                )
+            )
         taken.append(entry.name)
     return problems
 
@@ -230,8 +313,11 @@ def _unmeasured(recipe: Recipe) -> list[Problem]:
     """Criteria that need what the observation would not collect."""
     if recipe.observe.reroute_tokens:
         return []
-    return [Problem(path, f"{name} is measured while observing, and observe.reroute_tokens is 0. Set it to 8192.")
-            for path, name in _criteria(recipe).items() if name in ("reroute", "reroute-single")]
+    return [
+        Problem(path, f"{name} is measured while observing, and observe.reroute_tokens is 0. Set it to 8192.")
+        for path, name in _criteria(recipe).items()
+        if name in ("reroute", "reroute-single")
+    ]
 
 
 def _without_path(recipe: Recipe) -> list[Problem]:
@@ -239,7 +325,12 @@ def _without_path(recipe: Recipe) -> list[Problem]:
     mix = recipe.saliency.mix
     weighed = {weight for weight in mix.values() if weight} if mix else set()
     everyone_alike = len(weighed) == 1 and all(mix.get(entry.name) for entry in recipe.calibration.mix)
-    if mix is None or everyone_alike or sum(1 for weight in mix.values() if weight) <= 1 or "reroute" not in _criteria(recipe).values():
+    if (
+        mix is None
+        or everyone_alike
+        or sum(1 for weight in mix.values() if weight) <= 1
+        or "reroute" not in _criteria(recipe).values()
+    ):
         return []
     return [Problem("saliency.mix", NO_PATH)]
 
@@ -247,45 +338,73 @@ def _without_path(recipe: Recipe) -> list[Problem]:
 def _criteria(recipe: Recipe) -> dict[str, str]:
     """Where criteria are named -> their names."""
     grid = recipe.prune.candidates.criterion if recipe.prune.candidates else None
-    named = {f"prune.candidates.criterion[{i}]": name for i, name in enumerate(grid)} if grid else {"saliency.criterion": recipe.saliency.criterion}
+    named = (
+        {f"prune.candidates.criterion[{i}]": name for i, name in enumerate(grid)}
+        if grid
+        else {"saliency.criterion": recipe.saliency.criterion}
+    )
     return named | {f"evaluate.controls[{i}]": name for i, name in enumerate(recipe.evaluate.controls)}
 
 
 def _unmeasured_gates(recipe: Recipe) -> list[Problem]:
     """Limits, of those that the user wrote, on what would never be measured: the verdict could only be undecided."""
     evaluate, problems = recipe.evaluate, []
-    for field, instead in (("gates", "Set evaluate.generation, or remove it." if evaluate.generation is None else None),
-                           ("gates_quantized", "Continuations are judged before anything is written: move it to evaluate.gates, or remove it.")):
+    for field, instead in (
+        ("gates", "Set evaluate.generation, or remove it." if evaluate.generation is None else None),
+        (
+            "gates_quantized",
+            "Continuations are judged before anything is written: move it to evaluate.gates, or remove it.",
+        ),
+    ):
         limits = getattr(evaluate, field)
         written = set() if limits is None or isinstance(limits, str) else set(limits.model_dump(exclude_none=True))
-        problems += [Problem(f"evaluate.{field}.{metric}", f"is a limit on generated text, and none would be written. {instead}")
-                     for metric in sorted(written & GENERATION_METRICS) if instead]
+        problems += [
+            Problem(f"evaluate.{field}.{metric}", f"is a limit on generated text, and none would be written. {instead}")
+            for metric in sorted(written & GENERATION_METRICS)
+            if instead
+        ]
     return problems
 
 
 def _missing_tasks(loaded: LoadedRecipe) -> list[Problem]:
     """Task files that are not there; names of lm-eval's own tasks only lm-eval knows."""
     spec = loaded.recipe.evaluate.lm_eval
-    return [Problem(f"evaluate.lm_eval.tasks[{i}]", f"no file '{task}' beside the recipe. Give its path relative to the recipe, or a name that "
-                                                    "lm-eval knows.")
-            for i, task in enumerate(spec.tasks if spec else ()) if task.endswith((".yaml", ".yml")) and not (loaded.directory / task).is_file()]
+    return [
+        Problem(
+            f"evaluate.lm_eval.tasks[{i}]",
+            f"no file '{task}' beside the recipe. Give its path relative to the recipe, or a name that lm-eval knows.",
+        )
+        for i, task in enumerate(spec.tasks if spec else ())
+        if task.endswith((".yaml", ".yml")) and not (loaded.directory / task).is_file()
+    ]
 
 
 def _task_files(loaded: LoadedRecipe) -> dict[str, str]:
     """Content of the task files beside the recipe: another content is another benchmark."""
     spec = loaded.recipe.evaluate.lm_eval
-    return {task: digest_file(loaded.directory / task) for task in (spec.tasks if spec else ()) if (loaded.directory / task).is_file()}
+    return {
+        task: digest_file(loaded.directory / task)
+        for task in (spec.tasks if spec else ())
+        if (loaded.directory / task).is_file()
+    }
 
 
 def _unavailable(recipe: Recipe, layout: Layout, checkpoint: Checkpoint, observation: Path | None) -> list[Problem]:
     """What the language can say and this version cannot do: refused, never silently left out."""
     problems = []
     if recipe.prune.repair is not None and "quantization_config" in checkpoint.config:
-        problems.append(Problem("prune.repair", "ridge re-fits plain weights, but this checkpoint is quantized. Start from its bfloat16 version, "
-                                                "or remove it."))
+        problems.append(
+            Problem(
+                "prune.repair",
+                "ridge re-fits plain weights, but this checkpoint is quantized. Start from its bfloat16 version, "
+                "or remove it.",
+            )
+        )
     why = why_unobserved(checkpoint, layout, trust_remote_code=recipe.model.trust_remote_code)
     if recipe.prune.mtp == "observe" and observation is None and why is not None:
-        problems.append(Problem("prune.mtp", f"observe, but {why}. Choose drop, or auto, which drops what cannot be observed."))
+        problems.append(
+            Problem("prune.mtp", f"observe, but {why}. Choose drop, or auto, which drops what cannot be observed.")
+        )
     return problems
 
 
@@ -296,8 +415,15 @@ def _length_problems(recipe: Recipe, checkpoint: Checkpoint) -> list[Problem]:
     lengths = {"calibration.max_length": calibration.max_length} if "max_length" in calibration.model_fields_set else {}
     if "lengths" in packs.model_fields_set:
         lengths |= {f"evaluate.packs.lengths[{i}]": length for i, length in enumerate(packs.lengths)}
-    return [Problem(path, f"{length}, but the model reads at most {longest} tokens (max_position_embeddings). Choose at most {longest}.")
-            for path, length in lengths.items() if isinstance(longest, int) and length > longest]
+    return [
+        Problem(
+            path,
+            f"{length}, but the model reads at most {longest} tokens (max_position_embeddings). Choose at most"
+            f" {longest}.",
+        )
+        for path, length in lengths.items()
+        if isinstance(longest, int) and length > longest
+    ]
 
 
 def _own_criteria(grid: tuple[Candidate, ...], controls: Sequence[str]) -> dict[str, str]:
@@ -310,9 +436,16 @@ def _dump(section: BaseModel, *, exclude: set[str] | None = None) -> dict[str, A
     return section.model_dump(mode="json", exclude=exclude)
 
 
-def _specs(loaded: LoadedRecipe, checkpoint: Checkpoint, grid: tuple[Candidate, ...], winner: str | None,
-           imported: ImportedObservation | None, mtp: tuple[int, ...]) -> dict[str, Any]:
-    """Stage -> (resolved spec, input stages, stages it only waits for). What is meant to change the output is here; nothing else."""
+def _specs(
+    loaded: LoadedRecipe,
+    checkpoint: Checkpoint,
+    grid: tuple[Candidate, ...],
+    winner: str | None,
+    imported: ImportedObservation | None,
+    mtp: tuple[int, ...],
+) -> dict[str, Any]:
+    """Stage -> (resolved spec, input stages, stages it only waits for). What is meant to change the output is here;
+    nothing else."""
     recipe, directory = loaded.recipe, loaded.directory
     tokenizer = tokenizer_identity(checkpoint.path)
     sources = [source_identity(entry, directory) for entry in recipe.calibration.mix]
@@ -323,36 +456,108 @@ def _specs(loaded: LoadedRecipe, checkpoint: Checkpoint, grid: tuple[Candidate, 
     evaluate, prune = recipe.evaluate, recipe.prune
     repaired = () if prune.repair is None else ("repair",)
     specs = {
-        "calibrate": ({"calibration": _dump(recipe.calibration), "sources": sources, "tokenizer": tokenizer,
-                       "chat_template": template_identity(recipe.calibration.chat_template, directory)}, (), ()),
-        "packs": ({"packs": _dump(evaluate.packs), "extra": [_dump(entry) for entry in evaluate.extra_packs],
-                   "extra_sources": [source_identity(entry, directory) for entry in evaluate.extra_packs]}, ("calibrate",), ()),
-        "observe": ({"observe": _dump(recipe.observe), "model": model} | ({"mtp": list(mtp)} if mtp else {}), ("calibrate",), ()) if imported is None else (
-            {"imported": imported.content, "model": model}, (), ()),
-        "select": ({"saliency": _dump(recipe.saliency), "own_criteria": _own_criteria(grid, evaluate.controls), "prune": _dump(prune, exclude={"repair", "mtp"}),
-                    "controls": list(evaluate.controls)}, ("observe",), ()),
+        "calibrate": (
+            {
+                "calibration": _dump(recipe.calibration),
+                "sources": sources,
+                "tokenizer": tokenizer,
+                "chat_template": template_identity(recipe.calibration.chat_template, directory),
+            },
+            (),
+            (),
+        ),
+        "packs": (
+            {
+                "packs": _dump(evaluate.packs),
+                "extra": [_dump(entry) for entry in evaluate.extra_packs],
+                "extra_sources": [source_identity(entry, directory) for entry in evaluate.extra_packs],
+            },
+            ("calibrate",),
+            (),
+        ),
+        "observe": (
+            (
+                {"observe": _dump(recipe.observe), "model": model} | ({"mtp": list(mtp)} if mtp else {}),
+                ("calibrate",),
+                (),
+            )
+            if imported is None
+            else ({"imported": imported.content, "model": model}, (), ())
+        ),
+        "select": (
+            {
+                "saliency": _dump(recipe.saliency),
+                "own_criteria": _own_criteria(grid, evaluate.controls),
+                "prune": _dump(prune, exclude={"repair", "mtp"}),
+                "controls": list(evaluate.controls),
+            },
+            ("observe",),
+            (),
+        ),
         **({"repair": ({"repair": prune.repair, "model": model}, ("calibrate", "select"), ())} if repaired else {}),
-        "evaluate": ({"evaluate": _dump(evaluate, exclude={"gates_quantized", "on_reject", "on_undecided", "lm_eval", "throughput",
-                                                           "equal_bytes"})},
-                     ("packs", "select", *repaired), ("observe",)),
-        "prune": ({"candidate": winner, "mtp": prune.mtp, "repair": prune.repair, "model": model,
-                   "max_shard_bytes": recipe.output.max_shard_bytes}, ("select", *repaired), ("evaluate",)),
+        "evaluate": (
+            {
+                "evaluate": _dump(
+                    evaluate,
+                    exclude={"gates_quantized", "on_reject", "on_undecided", "lm_eval", "throughput", "equal_bytes"},
+                )
+            },
+            ("packs", "select", *repaired),
+            ("observe",),
+        ),
+        "prune": (
+            {
+                "candidate": winner,
+                "mtp": prune.mtp,
+                "repair": prune.repair,
+                "model": model,
+                "max_shard_bytes": recipe.output.max_shard_bytes,
+            },
+            ("select", *repaired),
+            ("evaluate",),
+        ),
     }
     if quantizes:
-        specs["quantize"] = ({"quantize": _dump(recipe.quantize), "max_shard_bytes": recipe.output.max_shard_bytes},
-                             ("prune", "calibrate") if calibrated else ("prune",), ())
-    alone = {"group_size": recipe.quantize.group_size, "ignore": list(recipe.quantize.ignore)} if evaluate.equal_bytes else None
-    specs["verify"] = ({**{name: _dump(evaluate)[name] for name in ("gates_quantized", "lm_eval", "throughput")}, "equal_bytes": alone,
-                         **({"task_files": files} if (files := _task_files(loaded)) else {})},
-                       tuple(dict.fromkeys(("packs", "select", *repaired, "prune", final))), ())
-    specs["report"] = ({"name": recipe.name, "description": recipe.description, "card": recipe.output.card,
-                        "source": recipe.model.source},
-                       tuple(dict.fromkeys(("calibrate", "observe", "select", *repaired, "evaluate", "prune", final, "verify"))), ())
+        specs["quantize"] = (
+            {"quantize": _dump(recipe.quantize), "max_shard_bytes": recipe.output.max_shard_bytes},
+            ("prune", "calibrate") if calibrated else ("prune",),
+            (),
+        )
+    alone = (
+        {"group_size": recipe.quantize.group_size, "ignore": list(recipe.quantize.ignore)}
+        if evaluate.equal_bytes
+        else None
+    )
+    specs["verify"] = (
+        {
+            **{name: _dump(evaluate)[name] for name in ("gates_quantized", "lm_eval", "throughput")},
+            "equal_bytes": alone,
+            **({"task_files": files} if (files := _task_files(loaded)) else {}),
+        },
+        tuple(dict.fromkeys(("packs", "select", *repaired, "prune", final))),
+        (),
+    )
+    specs["report"] = (
+        {
+            "name": recipe.name,
+            "description": recipe.description,
+            "card": recipe.output.card,
+            "source": recipe.model.source,
+        },
+        tuple(dict.fromkeys(("calibrate", "observe", "select", *repaired, "evaluate", "prune", final, "verify"))),
+        (),
+    )
     return specs
 
 
-def _stages(loaded: LoadedRecipe, checkpoint: Checkpoint, grid: tuple[Candidate, ...], store: Store,
-            imported: ImportedObservation | None, mtp: tuple[int, ...]) -> tuple[Stage, ...]:
+def _stages(
+    loaded: LoadedRecipe,
+    checkpoint: Checkpoint,
+    grid: tuple[Candidate, ...],
+    store: Store,
+    imported: ImportedObservation | None,
+    mtp: tuple[int, ...],
+) -> tuple[Stage, ...]:
     """Keys forwards, then what must run backwards from the outputs that are wanted."""
     winner = grid[0].name if len(grid) == 1 else None
     specs = _specs(loaded, checkpoint, grid, winner, imported, mtp)
@@ -364,16 +569,22 @@ def _stages(loaded: LoadedRecipe, checkpoint: Checkpoint, grid: tuple[Candidate,
                 spec["candidate"] = judged.summary["chosen"]  # judged well enough to go on, or the run stops before it
         known = all(keys[source] for source in inputs) and spec.get("candidate", "") is not None
         parents = {source: keys[source] for source in inputs}
-        keys[name] = digest({"stage": name, "version": VERSIONS[name], "spec": spec, "inputs": parents}) if known else None
+        keys[name] = (
+            digest({"stage": name, "version": VERSIONS[name], "spec": spec, "inputs": parents}) if known else None
+        )
     artifacts = {name: store.get(name, key) if key else None for name, key in keys.items()}
     must_run, reasons = _must_run(specs, keys, artifacts, loaded.recipe)
-    return tuple(Stage(name, keys[name], spec, inputs, after, artifacts[name], reasons[name], must_run[name])
-                 for name, (spec, inputs, after) in specs.items())
+    return tuple(
+        Stage(name, keys[name], spec, inputs, after, artifacts[name], reasons[name], must_run[name])
+        for name, (spec, inputs, after) in specs.items()
+    )
 
 
-def _must_run(specs: Mapping[str, Any], keys: Mapping[str, str | None], artifacts: Mapping[str, Artifact | None],
-              recipe: Recipe) -> tuple[dict[str, bool], dict[str, str]]:
-    """Backwards: a stage runs if it was never made, or if its files are gone and something that runs, or the user, needs them."""
+def _must_run(
+    specs: Mapping[str, Any], keys: Mapping[str, str | None], artifacts: Mapping[str, Artifact | None], recipe: Recipe
+) -> tuple[dict[str, bool], dict[str, str]]:
+    """Backwards: a stage runs if it was never made, or if its files are gone and something that runs, or the user,
+    needs them."""
     kept = {"prune": "pruned" in recipe.output.keep, "quantize": "quantized" in recipe.output.keep}
     must_run: dict[str, bool] = {}
     reasons: dict[str, str] = {}
@@ -382,7 +593,9 @@ def _must_run(specs: Mapping[str, Any], keys: Mapping[str, str | None], artifact
         readers = [other for other, (_, inputs, _) in specs.items() if name in inputs and must_run.get(other)]
         if artifact is None:
             must_run[name] = True
-            reasons[name] = "waits for the verdict of evaluate" if keys[name] is None else "new, or something it depends on changed"
+            reasons[name] = (
+                "waits for the verdict of evaluate" if keys[name] is None else "new, or something it depends on changed"
+            )
         elif not artifact.has_payload and (readers or kept.get(name)):
             must_run[name] = True
             reasons[name] = f"its files were dropped and {readers[0] if readers else 'output.keep'} needs them"

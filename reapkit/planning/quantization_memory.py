@@ -1,4 +1,5 @@
-"""What quantizing the pruned model takes in memory, and whether its layers wait on disk meanwhile. From headers alone; torch-free."""
+"""What quantizing the pruned model takes in memory, and whether its layers wait on disk meanwhile. From headers alone;
+torch-free."""
 
 from __future__ import annotations
 
@@ -20,15 +21,18 @@ from reapkit.planning.estimates import (
 from reapkit.planning.plan import Plan
 from reapkit.quantization.schemes import is_fp8, matrices_by_layer
 
-ATTENTION_BYTES = 8  # per score of the plain attention that llm-compressor calibrates with: bf16, its float32 softmax, bf16 again
+ATTENTION_BYTES = (
+    8  # per score of the plain attention that llm-compressor calibrates with: bf16, its float32 softmax, bf16 again
+)
 FLOAT32 = 4
 LAYERS_WHILE_READ = 2  # one as transformers holds it, one taken apart
 
 
 @dataclass(frozen=True)
 class QuantizeMemory:
-    """`in_memory`: with all weights on the host; `on_disk`: with the decoder layers on disk until their turn (None: never, as with rtn, which
-    holds a shard at most). `offloads`: which of the two it will be. `disk`: bytes that the layers take on disk meanwhile.
+    """`in_memory`: with all weights on the host; `on_disk`: with the decoder layers on disk until their turn (None:
+    never, as with rtn, which holds a shard at most). `offloads`: which of the two it will be. `disk`: bytes that the
+    layers take on disk meanwhile.
 
     Without an accelerator a footprint's two numbers are both the host's, and add up.
     """
@@ -47,8 +51,8 @@ class QuantizeMemory:
 def quantize_memory(plan: Plan, machine: Machine | None = None) -> QuantizeMemory | None:
     """The figures for the largest candidate, or None where the recipe quantizes nothing.
 
-    Device: one layer, what its calibration collects (for gptq a float32 Hessian [inputs, inputs] of every quantized matrix in it), one
-    batch. Host: weights, the calibration's hidden states, one shard of the result.
+    Device: one layer, what its calibration collects (for gptq a float32 Hessian [inputs, inputs] of every quantized
+    matrix in it), one batch. Host: weights, the calibration's hidden states, one shard of the result.
     """
     spec = plan.recipe.quantize
     if spec.scheme is None and spec.recipe is None:
@@ -59,7 +63,9 @@ def quantize_memory(plan: Plan, machine: Machine | None = None) -> QuantizeMemor
     found = matrices_by_layer(plan.checkpoint, spec, kept)
     stacked = any(len(matrix.tensor.shape) == 3 for each in found.values() for matrix, _ in each)
     if spec.method == "rtn" and spec.recipe is None and not stacked:
-        shard = min(plan.recipe.output.max_shard_bytes, plan.pruned(candidate).nbytes) * (2 if is_fp8(plan.checkpoint.config) else 1)
+        shard = min(plan.recipe.output.max_shard_bytes, plan.pruned(candidate).nbytes) * (
+            2 if is_fp8(plan.checkpoint.config) else 1
+        )
         return QuantizeMemory("rtn", Footprint(shard, HOST_BASE_BYTES + written), None, False, 0)
     weights: dict[int | None, int] = dict(layer_weights(plan.checkpoint, plan.layout, kept))
     rest = weights.pop(None)
@@ -73,7 +79,9 @@ def quantize_memory(plan: Plan, machine: Machine | None = None) -> QuantizeMemor
     needed = in_memory.host if machine.device is not None else in_memory.host + in_memory.device
     placement = plan.recipe.runtime.placement
     offloads = placement == "streaming" or placement == "auto" and needed > SAFE_SHARE * machine.host
-    return QuantizeMemory("raw recipe" if spec.recipe is not None else spec.method, in_memory, on_disk, offloads, layers)
+    return QuantizeMemory(
+        "raw recipe" if spec.recipe is not None else spec.method, in_memory, on_disk, offloads, layers
+    )
 
 
 def _calibrating(plan: Plan, found: Mapping[int, list]) -> tuple[int, int]:
@@ -90,7 +98,13 @@ def _calibrating(plan: Plan, found: Mapping[int, list]) -> tuple[int, int]:
     work = 0
     for layer, matrices in found.items():
         for matrix, count in matrices:
-            hessians[layer] += count * matrix.columns ** 2 * FLOAT32
-            work = max(work, FLOAT32 * (3 * matrix.columns ** 2 + 4 * matrix.rows * matrix.columns))
-    collected = max(hessians.values(), default=0) + work if recipe.quantize.method == "gptq" or recipe.quantize.recipe is not None else 0
-    return collected + max(activation_bytes(text, batch) + scores, logits), tokens * int(text["hidden_size"]) * COMPUTE_BYTES
+            hessians[layer] += count * matrix.columns**2 * FLOAT32
+            work = max(work, FLOAT32 * (3 * matrix.columns**2 + 4 * matrix.rows * matrix.columns))
+    collected = (
+        max(hessians.values(), default=0) + work
+        if recipe.quantize.method == "gptq" or recipe.quantize.recipe is not None
+        else 0
+    )
+    return collected + max(activation_bytes(text, batch) + scores, logits), tokens * int(
+        text["hidden_size"]
+    ) * COMPUTE_BYTES

@@ -21,17 +21,27 @@ class RecipeDifference:
 
 def compare_recipes(left: LoadedRecipe, right: LoadedRecipe) -> RecipeDifference:
     """Raises RecipeError where one of them contradicts its checkpoint."""
-    fields = tuple((path, *values) for path, values in differing_fields([each.recipe.model_dump(mode="json") for each in (left, right)]))
+    fields = tuple(
+        (path, *values)
+        for path, values in differing_fields([each.recipe.model_dump(mode="json") for each in (left, right)])
+    )
     try:
         keys = [{stage.name: stage.key for stage in make_plan(each).stages} for each in (left, right)]
     except UnusableError:
         return RecipeDifference(fields, None)
-    return RecipeDifference(fields, tuple(name for name in STAGES if keys[0].get(name) != keys[1].get(name)
-                                          or name in keys[0] and keys[0][name] is None))
+    return RecipeDifference(
+        fields,
+        tuple(
+            name
+            for name in STAGES
+            if keys[0].get(name) != keys[1].get(name) or name in keys[0] and keys[0][name] is None
+        ),
+    )
 
 
 def differing_fields(recipes: Sequence[Any]) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """(path, what each says) of every field that is not the same in all: mappings by key and lists of named items by name, others whole."""
+    """(path, what each says) of every field that is not the same in all: mappings by key and lists of named items by
+    name, others whole."""
     yield from _differing([_by_name(recipe) for recipe in recipes], "")
 
 
@@ -45,4 +55,8 @@ def _differing(values: Sequence[Any], path: str) -> Iterator[tuple[str, tuple[An
 
 def _by_name(value: Any) -> Any:
     named = isinstance(value, list) and value and all(isinstance(item, Mapping) and "name" in item for item in value)
-    return {item["name"]: {key: inner for key, inner in item.items() if key != "name"} for item in value} if named else value
+    return (
+        {item["name"]: {key: inner for key, inner in item.items() if key != "name"} for item in value}
+        if named
+        else value
+    )

@@ -1,4 +1,5 @@
-"""A first recipe for a checkpoint: what its config and headers say, with comments where its owner must decide. Torch-free."""
+"""A first recipe for a checkpoint: what its config and headers say, with comments where its owner must decide.
+Torch-free."""
 
 from __future__ import annotations
 
@@ -23,16 +24,29 @@ def starting_recipe(model: str, directory: Path) -> tuple[str, str]:
     """
     checkpoint = model_checkpoint(ModelSpec(source=model), directory)
     architecture, layout = checkpoint.architecture, read_layout(checkpoint)
-    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", model.removeprefix("builtin:").rstrip("/").split("/")[-1]).strip("-.") or "model"
+    name = (
+        re.sub(r"[^A-Za-z0-9_.-]+", "-", model.removeprefix("builtin:").rstrip("/").split("/")[-1]).strip("-.")
+        or "model"
+    )
     group, longest = group_size(checkpoint), text_config(checkpoint.config).get("max_position_embeddings") or 2048
     mix = _MIX_BUILTIN if model.startswith("builtin:") else _MIX
-    facts = (f"{architecture.model_type}: {len(layout.layers)} MoE layers of {architecture.num_hidden_layers}, top-"
-             f"{architecture.num_experts_per_tok} of {architecture.num_experts} experts, {checkpoint.nbytes / 1e9:.3g} GB")
+    facts = (
+        f"{architecture.model_type}: {len(layout.layers)} MoE layers of {architecture.num_hidden_layers}, top-"
+        f"{architecture.num_experts_per_tok} of {architecture.num_experts} experts, {checkpoint.nbytes / 1e9:.3g} GB"
+    )
     quantize = _quantize(checkpoint, group)
-    return name, _TEMPLATE.format(name=name, model=model, facts=facts, mix=mix, quantize=quantize,
-                                  keep=architecture.num_experts - architecture.num_experts // 2, experts=architecture.num_experts,
-                                  top_k=architecture.num_experts_per_tok, length=min(2048, longest),
-                                  lengths=[length for length in (1024, 2048) if length <= longest] or [longest])
+    return name, _TEMPLATE.format(
+        name=name,
+        model=model,
+        facts=facts,
+        mix=mix,
+        quantize=quantize,
+        keep=architecture.num_experts - architecture.num_experts // 2,
+        experts=architecture.num_experts,
+        top_k=architecture.num_experts_per_tok,
+        length=min(2048, longest),
+        lengths=[length for length in (1024, 2048) if length <= longest] or [longest],
+    )
 
 
 def group_size(checkpoint: Checkpoint) -> int | None:
@@ -43,10 +57,16 @@ def group_size(checkpoint: Checkpoint) -> int | None:
 
 def _quantize(checkpoint: Checkpoint, group: int | None) -> str:
     if kind := quantized_already(checkpoint.config):
-        return f"quantize: {{scheme: null}}            # the weights are {kind} already; see `reapkit schema` for what can follow"
+        return (
+            f"quantize: {{scheme: null}}            # the weights are {kind} already; see `reapkit schema` for what can"
+            " follow"
+        )
     if group is None:
         return "quantize: {scheme: null}            # no usual group size divides every width of this model"
-    return f"quantize: {{scheme: W3A16, method: gptq, group_size: {group}}}   # group_size divides every width of this model"
+    return (
+        f"quantize: {{scheme: W3A16, method: gptq, group_size: {group}}}   # group_size divides every width of this"
+        " model"
+    )
 
 
 _MIX = """    # Weights are shares of samples. Replace these by what the model is for: pruning keeps what it is shown.

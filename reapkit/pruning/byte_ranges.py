@@ -21,8 +21,8 @@ INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class Cut:
-    """One tensor of the result: its name and shape there, and the byte ranges of one file it is made of, in order: a shard of the
-    source, or another file by its absolute path.
+    """One tensor of the result: its name and shape there, and the byte ranges of one file it is made of, in order: a
+    shard of the source, or another file by its absolute path.
     """
 
     name: str
@@ -68,9 +68,16 @@ class Shard:
             yield pending
 
 
-def cut_tensors(source: Checkpoint, layout: Layout, keep: Mapping[int, Sequence[int]], *, drop_mtp: bool,
-                replaced: Mapping[str, tuple[Path, TensorInfo]] | None = None) -> list[Cut]:
-    """The tensors of the result in the source's order: kept experts renumbered from 0, stacked axes sliced, the rest whole.
+def cut_tensors(
+    source: Checkpoint,
+    layout: Layout,
+    keep: Mapping[int, Sequence[int]],
+    *,
+    drop_mtp: bool,
+    replaced: Mapping[str, tuple[Path, TensorInfo]] | None = None,
+) -> list[Cut]:
+    """The tensors of the result in the source's order: kept experts renumbered from 0, stacked axes sliced, the rest
+    whole.
 
     `replaced`: source tensor name -> the file that holds its new bytes, as they are to be written, and where in it.
     """
@@ -94,7 +101,15 @@ def cut_tensors(source: Checkpoint, layout: Layout, keep: Mapping[int, Sequence[
             continue
         if replaced and tensor.name in replaced:
             file, info = replaced[tensor.name]
-            cuts.append(Cut(renamed.get(tensor.name, tensor.name), info.dtype, info.shape, str(file.absolute()), ((info.begin, info.nbytes),)))
+            cuts.append(
+                Cut(
+                    renamed.get(tensor.name, tensor.name),
+                    info.dtype,
+                    info.shape,
+                    str(file.absolute()),
+                    ((info.begin, info.nbytes),),
+                )
+            )
         elif tensor.name in sliced:
             layer, axis = sliced[tensor.name]
             cuts.append(_slice(tensor, axis, layer.num_experts, keep[layer.index]))
@@ -107,10 +122,11 @@ def cut_tensors(source: Checkpoint, layout: Layout, keep: Mapping[int, Sequence[
 def _slice(tensor: TensorInfo, axis: int, num_experts: int, keep: Sequence[int]) -> Cut:
     length = tensor.shape[axis]
     entries = [*keep, *range(num_experts, length)]
-    bits = prod(tensor.shape[axis + 1:]) * DTYPE_BITS[tensor.dtype]
+    bits = prod(tensor.shape[axis + 1 :]) * DTYPE_BITS[tensor.dtype]
     if bits % 8:
-        raise UnusableError(f"tensor {tensor.name} packs entries of axis {axis} within one byte, so it cannot be sliced by "
-                            f"expert.")
+        raise UnusableError(
+            f"tensor {tensor.name} packs entries of axis {axis} within one byte, so it cannot be sliced by expert."
+        )
     inner, outer = bits // 8, prod(tensor.shape[:axis])
     ranges: list[tuple[int, int]] = []
     for block in range(outer):
@@ -121,13 +137,13 @@ def _slice(tensor: TensorInfo, axis: int, num_experts: int, keep: Sequence[int])
                 ranges[-1] = (ranges[-1][0], ranges[-1][1] + inner)
             else:
                 ranges.append((begin, inner))
-    shape = (*tensor.shape[:axis], len(entries), *tensor.shape[axis + 1:])
+    shape = (*tensor.shape[:axis], len(entries), *tensor.shape[axis + 1 :])
     return Cut(tensor.name, tensor.dtype, shape, tensor.shard, tuple(ranges))
 
 
 def lay_out(source: Checkpoint, cuts: Sequence[Cut], max_shard_bytes: int) -> list[Shard]:
-    """The files of the result: filled in the source's order up to `max_shard_bytes` of tensors, large unchanged shards kept
-    whole.
+    """The files of the result: filled in the source's order up to `max_shard_bytes` of tensors, large unchanged shards
+    kept whole.
 
     A tensor larger than `max_shard_bytes` gets a file of its own.
     """
@@ -148,8 +164,11 @@ def lay_out(source: Checkpoint, cuts: Sequence[Cut], max_shard_bytes: int) -> li
             groups.append((None, filling))
         filling.append(cut)
         filled += cut.nbytes
-    names = ["model.safetensors"] if len(groups) == 1 else [f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-                                                            for number in range(1, len(groups) + 1)]
+    names = (
+        ["model.safetensors"]
+        if len(groups) == 1
+        else [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
+    )
     shards = []
     for name, (whole, members) in zip(names, groups, strict=True):
         if whole:
@@ -173,16 +192,22 @@ def _unchanged(source: Checkpoint, cuts: Sequence[Cut], max_shard_bytes: int) ->
             changed.add(cut.shard)
         if cut.shard in left:
             left[cut.shard] -= cut.nbytes
-    candidates = {shard for shard, size in sizes.items()
-                  if shard not in changed and left[shard] == 0 and max_shard_bytes // 2 <= size <= max_shard_bytes}
+    candidates = {
+        shard
+        for shard, size in sizes.items()
+        if shard not in changed and left[shard] == 0 and max_shard_bytes // 2 <= size <= max_shard_bytes
+    }
     # a shard may hold more than is in use: a tensor that the index finds elsewhere
-    return {shard for shard in candidates
-            if len(_raw_header(source, shard)) + sizes[shard] == (source.path / shard).stat().st_size}
+    return {
+        shard
+        for shard in candidates
+        if len(_raw_header(source, shard)) + sizes[shard] == (source.path / shard).stat().st_size
+    }
 
 
 def _aligned(cuts: Sequence[Cut]) -> tuple[Cut, ...]:
-    """In the given order where every tensor then starts at a multiple of its item size, else larger items first (readers map
-    them)."""
+    """In the given order where every tensor then starts at a multiple of its item size, else larger items first
+    (readers map them)."""
     position = 0
     for cut in cuts:
         item = max(1, DTYPE_BITS[cut.dtype] // 8)
@@ -197,7 +222,11 @@ def encode_header(cuts: Sequence[Cut], metadata: Mapping[str, str]) -> bytes:
     entries: dict[str, object] = {"__metadata__": dict(metadata)}
     position = 0
     for cut in cuts:
-        entries[cut.name] = {"dtype": cut.dtype, "shape": list(cut.shape), "data_offsets": [position, position + cut.nbytes]}
+        entries[cut.name] = {
+            "dtype": cut.dtype,
+            "shape": list(cut.shape),
+            "data_offsets": [position, position + cut.nbytes],
+        }
         position += cut.nbytes
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)

@@ -40,7 +40,8 @@ RAGGED_MODULE = "modeling_ragged"
 
 @dataclass(frozen=True)
 class PrunedCheckpoint:
-    """What was written: sha256 and bytes of each shard, experts kept by layer, whether multi-token prediction was dropped."""
+    """What was written: sha256 and bytes of each shard, experts kept by layer, whether multi-token prediction was
+    dropped."""
 
     path: Path
     shards: Mapping[str, Mapping[str, Any]]
@@ -53,16 +54,26 @@ class PrunedCheckpoint:
         return sum(shard["bytes"] for shard in self.shards.values())
 
 
-def prune_checkpoint(source: Checkpoint, selection: Selection, out: Path, *, max_shard_bytes: int = 5_000_000_000,
-                     mtp: Literal["auto", "observe", "drop"] = "auto", layout: Literal["uniform", "ragged"] = "uniform",
-                     repaired: RepairedWeights | None = None, progress: Progress = SILENT) -> PrunedCheckpoint:
-    """Writes to `out` the checkpoint without the dropped experts: kept tensors bit-equal, config edited, other files copied.
+def prune_checkpoint(
+    source: Checkpoint,
+    selection: Selection,
+    out: Path,
+    *,
+    max_shard_bytes: int = 5_000_000_000,
+    mtp: Literal["auto", "observe", "drop"] = "auto",
+    layout: Literal["uniform", "ragged"] = "uniform",
+    repaired: RepairedWeights | None = None,
+    progress: Progress = SILENT,
+) -> PrunedCheckpoint:
+    """Writes to `out` the checkpoint without the dropped experts: kept tensors bit-equal, config edited, other files
+    copied.
 
-    `mtp`: `drop` removes multi-token-prediction blocks and their config fields; `observe` needs the selection to cover them;
-    `auto` keeps them if it does (or if they hold no experts) and else drops them with a warning. Layers the selection omits
-    stay whole. `layout: ragged` allows different numbers of experts per layer: config.json lists them, and a modelling file
-    that transformers can load them with travels along. `repaired`: re-fitted expert matrices that take the place of the source's. Interrupted, it continues after the last finished shard when called
-    again with the same arguments, and gives the same bytes.
+    `mtp`: `drop` removes multi-token-prediction blocks and their config fields; `observe` needs the selection to cover
+    them; `auto` keeps them if it does (or if they hold no experts) and else drops them with a warning. Layers the
+    selection omits stay whole. `layout: ragged` allows different numbers of experts per layer: config.json lists them,
+    and a modelling file that transformers can load them with travels along. `repaired`: re-fitted expert matrices that
+    take the place of the source's. Interrupted, it continues after the last finished shard when called again with the
+    same arguments, and gives the same bytes.
 
     Raises UnusableError for a selection that does not fit, StageFailed where the disk or the source gives way.
     """
@@ -95,30 +106,46 @@ def prune_checkpoint(source: Checkpoint, selection: Selection, out: Path, *, max
         _write_small_files(source, out, shards, copies, texts)
         kept = {index: len(experts) for index, experts in keep.items()}
         kept_by_layer = {str(index): list(keep[index]) for index in sorted(keep)}
-        write_json(out / MANIFEST, {**manifest, "complete": True, "source": source.identity, "keep": kept_by_layer,
-                                    "shards": dict(sorted(written.items()))})
+        write_json(
+            out / MANIFEST,
+            {
+                **manifest,
+                "complete": True,
+                "source": source.identity,
+                "keep": kept_by_layer,
+                "shards": dict(sorted(written.items())),
+            },
+        )
     if left_out:
-        progress.warn(f"prune: {len(left_out)} files that hold the unpruned weights in other formats were not copied, such as "
-                      f"{left_out[0]}.")
+        progress.warn(
+            f"prune: {len(left_out)} files that hold the unpruned weights in other formats were not copied, such as "
+            f"{left_out[0]}."
+        )
     return PrunedCheckpoint(out, written, kept, drop_mtp and bool(found.mtp_tensors), left_out)
 
 
 def _fitting(repaired: RepairedWeights, keep: Mapping[int, Sequence[int]]) -> dict[str, tuple[Path, TensorInfo]]:
     for layer, names in repaired.layers.items():
         if tuple(keep.get(layer, ())) != names.keep:
-            raise UnusableError(f"{repaired.directory}: layer {layer} was re-fitted for other kept experts than the selection's. Run the repair "
-                                "stage again.")
+            raise UnusableError(
+                f"{repaired.directory}: layer {layer} was re-fitted for other kept experts than the selection's. Run"
+                " the repair stage again."
+            )
     return repaired.tensors()
 
 
 def _drops_mtp(layout: Layout, selection: Selection, mtp: str, progress: Progress) -> bool:
     lacking = sorted(index for index in layout.mtp if index not in selection.layers)
     if mtp == "observe" and lacking:
-        raise UnusableError("prune.mtp: observe, but the selection has no experts for the multi-token-prediction layers "
-                            f"{lacking}. Observe them, or set prune.mtp to drop.")
+        raise UnusableError(
+            "prune.mtp: observe, but the selection has no experts for the multi-token-prediction layers "
+            f"{lacking}. Observe them, or set prune.mtp to drop."
+        )
     if mtp == "auto" and lacking:
-        progress.warn(f"prune: multi-token-prediction layers {lacking} were not observed and are dropped; speculative decoding "
-                      "with them is lost.")
+        progress.warn(
+            f"prune: multi-token-prediction layers {lacking} were not observed and are dropped; speculative decoding "
+            "with them is lost."
+        )
     return mtp == "drop" or bool(lacking)
 
 
@@ -127,28 +154,37 @@ def _kept(layout: Layout, selection: Selection, source: Checkpoint, drop_mtp: bo
     layers = {**layout.layers, **({} if drop_mtp else layout.mtp)}
     known = {**layout.layers, **layout.mtp}
     if strange := sorted(set(selection.layers) - set(known)):
-        raise UnusableError(f"the selection names layers {strange}, where {source.path} routes no experts. It has experts in "
-                            f"layers {min(known)} to {max(known)}. Use the selection of this model.")
+        raise UnusableError(
+            f"the selection names layers {strange}, where {source.path} routes no experts. It has experts in "
+            f"layers {min(known)} to {max(known)}. Use the selection of this model."
+        )
     architecture = source.architecture
     top_k = selection.experts_per_token or architecture.num_experts_per_tok
     keep: dict[int, tuple[int, ...]] = {}
     for index, layer in layers.items():
         chosen = tuple(selection.layers[index].keep) if index in selection.layers else tuple(range(layer.num_experts))
         if list(chosen) != sorted(set(chosen)) or not chosen or chosen[0] < 0 or chosen[-1] >= layer.num_experts:
-            raise UnusableError(f"the selection of layer {index} must list different experts from 0 to {layer.num_experts - 1} "
-                                f"in ascending order, but it is {list(chosen)}.")
+            raise UnusableError(
+                f"the selection of layer {index} must list different experts from 0 to {layer.num_experts - 1} "
+                f"in ascending order, but it is {list(chosen)}."
+            )
         if layer.table and len(chosen) < layer.num_experts:
-            raise UnusableError(f"layer {index} assigns tokens to experts by a fixed table ({layer.table}); dropping an expert "
-                                f"would leave its tokens without one. Exclude the layer with a cap {{layers: [{index}], "
-                                "keep_all: true}}.")
+            raise UnusableError(
+                f"layer {index} assigns tokens to experts by a fixed table ({layer.table}); dropping an expert "
+                f"would leave its tokens without one. Exclude the layer with a cap {{layers: [{index}], "
+                "keep_all: true}}."
+            )
         if len(chosen) < top_k:
-            raise UnusableError(f"the selection keeps {len(chosen)} experts in layer {index}, but each token is routed to "
-                                f"{top_k}.")
+            raise UnusableError(
+                f"the selection keeps {len(chosen)} experts in layer {index}, but each token is routed to {top_k}."
+            )
         group = layer.num_experts // architecture.n_group
         sizes = {sum(1 for expert in chosen if expert // group == number) for number in range(architecture.n_group)}
         if len(sizes) > 1:
-            raise UnusableError(f"the selection keeps unequal numbers of experts in the {architecture.n_group} groups of layer "
-                                f"{index}; the router cuts its experts into equal groups (n_group).")
+            raise UnusableError(
+                f"the selection keeps unequal numbers of experts in the {architecture.n_group} groups of layer "
+                f"{index}; the router cuts its experts into equal groups (n_group)."
+            )
         keep[index] = chosen
     return keep
 
@@ -158,14 +194,20 @@ def _is_ragged(source: Checkpoint, keep: Mapping[int, Sequence[int]], layout: st
     if len(counts) == 1:
         return False
     if layout == "uniform":
-        raise UnusableError(f"the selection keeps between {min(counts)} and {max(counts)} experts per layer; a checkpoint "
-                            "without ragged layout declares one number. Set prune.layout to ragged or loosen the caps.")
+        raise UnusableError(
+            f"the selection keeps between {min(counts)} and {max(counts)} experts per layer; a checkpoint "
+            "without ragged layout declares one number. Set prune.layout to ragged or loosen the caps."
+        )
     if source.config.get("auto_map") and not _is_ragged_source(source):
-        raise UnusableError(f"{source.path}: its config names modelling code of its own (auto_map), which cannot be told a "
-                            "number of experts per layer. Set prune.layout to uniform.")
+        raise UnusableError(
+            f"{source.path}: its config names modelling code of its own (auto_map), which cannot be told a "
+            "number of experts per layer. Set prune.layout to uniform."
+        )
     if not source.config.get("architectures"):
-        raise UnusableError(f"{source.path}: config.json names no class in `architectures`, so no ragged model of it could be "
-                            "loaded. Set prune.layout to uniform.")
+        raise UnusableError(
+            f"{source.path}: config.json names no class in `architectures`, so no ragged model of it could be "
+            "loaded. Set prune.layout to uniform."
+        )
     return True
 
 
@@ -188,17 +230,30 @@ def _renamer(source: Checkpoint, layout: Layout, keep: Mapping[int, Sequence[int
     return expert_renamer(renumber, gone, f"{source.path}: quantization config")
 
 
-def _edited_texts(source: Checkpoint, layout: Layout, keep: Mapping[int, Sequence[int]], experts_per_token: int | None,
-                  drop_mtp: bool, rename: Renumber, *, is_ragged: bool) -> dict[str, str]:
+def _edited_texts(
+    source: Checkpoint,
+    layout: Layout,
+    keep: Mapping[int, Sequence[int]],
+    experts_per_token: int | None,
+    drop_mtp: bool,
+    rename: Renumber,
+    *,
+    is_ragged: bool,
+) -> dict[str, str]:
     """The text files of the result that surgery writes, by file name."""
     architecture = source.architecture
     count = max(len(chosen) for chosen in keep.values())
-    counts = Counts((architecture.num_experts, count),
-                    (architecture.num_experts_per_tok, experts_per_token or architecture.num_experts_per_tok),
-                    architecture.n_group, drop_mtp and bool(layout.mtp_tensors))
+    counts = Counts(
+        (architecture.num_experts, count),
+        (architecture.num_experts_per_tok, experts_per_token or architecture.num_experts_per_tok),
+        architecture.n_group,
+        drop_mtp and bool(layout.mtp_tensors),
+    )
     edits = config_edits(source.config, counts, rename)
     texts = {}
-    if is_ragged or RAGGED_KEY in text_config(source.config):  # a ragged source's list must say what its layers now hold
+    if is_ragged or RAGGED_KEY in text_config(
+        source.config
+    ):  # a ragged source's list must say what its layers now hold
         depth = max(architecture.num_hidden_layers, *(index + 1 for index in keep))
         edits[(*text_section(source.config), RAGGED_KEY)] = [len(keep.get(layer, ())) for layer in range(depth)]
     if is_ragged:
@@ -249,16 +304,33 @@ def _is_other_weight(name: str) -> bool:
     """Weights beside the ones in use, and their indexes: they would hold the experts that were dropped."""
     folder, _, file = name.rpartition("/")
     beside = not folder or folder.split("/")[0] in ("original", "metal", "onnx", "gguf")
-    return (file.endswith(OTHER_WEIGHTS) or ".index" in file and file.endswith(".json")
-            or beside and file.endswith(".safetensors"))
+    return (
+        file.endswith(OTHER_WEIGHTS)
+        or ".index" in file
+        and file.endswith(".json")
+        or beside
+        and file.endswith(".safetensors")
+    )
 
 
-def _plan_key(source: Checkpoint, keep: Mapping[int, Sequence[int]], texts: Mapping[str, str], shards: Sequence[Shard],
-              drop_mtp: bool, repaired: RepairedWeights | None) -> str:
-    return digest({**({} if repaired is None else {"repaired": repaired.describe()}),
-                   "source": source.identity, "keep": sorted((index, list(chosen)) for index, chosen in keep.items()),
-                   "texts": dict(texts), "drop_mtp": drop_mtp,
-                   "shards": [(shard.name, shard.nbytes, shard.whole) for shard in shards]})
+def _plan_key(
+    source: Checkpoint,
+    keep: Mapping[int, Sequence[int]],
+    texts: Mapping[str, str],
+    shards: Sequence[Shard],
+    drop_mtp: bool,
+    repaired: RepairedWeights | None,
+) -> str:
+    return digest(
+        {
+            **({} if repaired is None else {"repaired": repaired.describe()}),
+            "source": source.identity,
+            "keep": sorted((index, list(chosen)) for index, chosen in keep.items()),
+            "texts": dict(texts),
+            "drop_mtp": drop_mtp,
+            "shards": [(shard.name, shard.nbytes, shard.whole) for shard in shards],
+        }
+    )
 
 
 def _resume(out: Path, key: str) -> dict[str, Any]:
@@ -272,13 +344,17 @@ def _resume(out: Path, key: str) -> dict[str, Any]:
         if any(path.name.endswith(".safetensors") for path in out.iterdir()):
             raise StageFailed(f"{out} already holds another checkpoint. Remove it or choose another output directory.")
         return {"key": key, "complete": False, "shards": {}}
-    present = {name: shard for name, shard in found["shards"].items()
-               if (out / name).is_file() and (out / name).stat().st_size == shard["bytes"]}
+    present = {
+        name: shard
+        for name, shard in found["shards"].items()
+        if (out / name).is_file() and (out / name).stat().st_size == shard["bytes"]
+    }
     return {"key": key, "complete": False, "shards": present}
 
 
-def _write_small_files(source: Checkpoint, out: Path, shards: Sequence[Shard], copies: Sequence[str],
-                       texts: Mapping[str, str]) -> None:
+def _write_small_files(
+    source: Checkpoint, out: Path, shards: Sequence[Shard], copies: Sequence[str], texts: Mapping[str, str]
+) -> None:
     """Everything but the shards; config.json last, so that an unfinished directory is no model."""
     for name in copies:
         copy_file(source.path / name, out / name)

@@ -1,4 +1,5 @@
-"""Edits of a checkpoint's own JSON, in place: only the values that change are rewritten, every other byte stays. Torch-free."""
+"""Edits of a checkpoint's own JSON, in place: only the values that change are rewritten, every other byte stays.
+Torch-free."""
 
 from __future__ import annotations
 
@@ -37,10 +38,11 @@ class Counts:
 
 
 def config_edits(config: Mapping[str, Any], counts: Counts, rename: Renumber) -> dict[Path, Any]:
-    """New values by path: every count of routed experts wherever nested, top-k, multi-token prediction, names of experts.
+    """New values by path: every count of routed experts wherever nested, top-k, multi-token prediction, names of
+    experts.
 
-    `rename` maps a module or tensor name to its new one, to itself, or to None where the module is gone. Other towers (vision,
-    audio, ...) are left alone. Raises UnusableError where no field that counts experts is found.
+    `rename` maps a module or tensor name to its new one, to itself, or to None where the module is gone. Other towers
+    (vision, audio, ...) are left alone. Raises UnusableError where no field that counts experts is found.
     """
     edits: dict[Path, Any] = {}
 
@@ -58,8 +60,10 @@ def config_edits(config: Mapping[str, Any], counts: Counts, rename: Renumber) ->
     walk(config, ())
     before, after = counts.experts
     if before != after and not any(COUNT_KEY.match(str(path[-1])) for path in edits):
-        raise UnusableError(f"config.json: no field with the value {before} counts the experts (looked for "
-                            f"{', '.join(EXPERT_COUNT_KEYS)}, nested ones too), so the pruned number cannot be declared.")
+        raise UnusableError(
+            f"config.json: no field with the value {before} counts the experts (looked for "
+            f"{', '.join(EXPERT_COUNT_KEYS)}, nested ones too), so the pruned number cannot be declared."
+        )
     return edits
 
 
@@ -69,7 +73,8 @@ def text_section(config: Mapping[str, Any]) -> Path:
 
 
 def _edited(key: str, value: Any, counts: Counts) -> Any | None:
-    """The field's new value, its old one if it is understood and stays, None if it says nothing that pruning touches."""
+    """The field's new value, its old one if it is understood and stays, None if it says nothing that pruning
+    touches."""
     if key in EXPERT_COUNT_KEYS or COUNT_KEY.match(key):
         return _replaced(value, *counts.experts)
     if key in TOP_K_KEYS:
@@ -112,8 +117,11 @@ def renamed(section: Any, rename: Renumber) -> dict[Path, Any]:
         elif isinstance(value, list):
             strings = {item: rename(item) for item in value if isinstance(item, str)}
             if any(new != item for item, new in strings.items()):
-                edits[path] = [strings.get(item, item) if isinstance(item, str) else item
-                               for item in value if not isinstance(item, str) or strings[item] is not None]
+                edits[path] = [
+                    strings.get(item, item) if isinstance(item, str) else item
+                    for item in value
+                    if not isinstance(item, str) or strings[item] is not None
+                ]
                 return
             for number, inner in enumerate(value):
                 walk(inner, (*path, number))
@@ -137,8 +145,8 @@ class _Node:
 def edit_json(text: str, edits: Mapping[Path, Any]) -> str:
     """`text` with the values at the given paths replaced, keys that are missing added at the end of their object.
 
-    Every other character stays as it is, white space and number spelling included. Raises KeyError for a path whose parent is
-    missing.
+    Every other character stays as it is, white space and number spelling included. Raises KeyError for a path whose
+    parent is missing.
     """
     root = _locate(text, _SPACE.match(text).end())
     changes: list[tuple[int, int, str]] = []
@@ -175,13 +183,13 @@ def _locate(text: str, at: int) -> _Node:
 
 
 def _line_indent(text: str, at: int) -> str:
-    line = text[text.rfind("\n", 0, at) + 1:at]
-    return line[:len(line) - len(line.lstrip())]
+    line = text[text.rfind("\n", 0, at) + 1 : at]
+    return line[: len(line) - len(line.lstrip())]
 
 
 def _dump(value: Any, text: str, old: _Node) -> str:
     """`value` in the manner of the value it replaces: on one line if that was, else indented alike."""
-    if "\n" not in text[old.begin:old.end] or not value:
+    if "\n" not in text[old.begin : old.end] or not value:
         return json.dumps(value, ensure_ascii=False)
     indent = _line_indent(text, old.begin)
     step = _step(text, old, indent)
@@ -190,7 +198,7 @@ def _dump(value: Any, text: str, old: _Node) -> str:
 
 def _step(text: str, node: _Node, indent: str) -> str:
     first = next(iter(node.members.values()), None)
-    return (_line_indent(text, first.begin)[len(indent):] if first else "") or "  "
+    return (_line_indent(text, first.begin)[len(indent) :] if first else "") or "  "
 
 
 def _inserted(text: str, parent: _Node, key: str, value: Any) -> tuple[int, int, str]:
@@ -198,7 +206,7 @@ def _inserted(text: str, parent: _Node, key: str, value: Any) -> tuple[int, int,
     if not parent.members:
         return parent.begin, parent.end, "{" + entry + "}"
     last = max(parent.members.values(), key=lambda node: node.end)
-    if "\n" not in text[parent.begin:parent.end]:
+    if "\n" not in text[parent.begin : parent.end]:
         return last.end, last.end, f", {entry}"
     return last.end, last.end, f",\n{_line_indent(text, last.begin)}{entry}"
 
@@ -206,20 +214,26 @@ def _inserted(text: str, parent: _Node, key: str, value: Any) -> tuple[int, int,
 # ---------------------------------------------------------------------------------------------- names of experts
 
 
-def expert_renamer(renumber: Callable[[str, int, int], int | None], gone: Callable[[str], bool], whose: str) -> Renumber:
-    """Maps names such as `model.layers.3.mlp.experts.17.up_proj`: `renumber(name, 3, 17)` is the new expert or None; `gone`
-    names vanish.
+def expert_renamer(
+    renumber: Callable[[str, int, int], int | None], gone: Callable[[str], bool], whose: str
+) -> Renumber:
+    """Maps names such as `model.layers.3.mlp.experts.17.up_proj`: `renumber(name, 3, 17)` is the new expert or None;
+    `gone` names vanish.
 
     Raises UnusableError for a pattern that names expert numbers, which cannot be renumbered layer by layer.
     """
-    numbered = re.compile(r"(?P<head>(?:^|.*?\.)(?P<layer>[0-9]+)\.(?:.*\.)?experts\.)(?P<expert>[0-9]+)(?P<tail>(?:\..*)?)$")
+    numbered = re.compile(
+        r"(?P<head>(?:^|.*?\.)(?P<layer>[0-9]+)\.(?:.*\.)?experts\.)(?P<expert>[0-9]+)(?P<tail>(?:\..*)?)$"
+    )
 
     def rename(name: str) -> str | None:
         if "experts" in name and re.search(r"experts[\\\[\]().]*\d", name):
             match = numbered.match(name)
             if name.startswith("re:") or not match or re.search(r"[*\\\[\]()|^$+?]", name):
-                raise UnusableError(f"{whose}: the pattern {name!r} names experts by number, which pruning renumbers layer by "
-                                    "layer. Replace it by the full module names.")
+                raise UnusableError(
+                    f"{whose}: the pattern {name!r} names experts by number, which pruning renumbers layer by "
+                    "layer. Replace it by the full module names."
+                )
             if gone(name):
                 return None
             new = renumber(name, int(match["layer"]), int(match["expert"]))

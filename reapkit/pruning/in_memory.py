@@ -1,4 +1,5 @@
-"""Pruning of a model that is in memory, for those who hold one: the routed experts, the router's rows, every count that says how many."""
+"""Pruning of a model that is in memory, for those who hold one: the routed experts, the router's rows, every count that
+says how many."""
 
 from __future__ import annotations
 
@@ -19,9 +20,10 @@ from reapkit.selection.selection import Selection
 def prune_loaded(model: nn.Module, selection: Selection) -> None:
     """Removes the experts that `selection` drops from `model`, in place; the config says the new number.
 
-    Experts may be stacked tensors, as transformers builds them, or one MLP each, as llm-compressor linearises them; kept ones are
-    renumbered in ascending order. Nothing is changed where an error is raised: UnusableError where the selection is of another
-    model, leaves layers with different numbers, or changes the top-k, which a loaded model's config cannot say for all its layers.
+    Experts may be stacked tensors, as transformers builds them, or one MLP each, as llm-compressor linearises them;
+    kept ones are renumbered in ascending order. Nothing is changed where an error is raised: UnusableError where the
+    selection is of another model, leaves layers with different numbers, or changes the top-k, which a loaded model's
+    config cannot say for all its layers.
     """
     sites = {site.layer: site for site in find_experts(model)}
     count = _refuse_unfitting(sites, selection)
@@ -45,19 +47,27 @@ def _refuse_unfitting(sites: Mapping[int, RoutedExperts], selection: Selection) 
     for layer in sorted(set(sites) | set(selection.layers)):
         if layer not in sites or layer not in selection.layers:
             here, there = ("the selection", "the model") if layer not in sites else ("the model", "the selection")
-            raise UnusableError(f"layer {layer} has routed experts in {here} and none in {there}: the selection is of another model. "
-                                "Give one that was made for this model.")
+            raise UnusableError(
+                f"layer {layer} has routed experts in {here} and none in {there}: the selection is of another model. "
+                "Give one that was made for this model."
+            )
         chosen = selection.layers[layer]
         if len(chosen.keep) + len(chosen.drop) != sites[layer].num_experts:
-            raise UnusableError(f"layer {layer} has {sites[layer].num_experts} experts, the selection decides about "
-                                f"{len(chosen.keep) + len(chosen.drop)}: it is of another model. Give one that was made for this model.")
+            raise UnusableError(
+                f"layer {layer} has {sites[layer].num_experts} experts, the selection decides about "
+                f"{len(chosen.keep) + len(chosen.drop)}: it is of another model. Give one that was made for this model."
+            )
     counts = {len(chosen.keep) for chosen in selection.layers.values()}
     if len(counts) > 1:
-        raise UnusableError(f"the selection keeps {min(counts)} to {max(counts)} experts, but a model in memory has one number for all layers. "
-                            "Select with layout: uniform, or prune with `reapkit prune`.")
+        raise UnusableError(
+            f"the selection keeps {min(counts)} to {max(counts)} experts, but a model in memory has one number for all"
+            " layers. Select with layout: uniform, or prune with `reapkit prune`."
+        )
     if selection.experts_per_token is not None:
-        raise UnusableError(f"the selection sets experts_per_token: {selection.experts_per_token}, which is not changed in memory. Leave it out, "
-                            "or prune with `reapkit prune`.")
+        raise UnusableError(
+            f"the selection sets experts_per_token: {selection.experts_per_token}, which is not changed in memory."
+            " Leave it out, or prune with `reapkit prune`."
+        )
     return counts.pop()
 
 

@@ -21,17 +21,20 @@ LAYER = re.compile(r"(?:^|\.)([0-9]+)\.")
 
 
 def confirm_layout(source: Checkpoint, layout: Layout, keep: Mapping[int, Sequence[int]]) -> bool:
-    """True where the model built without weights shrinks, layer by layer, by exactly the numbers that the layout would cut.
+    """True where the model built without weights shrinks, layer by layer, by exactly the numbers that the layout would
+    cut.
 
-    False where that cannot be asked: a model type of remote code, a quantized source whose tensors are not the model's own, or
-    layers that keep different numbers. Raises UnusableError naming the layer where model and layout disagree.
+    False where that cannot be asked: a model type of remote code, a quantized source whose tensors are not the model's
+    own, or layers that keep different numbers. Raises UnusableError naming the layer where model and layout disagree.
     """
     counts = {len(keep[index]) for index in layout.layers}
     model_class = getattr(transformers, (source.config.get("architectures") or [""])[0], None)
     if model_class is None or len(counts) > 1 or "quantization_config" in source.config:
         return False
     architecture = source.architecture
-    change = Counts((architecture.num_experts, counts.pop()), (architecture.num_experts_per_tok,) * 2, architecture.n_group)
+    change = Counts(
+        (architecture.num_experts, counts.pop()), (architecture.num_experts_per_tok,) * 2, architecture.n_group
+    )
     text = (source.path / "config.json").read_text()
     edited = edit_json(text, config_edits(source.config, change, lambda name: name))
     before, after = (_numel_by_layer(model_class, config) for config in (text, edited))
@@ -45,15 +48,19 @@ def confirm_layout(source: Checkpoint, layout: Layout, keep: Mapping[int, Sequen
             stored[_layer(tensor.name)] += tensor.numel
     for index in stored.keys() | before.keys():
         if stored[index] - cut[index] != before[index] - after[index]:
-            raise UnusableError(f"{source.path}: in layer {index} the checkpoint's names say that pruning removes "
-                                f"{stored[index] - cut[index]} numbers, the model that transformers builds "
-                                f"{before[index] - after[index]}. "
-                                "Please report the model, with its config.json and the names of that layer's tensors.")
+            raise UnusableError(
+                f"{source.path}: in layer {index} the checkpoint's names say that pruning removes "
+                f"{stored[index] - cut[index]} numbers, the model that transformers builds "
+                f"{before[index] - after[index]}. "
+                "Please report the model, with its config.json and the names of that layer's tensors."
+            )
     return True
 
 
 def _numel_by_layer(model_class: type, config: str) -> Counter[int]:
-    with tempfile.TemporaryDirectory() as directory:  # only reading from a file decodes every value as the library wrote it
+    with (
+        tempfile.TemporaryDirectory() as directory
+    ):  # only reading from a file decodes every value as the library wrote it
         Path(directory, "config.json").write_text(config)
         parsed = model_class.config_class.from_pretrained(directory)
     with torch.device("meta"):

@@ -1,4 +1,5 @@
-"""The record that travels inside a written model directory, and the directory checked against it, wherever it was copied to. Torch-free."""
+"""The record that travels inside a written model directory, and the directory checked against it, wherever it was
+copied to. Torch-free."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ class Finding:
 
 
 def seal(directory: Path, facts: Mapping[str, Any], progress: Progress = SILENT) -> dict[str, Any]:
-    """Writes the record of a finished directory: bytes and sha256 of each shard, and `facts` (source, kept experts, scheme)."""
+    """Writes the record of a finished directory: bytes and sha256 of each shard, and `facts` (source, kept experts,
+    scheme)."""
     shards = {}
     names = Checkpoint.open(directory).shards
     with progress.task("sha256", sum((directory / name).stat().st_size for name in names), "B") as task:
@@ -52,20 +54,31 @@ def read_manifest(directory: Path) -> dict[str, Any]:
             if not isinstance(name, str) or type(shard["bytes"]) is not int or not isinstance(shard["sha256"], str):
                 raise ValueError(f"shard {name} is not described by bytes and sha256")
     except FileNotFoundError:
-        raise UnusableError(f"{directory}: no {MANIFEST} there, so it was not written by reapkit, or by a version that left no record.") from None
+        raise UnusableError(
+            f"{directory}: no {MANIFEST} there, so it was not written by reapkit, or by a version that left no record."
+        ) from None
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise UnusableError(f"{directory / MANIFEST}: unreadable ({type(error).__name__}: {error}). Write the directory again.") from None
+        raise UnusableError(
+            f"{directory / MANIFEST}: unreadable ({type(error).__name__}: {error}). Write the directory again."
+        ) from None
     if not complete:
         raise UnusableError(f"{directory}: writing was not finished there. Run it again, it goes on where it stopped.")
     return manifest
 
 
 def written_directories(path: Path) -> list[Path]:
-    """The model directories that a path means: itself, a store artifact's payload, or those of a run. Raises UnusableError for none."""
-    places = [path, path / "payload", *(path / f"{name}{suffix}" for name in ("pruned", "quantized") for suffix in ("", ".rejected"))]
+    """The model directories that a path means: itself, a store artifact's payload, or those of a run. Raises
+    UnusableError for none."""
+    places = [
+        path,
+        path / "payload",
+        *(path / f"{name}{suffix}" for name in ("pruned", "quantized") for suffix in ("", ".rejected")),
+    ]
     found = [place for place in places if (place / "config.json").is_file() or (place / MANIFEST).is_file()]
     if not found:
-        raise UnusableError(f"{path}: no model directory there. Give one that prune or quantize wrote, or a run that has one.")
+        raise UnusableError(
+            f"{path}: no model directory there. Give one that prune or quantize wrote, or a run that has one."
+        )
     return found[:1] if found[0] == path else found
 
 
@@ -75,9 +88,11 @@ def check_directory(directory: Path, progress: Progress = SILENT) -> list[Findin
     Raises UnusableError where there is no record to check against.
     """
     manifest = read_manifest(directory)
-    checks: list[tuple[str, Callable[[], str]]] = [("config, index, headers", lambda: _headers(directory)),
-                                                   ("shards as recorded", lambda: _shards(directory, manifest)),
-                                                   ("experts, config", lambda: _experts(directory, manifest))]
+    checks: list[tuple[str, Callable[[], str]]] = [
+        ("config, index, headers", lambda: _headers(directory)),
+        ("shards as recorded", lambda: _shards(directory, manifest)),
+        ("experts, config", lambda: _experts(directory, manifest)),
+    ]
     return [*(_tried(name, check) for name, check in checks), *_hashes(directory, manifest, progress)]
 
 
@@ -92,7 +107,10 @@ def _tried(name: str, check: Callable[[], str]) -> Finding:
 
 def _headers(directory: Path) -> str:
     checkpoint = Checkpoint.open(directory)
-    return f"{len(checkpoint.tensors):,} tensors in {len(checkpoint.shards)} {'shard' if len(checkpoint.shards) == 1 else 'shards'}, {checkpoint.nbytes:,} bytes"
+    return (
+        f"{len(checkpoint.tensors):,} tensors in {len(checkpoint.shards)}"
+        f" {'shard' if len(checkpoint.shards) == 1 else 'shards'}, {checkpoint.nbytes:,} bytes"
+    )
 
 
 def _shards(directory: Path, manifest: Mapping[str, Any]) -> str:
@@ -100,8 +118,10 @@ def _shards(directory: Path, manifest: Mapping[str, Any]) -> str:
     recorded, named = set(manifest["shards"]), set(Checkpoint.open(directory).shards)
     lying = {file.name for file in directory.glob("*.safetensors")}
     if odd := sorted(recorded ^ named) or sorted(lying - recorded):
-        raise UnusableError(f"{odd[0]}: {'recorded' if odd[0] in recorded else 'not recorded'}, {'in' if odd[0] in named else 'not in'} the index, "
-                            f"{'there' if odd[0] in lying else 'not there'}")
+        raise UnusableError(
+            f"{odd[0]}: {'recorded' if odd[0] in recorded else 'not recorded'}, {'in' if odd[0] in named else 'not in'}"
+            f" the index, {'there' if odd[0] in lying else 'not there'}"
+        )
     for name, shard in sorted(manifest["shards"].items()):
         if (size := (directory / name).stat().st_size) != shard["bytes"]:
             raise UnusableError(f"{name}: {size:,} bytes, recorded {shard['bytes']:,}")
@@ -114,9 +134,14 @@ def _experts(directory: Path, manifest: Mapping[str, Any]) -> str:
     kept = {int(layer): len(experts) for layer, experts in manifest.get("keep", {}).items()}
     held = {index: layer.num_experts for index, layer in {**layout.layers, **layout.mtp}.items()}
     if kept and (odd := sorted(index for index in kept.keys() | held.keys() if kept.get(index) != held.get(index))):
-        raise UnusableError(f"layer {odd[0]} holds {held.get(odd[0], 'no')} experts, recorded {kept.get(odd[0], 'none')}")
+        raise UnusableError(
+            f"layer {odd[0]} holds {held.get(odd[0], 'no')} experts, recorded {kept.get(odd[0], 'none')}"
+        )
     counts = sorted(set(held.values()))
-    return f"{len(held)} MoE layers of {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} experts, as config.json says"
+    return (
+        f"{len(held)} MoE layers of {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} experts, as"
+        " config.json says"
+    )
 
 
 def _hashes(directory: Path, manifest: Mapping[str, Any], progress: Progress) -> Iterator[Finding]:
@@ -130,7 +155,13 @@ def _hashes(directory: Path, manifest: Mapping[str, Any], progress: Progress) ->
             found = digest_file(place) if place.is_file() else None
             if found != shard["sha256"]:
                 wrong += 1
-                yield Finding(f"sha256 {name}", False, "missing" if found is None else f"{found[:12]}…, recorded {shard['sha256'][:12]}…")
+                yield Finding(
+                    f"sha256 {name}",
+                    False,
+                    "missing" if found is None else f"{found[:12]}…, recorded {shard['sha256'][:12]}…",
+                )
             task.advance(shard["bytes"])
     if not wrong:
-        yield Finding("sha256", True, f"{len(manifest['shards'])} of {len(manifest['shards'])} shards, {total:,} bytes as written")
+        yield Finding(
+            "sha256", True, f"{len(manifest['shards'])} of {len(manifest['shards'])} shards, {total:,} bytes as written"
+        )

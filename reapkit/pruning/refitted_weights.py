@@ -1,4 +1,5 @@
-"""Re-fitted weights on disk: one safetensors file per layer under the checkpoint's own tensor names, and an index. Torch-free to read."""
+"""Re-fitted weights on disk: one safetensors file per layer under the checkpoint's own tensor names, and an index.
+Torch-free to read."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ INDEX = "repair.json"
 
 @dataclass(frozen=True)
 class LayerNames:
-    """Where a layer's re-fitted matrices are: `stacked` names one tensor [kept, ...], else `experts` names one tensor each."""
+    """Where a layer's re-fitted matrices are: `stacked` names one tensor [kept, ...], else `experts` names one tensor
+    each."""
 
     file: str
     keep: tuple[int, ...]
@@ -29,12 +31,21 @@ class LayerNames:
     experts: Mapping[int, str]
 
     def to_json(self) -> dict[str, Any]:
-        return {"file": self.file, "keep": list(self.keep), "stacked": self.stacked,
-                "experts": {str(expert): name for expert, name in self.experts.items()}}
+        return {
+            "file": self.file,
+            "keep": list(self.keep),
+            "stacked": self.stacked,
+            "experts": {str(expert): name for expert, name in self.experts.items()},
+        }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> LayerNames:
-        return cls(data["file"], tuple(data["keep"]), data["stacked"], {int(expert): name for expert, name in data["experts"].items()})
+        return cls(
+            data["file"],
+            tuple(data["keep"]),
+            data["stacked"],
+            {int(expert): name for expert, name in data["experts"].items()},
+        )
 
 
 @dataclass(frozen=True)
@@ -50,7 +61,10 @@ class RepairedWeights:
 
     def describe(self) -> dict[str, Any]:
         """What the index file holds: the tensors' names, and how the fit went."""
-        return {"layers": {str(layer): names.to_json() for layer, names in self.layers.items()}, "facts": dict(self.facts)}
+        return {
+            "layers": {str(layer): names.to_json() for layer, names in self.layers.items()},
+            "facts": dict(self.facts),
+        }
 
     @classmethod
     def load(cls, directory: str | Path) -> RepairedWeights:
@@ -60,12 +74,20 @@ class RepairedWeights:
             data = json.loads(path.read_text())
         except (OSError, ValueError) as error:
             raise UnusableError(f"{path}: no re-fitted weights ({error}). Run the repair stage again.") from None
-        return cls(path.parent, {int(layer): LayerNames.from_json(names) for layer, names in data["layers"].items()}, data["facts"])
+        return cls(
+            path.parent,
+            {int(layer): LayerNames.from_json(names) for layer, names in data["layers"].items()},
+            data["facts"],
+        )
 
     def tensors(self) -> dict[str, tuple[Path, TensorInfo]]:
-        """Source tensor name -> the file that holds its re-fitted bytes (a stacked one already cut to the kept experts)."""
-        return {name: (self.directory / names.file, info) for names in self.layers.values()
-                for name, info in read_header(self.directory / names.file).items()}
+        """Source tensor name -> the file that holds its re-fitted bytes (a stacked one already cut to the kept
+        experts)."""
+        return {
+            name: (self.directory / names.file, info)
+            for names in self.layers.values()
+            for name, info in read_header(self.directory / names.file).items()
+        }
 
     def down_proj(self, layer: int) -> Mapping[int, Tensor]:
         """Expert -> its re-fitted matrix, as the checkpoint stores it."""
@@ -79,7 +101,9 @@ class RepairedWeights:
 
 
 @contextmanager
-def repaired(model: nn.Module, weights: RepairedWeights | None, layers: Collection[int] | None = None) -> Iterator[None]:
+def repaired(
+    model: nn.Module, weights: RepairedWeights | None, layers: Collection[int] | None = None
+) -> Iterator[None]:
     """Inside the block the kept experts of `model` have their re-fitted matrices; the block's end restores all.
 
     `layers`: only these (in streaming, the one that is in memory).

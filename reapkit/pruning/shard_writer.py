@@ -1,7 +1,9 @@
-"""A file that is written from its start to its end, hashed and sent to the disk behind whoever gives it its bytes. Torch-free.
+"""A file that is written from its start to its end, hashed and sent to the disk behind whoever gives it its bytes.
+Torch-free.
 
-Blocks of an aligned ring are filled, then hashed by one thread and written by others at the same time, past the page cache where the
-file system can: the bytes are touched three times in all (read, hashed, written), and take no memory from what is being read.
+Blocks of an aligned ring are filled, then hashed by one thread and written by others at the same time, past the page
+cache where the file system can: the bytes are touched three times in all (read, hashed, written), and take no memory
+from what is being read.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from reapkit.core.errors import StageFailed
 
 BLOCK_BYTES = 8 << 20
 BLOCKS = 8  # of the ring, which all files that are open at once share
-WRITERS = 3  # writes under way at once; of 1 to 16 MB and 1 to 4 at once, these sizes wrote fastest on a solid-state disk
+WRITERS = (
+    3  # writes under way at once; of 1 to 16 MB and 1 to 4 at once, these sizes wrote fastest on a solid-state disk
+)
 FILES = 2  # files being hashed and synced at once
 ALIGNMENT = mmap.PAGESIZE  # of addresses, offsets and lengths that go past the page cache
 SENT_BYTES = 32 << 20  # through the page cache, this much is sent to the disk at a time
@@ -42,9 +46,11 @@ class Machinery:
     def __enter__(self) -> Machinery:
         self.files: list[ShardFile] = []
         self.free: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
-        ring = memoryview(mmap.mmap(-1, BLOCKS * BLOCK_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))  # page-aligned
+        ring = memoryview(
+            mmap.mmap(-1, BLOCKS * BLOCK_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        )  # page-aligned
         for number in range(BLOCKS):
-            self.free.put(ring[number * BLOCK_BYTES:(number + 1) * BLOCK_BYTES])
+            self.free.put(ring[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES])
         with ExitStack() as stack:
             self.writers = stack.enter_context(ThreadPoolExecutor(WRITERS, "write"))
             self.hashers = stack.enter_context(ThreadPoolExecutor(FILES, "hash"))  # waits for writers, so it ends first
@@ -60,7 +66,8 @@ class Machinery:
 class ShardFile:
     """The new file at `path`, to be given `nbytes` in order; `sha256` (hex) is there once all are on the disk.
 
-    A context manager; at its end nothing more is given, while hashing and writing go on. `sha256` raises OSError where the disk refuses.
+    A context manager; at its end nothing more is given, while hashing and writing go on. `sha256` raises OSError where
+    the disk refuses.
     """
 
     def __init__(self, path: Path, nbytes: int, machinery: Machinery, *, direct: bool):
@@ -70,7 +77,10 @@ class ShardFile:
         self._given: queue.SimpleQueue[Block | int | None] = queue.SimpleQueue()
         flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0)
         try:
-            self.descriptor, self._direct = os.open(path, flags | (DIRECT if direct else 0), 0o666), bool(direct and DIRECT)
+            self.descriptor, self._direct = (
+                os.open(path, flags | (DIRECT if direct else 0), 0o666),
+                bool(direct and DIRECT),
+            )
         except OSError as error:
             if error.errno != EINVAL or not direct:
                 raise
@@ -102,17 +112,19 @@ class ShardFile:
         left = memoryview(data)
         while left:
             room = self._room(len(left))
-            room[:] = left[:len(room)]
+            room[:] = left[: len(room)]
             self._filled(len(room))
-            left = left[len(room):]
+            left = left[len(room) :]
 
     def copy(self, source: int, begin: int, length: int, name: Path) -> None:
         """Gives `length` bytes of another file from `begin` on. Raises StageFailed naming it where it ends before."""
         while length:
             got = os.preadv(source, [self._room(length)], begin)
             if not got:
-                raise StageFailed(f"{name}: ends at byte {begin}, before its last tensor: it changed while it was read. Download "
-                                  "it again, then run again.")
+                raise StageFailed(
+                    f"{name}: ends at byte {begin}, before its last tensor: it changed while it was read. Download "
+                    "it again, then run again."
+                )
             self._filled(got)
             begin, length = begin + got, length - got
 
@@ -127,7 +139,7 @@ class ShardFile:
         if self._block is None:
             self._block, self._begin = self._machinery.free.get(), self.position
         begin = self.position - self._begin
-        return self._block[begin:begin + min(length, BLOCK_BYTES - self.position % BLOCK_BYTES)]
+        return self._block[begin : begin + min(length, BLOCK_BYTES - self.position % BLOCK_BYTES)]
 
     def _filled(self, nbytes: int) -> None:
         self.position += nbytes
@@ -137,7 +149,9 @@ class ShardFile:
     def _seal(self) -> None:
         if self._block is not None:
             block, nbytes, self._block = self._block, self.position - self._begin, None
-            self._given.put(Block(block, nbytes, self._machinery.writers.submit(self._write, block, self._begin, nbytes)))
+            self._given.put(
+                Block(block, nbytes, self._machinery.writers.submit(self._write, block, self._begin, nbytes))
+            )
 
     def _write(self, block: memoryview, begin: int, nbytes: int) -> None:
         """Past the page cache whole pages only: what the last one has too much is cut off at the end."""
@@ -162,7 +176,7 @@ class ShardFile:
                         self._hash_written(sha, position, given)
                         position = given
                     else:
-                        sha.update(given.memory[:given.nbytes])
+                        sha.update(given.memory[: given.nbytes])
                         position += given.nbytes
                         given.write.result()
                     if not self._direct and position - sent >= SENT_BYTES:
@@ -184,9 +198,11 @@ class ShardFile:
     def _hash_written(self, sha: hashlib._Hash, begin: int, end: int) -> None:
         buffer = memoryview(bytearray(BLOCK_BYTES))
         while begin < end:
-            got = os.preadv(self.descriptor, [buffer[:min(BLOCK_BYTES, end - begin)]], begin)
+            got = os.preadv(self.descriptor, [buffer[: min(BLOCK_BYTES, end - begin)]], begin)
             if not got:
-                raise StageFailed(f"the file that is being written ends at byte {begin} instead of {end}: something else changed it. "
-                                  "Run again.")
+                raise StageFailed(
+                    f"the file that is being written ends at byte {begin} instead of {end}: something else changed it. "
+                    "Run again."
+                )
             sha.update(buffer[:got])
             begin += got

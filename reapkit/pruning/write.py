@@ -1,7 +1,7 @@
 """Bytes from shards to shards at the disk's speed. Torch-free.
 
-The payload is read ahead, and hashed and written behind; the next shard begins before the last one is synced. Shards that do not
-change are left to the kernel (`copy_file_range`: shared blocks where the file system can).
+The payload is read ahead, and hashed and written behind; the next shard begins before the last one is synced. Shards
+that do not change are left to the kernel (`copy_file_range`: shared blocks where the file system can).
 """
 
 from __future__ import annotations
@@ -25,11 +25,14 @@ ADVICE_BYTES = 512 << 10  # the kernel reads ahead no more than this per advice 
 NO_KERNEL_COPY = (errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF)
 
 
-def write_shards(source: Path, out: Path, shards: Sequence[Shard], task: Task, finished: Callable[[Shard, str], None]) -> None:
-    """Writes the shards, each whole or not at all (beside, synced, renamed), and reports each with its sha256 (hex) once it is
-    safe.
+def write_shards(
+    source: Path, out: Path, shards: Sequence[Shard], task: Task, finished: Callable[[Shard, str], None]
+) -> None:
+    """Writes the shards, each whole or not at all (beside, synced, renamed), and reports each with its sha256 (hex)
+    once it is safe.
 
-    Raises StageFailed where the disk is full or read-only, or the source changed or vanished meanwhile; finished shards stay.
+    Raises StageFailed where the disk is full or read-only, or the source changed or vanished meanwhile; finished shards
+    stay.
     """
     unfinished: deque[tuple[Shard, ShardFile]] = deque()
 
@@ -87,8 +90,10 @@ def require_space(out: Path, nbytes: int) -> None:
     """Raises StageFailed where the disk that holds `out` has less than `nbytes` free."""
     free = shutil.disk_usage(out).free
     if free < nbytes:
-        raise StageFailed(f"{out}: {nbytes / 1e9:.1f} GB are to be written, but {free / 1e9:.1f} GB are free there. Free "
-                          f"{(nbytes - free) / 1e9:.1f} GB or choose another output.directory, then run again.")
+        raise StageFailed(
+            f"{out}: {nbytes / 1e9:.1f} GB are to be written, but {free / 1e9:.1f} GB are free there. Free "
+            f"{(nbytes - free) / 1e9:.1f} GB or choose another output.directory, then run again."
+        )
 
 
 @contextmanager
@@ -99,14 +104,17 @@ def explained(source: Path, out: Path) -> Iterator[None]:
         yield
     except OSError as error:
         place = error.filename or out
-        advice = {errno.ENOSPC: f"the disk of {out} is full. Free space there, then run again: finished shards are kept.",
-                  errno.EDQUOT: f"the quota on the disk of {out} is used up. Free space there, then run again.",
-                  errno.EROFS: f"{out} is read-only. Choose another output.directory.",
-                  errno.EACCES: f"{place}: permission denied. Make it accessible, then run again.",
-                  errno.ENOENT: f"{place} vanished while {source} was read. Restore it, then run again.",
-                  errno.EIO: f"{place}: the disk reported a failure. Check it, then run again."}
-        raise StageFailed(advice.get(error.errno, f"{place}: {error.strerror or error}. Finished shards are kept; run "
-                                                  "again.")) from error
+        advice = {
+            errno.ENOSPC: f"the disk of {out} is full. Free space there, then run again: finished shards are kept.",
+            errno.EDQUOT: f"the quota on the disk of {out} is used up. Free space there, then run again.",
+            errno.EROFS: f"{out} is read-only. Choose another output.directory.",
+            errno.EACCES: f"{place}: permission denied. Make it accessible, then run again.",
+            errno.ENOENT: f"{place} vanished while {source} was read. Restore it, then run again.",
+            errno.EIO: f"{place}: the disk reported a failure. Check it, then run again.",
+        }
+        raise StageFailed(
+            advice.get(error.errno, f"{place}: {error.strerror or error}. Finished shards are kept; run again.")
+        ) from error
 
 
 def _partial(out: Path, shard: Shard) -> Path:
@@ -132,15 +140,19 @@ def _copy(source: Path, file: ShardFile, shard: Shard, task: Task) -> None:
             return opened[name]
 
         for name, begin, length in _read_ahead(_pieces(runs), descriptor):
-            copied = _copy_in_kernel(descriptor(name), file.descriptor, begin, file.position, length) if by_kernel else 0
+            copied = (
+                _copy_in_kernel(descriptor(name), file.descriptor, begin, file.position, length) if by_kernel else 0
+            )
             if copied:
                 file.skip(copied)
             by_kernel = copied == length
             file.copy(descriptor(name), begin + copied, length - copied, source / name)
             task.advance(length)
     if file.position != shard.nbytes:
-        raise StageFailed(f"{source}: gave {file.position} bytes for {shard.name} where {shard.nbytes} were planned. Please report "
-                          "this.")
+        raise StageFailed(
+            f"{source}: gave {file.position} bytes for {shard.name} where {shard.nbytes} were planned. Please report "
+            "this."
+        )
 
 
 def _pieces(runs: Iterable[Run]) -> Iterator[Run]:
@@ -156,7 +168,9 @@ def _read_ahead(pieces: Iterable[Run], descriptor: Callable[[str], int]) -> Iter
     for piece in pieces:
         name, begin, length = piece
         for offset in range(begin, begin + length, ADVICE_BYTES):
-            os.posix_fadvise(descriptor(name), offset, min(ADVICE_BYTES, begin + length - offset), os.POSIX_FADV_WILLNEED)
+            os.posix_fadvise(
+                descriptor(name), offset, min(ADVICE_BYTES, begin + length - offset), os.POSIX_FADV_WILLNEED
+            )
         waiting.append(piece)
         ahead += length
         while ahead > AHEAD_BYTES:

@@ -1,4 +1,5 @@
-"""GPTQ, AWQ and AutoRound of a loaded model, written under the names of the source (see `oneshot.py` for the calibration)."""
+"""GPTQ, AWQ and AutoRound of a loaded model, written under the names of the source (see `oneshot.py` for the
+calibration)."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ PACKING_TOLERANCE = 1e-2
 
 @dataclass(frozen=True)
 class Quantized:
-    """What was written: source tensor -> prefixes, what the plan became, the one scheme of it all, facts for the report."""
+    """What was written: source tensor -> prefixes, what the plan became, the one scheme of it all, facts for the
+    report."""
 
     written: dict[str, list[str]]
     plan: Targets
@@ -53,50 +55,110 @@ class Quantized:
     facts: dict[str, Any]
 
 
-def quantize_loaded(checkpoint: Checkpoint, out: Path, plan: Targets, spec: QuantizeSpec, scheme: QuantizationScheme | None,
-                    calibration: CalibrationTokens | None, *, device: torch.device, batch_tokens: int, max_shard_bytes: int,
-                    offload: Path | None, trust_remote_code: bool, progress: Progress) -> Quantized:
-    """Quantizes a loaded model and writes it under the source's names. `scheme` None: `spec.recipe` decides what is quantized, and how.
+def quantize_loaded(
+    checkpoint: Checkpoint,
+    out: Path,
+    plan: Targets,
+    spec: QuantizeSpec,
+    scheme: QuantizationScheme | None,
+    calibration: CalibrationTokens | None,
+    *,
+    device: torch.device,
+    batch_tokens: int,
+    max_shard_bytes: int,
+    offload: Path | None,
+    trust_remote_code: bool,
+    progress: Progress,
+) -> Quantized:
+    """Quantizes a loaded model and writes it under the source's names. `scheme` None: `spec.recipe` decides what is
+    quantized, and how.
 
     `offload`: where the decoder layers' weights wait for their turn; None keeps them in host memory.
     """
-    modifiers = raw_modifiers(spec) if scheme is None else None  # what is wrong with a recipe is said before anything is loaded
+    modifiers = (
+        raw_modifiers(spec) if scheme is None else None
+    )  # what is wrong with a recipe is said before anything is loaded
     loading = taken_apart(checkpoint.path, offload, trust_remote_code=trust_remote_code)
     try:
-        return _quantize(loading, checkpoint, out, plan, spec, scheme, modifiers, calibration, device, batch_tokens, max_shard_bytes, progress)
+        return _quantize(
+            loading,
+            checkpoint,
+            out,
+            plan,
+            spec,
+            scheme,
+            modifiers,
+            calibration,
+            device,
+            batch_tokens,
+            max_shard_bytes,
+            progress,
+        )
     finally:
         _release()
 
 
-def _quantize(loading: AbstractContextManager[tuple[nn.Module, LoadedNames]], checkpoint: Checkpoint, out: Path, plan: Targets,
-              spec: QuantizeSpec, scheme: QuantizationScheme | None, modifiers: list[Any] | None, calibration: CalibrationTokens | None,
-              device: torch.device, batch_tokens: int, max_shard_bytes: int, progress: Progress) -> Quantized:
+def _quantize(
+    loading: AbstractContextManager[tuple[nn.Module, LoadedNames]],
+    checkpoint: Checkpoint,
+    out: Path,
+    plan: Targets,
+    spec: QuantizeSpec,
+    scheme: QuantizationScheme | None,
+    modifiers: list[Any] | None,
+    calibration: CalibrationTokens | None,
+    device: torch.device,
+    batch_tokens: int,
+    max_shard_bytes: int,
+    progress: Progress,
+) -> Quantized:
     """The whole of it; nothing that it returns keeps the model alive."""
     with loading as (model, names):
         places = place_matrices(model, names, checkpoint, plan)
         wanted = {id(module) for pieces in places.values() for module in pieces.values()}
-        ignore = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and id(module) not in wanted]
+        ignore = [
+            name for name, module in model.named_modules() if isinstance(module, nn.Linear) and id(module) not in wanted
+        ]
         modifiers = modifiers_of(spec, scheme, ignore) if modifiers is None else modifiers
         kinds = {type(modifier).__name__ for modifier in modifiers}
-        rows = list(equal_batches(calibration, batch_tokens)) if calibration is not None and kinds != {"QuantizationModifier"} else []
-        with count_tokens(model) as counts, unchanged_without_rounding(model, rows if "AWQModifier" in kinds else []), quiet():
+        rows = (
+            list(equal_batches(calibration, batch_tokens))
+            if calibration is not None and kinds != {"QuantizationModifier"}
+            else []
+        )
+        with (
+            count_tokens(model) as counts,
+            unchanged_without_rounding(model, rows if "AWQModifier" in kinds else []),
+            quiet(),
+        ):
             try:
                 run_oneshot(model, modifiers, rows, spec, device, progress)
             except (ValueError, NotImplementedError) as error:
                 instead = "gptq" if spec.method in ("awq", "autoround") else "rtn"
-                raise UnusableError(f"llm-compressor cannot run {' and '.join(sorted(kinds))} on {type(model).__name__}: {str(error)[:300]}. "
-                                    f"Choose method: {instead}.") from error
+                raise UnusableError(
+                    f"llm-compressor cannot run {' and '.join(sorted(kinds))} on {type(model).__name__}:"
+                    f" {str(error)[:300]}. Choose method: {instead}."
+                ) from error
         if scheme is None:
             plan, scheme = _as_the_recipe_left_it(model, places, plan)
-        unseen = set() if "GPTQModifier" not in kinds or spec.calibrate_all_experts else {
-            (path, expert) for path, seen in counts.items() for expert, tokens in enumerate(seen.tolist()) if tokens == 0}
+        unseen = (
+            set()
+            if "GPTQModifier" not in kinds or spec.calibrate_all_experts
+            else {
+                (path, expert)
+                for path, seen in counts.items()
+                for expert, tokens in enumerate(seen.tolist())
+                if tokens == 0
+            }
+        )
         _write(checkpoint, out, places, plan, names, model, scheme, unseen, max_shard_bytes, progress)
         facts = _token_facts({} if spec.calibrate_all_experts else counts, rows) if rows else {}
         return Quantized({name: list(places[name]) for name in plan.matrices}, plan, scheme, facts)
 
 
 def raw_modifiers(spec: QuantizeSpec) -> list[Any]:
-    """The modifiers of a raw llm-compressor recipe (a mapping, YAML text, or the path of a file), built by llm-compressor's own classes.
+    """The modifiers of a raw llm-compressor recipe (a mapping, YAML text, or the path of a file), built by
+    llm-compressor's own classes.
 
     Raises RecipeError with what they say.
     """
@@ -106,33 +168,71 @@ def raw_modifiers(spec: QuantizeSpec) -> list[Any]:
         text = spec.recipe if isinstance(spec.recipe, str) else yaml.safe_dump(spec.recipe, sort_keys=False)
         try:
             modifiers = list(Recipe.create_instance(text).modifiers)
-            schemes = [scheme for modifier in modifiers if hasattr(modifier, "resolved_config")
-                       for scheme in modifier.resolved_config.config_groups.values()]
+            schemes = [
+                scheme
+                for modifier in modifiers
+                if hasattr(modifier, "resolved_config")
+                for scheme in modifier.resolved_config.config_groups.values()
+            ]
         except Exception as error:  # pydantic, yaml and lookups: all of them are about the recipe
             raise RecipeError([Problem("quantize.recipe", f"llm-compressor refuses it: {str(error)[:500]}")]) from error
     if not modifiers:
-        raise RecipeError([Problem("quantize.recipe", "holds no modifier. llm-compressor reads stages whose names end in `_stage` and, in them, "
-                                                      "groups whose names end in `_modifiers`.")])
+        raise RecipeError(
+            [
+                Problem(
+                    "quantize.recipe",
+                    "holds no modifier. llm-compressor reads stages whose names end in `_stage` and, in them, "
+                    "groups whose names end in `_modifiers`.",
+                )
+            ]
+        )
     if any(scheme.weights is not None and not scheme.weights.symmetric for scheme in schemes):
-        raise RecipeError([Problem("quantize.recipe", "stores zero points, which transformers loses when it loads experts. Set symmetric: true.")])
+        raise RecipeError(
+            [
+                Problem(
+                    "quantize.recipe",
+                    "stores zero points, which transformers loses when it loads experts. Set symmetric: true.",
+                )
+            ]
+        )
     return modifiers
 
 
-def _as_the_recipe_left_it(model: nn.Module, places: Mapping[str, Mapping[str, nn.Linear]], plan: Targets) -> tuple[Targets, QuantizationScheme]:
+def _as_the_recipe_left_it(
+    model: nn.Module, places: Mapping[str, Mapping[str, nn.Linear]], plan: Targets
+) -> tuple[Targets, QuantizationScheme]:
     """The matrices that a raw recipe quantized, and the scheme it gave them all."""
     schemes = {name: getattr(module, "quantization_scheme", None) for name, module in model.named_modules()}
     known = {id(module) for pieces in places.values() for module in pieces.values()}
     strange = [name for name, module in model.named_modules() if schemes[name] is not None and id(module) not in known]
     if strange:
-        raise RecipeError([Problem("quantize.recipe", f"quantizes {strange[0]}, which reapkit never does ({len(strange)} such modules: routers, "
-                                                      "heads, gates). Add them to the recipe's ignore.")])
-    chosen = {name: [module.quantization_scheme for module in pieces.values() if getattr(module, "quantization_scheme", None)]
-              for name, pieces in places.items()}
+        raise RecipeError(
+            [
+                Problem(
+                    "quantize.recipe",
+                    f"quantizes {strange[0]}, which reapkit never does ({len(strange)} such modules: routers, "
+                    "heads, gates). Add them to the recipe's ignore.",
+                )
+            ]
+        )
+    chosen = {
+        name: [module.quantization_scheme for module in pieces.values() if getattr(module, "quantization_scheme", None)]
+        for name, pieces in places.items()
+    }
     found = [scheme for schemes_of in chosen.values() for scheme in schemes_of]
     if not found:
-        raise RecipeError([Problem("quantize.recipe", "quantizes nothing. Give it a quantizing modifier whose targets fit, such as Linear.")])
+        raise RecipeError(
+            [
+                Problem(
+                    "quantize.recipe",
+                    "quantizes nothing. Give it a quantizing modifier whose targets fit, such as Linear.",
+                )
+            ]
+        )
     if any(scheme.weights != found[0].weights for scheme in found):
-        raise RecipeError([Problem("quantize.recipe", "uses several schemes, and reapkit writes one. Use one config group.")])
+        raise RecipeError(
+            [Problem("quantize.recipe", "uses several schemes, and reapkit writes one. Use one config group.")]
+        )
     scheme = found[0].model_copy(deep=True, update={"targets": ["Linear"]})
     scheme.format = CompressionFormat(infer_module_format(nn.Linear, scheme))
     matrices = {name: matrix for name, matrix in plan.matrices.items() if chosen[name]}
@@ -142,16 +242,34 @@ def _as_the_recipe_left_it(model: nn.Module, places: Mapping[str, Mapping[str, n
 
 def _token_facts(counts: Mapping[str, Tensor], rows: list[dict[str, Tensor]]) -> dict[str, Any]:
     def chosen(limit: int, least: int = 0) -> dict[str, dict[int, int]]:
-        return {path: few for path, seen in counts.items()
-                if (few := {expert: tokens for expert, tokens in enumerate(seen.tolist()) if least <= tokens < limit})}
+        return {
+            path: few
+            for path, seen in counts.items()
+            if (few := {expert: tokens for expert, tokens in enumerate(seen.tolist()) if least <= tokens < limit})
+        }
 
-    return {"calibration_tokens": sum(batch["input_ids"].numel() for batch in rows), "few_tokens": FEW_TOKENS,
-            "experts_with_few_tokens": chosen(FEW_TOKENS, 1), "experts_rounded_to_nearest": chosen(1)}
+    return {
+        "calibration_tokens": sum(batch["input_ids"].numel() for batch in rows),
+        "few_tokens": FEW_TOKENS,
+        "experts_with_few_tokens": chosen(FEW_TOKENS, 1),
+        "experts_rounded_to_nearest": chosen(1),
+    }
 
 
-def _write(checkpoint: Checkpoint, out: Path, places: Mapping[str, Mapping[str, nn.Linear]], plan: Targets, names: LoadedNames,
-           model: nn.Module, scheme: QuantizationScheme, unseen: set[tuple[str, int]], max_shard_bytes: int, progress: Progress) -> None:
-    """Packs each quantized linear under its source's name; everything else as the model now holds it, or as the source does."""
+def _write(
+    checkpoint: Checkpoint,
+    out: Path,
+    places: Mapping[str, Mapping[str, nn.Linear]],
+    plan: Targets,
+    names: LoadedNames,
+    model: nn.Module,
+    scheme: QuantizationScheme,
+    unseen: set[tuple[str, int]],
+    max_shard_bytes: int,
+    progress: Progress,
+) -> None:
+    """Packs each quantized linear under its source's name; everything else as the model now holds it, or as the source
+    does."""
     parameters = parameter_names(model)
     forgotten = {id(linear) for path, expert in unseen for linear in model.get_submodule(path)[expert].modules()}
 
@@ -167,8 +285,11 @@ def _write(checkpoint: Checkpoint, out: Path, places: Mapping[str, Mapping[str, 
     def replacement(name: str) -> dict[str, Tensor] | None:
         if name in plan.matrices:
             stacked = len(checkpoint.tensors[name].shape) == 3
-            return {key: tensor for prefix, linear in places[name].items()
-                    for key, tensor in pack(prefix, linear, None if stacked else read_tensor(checkpoint, name)).items()}
+            return {
+                key: tensor
+                for prefix, linear in places[name].items()
+                for key, tensor in pack(prefix, linear, None if stacked else read_tensor(checkpoint, name)).items()
+            }
         left = list(places.get(name, {}).values())
         loaded = names.rename(name)
         if len(left) != 1 and loaded not in parameters:
@@ -185,13 +306,21 @@ def _write(checkpoint: Checkpoint, out: Path, places: Mapping[str, Mapping[str, 
 
 
 def _check_packed(prefix: str, parts: dict[str, Tensor], linear: nn.Linear, scheme: QuantizationScheme) -> None:
-    """Raises StageFailed where a packed matrix, dequantized, is not what the quantizer decided (to the rounding of its dtype)."""
-    decided = fake_quantize(linear.weight, linear.weight_scale, getattr(linear, "weight_zero_point", None),
-                            linear.quantization_scheme.weights, global_scale=getattr(linear, "weight_global_scale", None))
+    """Raises StageFailed where a packed matrix, dequantized, is not what the quantizer decided (to the rounding of its
+    dtype)."""
+    decided = fake_quantize(
+        linear.weight,
+        linear.weight_scale,
+        getattr(linear, "weight_zero_point", None),
+        linear.quantization_scheme.weights,
+        global_scale=getattr(linear, "weight_global_scale", None),
+    )
     gap = relative_error(decompress(parts, scheme), decided)
     if not gap <= PACKING_TOLERANCE:
-        raise StageFailed(f"quantize: {prefix} dequantizes to another matrix than the quantizer's (relative difference {gap:.2g}). This is "
-                          "a defect of ours or of compressed-tensors; please report the model and the scheme.")
+        raise StageFailed(
+            f"quantize: {prefix} dequantizes to another matrix than the quantizer's (relative difference {gap:.2g})."
+            " This is a defect of ours or of compressed-tensors; please report the model and the scheme."
+        )
 
 
 def _release() -> None:

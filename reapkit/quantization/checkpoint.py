@@ -1,7 +1,8 @@
 """Quantization through llm-compressor, made safe: causal calibration, the source's tensor names, the source's config.
 
-`rtn` goes shard by shard without a model (`rtn.py`); `gptq`, `awq` and `autoround` calibrate a loaded model (`calibrated.py`); what they
-decided is written under the names of the source (`writing.py`). Nothing here needs an accelerator.
+`rtn` goes shard by shard without a model (`rtn.py`); `gptq`, `awq` and `autoround` calibrate a loaded model
+(`calibrated.py`); what they decided is written under the names of the source (`writing.py`). Nothing here needs an
+accelerator.
 """
 
 from __future__ import annotations
@@ -27,15 +28,29 @@ from reapkit.recipe.schema import QuantizeSpec
 __all__ = ["quantize_checkpoint"]
 
 
-def quantize_checkpoint(source: Path, out: Path, spec: QuantizeSpec, *, calibration: CalibrationTokens | None = None,
-                        device: str = "cpu", batch_tokens: int = 8192, max_shard_bytes: int = 5_000_000_000,
-                        offload: Path | None = None, trust_remote_code: bool = False, work: Path | None = None, progress: Progress = SILENT) -> dict[str, Any]:
-    """Writes `source` quantized as `spec` says to `out`, complete: weights under the source's names, config, tokenizer, templates.
+def quantize_checkpoint(
+    source: Path,
+    out: Path,
+    spec: QuantizeSpec,
+    *,
+    calibration: CalibrationTokens | None = None,
+    device: str = "cpu",
+    batch_tokens: int = 8192,
+    max_shard_bytes: int = 5_000_000_000,
+    offload: Path | None = None,
+    trust_remote_code: bool = False,
+    work: Path | None = None,
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
+    """Writes `source` quantized as `spec` says to `out`, complete: weights under the source's names, config, tokenizer,
+    templates.
 
-    The config is the source's own with `quantization_config` set. Returns facts for the report: scheme, method, bits per weight measured
-    on disk, modules left alone by reason, experts that saw few calibration tokens. `work`: where a dequantized copy of a block-FP8 source
-    may live meanwhile. `offload`: a directory where the decoder layers of a model that does not fit into host memory wait for their turn
-    (not with `rtn`, which holds a shard at most); it is gone afterwards. Raises RecipeError where spec and checkpoint contradict, StageFailed where a matrix was not written.
+    The config is the source's own with `quantization_config` set. Returns facts for the report: scheme, method, bits
+    per weight measured on disk, modules left alone by reason, experts that saw few calibration tokens. `work`: where a
+    dequantized copy of a block-FP8 source may live meanwhile. `offload`: a directory where the decoder layers of a
+    model that does not fit into host memory wait for their turn (not with `rtn`, which holds a shard at most); it is
+    gone afterwards. Raises RecipeError where spec and checkpoint contradict, StageFailed where a matrix was not
+    written.
     """
     source, out = Path(source), Path(out)
     checkpoint = Checkpoint.open(source)
@@ -44,31 +59,61 @@ def quantize_checkpoint(source: Path, out: Path, spec: QuantizeSpec, *, calibrat
     raw = spec.recipe is not None
     plan = targets(checkpoint, spec, read_layout(checkpoint))
     if not plan.matrices:
-        raise RecipeError([Problem("quantize.ignore", "leaves no matrix to quantize. Remove some of it, or set scheme: null.")])
+        raise RecipeError(
+            [Problem("quantize.ignore", "leaves no matrix to quantize. Remove some of it, or set scheme: null.")]
+        )
     out.mkdir(parents=True, exist_ok=True)
     target = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
     if not raw and spec.method == "rtn" and not plan.has_stacked_experts:
         from reapkit.quantization.rtn import quantize_shards
 
         scheme = preset(spec)
-        written, facts = quantize_shards(checkpoint, out, plan, scheme, device=target, max_shard_bytes=max_shard_bytes, progress=progress)
+        written, facts = quantize_shards(
+            checkpoint, out, plan, scheme, device=target, max_shard_bytes=max_shard_bytes, progress=progress
+        )
     else:
         from reapkit.quantization.calibrated import quantize_loaded
 
         if calibration is None and (raw or spec.method != "rtn"):
             raise ValueError(f"{'a raw recipe' if raw else spec.method} needs calibration tokens")
         with _in_bf16(checkpoint, (work or out.parent) / f"{out.name}.dequantized", progress) as plain:
-            done = quantize_loaded(plain, out, plan, spec, None if raw else preset(spec), calibration, device=target,
-                                   batch_tokens=batch_tokens, max_shard_bytes=max_shard_bytes, offload=offload,
-                                   trust_remote_code=trust_remote_code, progress=progress)
+            done = quantize_loaded(
+                plain,
+                out,
+                plan,
+                spec,
+                None if raw else preset(spec),
+                calibration,
+                device=target,
+                batch_tokens=batch_tokens,
+                max_shard_bytes=max_shard_bytes,
+                offload=offload,
+                trust_remote_code=trust_remote_code,
+                progress=progress,
+            )
         written, plan, scheme, facts = done.written, done.plan, done.scheme, done.facts
     finish_directory(checkpoint, out, scheme, plan, trust_remote_code=trust_remote_code)
     if lost := sorted(set(plan.matrices) - set(written)):
-        raise StageFailed(f"quantize: {len(lost)} matrices were not quantized, such as {lost[0]}. This is a defect; please report the model.")
-    named = {"scheme": "raw recipe", "method": "raw recipe", "experts_reload_in_transformers": None} if raw else {
-        "scheme": scheme_of(spec).name, "method": spec.method,
-        "experts_reload_in_transformers": scheme_of(spec).experts_reload and not plan.has_stacked_experts}
-    return {**named, "group_size": scheme.weights.group_size, **measure(out, plan, written), "left": _left_by_reason(plan.left), **facts}
+        raise StageFailed(
+            f"quantize: {len(lost)} matrices were not quantized, such as {lost[0]}. This is a defect; please report the"
+            " model."
+        )
+    named = (
+        {"scheme": "raw recipe", "method": "raw recipe", "experts_reload_in_transformers": None}
+        if raw
+        else {
+            "scheme": scheme_of(spec).name,
+            "method": spec.method,
+            "experts_reload_in_transformers": scheme_of(spec).experts_reload and not plan.has_stacked_experts,
+        }
+    )
+    return {
+        **named,
+        "group_size": scheme.weights.group_size,
+        **measure(out, plan, written),
+        "left": _left_by_reason(plan.left),
+        **facts,
+    }
 
 
 @contextmanager

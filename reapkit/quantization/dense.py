@@ -82,14 +82,17 @@ class PackedDirectory:
 
 
 def write_dense(source: Path, directory: Path, spec: QuantizeSpec, out: Path, progress: Progress = SILENT) -> None:
-    """Writes to `out` the source with the weights that the packed directory stands for: a plain checkpoint that any loader reads.
+    """Writes to `out` the source with the weights that the packed directory stands for: a plain checkpoint that any
+    loader reads.
 
-    For looking at a result whose format this transformers cannot read, or whose model does not fit into memory; shard by shard.
+    For looking at a result whose format this transformers cannot read, or whose model does not fit into memory; shard
+    by shard.
     """
     old, new = Checkpoint.open(source), Checkpoint.open(directory)
     plan = targets(old, spec)
     out.mkdir(parents=True, exist_ok=True)
     with PackedDirectory(old, new, plan) as packed:
+
         def value(name: str) -> dict[str, Tensor]:
             if name.endswith("_scale_inv"):
                 return {}
@@ -99,7 +102,9 @@ def write_dense(source: Path, directory: Path, spec: QuantizeSpec, out: Path, pr
 
         write_shards(old, out, value, progress)
     copy_companions(old, out)
-    (out / "config.json").write_text(json.dumps({key: value for key, value in old.config.items() if key != "quantization_config"}, indent=2))
+    (out / "config.json").write_text(
+        json.dumps({key: value for key, value in old.config.items() if key != "quantization_config"}, indent=2)
+    )
     write_index(out)
 
 
@@ -117,8 +122,8 @@ def relative_error(value: Tensor, reference: Tensor) -> float:
 
 
 def _restacked(pieces: list[Tensor], matrix: Matrix, source: Tensor) -> Tensor:
-    """Experts' projections as the source stacks them. Which way round it does (outputs first, gate and up interleaved) shows in the
-    values: the arrangement nearest to the source is the one."""
+    """Experts' projections as the source stacks them. Which way round it does (outputs first, gate and up interleaved)
+    shows in the values: the arrangement nearest to the source is the one."""
     experts = source.shape[0]
     per_expert = len(pieces) // experts
     candidates = []

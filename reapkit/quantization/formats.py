@@ -1,4 +1,5 @@
-"""compressed-tensors' schemes as this package uses them: presets with our group size, and single matrices there and back."""
+"""compressed-tensors' schemes as this package uses them: presets with our group size, and single matrices there and
+back."""
 
 from __future__ import annotations
 
@@ -22,7 +23,15 @@ from reapkit.quantization.schemes import SCHEMES, scheme_of
 from reapkit.recipe.schema import QuantizeSpec
 
 Tensors = dict[str, Tensor]
-PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_global_scale", "weight_g_idx", "weight")
+PARTS = (
+    "weight_packed",
+    "weight_scale",
+    "weight_shape",
+    "weight_zero_point",
+    "weight_global_scale",
+    "weight_g_idx",
+    "weight",
+)
 """What a compressed matrix may consist of, by the last part of the names."""
 
 
@@ -39,15 +48,24 @@ def quantization_config(scheme: QuantizationScheme, ignore: list[str]) -> dict[s
     """The `quantization_config` of config.json."""
     import compressed_tensors
 
-    config = QuantizationConfig(config_groups={"group_0": scheme}, ignore=ignore, quantization_status=QuantizationStatus.COMPRESSED,
-                                format=scheme.format)
-    return {"version": compressed_tensors.__version__, "quant_method": "compressed-tensors", **config.model_dump(mode="json")}
+    config = QuantizationConfig(
+        config_groups={"group_0": scheme},
+        ignore=ignore,
+        quantization_status=QuantizationStatus.COMPRESSED,
+        format=scheme.format,
+    )
+    return {
+        "version": compressed_tensors.__version__,
+        "quant_method": "compressed-tensors",
+        **config.model_dump(mode="json"),
+    }
 
 
 def scheme_on_disk(config: Mapping[str, Any]) -> QuantizationScheme:
     """The one scheme of a config.json that this package wrote."""
-    quantization = QuantizationConfig.model_validate({key: value for key, value in config["quantization_config"].items()
-                                                      if key not in ("version",)})
+    quantization = QuantizationConfig.model_validate(
+        {key: value for key, value in config["quantization_config"].items() if key not in ("version",)}
+    )
     return next(iter(quantization.config_groups.values()))
 
 
@@ -56,21 +74,34 @@ def spec_on_disk(config: Mapping[str, Any]) -> QuantizeSpec:
     scheme, weights = scheme_on_disk(config), scheme_on_disk(config).weights
     for name, known in SCHEMES.items():
         args = preset_name_to_scheme(name, ["Linear"]).weights
-        if (args.num_bits, args.type, args.strategy, args.symmetric, args.scale_dtype) == \
-                (weights.num_bits, weights.type, weights.strategy, weights.symmetric, weights.scale_dtype):
+        if (args.num_bits, args.type, args.strategy, args.symmetric, args.scale_dtype) == (
+            weights.num_bits,
+            weights.type,
+            weights.strategy,
+            weights.symmetric,
+            weights.scale_dtype,
+        ):
             group = {} if known.fixed else {"group_size": weights.group_size}
-            return QuantizeSpec(scheme=name, method="rtn", ignore=tuple(config["quantization_config"]["ignore"]), **group)
-    raise UnusableError(f"config.json: its quantization ({scheme.format}, {weights.num_bits} bits) is none of {', '.join(SCHEMES)}.")
+            return QuantizeSpec(
+                scheme=name, method="rtn", ignore=tuple(config["quantization_config"]["ignore"]), **group
+            )
+    raise UnusableError(
+        f"config.json: its quantization ({scheme.format}, {weights.num_bits} bits) is none of {', '.join(SCHEMES)}."
+    )
 
 
 def compress(tensors: Mapping[str, Tensor], scheme: QuantizationScheme) -> Tensors:
-    """The parts of one matrix as they are stored, from its weight and quantization parameters. Contiguous, safe to save."""
-    stored = BaseCompressor.get_value_from_registry(CompressionFormat(scheme.format).value).compress(dict(tensors), scheme)
+    """The parts of one matrix as they are stored, from its weight and quantization parameters. Contiguous, safe to
+    save."""
+    stored = BaseCompressor.get_value_from_registry(CompressionFormat(scheme.format).value).compress(
+        dict(tensors), scheme
+    )
     return {name: tensor.contiguous() for name, tensor in stored.items() if tensor is not None and name in PARTS}
 
 
 def decompress(stored: Mapping[str, Tensor], scheme: QuantizationScheme) -> Tensor:
-    """The matrix that stored parts stand for, [rows, columns] in the dtype of its scales (bf16 where those are not floats)."""
+    """The matrix that stored parts stand for, [rows, columns] in the dtype of its scales (bf16 where those are not
+    floats)."""
     compressor = BaseCompressor.get_value_from_registry(CompressionFormat(scheme.format).value)
     return compressor.decompress(dict(stored), scheme)["weight"]
 

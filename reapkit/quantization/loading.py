@@ -1,7 +1,9 @@
-"""A model as `oneshot` wants it, one linear layer per expert and projection: in host memory, or its decoder layers on disk.
+"""A model as `oneshot` wants it, one linear layer per expert and projection: in host memory, or its decoder layers on
+disk.
 
-On disk a layer is read when its turn comes and written back as the quantizer leaves it, by compressed-tensors' own offloading; what is
-computed is the same to the bit. The model is never whole in memory: it is read, taken apart and put on disk a layer at a time.
+On disk a layer is read when its turn comes and written back as the quantizer leaves it, by compressed-tensors' own
+offloading; what is computed is the same to the bit. The model is never whole in memory: it is read, taken apart and put
+on disk a layer at a time.
 """
 
 from __future__ import annotations
@@ -25,18 +27,23 @@ from reapkit.quantization.quiet import quiet
 
 
 @contextmanager
-def taken_apart(path: Path, offload: Path | None = None, *, trust_remote_code: bool = False) -> Iterator[tuple[nn.Module, LoadedNames]]:
-    """The checkpoint's model with its routed experts as lists of linear layers, and the names its parameters had before that.
+def taken_apart(
+    path: Path, offload: Path | None = None, *, trust_remote_code: bool = False
+) -> Iterator[tuple[nn.Module, LoadedNames]]:
+    """The checkpoint's model with its routed experts as lists of linear layers, and the names its parameters had before
+    that.
 
-    `offload`: a directory for the decoder layers' weights, which is gone after the block; None keeps all of them in host memory. The model
-    has no weights after the block, whoever still holds it.
+    `offload`: a directory for the decoder layers' weights, which is gone after the block; None keeps all of them in
+    host memory. The model has no weights after the block, whoever still holds it.
     """
     if offload is not None:
         offload.mkdir(parents=True, exist_ok=True)
     model = None
     try:
         with quiet():
-            model, names = _in_memory(path, trust_remote_code) if offload is None else _on_disk(path, offload, trust_remote_code)
+            model, names = (
+                _in_memory(path, trust_remote_code) if offload is None else _on_disk(path, offload, trust_remote_code)
+            )
         yield model, names
     finally:
         if model is not None:
@@ -70,7 +77,8 @@ def _on_disk(path: Path, offload: Path, trust_remote_code: bool) -> tuple[nn.Mod
 
 
 def _give_back() -> None:
-    """What is free goes back to the system: glibc would keep most of every layer that was taken apart, in pieces that fit no other."""
+    """What is free goes back to the system: glibc would keep most of every layer that was taken apart, in pieces that
+    fit no other."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError, TypeError):  # another C library
@@ -96,7 +104,9 @@ def _empty(model: nn.Module) -> None:
 def _forget(offload: Path) -> None:
     """compressed-tensors remembers every offloaded tensor for as long as the process lives."""
     own = str(offload.resolve())
-    for tensor in [tensor for tensor, entry in DiskCache.index.items() if str(entry["safetensors_file"]).startswith(own)]:
+    for tensor in [
+        tensor for tensor, entry in DiskCache.index.items() if str(entry["safetensors_file"]).startswith(own)
+    ]:
         del DiskCache.index[tensor]
 
 

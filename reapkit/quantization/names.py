@@ -28,9 +28,12 @@ class LoadedNames:
     def of_model(cls, model: nn.Module) -> LoadedNames:
         """Of a model that is loaded or on the meta device, before its experts are linearised."""
         mapping = copy.deepcopy(get_model_conversion_mapping(model))
-        return cls([entry for entry in mapping if isinstance(entry, WeightRenaming)],
-                   [entry for entry in mapping if isinstance(entry, WeightConverter)],
-                   model.base_model_prefix, dict.fromkeys(model.state_dict(), True))
+        return cls(
+            [entry for entry in mapping if isinstance(entry, WeightRenaming)],
+            [entry for entry in mapping if isinstance(entry, WeightConverter)],
+            model.base_model_prefix,
+            dict.fromkeys(model.state_dict(), True),
+        )
 
     @classmethod
     def of_checkpoint(cls, checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> LoadedNames:
@@ -39,7 +42,11 @@ class LoadedNames:
         kind = model_class(config, trust_remote_code)
         build = getattr(kind, "from_config", None) or kind._from_config
         with torch.device("meta"):
-            model = build(config, trust_remote_code=trust_remote_code) if kind.__name__.startswith("Auto") else build(config)
+            model = (
+                build(config, trust_remote_code=trust_remote_code)
+                if kind.__name__.startswith("Auto")
+                else build(config)
+            )
         return cls.of_model(model)
 
     def rename(self, name: str) -> str:

@@ -1,8 +1,8 @@
 """llm-compressor's `oneshot` on our tokens: equal rows, causal attention, one progress line, proven on the first batch.
 
-llm-compressor's sequential pipeline rebuilds the model's config while it traces and loses the attention implementation with it; the
-mask function then returns nothing and eager attention looks at the future. `causal_tracing` keeps it, and every run proves on its
-first batch that the first attention layer returns what a plain forward returns.
+llm-compressor's sequential pipeline rebuilds the model's config while it traces and loses the attention implementation
+with it; the mask function then returns nothing and eager attention looks at the future. `causal_tracing` keeps it, and
+every run proves on its first batch that the first attention layer returns what a plain forward returns.
 """
 
 from __future__ import annotations
@@ -27,12 +27,15 @@ AWQ_TOLERANCE = 0.1
 
 
 def equal_batches(tokens: CalibrationTokens, batch_tokens: int) -> Iterator[dict[str, Tensor]]:
-    """Every row once, batched with rows of its own length, so nothing is padded and nothing truncated; long rows first."""
+    """Every row once, batched with rows of its own length, so nothing is padded and nothing truncated; long rows
+    first."""
     lengths = tokens.row_lengths
     for length in sorted({int(n) for n in lengths if n > 0}, reverse=True):
         rows = [row for row, n in enumerate(lengths) if n == length]
         for batch in batches(tokens, rows, batch_tokens):
-            yield {"input_ids": batch.input_ids} | ({} if batch.position_ids is None else {"position_ids": batch.position_ids})
+            yield {"input_ids": batch.input_ids} | (
+                {} if batch.position_ids is None else {"position_ids": batch.position_ids}
+            )
 
 
 @contextmanager
@@ -49,7 +52,7 @@ def count_tokens(model: nn.Module) -> Iterator[dict[str, Tensor]]:
         def hook(module: nn.Module, args: tuple, kwargs: dict, seen: Tensor = counts[path]) -> None:
             if not HooksMixin._HOOKS_DISABLED:  # the second pass only carries quantized activations onwards
                 index = kwargs.get("top_k_index", args[1] if len(args) > 1 else None)
-                seen += torch.bincount(index.reshape(-1).cpu(), minlength=len(seen))[:len(seen)]
+                seen += torch.bincount(index.reshape(-1).cpu(), minlength=len(seen))[: len(seen)]
 
         handles.append(experts.register_forward_pre_hook(hook, with_kwargs=True))
     try:
@@ -78,17 +81,36 @@ def modifiers_of(spec: QuantizeSpec, scheme: QuantizationScheme, ignore: list[st
     return [QuantizationModifier(config_groups=groups, ignore=ignore)]
 
 
-def run_oneshot(model: nn.Module, modifiers: list[Any], rows: list[dict[str, Tensor]], spec: QuantizeSpec, device: torch.device,
-             progress: Progress) -> None:
+def run_oneshot(
+    model: nn.Module,
+    modifiers: list[Any],
+    rows: list[dict[str, Tensor]],
+    spec: QuantizeSpec,
+    device: torch.device,
+    progress: Progress,
+) -> None:
     from llmcompressor import oneshot
 
     layers = decoder_layers(model)
     passes = 1 if spec.method == "autoround" else 2
-    with progress.task(f"quantize ({spec.method})", total=len(layers) * max(len(rows), 1) * passes, unit="layer batches") as task, \
-            _advancing(layers, task), causal_tracing(), _working_on(device), _proven(model, layers, rows):
-        oneshot(model=model, processor=_NoProcessor(), recipe=modifiers, dataset=DataLoader(rows, batch_size=None) if rows else None,
-                num_calibration_samples=max(len(rows), 1), moe_calibrate_all_experts=spec.calibrate_all_experts,
-                pipeline="sequential" if rows else "datafree")
+    with (
+        progress.task(
+            f"quantize ({spec.method})", total=len(layers) * max(len(rows), 1) * passes, unit="layer batches"
+        ) as task,
+        _advancing(layers, task),
+        causal_tracing(),
+        _working_on(device),
+        _proven(model, layers, rows),
+    ):
+        oneshot(
+            model=model,
+            processor=_NoProcessor(),
+            recipe=modifiers,
+            dataset=DataLoader(rows, batch_size=None) if rows else None,
+            num_calibration_samples=max(len(rows), 1),
+            moe_calibrate_all_experts=spec.calibrate_all_experts,
+            pipeline="sequential" if rows else "datafree",
+        )
 
 
 class _NoProcessor:
@@ -101,8 +123,11 @@ class _NoProcessor:
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The model's decoder layers."""
     count = model.config.get_text_config().num_hidden_layers
-    return next(module for name, module in model.named_modules()
-                if isinstance(module, nn.ModuleList) and len(module) == count and name.endswith("layers"))
+    return next(
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count and name.endswith("layers")
+    )
 
 
 @contextmanager
@@ -162,8 +187,15 @@ def _proven(model: nn.Module, layers: nn.ModuleList, rows: list[dict[str, Tensor
 
     Compared is the first attention module's output on the first batch, before anything is quantized.
     """
-    attention = next((module for layer in layers for name, module in layer.named_children()
-                      if "attn" in name or "attention" in name), None)
+    attention = next(
+        (
+            module
+            for layer in layers
+            for name, module in layer.named_children()
+            if "attn" in name or "attention" in name
+        ),
+        None,
+    )
     if not rows or attention is None:
         yield
         return
@@ -195,19 +227,26 @@ def _proven(model: nn.Module, layers: nn.ModuleList, rows: list[dict[str, Tensor
     gap = ((taken[0] - expected).norm() / expected.norm()).item()
     coarse = {torch.bfloat16: 2e-2, torch.float16: 5e-3}.get(next(model.parameters()).dtype, ATTENTION_TOLERANCE)
     if not gap <= coarse:
-        raise StageFailed(f"quantize: calibration met another attention than the model's own (relative difference {gap:.2g} in the first "
-                          "attention layer), so its statistics would be wrong. Use method: rtn for this architecture, and please report it.")
+        raise StageFailed(
+            f"quantize: calibration met another attention than the model's own (relative difference {gap:.2g} in the"
+            " first attention layer), so its statistics would be wrong. Use method: rtn for this architecture, and"
+            " please report it."
+        )
 
 
 @contextmanager
 def unchanged_without_rounding(model: nn.Module, rows: list[dict[str, Tensor]]) -> Iterator[None]:
     """Raises StageFailed where the rescaling that awq did changes the model even before anything is rounded.
 
-    It does where a layer reads a rescaled norm and is not told, such as a router or a shared expert that awq's mappings do not know.
+    It does where a layer reads a rescaled norm and is not told, such as a router or a shared expert that awq's mappings
+    do not know.
     """
+
     def logits() -> Tensor:
         with torch.no_grad():
-            return model(**{name: tensor.to(model.device) for name, tensor in rows[0].items()}, use_cache=False).logits.float()
+            return model(
+                **{name: tensor.to(model.device) for name, tensor in rows[0].items()}, use_cache=False
+            ).logits.float()
 
     before = logits() if rows else None
     yield
@@ -217,5 +256,7 @@ def unchanged_without_rounding(model: nn.Module, rows: list[dict[str, Tensor]]) 
     gap = relative_error(logits(), before)
     model.apply(enable_quantization)
     if not gap <= AWQ_TOLERANCE:
-        raise StageFailed(f"quantize: awq's rescaling alone moves the logits by {gap:.2g} of their size: it does not know every layer that "
-                          f"reads a rescaled norm in {type(model).__name__}. Choose method: gptq.")
+        raise StageFailed(
+            f"quantize: awq's rescaling alone moves the logits by {gap:.2g} of their size: it does not know every layer"
+            f" that reads a rescaled norm in {type(model).__name__}. Choose method: gptq."
+        )

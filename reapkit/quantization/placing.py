@@ -17,11 +17,14 @@ from reapkit.quantization.writing import read_tensor
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
-def place_matrices(model: nn.Module, names: LoadedNames, checkpoint: Checkpoint, plan: Targets) -> dict[str, dict[str, nn.Linear]]:
-    """Source tensor -> {prefix to write: the linear that holds it}; a stack of experts becomes one prefix per expert and projection.
+def place_matrices(
+    model: nn.Module, names: LoadedNames, checkpoint: Checkpoint, plan: Targets
+) -> dict[str, dict[str, nn.Linear]]:
+    """Source tensor -> {prefix to write: the linear that holds it}; a stack of experts becomes one prefix per expert
+    and projection.
 
-    Which of an expert's linears is which tensor is decided by value, so no naming habit is trusted. Raises UnusableError where a
-    matrix has no counterpart.
+    Which of an expert's linears is which tensor is decided by value, so no naming habit is trusted. Raises
+    UnusableError where a matrix has no counterpart.
     """
     modules = dict(model.named_modules())
     places: dict[str, dict[str, nn.Linear]] = {}
@@ -35,15 +38,18 @@ def place_matrices(model: nn.Module, names: LoadedNames, checkpoint: Checkpoint,
             found = EXPERT.search(name)
             expert = modules.get(f"{parameter.rpartition('.')[0]}.{found[1]}") if found else None
             if expert is None:
-                raise UnusableError(f"{checkpoint.path}: {name} becomes {parameter} in {type(model).__name__}, which is no linear layer. "
-                                    f"Add {matrix.module} to quantize.ignore.")
+                raise UnusableError(
+                    f"{checkpoint.path}: {name} becomes {parameter} in {type(model).__name__}, which is no linear"
+                    f" layer. Add {matrix.module} to quantize.ignore."
+                )
             module = _by_value(expert, read_tensor(checkpoint, name), name, checkpoint)
         places[name] = {matrix.module: module}
     return places
 
 
 def _by_value(expert: nn.Module, weight: Tensor, name: str, checkpoint: Checkpoint) -> nn.Linear:
-    """The linear that holds these values; the one that is spelled alike is looked at first, and wins where several do."""
+    """The linear that holds these values; the one that is spelled alike is looked at first, and wins where several
+    do."""
     alike = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
     leaf = name.split(".")[-2]
     named = getattr(expert, alike.get(leaf, leaf), None)
@@ -52,8 +58,10 @@ def _by_value(expert: nn.Module, weight: Tensor, name: str, checkpoint: Checkpoi
         held = module.weight
         if held.shape == weight.shape and torch.equal(held.cpu(), weight.to(held.dtype)):
             return module
-    raise UnusableError(f"{checkpoint.path}: no linear layer of the loaded expert holds {name}. transformers converts this "
-                        "architecture's experts on loading; quantize it with method: rtn.")
+    raise UnusableError(
+        f"{checkpoint.path}: no linear layer of the loaded expert holds {name}. transformers converts this "
+        "architecture's experts on loading; quantize it with method: rtn."
+    )
 
 
 def _stack(matrix: Matrix, modules: Mapping[str, nn.Module], parameter: str) -> dict[str, nn.Linear]:

@@ -50,7 +50,8 @@ def quiet() -> Iterator[None]:
 
 
 def _import_silently() -> None:
-    """llm-compressor configures its logger when it is first imported, and warns at once; afterwards it logs as it always does."""
+    """llm-compressor configures its logger when it is first imported, and warns at once; afterwards it logs as it
+    always does."""
     if "llmcompressor" in sys.modules:
         return
     with patch.dict(os.environ, {LEVEL: "CRITICAL"}):

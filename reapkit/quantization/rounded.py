@@ -1,4 +1,5 @@
-"""A checkpoint whose weights are what rounding to nearest in a scheme would store, as plain numbers that any loader reads."""
+"""A checkpoint whose weights are what rounding to nearest in a scheme would store, as plain numbers that any loader
+reads."""
 
 from __future__ import annotations
 
@@ -18,15 +19,20 @@ from reapkit.quantization.writing import copy_companions, read_tensor, write_ind
 from reapkit.recipe.schema import QuantizeSpec
 
 
-def write_rounded(source: Checkpoint, spec: QuantizeSpec, out: Path, *, device: str = "cpu", progress: Progress = SILENT) -> None:
-    """Writes `source` to `out` in its own names and shapes, every matrix that `spec` quantizes rounded, packed and unpacked again.
+def write_rounded(
+    source: Checkpoint, spec: QuantizeSpec, out: Path, *, device: str = "cpu", progress: Progress = SILENT
+) -> None:
+    """Writes `source` to `out` in its own names and shapes, every matrix that `spec` quantizes rounded, packed and
+    unpacked again.
 
-    As large as the source (block FP8: in bf16); tensors are read one at a time, a shard is held. Equal to quantizing with method rtn and
-    dequantizing the result.
+    As large as the source (block FP8: in bf16); tensors are read one at a time, a shard is held. Equal to quantizing
+    with method rtn and dequantizing the result.
     """
     plan, scheme, block = targets(source, spec), preset(spec), _block(source)
     stacks = [matrix for matrix in plan.matrices.values() if len(matrix.tensor.shape) == 3]
-    inputs_first = any(matrix.tensor.shape[2] != matrix.columns for matrix in stacks)  # square stacks are as the others of their model
+    inputs_first = any(
+        matrix.tensor.shape[2] != matrix.columns for matrix in stacks
+    )  # square stacks are as the others of their model
     out.mkdir(parents=True, exist_ok=True)
 
     def value(name: str) -> dict[str, Tensor] | None:
@@ -47,10 +53,11 @@ def write_rounded(source: Checkpoint, spec: QuantizeSpec, out: Path, *, device: 
 
 
 def rounded(tensor: Tensor, scheme: QuantizationScheme, inputs_first: bool = False) -> Tensor:
-    """A matrix [rows, columns], or a stack of experts' [experts, rows, columns], as its packed form says, in its own shape and dtype.
+    """A matrix [rows, columns], or a stack of experts' [experts, rows, columns], as its packed form says, in its own
+    shape and dtype.
 
-    `inputs_first`: the stack is [experts, columns, rows]. Rows are rounded by themselves, so the projections that a stack holds side by
-    side need not be told apart.
+    `inputs_first`: the stack is [experts, columns, rows]. Rows are rounded by themselves, so the projections that a
+    stack holds side by side need not be told apart.
     """
     if tensor.dim() == 2:
         return _there_and_back(tensor, scheme)

@@ -21,12 +21,23 @@ from reapkit.quantization.schemes import Targets
 from reapkit.quantization.writing import ShardWriter, copy_companions, write_index
 
 
-def quantize_shards(checkpoint: Checkpoint, out: Path, plan: Targets, scheme: QuantizationScheme, *, device: torch.device,
-                    max_shard_bytes: int, progress: Progress) -> tuple[dict[str, list[str]], dict[str, Any]]:
-    """Quantizes every matrix of the plan through llm-compressor's `model_free_ptq`; returns (matrix -> written prefixes, facts)."""
+def quantize_shards(
+    checkpoint: Checkpoint,
+    out: Path,
+    plan: Targets,
+    scheme: QuantizationScheme,
+    *,
+    device: torch.device,
+    max_shard_bytes: int,
+    progress: Progress,
+) -> tuple[dict[str, list[str]], dict[str, Any]]:
+    """Quantizes every matrix of the plan through llm-compressor's `model_free_ptq`; returns (matrix -> written
+    prefixes, facts)."""
     chosen = {name.removesuffix(".weight") for name in plan.matrices}
     others = sorted({name.removesuffix(".weight") for name in checkpoint.tensors if name.endswith(".weight")} - chosen)
-    config = QuantizationConfig(config_groups={"group_0": scheme}, ignore=others, quantization_status=QuantizationStatus.INITIALIZED)
+    config = QuantizationConfig(
+        config_groups={"group_0": scheme}, ignore=others, quantization_status=QuantizationStatus.INITIALIZED
+    )
     writer = ShardWriter(checkpoint, out, max_shard_bytes)
 
     def save(tensors: dict[str, torch.Tensor], path: Path) -> None:
@@ -37,8 +48,9 @@ def quantize_shards(checkpoint: Checkpoint, out: Path, plan: Targets, scheme: Qu
         from llmcompressor.entrypoints import model_free
 
         with patch.object(model_free, "save_file", save):
-            model_free.model_free_ptq(checkpoint.path, out, config=config, device=device, max_workers=1,
-                                      converter=_Shards(checkpoint, task))
+            model_free.model_free_ptq(
+                checkpoint.path, out, config=config, device=device, max_workers=1, converter=_Shards(checkpoint, task)
+            )
     writer.finish()
     return {name: [name.removesuffix(".weight")] for name in plan.matrices}, {}
 
@@ -56,8 +68,11 @@ def dequantized_copy(checkpoint: Checkpoint, directory: Path, *, progress: Progr
                 for needed in converter.get_dependencies(name) - set(tensors):
                     with safe_open(checkpoint.path / checkpoint.tensors[needed].shard, "pt") as file:
                         tensors[needed] = file.get_tensor(needed)
-            own = {name: tensor for name, tensor in converter.process(tensors).items()
-                   if not name.endswith("_scale_inv") and checkpoint.tensors[name].shard == shard}
+            own = {
+                name: tensor
+                for name, tensor in converter.process(tensors).items()
+                if not name.endswith("_scale_inv") and checkpoint.tensors[name].shard == shard
+            }
             save_file(own, directory / shard, metadata={"format": "pt"})
             task.advance()
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}

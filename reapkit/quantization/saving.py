@@ -29,10 +29,12 @@ LIKE_OURS = (frozenset(("gate_proj", "up_proj", "down_proj")), frozenset(("up_pr
 
 
 def save_as_the_source(model: nn.Module) -> None:
-    """From now on `model.save_pretrained` writes tensors and config as the checkpoint that the model came from spells them.
+    """From now on `model.save_pretrained` writes tensors and config as the checkpoint that the model came from spells
+    them.
 
-    Call it on a model that `oneshot` has prepared. Stacked experts are stacked again unless they are quantized, for which no stacked
-    format exists. Raises UnusableError where the source spells its experts in a way that is not known, now and not after the calibration.
+    Call it on a model that `oneshot` has prepared. Stacked experts are stacked again unless they are quantized, for
+    which no stacked format exists. Raises UnusableError where the source spells its experts in a way that is not known,
+    now and not after the calibration.
     """
     source = Checkpoint.open(_source_of(model))
     spelling = _spelling(source)
@@ -58,8 +60,10 @@ def _source_of(model: nn.Module) -> Path:
     try:
         return Path(snapshot_download(name, local_files_only=True))
     except (LocalEntryNotFoundError, HfHubHTTPError, ValueError) as error:
-        raise UnusableError(f"'{name}', which the model was loaded from, is neither a directory nor in the hub's cache, so its tensor names are "
-                            "not known. Load the model from a directory.") from error
+        raise UnusableError(
+            f"'{name}', which the model was loaded from, is neither a directory nor in the hub's cache, so its tensor"
+            " names are not known. Load the model from a directory."
+        ) from error
 
 
 def _spelling(source: Checkpoint) -> dict[str, str]:
@@ -67,24 +71,36 @@ def _spelling(source: Checkpoint) -> dict[str, str]:
     if not found or found in LIKE_OURS:
         return {}
     if found not in SPELLINGS:
-        raise UnusableError(f"{source.path}: its experts are called {', '.join(sorted(found))}; which of them is gate_proj, up_proj and "
-                            "down_proj is not known. Prune with `reapkit prune`, which keeps names as they are.")
+        raise UnusableError(
+            f"{source.path}: its experts are called {', '.join(sorted(found))}; which of them is gate_proj, up_proj and"
+            " down_proj is not known. Prune with `reapkit prune`, which keeps names as they are."
+        )
     return SPELLINGS[found]
 
 
 def _quantized_experts(model: nn.Module) -> bool:
-    return any(getattr(module, "quantization_scheme", None) is not None for site in find_experts(model) for module in site.module.modules())
+    return any(
+        getattr(module, "quantization_scheme", None) is not None
+        for site in find_experts(model)
+        for module in site.module.modules()
+    )
 
 
 @torch.no_grad()
 def _stack_again(model: nn.Module) -> None:
-    """llm-compressor's own `repack_moe`, and what it forgets: gpt_oss has gate and up in alternating columns, not in halves."""
+    """llm-compressor's own `repack_moe`, and what it forgets: gpt_oss has gate and up in alternating columns, not in
+    halves."""
     from llmcompressor.modeling.moe.linear_experts import ExpertMLPWithGate
     from llmcompressor.modeling.moe.linearize import get_linearized_moes, repack_moe
 
-    halved = [name for name, experts in get_linearized_moes(model) if not experts.is_concatenated and experts.has_gate
-              and experts.expert_cls_with_gate is not ExpertMLPWithGate
-              and experts.expert_cls_with_gate.copy_to_experts_module is ExpertMLPWithGate.copy_to_experts_module]
+    halved = [
+        name
+        for name, experts in get_linearized_moes(model)
+        if not experts.is_concatenated
+        and experts.has_gate
+        and experts.expert_cls_with_gate is not ExpertMLPWithGate
+        and experts.expert_cls_with_gate.copy_to_experts_module is ExpertMLPWithGate.copy_to_experts_module
+    ]
     repack_moe(model)
     for name in halved:
         experts = model.get_submodule(name)
@@ -115,7 +131,9 @@ def _config(directory: Path, source: Checkpoint, model: nn.Module) -> None:
     architecture = Architecture.from_config(source.config)
     kept = find_experts(model)[0].num_experts
     top_k = architecture.num_experts_per_tok
-    counts = Counts((architecture.num_experts, kept), (top_k, top_k), architecture.n_group, drop_mtp=True)  # loaded models have no MTP block
+    counts = Counts(
+        (architecture.num_experts, kept), (top_k, top_k), architecture.n_group, drop_mtp=True
+    )  # loaded models have no MTP block
     edits = config_edits(source.config, counts, lambda name: name)
     written = json.loads((directory / "config.json").read_text())
     if "quantization_config" in written:

@@ -1,8 +1,9 @@
 """Weight-only quantization schemes as data, and what each would do to a checkpoint, from its headers alone. Torch-free.
 
-Quantized are the matrices of the decoder layers: attention, dense and shared MLPs, every routed expert. Never quantized, found by
-what they are and not by one name: everything outside the decoder layers (embeddings, head, vision and audio towers),
-multi-token-prediction blocks, routers, gates with a single output, indexers, vectors and convolutions.
+Quantized are the matrices of the decoder layers: attention, dense and shared MLPs, every routed expert. Never
+quantized, found by what they are and not by one name: everything outside the decoder layers (embeddings, head, vision
+and audio towers), multi-token-prediction blocks, routers, gates with a single output, indexers, vectors and
+convolutions.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ FP8_METHODS = ("fp8",)
 class Scheme:
     """How a scheme stores one matrix [rows, columns]; the names are compressed-tensors' presets.
 
-    `group`: columns that share a scale (None: one scale per row); `rows_per_scale` > 1 for blocks. `fixed`: the group is part of the
-    format. `scale_bits` None: as the weights. `constant_bits`: per matrix. `experts_reload`: whether transformers 5.17 reads routed experts in this format; engines that
-    keep one module per expert (vLLM) read all of them.
+    `group`: columns that share a scale (None: one scale per row); `rows_per_scale` > 1 for blocks. `fixed`: the group
+    is part of the format. `scale_bits` None: as the weights. `constant_bits`: per matrix. `experts_reload`: whether
+    transformers 5.17 reads routed experts in this format; engines that keep one module per expert (vLLM) read all of
+    them.
     """
 
     name: str
@@ -47,7 +49,8 @@ class Scheme:
     experts_reload: bool = True
 
     def nbytes(self, rows: int, columns: int, group_size: int, weight_bits: int = 16) -> int:
-        """Bytes of one quantized matrix: packed weights, scales (as wide as the source's weights unless the format says) and the rest."""
+        """Bytes of one quantized matrix: packed weights, scales (as wide as the source's weights unless the format
+        says) and the rest."""
         group = (self.group if self.fixed else group_size) or columns
         words = -(-columns * self.bits // 32) * 32 if self.kind == "int" else columns * self.bits
         scales = -(-rows // self.rows_per_scale) * -(-columns // group)
@@ -55,19 +58,26 @@ class Scheme:
 
 
 _SHAPE = 2 * 64  # pack-quantized stores `weight_shape`, two int64
-SCHEMES: Mapping[str, Scheme] = {scheme.name: scheme for scheme in (
-    *(Scheme(f"W{bits}A16", bits, 128, None, fixed=False, constant_bits=_SHAPE) for bits in range(2, 9)),
-    Scheme("FP8_DYNAMIC", 8, None, None, fixed=True, kind="float"),
-    Scheme("FP8_BLOCK", 8, 128, None, fixed=True, rows_per_scale=128, kind="float", experts_reload=False),
-    Scheme("MXFP4A16", 4, 32, 8, fixed=True, kind="float"),
-    Scheme("MXFP8A16", 8, 32, 8, fixed=True, kind="float", experts_reload=False),
-    Scheme("NVFP4A16", 4, 16, 8, fixed=True, constant_bits=32, kind="float", experts_reload=False),
-)}
+SCHEMES: Mapping[str, Scheme] = {
+    scheme.name: scheme
+    for scheme in (
+        *(Scheme(f"W{bits}A16", bits, 128, None, fixed=False, constant_bits=_SHAPE) for bits in range(2, 9)),
+        Scheme("FP8_DYNAMIC", 8, None, None, fixed=True, kind="float"),
+        Scheme("FP8_BLOCK", 8, 128, None, fixed=True, rows_per_scale=128, kind="float", experts_reload=False),
+        Scheme("MXFP4A16", 4, 32, 8, fixed=True, kind="float"),
+        Scheme("MXFP8A16", 8, 32, 8, fixed=True, kind="float", experts_reload=False),
+        Scheme("NVFP4A16", 4, 16, 8, fixed=True, constant_bits=32, kind="float", experts_reload=False),
+    )
+}
 ASYMMETRIC = ("W4A16_ASYM",)
 QUANTIZE_ACTIVATIONS = re.compile(r"^(?:W\dA[48]|W4AFP8|W8A8|INT8|FP8|NVFP4|MXFP4|MXFP8)$")
 METHOD_SCHEMES: Mapping[str, Mapping[str, str]] = {
-    "awq": {name: "awq scales weights for integer schemes" for name, scheme in SCHEMES.items() if scheme.kind == "float"},
-    "autoround": {name: "autoround tunes integer rounding" for name, scheme in SCHEMES.items() if scheme.kind == "float"},
+    "awq": {
+        name: "awq scales weights for integer schemes" for name, scheme in SCHEMES.items() if scheme.kind == "float"
+    },
+    "autoround": {
+        name: "autoround tunes integer rounding" for name, scheme in SCHEMES.items() if scheme.kind == "float"
+    },
 }
 """method -> the schemes it cannot do, and why."""
 
@@ -90,7 +100,8 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Targets:
-    """What a quantization touches: matrices by tensor name, and the modules left alone (every 2-D weight that is not in it) by reason."""
+    """What a quantization touches: matrices by tensor name, and the modules left alone (every 2-D weight that is not in
+    it) by reason."""
 
     matrices: Mapping[str, Matrix]
     left: Mapping[str, str]
@@ -102,9 +113,11 @@ class Targets:
 
 
 def expert_prefixes(matrix: Matrix) -> list[str]:
-    """The names under which a stack of experts is written: one module per expert and projection, as engines with such modules spell it.
+    """The names under which a stack of experts is written: one module per expert and projection, as engines with such
+    modules spell it.
 
-    Expert by expert, gate before up; w1 and w3 where the source speaks mixtral's dialect (`input_linear`, `output_linear`).
+    Expert by expert, gate before up; w1 and w3 where the source speaks mixtral's dialect (`input_linear`,
+    `output_linear`).
     """
     mixtral = "input_linear" in matrix.module or "output_linear" in matrix.module
     site = re.sub(r"\.(?:experts\.)?[^.]+$", "", matrix.module)
@@ -114,7 +127,11 @@ def expert_prefixes(matrix: Matrix) -> list[str]:
         projections = ("up_proj",)
     else:
         projections = ("w1", "w3") if mixtral else ("gate_proj", "up_proj")
-    return [f"{site}.experts.{expert}.{projection}" for expert in range(matrix.tensor.shape[0]) for projection in projections]
+    return [
+        f"{site}.experts.{expert}.{projection}"
+        for expert in range(matrix.tensor.shape[0])
+        for projection in projections
+    ]
 
 
 def scheme_of(spec: QuantizeSpec) -> Scheme:
@@ -146,7 +163,8 @@ def targets(checkpoint: Checkpoint, spec: QuantizeSpec, layout: Layout | None = 
 
 
 def _decider(checkpoint: Checkpoint, spec: QuantizeSpec, layout: Layout) -> Callable[[TensorInfo], Matrix | str | None]:
-    """What becomes of a tensor: a matrix that is quantized, the reason why not, or None for what is no matrix at all."""
+    """What becomes of a tensor: a matrix that is quantized, the reason why not, or None for what is no matrix at
+    all."""
     stacked = {name: index for index, layer in layout.layers.items() for name in layer.stacked}
     decoder = _decoder(layout)
 
@@ -156,21 +174,31 @@ def _decider(checkpoint: Checkpoint, spec: QuantizeSpec, layout: Layout) -> Call
             return _left_by_user(name, spec) or _stacked_experts(tensor, stacked[name], checkpoint)
         if name.endswith(".weight") and len(tensor.shape) == 2 and tensor.dtype in (*FLOATS, "F8_E4M3"):
             match = LAYER.match(name)
-            return (_why_left(name, tensor, stacked, layout, decoder) or _left_by_user(name, spec)
-                    or Matrix(tensor, 1, *tensor.shape, layer=int(match["index"]) if match else -1, routed=False))
+            return (
+                _why_left(name, tensor, stacked, layout, decoder)
+                or _left_by_user(name, spec)
+                or Matrix(tensor, 1, *tensor.shape, layer=int(match["index"]) if match else -1, routed=False)
+            )
         return None
 
     return decide
 
 
 def _decided_kinds(checkpoint: Checkpoint, spec: QuantizeSpec, layout: Layout) -> Iterator[tuple[Kind, Matrix | None]]:
-    """Every tensor of the checkpoint, those that differ in their expert only together, and the matrix it is quantized as, if it is.
+    """Every tensor of the checkpoint, those that differ in their expert only together, and the matrix it is quantized
+    as, if it is.
 
     Patterns of the user may tell experts apart; then each comes by itself.
     """
-    decide = _decider(checkpoint, spec, layout) if spec.scheme is not None and spec.recipe is None else lambda tensor: None
+    decide = (
+        _decider(checkpoint, spec, layout) if spec.scheme is not None and spec.recipe is None else lambda tensor: None
+    )
     for kind in layout.kinds:
-        each = (kind,) if not spec.ignore else (replace(kind, tensor=checkpoint.tensors[name], names=(name,)) for name in kind.names)
+        each = (
+            (kind,)
+            if not spec.ignore
+            else (replace(kind, tensor=checkpoint.tensors[name], names=(name,)) for name in kind.names)
+        )
         for one in each:
             decided = decide(one.tensor)
             yield one, decided if isinstance(decided, Matrix) else None
@@ -187,11 +215,13 @@ def quantized_widths(checkpoint: Checkpoint, spec: QuantizeSpec) -> dict[int, li
 def quantized_bytes(checkpoint: Checkpoint, spec: QuantizeSpec, kept: Mapping[int, int] | None = None) -> int:
     """Bytes of all tensors after quantization, where MoE layer `l` holds `kept[l]` experts (those it omits stay whole).
 
-    Multi-token-prediction blocks that route stay only where `kept` names them, as in `layout.pruned_sizes`; without `kept` all stay.
-    A raw llm-compressor recipe is not predicted: the bytes as they are.
+    Multi-token-prediction blocks that route stay only where `kept` names them, as in `layout.pruned_sizes`; without
+    `kept` all stay. A raw llm-compressor recipe is not predicted: the bytes as they are.
     """
     layout = read_layout(checkpoint)
-    kept = {index: layer.num_experts for index, layer in {**layout.layers, **layout.mtp}.items()} if kept is None else kept
+    kept = (
+        {index: layer.num_experts for index, layer in {**layout.layers, **layout.mtp}.items()} if kept is None else kept
+    )
     dropped = frozenset() if all(index in kept for index in layout.mtp) else layout.mtp_tensors
     dequantized = is_fp8(checkpoint.config)
     total = Fraction(0)
@@ -208,13 +238,18 @@ def quantized_bytes(checkpoint: Checkpoint, spec: QuantizeSpec, kept: Mapping[in
     return round(total)
 
 
-def matrices_by_layer(checkpoint: Checkpoint, spec: QuantizeSpec, kept: Mapping[int, int]) -> dict[int, list[tuple[Matrix, int]]]:
-    """Decoder layer -> (a matrix that is quantized, how many of its shape stay), where MoE layer `l` keeps `kept[l]` experts.
+def matrices_by_layer(
+    checkpoint: Checkpoint, spec: QuantizeSpec, kept: Mapping[int, int]
+) -> dict[int, list[tuple[Matrix, int]]]:
+    """Decoder layer -> (a matrix that is quantized, how many of its shape stay), where MoE layer `l` keeps `kept[l]`
+    experts.
 
     A raw llm-compressor recipe is not predicted: every matrix that could be quantized counts.
     """
     found: dict[int, list[tuple[Matrix, int]]] = defaultdict(list)
-    possible = spec if spec.recipe is None else spec.model_copy(update={"recipe": None, "scheme": spec.scheme or "W4A16"})
+    possible = (
+        spec if spec.recipe is None else spec.model_copy(update={"recipe": None, "scheme": spec.scheme or "W4A16"})
+    )
     for kind, matrix in _decided_kinds(checkpoint, possible, read_layout(checkpoint)):
         if matrix is not None:
             found[matrix.layer].append((matrix, round(kind.count * matrix.count * kept_share(kind, kept))))
@@ -251,23 +286,37 @@ def _scheme_problem(spec: QuantizeSpec) -> Problem | None:
         return None
     allowed = ", ".join(SCHEMES)
     if name in ASYMMETRIC:
-        return Problem("quantize.scheme", f"{spec.scheme} stores zero points, which transformers loses when it loads experts. Choose a "
-                                          f"symmetric scheme: {allowed}.")
+        return Problem(
+            "quantize.scheme",
+            f"{spec.scheme} stores zero points, which transformers loses when it loads experts. Choose a "
+            f"symmetric scheme: {allowed}.",
+        )
     if QUANTIZE_ACTIVATIONS.match(name):
-        return Problem("quantize.scheme", f"{spec.scheme} quantizes activations too, and reapkit quantizes weights only. Choose one of "
-                                          f"{allowed}.")
+        return Problem(
+            "quantize.scheme",
+            f"{spec.scheme} quantizes activations too, and reapkit quantizes weights only. Choose one of {allowed}.",
+        )
     near = difflib.get_close_matches(name, SCHEMES, n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
-    return Problem("quantize.scheme", f"'{spec.scheme}' is no known scheme.{hint} Allowed: {allowed}, or null for none.")
+    return Problem(
+        "quantize.scheme", f"'{spec.scheme}' is no known scheme.{hint} Allowed: {allowed}, or null for none."
+    )
 
 
 def _method_problems(spec: QuantizeSpec, scheme: Scheme) -> list[Problem]:
     problems = []
     if reason := METHOD_SCHEMES.get(spec.method, {}).get(scheme.name):
-        problems.append(Problem("quantize.method", f"{spec.method} cannot do {scheme.name}: {reason}. Choose rtn or gptq."))
+        problems.append(
+            Problem("quantize.method", f"{spec.method} cannot do {scheme.name}: {reason}. Choose rtn or gptq.")
+        )
     if scheme.fixed and "group_size" in spec.model_fields_set and spec.group_size != scheme.group:
         has = f"always shares a scale by {scheme.group}" if scheme.group else "has one scale per row"
-        problems.append(Problem("quantize.group_size", f"{spec.group_size}, but {scheme.name} {has}. Remove group_size, or choose W4A16."))
+        problems.append(
+            Problem(
+                "quantize.group_size",
+                f"{spec.group_size}, but {scheme.name} {has}. Remove group_size, or choose W4A16.",
+            )
+        )
     return problems
 
 
@@ -275,28 +324,44 @@ def _source_problems(checkpoint: Checkpoint) -> list[Problem]:
     method = quantized_already(checkpoint.config)
     if method is None or method in FP8_METHODS:
         return []
-    return [Problem("quantize.scheme", f"the checkpoint is quantized already ({method}), and reapkit dequantizes block FP8 only. Convert it "
-                                       "to bf16 first (transformers: from_pretrained(..., dequantize), save_pretrained), or set scheme: "
-                                       "null and keep it as it is.")]
+    return [
+        Problem(
+            "quantize.scheme",
+            f"the checkpoint is quantized already ({method}), and reapkit dequantizes block FP8 only. Convert it "
+            "to bf16 first (transformers: from_pretrained(..., dequantize), save_pretrained), or set scheme: "
+            "null and keep it as it is.",
+        )
+    ]
 
 
 def _group_problems(checkpoint: Checkpoint, spec: QuantizeSpec, scheme: Scheme) -> list[Problem]:
     group = scheme.group if scheme.fixed else spec.group_size
     if group is None or scheme.rows_per_scale > 1:
         return []
-    if not any(matrix and matrix.columns % group for _, matrix in _decided_kinds(checkpoint, spec, read_layout(checkpoint))):
+    if not any(
+        matrix and matrix.columns % group for _, matrix in _decided_kinds(checkpoint, spec, read_layout(checkpoint))
+    ):
         return []
     widths = quantized_widths(checkpoint, spec)
     misfits = {width: modules for width, modules in widths.items() if width % group}
     where = "; ".join(f"{width} ({len(modules)} matrices, such as {modules[0]})" for width, modules in misfits.items())
     if scheme.fixed:
-        return [Problem("quantize.scheme", f"{scheme.name} shares a scale by {group} input columns, which does not divide {where}. Add "
-                                           "these modules to quantize.ignore, or choose FP8_DYNAMIC.")]
+        return [
+            Problem(
+                "quantize.scheme",
+                f"{scheme.name} shares a scale by {group} input columns, which does not divide {where}. Add "
+                "these modules to quantize.ignore, or choose FP8_DYNAMIC.",
+            )
+        ]
     common = gcd(*widths)
     allowed = [size for size in (256, 128, 64, 32, 16) if common % size == 0]
     choice = f"Choose {', '.join(map(str, allowed))}" if allowed else f"Choose a divisor of {common}"
-    return [Problem("quantize.group_size", f"{group} does not divide the input width {where}. {choice}, or add these modules to "
-                                           "quantize.ignore.")]
+    return [
+        Problem(
+            "quantize.group_size",
+            f"{group} does not divide the input width {where}. {choice}, or add these modules to quantize.ignore.",
+        )
+    ]
 
 
 def _left_by_user(name: str, spec: QuantizeSpec) -> str | None:

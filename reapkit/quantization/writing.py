@@ -1,4 +1,5 @@
-"""The quantized directory: the source's names and config, its tokenizer and templates, and what was measured on disk."""
+"""The quantized directory: the source's names and config, its tokenizer and templates, and what was measured on
+disk."""
 
 from __future__ import annotations
 
@@ -29,9 +30,11 @@ OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
 
 
 class ShardWriter:
-    """Writes what becomes of the source's shards to `out`, one file for each, or several of at most `max_shard_bytes` of tensors.
+    """Writes what becomes of the source's shards to `out`, one file for each, or several of at most `max_shard_bytes`
+    of tensors.
 
-    A larger tensor has a file of its own. Shards may come in any order; `finish` gives the files their names in the source's order.
+    A larger tensor has a file of its own. Shards may come in any order; `finish` gives the files their names in the
+    source's order.
     """
 
     def __init__(self, checkpoint: Checkpoint, out: Path, max_shard_bytes: int):
@@ -58,7 +61,10 @@ class ShardWriter:
         """The files' final names, as the hub has them."""
         files = [piece for shard in self.order for piece in self._pieces.get(shard, [])]
         for number, file in enumerate(files, 1):
-            file.rename(self.out / ("model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"))
+            file.rename(
+                self.out
+                / ("model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors")
+            )
 
     def _save(self, name: str, tensors: dict[str, Tensor]) -> None:
         pieces = self._pieces.setdefault(name, [])
@@ -66,9 +72,15 @@ class ShardWriter:
         save_file(tensors, pieces[-1], metadata={"format": "pt"})
 
 
-def write_shards(checkpoint: Checkpoint, out: Path, replacement: Callable[[str], dict[str, Tensor] | None], progress: Progress,
-                 max_shard_bytes: int = 5_000_000_000) -> None:
-    """Writes the source's shards one at a time: what `replacement` gives for a tensor stands in its place, the rest is copied."""
+def write_shards(
+    checkpoint: Checkpoint,
+    out: Path,
+    replacement: Callable[[str], dict[str, Tensor] | None],
+    progress: Progress,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes the source's shards one at a time: what `replacement` gives for a tensor stands in its place, the rest is
+    copied."""
     writer = ShardWriter(checkpoint, out, max_shard_bytes)
     with progress.task("write weights", total=len(checkpoint.tensors), unit="tensors") as task:
         for shard in checkpoint.shards:
@@ -80,26 +92,37 @@ def write_shards(checkpoint: Checkpoint, out: Path, replacement: Callable[[str],
     writer.finish()
 
 
-def finish_directory(checkpoint: Checkpoint, out: Path, scheme: QuantizationScheme, plan: Targets, *, trust_remote_code: bool) -> None:
+def finish_directory(
+    checkpoint: Checkpoint, out: Path, scheme: QuantizationScheme, plan: Targets, *, trust_remote_code: bool
+) -> None:
     """Adds everything but the weights; config.json is the source's own text plus `quantization_config`."""
     copy_companions(checkpoint, out)
-    ignore = sorted({"lm_head", *plan.left, *_loaded_names(checkpoint, plan.left, trust_remote_code), *_stacked_patterns(plan)})
+    ignore = sorted(
+        {"lm_head", *plan.left, *_loaded_names(checkpoint, plan.left, trust_remote_code), *_stacked_patterns(plan)}
+    )
     text = (checkpoint.path / "config.json").read_text()
     (out / "config.json").write_text(edit_json(text, {("quantization_config",): quantization_config(scheme, ignore)}))
     write_index(out)
 
 
 def _stacked_patterns(plan: Targets) -> set[str]:
-    """Patterns for experts that stay stacked: engines ask for each expert's matrix by a name that no such checkpoint holds."""
+    """Patterns for experts that stay stacked: engines ask for each expert's matrix by a name that no such checkpoint
+    holds."""
     sites = {match[1] for name in plan.left if (match := re.fullmatch(r"(.*\.experts)\.[a-z_]+", name))}
     touched = {site for site in sites if any(matrix.module.startswith(f"{site}.") for matrix in plan.matrices.values())}
     return {f"re:{re.escape(site)}\\..*" for site in sites - touched}
 
 
 def copy_companions(checkpoint: Checkpoint, out: Path) -> None:
-    """Copies what is no weight: tokenizer, chat template, generation config, the checkpoint's own code; not its card."""
+    """Copies what is no weight: tokenizer, chat template, generation config, the checkpoint's own code; not its
+    card."""
     for file in sorted(checkpoint.path.iterdir()):
-        if file.is_file() and file.suffix not in OTHER_WEIGHTS and file.name not in ABOUT_THE_SOURCE and file.suffix != ".safetensors":
+        if (
+            file.is_file()
+            and file.suffix not in OTHER_WEIGHTS
+            and file.name not in ABOUT_THE_SOURCE
+            and file.suffix != ".safetensors"
+        ):
             shutil.copyfile(file, out / file.name)
         elif file.suffix != ".safetensors":
             (out / file.name).unlink(missing_ok=True)  # llm-compressor copies everything
@@ -111,13 +134,16 @@ def write_index(out: Path) -> None:
     (out / INDEX).unlink(missing_ok=True)
     if len(shards) > 1:
         tensors = [tensor for shard in shards for tensor in read_header(shard).values()]
-        index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors)},
-                 "weight_map": {tensor.name: tensor.shard for tensor in tensors}}
+        index = {
+            "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors)},
+            "weight_map": {tensor.name: tensor.shard for tensor in tensors},
+        }
         (out / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def measure(out: Path, plan: Targets, written: Mapping[str, list[str]]) -> dict[str, Any]:
-    """Bits per weight on disk over the quantized matrices (packed weights and scales; constants per matrix aside), and bytes."""
+    """Bits per weight on disk over the quantized matrices (packed weights and scales; constants per matrix aside), and
+    bytes."""
     directory = Checkpoint.open(out)
     bits = weights = constants = 0
     for name, prefixes in written.items():
@@ -130,8 +156,13 @@ def measure(out: Path, plan: Targets, written: Mapping[str, list[str]]) -> dict[
                     constants += tensor.nbytes
                 elif tensor is not None:
                     bits += tensor.numel * DTYPE_BITS[tensor.dtype]
-    return {"bits_per_weight": bits / weights, "quantized_weights": weights, "quantized_matrices": sum(map(len, written.values())),
-            "constant_bytes": constants, "nbytes": directory.nbytes}
+    return {
+        "bits_per_weight": bits / weights,
+        "quantized_weights": weights,
+        "quantized_matrices": sum(map(len, written.values())),
+        "constant_bytes": constants,
+        "nbytes": directory.nbytes,
+    }
 
 
 def _loaded_names(checkpoint: Checkpoint, modules: Mapping[str, str], trust_remote_code: bool) -> set[str]:
@@ -151,5 +182,9 @@ def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
 def load_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """The dtype in which the checkpoint's matrices are stored."""
     codes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    found = [codes[tensor.dtype] for tensor in checkpoint.tensors.values() if tensor.dtype in codes and len(tensor.shape) >= 2]
+    found = [
+        codes[tensor.dtype]
+        for tensor in checkpoint.tensors.values()
+        if tensor.dtype in codes and len(tensor.shape) >= 2
+    ]
     return max(set(found), key=found.count) if found else torch.bfloat16

@@ -13,15 +13,35 @@ from reapkit.core.errors import Problem
 from reapkit.recipe.schema import Recipe
 from reapkit.recipe.yaml_tree import Node
 
-_KINDS = {"int_type": "a whole number", "int_parsing": "a whole number", "int_from_float": "a whole number", "float_type": "a number",
-          "float_parsing": "a number", "string_type": "text", "bool_type": "true or false", "bool_parsing": "true or false",
-          "list_type": "a list", "tuple_type": "a list", "dict_type": "a mapping", "model_type": "a mapping",
-          "model_attributes_type": "a mapping", "finite_number": "a finite number", "decimal_type": "a number",
-          "decimal_parsing": "a number", "is_instance_of": "a mapping"}
-_PATTERNS = {"name": "letters, digits, '.', '_' and '-' only, beginning with a letter or digit",
-             "layers": "write layers as 7, 0-3, 60- or a list such as [0, 7]"}
-_BOUNDS = {"greater_than": ("gt", "above"), "greater_than_equal": ("ge", "at least"), "less_than": ("lt", "below"),
-           "less_than_equal": ("le", "at most")}
+_KINDS = {
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "model_attributes_type": "a mapping",
+    "finite_number": "a finite number",
+    "decimal_type": "a number",
+    "decimal_parsing": "a number",
+    "is_instance_of": "a mapping",
+}
+_PATTERNS = {
+    "name": "letters, digits, '.', '_' and '-' only, beginning with a letter or digit",
+    "layers": "write layers as 7, 0-3, 60- or a list such as [0, 7]",
+}
+_BOUNDS = {
+    "greater_than": ("gt", "above"),
+    "greater_than_equal": ("ge", "at least"),
+    "less_than": ("lt", "below"),
+    "less_than_equal": ("le", "at most"),
+}
 
 
 def closest(word: str, known: Iterable[str]) -> str:
@@ -74,15 +94,23 @@ def _problem(error: ErrorDetails, root: Node) -> Problem:
         full = f"{path}.{missing}" if path else str(missing)
         return node.problem(full, f"is missing. {_description(full)}".rstrip(), at_key=True)
     if kind == "extra_forbidden":
-        allowed = _fields_at(parents[-2] if len(parents) > 1 else root, root, path.rsplit(".", 1)[0] if "." in path else "")
+        allowed = _fields_at(
+            parents[-2] if len(parents) > 1 else root, root, path.rsplit(".", 1)[0] if "." in path else ""
+        )
         key = path.rsplit(".", 1)[-1]
         if key in allowed:  # a field of another branch of the union
-            return node.problem(path, "belongs to another kind than the keys beside it. Keep the keys of one kind.", at_key=True)
+            return node.problem(
+                path, "belongs to another kind than the keys beside it. Keep the keys of one kind.", at_key=True
+            )
         listing = f" Allowed here: {', '.join(allowed)}." if allowed else ""
         return node.problem(path, f"unknown key.{closest(key, allowed)}{listing}", at_key=True)
     if kind == "format":
-        return node.problem(path, f"{'' if isinstance(node.value, dict) else 'found ' + shown(node.plain()) + ': '}{error['msg']}.")
-    return node.problem(path, _sentence(kind, error, node.plain(), path), at_key=kind == "value_error" and isinstance(node.value, dict))
+        return node.problem(
+            path, f"{'' if isinstance(node.value, dict) else 'found ' + shown(node.plain()) + ': '}{error['msg']}."
+        )
+    return node.problem(
+        path, _sentence(kind, error, node.plain(), path), at_key=kind == "value_error" and isinstance(node.value, dict)
+    )
 
 
 def _child(node: Node, part: Any) -> Node | None:
@@ -135,19 +163,27 @@ def models_at(path: str) -> list[type[BaseModel]]:
     """The recipe's models that may stand at a path such as `calibration.mix[0]`."""
     models: list[type[BaseModel]] = [Recipe]
     for part in (piece.split("[")[0] for piece in path.split(".") if piece):
-        models = [inner for model in models if part in model.model_fields for inner in _models(model.model_fields[part].annotation)]
+        models = [
+            inner
+            for model in models
+            if part in model.model_fields
+            for inner in _models(model.model_fields[part].annotation)
+        ]
     return models
 
 
 def may_be_null(path: str) -> bool:
-    """Whether the field at a path takes null for a value; unknown fields do, so that they are reported as they were written."""
+    """Whether the field at a path takes null for a value; unknown fields do, so that they are reported as they were
+    written."""
     head, _, last = path.rpartition(".")
     fields = [model.model_fields[last] for model in models_at(head) if last in model.model_fields]
     return not fields or any(_takes_none(field.annotation) for field in fields)
 
 
 def _takes_none(annotation: Any) -> bool:
-    return annotation is type(None) or any(_takes_none(argument) for argument in get_args(annotation) if get_origin(annotation) is not dict)
+    return annotation is type(None) or any(
+        _takes_none(argument) for argument in get_args(annotation) if get_origin(annotation) is not dict
+    )
 
 
 def _fields_at(parent: Node, root: Node, path: str) -> list[str]:

@@ -14,7 +14,12 @@ class _Generator(GenerateJsonSchema):
 
     def decimal_schema(self, schema: Any) -> JsonSchemaValue:
         number: JsonSchemaValue = {"type": "number"}
-        for name, keyword in (("gt", "exclusiveMinimum"), ("ge", "minimum"), ("lt", "exclusiveMaximum"), ("le", "maximum")):
+        for name, keyword in (
+            ("gt", "exclusiveMinimum"),
+            ("ge", "minimum"),
+            ("lt", "exclusiveMaximum"),
+            ("le", "maximum"),
+        ):
             if schema.get(name) is not None:
                 number[keyword] = float(schema[name])
         return number
@@ -23,8 +28,13 @@ class _Generator(GenerateJsonSchema):
 def recipe_schema() -> dict[str, Any]:
     """JSON Schema 2020-12 of a recipe file, `extends` and partial children included."""
     schema = Recipe.model_json_schema(schema_generator=_Generator)
-    schema["properties"] = {"extends": {"type": "string", "description": "Another recipe, relative to this file; this one is merged over it."},
-                            **schema["properties"]}
+    schema["properties"] = {
+        "extends": {
+            "type": "string",
+            "description": "Another recipe, relative to this file; this one is merged over it.",
+        },
+        **schema["properties"],
+    }
     required = schema.pop("required")
     schema["if"] = {"not": {"required": ["extends"]}}  # a child may leave everything to its parent
     schema["then"] = {"required": required}

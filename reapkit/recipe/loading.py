@@ -15,7 +15,11 @@ from reapkit.recipe.error_messages import closest, may_be_null, problems_of
 from reapkit.recipe.schema import Recipe
 from reapkit.recipe.yaml_tree import Node, json_text, parse_document, read_document, walk
 
-SHIPPED = tuple(folder for folder in (Path(__file__).parents[1] / "_recipes", Path(__file__).parents[2] / "recipes") if folder.is_dir())
+SHIPPED = tuple(
+    folder
+    for folder in (Path(__file__).parents[1] / "_recipes", Path(__file__).parents[2] / "recipes")
+    if folder.is_dir()
+)
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,8 @@ class LoadedRecipe:
     document: Node
 
     def problem(self, path: str, message: str) -> Problem:
-        """A problem at a recipe path such as `prune.caps[0].layers`, with the position of its closest written ancestor."""
+        """A problem at a recipe path such as `prune.caps[0].layers`, with the position of its closest written
+        ancestor."""
         nodes = dict(walk(self.document))
         place = path
         while place and place not in nodes:
@@ -49,8 +54,12 @@ def find_recipe(name: str) -> Path:
         for candidate in (folder / name, folder / f"{name}.yaml"):
             if candidate.is_file():
                 return candidate
-    known = sorted({str(file.relative_to(folder).with_suffix("")) for folder in SHIPPED for file in folder.rglob("*.yaml")})
-    raise RecipeError(f"{name}: no such recipe file.{closest(name, known)} Shipped recipes: {', '.join(known) or 'none'}.")
+    known = sorted(
+        {str(file.relative_to(folder).with_suffix("")) for folder in SHIPPED for file in folder.rglob("*.yaml")}
+    )
+    raise RecipeError(
+        f"{name}: no such recipe file.{closest(name, known)} Shipped recipes: {', '.join(known) or 'none'}."
+    )
 
 
 def load(name: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
@@ -100,7 +109,13 @@ def _place(plain: Any, loc: Sequence[Any]) -> tuple[Any, ...]:
     """The part of a validation location that exists in the data: union tags and missing keys fall away."""
     place: list[Any] = []
     for part in loc:
-        if isinstance(plain, dict) and part in plain or isinstance(plain, list) and isinstance(part, int) and part < len(plain):
+        if (
+            isinstance(plain, dict)
+            and part in plain
+            or isinstance(plain, list)
+            and isinstance(part, int)
+            and part < len(plain)
+        ):
             place.append(part)
             plain = plain[part]
     return tuple(place)
@@ -119,7 +134,7 @@ def _read_with_parents(path: Path, chain: tuple[Path, ...], problems: list[Probl
     """The document at `path` merged over what it extends; `chain` is how we got here."""
     resolved = path.resolve()
     if resolved in chain:
-        names = " -> ".join(file.name for file in (*chain[chain.index(resolved):], resolved))
+        names = " -> ".join(file.name for file in (*chain[chain.index(resolved) :], resolved))
         raise RecipeError([Problem("extends", f"goes in a circle: {names}. Remove one of them.", str(path))])
     document = _with_raw_recipe(read_document(path, _shown(path)), path, problems)
     parent = document.value.pop("extends", None)
@@ -131,26 +146,47 @@ def _read_with_parents(path: Path, chain: tuple[Path, ...], problems: list[Probl
     parent_path = path.parent / parent.value
     if not parent_path.is_file():
         near = [str(file.relative_to(path.parent)) for file in path.parent.rglob("*.yaml") if file != path]
-        problems.append(parent.problem("extends", f"found '{parent.value}', but there is no such file.{closest(parent.value, near)}"))
+        problems.append(
+            parent.problem(
+                "extends", f"found '{parent.value}', but there is no such file.{closest(parent.value, near)}"
+            )
+        )
         return document
     inherited = _read_with_parents(parent_path, (*chain, resolved), problems)
     return _merge(_rebased(inherited, parent_path.parent, path.parent), document)
 
 
 def _with_raw_recipe(document: Node, path: Path, problems: list[Problem]) -> Node:
-    """`quantize.recipe` as the text of the file it names, which is found from the recipe's own folder: what it says is what counts."""
+    """`quantize.recipe` as the text of the file it names, which is found from the recipe's own folder: what it says is
+    what counts."""
     section = document.value.get("quantize")
     node = section.value.get("recipe") if section is not None and isinstance(section.value, dict) else None
-    if node is None or not isinstance(node.value, str) or "\n" in node.value or not node.value.endswith((".yaml", ".yml")):
+    if (
+        node is None
+        or not isinstance(node.value, str)
+        or "\n" in node.value
+        or not node.value.endswith((".yaml", ".yml"))
+    ):
         return document
     file = path.parent / node.value
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
-        problems.append(node.problem("quantize.recipe", f"found '{node.value}', but there is no such file that can be read. The path starts from the "
-                                                        "recipe's own folder."))
+        problems.append(
+            node.problem(
+                "quantize.recipe",
+                f"found '{node.value}', but there is no such file that can be read. The path starts from the "
+                "recipe's own folder.",
+            )
+        )
         return document
-    return replace(document, value={**document.value, "quantize": replace(section, value={**section.value, "recipe": replace(node, value=text)})})
+    return replace(
+        document,
+        value={
+            **document.value,
+            "quantize": replace(section, value={**section.value, "recipe": replace(node, value=text)}),
+        },
+    )
 
 
 def _shown(path: Path) -> str:
@@ -163,8 +199,9 @@ def _shown(path: Path) -> str:
 def _merge(parent: Node, child: Node, path: str = "") -> Node:
     """Deep merge, the child wins; lists of named items merge by name; null goes back to the default.
 
-    A null stays where the field may be null (`quantize.scheme: null` means none); an item whose `source` is null is removed. A mapping
-    that names another kind (`format: {prompt: ...}` over `{text: ...}`) replaces: formats do not blend.
+    A null stays where the field may be null (`quantize.scheme: null` means none); an item whose `source` is null is
+    removed. A mapping that names another kind (`format: {prompt: ...}` over `{text: ...}`) replaces: formats do not
+    blend.
     """
     if isinstance(parent.value, dict) and isinstance(child.value, dict):
         merged = dict(parent.value)
@@ -204,12 +241,18 @@ def _rebased(document: Node, here: Path, there: Path) -> Node:
     if "chat_template" in calibration:
         calibration["chat_template"] = moved(calibration["chat_template"])
     if "mix" in calibration and isinstance(calibration["mix"].value, list):
-        items = [replace(item, value={**item.value, "source": moved(item.value["source"])})
-                 if isinstance(item.value, dict) and "source" in item.value else item for item in calibration["mix"].value]
+        items = [
+            replace(item, value={**item.value, "source": moved(item.value["source"])})
+            if isinstance(item.value, dict) and "source" in item.value
+            else item
+            for item in calibration["mix"].value
+        ]
         calibration["mix"] = replace(calibration["mix"], value=items)
     if not calibration:
         return document
-    return replace(document, value={**document.value, "calibration": replace(document.value["calibration"], value=calibration)})
+    return replace(
+        document, value={**document.value, "calibration": replace(document.value["calibration"], value=calibration)}
+    )
 
 
 def _is_named_list(node: Node) -> bool:
@@ -237,15 +280,23 @@ def _override(document: Node, text: str, problems: list[Problem]) -> None:
             if index is None:
                 names = [str(_name(item)) for item in node.value if _name(item)]
                 where = ".".join(parts[:i])
-                problems.append(Problem(path, f"{where} has no item '{part}'.{closest(part, names)} Give 0 to {len(node.value) - 1}"
-                                        + (f" or one of {', '.join(names)}." if names else "."), shown))
+                problems.append(
+                    Problem(
+                        path,
+                        f"{where} has no item '{part}'.{closest(part, names)} Give 0 to {len(node.value) - 1}"
+                        + (f" or one of {', '.join(names)}." if names else "."),
+                        shown,
+                    )
+                )
                 return
             if last:
                 node.value[index] = value
             node = node.value[index]
         else:
             if not isinstance(node.value, dict):
-                problems.append(Problem(path, f"{'.'.join(parts[:i])} is no mapping, so nothing can be set inside it.", shown))
+                problems.append(
+                    Problem(path, f"{'.'.join(parts[:i])} is no mapping, so nothing can be set inside it.", shown)
+                )
                 return
             if last:
                 node.value[part] = replace(value, key_line=value.line, key_column=1)
@@ -266,7 +317,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def as_loaded(recipe: Recipe | LoadedRecipe | str | Path) -> LoadedRecipe:
-    """What the public functions accept: a path, a shipped name, or a recipe (one built in Python: paths start from here)."""
+    """What the public functions accept: a path, a shipped name, or a recipe (one built in Python: paths start from
+    here)."""
     if isinstance(recipe, LoadedRecipe):
         return recipe
     if isinstance(recipe, Recipe):

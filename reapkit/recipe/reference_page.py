@@ -22,8 +22,11 @@ def language_page() -> str:
     for name, field in Recipe.model_fields.items():
         for model in _models(field.annotation):
             parts.append(_table(f"`{name}:` {_sentence(model)}", list(_rows(model))))
-    parts.append("`format:` is one of " + "; ".join(f"`{_shape(model)}` ({_sentence(model).rstrip('.').lower()})" for model in FORMATS)
-                 + "; or just `text`, `messages`, `xlam`, `tokens` for the usual column names.")
+    parts.append(
+        "`format:` is one of "
+        + "; ".join(f"`{_shape(model)}` ({_sentence(model).rstrip('.').lower()})" for model in FORMATS)
+        + "; or just `text`, `messages`, `xlam`, `tokens` for the usual column names."
+    )
     return "\n\n".join(parts) + "\n"
 
 
@@ -33,7 +36,8 @@ def _table(title: str, rows: list[tuple[str, FieldInfo]]) -> str:
 
 
 def _rows(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Fields in order; a mapping of its own is followed by its fields, formats excepted (they have a sentence of their own)."""
+    """Fields in order; a mapping of its own is followed by its fields, formats excepted (they have a sentence of their
+    own)."""
     for name, field in model.model_fields.items():
         inner = [found for found in _models(field.annotation) if found not in FORMATS]
         is_list = get_origin(field.annotation) is tuple
@@ -63,19 +67,31 @@ def _default(field: FieldInfo) -> str:
         return str(value).lower()
     if isinstance(value, tuple):
         return f"[{', '.join(str(item) for item in value)}]"
-    return "" if value in ("", {}) else f"{value:,}".replace(",", "_") if isinstance(value, int) else str(Decimal(str(value)) if isinstance(value, float) else value)
+    return (
+        ""
+        if value in ("", {})
+        else f"{value:,}".replace(",", "_")
+        if isinstance(value, int)
+        else str(Decimal(str(value)) if isinstance(value, float) else value)
+    )
 
 
 def _meaning(field: FieldInfo) -> str:
     choices = _choices(field.annotation)
-    listing = f" ({', '.join(choices)})" if len(choices) > 1 and not all(choice in (field.description or "") for choice in choices) else ""
+    listing = (
+        f" ({', '.join(choices)})"
+        if len(choices) > 1 and not all(choice in (field.description or "") for choice in choices)
+        else ""
+    )
     return (field.description or "").replace("|", "\\|").replace("\n", " ") + listing
 
 
 def _choices(annotation: Any) -> list[str]:
     if str(get_origin(annotation)) == "typing.Literal":
         return [str(choice) for choice in get_args(annotation)]
-    return [choice for argument in get_args(annotation) for choice in _choices(argument) if not isinstance(annotation, str)]
+    return [
+        choice for argument in get_args(annotation) for choice in _choices(argument) if not isinstance(annotation, str)
+    ]
 
 
 def _sentence(model: type[BaseModel]) -> str:

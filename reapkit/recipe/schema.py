@@ -32,7 +32,9 @@ def _by_shape(value: Any) -> str:
 class Section(BaseModel):
     """A mapping of the recipe: unknown keys are refused, values never change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, defer_build=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, defer_build=True, strict=True, allow_inf_nan=False
+    )
 
 
 class ModelSpec(Section):
@@ -90,10 +92,21 @@ class TokensFormat(Section):
     """The column with 0/1 marks of assistant tokens, if there is one."""
 
 
-_FORMAT_KEYS = {"text": "TextFormat", "prompt": "PromptFormat", "completion": "PromptFormat", "messages": "MessagesFormat",
-                "xlam": "XlamFormat", "tokens": "TokensFormat", "assistant_mask": "TokensFormat"}
-_FORMAT_NAMES = {"text": {"text": "text"}, "messages": {"messages": "messages"}, "xlam": {"xlam": True},
-                 "tokens": {"tokens": "input_ids"}}
+_FORMAT_KEYS = {
+    "text": "TextFormat",
+    "prompt": "PromptFormat",
+    "completion": "PromptFormat",
+    "messages": "MessagesFormat",
+    "xlam": "XlamFormat",
+    "tokens": "TokensFormat",
+    "assistant_mask": "TokensFormat",
+}
+_FORMAT_NAMES = {
+    "text": {"text": "text"},
+    "messages": {"messages": "messages"},
+    "xlam": {"xlam": True},
+    "tokens": {"tokens": "input_ids"},
+}
 
 
 def _spell_out_format(value: Any) -> Any:
@@ -116,8 +129,10 @@ Format = Annotated[
     Discriminator(
         _format_tag,
         custom_error_type="format",
-        custom_error_message="not a format. Allowed: text, messages, xlam, tokens, {text: COLUMN}, "
-        "{prompt: COLUMN, completion: COLUMN}, {messages: COLUMN, tools: COLUMN} or {tokens: COLUMN}",
+        custom_error_message=(
+            "not a format. Allowed: text, messages, xlam, tokens, {text: COLUMN}, "
+            "{prompt: COLUMN, completion: COLUMN}, {messages: COLUMN, tools: COLUMN} or {tokens: COLUMN}"
+        ),
     ),
     BeforeValidator(_spell_out_format),
 ]
@@ -131,7 +146,8 @@ class Spans(Section):
     end: Annotated[
         Annotated[str, Tag("(scalar)")] | Annotated[tuple[str, ...], Tag("(list)")], Discriminator(_by_shape)
     ]
-    """Text (or any of several texts) that closes it; the closing marker itself is scored, so that stopping is learnt."""
+    """Text (or any of several texts) that closes it; the closing marker itself is scored, so that stopping is
+    learnt."""
 
 
 class MixEntry(Section):
@@ -165,7 +181,8 @@ class CalibrationSpec(Section):
     max_length: int = Field(default=2048, ge=2)
     """Tokens per row."""
     packing: Literal["none", "concat", "isolated"] = "concat"
-    """none: a row per sample; concat: rows filled across samples of a source, which then see each other; isolated: they do not."""
+    """none: a row per sample; concat: rows filled across samples of a source, which then see each other; isolated: they
+    do not."""
     overflow: Literal["truncate", "split", "window"] = "truncate"
     """A sample longer than a row: cut, split into rows, or the last `max_length` tokens that hold an assistant span."""
     score: Literal["all", "completion"] = "completion"
@@ -201,7 +218,8 @@ class ObserveSpec(Section):
     reroute_tokens: int = Field(default=0, ge=0)
     """Tokens on which the reroute criteria are measured in every layer, 8192 for instance; 0: not collected."""
     trace_bytes: int = Field(default=20_000_000_000, ge=0)
-    """Largest exact EAFT trace; a calibration that needs more is summed in a table of 32 x 16 cells of (p, H) instead."""
+    """Largest exact EAFT trace; a calibration that needs more is summed in a table of 32 x 16 cells of (p, H)
+    instead."""
 
 
 # ---------------------------------------------------------------------------------------------- saliency
@@ -255,7 +273,17 @@ class EaftSpec(Section):
     """Good is everything else, or a stricter region."""
 
 
-BUILTIN_CRITERIA = ("reap", "eaft-reap", "frequency", "weighted-frequency", "ean", "ean-mean", "reroute", "reroute-single", "random")
+BUILTIN_CRITERIA = (
+    "reap",
+    "eaft-reap",
+    "frequency",
+    "weighted-frequency",
+    "ean",
+    "ean-mean",
+    "reroute",
+    "reroute-single",
+    "random",
+)
 
 
 class SaliencySpec(Section):
@@ -357,8 +385,9 @@ class PruneSpec(Section):
     repair: Literal["ridge"] | None = None
     """ridge: re-fit the kept experts' output matrices in closed form so that they make up for the dropped ones."""
     mtp: Literal["auto", "observe", "drop"] = "auto"
-    """What becomes of multi-token-prediction blocks: observe runs them on the calibration and prunes them by their own saliency, drop
-    removes them and their config field; auto observes where transformers loads them (deepseek_v3, glm4_moe), else drops with a warning."""
+    """What becomes of multi-token-prediction blocks: observe runs them on the calibration and prunes them by their own
+    saliency, drop removes them and their config field; auto observes where transformers loads them (deepseek_v3,
+    glm4_moe), else drops with a warning."""
 
     @model_validator(mode="after")
     def _check(self) -> PruneSpec:
@@ -426,7 +455,8 @@ class GatesSpec(Section):
 
 
 Gates = Annotated[
-    Annotated[Literal["near-lossless", "strict", "size-first"], Tag("(scalar)")] | Annotated[GatesSpec, Tag("(mapping)")],
+    Annotated[Literal["near-lossless", "strict", "size-first"], Tag("(scalar)")]
+    | Annotated[GatesSpec, Tag("(mapping)")],
     Discriminator(_by_shape),
 ]
 
@@ -485,7 +515,8 @@ class EvaluateSpec(Section):
     """Measure the unpruned model beside the result, quantized alone to about the same bytes."""
 
 
-# ---------------------------------------------------------------------------------------------- quantize, output, runtime
+# ---------------------------------------------------------------------------------------------- quantize, output,
+# runtime
 
 
 class QuantizeSpec(Section):
@@ -501,9 +532,12 @@ class QuantizeSpec(Section):
     """Added to what is never quantized: module names or `re:` patterns."""
     calibrate_all_experts: bool = False
     """Run every expert on every calibration token."""
-    recipe: Annotated[
-        Annotated[str, Tag("(scalar)")] | Annotated[dict[str, Any], Tag("(mapping)")], Discriminator(_by_shape)
-    ] | None = None
+    recipe: (
+        Annotated[
+            Annotated[str, Tag("(scalar)")] | Annotated[dict[str, Any], Tag("(mapping)")], Discriminator(_by_shape)
+        ]
+        | None
+    ) = None
     """Instead: a raw llm-compressor recipe, inline or a path."""
 
 
@@ -566,7 +600,9 @@ class Recipe(Section):
     """What is kept, and where."""
     runtime: RuntimeSpec = RuntimeSpec()
     """Where it runs."""
-    _loaded: Any = PrivateAttr(default=None)  # where it was written, for paths relative to it and for positions in messages
+    _loaded: Any = PrivateAttr(
+        default=None
+    )  # where it was written, for paths relative to it and for positions in messages
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Recipe) and self.__dict__ == other.__dict__  # wherever they were written

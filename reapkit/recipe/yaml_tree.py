@@ -1,7 +1,7 @@
 """YAML as a tree that remembers where each value stands, with everything hostile refused.
 
-PyYAML composes the nodes; we read them ourselves so that duplicate keys, exploding aliases and odd scalars become problems
-with a position instead of surprises.
+PyYAML composes the nodes; we read them ourselves so that duplicate keys, exploding aliases and odd scalars become
+problems with a position instead of surprises.
 """
 
 from __future__ import annotations
@@ -88,12 +88,16 @@ def read_document(path: Path, shown: str) -> Node:
     except OSError as error:
         raise RecipeError([Problem("", f"cannot be read: {error.strerror}. Check the path.", shown)]) from None
     if raw is None:
-        raise RecipeError([Problem("", f"is larger than {MAX_FILE_BYTES:,} bytes. A recipe is a short YAML file.", shown)])
+        raise RecipeError(
+            [Problem("", f"is larger than {MAX_FILE_BYTES:,} bytes. A recipe is a short YAML file.", shown)]
+        )
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
-        raise RecipeError([Problem("", f"is not UTF-8 (byte 0x{raw[error.start]:02x}). Save it as UTF-8.", shown, line)]) from None
+        raise RecipeError(
+            [Problem("", f"is not UTF-8 (byte 0x{raw[error.start]:02x}). Save it as UTF-8.", shown, line)]
+        ) from None
     return parse_document(text, shown)
 
 
@@ -103,17 +107,38 @@ def parse_document(text: str, shown: str) -> Node:
         root = yaml.compose(text, Loader=_Loader)
     except yaml.reader.ReaderError as error:
         line = text[: error.position].count("\n") + 1
-        raise RecipeError([Problem("", f"holds the character U+{error.character:04X}, which YAML forbids. Remove it.", shown, line)]) from None
+        raise RecipeError(
+            [Problem("", f"holds the character U+{error.character:04X}, which YAML forbids. Remove it.", shown, line)]
+        ) from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        raise RecipeError([Problem("", _syntax_message(error, text, mark), shown, mark.line + 1 if mark else None,
-                                   mark.column + 1 if mark else None)]) from None
+        raise RecipeError(
+            [
+                Problem(
+                    "",
+                    _syntax_message(error, text, mark),
+                    shown,
+                    mark.line + 1 if mark else None,
+                    mark.column + 1 if mark else None,
+                )
+            ]
+        ) from None
     except RecursionError:
         raise RecipeError([Problem("", f"is nested deeper than {MAX_DEPTH} levels.", shown)]) from None
     if not isinstance(root, yaml.MappingNode):
         kinds = {"sequence": "a list", "scalar": "plain text"}
         found = "is empty" if root is None else f"holds {kinds[root.id]} at the top"
-        raise RecipeError([Problem("", f"{found}; a recipe is a mapping. Start with `version: 1`, or try `reapkit init MODEL`.", shown, 1, 1)])
+        raise RecipeError(
+            [
+                Problem(
+                    "",
+                    f"{found}; a recipe is a mapping. Start with `version: 1`, or try `reapkit init MODEL`.",
+                    shown,
+                    1,
+                    1,
+                )
+            ]
+        )
     problems: list[Problem] = []
     node = _Reader(shown, problems).read(root, "", 0)
     if problems:
@@ -140,12 +165,24 @@ class _Reader:
         self.left -= 1
         place = dict(file=self.shown, line=node.start_mark.line + 1, column=node.start_mark.column + 1)
         if self.left < 0:
-            raise RecipeError([Problem(path, f"aliases repeat this into more than {MAX_NODES:,} values. Write it without aliases.", **place)])
+            raise RecipeError(
+                [
+                    Problem(
+                        path,
+                        f"aliases repeat this into more than {MAX_NODES:,} values. Write it without aliases.",
+                        **place,
+                    )
+                ]
+            )
         if depth > MAX_DEPTH or id(node) in self.open:
-            raise RecipeError([Problem(path, f"is nested deeper than {MAX_DEPTH} levels, or contains itself. Flatten it.", **place)])
+            raise RecipeError(
+                [Problem(path, f"is nested deeper than {MAX_DEPTH} levels, or contains itself. Flatten it.", **place)]
+            )
         if node.tag not in _PLAIN_TAGS:
             tag = node.tag.replace("tag:yaml.org,2002:", "!!")
-            self.problems.append(Problem(path, f"has the YAML tag {tag}; a recipe is plain data. Remove the tag.", **place))
+            self.problems.append(
+                Problem(path, f"has the YAML tag {tag}; a recipe is plain data. Remove the tag.", **place)
+            )
         if isinstance(node, yaml.ScalarNode):
             return Node(_scalar(node), **place)
         self.open.add(id(node))
@@ -167,7 +204,9 @@ class _Reader:
             where = f"{path}.{key}" if path else key
             if key in result:
                 first = result[key]
-                self.problems.append(Problem(where, f"given twice, first in line {first.key_line}. Keep one.", self.shown, line, column))
+                self.problems.append(
+                    Problem(where, f"given twice, first in line {first.key_line}. Keep one.", self.shown, line, column)
+                )
                 continue
             result[key] = replace(self.read(value_node, where, depth + 1), key_line=line, key_column=column)
         return result

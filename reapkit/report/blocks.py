@@ -27,9 +27,11 @@ class Table:
 
 @dataclass(frozen=True)
 class Chart:
-    """A plotly figure with the sentence that says what to see in it. `live`: the name of the script that redraws it on the page.
+    """A plotly figure with the sentence that says what to see in it. `live`: the name of the script that redraws it on
+    the page.
 
-    Colours are names of the stylesheet (`--accent`), so that one figure serves light and dark. `choices`: (option, label, values).
+    Colours are names of the stylesheet (`--accent`), so that one figure serves light and dark. `choices`: (option,
+    label, values).
     """
 
     kind: ClassVar[str] = "chart"
@@ -104,7 +106,8 @@ class Folded:
 
 @dataclass(frozen=True)
 class Slider:
-    """How many experts per layer go, 0 to experts - 1; `decided` labels the button that returns to the recipe's own decision."""
+    """How many experts per layer go, 0 to experts - 1; `decided` labels the button that returns to the recipe's own
+    decision."""
 
     label: str
     experts: int
@@ -114,7 +117,8 @@ class Slider:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, a lead sentence and blocks; `short` is its name in the navigation. `follows`: its charts obey the page's slider."""
+    """A heading, a lead sentence and blocks; `short` is its name in the navigation. `follows`: its charts obey the
+    page's slider."""
 
     id: str
     title: str
@@ -126,7 +130,8 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """A whole page. `badge` is (tone, text); `data` is what the live charts compute from; `slider` stays in sight over what follows it."""
+    """A whole page. `badge` is (tone, text); `data` is what the live charts compute from; `slider` stays in sight over
+    what follows it."""
 
     title: str
     eyebrow: str
@@ -140,7 +145,9 @@ class Page:
     @property
     def groups(self) -> list[tuple[bool, list[Section]]]:
         """Sections in order, those that follow the slider together."""
-        return [(follows, list(group)) for follows, group in groupby(self.sections, key=lambda section: section.follows)]
+        return [
+            (follows, list(group)) for follows, group in groupby(self.sections, key=lambda section: section.follows)
+        ]
 
     @property
     def has_charts(self) -> bool:

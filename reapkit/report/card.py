@@ -1,4 +1,5 @@
-"""The model card: what a directory is, how it was made, what was measured, how to serve it; nothing the run did not measure."""
+"""The model card: what a directory is, how it was made, what was measured, how to serve it; nothing the run did not
+measure."""
 
 from __future__ import annotations
 
@@ -32,28 +33,50 @@ EAFT_CITATION = """@article{diao2026eaft,
 CITATIONS = {"reap": (REAP_CITATION,), "eaft-reap": (REAP_CITATION, EAFT_CITATION)}
 
 PURPOSES = {
-    "theblackcat102/evol-codealpaca-v1": "code generation", "Salesforce/xlam-function-calling-60k": "function and tool calling",
-    "SWE-bench/SWE-smith-trajectories": "agentic, multi-turn software work", "open-r1/Mixture-of-Thoughts": "step-by-step reasoning",
-    "builtin:code": "code", "builtin:tools": "function and tool calling", "builtin:prose": "English prose",
+    "theblackcat102/evol-codealpaca-v1": "code generation",
+    "Salesforce/xlam-function-calling-60k": "function and tool calling",
+    "SWE-bench/SWE-smith-trajectories": "agentic, multi-turn software work",
+    "open-r1/Mixture-of-Thoughts": "step-by-step reasoning",
+    "builtin:code": "code",
+    "builtin:tools": "function and tool calling",
+    "builtin:prose": "English prose",
     "builtin:math": "arithmetic and word problems",
 }
-FORMAT_PURPOSES = {"xlam": "function and tool calling", "messages": "conversations", "prompt": "instructions", "text": "plain text",
-                   "tokens": "given tokens"}
+FORMAT_PURPOSES = {
+    "xlam": "function and tool calling",
+    "messages": "conversations",
+    "prompt": "instructions",
+    "text": "plain text",
+    "tokens": "given tokens",
+}
 
 CRITERIA = {
-    "reap": "g · ‖f(x)‖₂ over the positions routed to the expert, with g the gate weight the model applied and f(x) the expert's output",
-    "eaft-reap": "w · g · ‖f(x)‖₂ over the positions routed to the expert, with w by how sure and how right the model was there",
-    "frequency": "how many positions were routed to the expert", "weighted-frequency": "the gate weight the expert received",
-    "ean": "the sum of ‖f(x)‖₂ over the positions routed to the expert", "ean-mean": "‖f(x)‖₂ over the positions routed to the expert",
-    "reroute": "how far the layer's output moves, relative to the residual stream, once the expert is gone and its tokens are routed to those "
-               "left, removing one after another",
-    "reroute-single": "how far the layer's output moves, relative to the residual stream, without the expert alone, its tokens re-routed",
+    "reap": (
+        "g · ‖f(x)‖₂ over the positions routed to the expert, with g the gate weight the model applied and f(x) the"
+        " expert's output"
+    ),
+    "eaft-reap": (
+        "w · g · ‖f(x)‖₂ over the positions routed to the expert, with w by how sure and how right the model was there"
+    ),
+    "frequency": "how many positions were routed to the expert",
+    "weighted-frequency": "the gate weight the expert received",
+    "ean": "the sum of ‖f(x)‖₂ over the positions routed to the expert",
+    "ean-mean": "‖f(x)‖₂ over the positions routed to the expert",
+    "reroute": (
+        "how far the layer's output moves, relative to the residual stream, once the expert is gone and its tokens are"
+        " routed to those left, removing one after another"
+    ),
+    "reroute-single": (
+        "how far the layer's output moves, relative to the residual stream, without the expert alone, its tokens"
+        " re-routed"
+    ),
     "random": "random numbers, as a control",
 }
 
 
 def model_card(facts: RunFacts, which: Literal["pruned", "quantized"]) -> str:
-    """README.md of a written model directory: hub front matter, properties, calibration, method, results with limits, serving, recipe.
+    """README.md of a written model directory: hub front matter, properties, calibration, method, results with limits,
+    serving, recipe.
 
     Raises ValueError where the run wrote no such directory.
     """
@@ -61,9 +84,20 @@ def model_card(facts: RunFacts, which: Literal["pruned", "quantized"]) -> str:
     if sizes is None:
         raise ValueError(f"this run wrote no {which} model")
     scheme = _scheme(facts) if which == "quantized" else None
-    parts = [_front_matter(facts, scheme), f"# {_title(facts, sizes, scheme)}", _opening(facts, sizes, scheme),
-             _properties(facts, sizes, scheme), _calibration(facts), _method(facts, sizes, which), _results(facts, which),
-             _proofs(facts, which), _limits(facts, which), _serving(facts, sizes, which, scheme), _recipe(facts), _citation(facts)]
+    parts = [
+        _front_matter(facts, scheme),
+        f"# {_title(facts, sizes, scheme)}",
+        _opening(facts, sizes, scheme),
+        _properties(facts, sizes, scheme),
+        _calibration(facts),
+        _method(facts, sizes, which),
+        _results(facts, which),
+        _proofs(facts, which),
+        _limits(facts, which),
+        _serving(facts, sizes, which, scheme),
+        _recipe(facts),
+        _citation(facts),
+    ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -85,8 +119,15 @@ def _removed(facts: RunFacts, sizes: Sizes) -> str:
 
 def _front_matter(facts: RunFacts, scheme: str | None) -> str:
     criterion = facts.selection.criterion if facts.selection else facts.recipe.saliency.criterion
-    tags = ["moe", "mixture-of-experts", "pruning", *([criterion] if criterion in CITATIONS else []), "reapkit", facts.model.model_type,
-            *(["compressed-tensors", scheme.lower()] if scheme else [])]
+    tags = [
+        "moe",
+        "mixture-of-experts",
+        "pruning",
+        *([criterion] if criterion in CITATIONS else []),
+        "reapkit",
+        facts.model.model_type,
+        *(["compressed-tensors", scheme.lower()] if scheme else []),
+    ]
     fields: dict[str, Any] = {"base_model": facts.model.source} if facts.model.hub else {}
     if scheme and facts.model.hub:
         fields["base_model_relation"] = "quantized"
@@ -100,7 +141,11 @@ def _front_matter(facts: RunFacts, scheme: str | None) -> str:
 
 def _opening(facts: RunFacts, sizes: Sizes, scheme: str | None) -> str:
     quantized = f" and its weights quantized to {scheme}" if scheme else ""
-    text = (f"[{facts.model.source}](https://huggingface.co/{facts.model.source})" if facts.model.hub else f"`{facts.model.source}`")
+    text = (
+        f"[{facts.model.source}](https://huggingface.co/{facts.model.source})"
+        if facts.model.hub
+        else f"`{facts.model.source}`"
+    )
     return f"{text} with {_removed(facts, sizes)} of its routed experts removed{quantized}. {facts.recipe.description}".strip()
 
 
@@ -117,20 +162,33 @@ def _properties(facts: RunFacts, sizes: Sizes, scheme: str | None) -> str:
     selection, base = facts.selection, facts.base
     top_k = (selection.experts_per_token if selection else None) or facts.model.num_experts_per_tok
     before = facts.model.num_experts_per_tok
-    parameters, base_parameters = (f"{human_count(each.parameters)}, {human_count(each.active_parameters)} active" for each in (sizes, base))
-    rows = [("Base model", facts.model.source + (f" @ {facts.model.revision}" if facts.model.revision else "")),
-            ("Architecture", facts.model.model_type),
-            ("Routed experts per layer", f"{human_experts(sizes.experts)} (base: {human_experts(base.experts)})"),
-            ("Experts per token", f"{top_k}" + (f" (base: {before})" if top_k != before else "")),
-            ("Parameters", f"{parameters} (base: {base_parameters})"),
-            ("Size of the weights", f"{human_bytes(sizes.nbytes)} (base: {human_bytes(base.nbytes)})")]
+    parameters, base_parameters = (
+        f"{human_count(each.parameters)}, {human_count(each.active_parameters)} active" for each in (sizes, base)
+    )
+    rows = [
+        ("Base model", facts.model.source + (f" @ {facts.model.revision}" if facts.model.revision else "")),
+        ("Architecture", facts.model.model_type),
+        ("Routed experts per layer", f"{human_experts(sizes.experts)} (base: {human_experts(base.experts)})"),
+        ("Experts per token", f"{top_k}" + (f" (base: {before})" if top_k != before else "")),
+        ("Parameters", f"{parameters} (base: {base_parameters})"),
+        ("Size of the weights", f"{human_bytes(sizes.nbytes)} (base: {human_bytes(base.nbytes)})"),
+    ]
     if scheme:
         found = facts.quantization or {}
-        bits = f", {found['bits_per_weight']:.3f} bits per quantized weight on disk" if found.get("bits_per_weight") else ""
+        bits = (
+            f", {found['bits_per_weight']:.3f} bits per quantized weight on disk"
+            if found.get("bits_per_weight")
+            else ""
+        )
         group = f", group size {found['group_size']}" if found.get("group_size") else ""
         rows.append(("Quantization", f"{scheme} ({found.get('method', facts.recipe.quantize.method)}{group}{bits})"))
     if facts.mtp is not None:
-        rows.append(("Multi-token prediction", "kept, for speculative decoding" if facts.mtp else "removed, so engines cannot draft tokens with it"))
+        rows.append(
+            (
+                "Multi-token prediction",
+                "kept, for speculative decoding" if facts.mtp else "removed, so engines cannot draft tokens with it",
+            )
+        )
     if facts.model.license:
         rows.append(("License", f"{facts.model.license}, from the base model"))
     return _table(("Property", "Value"), rows)
@@ -143,15 +201,25 @@ def _calibration(facts: RunFacts) -> str:
     formats = {entry.name: entry.format for entry in facts.recipe.calibration.mix}
     samples = sum(source["samples"] for source in found["sources"])
     scored = sum(source["scored_tokens"] for source in found["sources"])
-    rows = [(_linked(source["source"], facts), count(source["samples"]), percent(source["samples"] / samples, 0),
-             count(source["scored_tokens"]), percent(source["scored_tokens"] / scored if scored else None, 0),
-             _purpose(source, formats.get(source["name"]))) for source in found["sources"]]
+    rows = [
+        (
+            _linked(source["source"], facts),
+            count(source["samples"]),
+            percent(source["samples"] / samples, 0),
+            count(source["scored_tokens"]),
+            percent(source["scored_tokens"] / scored if scored else None, 0),
+            _purpose(source, formats.get(source["name"])),
+        )
+        for source in found["sources"]
+    ]
     table = _table(("Source", "Samples", "Share of samples", "Scored tokens", "Share of scored", "Purpose"), rows)
     length = found.get("max_length", facts.recipe.calibration.max_length)
     completion = found.get("score", facts.recipe.calibration.score) == "completion"
     what = "positions that predict an assistant token" if completion else "every position"
-    return ("## Calibration mix\n\nWhich experts stay depends on what the model read: an expert that none of these sources uses ranks "
-            f"last.\n\n{table}\n\nRows of up to {count(length)} tokens; scored: {what}.")
+    return (
+        "## Calibration mix\n\nWhich experts stay depends on what the model read: an expert that none of these sources"
+        f" uses ranks last.\n\n{table}\n\nRows of up to {count(length)} tokens; scored: {what}."
+    )
 
 
 def _linked(source: str, facts: RunFacts) -> str:
@@ -173,14 +241,26 @@ def _method(facts: RunFacts, sizes: Sizes, which: str) -> str:
     criterion = selection.criterion if selection else facts.recipe.saliency.criterion
     details = selection.details if selection else {}
     formula = f" (`{details['formula']}`)" if details.get("formula") else ""
-    steps = ["The calibration ran through the base model once; for every scored token the routing the model really used was recorded: "
-             "which experts, with which gate weight, and the norm of their outputs.",
-             f"Each routed expert got a saliency by `{criterion}`{formula}: {CRITERIA.get(criterion, 'a criterion of its own')}.",
-             f"{'The least salient experts of all layers together' if details.get('allocation') == 'global' else 'In each layer the least salient experts'} "
-             f"went; {human_experts(sizes.experts)} of {human_experts(facts.base.experts)} stay. {_protected(details)}Router rows were removed "
-             "with their experts."]
+    steps = [
+        (
+            "The calibration ran through the base model once; for every scored token the routing the model really used"
+            " was recorded: which experts, with which gate weight, and the norm of their outputs."
+        ),
+        (
+            f"Each routed expert got a saliency by `{criterion}`{formula}:"
+            f" {CRITERIA.get(criterion, 'a criterion of its own')}."
+        ),
+        (
+            f"{'The least salient experts of all layers together' if details.get('allocation') == 'global' else 'In each layer the least salient experts'}"
+            f" went; {human_experts(sizes.experts)} of {human_experts(facts.base.experts)} stay."
+            f" {_protected(details)}Router rows were removed with their experts."
+        ),
+    ]
     if selection and selection.experts_per_token:
-        steps.append(f"Each token is routed to {selection.experts_per_token} experts instead of {facts.model.num_experts_per_tok}.")
+        steps.append(
+            f"Each token is routed to {selection.experts_per_token} experts instead of"
+            f" {facts.model.num_experts_per_tok}."
+        )
     if facts.recipe.prune.repair:
         steps.append(f"The kept experts were re-fitted in closed form ({facts.recipe.prune.repair}).")
     if which == "quantized":
@@ -192,8 +272,14 @@ def _method(facts: RunFacts, sizes: Sizes, which: str) -> str:
 
 
 def _protected(details: Mapping[str, Any]) -> str:
-    sizes = {name: sum(map(len, layers.values())) for name, layers in (details.get("protected") or {}).items() if layers}
-    return f"Protected whatever their saliency: {listed(f'{size} ({name})' for name, size in sizes.items())}. " if sizes else ""
+    sizes = {
+        name: sum(map(len, layers.values())) for name, layers in (details.get("protected") or {}).items() if layers
+    }
+    return (
+        f"Protected whatever their saliency: {listed(f'{size} ({name})' for name, size in sizes.items())}. "
+        if sizes
+        else ""
+    )
 
 
 # ---------------------------------------------------------------------------------------------- what was measured
@@ -207,13 +293,36 @@ def _results(facts: RunFacts, which: str) -> str:
 
 
 def _verified_results(facts: RunFacts, rows: Sequence[Mapping[str, Any]], which: str) -> str:
-    table = _table(("Model", "Size", "Perplexity", "Against base", "Mean KL", "Same most likely token"),
-                   [(row["name"], human_bytes(row["bytes"]), f"{row['perplexity']:.3f}", f"{row['perplexity_ratio']:.3f}",
-                     f"{row['kl_mean']:.4f}", percent(row["top1_agreement"])) for row in rows])
-    text = f"## Results\n\nMeasured on held-out rows of the calibration's sources, with the directory loaded from disk.\n\n{table}"
+    table = _table(
+        ("Model", "Size", "Perplexity", "Against base", "Mean KL", "Same most likely token"),
+        [
+            (
+                row["name"],
+                human_bytes(row["bytes"]),
+                f"{row['perplexity']:.3f}",
+                f"{row['perplexity_ratio']:.3f}",
+                f"{row['kl_mean']:.4f}",
+                percent(row["top1_agreement"]),
+            )
+            for row in rows
+        ],
+    )
+    text = (
+        "## Results\n\nMeasured on held-out rows of the calibration's sources, with the directory loaded from"
+        f" disk.\n\n{table}"
+    )
     metrics = measured_models(facts).get(which)
-    return "\n\n".join(part for part in (text, _by_source(metrics) if metrics else "", _equal_bytes(facts, which), _speed(facts, which),
-                                         _benchmarks(facts, which)) if part)
+    return "\n\n".join(
+        part
+        for part in (
+            text,
+            _by_source(metrics) if metrics else "",
+            _equal_bytes(facts, which),
+            _speed(facts, which),
+            _benchmarks(facts, which),
+        )
+        if part
+    )
 
 
 def _equal_bytes(facts: RunFacts, which: str) -> str:
@@ -231,13 +340,18 @@ def _speed(facts: RunFacts, which: str) -> str:
 
 
 def _benchmarks(facts: RunFacts, which: str) -> str:
-    found = {name: each for name, each in ((facts.verification or {}).get("lm_eval") or {}).items() if name in ("base", which)}
+    found = {
+        name: each
+        for name, each in ((facts.verification or {}).get("lm_eval") or {}).items()
+        if name in ("base", which)
+    }
     if which not in found:
         return ""
     first = found[which]
     limit = f"first {count(first['limit'])} documents of each" if first["limit"] else "all documents"
-    return (f"### Task benchmarks (lm-eval {first['lm_eval']}, {limit})\n\n"
-            + _table(("Task", "Metric", *found), list(benchmark_rows(found))))
+    return f"### Task benchmarks (lm-eval {first['lm_eval']}, {limit})\n\n" + _table(
+        ("Task", "Metric", *found), list(benchmark_rows(found))
+    )
 
 
 def _mask_results(facts: RunFacts) -> str:
@@ -245,24 +359,32 @@ def _mask_results(facts: RunFacts) -> str:
     if not found:
         return "## Results\n\nThis run measured nothing on this model."
     metrics = next(iter(found.values()))
-    return ("## Results\n\nThe written directory itself was not measured. Measured was the same selection as a mask on the base model, "
-            f"before quantization, on held-out rows.\n\n{_by_source(metrics)}")
+    return (
+        "## Results\n\nThe written directory itself was not measured. Measured was the same selection as a mask on the"
+        f" base model, before quantization, on held-out rows.\n\n{_by_source(metrics)}"
+    )
 
 
 def _by_source(metrics: Mapping[str, Any]) -> str:
     pack = max(metrics, key=int)
     shown = ("perplexity_ratio", "kl_mean", "top1_agreement")
-    rows = [("all of the mix" if group == UNION else group, *(with_interval(metric, found.get(metric)) for metric in shown))
-            for group, found in metrics[pack].items()]
-    return (f"By source, rows of {pack} tokens, 95 % intervals in parentheses:\n\n"
-            + _table(("Source", "Perplexity against base", "Mean KL", "Same most likely token"), rows))
+    rows = [
+        ("all of the mix" if group == UNION else group, *(with_interval(metric, found.get(metric)) for metric in shown))
+        for group, found in metrics[pack].items()
+    ]
+    return f"By source, rows of {pack} tokens, 95 % intervals in parentheses:\n\n" + _table(
+        ("Source", "Perplexity against base", "Mean KL", "Same most likely token"), rows
+    )
 
 
 def _proofs(facts: RunFacts, which: str) -> str:
     """What the verify stage proved on the directories behind this model; what it could not test is left out."""
     wanted = ("pruned", "quantized")[: 1 if which == "pruned" else 2]
-    found = [proof for proof in (facts.verification or {}).get("proofs", ())
-             if proof["directory"] in wanted and proof["passed"] and proof.get("measured", True)]
+    found = [
+        proof
+        for proof in (facts.verification or {}).get("proofs", ())
+        if proof["directory"] in wanted and proof["passed"] and proof.get("measured", True)
+    ]
     lines = [f"- {proof['directory']}, {proof['name']}: {proof['detail']}" for proof in found]
     return "### Proved on the written directories, in a fresh process\n\n" + "\n".join(lines) if lines else ""
 
@@ -271,18 +393,31 @@ def _limits(facts: RunFacts, which: str) -> str:
     sources = [entry.name for entry in facts.recipe.calibration.mix]
     extra = [entry.name for entry in facts.recipe.evaluate.extra_packs]
     outside = f" and, outside the calibration, {listed(extra, 12)}" if extra else ""
-    lines = [f"Quality was compared with the base model on {listed(sources, 12)}{outside}. What is not listed was not measured: pruning may "
-             "have cost languages, domains and skills that these rows do not exercise.",
-             "Perplexity, KL and agreement say how close the model is to its base on given text; they are no benchmark scores."]
+    lines = [
+        (
+            f"Quality was compared with the base model on {listed(sources, 12)}{outside}. What is not listed was not"
+            " measured: pruning may have cost languages, domains and skills that these rows do not exercise."
+        ),
+        (
+            "Perplexity, KL and agreement say how close the model is to its base on given text; they are no benchmark"
+            " scores."
+        ),
+    ]
     if not generated(facts):
         lines.append("Free generation (loops, broken tool calls) was not measured.")
     if facts.recipe.evaluate.lm_eval is None:
         lines.append("No task benchmark was run.")
-    lines += [f"Free continuations, pruned as a mask, share that loop: {share_with_interval(found)}; base: {share_with_interval(base)}."
-              for group, metric, base, found in generated(facts) if group == UNION and metric == "loop_share"]
+    lines += [
+        f"Free continuations, pruned as a mask, share that loop: {share_with_interval(found)}; base:"
+        f" {share_with_interval(base)}."
+        for group, metric, base, found in generated(facts)
+        if group == UNION and metric == "loop_share"
+    ]
     lines += _verdicts(facts, which)
     if never := (facts.selection.details.get("never_routed") if facts.selection else None):
-        lines.append(f"{plural(sum(map(len, never.values())), 'expert')} received no calibration token and ranked last.")
+        lines.append(
+            f"{plural(sum(map(len, never.values())), 'expert')} received no calibration token and ranked last."
+        )
     return "### Limits\n\n" + "\n".join(f"- {line}" for line in lines)
 
 
@@ -294,8 +429,11 @@ def _verdicts(facts: RunFacts, which: str) -> list[str]:
         lines.append(f"The recipe's gates for the pruning {said}, judged as a mask on the base model.")
     final = (facts.verification or {}).get("verdict")
     if which == "quantized" and final:
-        lines.append(f"The recipe's gates for the quantized model {words[final]}." if final in words else
-                     "The recipe set no gates for the quantized model.")
+        lines.append(
+            f"The recipe's gates for the quantized model {words[final]}."
+            if final in words
+            else "The recipe set no gates for the quantized model."
+        )
     return lines
 
 
@@ -304,9 +442,19 @@ def _verdicts(facts: RunFacts, which: str) -> list[str]:
 
 def _served(facts: RunFacts, which: str) -> str:
     """Whether an engine really ran this directory."""
-    ran = next((row for row in (facts.verification or {}).get("throughput") or ()
-                if (row["model"], row["engine"]) == (which, "vllm") and not row["not_measured"]), None)
-    return f"This run generated text with it in vLLM {ran['version']} on {ran['device']}." if ran else "This run started no serving engine on it."
+    ran = next(
+        (
+            row
+            for row in (facts.verification or {}).get("throughput") or ()
+            if (row["model"], row["engine"]) == (which, "vllm") and not row["not_measured"]
+        ),
+        None,
+    )
+    return (
+        f"This run generated text with it in vLLM {ran['version']} on {ran['device']}."
+        if ran
+        else "This run started no serving engine on it."
+    )
 
 
 def _serving(facts: RunFacts, sizes: Sizes, which: str, scheme: str | None) -> str:
@@ -318,23 +466,37 @@ def _serving(facts: RunFacts, sizes: Sizes, which: str, scheme: str | None) -> s
     versions = [f"{name} {facts.versions[name]}" for name in packages if facts.versions.get(name)]
     made = f" (made with {listed(versions)})" if versions else ""
     reload = (facts.quantization or {}).get("experts_reload_in_transformers", True) or scheme is None
-    reads = f"reads it{'; `compressed-tensors` must be installed' if scheme else ''}" if reload else "does not read routed experts in this scheme"
-    notes = [f"transformers: {reads}{made}.", f"vLLM: {engine.vllm}", f"SGLang: {engine.sglang}.", _served(facts, which)]
+    reads = (
+        f"reads it{'; `compressed-tensors` must be installed' if scheme else ''}"
+        if reload
+        else "does not read routed experts in this scheme"
+    )
+    notes = [
+        f"transformers: {reads}{made}.",
+        f"vLLM: {engine.vllm}",
+        f"SGLang: {engine.sglang}.",
+        _served(facts, which),
+    ]
     blocks = ["## Use it", "\n".join(f"- {note}" for note in notes)]
     if not ragged:
         blocks.append(f"```bash\nvllm serve {target}{' --trust-remote-code' if trust else ''}\n```")
     if reload:
-        code = ', trust_remote_code=True' if trust else ""
-        blocks.append("```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-                      f'model = AutoModelForCausalLM.from_pretrained("{target}", dtype="auto", device_map="auto"{code})\n'
-                      f'tokenizer = AutoTokenizer.from_pretrained("{target}")\n```')
+        code = ", trust_remote_code=True" if trust else ""
+        blocks.append(
+            "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            f'model = AutoModelForCausalLM.from_pretrained("{target}", dtype="auto", device_map="auto"{code})\n'
+            f'tokenizer = AutoTokenizer.from_pretrained("{target}")\n```'
+        )
     return "\n\n".join(blocks)
 
 
 def _recipe(facts: RunFacts) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
-    return (f"## Recipe\n\n```bash\n{facts.command}\n```\n\n<details><summary>The recipe with every default written out</summary>\n\n"
-            f"```yaml\n{facts.recipe_yaml.rstrip()}\n```\n\n</details>" + (f"\n\nMade with {versions}." if versions else ""))
+    return (
+        f"## Recipe\n\n```bash\n{facts.command}\n```\n\n<details><summary>The recipe with every default written"
+        f" out</summary>\n\n```yaml\n{facts.recipe_yaml.rstrip()}\n```\n\n</details>"
+        + (f"\n\nMade with {versions}." if versions else "")
+    )
 
 
 def _citation(facts: RunFacts) -> str:

@@ -11,47 +11,113 @@ Numbers = Sequence[float | None]
 DOT = {"width": 1.5, "dash": "dot", "color": "--muted"}
 
 
-def line(x: Sequence[Any], y: Numbers, name: str, color: str, hover: str, *, markers: bool = True, width: float = 2.5) -> Trace:
+def line(
+    x: Sequence[Any], y: Numbers, name: str, color: str, hover: str, *, markers: bool = True, width: float = 2.5
+) -> Trace:
     """A line, with a marker at each point."""
-    return {"x": list(x), "y": list(y), "name": name, "mode": "lines+markers" if markers else "lines", "marker": {"size": 5},
-            "line": {"color": color, "width": width}, "hovertemplate": f"{hover}<extra>{name}</extra>"}
+    return {
+        "x": list(x),
+        "y": list(y),
+        "name": name,
+        "mode": "lines+markers" if markers else "lines",
+        "marker": {"size": 5},
+        "line": {"color": color, "width": width},
+        "hovertemplate": f"{hover}<extra>{name}</extra>",
+    }
 
 
 def reference(x: Sequence[Any], y: Numbers, name: str) -> Trace:
     """A dotted line to compare with: chance, random, even."""
-    return {"x": list(x), "y": list(y), "name": name, "mode": "lines", "line": DOT, "hovertemplate": f"%{{y:.1%}}<extra>{name}</extra>"}
+    return {
+        "x": list(x),
+        "y": list(y),
+        "name": name,
+        "mode": "lines",
+        "line": DOT,
+        "hovertemplate": f"%{{y:.1%}}<extra>{name}</extra>",
+    }
 
 
 def bars(x: Sequence[Any], y: Numbers, color: str | Sequence[str], hover: str) -> Trace:
     """Upright bars."""
-    return {"type": "bar", "x": list(x), "y": list(y), "marker": {"color": color}, "hovertemplate": f"{hover}<extra></extra>"}
+    return {
+        "type": "bar",
+        "x": list(x),
+        "y": list(y),
+        "marker": {"color": color},
+        "hovertemplate": f"{hover}<extra></extra>",
+    }
 
 
-def rows(names: Sequence[str], values: Numbers, color: str | Sequence[str], labels: Sequence[str] = (), **extra: Any) -> Trace:
+def rows(
+    names: Sequence[str], values: Numbers, color: str | Sequence[str], labels: Sequence[str] = (), **extra: Any
+) -> Trace:
     """Lying bars, the first name on top; each with its label written on it."""
     shade = color if isinstance(color, str) else list(color)[::-1]
-    text = {"text": list(labels)[::-1], "textposition": "auto", "hovertemplate": "%{y}: %{text}<extra></extra>"} if labels else {}
-    return {"type": "bar", "orientation": "h", "y": list(names)[::-1], "x": list(values)[::-1], "marker": {"color": shade},
-            "cliponaxis": False, **text, **extra}
+    text = (
+        {"text": list(labels)[::-1], "textposition": "auto", "hovertemplate": "%{y}: %{text}<extra></extra>"}
+        if labels
+        else {}
+    )
+    return {
+        "type": "bar",
+        "orientation": "h",
+        "y": list(names)[::-1],
+        "x": list(values)[::-1],
+        "marker": {"color": shade},
+        "cliponaxis": False,
+        **text,
+        **extra,
+    }
 
 
-def whiskers(names: Sequence[str], found: Sequence[Mapping[str, Any]], labels: Sequence[str], color: str | Sequence[str], *,
-             name: str = "", symbol: str = "circle", whisker: str = "--muted") -> Trace:
+def whiskers(
+    names: Sequence[str],
+    found: Sequence[Mapping[str, Any]],
+    labels: Sequence[str],
+    color: str | Sequence[str],
+    *,
+    name: str = "",
+    symbol: str = "circle",
+    whisker: str = "--muted",
+) -> Trace:
     """A dot per name at its value with its interval; `found`: `{"value", "interval"}` each."""
     values = [each["value"] for each in found]
     ends = [each.get("interval") or (value, value) for each, value in zip(found, values, strict=True)]
-    error = {"type": "data", "symmetric": False, "thickness": 2, "width": 4, "color": whisker,
-             "array": [max(0.0, high - value) for (_, high), value in zip(ends, values, strict=True)],
-             "arrayminus": [max(0.0, value - low) for (low, _), value in zip(ends, values, strict=True)]}
-    return {"type": "scatter", "mode": "markers", "x": values, "y": list(names), "error_x": error, "name": name, "text": list(labels),
-            "marker": {"size": 10, "color": color, "symbol": symbol}, "showlegend": bool(name),
-            "hovertemplate": f"%{{y}}: %{{text}}<extra>{name}</extra>"}
+    error = {
+        "type": "data",
+        "symmetric": False,
+        "thickness": 2,
+        "width": 4,
+        "color": whisker,
+        "array": [max(0.0, high - value) for (_, high), value in zip(ends, values, strict=True)],
+        "arrayminus": [max(0.0, value - low) for (low, _), value in zip(ends, values, strict=True)],
+    }
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "x": values,
+        "y": list(names),
+        "error_x": error,
+        "name": name,
+        "text": list(labels),
+        "marker": {"size": 10, "color": color, "symbol": symbol},
+        "showlegend": bool(name),
+        "hovertemplate": f"%{{y}}: %{{text}}<extra>{name}</extra>",
+    }
 
 
 def grid(rows_of: Sequence[Any], **extra: Any) -> Trace:
     """A heat map whose cells the page fills; `rows_of` names its rows."""
-    return {"type": "heatmap", "z": [[0]], "y": list(rows_of), "hoverongaps": False, "showscale": False,
-            "hovertemplate": "%{text}<extra></extra>", **extra}
+    return {
+        "type": "heatmap",
+        "z": [[0]],
+        "y": list(rows_of),
+        "hoverongaps": False,
+        "showscale": False,
+        "hovertemplate": "%{text}<extra></extra>",
+        **extra,
+    }
 
 
 def shade(low: str, high: str) -> list[list[Any]]:

@@ -25,13 +25,33 @@ def equal_bytes(facts: RunFacts) -> Section | None:
         final = verified_rows(facts)[-1]
         pack = max(control["metrics"], key=int)
         own = facts.verification["metrics"][final["name"]][pack][UNION]
-        both = ((f"the result ({final['name']})", final["bytes"], own),
-                (f"the base in {control['scheme']}", control["bytes"], control["metrics"][pack][UNION]))
-        columns = [("", LEFT), ("size", RIGHT), ("perplexity against base", RIGHT), ("KL", RIGHT), ("same top-1", RIGHT)]
-        blocks.append(Table(columns, [(name, human_bytes(nbytes), *(with_interval(metric, found.get(metric)) for metric in HEADLINE))
-                                      for name, nbytes, found in both]))
-    return Section("equal-bytes", "The same bytes, spent otherwise", blocks,
-                   "What quantizing the whole model to about the same size would have cost, on the same rows.", "Same bytes")
+        both = (
+            (f"the result ({final['name']})", final["bytes"], own),
+            (f"the base in {control['scheme']}", control["bytes"], control["metrics"][pack][UNION]),
+        )
+        columns = [
+            ("", LEFT),
+            ("size", RIGHT),
+            ("perplexity against base", RIGHT),
+            ("KL", RIGHT),
+            ("same top-1", RIGHT),
+        ]
+        blocks.append(
+            Table(
+                columns,
+                [
+                    (name, human_bytes(nbytes), *(with_interval(metric, found.get(metric)) for metric in HEADLINE))
+                    for name, nbytes, found in both
+                ],
+            )
+        )
+    return Section(
+        "equal-bytes",
+        "The same bytes, spent otherwise",
+        blocks,
+        "What quantizing the whole model to about the same size would have cost, on the same rows.",
+        "Same bytes",
+    )
 
 
 HEADLINE = ("perplexity_ratio", "kl_mean", "top1_agreement")
@@ -49,7 +69,13 @@ def verdict_of_equal_bytes(facts: RunFacts) -> tuple[str, str]:
     if own["interval"] and other["interval"] and own["interval"][1] < other["interval"][0]:
         return "good", f"{control['note']} It is further from the base than the result: {numbers}."
     if own["interval"] and other["interval"] and other["interval"][1] < own["interval"][0]:
-        return "warn", f"{control['note']} It is nearer to the base than the result: {numbers}. Here quantizing alone serves better."
+        return (
+            "warn",
+            (
+                f"{control['note']} It is nearer to the base than the result: {numbers}. Here quantizing alone serves"
+                " better."
+            ),
+        )
     return "info", f"{control['note']} The two cannot be told apart on these rows: {numbers}."
 
 
@@ -58,7 +84,14 @@ def speed(facts: RunFacts) -> Section | None:
     found = (facts.verification or {}).get("throughput")
     if not found:
         return None
-    columns = [("model", LEFT), ("engine", LEFT), ("prefill", RIGHT), ("decode", RIGHT), ("peak memory", RIGHT), ("", LEFT)]
+    columns = [
+        ("model", LEFT),
+        ("engine", LEFT),
+        ("prefill", RIGHT),
+        ("decode", RIGHT),
+        ("peak memory", RIGHT),
+        ("", LEFT),
+    ]
     return Section("speed", "Speed and memory", [Table(columns, list(speed_rows(found)))], speed_lead(found), "Speed")
 
 
@@ -67,9 +100,11 @@ def speed_lead(found: list[Mapping[str, Any]]) -> str:
     measured = next((row for row in found if not row["not_measured"]), None)
     if measured is None:
         return "Asked for, and not measured."
-    return (f"One row of {measured['prompt_tokens']} random tokens read at once, then {measured['new_tokens']} generated one by one, on "
-            f"{measured['device']}; medians of {measured['repeats']}. Each model in a process of its own, one after another: other work on "
-            "the machine moves these numbers.")
+    return (
+        f"One row of {measured['prompt_tokens']} random tokens read at once, then {measured['new_tokens']} generated"
+        f" one by one, on {measured['device']}; medians of {measured['repeats']}. Each model in a process of its own,"
+        " one after another: other work on the machine moves these numbers."
+    )
 
 
 def speed_rows(found: list[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
@@ -80,9 +115,16 @@ def speed_rows(found: list[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
             yield row["model"], engine, "–", "–", "–", f"not measured: {row['not_measured'].splitlines()[0]}"
             continue
         idle = f"{human_bytes(row['idle_bytes'])} of it before the model" if row["idle_bytes"] else ""
-        yield (row["model"], engine, *(f"{count(round(row[name]))} tokens/s" if row[name] else "–" for name in
-                                       ("prefill_tokens_per_s", "decode_tokens_per_s")),
-               human_bytes(row["peak_bytes"]), "; ".join(filter(None, [idle, row["note"]])))
+        yield (
+            row["model"],
+            engine,
+            *(
+                f"{count(round(row[name]))} tokens/s" if row[name] else "–"
+                for name in ("prefill_tokens_per_s", "decode_tokens_per_s")
+            ),
+            human_bytes(row["peak_bytes"]),
+            "; ".join(filter(None, [idle, row["note"]])),
+        )
 
 
 def benchmarks(facts: RunFacts) -> Section | None:
@@ -93,8 +135,10 @@ def benchmarks(facts: RunFacts) -> Section | None:
     columns = [("task", LEFT), ("metric", LEFT), *((name, RIGHT) for name in found)]
     first = next(iter(found.values()))
     limit = f"the first {count(first['limit'])} documents of each task" if first["limit"] else "all documents"
-    lead = (f"By lm-eval {first['lm_eval']} on {limit}, at most {count(first['max_new_tokens'])} new tokens; its own output lies beside "
-            "verify.json.")
+    lead = (
+        f"By lm-eval {first['lm_eval']} on {limit}, at most {count(first['max_new_tokens'])} new tokens; its own output"
+        " lies beside verify.json."
+    )
     return Section("benchmarks", "Task benchmarks", [Table(columns, list(benchmark_rows(found)))], lead, "Tasks")
 
 

@@ -12,7 +12,12 @@ from reapkit.report.charts import axis, bars, grid, line, reference, rows, shade
 from reapkit.report.view import View, decided_label
 from reapkit.selection import statistics
 
-DRIVER_NAMES = {"count": "frequency of use", "gate_mean": "gate weight", "norm_mean": "output magnitude", "norm_max": "largest output"}
+DRIVER_NAMES = {
+    "count": "frequency of use",
+    "gate_mean": "gate weight",
+    "norm_mean": "output magnitude",
+    "norm_max": "largest output",
+}
 DRIVER_SYMBOLS = {"count": "N", "gate_mean": "Σg/N", "norm_mean": "Σn/N", "norm_max": "max n"}
 CONCENTRATION_COLORS = ("--c1", "--c3", "--c4", "--c5", "--c6")
 
@@ -36,15 +41,22 @@ def cut(view: View) -> Section:
     curve = statistics.cut_curve(view.summed, view.saliency)
     traffic = statistics.share_deleted(view.summed.count, view.dropped)
     mass = statistics.share_deleted(view.summed.gate_norm_sum, view.dropped)
-    sentence = (f"With {view.cut}, {percent(traffic)} of the routed traffic and {percent(mass)} of the saliency mass go; "
-                f"random pruning would lose {percent(view.removed_share, 0)} of each. {_steepens(curve)}")
+    sentence = (
+        f"With {view.cut}, {percent(traffic)} of the routed traffic and {percent(mass)} of the saliency mass go; "
+        f"random pruning would lose {percent(view.removed_share, 0)} of each. {_steepens(curve)}"
+    )
     at = [k / view.experts for k in range(view.experts + 1)]
     hover = "%{y:.1%} deleted at %{x:.1%}"
-    data = [line(at, curve.traffic, "routing traffic", "--neutral", hover, markers=False),
-            line(at, curve.mass, "saliency mass", "--drop", hover, markers=False), reference([0, 1], [0, 1], "random")]
+    data = [
+        line(at, curve.traffic, "routing traffic", "--neutral", hover, markers=False),
+        line(at, curve.mass, "saliency mass", "--drop", hover, markers=False),
+        reference([0, 1], [0, 1], "random"),
+    ]
     layout = {"xaxis": axis("experts removed", ".0%", range=[0, 1]), "yaxis": axis("deleted", ".0%", range=[0, 1.02])}
-    lead = ("Any ratio can be cut from this one observation. Move the slider: the cut, the heat map, the layer charts and the distributions "
-            "follow it.")
+    lead = (
+        "Any ratio can be cut from this one observation. Move the slider: the cut, the heat map, the layer charts and"
+        " the distributions follow it."
+    )
     if view.selection is not None:
         lead += f" It starts where the recipe decided: {decided_label(view).removesuffix(', as decided')}."
     chart = Chart("cut-curve", "What a cut deletes", sentence, data, layout, 360, "cut")
@@ -54,8 +66,10 @@ def cut(view: View) -> Section:
 def _steepens(curve: statistics.CutCurve) -> str:
     if curve.steepens_at is None:
         return "No step of the saliency curve costs more than its even share."
-    return (f"The saliency curve steepens past {percent(curve.steepens_at, 0)}: from there each further expert costs more than its even "
-            "share, the cheap forecast of the quality cliff.")
+    return (
+        f"The saliency curve steepens past {percent(curve.steepens_at, 0)}: from there each further expert costs more"
+        " than its even share, the cheap forecast of the quality cliff."
+    )
 
 
 # ---------------------------------------------------------------------------------------------- heat map
@@ -65,22 +79,42 @@ def heat_map(view: View) -> Section:
     """Layers by experts, dropped ones in another colour."""
     lost = [statistics.share_deleted(*pair) for pair in zip(view.summed.gate_norm_sum, view.dropped, strict=True)]
     most, least = extreme(lost, view.layers), extreme(lost, view.layers, largest=False)
-    sentence = "Blue experts stay, orange ones go; darker (in the dark theme: brighter) means more salient than the layer's median."
+    sentence = (
+        "Blue experts stay, orange ones go; darker (in the dark theme: brighter) means more salient than the layer's"
+        " median."
+    )
     if most and least:
-        sentence += (f" With {view.cut}, least goes from layer {least[0]} ({percent(least[1])} of its saliency mass) and most from layer "
-                     f"{most[0]} ({percent(most[1])}).")
-    data = [grid(view.layers, zmin=-1, zmax=1, showlegend=False, colorscale=shade(f"--{name}-low", f"--{name}-high")) for name in ("keep", "drop")]
-    choices = [("order", "Order", [("index", "expert number"), ("saliency", "saliency")]),
-               ("value", "Colour", [("saliency", "saliency"), ("traffic", "traffic")])]
-    chart = Chart("heat", "Layers by experts", sentence, data, {**grid_layout(), "showlegend": True}, grid_height(view) + 20,
-                  "heat", choices)
+        sentence += (
+            f" With {view.cut}, least goes from layer {least[0]} ({percent(least[1])} of its saliency mass) and most"
+            f" from layer {most[0]} ({percent(most[1])})."
+        )
+    data = [
+        grid(view.layers, zmin=-1, zmax=1, showlegend=False, colorscale=shade(f"--{name}-low", f"--{name}-high"))
+        for name in ("keep", "drop")
+    ]
+    choices = [
+        ("order", "Order", [("index", "expert number"), ("saliency", "saliency")]),
+        ("value", "Colour", [("saliency", "saliency"), ("traffic", "traffic")]),
+    ]
+    chart = Chart(
+        "heat",
+        "Layers by experts",
+        sentence,
+        data,
+        {**grid_layout(), "showlegend": True},
+        grid_height(view) + 20,
+        "heat",
+        choices,
+    )
     return Section("experts", "Every expert, kept or dropped", [chart], "", "Experts", True)
 
 
 def grid_layout() -> dict[str, Any]:
     """Layers downwards, experts to the right."""
-    return {"xaxis": axis("expert", showgrid=False, zeroline=False),
-            "yaxis": axis("layer", autorange="reversed", showgrid=False, zeroline=False)}
+    return {
+        "xaxis": axis("expert", showgrid=False, zeroline=False),
+        "yaxis": axis("layer", autorange="reversed", showgrid=False, zeroline=False),
+    }
 
 
 def grid_height(view: View) -> int:
@@ -95,43 +129,72 @@ def drivers(view: View) -> Section:
     """Correlation with each candidate driver, and how few experts hold how much."""
     found = statistics.drivers(view.summed, view.saliency)
     names = [f"{DRIVER_NAMES[name]}<br>{DRIVER_SYMBOLS[name]}" for name in found]
-    data = [rows(names, [found[name][kind] for name in found], color, name=kind.capitalize(),
-                 hovertemplate=f"%{{x:.3f}}<extra>{kind.capitalize()}</extra>")
-            for kind, color in (("spearman", "--neutral"), ("pearson", "--accent"))]
+    data = [
+        rows(
+            names,
+            [found[name][kind] for name in found],
+            color,
+            name=kind.capitalize(),
+            hovertemplate=f"%{{x:.3f}}<extra>{kind.capitalize()}</extra>",
+        )
+        for kind, color in (("spearman", "--neutral"), ("pearson", "--accent"))
+    ]
     least = min((value for kinds in found.values() for value in kinds.values() if value is not None), default=0)
-    layout = {"xaxis": axis("correlation with saliency", range=[0 if least > -0.05 else -1, 1]), "yaxis": {"showgrid": False},
-              "legend": {"traceorder": "reversed"}}
+    layout = {
+        "xaxis": axis("correlation with saliency", range=[0 if least > -0.05 else -1, 1]),
+        "yaxis": {"showgrid": False},
+        "legend": {"traceorder": "reversed"},
+    }
     title = "Correlation with each candidate driver, mean over layers"
     blocks = [Chart("drivers", title, _driver_sentence(found), data, layout, 290), *_concentration(view)]
-    return Section("drivers", "What drives saliency", blocks, f"Saliency here is {view.formula} ({view.criterion}).", "Drivers", True)
+    return Section(
+        "drivers",
+        "What drives saliency",
+        blocks,
+        f"Saliency here is {view.formula} ({view.criterion}).",
+        "Drivers",
+        True,
+    )
 
 
 def _driver_sentence(found: dict[str, dict[str, float | None]]) -> str:
-    best = extreme([None if found[name]["pearson"] is None else abs(found[name]["pearson"]) for name in found], list(found))
+    best = extreme(
+        [None if found[name]["pearson"] is None else abs(found[name]["pearson"]) for name in found], list(found)
+    )
     if best is None:
         return "No layer has experts that differ (0 of them), so there is nothing to correlate."
     name, use, strength = best[0], found["count"]["pearson"], found[best[0]]["pearson"]
     if name == "count":
-        return f"Saliency follows how often an expert is used (r = {strength:.2f}): the cut removes the rarely routed experts."
+        return (
+            f"Saliency follows how often an expert is used (r = {strength:.2f}): the cut removes the rarely routed"
+            " experts."
+        )
     text = f"Saliency follows {DRIVER_NAMES[name]} most (r = {strength:.2f})"
     if use is None:
         return f"{text}."
     if abs(use) < 0.3:
-        return f"{text} and hardly the frequency of use (r = {use:.2f}): the cut removes the quiet experts, not the rarely routed ones."
+        return (
+            f"{text} and hardly the frequency of use (r = {use:.2f}): the cut removes the quiet experts, not the rarely"
+            " routed ones."
+        )
     return f"{text}; the frequency of use counts less (r = {use:.2f})."
 
 
 def _concentration(view: View) -> list[Chart]:
     tops = statistics.concentration(view.summed.gate_norm_sum)
-    shown = list(tops)[:len(CONCENTRATION_COLORS)]
+    shown = list(tops)[: len(CONCENTRATION_COLORS)]
     if not shown:
         return []
-    data = [line(view.layers, tops[size], f"top {size}", color, "layer %{x}: %{y:.1%}", width=2)
-            for size, color in zip(shown, CONCENTRATION_COLORS, strict=False)]
+    data = [
+        line(view.layers, tops[size], f"top {size}", color, "layer %{x}: %{y:.1%}", width=2)
+        for size, color in zip(shown, CONCENTRATION_COLORS, strict=False)
+    ]
     size = shown[min(1, len(shown) - 1)]
     most = extreme(tops[size], view.layers)
-    sentence = (f"The top {size} of {view.experts} experts hold {percent(mean(tops[size]), 0)} of Σgn on average; an even layer would have "
-                f"{percent(size / view.experts, 0)}.")
+    sentence = (
+        f"The top {size} of {view.experts} experts hold {percent(mean(tops[size]), 0)} of Σgn on average; an even layer"
+        f" would have {percent(size / view.experts, 0)}."
+    )
     sentence += f" Layer {most[0]} is the most concentrated, with {percent(most[1], 0)}." if most else ""
     layout = _by_layer(view, axis("share of Σgn", ".0%", range=[0, 1.02]))
     return [Chart("concentration", "Concentration: share of Σgn in the top experts", sentence, data, layout, 300)]
@@ -143,7 +206,14 @@ def _concentration(view: View) -> list[Chart]:
 def geography(view: View) -> Section:
     """Floor and tail risk, balance, redundancy coverage: layer by layer."""
     side = [_balance(view), *([_coverage(view)] if view.coactivation is not None else [])]
-    return Section("layers", "Layer geography", [_floor(view), Grid(side, wide=True)], "Where the prunable slack lies.", "Layers", True)
+    return Section(
+        "layers",
+        "Layer geography",
+        [_floor(view), Grid(side, wide=True)],
+        "Where the prunable slack lies.",
+        "Layers",
+        True,
+    )
 
 
 def _layer_axis(view: View) -> dict[str, Any]:
@@ -158,11 +228,18 @@ def _by_layer(view: View, values: dict[str, Any]) -> dict[str, Any]:
 def _floor(view: View) -> Chart:
     floors = statistics.floors(view.saliency, view.dropped)
     risks = statistics.tail_risks(view.summed.gate_norm_max, view.dropped)
-    data = [line(view.layers, floors, "saliency floor", "--accent", "layer %{x}: highest dropped %{y:.3g}"),
-            {**line(view.layers, risks, "tail risk", "--drop", "layer %{x}: %{y:.0%} of the dropped spike"), "yaxis": "y2"}]
-    layout = {"xaxis": {**_layer_axis(view), "anchor": "y2"}, "yaxis": axis("floor", domain=[0.56, 1], rangemode="tozero"),
-              "yaxis2": axis("tail risk", ".0%", domain=[0, 0.44], rangemode="tozero")}
-    return Chart("floor", "Saliency floor and tail risk", _floor_sentence(view, floors, risks), data, layout, 400, "geography")
+    data = [
+        line(view.layers, floors, "saliency floor", "--accent", "layer %{x}: highest dropped %{y:.3g}"),
+        {**line(view.layers, risks, "tail risk", "--drop", "layer %{x}: %{y:.0%} of the dropped spike"), "yaxis": "y2"},
+    ]
+    layout = {
+        "xaxis": {**_layer_axis(view), "anchor": "y2"},
+        "yaxis": axis("floor", domain=[0.56, 1], rangemode="tozero"),
+        "yaxis2": axis("tail risk", ".0%", domain=[0, 0.44], rangemode="tozero"),
+    }
+    return Chart(
+        "floor", "Saliency floor and tail risk", _floor_sentence(view, floors, risks), data, layout, 400, "geography"
+    )
 
 
 def _floor_sentence(view: View, floors: list[float | None], risks: list[float | None]) -> str:
@@ -172,18 +249,25 @@ def _floor_sentence(view: View, floors: list[float | None], risks: list[float | 
     if early is None or late is None:
         text += "some layers drop nothing that was routed. "
     elif late > 1.5 * early:
-        text += (f"the best expert dropped has a saliency of {number(early)} in the early layers and {number(late)} in the late ones: "
-                 "early layers are redundant, late ones specialised. ")
+        text += (
+            f"the best expert dropped has a saliency of {number(early)} in the early layers and {number(late)} in the"
+            " late ones: early layers are redundant, late ones specialised. "
+        )
     elif early > 1.5 * late:
-        text += (f"the floor falls from {number(early)} in the early layers to {number(late)} in the late ones: the slack lies late in "
-                 "this model. ")
+        text += (
+            f"the floor falls from {number(early)} in the early layers to {number(late)} in the late ones: the slack"
+            " lies late in this model. "
+        )
     else:
         text += f"the floor is much the same early ({number(early)}) and late ({number(late)}). "
     riskiest = extreme(risks, view.layers)
     if riskiest is None or riskiest[1] == 0:
         return text + "No dropped expert ever reaches the global top quarter of peaks."
-    return (text + f"{percent(mean(risks), 0)} of the dropped experts spike now and then (peak in the global top quarter), most in layer "
-            f"{riskiest[0]} ({percent(riskiest[1], 0)}): an average cannot protect them.")
+    return (
+        text
+        + f"{percent(mean(risks), 0)} of the dropped experts spike now and then (peak in the global top quarter), most"
+        f" in layer {riskiest[0]} ({percent(riskiest[1], 0)}): an average cannot protect them."
+    )
 
 
 def _balance(view: View) -> Chart:
@@ -191,7 +275,10 @@ def _balance(view: View) -> Chart:
     hottest, calmest = extreme(cv, view.layers), extreme(cv, view.layers, largest=False)
     sentence = "0 means that every expert is used equally."
     if hottest and calmest:
-        sentence += f" Layer {hottest[0]} leans most on a few hot experts (CV {hottest[1]:.2f}), layer {calmest[0]} least ({calmest[1]:.2f})."
+        sentence += (
+            f" Layer {hottest[0]} leans most on a few hot experts (CV {hottest[1]:.2f}), layer {calmest[0]} least"
+            f" ({calmest[1]:.2f})."
+        )
     data = [bars(view.layers, cv, "--c3", "layer %{x}: CV %{y:.2f}")]
     return Chart("balance", "Routing balance", sentence, data, _by_layer(view, axis("std(N) / mean(N)")), 300)
 
@@ -199,20 +286,34 @@ def _balance(view: View) -> Chart:
 def _coverage(view: View) -> Chart:
     covered = statistics.redundancy_coverage(view.coactivation, view.dropped)
     chance = statistics.chance_coverage(view.dropped)
-    data = [line(view.layers, covered, "coverage", "--accent", "layer %{x}: %{y:.1%}"), reference(view.layers, chance, "chance")]
+    data = [
+        line(view.layers, covered, "coverage", "--accent", "layer %{x}: %{y:.1%}"),
+        reference(view.layers, chance, "chance"),
+    ]
     layout = _by_layer(view, axis("survives", ".0%", range=[0, 1.02]))
-    return Chart("coverage", "Redundancy coverage", _coverage_sentence(view, covered, chance), data, layout, 300, "coverage")
+    return Chart(
+        "coverage", "Redundancy coverage", _coverage_sentence(view, covered, chance), data, layout, 300, "coverage"
+    )
 
 
 def _coverage_sentence(view: View, covered: list[float | None], chance: list[float | None]) -> str:
     average, even = mean(covered), mean(chance)
     if average is None or even is None:
         return "Dropped experts fired beside no other: 0 shared positions."
-    verdict = ("the survivors are the busy partners, so the work is reabsorbed" if average > even + 0.02 else
-               "dropped experts fire together, so their work is not reabsorbed" if average < even - 0.02 else "no better than chance")
+    verdict = (
+        "the survivors are the busy partners, so the work is reabsorbed"
+        if average > even + 0.02
+        else (
+            "dropped experts fire together, so their work is not reabsorbed"
+            if average < even - 0.02
+            else "no better than chance"
+        )
+    )
     lowest = extreme(covered, view.layers, largest=False)
-    return (f"With {view.cut}, {percent(average, 0)} of what fires beside a dropped expert survives, where chance would give {percent(even, 0)}: {verdict}. "
-            f"Least in layer {lowest[0]} ({percent(lowest[1], 0)}).")
+    return (
+        f"With {view.cut}, {percent(average, 0)} of what fires beside a dropped expert survives, where chance would"
+        f" give {percent(even, 0)}: {verdict}. Least in layer {lowest[0]} ({percent(lowest[1], 0)})."
+    )
 
 
 # ---------------------------------------------------------------------------------------------- distributions
@@ -228,10 +329,25 @@ def distributions(view: View) -> Section:
 
 
 def _distribution(view: View, row: int, name: str) -> Chart:
-    choices = [("layer", "Layer", [(str(i), f"layer {view.layers[i]}") for i in dict.fromkeys((row, *range(len(view.layers))))])]
+    choices = [
+        (
+            "layer",
+            "Layer",
+            [(str(i), f"layer {view.layers[i]}") for i in dict.fromkeys((row, *range(len(view.layers))))],
+        )
+    ]
     layout = {"barmode": "stack", "bargap": 0, "xaxis": axis("saliency", tick0=0), "yaxis": axis("experts")}
-    return Chart(f"distribution-{row}", f"{name}: layer {view.layers[row]}", _distribution_sentence(view, row), [], layout, 250,
-                 "distribution", choices, {"layer": row})
+    return Chart(
+        f"distribution-{row}",
+        f"{name}: layer {view.layers[row]}",
+        _distribution_sentence(view, row),
+        [],
+        layout,
+        250,
+        "distribution",
+        choices,
+        {"layer": row},
+    )
 
 
 def _distribution_sentence(view: View, row: int) -> str:
@@ -239,10 +355,15 @@ def _distribution_sentence(view: View, row: int) -> str:
     if not values.size:
         return "0 experts of this layer were routed to."
     ordered = np.sort(values)
-    median, top = float(ordered[(len(ordered) - 1) // 2]), float(ordered[-1])  # of two in the middle the lower, as the page's script has it
+    median, top = (
+        float(ordered[(len(ordered) - 1) // 2]),
+        float(ordered[-1]),
+    )  # of two in the middle the lower, as the page's script has it
     floor = statistics.floors(view.saliency[row : row + 1], view.dropped[row : row + 1])[0]
     if floor is None or top <= 0:
         return f"Median {number(median)}, highest {number(top)}; nothing that was routed goes here."
     lost = statistics.share_deleted(view.summed.gate_norm_sum[row], view.dropped[row])
-    return (f"Median {number(median)}, highest {number(top)}; the cut lies at {number(floor)}, {percent(floor / top, 0)} of the highest. "
-            f"What goes holds {percent(lost, 0)} of the layer's mass.")
+    return (
+        f"Median {number(median)}, highest {number(top)}; the cut lies at {number(floor)}, {percent(floor / top, 0)} of"
+        f" the highest. What goes holds {percent(lost, 0)} of the layer's mass."
+    )

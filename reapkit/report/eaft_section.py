@@ -21,26 +21,42 @@ from reapkit.selection.saliency import source_alphas
 
 BINS = 48
 DECADES = 4
-LEAST_P = 10.0 ** -DECADES
+LEAST_P = 10.0**-DECADES
 SMALL_CONFLICT_SHARE = 0.005
 
 
 def eaft_section(view: View) -> Section:
-    """Where positions lie in (p, H), the borders, each region's share, and what the conflict term changed if it was used."""
+    """Where positions lie in (p, H), the borders, each region's share, and what the conflict term changed if it was
+    used."""
     used = (view.selection.details.get("eaft") if view.selection else None) or {}
     borders, shares = _measured(view) if not used else (_borders_of(used), used["shares"])
     conflict, uncertain = shares["all"]["conflict"], shares["all"]["uncertain"]
-    sentence = (f"{percent(conflict, 2)} of the positions are confident conflicts (low p, low H), {percent(uncertain, 2)} are uncertain "
-                f"(low p, high H). {_weight_matters(conflict)}")
-    blocks: list[Any] = [Chart("regions", "Confidence and correctness", sentence, [_density(view)], _layout(list(borders.values())), 400),
-                         _shares_table(borders, shares)]
+    sentence = (
+        f"{percent(conflict, 2)} of the positions are confident conflicts (low p, low H), {percent(uncertain, 2)} are"
+        f" uncertain (low p, high H). {_weight_matters(conflict)}"
+    )
+    blocks: list[Any] = [
+        Chart(
+            "regions", "Confidence and correctness", sentence, [_density(view)], _layout(list(borders.values())), 400
+        ),
+        _shares_table(borders, shares),
+    ]
     if used.get("changed_by_conflict") is not None:
         blocks.append(_effect(used["changed_by_conflict"], used["weights"]["conflict"]))
     if realised := used.get("realised"):
-        cuts = "; ".join(", ".join(f"{name} {level:.3g}" for name, level in levels.items()) for levels in realised.values())
-        blocks.append(Note("info", f"The exact trace exceeded observe.trace_bytes: positions were summed in 32 x 16 cells of (p, H). Quantiles realised: {cuts}."))
-    lead = ("p is the probability of the reference token, H the entropy over the top logits divided by its maximum. "
-            + ("These regions weighed the saliency." if used else "Default quantiles; this cut did not use them."))
+        cuts = "; ".join(
+            ", ".join(f"{name} {level:.3g}" for name, level in levels.items()) for levels in realised.values()
+        )
+        blocks.append(
+            Note(
+                "info",
+                "The exact trace exceeded observe.trace_bytes: positions were summed in 32 x 16 cells of (p, H)."
+                f" Quantiles realised: {cuts}.",
+            )
+        )
+    lead = "p is the probability of the reference token, H the entropy over the top logits divided by its maximum. " + (
+        "These regions weighed the saliency." if used else "Default quantiles; this cut did not use them."
+    )
     return Section("eaft", "EAFT regions", blocks, lead, "EAFT")
 
 
@@ -51,30 +67,53 @@ def _shares_table(borders: dict[str, Thresholds], shares: dict[str, dict[str, fl
     rows = [(name, *(percent(row[region], 2) for region in regions)) for name, row in shares.items()]
     if len(borders) == 1:
         [one] = borders.values()
-        return Table(columns, rows, note=f"Borders for all sources: p low up to {number(one.p_low)}, H low up to {number(one.h_low)}, H high from "
-                                         f"{number(one.h_high)}.", narrow=True)
+        return Table(
+            columns,
+            rows,
+            note=(
+                f"Borders for all sources: p low up to {number(one.p_low)}, H low up to {number(one.h_low)}, H high"
+                f" from {number(one.h_high)}."
+            ),
+            narrow=True,
+        )
     own = {name: (number(one.p_low), number(one.h_low), number(one.h_high)) for name, one in borders.items()}
-    return Table([*columns, ("p low up to", "right"), ("H low up to", "right"), ("H high from", "right")],
-                 [(*row, *own.get(row[0], ("–",) * 3)) for row in rows])
+    return Table(
+        [*columns, ("p low up to", "right"), ("H low up to", "right"), ("H high from", "right")],
+        [(*row, *own.get(row[0], ("–",) * 3)) for row in rows],
+    )
 
 
 def _effect(changed: int, weight: float) -> Note:
     if not changed:
         return Note("warn", "The conflict term changed no kept expert: without it the same experts stay.")
-    return Note("info", f"The conflict weight {weight:g} changed {plural(changed, 'kept expert')} against a run that weighs conflict positions "
-                        "like the rest.")
+    return Note(
+        "info",
+        f"The conflict weight {weight:g} changed {plural(changed, 'kept expert')} against a run that weighs conflict"
+        " positions like the rest.",
+    )
 
 
 def _weight_matters(share: float) -> str:
-    return ("So few conflicts can hardly turn a decision, whatever their weight." if share < SMALL_CONFLICT_SHARE else
-            "Enough of them for the conflict weight to matter.")
+    return (
+        "So few conflicts can hardly turn a decision, whatever their weight."
+        if share < SMALL_CONFLICT_SHARE
+        else "Enough of them for the conflict weight to matter."
+    )
 
 
 def _measured(view: View) -> tuple[dict[str, Thresholds], dict[str, dict[str, float]]]:
     observation = view.observation
-    mix = None if isinstance(observation.eaft, EaftTable) else view.mix  # a table cannot be cut at every mix's quantiles
+    mix = (
+        None if isinstance(observation.eaft, EaftTable) else view.mix
+    )  # a table cannot be cut at every mix's quantiles
     found = region_positions(observation, EaftSpec(), source_alphas(observation, mix))
-    positions = dict(zip(("all", *observation.sources), np.concatenate([found.positions.sum(0, keepdims=True), found.positions]), strict=True))
+    positions = dict(
+        zip(
+            ("all", *observation.sources),
+            np.concatenate([found.positions.sum(0, keepdims=True), found.positions]),
+            strict=True,
+        )
+    )
     shares = {name: (row / max(1.0, float(row.sum()))).tolist() for name, row in positions.items()}
     return {"pooled": found.thresholds[0]}, {name: dict(zip(REGIONS, row, strict=True)) for name, row in shares.items()}
 
@@ -92,9 +131,14 @@ def _density(view: View) -> dict[str, Any]:
     x, y = (np.clip((values * BINS).astype(np.int64), 0, BINS - 1) for values in (place, h.astype(np.float64)))
     cells = np.bincount(y * BINS + x, weights=weight, minlength=BINS * BINS).reshape(BINS, BINS).astype(np.int64)
     edges = [edge / BINS for edge in range(BINS + 1)]
-    return grid(edges, x=[LEAST_P ** (1 - edge) for edge in edges], z=[[math.log10(n) if n else None for n in row] for row in cells.tolist()],
-                text=[[f"{n:,} positions" for n in row] for row in cells.tolist()], colorscale=shade("--heat-low", "--heat-high"),
-                hovertemplate="p %{x:.3g}, H %{y:.2f}: %{text}<extra></extra>")
+    return grid(
+        edges,
+        x=[LEAST_P ** (1 - edge) for edge in edges],
+        z=[[math.log10(n) if n else None for n in row] for row in cells.tolist()],
+        text=[[f"{n:,} positions" for n in row] for row in cells.tolist()],
+        colorscale=shade("--heat-low", "--heat-high"),
+        hovertemplate="p %{x:.3g}, H %{y:.2f}: %{text}<extra></extra>",
+    )
 
 
 def _points(material: Trace | EaftTable) -> tuple[ndarray, ndarray, ndarray]:
@@ -103,7 +147,11 @@ def _points(material: Trace | EaftTable) -> tuple[ndarray, ndarray, ndarray]:
         return material.p, material.h, np.ones(len(material))
     p, h = (np.minimum([cell_bounds(edges)[1] for edges in each], 1) for each in (material.p_edges, material.h_edges))
     shape = material.positions.shape
-    return np.broadcast_to(p[:, :, None], shape).ravel(), np.broadcast_to(h[:, None, :], shape).ravel(), material.positions.ravel()
+    return (
+        np.broadcast_to(p[:, :, None], shape).ravel(),
+        np.broadcast_to(h[:, None, :], shape).ravel(),
+        material.positions.ravel(),
+    )
 
 
 def _layout(borders: list[Thresholds]) -> dict[str, Any]:
@@ -113,16 +161,40 @@ def _layout(borders: list[Thresholds]) -> dict[str, Any]:
         edge = max(one.p_low, LEAST_P)
         shapes += [_region(edge, 0, one.h_low, "--bad"), _region(edge, one.h_high, 1, "--warn")]
     if len(borders) == 1:
-        notes = [_label("conflict", borders[0].h_low / 2, "--bad"), _label("uncertain", (1 + borders[0].h_high) / 2, "--warn")]
-    return {"shapes": shapes, "annotations": notes, "yaxis": axis("entropy H", range=[0, 1], zeroline=False),
-            "xaxis": axis("p of the reference token", type="log", range=[-DECADES, 0], dtick=1, zeroline=False, exponentformat="none")}
+        notes = [
+            _label("conflict", borders[0].h_low / 2, "--bad"),
+            _label("uncertain", (1 + borders[0].h_high) / 2, "--warn"),
+        ]
+    return {
+        "shapes": shapes,
+        "annotations": notes,
+        "yaxis": axis("entropy H", range=[0, 1], zeroline=False),
+        "xaxis": axis(
+            "p of the reference token", type="log", range=[-DECADES, 0], dtick=1, zeroline=False, exponentformat="none"
+        ),
+    }
 
 
 def _region(edge: float, low: float, high: float, color: str) -> dict[str, Any]:
-    return {"type": "rect", "x0": LEAST_P, "x1": edge, "y0": low, "y1": high, "line": {"color": color, "width": 2},
-            "fillcolor": "rgba(0,0,0,0)"}
+    return {
+        "type": "rect",
+        "x0": LEAST_P,
+        "x1": edge,
+        "y0": low,
+        "y1": high,
+        "line": {"color": color, "width": 2},
+        "fillcolor": "rgba(0,0,0,0)",
+    }
 
 
 def _label(text: str, height: float, color: str) -> dict[str, Any]:
-    return {"showarrow": False, "x": -DECADES + 0.06, "xanchor": "left", "y": height, "text": text, "bgcolor": "--surface", "borderpad": 2,
-            "font": {"size": 12, "color": color}}
+    return {
+        "showarrow": False,
+        "x": -DECADES + 0.06,
+        "xanchor": "left",
+        "y": height,
+        "text": text,
+        "bgcolor": "--surface",
+        "borderpad": 2,
+        "font": {"size": 12, "color": color},
+    }

@@ -23,13 +23,21 @@ ALL_SOURCES = "all"
 TOP_EXPERTS = 10
 
 
-def export(observation: Observation, directory: Path, *, spec: SaliencySpec | None = None,
-           calibration: Mapping[str, Any] | None = None, model: str | None = None, tokens_per_second: float | None = None,
-           reproduce: str | None = None) -> list[Path]:
+def export(
+    observation: Observation,
+    directory: Path,
+    *,
+    spec: SaliencySpec | None = None,
+    calibration: Mapping[str, Any] | None = None,
+    model: str | None = None,
+    tokens_per_second: float | None = None,
+    reproduce: str | None = None,
+) -> list[Path]:
     """Writes the three files into `directory` and returns their paths; the same observation gives the same bytes.
 
-    `spec` ranks the experts (default: reap). `calibration`: what calibration.json says, for datasets and prompts hash; `model`:
-    its name; `reproduce`: the command that made the observation. What is not given is left out of the profile, never guessed.
+    `spec` ranks the experts (default: reap). `calibration`: what calibration.json says, for datasets and prompts hash;
+    `model`: its name; `reproduce`: the command that made the observation. What is not given is left out of the profile,
+    never guessed.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -37,8 +45,15 @@ def export(observation: Observation, directory: Path, *, spec: SaliencySpec | No
     ranking = ranking_by_layer(observation, saliency(observation, spec))
     pq.write_table(saliency_table(observation), directory / PARQUET)
     (directory / RANKING).write_text(json.dumps(ranking, indent=None).replace("], ", "],\n ") + "\n")
-    text = profile(observation, ranking, spec, calibration=calibration, model=model, tokens_per_second=tokens_per_second,
-                   reproduce=reproduce)
+    text = profile(
+        observation,
+        ranking,
+        spec,
+        calibration=calibration,
+        model=model,
+        tokens_per_second=tokens_per_second,
+        reproduce=reproduce,
+    )
     (directory / PROFILE).write_text(text, encoding="utf-8")
     return [directory / name for name in (PARQUET, RANKING, PROFILE)]
 
@@ -46,14 +61,17 @@ def export(observation: Observation, directory: Path, *, spec: SaliencySpec | No
 def saliency_table(observation: Observation) -> pa.Table:
     """One row per layer, expert and source, plus source `all`; the columns of the observation and `saliency_mean`.
 
-    `saliency_mean` = gate_norm_sum / count, null where the expert received no scored token. Rows by layer, source, expert.
+    `saliency_mean` = gate_norm_sum / count, null where the expert received no scored token. Rows by layer, source,
+    expert.
     """
     sources = (*observation.sources, ALL_SOURCES)
     shape = (len(observation.layers), len(sources), observation.num_experts)
     layers, source_index, experts = (index.ravel() for index in np.indices(shape))
-    columns = {"layer": pa.array(np.array(observation.layers, np.int32)[layers]),
-               "expert": pa.array(experts.astype(np.int32)),
-               "source": pa.array([sources[i] for i in source_index.tolist()])}
+    columns = {
+        "layer": pa.array(np.array(observation.layers, np.int32)[layers]),
+        "expert": pa.array(experts.astype(np.int32)),
+        "source": pa.array([sources[i] for i in source_index.tolist()]),
+    }
     sums = {name: _with_all(observation.statistics[name], "sum").ravel() for name in SUMS}
     columns |= {name: pa.array(values.astype(np.int64) if name == "count" else values) for name, values in sums.items()}
     columns |= {name: pa.array(_with_all(observation.maxima[name], "max").ravel()) for name in MAXIMA}
@@ -77,36 +95,58 @@ def prompts_hash(calibration: Mapping[str, Any]) -> str:
     return hashlib.sha256("".join(source["sha256"] for source in calibration["sources"]).encode()).hexdigest()
 
 
-def profile(observation: Observation, ranking: Mapping[str, list[int]], spec: SaliencySpec, *,
-            calibration: Mapping[str, Any] | None, model: str | None, tokens_per_second: float | None,
-            reproduce: str | None) -> str:
+def profile(
+    observation: Observation,
+    ranking: Mapping[str, list[int]],
+    spec: SaliencySpec,
+    *,
+    calibration: Mapping[str, Any] | None,
+    model: str | None,
+    tokens_per_second: float | None,
+    reproduce: str | None,
+) -> str:
     """The saliency profile as Markdown: what was observed, top experts, concentration, files."""
     name = model or observation.model_type
-    blocks = [f"# Saliency profile: {name}", "\n".join(_facts(observation, spec, calibration, name, tokens_per_second)),
-              f"## Top experts by layer (top {TOP_EXPERTS}, ranked by {formula(spec)})",
-              "\n".join(f"- {layer}: {row[:TOP_EXPERTS]}" for layer, row in ranking.items()),
-              "## Saliency concentration (by gate_norm_sum mass)", _concentration_table(observation),
-              "## Artifacts",
-              f"- `{PARQUET}` (one row per layer, expert and source: counts, gate, norm and saliency sums, maxima)\n"
-              f"- `{RANKING}` (experts of each layer, most salient first)"]
+    blocks = [
+        f"# Saliency profile: {name}",
+        "\n".join(_facts(observation, spec, calibration, name, tokens_per_second)),
+        f"## Top experts by layer (top {TOP_EXPERTS}, ranked by {formula(spec)})",
+        "\n".join(f"- {layer}: {row[:TOP_EXPERTS]}" for layer, row in ranking.items()),
+        "## Saliency concentration (by gate_norm_sum mass)",
+        _concentration_table(observation),
+        "## Artifacts",
+        f"- `{PARQUET}` (one row per layer, expert and source: counts, gate, norm and saliency sums, maxima)\n"
+        f"- `{RANKING}` (experts of each layer, most salient first)",
+    ]
     if reproduce:
         blocks += ["## Reproduce", f"```bash\n{reproduce}\n```"]
     return "\n\n".join(blocks) + "\n"
 
 
-def _facts(observation: Observation, spec: SaliencySpec, calibration: Mapping[str, Any] | None, model: str,
-           tokens_per_second: float | None) -> list[str]:
+def _facts(
+    observation: Observation,
+    spec: SaliencySpec,
+    calibration: Mapping[str, Any] | None,
+    model: str,
+    tokens_per_second: float | None,
+) -> list[str]:
     tokens, scored = observation.tokens.tolist(), observation.scored_tokens.tolist()
     facts = [f"- Model: `{model}` ({observation.model_type})"]
-    facts += [f"- Source {_source(name, calibration)}: {t:,} tokens, {s:,} scored"
-              for name, t, s in zip(observation.sources, tokens, scored, strict=True)]
+    facts += [
+        f"- Source {_source(name, calibration)}: {t:,} tokens, {s:,} scored"
+        for name, t, s in zip(observation.sources, tokens, scored, strict=True)
+    ]
     if calibration is not None:
-        facts.append(f"- Rows: {calibration['rows']:,} | Max row length: {calibration['max_length']} | "
-                     f"Packing: {calibration['packing']} | Score: {calibration['score']}")
+        facts.append(
+            f"- Rows: {calibration['rows']:,} | Max row length: {calibration['max_length']} | "
+            f"Packing: {calibration['packing']} | Score: {calibration['score']}"
+        )
     top_k = observation.num_experts_per_tok
-    facts += [f"- Layers: {len(observation.layers)} | Experts: {observation.num_experts} | Top-k: {top_k}",
-              f"- Total tokens processed: {sum(tokens):,} | Kept (scored) tokens: {sum(scored):,}",
-              f"- Saliency: {spec.criterion}, {formula(spec)}"]
+    facts += [
+        f"- Layers: {len(observation.layers)} | Experts: {observation.num_experts} | Top-k: {top_k}",
+        f"- Total tokens processed: {sum(tokens):,} | Kept (scored) tokens: {sum(scored):,}",
+        f"- Saliency: {spec.criterion}, {formula(spec)}",
+    ]
     if tokens_per_second is not None:
         facts.append(f"- Forward throughput: {tokens_per_second:.0f} tokens/s")
     if calibration is not None:

@@ -1,4 +1,5 @@
-"""What a report and a model card are written from: the plan and the artifacts of a run, as one value. Missing parts are None."""
+"""What a report and a model card are written from: the plan and the artifacts of a run, as one value. Missing parts are
+None."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ class StageRow:
 
 @dataclass(frozen=True)
 class SourceModel:
-    """The base model as its checkpoint describes it. `hub`: the source is a hub id. `license`: what its own card says, or None."""
+    """The base model as its checkpoint describes it. `hub`: the source is a hub id. `license`: what its own card says,
+    or None."""
 
     source: str
     revision: str | None
@@ -52,10 +54,10 @@ class SourceModel:
 class RunFacts:
     """A run as far as it came.
 
-    `planned`: sizes each candidate would have; `pruned`, `quantized`: sizes of what was written. `selections`: by candidate and control;
-    `chosen`: the candidate that the evaluation chose. `evaluation`, `verification`, `calibration`: their JSON files. `quantization`:
-    what the stage reported. `hub_datasets`: sources of the mix that are on the hub. `mtp`: whether multi-token-prediction blocks stay; None
-    where the model has none.
+    `planned`: sizes each candidate would have; `pruned`, `quantized`: sizes of what was written. `selections`: by
+    candidate and control; `chosen`: the candidate that the evaluation chose. `evaluation`, `verification`,
+    `calibration`: their JSON files. `quantization`: what the stage reported. `hub_datasets`: sources of the mix that
+    are on the hub. `mtp`: whether multi-token-prediction blocks stay; None where the model has none.
     """
 
     recipe: Recipe
@@ -96,8 +98,15 @@ class RunFacts:
         return self.pruned is None
 
 
-def facts_from(plan: Plan, artifacts: Mapping[str, Artifact], *, executed: Collection[str] | None = None, command: str | None = None) -> RunFacts:
-    """The facts of a run from its plan and the artifacts it has, by stage name. `executed`: the stages this run made itself.
+def facts_from(
+    plan: Plan,
+    artifacts: Mapping[str, Artifact],
+    *,
+    executed: Collection[str] | None = None,
+    command: str | None = None,
+) -> RunFacts:
+    """The facts of a run from its plan and the artifacts it has, by stage name. `executed`: the stages this run made
+    itself.
 
     Reads the artifacts' small files and the observation; no model weight.
     """
@@ -107,17 +116,35 @@ def facts_from(plan: Plan, artifacts: Mapping[str, Artifact], *, executed: Colle
     pruned = planned[chosen] if "prune" in artifacts and candidate else None
     quantized = None
     if "quantize" in artifacts and pruned is not None:
-        quantized = Sizes(pruned.experts, pruned.parameters, pruned.active_parameters, artifacts["quantize"].summary["bytes"])
+        quantized = Sizes(
+            pruned.experts, pruned.parameters, pruned.active_parameters, artifacts["quantize"].summary["bytes"]
+        )
     return RunFacts(
-        recipe=plan.recipe, recipe_yaml=recipe_yaml(plan.recipe), command=command or _command(plan),
-        model=_source_model(plan), base=plan.base, planned=planned, chosen=chosen, pruned=pruned, quantized=quantized,
-        calibration=_json(artifacts, "calibrate", "calibration.json"), observation=_observation(artifacts),
-        selections=_selections(artifacts), evaluation=_json(artifacts, "evaluate", "evaluation.json"),
+        recipe=plan.recipe,
+        recipe_yaml=recipe_yaml(plan.recipe),
+        command=command or _command(plan),
+        model=_source_model(plan),
+        base=plan.base,
+        planned=planned,
+        chosen=chosen,
+        pruned=pruned,
+        quantized=quantized,
+        calibration=_json(artifacts, "calibrate", "calibration.json"),
+        observation=_observation(artifacts),
+        selections=_selections(artifacts),
+        evaluation=_json(artifacts, "evaluate", "evaluation.json"),
         quantization=artifacts["quantize"].summary if "quantize" in artifacts else None,
-        verification=_json(artifacts, "verify", "verify.json"), stages=_stages(plan, artifacts, executed),
-        warnings=_warnings(artifacts), versions=_versions(artifacts),
-        hub_datasets=tuple(dict.fromkeys(entry.source for entry in plan.recipe.calibration.mix
-                                         if _on_hub(entry.source, plan.loaded.directory))), mtp=_mtp_stays(plan))
+        verification=_json(artifacts, "verify", "verify.json"),
+        stages=_stages(plan, artifacts, executed),
+        warnings=_warnings(artifacts),
+        versions=_versions(artifacts),
+        hub_datasets=tuple(
+            dict.fromkeys(
+                entry.source for entry in plan.recipe.calibration.mix if _on_hub(entry.source, plan.loaded.directory)
+            )
+        ),
+        mtp=_mtp_stays(plan),
+    )
 
 
 def _mtp_stays(plan: Plan) -> bool | None:
@@ -154,9 +181,17 @@ def _on_hub(source: str, directory: Path) -> bool:
 
 def _source_model(plan: Plan) -> SourceModel:
     model, architecture = plan.recipe.model, plan.checkpoint.architecture
-    return SourceModel(model.source, model.revision, _on_hub(model.source, plan.loaded.directory), architecture.model_type,
-                       architecture.num_experts, architecture.num_experts_per_tok, architecture.num_hidden_layers,
-                       license_of(plan.checkpoint.path), plan.checkpoint.identity)
+    return SourceModel(
+        model.source,
+        model.revision,
+        _on_hub(model.source, plan.loaded.directory),
+        architecture.model_type,
+        architecture.num_experts,
+        architecture.num_experts_per_tok,
+        architecture.num_hidden_layers,
+        license_of(plan.checkpoint.path),
+        plan.checkpoint.identity,
+    )
 
 
 def license_of(directory: Path) -> str | None:
@@ -206,7 +241,9 @@ def _stages(plan: Plan, artifacts: Mapping[str, Artifact], executed: Collection[
             artifact = store_of(plan.recipe).get(stage.name, stage.key)
         if artifact is not None:
             made = not stage.hit if executed is None else stage.name in executed
-            rows.append(StageRow(stage.name, "run" if made else "in the store", artifact.manifest.get("seconds"), artifact.key))
+            rows.append(
+                StageRow(stage.name, "run" if made else "in the store", artifact.manifest.get("seconds"), artifact.key)
+            )
         elif stage.name != "report":
             rows.append(StageRow(stage.name, "not reached", None, stage.key))
     return tuple(rows)
@@ -214,13 +251,25 @@ def _stages(plan: Plan, artifacts: Mapping[str, Artifact], executed: Collection[
 
 def _command(plan: Plan) -> str:
     """The command line that plans the same: the recipe and every override."""
-    given = dict.fromkeys(node.file.removeprefix("--set ") for _, node in walk(plan.loaded.document) if node.file.startswith("--set "))
+    given = dict.fromkeys(
+        node.file.removeprefix("--set ") for _, node in walk(plan.loaded.document) if node.file.startswith("--set ")
+    )
     imported = [] if plan.imported is None else ["--observation", str(plan.imported.directory)]
-    return shlex.join(["reapkit", "apply", plan.loaded.shown, *(part for override in given for part in ("--set", override)), *imported])
+    return shlex.join(
+        [
+            "reapkit",
+            "apply",
+            plan.loaded.shown,
+            *(part for override in given for part in ("--set", override)),
+            *imported,
+        ]
+    )
 
 
 def _warnings(artifacts: Mapping[str, Artifact]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(warning for artifact in artifacts.values() for warning in artifact.manifest.get("warnings", ())))
+    return tuple(
+        dict.fromkeys(warning for artifact in artifacts.values() for warning in artifact.manifest.get("warnings", ()))
+    )
 
 
 def _versions(artifacts: Mapping[str, Artifact]) -> dict[str, str]:

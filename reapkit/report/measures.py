@@ -10,8 +10,13 @@ from markupsafe import Markup
 from reapkit.core.formatting import percent
 from reapkit.report.facts import RunFacts
 
-METRICS = {"perplexity_ratio": "perplexity against the base", "kl_mean": "mean KL from the base", "top1_agreement": "same most likely token",
-           "conflict_rate_delta": "change of confident conflicts", "loop_share_delta": "change of looping continuations"}
+METRICS = {
+    "perplexity_ratio": "perplexity against the base",
+    "kl_mean": "mean KL from the base",
+    "top1_agreement": "same most likely token",
+    "conflict_rate_delta": "change of confident conflicts",
+    "loop_share_delta": "change of looping continuations",
+}
 SHARES = ("top1_agreement", "conflict_rate_delta", "loop_share_delta")
 TONES = {"pass": "good", "reject": "bad", "undecided": "warn"}
 
@@ -54,13 +59,19 @@ def badge(verdict: str) -> Markup:
 
 
 def generated(facts: RunFacts) -> list[tuple[str, str, Mapping[str, Any] | None, Mapping[str, Any]]]:
-    """(group, metric, base's, candidate's) for every share measured on free continuations of the chosen candidate, else nothing."""
+    """(group, metric, base's, candidate's) for every share measured on free continuations of the chosen candidate, else
+    nothing."""
     evaluation = facts.evaluation or {}
-    chosen = next((entry for entry in evaluation.get("candidates", ()) if entry["name"] == evaluation.get("chosen")), {})
+    chosen = next(
+        (entry for entry in evaluation.get("candidates", ()) if entry["name"] == evaluation.get("chosen")), {}
+    )
     base = evaluation.get("base_generation") or {}
-    return [(group, metric, base.get(group, {}).get(metric), found)
-            for group, metrics in (chosen.get("generation") or {}).items() for metric, found in metrics.items()
-            if isinstance(found, Mapping) and not metric.endswith("_delta") and metric in base.get(group, {})]
+    return [
+        (group, metric, base.get(group, {}).get(metric), found)
+        for group, metrics in (chosen.get("generation") or {}).items()
+        for metric, found in metrics.items()
+        if isinstance(found, Mapping) and not metric.endswith("_delta") and metric in base.get(group, {})
+    ]
 
 
 def share_with_interval(measurement: Mapping[str, Any] | None) -> str:
@@ -84,5 +95,7 @@ def measured_models(facts: RunFacts) -> dict[str, Mapping[str, Any]]:
     evaluation = facts.evaluation or {}
     if confirm := evaluation.get("confirm"):
         return {f"{confirm['candidate']} (mask)": confirm["metrics"]}
-    chosen = next((entry for entry in evaluation.get("candidates", ()) if entry["name"] == evaluation.get("chosen")), None)
+    chosen = next(
+        (entry for entry in evaluation.get("candidates", ()) if entry["name"] == evaluation.get("chosen")), None
+    )
     return {f"{chosen['name']} (mask)": chosen["metrics"]} if chosen and chosen.get("metrics") else {}

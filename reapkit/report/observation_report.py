@@ -14,8 +14,11 @@ from reapkit.report.view import View
 from reapkit.selection.selection import Selection
 
 
-def write_observation_report(observation: Observation, selection: Selection | None, out_html: Path, model: str | None = None) -> None:
-    """Writes one self-contained HTML page about an observation; a selection marks what was dropped, else the page starts at half.
+def write_observation_report(
+    observation: Observation, selection: Selection | None, out_html: Path, model: str | None = None
+) -> None:
+    """Writes one self-contained HTML page about an observation; a selection marks what was dropped, else the page
+    starts at half.
 
     `model`: its name, where it is known.
     """
@@ -27,7 +30,20 @@ def observation_page(observation: Observation, selection: Selection | None = Non
     view = View.of(observation, selection)
     model = model or observation.model_type
     scored = count(int(observation.scored_tokens.sum()))
-    subtitle = (f"{observation.model_type}, {plural(len(observation.layers), 'MoE layer')} of {observation.num_experts} experts, "
-                f"{scored} scored positions from {plural(len(observation.sources), 'source')}: the state every pruning decision is cut from.")
-    return Page(f"What {model} showed", "reapkit observation", observation_sections(view), subtitle, data=view.page_data(), slider=slider(view),
-                footer="Curves are cheap forecasts from routing statistics: they say where to spend evaluations, they do not replace them.")
+    subtitle = (
+        f"{observation.model_type}, {plural(len(observation.layers), 'MoE layer')} of {observation.num_experts}"
+        f" experts, {scored} scored positions from {plural(len(observation.sources), 'source')}: the state every"
+        " pruning decision is cut from."
+    )
+    return Page(
+        f"What {model} showed",
+        "reapkit observation",
+        observation_sections(view),
+        subtitle,
+        data=view.page_data(),
+        slider=slider(view),
+        footer=(
+            "Curves are cheap forecasts from routing statistics: they say where to spend evaluations, they do not"
+            " replace them."
+        ),
+    )

@@ -21,7 +21,11 @@ VARIABLES = (
     ("gate_sum", "Σg", "gate weight that the model multiplied its output with"),
     ("norm_sum", "Σn", "L2 norm of its output before the gate"),
     ("gate_norm_sum, gate_norm_sq_sum", "Σgn, Σ(gn)²", "what it added to the layer's output"),
-    ("norm_max, gate_norm_max, activation_max", "max", "largest norm, contribution and component, also over scored positions alone"),
+    (
+        "norm_max, gate_norm_max, activation_max",
+        "max",
+        "largest norm, contribution and component, also over scored positions alone",
+    ),
     ("coactivation", "C", "positions that two experts share"),
     ("snapshots", "N, Σgn", "after 1/16, 1/8, 1/4 and 1/2 of the rows"),
 )
@@ -30,9 +34,15 @@ VARIABLES = (
 def observation_sections(view: View) -> list[Section]:
     """Every section that this observation can fill."""
     several, traced = len(view.observation.sources) > 1, view.observation.eaft is not None
-    return [recorded(view), *cut_sections(view), *([specialisation(view)] if several else []),
-            *([eaft_section(view)] if traced else []), *([reroute_section(view)] if view.observation.reroute is not None else []),
-            convergence(view), never_routed(view)]
+    return [
+        recorded(view),
+        *cut_sections(view),
+        *([specialisation(view)] if several else []),
+        *([eaft_section(view)] if traced else []),
+        *([reroute_section(view)] if view.observation.reroute is not None else []),
+        convergence(view),
+        never_routed(view),
+    ]
 
 
 # ---------------------------------------------------------------------------------------------- what was recorded
@@ -44,20 +54,41 @@ def recorded(view: View) -> Section:
     tokens, scored = int(observation.tokens.sum()), int(observation.scored_tokens.sum())
     routed = int(observation.statistics["count"].sum())
     blocks = f", {listed(observation.meta['mtp'])} multi-token prediction" if observation.meta.get("mtp") else ""
-    tiles = Tiles([("MoE layers", count(len(view.layers)), f"layers {view.layers[0]} to {view.layers[-1]}{blocks}"),
-                   ("routed experts", count(view.experts), f"top-{observation.num_experts_per_tok} per token"),
-                   ("tokens read", count(tokens), plural(len(observation.sources), "source")),
-                   ("positions scored", count(scored), f"{_share(scored, tokens)} of the tokens"),
-                   ("expert decisions", count(routed), f"{number(routed / (len(view.layers) * view.experts))} per expert")])
-    columns = [("source", "left"), ("tokens", "right"), ("scored", "right"), ("scored share", "right"), ("share of all scored", "right")]
+    tiles = Tiles(
+        [
+            ("MoE layers", count(len(view.layers)), f"layers {view.layers[0]} to {view.layers[-1]}{blocks}"),
+            ("routed experts", count(view.experts), f"top-{observation.num_experts_per_tok} per token"),
+            ("tokens read", count(tokens), plural(len(observation.sources), "source")),
+            ("positions scored", count(scored), f"{_share(scored, tokens)} of the tokens"),
+            ("expert decisions", count(routed), f"{number(routed / (len(view.layers) * view.experts))} per expert"),
+        ]
+    )
+    columns = [
+        ("source", "left"),
+        ("tokens", "right"),
+        ("scored", "right"),
+        ("scored share", "right"),
+        ("share of all scored", "right"),
+    ]
     by_source = zip(observation.sources, observation.tokens.tolist(), observation.scored_tokens.tolist(), strict=True)
     note = _identity(observation.meta)
-    sources = Table(columns, [(name, count(read), count(seen), _share(seen, read), _share(seen, scored)) for name, read, seen in by_source], note=note)
-    folded = [Folded("What each statistic means", [Table([("statistic", "left"), ("symbol", "left"), ("meaning", "left")], VARIABLES)])]
+    sources = Table(
+        columns,
+        [(name, count(read), count(seen), _share(seen, read), _share(seen, scored)) for name, read, seen in by_source],
+        note=note,
+    )
+    folded = [
+        Folded(
+            "What each statistic means",
+            [Table([("statistic", "left"), ("symbol", "left"), ("meaning", "left")], VARIABLES)],
+        )
+    ]
     if facts := [(key, _shown(value)) for key, value in sorted(observation.meta.items())]:
         folded.append(Folded("How it was measured", [Table([("fact", "left"), ("value", "left")], facts)]))
-    lead = ("Every routed token was watched with the gate weights the model really used. Nothing here is tied to a ratio, a criterion or a "
-            "mix: those are applied afterwards.")
+    lead = (
+        "Every routed token was watched with the gate weights the model really used. Nothing here is tied to a ratio, a"
+        " criterion or a mix: those are applied afterwards."
+    )
     return Section("recorded", "What was recorded", [tiles, sources, *folded], lead, "Recorded")
 
 
@@ -87,12 +118,27 @@ def specialisation(view: View) -> Section:
     shares = statistics.specialisation(observation)
     routed = observation.statistics["count"].sum(1) > 0
     special = (shares.max(1) > 0.5) & routed
-    by_source = {name: int((special & (shares.argmax(1) == index)).sum()) for index, name in enumerate(observation.sources)}
-    sentence = (f"{percent(float(special.sum()) / max(1, int(routed.sum())), 0)} of the experts serve one source more often than all others "
-                f"together: {listed(f'{count(size)} for {name}' for name, size in by_source.items())}.")
-    views = [("-1", "most frequent source"), *((str(index), f"{name} against even") for index, name in enumerate(observation.sources))]
-    chart = Chart("specialists", "Which source each expert serves", sentence, [grid(view.layers, showlegend=False)],
-                  {**grid_layout(), "showlegend": True}, grid_height(view) + 40, "specialists", [("source", "Show", views)])
+    by_source = {
+        name: int((special & (shares.argmax(1) == index)).sum()) for index, name in enumerate(observation.sources)
+    }
+    sentence = (
+        f"{percent(float(special.sum()) / max(1, int(routed.sum())), 0)} of the experts serve one source more often"
+        f" than all others together: {listed(f'{count(size)} for {name}' for name, size in by_source.items())}."
+    )
+    views = [
+        ("-1", "most frequent source"),
+        *((str(index), f"{name} against even") for index, name in enumerate(observation.sources)),
+    ]
+    chart = Chart(
+        "specialists",
+        "Which source each expert serves",
+        sentence,
+        [grid(view.layers, showlegend=False)],
+        {**grid_layout(), "showlegend": True},
+        grid_height(view) + 40,
+        "specialists",
+        [("source", "Show", views)],
+    )
     lead = "Rates are per scored token of the source, so that a large source does not look special."
     return Section("sources", "Who serves what", [chart, *_without_each(view)], lead, "Sources")
 
@@ -101,39 +147,83 @@ def _without_each(view: View) -> list[Any]:
     """What calibrating without each source would have pruned, and what each source would have lost."""
     sources, mass = view.observation.sources, view.observation.statistics["gate_norm_sum"]
     cuts = {"all sources": view.dropped, **{f"without {name}": view.dropped_without(name) for name in sources}}
-    lost = {name: [statistics.share_deleted(mass[:, s], dropped) for s in range(len(sources))] for name, dropped in cuts.items()}
+    lost = {
+        name: [statistics.share_deleted(mass[:, s], dropped) for s in range(len(sources))]
+        for name, dropped in cuts.items()
+    }
     before, after = lost["all sources"], [lost[f"without {name}"][index] for index, name in enumerate(sources)]
     moved = {name: cuts[f"without {name}"] & ~view.dropped for name in sources}
     swapped = [int(each.sum()) for each in moved.values()]
     dropped = max(1, int(view.dropped.sum()))
-    rows = [(name, count(swapped[s]), percent(swapped[s] / dropped, 0), percent(before[s]), percent(after[s])) for s, name in enumerate(sources)]
-    columns = [("left out of the mix", "left"), ("experts pruned that stay now", "right"), ("share of the cut", "right"),
-               ("its mass lost, as calibrated", "right"), ("without it", "right")]
-    named = [(name, layer, listed(np.flatnonzero(experts).tolist(), 24))
-             for name, each in moved.items() for layer, experts in zip(view.layers, each, strict=True) if experts.any()]
+    rows = [
+        (name, count(swapped[s]), percent(swapped[s] / dropped, 0), percent(before[s]), percent(after[s]))
+        for s, name in enumerate(sources)
+    ]
+    columns = [
+        ("left out of the mix", "left"),
+        ("experts pruned that stay now", "right"),
+        ("share of the cut", "right"),
+        ("its mass lost, as calibrated", "right"),
+        ("without it", "right"),
+    ]
+    named = [
+        (name, layer, listed(np.flatnonzero(experts).tolist(), 24))
+        for name, each in moved.items()
+        for layer, experts in zip(view.layers, each, strict=True)
+        if experts.any()
+    ]
     blocks: list[Any] = [_losses(sources, lost, before, after), Table(columns, rows)]
     if named:
-        blocks.append(Folded("Which experts would go that stay now", [Table([("left out", "left"), ("layer", "right"), ("experts", "left")], named)]))
+        blocks.append(
+            Folded(
+                "Which experts would go that stay now",
+                [Table([("left out", "left"), ("layer", "right"), ("experts", "left")], named)],
+            )
+        )
     if view.spec.criterion != view.criterion:
-        blocks.append(Text(f"The cuts without a source are by {view.spec.criterion} at the same budget: what {view.criterion} would decide cannot be "
-                           "recomputed from sums alone."))
+        blocks.append(
+            Text(
+                f"The cuts without a source are by {view.spec.criterion} at the same budget: what {view.criterion}"
+                " would decide cannot be recomputed from sums alone."
+            )
+        )
     return blocks
 
 
-def _losses(sources: tuple[str, ...], lost: dict[str, list[float | None]], before: list[float | None], after: list[float | None]) -> Chart:
+def _losses(
+    sources: tuple[str, ...], lost: dict[str, list[float | None]], before: list[float | None], after: list[float | None]
+) -> Chart:
     worst = max(range(len(sources)), key=lambda s: (after[s] or 0) - (before[s] or 0))
-    sentence = (f"Each row is a calibration, each column what its cut would delete of that source's own saliency mass. Leaving "
-                f"{sources[worst]} out would change its loss from {percent(before[worst])} to {percent(after[worst])}, the largest rise.")
+    sentence = (
+        "Each row is a calibration, each column what its cut would delete of that source's own saliency mass. Leaving"
+        f" {sources[worst]} out would change its loss from {percent(before[worst])} to {percent(after[worst])}, the"
+        " largest rise."
+    )
     names = list(lost)
-    trace = {"type": "heatmap", "x": list(sources), "y": names, "z": [lost[name] for name in names], "zmin": 0, "showscale": False,
-             "text": [[percent(value, 0) for value in lost[name]] for name in names], "texttemplate": "%{text}", "xgap": 3, "ygap": 3,
-             "colorscale": shade("--drop-low", "--drop-high"),
-             "hovertemplate": "calibrated on %{y}: %{z:.1%} of %{x} deleted<extra></extra>"}
-    layout = {"xaxis": axis(side="top", showgrid=False), "yaxis": axis(autorange="reversed", showgrid=False), "margin": {"t": 40, "b": 10}}
+    trace = {
+        "type": "heatmap",
+        "x": list(sources),
+        "y": names,
+        "z": [lost[name] for name in names],
+        "zmin": 0,
+        "showscale": False,
+        "text": [[percent(value, 0) for value in lost[name]] for name in names],
+        "texttemplate": "%{text}",
+        "xgap": 3,
+        "ygap": 3,
+        "colorscale": shade("--drop-low", "--drop-high"),
+        "hovertemplate": "calibrated on %{y}: %{z:.1%} of %{x} deleted<extra></extra>",
+    }
+    layout = {
+        "xaxis": axis(side="top", showgrid=False),
+        "yaxis": axis(autorange="reversed", showgrid=False),
+        "margin": {"t": 40, "b": 10},
+    }
     return Chart("without", "What leaving a source out would cost it", sentence, [trace], layout, 60 + 38 * len(names))
 
 
-# ---------------------------------------------------------------------------------------------- convergence, never routed
+# ---------------------------------------------------------------------------------------------- convergence, never
+# routed
 
 
 def convergence(view: View) -> Section:
@@ -141,22 +231,41 @@ def convergence(view: View) -> Section:
     steps = [step for step in statistics.convergence(view.observation, view.counts, view.mix) if step["by_layer"]]
     if not steps or steps[-1]["rows"] != statistics.SNAPSHOT_ROWS[-1]:
         few = Note("warn", "Too few rows were read to say what half of them would have decided. Calibrate longer.")
-        return Section("convergence", "Was it enough?", [few], "REAP's kept set after part of the calibration, compared with the final one.",
-                       "Convergence")
+        return Section(
+            "convergence",
+            "Was it enough?",
+            [few],
+            "REAP's kept set after part of the calibration, compared with the final one.",
+            "Convergence",
+        )
     at = [*(step["rows"] for step in steps), "all"]
     overlap = [*(step["overlap"] for step in steps), 1.0]
     worst = [*(min(step["by_layer"].values()) for step in steps), 1.0]
     chance, half = steps[0]["chance"], steps[-1]
     slowest = extreme(list(half["by_layer"].values()), list(half["by_layer"]), largest=False)
     missing = 1 - half["overlap"]
-    verdict = ("more calibration would change little" if missing < 0.03 else "more calibration would still move some experts"
-               if missing < 0.1 else "the decision still depends on how much was read: calibrate longer")
-    sentence = (f"After half of the rows {percent(half['overlap'])} of the kept experts were already the final ones (random sets: "
-                f"{percent(chance, 0)}), in layer {slowest[0]} {percent(slowest[1])}; {verdict}.")
-    data = [line(at, overlap, "mean over layers", "--accent", "%{y:.1%}"), line(at, worst, "slowest layer", "--drop", "%{y:.1%}", width=2),
-            reference(at, [chance] * len(at), "random sets")]
-    layout = {"xaxis": axis("share of the rows read", type="category"),
-              "yaxis": axis("kept set in common", ".0%", range=[0.95 * min(chance, *worst), 1.02])}
+    verdict = (
+        "more calibration would change little"
+        if missing < 0.03
+        else (
+            "more calibration would still move some experts"
+            if missing < 0.1
+            else "the decision still depends on how much was read: calibrate longer"
+        )
+    )
+    sentence = (
+        f"After half of the rows {percent(half['overlap'])} of the kept experts were already the final ones (random"
+        f" sets: {percent(chance, 0)}), in layer {slowest[0]} {percent(slowest[1])}; {verdict}."
+    )
+    data = [
+        line(at, overlap, "mean over layers", "--accent", "%{y:.1%}"),
+        line(at, worst, "slowest layer", "--drop", "%{y:.1%}", width=2),
+        reference(at, [chance] * len(at), "random sets"),
+    ]
+    layout = {
+        "xaxis": axis("share of the rows read", type="category"),
+        "yaxis": axis("kept set in common", ".0%", range=[0.95 * min(chance, *worst), 1.02]),
+    }
     lead = "REAP's kept set after part of the calibration, compared with the final one."
     chart = Chart("convergence", "Convergence of the decision", sentence, data, layout, 300)
     return Section("convergence", "Was it enough?", [chart], lead, "Convergence")
@@ -164,7 +273,9 @@ def convergence(view: View) -> Section:
 
 def never_routed(view: View) -> Section:
     """Experts that no scored position was routed to."""
-    silent = {layer: np.flatnonzero(row == 0).tolist() for layer, row in zip(view.layers, view.summed.count, strict=True)}
+    silent = {
+        layer: np.flatnonzero(row == 0).tolist() for layer, row in zip(view.layers, view.summed.count, strict=True)
+    }
     silent = {layer: experts for layer, experts in silent.items() if experts}
     total, whole = sum(map(len, silent.values())), view.experts * len(view.layers)
     if not total:
@@ -172,8 +283,12 @@ def never_routed(view: View) -> Section:
         text = f"Every one of the {count(whole)} experts received at least one scored token"
         text += f"; {plural(rare, 'expert')} fewer than ten." if rare else ", and none fewer than ten."
         return Section("never", "Experts never routed", [Note("good", text)], "", "Never routed")
-    note = Note("warn", f"{count(total)} of {count(whole)} experts ({percent(total / whole)}) received no scored token, in "
-                        f"{plural(len(silent), 'layer')}. They rank last. If that is unexpected, raise calibration.samples or add a source.")
+    note = Note(
+        "warn",
+        f"{count(total)} of {count(whole)} experts ({percent(total / whole)}) received no scored token, in"
+        f" {plural(len(silent), 'layer')}. They rank last. If that is unexpected, raise calibration.samples or add a"
+        " source.",
+    )
     rows = [(layer, len(experts), listed(experts, 24)) for layer, experts in silent.items()]
     table = Table([("layer", "right"), ("how many", "right"), ("experts", "left")], rows)
     blocks = [note, Folded("Layer by layer", [table]) if len(silent) > 12 else table]

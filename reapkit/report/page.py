@@ -1,4 +1,5 @@
-"""The frame of every report: one HTML file with its style, script, data and chart library inside, which opens offline."""
+"""The frame of every report: one HTML file with its style, script, data and chart library inside, which opens
+offline."""
 
 from __future__ import annotations
 
@@ -33,8 +34,14 @@ def render(page: Page) -> str:
     """The page as HTML. Everything that comes from recipes, data or files is escaped."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     template = environment.from_string(_asset("page.html.j2"))
-    return template.render(page=page, json=as_json, css=Markup(_asset("page.css")), js=Markup(_asset("page.js")), theme_js=Markup(_asset("theme.js")),
-                           plotly=Markup(_packed_plotly()) if page.has_charts else "")
+    return template.render(
+        page=page,
+        json=as_json,
+        css=Markup(_asset("page.css")),
+        js=Markup(_asset("page.js")),
+        theme_js=Markup(_asset("theme.js")),
+        plotly=Markup(_packed_plotly()) if page.has_charts else "",
+    )
 
 
 def as_json(value: Any) -> Markup:

@@ -1,4 +1,5 @@
-"""The charts of a page as PNG files for papers: a headless Chromium draws the page itself, so that figure and page cannot differ."""
+"""The charts of a page as PNG files for papers: a headless Chromium draws the page itself, so that figure and page
+cannot differ."""
 
 from __future__ import annotations
 
@@ -28,18 +29,24 @@ PICTURES = """scale => Promise.all([...document.querySelectorAll('.chart')].map(
 
 @contextmanager
 def browser() -> Iterator[Browser]:
-    """A headless Chromium: the system's, else the one that playwright installed. Raises UnusableError where there is none."""
+    """A headless Chromium: the system's, else the one that playwright installed. Raises UnusableError where there is
+    none."""
     try:
         from playwright.sync_api import Error, sync_playwright
     except ImportError:
-        raise UnusableError("Pictures are drawn by a browser, which takes the package playwright. Run: pip install 'reapkit[png]'") from None
+        raise UnusableError(
+            "Pictures are drawn by a browser, which takes the package playwright. Run: pip install 'reapkit[png]'"
+        ) from None
     found = next((path for command in COMMANDS if (path := shutil.which(command))), None)
     with sync_playwright() as playwright:
         try:
             started = playwright.chromium.launch(executable_path=found)
         except Error as error:
-            raise UnusableError(f"No Chromium could be started ({str(error).strip().splitlines()[0]}). Looked for {', '.join(COMMANDS)}. Install "
-                                "one, such as with `apt-get install chromium` or `playwright install chromium`.") from error
+            raise UnusableError(
+                f"No Chromium could be started ({str(error).strip().splitlines()[0]}). Looked for"
+                f" {', '.join(COMMANDS)}. Install one, such as with `apt-get install chromium` or `playwright install"
+                " chromium`."
+            ) from error
         try:
             yield started
         finally:
@@ -47,7 +54,8 @@ def browser() -> Iterator[Browser]:
 
 
 def write_pictures(page_html: Path, directory: Path) -> list[Path]:
-    """One PNG per chart of the page, in light colours on white, and captions.md with what each shows; returns their paths.
+    """One PNG per chart of the page, in light colours on white, and captions.md with what each shows; returns their
+    paths.
 
     Raises UnusableError without a browser, and where the page holds no chart or does not draw.
     """
@@ -65,5 +73,8 @@ def write_pictures(page_html: Path, directory: Path) -> list[Path]:
     for picture in pictures:
         (directory / f"{picture['id']}.png").write_bytes(base64.b64decode(picture["png"].split(",", 1)[1]))
     captions = directory / CAPTIONS
-    captions.write_text("".join(f"**{each['title']}.** {each['sentence']}\n\n![]({each['id']}.png)\n\n" for each in pictures), encoding="utf-8")
+    captions.write_text(
+        "".join(f"**{each['title']}.** {each['sentence']}\n\n![]({each['id']}.png)\n\n" for each in pictures),
+        encoding="utf-8",
+    )
     return [*(directory / f"{picture['id']}.png" for picture in pictures), captions]

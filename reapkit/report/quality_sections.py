@@ -48,9 +48,15 @@ def gates(facts: RunFacts) -> Section | None:
     if len(evaluation["candidates"]) > 1 or evaluation.get("search"):
         blocks.append(_candidate_table(facts, evaluation))
     if confirm := evaluation.get("confirm"):
-        blocks.append(results_table(f"{confirm['candidate']} again on the confirm rows, which it was not chosen on", confirm["gates"]))
-    lead = ("Candidates were measured as masks on the loaded model, before any weight was written. Whiskers are 95 % intervals over "
-            "resampled rows.")
+        blocks.append(
+            results_table(
+                f"{confirm['candidate']} again on the confirm rows, which it was not chosen on", confirm["gates"]
+            )
+        )
+    lead = (
+        "Candidates were measured as masks on the loaded model, before any weight was written. Whiskers are 95 %"
+        " intervals over resampled rows."
+    )
     return Section("gates", "Candidates against the gates", blocks, lead, "Gates")
 
 
@@ -78,11 +84,17 @@ def _bought(evaluation: Mapping[str, Any]) -> Note | None:
             lines.append(f"{said}, {kl['value'] / max(own['value'], 1e-12):.3g} times as much.")
         elif high < 0:
             tone = "warn"
-            lines.append(f"{said}: it loses less. On this model and mix try saliency.criterion: {control['criterion']}.")
+            lines.append(
+                f"{said}: it loses less. On this model and mix try saliency.criterion: {control['criterion']}."
+            )
         else:
             tone = "warn" if tone == "warn" else "info"
             lines.append(f"{said}: not to be told apart on these rows.")
-    return Note(tone, title=f"What {chosen['criterion']} bought: the same budget by other criteria", items=lines) if lines else None
+    return (
+        Note(tone, title=f"What {chosen['criterion']} bought: the same budget by other criteria", items=lines)
+        if lines
+        else None
+    )
 
 
 def _gain(control: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -94,32 +106,51 @@ def _gain(control: Mapping[str, Any]) -> Mapping[str, Any] | None:
 def _gate_charts(evaluation: Mapping[str, Any], metric: str) -> Iterator[Chart]:
     """Candidates and controls on one metric over the mix, with its limits; nothing where it was not measured."""
     gate = next((gate for gate in evaluation["gates"] if gate["metric"] == metric and gate["source"] == UNION), None)
-    entries = [(entry, _of_mix(entry, metric)) for entry in (*evaluation["candidates"], *evaluation.get("controls", ()))]
+    entries = [
+        (entry, _of_mix(entry, metric)) for entry in (*evaluation["candidates"], *evaluation.get("controls", ()))
+    ]
     entries = [(entry, measured) for entry, measured in entries if measured]
     if not entries or gate is None:
         return
     found = [measured for _, measured in entries]
     judged = [entry in evaluation["candidates"] for entry, _ in entries]
-    names = [entry["name"] if ours else f"{entry['criterion']} (control)" for (entry, _), ours in zip(entries, judged, strict=True)]
-    colors = [f"--{TONES.get(entry.get('verdict', ''), 'accent')}" if ours else "--neutral"
-              for (entry, _), ours in zip(entries, judged, strict=True)]
+    names = [
+        entry["name"] if ours else f"{entry['criterion']} (control)"
+        for (entry, _), ours in zip(entries, judged, strict=True)
+    ]
+    colors = [
+        f"--{TONES.get(entry.get('verdict', ''), 'accent')}" if ours else "--neutral"
+        for (entry, _), ours in zip(entries, judged, strict=True)
+    ]
     data = [whiskers(names, found, [with_interval(metric, measured) for measured in found], colors)]
     form = (".1%" if "delta" in metric else ".0%") if metric in SHARES else ""
     limits = [gate[side] for side in ("min", "max") if gate.get(side) is not None]
-    layout = {"shapes": [upright(value, color="--text", width=1.5, dash="dash") for value in limits], "margin": {"l": 20, "b": 28},
-              "xaxis": axis(form=form, nticks=5, zeroline=False), "yaxis": names_axis(showgrid=False)}
+    layout = {
+        "shapes": [upright(value, color="--text", width=1.5, dash="dash") for value in limits],
+        "margin": {"l": 20, "b": 28},
+        "xaxis": axis(form=form, nticks=5, zeroline=False),
+        "yaxis": names_axis(showgrid=False),
+    }
     sentence = _gate_sentence(metric, gate, names, found, max(evaluation["base"], key=int, default="–"))
     yield Chart(f"gate-{metric.replace('_', '-')}", heading(metric), sentence, data, layout, 56 + 32 * len(names))
 
 
-def _gate_sentence(metric: str, gate: Mapping[str, Any], names: Sequence[str], found: Sequence[Mapping[str, Any]], length: str) -> str:
+def _gate_sentence(
+    metric: str, gate: Mapping[str, Any], names: Sequence[str], found: Sequence[Mapping[str, Any]], length: str
+) -> str:
     values = [measured["value"] for measured in found]
     least, most = (gate.get(side) for side in ("min", "max"))
-    inside = [name for name, value in zip(names, values, strict=True)
-              if (most is None or value <= most) and (least is None or value >= least)]
+    inside = [
+        name
+        for name, value in zip(names, values, strict=True)
+        if (most is None or value <= most) and (least is None or value >= least)
+    ]
     worst = extreme(values, names, largest=most is not None)
-    last = (f"{worst[0]} is {'highest' if most is not None else 'lowest'} with {shown(metric, worst[1])}." if len(names) > 1 else
-            f"Measured: {with_interval(metric, found[0])}.")
+    last = (
+        f"{worst[0]} is {'highest' if most is not None else 'lowest'} with {shown(metric, worst[1])}."
+        if len(names) > 1
+        else f"Measured: {with_interval(metric, found[0])}."
+    )
     within = f"Inside it: {listed(inside)}" if inside else "Nothing measured lies inside it"
     return f"Limit {limit(metric, gate)} over all sources, {length} tokens per row. {within}. {last}"
 
@@ -131,9 +162,26 @@ def results_table(title: str, results: Sequence[Mapping[str, Any]]) -> Table:
         metric, excess = entry["metric"], entry.get("excess")
         room = "–" if excess is None else f"{shown(metric, abs(excess))} {'beyond' if excess > 0 else 'to spare'}"
         value = with_interval(metric, entry) if entry.get("value") is not None else "not measured"
-        rows.append((METRICS.get(metric, metric), entry["source"], entry["pack"] or "–", limit(metric, entry), value, room,
-                     badge(entry["verdict"])))
-    columns = [("gate", LEFT), ("source", LEFT), ("rows of", RIGHT), ("limit", RIGHT), ("measured", RIGHT), ("room", RIGHT), ("", LEFT)]
+        rows.append(
+            (
+                METRICS.get(metric, metric),
+                entry["source"],
+                entry["pack"] or "–",
+                limit(metric, entry),
+                value,
+                room,
+                badge(entry["verdict"]),
+            )
+        )
+    columns = [
+        ("gate", LEFT),
+        ("source", LEFT),
+        ("rows of", RIGHT),
+        ("limit", RIGHT),
+        ("measured", RIGHT),
+        ("room", RIGHT),
+        ("", LEFT),
+    ]
     return Table(columns, rows, title)
 
 
@@ -141,11 +189,28 @@ def _candidate_table(facts: RunFacts, evaluation: Mapping[str, Any]) -> Table:
     rows, searched = [], sorted(evaluation.get("search") or (), key=lambda entry: -entry["removed"])
     for entry in (*evaluation["candidates"], *searched):
         sizes = facts.planned.get(entry["name"])
-        failed = [f"{result['metric']} ({result['source']})" for result in entry["gates"] if result["verdict"] in ("reject", "undecided")]
-        why = listed(dict.fromkeys(failed), 3) if failed else "larger than one that passed" if entry["metrics"] is None else ""
+        failed = [
+            f"{result['metric']} ({result['source']})"
+            for result in entry["gates"]
+            if result["verdict"] in ("reject", "undecided")
+        ]
+        why = (
+            listed(dict.fromkeys(failed), 3)
+            if failed
+            else "larger than one that passed"
+            if entry["metrics"] is None
+            else ""
+        )
         said = [part for part in ("tried after the rejection" if entry in searched else "", why) if part]
-        rows.append((entry["name"], entry.get("experts", "–"), human_bytes(sizes.nbytes if sizes else entry.get("bytes")),
-                     badge(entry["verdict"]), ": ".join(said) or "–"))
+        rows.append(
+            (
+                entry["name"],
+                entry.get("experts", "–"),
+                human_bytes(sizes.nbytes if sizes else entry.get("bytes")),
+                badge(entry["verdict"]),
+                ": ".join(said) or "–",
+            )
+        )
     columns = [("candidate", LEFT), ("experts", RIGHT), ("size", RIGHT), ("", LEFT), ("why", LEFT)]
     return Table(columns, rows, "Every candidate, smallest first")
 
@@ -162,23 +227,51 @@ def quality(facts: RunFacts) -> Section | None:
     found = {name: metrics[length] for name, metrics in models.items()}
     charts = [_source_chart(found, metric) for metric in SAME_AS_BASE]
     metrics = ("perplexity", *SAME_AS_BASE)
-    rows = [("all of the mix" if group == UNION else group, name, *(with_interval(metric, groups[group].get(metric)) for metric in metrics))
-            for group in next(iter(found.values())) for name, groups in found.items() if group in groups]
-    columns = [("source", LEFT), ("model", LEFT), ("perplexity", RIGHT), ("against base", RIGHT), ("KL", RIGHT), ("same top-1", RIGHT)]
+    rows = [
+        (
+            "all of the mix" if group == UNION else group,
+            name,
+            *(with_interval(metric, groups[group].get(metric)) for metric in metrics),
+        )
+        for group in next(iter(found.values()))
+        for name, groups in found.items()
+        if group in groups
+    ]
+    columns = [
+        ("source", LEFT),
+        ("model", LEFT),
+        ("perplexity", RIGHT),
+        ("against base", RIGHT),
+        ("KL", RIGHT),
+        ("same top-1", RIGHT),
+    ]
     lead = f"Held-out rows of {length} tokens; whiskers are 95 % intervals." + (
-        " These rows took no part in any decision." if facts.verification and facts.recipe.evaluate.packs.confirm else "")
+        " These rows took no part in any decision."
+        if facts.verification and facts.recipe.evaluate.packs.confirm
+        else ""
+    )
     blocks: list[Any] = [Grid(charts[:2], wide=True), charts[2], Folded("All numbers", [Table(columns, rows)])]
     if written := generated(facts):
         union = [each for each in written if each[0] == UNION]
         by_source = [each for each in written if each[0] != UNION]
-        blocks += [_generation_table(facts, union, "Free continuations of held-out prompts"),
-                   Folded("Continuations, source by source", [_generation_table(facts, by_source)]), *_examples(facts)]
+        blocks += [
+            _generation_table(facts, union, "Free continuations of held-out prompts"),
+            Folded("Continuations, source by source", [_generation_table(facts, by_source)]),
+            *_examples(facts),
+        ]
     return Section("quality", "Quality, source by source", blocks, lead, "Quality")
 
 
 def _generation_table(facts: RunFacts, written: Sequence[tuple[str, str, Any, Any]], title: str = "") -> Table:
-    rows = [("all of the mix" if group == UNION else group, metric.replace("_share", "").replace("_", " "), share_with_interval(base),
-             share_with_interval(found)) for group, metric, base, found in written]
+    rows = [
+        (
+            "all of the mix" if group == UNION else group,
+            metric.replace("_share", "").replace("_", " "),
+            share_with_interval(base),
+            share_with_interval(found),
+        )
+        for group, metric, base, found in written
+    ]
     columns = [("source", LEFT), ("share of continuations", LEFT), ("base", RIGHT), (f"{facts.chosen} (mask)", RIGHT)]
     return Table(columns, rows, title)
 
@@ -188,7 +281,10 @@ def _examples(facts: RunFacts) -> list[Folded]:
     examples = _chosen(facts.evaluation).get("examples") or ()
     if not examples:
         return []
-    rows = [(each["source"], *(Markup("<pre>{}</pre>").format(each[name]) for name in ("prompt", "base", "candidate"))) for each in examples]
+    rows = [
+        (each["source"], *(Markup("<pre>{}</pre>").format(each[name]) for name in ("prompt", "base", "candidate")))
+        for each in examples
+    ]
     columns = [("source", LEFT), ("prompt", LEFT), ("base", LEFT), (f"{facts.chosen} (mask)", LEFT)]
     return [Folded("What they wrote", [Table(columns, rows)])]
 
@@ -201,16 +297,44 @@ def _source_chart(found: Mapping[str, Mapping[str, Any]], metric: str) -> Chart:
         labels = [with_interval(metric, each) for each in measured.values()]
         names = ["all" if group == UNION else group for group in measured]
         color = f"--c{index + 1}"
-        data.append(whiskers(names, list(measured.values()), labels, color, name=name, symbol=("circle", "diamond")[index % 2], whisker=color))
+        data.append(
+            whiskers(
+                names,
+                list(measured.values()),
+                labels,
+                color,
+                name=name,
+                symbol=("circle", "diamond")[index % 2],
+                whisker=color,
+            )
+        )
     last, groups = list(found.items())[-1]
-    layout = {"shapes": [upright(SAME_AS_BASE[metric], color="--muted", width=1, dash="dot")], "margin": {"l": 20, "b": 28},
-              "xaxis": axis(form=".0%" if metric in SHARES else "", nticks=6, zeroline=False), "yaxis": names_axis()}
-    return Chart(f"source-{metric.replace('_', '-')}", heading(metric), _source_sentence(last, groups, metric), data, layout,
-                 90 + 30 * len(groups))
+    layout = {
+        "shapes": [upright(SAME_AS_BASE[metric], color="--muted", width=1, dash="dot")],
+        "margin": {"l": 20, "b": 28},
+        "xaxis": axis(form=".0%" if metric in SHARES else "", nticks=6, zeroline=False),
+        "yaxis": names_axis(),
+    }
+    return Chart(
+        f"source-{metric.replace('_', '-')}",
+        heading(metric),
+        _source_sentence(last, groups, metric),
+        data,
+        layout,
+        90 + 30 * len(groups),
+    )
 
 
 def _source_sentence(model: str, groups: Mapping[str, Any], metric: str) -> str:
     sources = [group for group in groups if group != UNION and metric in groups[group]]
     worst = extreme([groups[group][metric]["value"] for group in sources], sources, largest=metric != "top1_agreement")
-    over = f"{model}: {shown(metric, groups[UNION][metric]['value'])} over the mix" if metric in groups.get(UNION, {}) else model
-    return f"{over}; {worst[0]} suffers most with {with_interval(metric, groups[worst[0]][metric])}." if len(sources) > 1 else f"{over}."
+    over = (
+        f"{model}: {shown(metric, groups[UNION][metric]['value'])} over the mix"
+        if metric in groups.get(UNION, {})
+        else model
+    )
+    return (
+        f"{over}; {worst[0]} suffers most with {with_interval(metric, groups[worst[0]][metric])}."
+        if len(sources) > 1
+        else f"{over}."
+    )

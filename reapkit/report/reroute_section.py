@@ -20,16 +20,40 @@ def reroute_section(view: View) -> Section:
     at = min(steps, max(1, view.experts // 2)) - 1
     worst = extreme(errors[:, at].tolist(), layers)
     mean = errors.mean(0)
-    sentence = (f"With {at + 1} of {view.experts} experts gone the residual stream changes by {percent(float(mean[at]), 2)} of its squared length in the "
-                f"mean layer, and by {percent(worst[1], 2)} in layer {worst[0]}. Unequal layers are what allocation: global spends its budget on.")
+    sentence = (
+        f"With {at + 1} of {view.experts} experts gone the residual stream changes by {percent(float(mean[at]), 2)} of"
+        f" its squared length in the mean layer, and by {percent(worst[1], 2)} in layer {worst[0]}. Unequal layers are"
+        " what allocation: global spends its budget on."
+    )
     highest = errors[layers.index(worst[0])]
-    data = [line(removed, mean.tolist(), "mean layer", "--accent", "%{x} gone: %{y:.2%}", markers=False),
-            line(removed, highest.tolist(), f"layer {worst[0]}", "--drop", "%{x} gone: %{y:.2%}", markers=False, width=2)]
+    data = [
+        line(removed, mean.tolist(), "mean layer", "--accent", "%{x} gone: %{y:.2%}", markers=False),
+        line(removed, highest.tolist(), f"layer {worst[0]}", "--drop", "%{x} gone: %{y:.2%}", markers=False, width=2),
+    ]
     layout = {"xaxis": axis("experts removed"), "yaxis": axis("‖y(A) − y‖² / ‖r‖²", ".1%")}
-    rows = [(layer, percent(float(row[at]), 2), listed(order[order >= 0][:12].tolist(), 12))
-            for layer, row, order in zip(layers, errors, order, strict=True)]
-    folded = Folded("Layer by layer", [Table([("layer", "right"), (f"error, {at + 1} gone", "right"), ("first to go", "left")], rows)])
-    sample = listed((f"{count(number)} of {name}" for name, number in zip(view.observation.sources, found.tokens.tolist(), strict=True)), 12)
-    lead = f"Every expert was run on a sample of tokens ({sample}), then removed one after another, tokens going to the next best that were left."
-    return Section("reroute", "What removal costs after re-routing", [Chart("reroute", "Error along the removal path", sentence, data, layout, 300), folded],
-                   lead, "Re-routing")
+    rows = [
+        (layer, percent(float(row[at]), 2), listed(order[order >= 0][:12].tolist(), 12))
+        for layer, row, order in zip(layers, errors, order, strict=True)
+    ]
+    folded = Folded(
+        "Layer by layer",
+        [Table([("layer", "right"), (f"error, {at + 1} gone", "right"), ("first to go", "left")], rows)],
+    )
+    sample = listed(
+        (
+            f"{count(number)} of {name}"
+            for name, number in zip(view.observation.sources, found.tokens.tolist(), strict=True)
+        ),
+        12,
+    )
+    lead = (
+        f"Every expert was run on a sample of tokens ({sample}), then removed one after another, tokens going to the"
+        " next best that were left."
+    )
+    return Section(
+        "reroute",
+        "What removal costs after re-routing",
+        [Chart("reroute", "Error along the removal path", sentence, data, layout, 300), folded],
+        lead,
+        "Re-routing",
+    )

@@ -16,14 +16,21 @@ from reapkit.report.observation_sections import observation_sections
 from reapkit.report.page import write_page
 from reapkit.report.view import View
 
-BADGES = {"pass": ("good", "Passed its gates"), "reject": ("bad", "Rejected by its gates"), "undecided": ("warn", "Undecided"),
-          "not judged": ("info", "Not judged by gates")}
-FOOTER = ("Intervals are 95 % bootstrap intervals over rows. Curves of the observation are forecasts; the numbers against the base are "
-          "measured.")
+BADGES = {
+    "pass": ("good", "Passed its gates"),
+    "reject": ("bad", "Rejected by its gates"),
+    "undecided": ("warn", "Undecided"),
+    "not judged": ("info", "Not judged by gates"),
+}
+FOOTER = (
+    "Intervals are 95 % bootstrap intervals over rows. Curves of the observation are forecasts; the numbers against the"
+    " base are measured."
+)
 
 
 def write_run_report(facts: RunFacts, out_html: Path) -> None:
-    """Writes one self-contained HTML page about a run: what it did, what it cost, and everything needed to do it again."""
+    """Writes one self-contained HTML page about a run: what it did, what it cost, and everything needed to do it
+    again."""
     write_page(run_page(facts), out_html)
 
 
@@ -31,12 +38,30 @@ def run_page(facts: RunFacts) -> Page:
     """The page as data."""
     view = View.of(facts.observation, facts.selection) if facts.observation is not None else None
     parts: list[Section | None] = [
-        run_sections.result(facts), quality_sections.gates(facts), quality_sections.quality(facts), run_sections.decision(facts),
-        comparison_sections.equal_bytes(facts), comparison_sections.speed(facts), comparison_sections.benchmarks(facts),
-        run_sections.quantization(facts), run_sections.calibration(facts), *(observation_sections(view) if view else []),
-        run_sections.proofs(facts), run_sections.stages(facts), run_sections.reproduce(facts)]
-    return Page(facts.recipe.name, "reapkit run", [part for part in parts if part is not None], _subtitle(facts), BADGES.get(facts.verdict),
-                FOOTER, view.page_data() if view else {}, slider(view) if view else None)
+        run_sections.result(facts),
+        quality_sections.gates(facts),
+        quality_sections.quality(facts),
+        run_sections.decision(facts),
+        comparison_sections.equal_bytes(facts),
+        comparison_sections.speed(facts),
+        comparison_sections.benchmarks(facts),
+        run_sections.quantization(facts),
+        run_sections.calibration(facts),
+        *(observation_sections(view) if view else []),
+        run_sections.proofs(facts),
+        run_sections.stages(facts),
+        run_sections.reproduce(facts),
+    ]
+    return Page(
+        facts.recipe.name,
+        "reapkit run",
+        [part for part in parts if part is not None],
+        _subtitle(facts),
+        BADGES.get(facts.verdict),
+        FOOTER,
+        view.page_data() if view else {},
+        slider(view) if view else None,
+    )
 
 
 def _subtitle(facts: RunFacts) -> str:
@@ -45,7 +70,10 @@ def _subtitle(facts: RunFacts) -> str:
         return facts.recipe.description or f"{facts.model.source}, stopped before any weight was written."
     removed = percent(1 - sum(final.experts.values()) / sum(facts.base.experts.values()), 0)
     scheme = f", {facts.quantization['scheme']}" if facts.quantization and facts.quantization.get("scheme") else ""
-    experts = f"{human_experts(facts.base.experts)} to {human_experts(final.experts)} experts per layer ({removed} removed{scheme})"
+    experts = (
+        f"{human_experts(facts.base.experts)} to {human_experts(final.experts)} experts per layer ({removed}"
+        f" removed{scheme})"
+    )
     sizes = f"{human_bytes(facts.base.nbytes)} to {human_bytes(final.nbytes)}"
     return f"{facts.recipe.description} {facts.model.source} from {experts}, {sizes}.".strip()
 

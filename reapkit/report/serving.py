@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-HUMMING = ("CUDA, vLLM ≥ 0.32 (its humming kernels). The group size must divide the hidden size and the expert width per tensor-parallel "
-           "rank. There is no CPU kernel for quantized experts.")
+HUMMING = (
+    "CUDA, vLLM ≥ 0.32 (its humming kernels). The group size must divide the hidden size and the expert width per"
+    " tensor-parallel rank. There is no CPU kernel for quantized experts."
+)
 MARLIN = "CUDA. The group size must divide the hidden size and the expert width per tensor-parallel rank."
 
 
@@ -23,10 +25,15 @@ ENGINES: Mapping[str, Engine] = {
     **{f"W{bits}A16": Engine(HUMMING, f"not supported: {INTEGER_SGLANG}") for bits in (2, 3, 5, 6, 7)},
     **{f"W{bits}A16": Engine(MARLIN, "supported") for bits in (4, 8)},
 }
-UNKNOWN = Engine("check that your version reads this compressed-tensors scheme for experts.", "check that your version reads this scheme")
+UNKNOWN = Engine(
+    "check that your version reads this compressed-tensors scheme for experts.",
+    "check that your version reads this scheme",
+)
 PLAIN = Engine("any version that serves the base model.", "any version that serves the base model")
-RAGGED = Engine("not from the config alone: layers hold different numbers of experts.",
-                "not supported: layers hold different numbers of experts")
+RAGGED = Engine(
+    "not from the config alone: layers hold different numbers of experts.",
+    "not supported: layers hold different numbers of experts",
+)
 
 
 def engine_for(scheme: str | None, *, ragged: bool = False) -> Engine:

@@ -26,19 +26,31 @@ def _table(title: str, columns: Iterable[tuple[str, str]]) -> Table:
 
 def plan_tables(plan: Plan) -> list[Table | str]:
     """The stages, the sizes before and after, and what it takes."""
-    stages = _table(f"{plan.recipe.name}: stages", [("stage", "left"), ("state", "left"), ("key", "left"), ("why", "left")])
+    stages = _table(
+        f"{plan.recipe.name}: stages", [("stage", "left"), ("state", "left"), ("key", "left"), ("why", "left")]
+    )
     for stage in plan.stages:
         stages.add_row(stage.name, "hit" if stage.hit else "will run", (stage.key or "later")[:12], stage.reason)
     architecture = plan.checkpoint.architecture
-    title = (f"{plan.recipe.model.source}: {architecture.model_type}, {architecture.num_hidden_layers} layers, {len(plan.layout.layers)} MoE, "
-             f"top-{architecture.num_experts_per_tok} of {architecture.num_experts}")
-    sizes = _table(title, [("", "left"), ("experts", "right"), ("parameters", "right"), ("active", "right"), ("size", "right")])
+    title = (
+        f"{plan.recipe.model.source}: {architecture.model_type}, {architecture.num_hidden_layers} layers,"
+        f" {len(plan.layout.layers)} MoE, top-{architecture.num_experts_per_tok} of {architecture.num_experts}"
+    )
+    sizes = _table(
+        title, [("", "left"), ("experts", "right"), ("parameters", "right"), ("active", "right"), ("size", "right")]
+    )
     sizes.add_row("base", *_size_cells(plan.base))
     for candidate in plan.candidates:
         pruned = plan.pruned(candidate)
         sizes.add_row(candidate.name if len(plan.candidates) > 1 else "pruned", *_size_cells(pruned))
         if (nbytes := plan.quantized_nbytes(candidate)) is not None:
-            sizes.add_row("  quantized" if len(plan.candidates) > 1 else "quantized", human_experts(pruned.experts), "", "", human_bytes(nbytes))
+            sizes.add_row(
+                "  quantized" if len(plan.candidates) > 1 else "quantized",
+                human_experts(pruned.experts),
+                "",
+                "",
+                human_bytes(nbytes),
+            )
     return [stages, sizes, *_estimate_tables(plan)]
 
 
@@ -47,23 +59,49 @@ def _estimate_tables(plan: Plan) -> list[Table | str]:
     found = estimate(plan)
     memory = _table("memory", [("placement", "left"), ("device", "right"), ("host", "right"), ("", "left")])
     for name, footprint in found.footprints.items():
-        memory.add_row(name, human_bytes(footprint.device), human_bytes(footprint.host), "chosen" if name == found.placement else "")
+        memory.add_row(
+            name,
+            human_bytes(footprint.device),
+            human_bytes(footprint.host),
+            "chosen" if name == found.placement else "",
+        )
     if (quantizing := quantize_memory(plan, found.machine)) is not None:
-        where = f"layers on disk, {human_bytes(quantizing.disk)}" if quantizing.offloads else \
-            "weights in host memory" if quantizing.on_disk else "shard by shard"
-        memory.add_row(f"quantize ({quantizing.method})", human_bytes(quantizing.chosen.device), human_bytes(quantizing.chosen.host), where)
+        where = (
+            f"layers on disk, {human_bytes(quantizing.disk)}"
+            if quantizing.offloads
+            else "weights in host memory"
+            if quantizing.on_disk
+            else "shard by shard"
+        )
+        memory.add_row(
+            f"quantize ({quantizing.method})",
+            human_bytes(quantizing.chosen.device),
+            human_bytes(quantizing.chosen.host),
+            where,
+        )
     free = human_bytes(found.machine.host) if found.machine.device is None else human_bytes(found.machine.device)
-    memory.add_row("free here", free, human_bytes(found.machine.host), "no accelerator" if found.machine.device is None else "")
-    lines = [f"observe: {'' if found.tokens_exact else 'at most '}{found.tokens:,} tokens, {found.flops:.2g} FLOP, "
-             f"{human_bytes(found.bytes_read)} read"]
+    memory.add_row(
+        "free here", free, human_bytes(found.machine.host), "no accelerator" if found.machine.device is None else ""
+    )
+    lines = [
+        f"observe: {'' if found.tokens_exact else 'at most '}{found.tokens:,} tokens, {found.flops:.2g} FLOP, "
+        f"{human_bytes(found.bytes_read)} read"
+    ]
     if found.reroute is not None:
-        lines.append(f"reroute: {found.reroute.tokens:,} tokens through every expert, {found.reroute.flops:.2g} FLOP, {human_bytes(found.reroute.device)} "
-                     f"on the device, {human_bytes(found.reroute.waiting)} on disk")
+        lines.append(
+            f"reroute: {found.reroute.tokens:,} tokens through every expert, {found.reroute.flops:.2g} FLOP,"
+            f" {human_bytes(found.reroute.device)} on the device, {human_bytes(found.reroute.waiting)} on disk"
+        )
     if not found.fits:
-        lines.append(f"memory: {found.placement} does not fit into what is free here; lower runtime.batch_tokens or use a larger machine")
+        lines.append(
+            f"memory: {found.placement} does not fit into what is free here; lower runtime.batch_tokens or use a larger"
+            " machine"
+        )
     elif found.placement == "streaming":
-        lines.append(f"streaming: {human_bytes(found.hidden_bytes)} of hidden states wait between layers, {found.waves} "
-                     f"{'wave' if found.waves == 1 else 'waves'}")
+        lines.append(
+            f"streaming: {human_bytes(found.hidden_bytes)} of hidden states wait between layers, {found.waves} "
+            f"{'wave' if found.waves == 1 else 'waves'}"
+        )
     lines.append(f"disk: {human_bytes(found.written)} will be written")
     if shortage := missing_disk(plan):
         lines.append(f"disk: {shortage}")
@@ -71,30 +109,63 @@ def _estimate_tables(plan: Plan) -> list[Table | str]:
 
 
 def _size_cells(sizes: Sizes) -> tuple[str, str, str, str]:
-    return (human_experts(sizes.experts), human_count(sizes.parameters), human_count(sizes.active_parameters), human_bytes(sizes.nbytes))
+    return (
+        human_experts(sizes.experts),
+        human_count(sizes.parameters),
+        human_count(sizes.active_parameters),
+        human_bytes(sizes.nbytes),
+    )
 
 
 def plan_as_json(plan: Plan) -> dict[str, Any]:
     """The same facts as `plan_tables`, exact."""
+
     def sizes(value: Sizes) -> dict[str, Any]:
-        return {"experts": {str(k): v for k, v in value.experts.items()}, "parameters": value.parameters,
-                "active_parameters": value.active_parameters, "bytes": value.nbytes}
+        return {
+            "experts": {str(k): v for k, v in value.experts.items()},
+            "parameters": value.parameters,
+            "active_parameters": value.active_parameters,
+            "bytes": value.nbytes,
+        }
 
     quantizing = quantize_memory(plan)
-    return {"name": plan.recipe.name, "model": plan.recipe.model.source, "model_type": plan.checkpoint.architecture.model_type,
-            "stages": [{"stage": s.name, "state": "hit" if s.hit else "run", "key": s.key, "reason": s.reason, "inputs": list(s.inputs)}
-                       for s in plan.stages],
-            "estimates": asdict(estimate(plan)), "quantize_memory": quantizing and asdict(quantizing), "disk_shortage": missing_disk(plan), "notes": list(plan.notes),
-            "base": sizes(plan.base),
-            "candidates": [{"name": c.name, "pruned": sizes(plan.pruned(c)), "quantized_bytes": plan.quantized_nbytes(c)}
-                           for c in plan.candidates]}
+    return {
+        "name": plan.recipe.name,
+        "model": plan.recipe.model.source,
+        "model_type": plan.checkpoint.architecture.model_type,
+        "stages": [
+            {
+                "stage": s.name,
+                "state": "hit" if s.hit else "run",
+                "key": s.key,
+                "reason": s.reason,
+                "inputs": list(s.inputs),
+            }
+            for s in plan.stages
+        ],
+        "estimates": asdict(estimate(plan)),
+        "quantize_memory": quantizing and asdict(quantizing),
+        "disk_shortage": missing_disk(plan),
+        "notes": list(plan.notes),
+        "base": sizes(plan.base),
+        "candidates": [
+            {"name": c.name, "pruned": sizes(plan.pruned(c)), "quantized_bytes": plan.quantized_nbytes(c)}
+            for c in plan.candidates
+        ],
+    }
 
 
 def difference_tables(difference: RecipeDifference) -> list[Table | str]:
     """The fields in which two recipes differ, and what that reruns."""
     fields = _table("fields that differ", [("field", "left"), ("first", "left"), ("second", "left")])
     for path, left, right in difference.fields:
-        fields.add_row(path, *(json.dumps(value) if isinstance(value, (dict, list, bool, type(None))) else str(value) for value in (left, right)))
+        fields.add_row(
+            path,
+            *(
+                json.dumps(value) if isinstance(value, (dict, list, bool, type(None))) else str(value)
+                for value in (left, right)
+            ),
+        )
     if not difference.fields:
         return ["The recipes say the same."]
     if difference.stages is None:
@@ -104,9 +175,24 @@ def difference_tables(difference: RecipeDifference) -> list[Table | str]:
 
 def result_table(verification: Mapping[str, Any]) -> Table:
     """Base, pruned and quantized side by side: experts, bytes, perplexity and KL on the confirm rows."""
-    table = _table("Measured on held-out rows kept for the final numbers",
-                   [("", "left"), ("experts", "right"), ("size", "right"), ("perplexity", "right"), ("KL", "right"), ("top-1 same", "right")])
+    table = _table(
+        "Measured on held-out rows kept for the final numbers",
+        [
+            ("", "left"),
+            ("experts", "right"),
+            ("size", "right"),
+            ("perplexity", "right"),
+            ("KL", "right"),
+            ("top-1 same", "right"),
+        ],
+    )
     for row in (*verification["rows"], *filter(None, [verification.get("equal_bytes")])):
-        table.add_row(row["name"], str(row["experts"]), human_bytes(row["bytes"]), f"{row['perplexity']:.3f}", f"{row['kl_mean']:.4f}",
-                      f"{row['top1_agreement']:.1%}")
+        table.add_row(
+            row["name"],
+            str(row["experts"]),
+            human_bytes(row["bytes"]),
+            f"{row['perplexity']:.3f}",
+            f"{row['kl_mean']:.4f}",
+            f"{row['top1_agreement']:.1%}",
+        )
     return table

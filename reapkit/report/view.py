@@ -38,7 +38,9 @@ class View:
     def of(cls, observation: Observation, selection: Selection | None) -> View:
         if selection is None:
             values = saliency(observation, SaliencySpec())
-            return cls(observation, None, None, totals(observation), values, _lowest(values, observation.num_experts // 2))
+            return cls(
+                observation, None, None, totals(observation), values, _lowest(values, observation.num_experts // 2)
+            )
         given = selection.details.get("mix")
         mix = None if given is None else {name: Decimal(weight) for name, weight in given.items()}
         ordered = [selection.layers[layer] for layer in observation.layers]
@@ -71,8 +73,12 @@ class View:
         if self.selection is None or self.selection.criterion not in FOLLOWED:
             return SaliencySpec(mix=self.mix)
         details = self.selection.details
-        return SaliencySpec(criterion=self.selection.criterion, reduction=details.get("reduction", "mean"),
-                            prior_count=float(details.get("prior_count", 0)), mix=self.mix)
+        return SaliencySpec(
+            criterion=self.selection.criterion,
+            reduction=details.get("reduction", "mean"),
+            prior_count=float(details.get("prior_count", 0)),
+            mix=self.mix,
+        )
 
     @property
     def criterion(self) -> str:
@@ -81,7 +87,11 @@ class View:
     @property
     def formula(self) -> str:
         """What saliency is, in symbols."""
-        return formula(SaliencySpec()) if self.selection is None else self.selection.details.get("formula", self.selection.criterion)
+        return (
+            formula(SaliencySpec())
+            if self.selection is None
+            else self.selection.details.get("formula", self.selection.criterion)
+        )
 
     @cached_property
     def coactivation(self) -> ndarray | None:
@@ -110,18 +120,33 @@ class View:
         lifts = specialised * len(self.observation.sources)
         dominant = np.where(self.observation.statistics["count"].sum(1) > 0, specialised.argmax(1), 255)
         peak = self.summed.gate_norm_max > _top_quarter(self.summed.gate_norm_max)
-        matrices = {"saliency": packed(self.saliency, "f4"), "rank": packed(_rank(self.saliency), "i2"),
-                    "count": packed(self.summed.count, "f4"), "mass": packed(self.summed.gate_norm_sum, "f4"),
-                    "peak": packed(peak, "u1"), "dominant": packed(dominant, "u1"),
-                    **{f"lift{index}": packed(lifts[:, index], "f4") for index in range(len(self.observation.sources))}}
-        data: dict[str, Any] = {"layers": list(self.layers), "experts": self.experts, "sources": list(self.observation.sources),
-                                "routed": np.maximum(self.summed.count.sum(1), 1).tolist(), "hasCoverage": self.coactivation is not None}
+        matrices = {
+            "saliency": packed(self.saliency, "f4"),
+            "rank": packed(_rank(self.saliency), "i2"),
+            "count": packed(self.summed.count, "f4"),
+            "mass": packed(self.summed.gate_norm_sum, "f4"),
+            "peak": packed(peak, "u1"),
+            "dominant": packed(dominant, "u1"),
+            **{f"lift{index}": packed(lifts[:, index], "f4") for index in range(len(self.observation.sources))},
+        }
+        data: dict[str, Any] = {
+            "layers": list(self.layers),
+            "experts": self.experts,
+            "sources": list(self.observation.sources),
+            "routed": np.maximum(self.summed.count.sum(1), 1).tolist(),
+            "hasCoverage": self.coactivation is not None,
+        }
         if self.coactivation is not None:
-            matrices["coverage"] = packed(coverage_curves(self.coactivation, statistics.removal_order(self.saliency)), "f4")
+            matrices["coverage"] = packed(
+                coverage_curves(self.coactivation, statistics.removal_order(self.saliency)), "f4"
+            )
         if self.selection is not None:
             matrices["decided"] = packed(self.dropped, "u1")
-            data |= {"decidedLabel": decided_label(self), "decidedRemoved": round(self.removed_share * self.experts),
-                     "decidedCoverage": statistics.redundancy_coverage(self.coactivation, self.dropped)}
+            data |= {
+                "decidedLabel": decided_label(self),
+                "decidedRemoved": round(self.removed_share * self.experts),
+                "decidedCoverage": statistics.redundancy_coverage(self.coactivation, self.dropped),
+            }
         return data | {"matrices": matrices}
 
 
@@ -133,7 +158,8 @@ def decided_label(view: View) -> str:
 
 
 def coverage_curves(coactivation: ndarray, order: ndarray) -> ndarray:
-    """Redundancy coverage of each layer when its k least salient experts go, k = 0 … E - 1: float64 [L, E], NaN where undefined.
+    """Redundancy coverage of each layer when its k least salient experts go, k = 0 … E - 1: float64 [L, E], NaN where
+    undefined.
 
     `coactivation` [L, E, E], `order` int64 [L, E], first to go first. One cumulative sum per layer gives all k.
     """

@@ -20,11 +20,12 @@ BY_HAND, SUPER, CORE = "protected by hand", "super expert", "core"
 
 @dataclass(frozen=True, eq=False)
 class LayerRanking:
-    """A layer's experts by saliency, best first. `saliency`: -inf for experts never routed. `protected`: expert -> reason.
+    """A layer's experts by saliency, best first. `saliency`: -inf for experts never routed. `protected`: expert ->
+    reason.
 
-    `groups` > 1: experts are routed in that many groups of equal size, each of which keeps the same number. `path`: the order in
-    which experts go (those it does not name stay longest), where saliency alone does not say it. `costs`: what removing each
-    costs, comparable between layers, in place of normalised saliency.
+    `groups` > 1: experts are routed in that many groups of equal size, each of which keeps the same number. `path`: the
+    order in which experts go (those it does not name stay longest), where saliency alone does not say it. `costs`: what
+    removing each costs, comparable between layers, in place of normalised saliency.
     """
 
     saliency: tuple[float, ...]
@@ -39,7 +40,9 @@ class LayerRanking:
         experts = range(len(self.saliency))
         if self.path is not None:
             turn = {expert: i for i, expert in enumerate(self.path)}
-            return sorted(experts, key=lambda expert: (expert not in self.protected, -turn.get(expert, len(experts)), expert))
+            return sorted(
+                experts, key=lambda expert: (expert not in self.protected, -turn.get(expert, len(experts)), expert)
+            )
         return sorted(experts, key=lambda expert: (expert not in self.protected, -self.saliency[expert], expert))
 
     def group(self, expert: int) -> int:
@@ -80,25 +83,33 @@ class LayerRanking:
 
 def uniform_counts(rankings: Mapping[int, LayerRanking], budgets: Mapping[int, LayerBudget]) -> dict[int, int]:
     """Every layer keeps its own budget. Raises RecipeError where a layer protects more than it keeps."""
-    problems = [_too_many_protected(layer, ranking, budgets[layer].kept) for layer, ranking in rankings.items()
-                if ranking.least_for_protected() > budgets[layer].kept]
+    problems = [
+        _too_many_protected(layer, ranking, budgets[layer].kept)
+        for layer, ranking in rankings.items()
+        if ranking.least_for_protected() > budgets[layer].kept
+    ]
     if problems:
         raise RecipeError(problems)
     return {layer: budgets[layer].kept for layer in rankings}
 
 
-def global_counts(rankings: Mapping[int, LayerRanking], budgets: Mapping[int, LayerBudget], unit: int) -> dict[int, int]:
+def global_counts(
+    rankings: Mapping[int, LayerRanking], budgets: Mapping[int, LayerBudget], unit: int
+) -> dict[int, int]:
     """Spends the layers' total budget where normalised saliency is lowest, never below a layer's least.
 
-    Layers shrink in steps of `unit` experts (one without groups and `multiple_of`), each step costing the mean normalised
-    saliency of its experts; of equals the lower layer is kept. Experts never routed go first; a layer without any saliency
-    keeps its uniform budget. Where E is no multiple of `unit` the total may fall short of the budget by less than one step.
+    Layers shrink in steps of `unit` experts (one without groups and `multiple_of`), each step costing the mean
+    normalised saliency of its experts; of equals the lower layer is kept. Experts never routed go first; a layer
+    without any saliency keeps its uniform budget. Where E is no multiple of `unit` the total may fall short of the
+    budget by less than one step.
 
     Raises RecipeError where what is protected does not fit.
     """
     counts = {layer: len(ranking.saliency) for layer, ranking in rankings.items()}
-    least = {layer: max(budgets[layer].least, _round_up(ranking.least_for_protected(), unit, counts[layer]))
-             for layer, ranking in rankings.items()}
+    least = {
+        layer: max(budgets[layer].least, _round_up(ranking.least_for_protected(), unit, counts[layer]))
+        for layer, ranking in rankings.items()
+    }
     budget = sum(counts[layer] - budgets[layer].kept for layer in rankings)
     steps = {}
     for layer, ranking in rankings.items():
@@ -111,9 +122,16 @@ def global_counts(rankings: Mapping[int, LayerRanking], budgets: Mapping[int, La
     removable = sum(size for layer_steps in steps.values() for _, size in layer_steps)
     if removable < budget:
         protected = sum(len(ranking.protected) for ranking in rankings.values())
-        raise RecipeError([Problem("prune.protect", f"the budget removes {budget} experts, but {protected} protected ones, "
-                                   f"caps and routing leave {removable} to remove. Protect fewer, loosen prune.caps, or "
-                                   "prune less.")])
+        raise RecipeError(
+            [
+                Problem(
+                    "prune.protect",
+                    f"the budget removes {budget} experts, but {protected} protected ones, "
+                    f"caps and routing leave {removable} to remove. Protect fewer, loosen prune.caps, or "
+                    "prune less.",
+                )
+            ]
+        )
     queue = [(layer_steps[0][0], -layer, 0) for layer, layer_steps in steps.items() if layer_steps]
     heapq.heapify(queue)
     while queue:
@@ -148,22 +166,37 @@ def _step_cost(shares: Sequence[float], lowest: float) -> float:
 
 
 def global_cut(rankings: Mapping[int, LayerRanking], counts: Mapping[int, int]) -> float:
-    """The highest normalised saliency that was dropped globally; experts kept below it owe it to their layer's minimum."""
-    dropped = [shares[expert] for layer, ranking in rankings.items() if (shares := ranking.normalised) is not None
-               for expert in set(range(len(shares))) - set(ranking.keep(counts[layer]))]
+    """The highest normalised saliency that was dropped globally; experts kept below it owe it to their layer's
+    minimum."""
+    dropped = [
+        shares[expert]
+        for layer, ranking in rankings.items()
+        if (shares := ranking.normalised) is not None
+        for expert in set(range(len(shares))) - set(ranking.keep(counts[layer]))
+    ]
     return max(dropped, default=NEVER_ROUTED)
 
 
-def reasons(ranking: LayerRanking, kept: Sequence[int], budget: LayerBudget, cut: float | None = None) -> dict[int, str]:
-    """Why each expert stays or goes, in a few words, by expert. `cut`: the global cut under `allocation: global`, else None."""
+def reasons(
+    ranking: LayerRanking, kept: Sequence[int], budget: LayerBudget, cut: float | None = None
+) -> dict[int, str]:
+    """Why each expert stays or goes, in a few words, by expert. `cut`: the global cut under `allocation: global`, else
+    None."""
     inside, plain = set(kept), set(ranking.order[: len(kept)])
     position = {expert: i for group in ranking.by_group for i, expert in enumerate(group)}
-    return {expert: _kept_reason(ranking, expert, position[expert], len(kept), expert in plain, budget, cut) if expert in inside
-            else _dropped_reason(ranking, expert, expert in plain) for expert in range(len(ranking.saliency))}
+    return {
+        expert: (
+            _kept_reason(ranking, expert, position[expert], len(kept), expert in plain, budget, cut)
+            if expert in inside
+            else _dropped_reason(ranking, expert, expert in plain)
+        )
+        for expert in range(len(ranking.saliency))
+    }
 
 
-def _kept_reason(ranking: LayerRanking, expert: int, position: int, count: int, plain: bool, budget: LayerBudget,
-                 cut: float | None) -> str:
+def _kept_reason(
+    ranking: LayerRanking, expert: int, position: int, count: int, plain: bool, budget: LayerBudget, cut: float | None
+) -> str:
     if expert in ranking.protected:
         return ranking.protected[expert]
     if count == len(ranking.saliency):
@@ -194,8 +227,11 @@ def _too_many_protected(layer: int, ranking: LayerRanking, kept: int) -> Problem
     parts = ", ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(names))
     groups = f" in {ranking.groups} equal groups" if ranking.groups > 1 else ""
     least = ranking.least_for_protected()
-    return Problem("prune.protect", f"layer {layer} protects {len(names)} experts ({parts}), which takes {least} kept experts"
-                                    f"{groups}, but its budget keeps {kept}. Protect fewer, or prune less.")
+    return Problem(
+        "prune.protect",
+        f"layer {layer} protects {len(names)} experts ({parts}), which takes {least} kept experts"
+        f"{groups}, but its budget keeps {kept}. Protect fewer, or prune less.",
+    )
 
 
 def _round_up(count: int, unit: int, most: int) -> int:

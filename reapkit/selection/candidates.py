@@ -1,4 +1,5 @@
-"""What a recipe's prune section asks for, as integers: its grid's candidates, the experts each layer keeps. Torch-free."""
+"""What a recipe's prune section asks for, as integers: its grid's candidates, the experts each layer keeps.
+Torch-free."""
 
 from __future__ import annotations
 
@@ -31,10 +32,18 @@ class Candidate:
 
     def prune(self, prune: PruneSpec) -> PruneSpec:
         """The recipe's prune section with this candidate's values in place of grid and scalars."""
-        said = self.ratio is None or self.ratio == _scalar_ratio(prune)  # then errors name the field that the user wrote
+        said = self.ratio is None or self.ratio == _scalar_ratio(
+            prune
+        )  # then errors name the field that the user wrote
         budget = {} if said else {"ratio": self.ratio, "keep_ratio": None, "keep_experts": None}
-        return prune.model_copy(update={**budget, "candidates": None, "allocation": self.allocation,
-                                        "experts_per_token": self.experts_per_token})
+        return prune.model_copy(
+            update={
+                **budget,
+                "candidates": None,
+                "allocation": self.allocation,
+                "experts_per_token": self.experts_per_token,
+            }
+        )
 
     def kept(self, prune: PruneSpec, architecture: Architecture, layers: Sequence[int]) -> dict[int, int]:
         """Kept experts by decoder layer; under `allocation: global` the counts whose total is spent."""
@@ -42,39 +51,57 @@ class Candidate:
 
     def removing(self, removed: int, num_experts: int) -> Candidate:
         """This candidate with a ratio that removes `removed` of `num_experts` experts, whatever it removed before."""
-        ratio = (Decimal(removed) / num_experts).quantize(Decimal("0.00001"), ROUND_CEILING)  # rounded down it would remove one less
-        return replace(self, ratio=ratio, name=_name(ratio, None, self.criterion, self.allocation, self.experts_per_token))
+        ratio = (Decimal(removed) / num_experts).quantize(
+            Decimal("0.00001"), ROUND_CEILING
+        )  # rounded down it would remove one less
+        return replace(
+            self, ratio=ratio, name=_name(ratio, None, self.criterion, self.allocation, self.experts_per_token)
+        )
 
     def saliency(self, saliency: SaliencySpec) -> SaliencySpec:
         """The recipe's saliency section with this candidate's criterion."""
         return saliency.model_copy(update={"criterion": self.criterion})
 
 
-def kept_experts(prune: PruneSpec, ratio: Decimal | None, architecture: Architecture, layers: Sequence[int]) -> dict[int, int]:
+def kept_experts(
+    prune: PruneSpec, ratio: Decimal | None, architecture: Architecture, layers: Sequence[int]
+) -> dict[int, int]:
     """Kept experts by decoder layer; `ratio` replaces the recipe's scalars, None leaves them.
 
     Under `allocation: global` these are the counts whose total is spent. Raises RecipeError with every contradiction.
     """
-    spec = prune if ratio is None or ratio == _scalar_ratio(prune) else prune.model_copy(
-        update={"ratio": ratio, "keep_ratio": None, "keep_experts": None})
+    spec = (
+        prune
+        if ratio is None or ratio == _scalar_ratio(prune)
+        else prune.model_copy(update={"ratio": ratio, "keep_ratio": None, "keep_experts": None})
+    )
     return {layer: budget.kept for layer, budget in layer_budgets(spec, architecture, layers).items()}
 
 
-def candidates(prune: PruneSpec, saliency: SaliencySpec, architecture: Architecture | None = None,
-               layers: Sequence[int] = ()) -> tuple[Candidate, ...]:
+def candidates(
+    prune: PruneSpec, saliency: SaliencySpec, architecture: Architecture | None = None, layers: Sequence[int] = ()
+) -> tuple[Candidate, ...]:
     """Every candidate of the recipe, the smallest model first; without a grid the one that the scalars say.
 
-    `layers` are the decoder indices of the MoE layers; without an architecture only what the recipe alone can say is checked.
-    Raises RecipeError with every contradiction of every candidate.
+    `layers` are the decoder indices of the MoE layers; without an architecture only what the recipe alone can say is
+    checked. Raises RecipeError with every contradiction of every candidate.
     """
     if problems := _grid_problems(prune):
         raise RecipeError(problems)
     listed = _grid(prune, saliency)
-    problems = [problem for i, name in enumerate(dict.fromkeys(candidate.criterion for candidate in listed))
-                if (problem := criterion_problem(name, _path(prune, "criterion", "saliency.criterion", i)))]
+    problems = [
+        problem
+        for i, name in enumerate(dict.fromkeys(candidate.criterion for candidate in listed))
+        if (problem := criterion_problem(name, _path(prune, "criterion", "saliency.criterion", i)))
+    ]
     if prune.layout != "ragged" and any(candidate.allocation == "global" for candidate in listed):
-        problems.append(Problem("prune.candidates.allocation", "global gives layers different expert counts, which needs "
-                                                               "prune.layout: ragged. Set it, or drop global."))
+        problems.append(
+            Problem(
+                "prune.candidates.allocation",
+                "global gives layers different expert counts, which needs "
+                "prune.layout: ragged. Set it, or drop global.",
+            )
+        )
     for candidate in listed if architecture is not None else ():
         try:
             layer_budgets(candidate.prune(prune), architecture, layers)
@@ -86,38 +113,54 @@ def candidates(prune: PruneSpec, saliency: SaliencySpec, architecture: Architect
 
 
 def budget_notes(prune: PruneSpec, architecture: Architecture, layers: Sequence[int]) -> list[str]:
-    """What the plan says aloud about one candidate's budget: dense layers that a range skips, counts that rounding raised."""
+    """What the plan says aloud about one candidate's budget: dense layers that a range skips, counts that rounding
+    raised."""
     notes = []
     for i, cap in enumerate(prune.caps):
         if dense := layer_range(cap.layers, layers, architecture.num_hidden_layers).dense:
             notes.append(f"prune.caps[{i}].layers skips the dense layers {ranges(dense)}.")
     budget = next(iter(layer_budgets(prune, architecture, layers).values()))
     if budget.rounded != budget.wanted:
-        notes.append(f"{budget_path(prune)}: {found(prune)} asks for {budget.wanted} kept experts, rounded up to "
-                     f"{budget.rounded} {unit_reason(prune, architecture)}.")
+        notes.append(
+            f"{budget_path(prune)}: {found(prune)} asks for {budget.wanted} kept experts, rounded up to "
+            f"{budget.rounded} {unit_reason(prune, architecture)}."
+        )
     return notes
 
 
 def _grid_problems(prune: PruneSpec) -> list[Problem]:
     """Values of the grid that no model could take."""
     spec = prune.candidates or CandidatesSpec()
-    problems = [Problem(f"prune.candidates.{name}", "is an empty list. Give values, or leave it out.")
-                for name in type(spec).model_fields if getattr(spec, name) == ()]
-    problems += [Problem(f"prune.candidates.ratio[{i}]", f"found {ratio}, must be at least 0 and below 1.")
-                 for i, ratio in enumerate(spec.ratio or ()) if not 0 <= ratio < 1]
-    return problems + [Problem(f"prune.candidates.experts_per_token[{i}]", f"found {top_k}, must be at least 1.")
-                       for i, top_k in enumerate(spec.experts_per_token or ()) if top_k < 1]
+    problems = [
+        Problem(f"prune.candidates.{name}", "is an empty list. Give values, or leave it out.")
+        for name in type(spec).model_fields
+        if getattr(spec, name) == ()
+    ]
+    problems += [
+        Problem(f"prune.candidates.ratio[{i}]", f"found {ratio}, must be at least 0 and below 1.")
+        for i, ratio in enumerate(spec.ratio or ())
+        if not 0 <= ratio < 1
+    ]
+    return problems + [
+        Problem(f"prune.candidates.experts_per_token[{i}]", f"found {top_k}, must be at least 1.")
+        for i, top_k in enumerate(spec.experts_per_token or ())
+        if top_k < 1
+    ]
 
 
 def _grid(prune: PruneSpec, saliency: SaliencySpec) -> tuple[Candidate, ...]:
     """The product of the grid's lists, a missing list being the scalar; nothing is checked against a model."""
     spec = prune.candidates or CandidatesSpec()
-    axes = product(sorted(_distinct(spec.ratio), reverse=True) or (_scalar_ratio(prune),),
-                   sorted(_distinct(spec.experts_per_token)) or (prune.experts_per_token,),
-                   _distinct(spec.criterion) or (saliency.criterion,),
-                   _distinct(spec.allocation) or (prune.allocation,))
-    return tuple(Candidate(_name(ratio, prune.keep_experts, criterion, allocation, top_k), ratio, criterion, allocation, top_k)
-                 for ratio, top_k, criterion, allocation in axes)
+    axes = product(
+        sorted(_distinct(spec.ratio), reverse=True) or (_scalar_ratio(prune),),
+        sorted(_distinct(spec.experts_per_token)) or (prune.experts_per_token,),
+        _distinct(spec.criterion) or (saliency.criterion,),
+        _distinct(spec.allocation) or (prune.allocation,),
+    )
+    return tuple(
+        Candidate(_name(ratio, prune.keep_experts, criterion, allocation, top_k), ratio, criterion, allocation, top_k)
+        for ratio, top_k, criterion, allocation in axes
+    )
 
 
 def _scalar_ratio(prune: PruneSpec) -> Decimal | None:
@@ -147,6 +190,8 @@ def _at_grid(problem: Problem, prune: PruneSpec) -> Problem:
     for field in ("ratio", "experts_per_token"):
         values = getattr(prune.candidates, field, None) if prune.candidates else None
         if values and problem.path == f"prune.{field}":
-            index = next((i for i, value in enumerate(values) if problem.message.startswith((f"{value} ", f"{value},"))), None)
+            index = next(
+                (i for i, value in enumerate(values) if problem.message.startswith((f"{value} ", f"{value},"))), None
+            )
             return Problem(_path(prune, field, problem.path, index), problem.message)
     return problem

@@ -1,7 +1,8 @@
 """Names of saliency criteria: the built-in ones, those of installed packages, and `module:function`. Torch-free.
 
-A package offers its own under the entry point group `reapkit.criteria`; a project's own file needs no packaging, only to be
-importable: `saliency.criterion: my_module:my_function`. Both are functions of the totals and the spec (see `saliency.Totals`).
+A package offers its own under the entry point group `reapkit.criteria`; a project's own file needs no packaging, only
+to be importable: `saliency.criterion: my_module:my_function`. Both are functions of the totals and the spec (see
+`saliency.Totals`).
 """
 
 from __future__ import annotations
@@ -34,12 +35,16 @@ def criterion_problem(name: str, path: str = "saliency.criterion") -> Problem | 
     if name in known or _MODULE_FUNCTION.match(name):
         return None
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return Problem(path, f"found '{name}'. Known: {', '.join(known)}, or your own as module:function."
-                   + (f" Did you mean '{near[0]}'?" if near else ""))
+    return Problem(
+        path,
+        f"found '{name}'. Known: {', '.join(known)}, or your own as module:function."
+        + (f" Did you mean '{near[0]}'?" if near else ""),
+    )
 
 
 def user_criterion(name: str) -> Callable[..., Any]:
-    """The function behind an installed criterion's name or `module:function`. Raises RecipeError if it cannot be had."""
+    """The function behind an installed criterion's name or `module:function`. Raises RecipeError if it cannot be
+    had."""
     if problem := criterion_problem(name):
         raise RecipeError([problem])
     module, _, attribute = _target(name).partition(":")
@@ -81,5 +86,8 @@ def _target(name: str) -> str:
 
 def _not_found(name: str, why: object) -> Problem:
     folder = _target(name).partition(":")[0].partition(".")[0]
-    return Problem("saliency.criterion", f"'{name}' cannot be imported ({why}). Put the folder that holds {folder} on "
-                                         "PYTHONPATH, or install its package.")
+    return Problem(
+        "saliency.criterion",
+        f"'{name}' cannot be imported ({why}). Put the folder that holds {folder} on "
+        "PYTHONPATH, or install its package.",
+    )

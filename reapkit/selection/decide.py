@@ -1,4 +1,5 @@
-"""From an observation to selections: saliency, protection, allocation, and what people must be told about the result."""
+"""From an observation to selections: saliency, protection, allocation, and what people must be told about the
+result."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ SUPER_QUANTILE, SUPER_FRACTION, SUPER_DEPTH = 0.995, 0.1, 0.75
 
 @dataclass(frozen=True, eq=False)
 class Shared:
-    """What all candidates of one decision have in common: the observation, sources' weights, EAFT sums, protected experts."""
+    """What all candidates of one decision have in common: the observation, sources' weights, EAFT sums, protected
+    experts."""
 
     observation: Observation
     architecture: Architecture
@@ -57,8 +59,10 @@ class Shared:
         found = removal(self.observation, spec.criterion, self.alphas)
         orders = found.order or (None,) * len(layers)
         measured = self.observation.reroute.measured.tolist()
-        return {layer: replace(plain[layer], path=order, costs=tuple(cost)) if has_path else plain[layer]
-                for layer, order, cost, has_path in zip(layers, orders, found.cost.tolist(), measured, strict=True)}
+        return {
+            layer: replace(plain[layer], path=order, costs=tuple(cost)) if has_path else plain[layer]
+            for layer, order, cost, has_path in zip(layers, orders, found.cost.tolist(), measured, strict=True)
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,12 +77,15 @@ class Terms:
     def counts(self, rankings: Mapping[int, LayerRanking], allocation: str | None = None) -> dict[int, int]:
         """Kept experts by layer, under this or another allocation of the same budget.
 
-        Multi-token-prediction blocks are built with the one number that config.json says, the largest: they keep as many as the
-        decoder layer that keeps most, and take no part in the allocation.
+        Multi-token-prediction blocks are built with the one number that config.json says, the largest: they keep as
+        many as the decoder layer that keeps most, and take no part in the allocation.
         """
         decoder = self.decoder(rankings)
-        counts = (global_counts(decoder, self.budgets, self.unit) if (allocation or self.prune.allocation) == "global"
-                  else uniform_counts(decoder, self.budgets))
+        counts = (
+            global_counts(decoder, self.budgets, self.unit)
+            if (allocation or self.prune.allocation) == "global"
+            else uniform_counts(decoder, self.budgets)
+        )
         beyond = {layer: ranking for layer, ranking in rankings.items() if layer not in decoder}
         return counts | uniform_counts(beyond, {layer: _fixed(max(counts.values())) for layer in beyond})
 
@@ -96,18 +103,29 @@ def decoder_layers(observation: Observation, architecture: Architecture) -> tupl
     return tuple(layer for layer in observation.layers if layer < architecture.num_hidden_layers)
 
 
-def select(observation: Observation, saliency: SaliencySpec, prune: PruneSpec, architecture: Architecture,
-           candidate: Candidate | None = None) -> Selection:
+def select(
+    observation: Observation,
+    saliency: SaliencySpec,
+    prune: PruneSpec,
+    architecture: Architecture,
+    candidate: Candidate | None = None,
+) -> Selection:
     """Decides from an observation which experts go; the same input gives the same selection, without the model.
 
-    `candidate` takes the place of the recipe's criterion, ratio, allocation and top-k. Raises RecipeError where the budget, the
-    caps and what is protected contradict each other, UnusableError where the observation lacks what the criterion needs.
+    `candidate` takes the place of the recipe's criterion, ratio, allocation and top-k. Raises RecipeError where the
+    budget, the caps and what is protected contradict each other, UnusableError where the observation lacks what the
+    criterion needs.
     """
     return select_all(observation, saliency, prune, architecture, None if candidate is None else (candidate,))[0]
 
 
-def select_all(observation: Observation, spec: SaliencySpec, prune: PruneSpec, architecture: Architecture,
-               chosen: Sequence[Candidate] | None = None) -> tuple[Selection, ...]:
+def select_all(
+    observation: Observation,
+    spec: SaliencySpec,
+    prune: PruneSpec,
+    architecture: Architecture,
+    chosen: Sequence[Candidate] | None = None,
+) -> tuple[Selection, ...]:
     """One selection per candidate (default: the recipe's own grid, in its order).
 
     What candidates share (EAFT regions, super experts, saliency by criterion) is computed once. Raises as `select`.
@@ -118,18 +136,26 @@ def select_all(observation: Observation, spec: SaliencySpec, prune: PruneSpec, a
     alphas = source_alphas(observation, spec.mix)
     needs_regions = prune.protect.core_per_layer or any(candidate.criterion == "eaft-reap" for candidate in chosen)
     regions = measure_regions(observation, spec.eaft, alphas) if needs_regions else None
-    shared = Shared(observation, architecture, alphas, regions, _protected(observation, prune, alphas, regions, len(decoder)))
-    specs = {name: spec.model_copy(update={"criterion": name}) for name in dict.fromkeys(candidate.criterion for candidate in chosen)}
+    shared = Shared(
+        observation, architecture, alphas, regions, _protected(observation, prune, alphas, regions, len(decoder))
+    )
+    specs = {
+        name: spec.model_copy(update={"criterion": name})
+        for name in dict.fromkeys(candidate.criterion for candidate in chosen)
+    }
     rankings = {name: shared.rankings(saliency(observation, one, regions), one) for name, one in specs.items()}
-    return tuple(_selection(shared, candidate, _terms(candidate, spec, prune, shared), rankings[candidate.criterion])
-                 for candidate in chosen)
+    return tuple(
+        _selection(shared, candidate, _terms(candidate, spec, prune, shared), rankings[candidate.criterion])
+        for candidate in chosen
+    )
 
 
 def super_experts(activation_max: ndarray) -> list[list[int]]:
-    """Experts with massive activations by layer (arXiv 2507.23279): `activation_max` [L, E] above its limit in early layers.
+    """Experts with massive activations by layer (arXiv 2507.23279): `activation_max` [L, E] above its limit in early
+    layers.
 
-    The limit is the larger of the 99.5th percentile over all layers (linear interpolation) and a tenth of the maximum; early is
-    the first 75 % of the layers.
+    The limit is the larger of the 99.5th percentile over all layers (linear interpolation) and a tenth of the maximum;
+    early is the first 75 % of the layers.
     """
     values = activation_max.astype(np.float64)
     limit = max(float(np.quantile(values, SUPER_QUANTILE)), SUPER_FRACTION * float(values.max()))
@@ -137,10 +163,11 @@ def super_experts(activation_max: ndarray) -> list[list[int]]:
     return [np.flatnonzero(row > limit).tolist() if layer < deepest else [] for layer, row in enumerate(values)]
 
 
-def _protected(observation: Observation, prune: PruneSpec, alphas: Sequence[Fraction], regions: Regions | None,
-               depth: int) -> tuple[dict[int, str], ...]:
-    """Expert -> reason by layer; what is protected by hand says so before super expert, and that before core. Super experts are looked
-    for in the first `depth` layers, the decoder's.
+def _protected(
+    observation: Observation, prune: PruneSpec, alphas: Sequence[Fraction], regions: Regions | None, depth: int
+) -> tuple[dict[int, str], ...]:
+    """Expert -> reason by layer; what is protected by hand says so before super expert, and that before core. Super
+    experts are looked for in the first `depth` layers, the decoder's.
     """
     protected: tuple[dict[int, str], ...] = tuple({} for _ in observation.layers)
     if prune.protect.core_per_layer:
@@ -150,8 +177,10 @@ def _protected(observation: Observation, prune: PruneSpec, alphas: Sequence[Frac
             protected[layer].update({expert: CORE for expert in experts if mass[layer, expert] > 0})
     if prune.protect.super_experts:
         if "activation_max" not in observation.maxima:
-            raise UnusableError("prune.protect.super_experts: this observation has no activation_max, by which super experts are found. "
-                                "Set prune.protect.super_experts: false, or observe with reapkit.")
+            raise UnusableError(
+                "prune.protect.super_experts: this observation has no activation_max, by which super experts are found."
+                " Set prune.protect.super_experts: false, or observe with reapkit."
+            )
         weighed = [source for source, alpha in enumerate(alphas) if alpha]
         for layer, experts in enumerate(super_experts(observation.maxima["activation_max"][:depth, weighed].max(1))):
             protected[layer].update(dict.fromkeys(experts, SUPER))
@@ -169,9 +198,17 @@ def _terms(candidate: Candidate, spec: SaliencySpec, prune: PruneSpec, shared: S
 def _selection(shared: Shared, candidate: Candidate, terms: Terms, rankings: Mapping[int, LayerRanking]) -> Selection:
     counts = terms.counts(rankings)
     cut = global_cut(terms.decoder(rankings), counts) if terms.prune.allocation == "global" else None
-    layers = {layer: _layer(ranking, counts[layer], terms.budgets[layer], cut) if layer in terms.budgets
-              else _layer(ranking, counts[layer], _fixed(counts[layer]), None) for layer, ranking in rankings.items()}
-    details = _how(candidate, terms.spec) | _outcome(layers, rankings, terms, counts) | {"eaft": _eaft(shared, terms, layers)}
+    layers = {
+        layer: (
+            _layer(ranking, counts[layer], terms.budgets[layer], cut)
+            if layer in terms.budgets
+            else _layer(ranking, counts[layer], _fixed(counts[layer]), None)
+        )
+        for layer, ranking in rankings.items()
+    }
+    details = (
+        _how(candidate, terms.spec) | _outcome(layers, rankings, terms, counts) | {"eaft": _eaft(shared, terms, layers)}
+    )
     warnings = _unrouted_warnings(details) + _conflict_warnings(shared.observation, details["eaft"])
     return Selection(terms.spec.criterion, layers, terms.prune.experts_per_token, details | {"warnings": warnings})
 
@@ -187,24 +224,41 @@ def _layer(ranking: LayerRanking, count: int, budget: LayerBudget, cut: float | 
 
 def _how(candidate: Candidate, spec: SaliencySpec) -> dict[str, Any]:
     """What was asked for."""
-    return {"candidate": candidate.name, "ratio": None if candidate.ratio is None else str(candidate.ratio),
-            "allocation": candidate.allocation, "formula": formula(spec), "reduction": spec.reduction,
-            "prior_count": spec.prior_count, "seed": spec.seed if spec.criterion == "random" else None,
-            "mix": None if spec.mix is None else {name: str(weight) for name, weight in spec.mix.items()}}
+    return {
+        "candidate": candidate.name,
+        "ratio": None if candidate.ratio is None else str(candidate.ratio),
+        "allocation": candidate.allocation,
+        "formula": formula(spec),
+        "reduction": spec.reduction,
+        "prior_count": spec.prior_count,
+        "seed": spec.seed if spec.criterion == "random" else None,
+        "mix": None if spec.mix is None else {name: str(weight) for name, weight in spec.mix.items()},
+    }
 
 
-def _outcome(layers: Mapping[int, LayerSelection], rankings: Mapping[int, LayerRanking], terms: Terms,
-             counts: Mapping[int, int]) -> dict[str, Any]:
+def _outcome(
+    layers: Mapping[int, LayerSelection], rankings: Mapping[int, LayerRanking], terms: Terms, counts: Mapping[int, int]
+) -> dict[str, Any]:
     """What came of it, layers by their decoder index."""
-    unrouted = {layer: [expert for expert, value in enumerate(ranking.saliency) if value == NEVER_ROUTED]
-                for layer, ranking in rankings.items()}
-    protected = {name: {layer: sorted(expert for expert, why in ranking.protected.items() if why == name)
-                        for layer, ranking in rankings.items()} for name in (BY_HAND, SUPER, CORE)}
-    return {"experts": sum(len(ranking.saliency) for ranking in rankings.values()),
-            "removed": sum(len(layer.drop) for layer in layers.values()), "never_routed": _listed(unrouted),
-            "protected": {name: _listed(by_layer) for name, by_layer in protected.items()},
-            "dropped_saliency": _dropped_saliency(rankings, terms, counts),
-            "near_ties": _near_ties(layers)}
+    unrouted = {
+        layer: [expert for expert, value in enumerate(ranking.saliency) if value == NEVER_ROUTED]
+        for layer, ranking in rankings.items()
+    }
+    protected = {
+        name: {
+            layer: sorted(expert for expert, why in ranking.protected.items() if why == name)
+            for layer, ranking in rankings.items()
+        }
+        for name in (BY_HAND, SUPER, CORE)
+    }
+    return {
+        "experts": sum(len(ranking.saliency) for ranking in rankings.values()),
+        "removed": sum(len(layer.drop) for layer in layers.values()),
+        "never_routed": _listed(unrouted),
+        "protected": {name: _listed(by_layer) for name, by_layer in protected.items()},
+        "dropped_saliency": _dropped_saliency(rankings, terms, counts),
+        "near_ties": _near_ties(layers),
+    }
 
 
 def _eaft(shared: Shared, terms: Terms, layers: Mapping[int, LayerSelection]) -> dict[str, Any] | None:
@@ -214,14 +268,19 @@ def _eaft(shared: Shared, terms: Terms, layers: Mapping[int, LayerSelection]) ->
     values = saliency(shared.observation, terms.spec, shared.regions, weights_without_conflict(terms.spec.eaft))
     rankings = shared.rankings(values, terms.spec)
     counts = terms.counts(rankings)
-    changed = {str(layer): len(set(layers[layer].keep) - set(ranking.keep(counts[layer])))
-               for layer, ranking in rankings.items()}
+    changed = {
+        str(layer): len(set(layers[layer].keep) - set(ranking.keep(counts[layer])))
+        for layer, ranking in rankings.items()
+    }
     return summarise(shared.regions, shared.observation.sources, shared.alphas) | {
         "changed_by_conflict": sum(changed.values()),
-        "changed_by_conflict_by_layer": {layer: count for layer, count in changed.items() if count}}
+        "changed_by_conflict_by_layer": {layer: count for layer, count in changed.items() if count},
+    }
 
 
-def _dropped_saliency(rankings: Mapping[int, LayerRanking], terms: Terms, counts: Mapping[int, int]) -> dict[str, float | None]:
+def _dropped_saliency(
+    rankings: Mapping[int, LayerRanking], terms: Terms, counts: Mapping[int, int]
+) -> dict[str, float | None]:
     """Σ over dropped experts of S_e / Σ|S|, averaged over the layers, under the chosen allocation and the other one.
 
     None where the other is impossible: it need not fit what is protected.
@@ -232,7 +291,10 @@ def _dropped_saliency(rankings: Mapping[int, LayerRanking], terms: Terms, counts
         found: dict[str, Mapping[int, int] | None] = {chosen: counts, other: terms.counts(rankings, other)}
     except RecipeError:
         found = {chosen: counts, other: None}
-    return {how: None if kept is None else _dropped_share(rankings, kept) for how, kept in sorted(found.items(), reverse=True)}
+    return {
+        how: None if kept is None else _dropped_share(rankings, kept)
+        for how, kept in sorted(found.items(), reverse=True)
+    }
 
 
 def _dropped_share(rankings: Mapping[int, LayerRanking], counts: Mapping[int, int]) -> float:
@@ -244,17 +306,25 @@ def _dropped_share(rankings: Mapping[int, LayerRanking], counts: Mapping[int, in
 
 
 def _near_ties(layers: Mapping[int, LayerSelection]) -> list[dict[str, Any]]:
-    """Pairs about which another device might decide otherwise: the best dropped expert and kept ones hardly above it."""
+    """Pairs about which another device might decide otherwise: the best dropped expert and kept ones hardly above
+    it."""
     ties = []
     for index, layer in layers.items():
         best = max(layer.drop, key=lambda expert: layer.saliency[expert], default=None)
         if best is None or layer.saliency[best] == NEVER_ROUTED:
             continue
         high = layer.saliency[best]
-        ties += [{"layer": index, "kept": expert, "dropped": best,
-                  "relative_gap": (layer.saliency[expert] - high) / (abs(high) or 1.0)}
-                 for expert in layer.keep if layer.reasons[expert] not in (BY_HAND, SUPER, CORE)
-                 and abs(layer.saliency[expert] - high) <= NEAR_TIE * abs(high)]
+        ties += [
+            {
+                "layer": index,
+                "kept": expert,
+                "dropped": best,
+                "relative_gap": (layer.saliency[expert] - high) / (abs(high) or 1.0),
+            }
+            for expert in layer.keep
+            if layer.reasons[expert] not in (BY_HAND, SUPER, CORE)
+            and abs(layer.saliency[expert] - high) <= NEAR_TIE * abs(high)
+        ]
     return ties
 
 
@@ -263,8 +333,10 @@ def _unrouted_warnings(details: Mapping[str, Any]) -> list[str]:
     if not unrouted:
         return []
     where = ("layers " if len(unrouted) > 1 else "layer ") + ranges([int(layer) for layer in unrouted])
-    return [f"{sum(map(len, unrouted.values()))} of {details['experts']} experts received no token ({where}). Raise "
-            "calibration.samples, or accept that they rank last."]
+    return [
+        f"{sum(map(len, unrouted.values()))} of {details['experts']} experts received no token ({where}). Raise "
+        "calibration.samples, or accept that they rank last."
+    ]
 
 
 def _conflict_warnings(observation: Observation, eaft: Mapping[str, Any] | None) -> list[str]:
@@ -275,10 +347,15 @@ def _conflict_warnings(observation: Observation, eaft: Mapping[str, Any] | None)
     pooled = "pooled" in eaft["thresholds"] and len(observation.sources) > 1
     advice = f"Try {'saliency.eaft.thresholds: per-source, ' if pooled else ''}larger quantiles, or criterion: reap."
     if eaft["changed_by_conflict"] == 0:
-        return [f"the conflict term of eaft-reap changed no kept expert ({share:.2%} of positions are in conflict). {advice}"]
+        return [
+            f"the conflict term of eaft-reap changed no kept expert ({share:.2%} of positions are in conflict)."
+            f" {advice}"
+        ]
     if share < SMALL_CONFLICT_SHARE:
-        return [f"{share:.2%} of positions are in conflict, so the conflict weight {weight:g} can hardly matter: of the "
-                f"kept experts it changed {eaft['changed_by_conflict']}. {advice}"]
+        return [
+            f"{share:.2%} of positions are in conflict, so the conflict weight {weight:g} can hardly matter: of the "
+            f"kept experts it changed {eaft['changed_by_conflict']}. {advice}"
+        ]
     return []
 
 

@@ -1,7 +1,8 @@
 """EAFT-REAP: positions sorted into regions by how sure and how right the model was, experts weighed by region.
 
-Signals at position t, which predicts the reference token: p = its probability, H = normalised entropy over the top logits. The
-experts routed to at t made that prediction, so the region of t weighs their contribution g·n (after EAFT, arXiv 2601.02151).
+Signals at position t, which predicts the reference token: p = its probability, H = normalised entropy over the top
+logits. The experts routed to at t made that prediction, so the region of t weighs their contribution g·n (after EAFT,
+arXiv 2601.02151).
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ class Thresholds:
 class Regions:
     """An observation's EAFT sums by region, from which any weights follow.
 
-    `thresholds`: one per source (equal ones if pooled). `realised`: the quantiles that a table could cut at, by name, one set per
-    source; None of an exact trace. `positions`: int64 [S, R]. `count`, `gate_norm_sum`: float64
-    [L, S, R, E], N and Σgn over the positions of that region routed to the expert; regions in the order of REGIONS.
+    `thresholds`: one per source (equal ones if pooled). `realised`: the quantiles that a table could cut at, by name,
+    one set per source; None of an exact trace. `positions`: int64 [S, R]. `count`, `gate_norm_sum`: float64 [L, S, R,
+    E], N and Σgn over the positions of that region routed to the expert; regions in the order of REGIONS.
     """
 
     spec: EaftSpec
@@ -81,25 +82,31 @@ def weights_without_conflict(spec: EaftSpec) -> tuple[float, ...]:
 
 
 def material_of(observation: Observation) -> Trace | Table:
-    """The observation's EAFT material. Raises UnusableError where none was collected or it holds numbers that are not finite."""
+    """The observation's EAFT material. Raises UnusableError where none was collected or it holds numbers that are not
+    finite."""
     trace = observation.eaft
     if trace is None:
-        raise UnusableError("the observation holds no EAFT signals, which eaft-reap and prune.protect.core_per_layer need. Set "
-                            "observe.eaft: true and observe again, or choose another criterion.")
+        raise UnusableError(
+            "the observation holds no EAFT signals, which eaft-reap and prune.protect.core_per_layer need. Set "
+            "observe.eaft: true and observe again, or choose another criterion."
+        )
     if isinstance(trace, Table):
         return trace
     bad = int((~(np.isfinite(trace.p) & np.isfinite(trace.h))).sum())
     if bad:
-        raise UnusableError(f"the EAFT signals of {bad} of {len(trace)} positions are not finite: the logits overflowed. "
-                            "Observe in bfloat16 or float32.")
+        raise UnusableError(
+            f"the EAFT signals of {bad} of {len(trace)} positions are not finite: the logits overflowed. "
+            "Observe in bfloat16 or float32."
+        )
     return trace
 
 
 def measure_regions(observation: Observation, spec: EaftSpec, alphas: Sequence[Fraction]) -> Regions:
-    """Sorts every position of the trace into its region and sums N and Σgn by layer, source, region and expert, in float64.
+    """Sorts every position of the trace into its region and sums N and Σgn by layer, source, region and expert, in
+    float64.
 
-    `alphas` weigh the sources in pooled quantiles. Raises UnusableError without usable material, or where a table cannot be cut at
-    the quantiles.
+    `alphas` weigh the sources in pooled quantiles. Raises UnusableError without usable material, or where a table
+    cannot be cut at the quantiles.
     """
     trace = material_of(observation)
     if isinstance(trace, Table):
@@ -114,7 +121,9 @@ def measure_regions(observation: Observation, spec: EaftSpec, alphas: Sequence[F
     group = source * len(REGIONS) + region
     positions = np.bincount(group, minlength=sources * len(REGIONS)).reshape(sources, len(REGIONS))
     shape = (sources, len(REGIONS), experts)
-    counts, masses = zip(*(_layer_sums(*trace.routed(layer), group, shape) for layer in observation.layers), strict=True)
+    counts, masses = zip(
+        *(_layer_sums(*trace.routed(layer), group, shape) for layer in observation.layers), strict=True
+    )
     return Regions(spec, thresholds, positions, np.stack(counts), np.stack(masses))
 
 
@@ -149,22 +158,37 @@ def _regions_of_table(table: Table, spec: EaftSpec, alphas: Sequence[Fraction]) 
             cells = (region == number).reshape(P_CELLS, H_CELLS)
             count[:, source, number] = table.count[:, source, cells].sum(1)
             mass[:, source, number] = table.gate_norm_sum[:, source, cells].sum(1)
-    return Regions(spec, tuple(borders for borders, _ in cuts), positions, count, mass, tuple(realised for _, realised in cuts))
+    return Regions(
+        spec, tuple(borders for borders, _ in cuts), positions, count, mass, tuple(realised for _, realised in cuts)
+    )
 
 
-def _table_borders(table: Table, sources: list[int], alphas: Sequence[Fraction], spec: EaftSpec) -> tuple[Thresholds, dict[str, float]]:
+def _table_borders(
+    table: Table, sources: list[int], alphas: Sequence[Fraction], spec: EaftSpec
+) -> tuple[Thresholds, dict[str, float]]:
     by_p = (table.p_edges[sources], table.positions[sources].sum(2))
     by_h = (table.h_edges[sources], table.positions[sources].sum(1))
     quantiles, good = spec.quantiles, spec.good
-    found = {"p_low": border(*by_p, alphas, quantiles.p_low, "quantiles.p_low"), "h_low": border(*by_h, alphas, quantiles.h_low, "quantiles.h_low"),
-             "h_high": border(*by_h, alphas, quantiles.h_high, "quantiles.h_high", upward=True)}
+    found = {
+        "p_low": border(*by_p, alphas, quantiles.p_low, "quantiles.p_low"),
+        "h_low": border(*by_h, alphas, quantiles.h_low, "quantiles.h_low"),
+        "h_high": border(*by_h, alphas, quantiles.h_high, "quantiles.h_high", upward=True),
+    }
     if good != "rest":
-        found |= {"p_high": border(*by_p, alphas, good.p_high, "good.p_high", upward=True), "h_mid": border(*by_h, alphas, good.h_mid, "good.h_mid")}
-    return Thresholds(**{name: each.value for name, each in found.items()}), {name: each.realised for name, each in found.items()}
+        found |= {
+            "p_high": border(*by_p, alphas, good.p_high, "good.p_high", upward=True),
+            "h_mid": border(*by_h, alphas, good.h_mid, "good.h_mid"),
+        }
+    return Thresholds(**{name: each.value for name, each in found.items()}), {
+        name: each.realised for name, each in found.items()
+    }
 
 
-def _layer_sums(expert: ndarray, gate_norm: ndarray, group: ndarray, shape: tuple[int, int, int]) -> tuple[ndarray, ndarray]:
-    """N and Σgn [S, R, E] of one layer; `expert` (-1: none), `gate_norm`: [T, top_k], `group`: [T] = source and region together."""
+def _layer_sums(
+    expert: ndarray, gate_norm: ndarray, group: ndarray, shape: tuple[int, int, int]
+) -> tuple[ndarray, ndarray]:
+    """N and Σgn [S, R, E] of one layer; `expert` (-1: none), `gate_norm`: [T, top_k], `group`: [T] = source and region
+    together."""
     cells = math.prod(shape)
     count, mass = np.zeros(cells + 1), np.zeros(cells + 1)  # the last of what is none
     for begin in range(0, len(group), CHUNK_POSITIONS):
@@ -175,9 +199,11 @@ def _layer_sums(expert: ndarray, gate_norm: ndarray, group: ndarray, shape: tupl
     return count[:-1].reshape(shape), mass[:-1].reshape(shape)
 
 
-def region_of(p: ndarray, h: ndarray, borders: Thresholds, *, p_from: ndarray | None = None, h_from: ndarray | None = None) -> ndarray:
-    """The region of each position, int64: conflict first, then uncertain, then good, then other. Of cells: `p`, `h` are the greatest
-    values they can hold, `p_from`, `h_from` the least.
+def region_of(
+    p: ndarray, h: ndarray, borders: Thresholds, *, p_from: ndarray | None = None, h_from: ndarray | None = None
+) -> ndarray:
+    """The region of each position, int64: conflict first, then uncertain, then good, then other. Of cells: `p`, `h` are
+    the greatest values they can hold, `p_from`, `h_from` the least.
     """
     p_from, h_from = p if p_from is None else p_from, h if h_from is None else h_from
     wrong = p <= borders.p_low
@@ -188,7 +214,8 @@ def region_of(p: ndarray, h: ndarray, borders: Thresholds, *, p_from: ndarray | 
 
 
 def source_thresholds(trace: Trace, sources: int, spec: EaftSpec, alphas: Sequence[Fraction]) -> tuple[Thresholds, ...]:
-    """Region borders for each source: over all positions, weighed by α (pooled), or over the source's own (per-source)."""
+    """Region borders for each source: over all positions, weighed by α (pooled), or over the source's own
+    (per-source)."""
     split = [trace.source == source for source in range(sources)]
     p = [np.sort(trace.p[mine]) for mine in split]
     h = [np.sort(trace.h[mine]) for mine in split]
@@ -199,16 +226,22 @@ def source_thresholds(trace: Trace, sources: int, spec: EaftSpec, alphas: Sequen
 
 def _borders(p: list[ndarray], h: list[ndarray], alphas: Sequence[Fraction], spec: EaftSpec) -> Thresholds:
     quantiles, good = spec.quantiles, spec.good
-    strict = {} if good == "rest" else {"p_high": quantile(p, alphas, good.p_high), "h_mid": quantile(h, alphas, good.h_mid)}
-    return Thresholds(p_low=quantile(p, alphas, quantiles.p_low), h_low=quantile(h, alphas, quantiles.h_low),
-                      h_high=quantile(h, alphas, quantiles.h_high), **strict)
+    strict = (
+        {} if good == "rest" else {"p_high": quantile(p, alphas, good.p_high), "h_mid": quantile(h, alphas, good.h_mid)}
+    )
+    return Thresholds(
+        p_low=quantile(p, alphas, quantiles.p_low),
+        h_low=quantile(h, alphas, quantiles.h_low),
+        h_high=quantile(h, alphas, quantiles.h_high),
+        **strict,
+    )
 
 
 def quantile(values: Sequence[ndarray], alphas: Sequence[Fraction], level: Decimal) -> float:
     """The least value v with Σ_s α_s·|{x ≤ v}| ≥ level·Σ_s α_s·n_s; with equal α the ⌈level·n⌉-th smallest, no interpolation.
 
-    `values`: one ascending float32 tensor per source. Exact: counts are integers and α, level fractions. A level of 0 gives the
-    smallest value; no position at all gives NaN.
+    `values`: one ascending float32 tensor per source. Exact: counts are integers and α, level fractions. A level of 0
+    gives the smallest value; no position at all gives NaN.
     """
     weighed = [(ordered, alpha) for ordered, alpha in zip(values, alphas, strict=True) if alpha and len(ordered)]
     if not weighed:
@@ -223,8 +256,9 @@ def quantile(values: Sequence[ndarray], alphas: Sequence[Fraction], level: Decim
     return float(pooled[low])
 
 
-def eaft_saliency(regions: Regions, alphas: Sequence[Fraction], weights: Sequence[float], *, mean: bool,
-                  prior_count: float = 0.0) -> ndarray:
+def eaft_saliency(
+    regions: Regions, alphas: Sequence[Fraction], weights: Sequence[float], *, mean: bool, prior_count: float = 0.0
+) -> ndarray:
     """Σ w·g·n / (N + λ) by expert, or the bare sum; ndarray[L, E] float64, signed, NaN where N + λ = 0."""
     sums = regions.sums(alphas, weights)
     with np.errstate(invalid="ignore"):
@@ -238,12 +272,17 @@ def summarise(regions: Regions, sources: Sequence[str], alphas: Sequence[Fractio
     pooled = spec.thresholds == "pooled"
     named = [("pooled", regions.thresholds[0])] if pooled else list(zip(sources, regions.thresholds, strict=True))
     shares = {name: _shares(row) for name, row in zip(sources, positions, strict=True)}
-    whole = [sum(alpha * row[region] for row, alpha in zip(positions, alphas, strict=True)) for region in range(len(REGIONS))]
+    whole = [
+        sum(alpha * row[region] for row, alpha in zip(positions, alphas, strict=True)) for region in range(len(REGIONS))
+    ]
     realised = regions.realised and dict(zip([name for name, _ in named], regions.realised, strict=False))
-    return {"thresholds": {name: _finite(borders) for name, borders in named}, "realised": realised,
-            "weights": dict(zip(REGIONS, region_weights(spec), strict=True)),
-            "positions": {name: dict(zip(REGIONS, row, strict=True)) for name, row in zip(sources, positions, strict=True)},
-            "shares": {"all": _shares(whole), **shares}}
+    return {
+        "thresholds": {name: _finite(borders) for name, borders in named},
+        "realised": realised,
+        "weights": dict(zip(REGIONS, region_weights(spec), strict=True)),
+        "positions": {name: dict(zip(REGIONS, row, strict=True)) for name, row in zip(sources, positions, strict=True)},
+        "shares": {"all": _shares(whole), **shares},
+    }
 
 
 def _shares(positions: Sequence[Fraction | int]) -> dict[str, float]:

@@ -19,7 +19,12 @@ from reapkit.core.errors import UnusableError
 from reapkit.observation.observation import Observation
 from reapkit.selection.selection import LayerSelection, Selection
 
-SUMS_THERE = {"count": "expert_frequency", "gate_sum": "weighted_expert_frequency_sum", "norm_sum": "ean_sum", "gate_norm_sum": "weighted_ean_sum"}
+SUMS_THERE = {
+    "count": "expert_frequency",
+    "gate_sum": "weighted_expert_frequency_sum",
+    "norm_sum": "ean_sum",
+    "gate_norm_sum": "weighted_ean_sum",
+}
 """Our sums by the names that Cerebras' observer gives them. Its `max_activations` leaves out the sign, and its
 `pairwise_expert_frequency` adds the counts of two experts per batch; neither is a statistic of ours."""
 MEANS_THERE = {"norm_sum": "ean_mean", "gate_norm_sum": "reap"}
@@ -27,10 +32,12 @@ MEANS_THERE = {"norm_sum": "ean_mean", "gate_norm_sum": "reap"}
 
 
 def read_foreign(file: Path, architecture: Architecture | None = None) -> Observation | Selection:
-    """A Selection from a llm-compressor `report_path` JSON, an Observation from a Cerebras observer file (`.pt`, or JSON with its sums).
+    """A Selection from a llm-compressor `report_path` JSON, an Observation from a Cerebras observer file (`.pt`, or
+    JSON with its sums).
 
-    No code of the file is ever run. What the file lacks is absent from the observation, and whatever needs it says so. `architecture`:
-    the model's, for what a file does not say: how many experts there were. Raises UnusableError for any other or unsafe file.
+    No code of the file is ever run. What the file lacks is absent from the observation, and whatever needs it says so.
+    `architecture`: the model's, for what a file does not say: how many experts there were. Raises UnusableError for any
+    other or unsafe file.
     """
     data = _json(file) if file.suffix == ".json" else _pickle(file)
     if isinstance(data, Mapping) and isinstance(data.get("layers"), Mapping):
@@ -40,8 +47,10 @@ def read_foreign(file: Path, architecture: Architecture | None = None) -> Observ
             return _observation(file, data, architecture)
         if all(isinstance(entry, list) and all(type(expert) is int for expert in entry) for entry in data.values()):
             return _selection(file, data, architecture)
-    raise UnusableError(f"{file}: is neither a llm-compressor REAP report (layer names with the experts retained) nor the state of Cerebras' "
-                        "observer (layers with expert_frequency, ean_sum, ...). Give one of these.")
+    raise UnusableError(
+        f"{file}: is neither a llm-compressor REAP report (layer names with the experts retained) nor the state of"
+        " Cerebras' observer (layers with expert_frequency, ean_sum, ...). Give one of these."
+    )
 
 
 def _json(file: Path) -> Any:
@@ -56,8 +65,10 @@ def _pickle(file: Path) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = re.search(r"Unsupported (?:global|operand|class)[^\n.]*|GLOBAL \S+", str(error))
-        raise UnusableError(f"{file}: holds more than tensors and plain data ({reason[0] if reason else 'code'}), and reading it could run any "
-                            "program, so it is refused. Save tensors and plain dicts only.") from None
+        raise UnusableError(
+            f"{file}: holds more than tensors and plain data ({reason[0] if reason else 'code'}), and reading it could"
+            " run any program, so it is refused. Save tensors and plain dicts only."
+        ) from None
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise UnusableError(f"{file}: is no file that torch.save wrote ({str(error)[:200]}).") from None
 
@@ -72,15 +83,24 @@ def _layer(file: Path, name: Any) -> int:
 
 def _selection(file: Path, data: Mapping[str, list[int]], architecture: Architecture | None) -> Selection:
     if architecture is None:
-        raise UnusableError(f"{file}: a llm-compressor report names the experts that stay and not how many there were. Add --model with the "
-                            "directory of the model before pruning.")
+        raise UnusableError(
+            f"{file}: a llm-compressor report names the experts that stay and not how many there were. Add --model with"
+            " the directory of the model before pruning."
+        )
     total = architecture.num_experts
     layers = {}
     for name, kept in data.items():
         if len(set(kept)) < len(kept) or not kept or min(kept) < 0 or max(kept) >= total:
-            raise UnusableError(f"{file}: {name} retains {kept}, which are not distinct experts from 0 to {total - 1}. Is it of this model?")
-        layers[_layer(file, name)] = LayerSelection(tuple(sorted(kept)), tuple(sorted(set(range(total)) - set(kept))), ())
-    return Selection("reap", dict(sorted(layers.items())), details={"imported": "llm-compressor REAP report", "file": file.name})
+            raise UnusableError(
+                f"{file}: {name} retains {kept}, which are not distinct experts from 0 to {total - 1}. Is it of this"
+                " model?"
+            )
+        layers[_layer(file, name)] = LayerSelection(
+            tuple(sorted(kept)), tuple(sorted(set(range(total)) - set(kept))), ()
+        )
+    return Selection(
+        "reap", dict(sorted(layers.items())), details={"imported": "llm-compressor REAP report", "file": file.name}
+    )
 
 
 def _observation(file: Path, data: Mapping[Any, Mapping[str, Any]], architecture: Architecture | None) -> Observation:
@@ -89,7 +109,9 @@ def _observation(file: Path, data: Mapping[Any, Mapping[str, Any]], architecture
     sizes = {len(column) for column in counts.values()}
     if len(sizes) > 1 or architecture is not None and sizes != {architecture.num_experts}:
         allowed = "one number for all layers" if architecture is None else f"{architecture.num_experts}, as the model"
-        raise UnusableError(f"{file}: its layers have {', '.join(map(str, sorted(sizes)))} experts, needed is {allowed}.")
+        raise UnusableError(
+            f"{file}: its layers have {', '.join(map(str, sorted(sizes)))} experts, needed is {allowed}."
+        )
     statistics = {"count": np.stack(list(counts.values()))[:, None]}
     for ours in ("gate_sum", "norm_sum", "gate_norm_sum"):
         columns = [_sum(file, layer, entry, ours, counts[layer]) for layer, entry in by_layer.items()]
@@ -97,11 +119,24 @@ def _observation(file: Path, data: Mapping[Any, Mapping[str, Any]], architecture
             statistics[ours] = np.stack(columns)[:, None]
     tokens = max(int(entry.get("total_tokens", 0)) for entry in by_layer.values())
     top_k = architecture.num_experts_per_tok if architecture else _top_k(file, counts, tokens)
-    return Observation(model_type=architecture.model_type if architecture else "unknown", layers=tuple(by_layer), num_experts=sizes.pop(),
-                       num_experts_per_tok=top_k, sources=("imported",), tokens=np.array([tokens]), scored_tokens=np.array([tokens]),
-                       statistics=statistics, maxima={}, coactivation=None, snapshots={},
-                       meta={"imported": "Cerebras observer", "file": file.name,
-                             "gates": "softmax of the router's logits, as that observer has them"})
+    return Observation(
+        model_type=architecture.model_type if architecture else "unknown",
+        layers=tuple(by_layer),
+        num_experts=sizes.pop(),
+        num_experts_per_tok=top_k,
+        sources=("imported",),
+        tokens=np.array([tokens]),
+        scored_tokens=np.array([tokens]),
+        statistics=statistics,
+        maxima={},
+        coactivation=None,
+        snapshots={},
+        meta={
+            "imported": "Cerebras observer",
+            "file": file.name,
+            "gates": "softmax of the router's logits, as that observer has them",
+        },
+    )
 
 
 def _sum(file: Path, layer: int, entry: Mapping[str, Any], ours: str, count: ndarray) -> ndarray | None:
@@ -117,9 +152,14 @@ def _column(file: Path, layer: int, entry: Mapping[str, Any], name: str, length:
     except (TypeError, ValueError, RuntimeError) as error:
         raise UnusableError(f"{file}: {name} of layer {layer} holds no numbers ({error}).") from None
     if column.ndim != 1 or length is not None and len(column) != length:
-        raise UnusableError(f"{file}: {name} of layer {layer} has shape {list(column.shape)}, needed is one number per expert.")
+        raise UnusableError(
+            f"{file}: {name} of layer {layer} has shape {list(column.shape)}, needed is one number per expert."
+        )
     if not bool(np.isfinite(column).all()) or bool((column < 0).any()):
-        raise UnusableError(f"{file}: {name} of layer {layer} holds NaN, infinity or a negative number. Observe again without changing scores.")
+        raise UnusableError(
+            f"{file}: {name} of layer {layer} holds NaN, infinity or a negative number. Observe again without changing"
+            " scores."
+        )
     return column
 
 
@@ -127,6 +167,8 @@ def _top_k(file: Path, counts: Mapping[int, ndarray], tokens: int) -> int:
     """Experts per token, from the counts: every token counts once for each."""
     routed = int(next(iter(counts.values())).sum())
     if tokens < 1 or routed % tokens:
-        raise UnusableError(f"{file}: {routed} routed positions of {tokens} tokens do not say how many experts a token is routed to. Add --model "
-                            "with the model's directory.")
+        raise UnusableError(
+            f"{file}: {routed} routed positions of {tokens} tokens do not say how many experts a token is routed to."
+            " Add --model with the model's directory."
+        )
     return routed // tokens

@@ -21,8 +21,8 @@ from reapkit.recipe.schema import Cap, PruneSpec
 class LayerBudget:
     """How many of a layer's experts are kept, with the steps that led there.
 
-    `wanted` is what the ratio says, `rounded` after groups and `multiple_of`, `kept` after the caps, `least` the fewest that
-    the layer's caps and the model's routing allow (what `allocation: global` may go down to).
+    `wanted` is what the ratio says, `rounded` after groups and `multiple_of`, `kept` after the caps, `least` the fewest
+    that the layer's caps and the model's routing allow (what `allocation: global` may go down to).
     """
 
     wanted: int
@@ -49,16 +49,25 @@ def layer_budgets(prune: PruneSpec, architecture: Architecture, layers: Sequence
     problems: list[Problem] = []
     wanted, rounded = _uniform_count(prune, architecture, problems)
     floors = _cap_floors(prune, architecture, layers, problems)
-    routable = _round_up(_routing(prune, architecture).least_experts, kept_unit(prune, architecture), architecture.num_experts)
-    budgets = {layer: LayerBudget(wanted, rounded, max(rounded, least), max(routable, least))
-               for layer, least in floors.items()}
+    routable = _round_up(
+        _routing(prune, architecture).least_experts, kept_unit(prune, architecture), architecture.num_experts
+    )
+    budgets = {
+        layer: LayerBudget(wanted, rounded, max(rounded, least), max(routable, least))
+        for layer, least in floors.items()
+    }
     if not problems:
         _check_routing(prune, architecture, rounded, problems)
         _check_layout(prune, architecture, budgets, problems)
         _check_protected(prune, architecture, budgets, problems)
     if not problems and all(budget.kept == architecture.num_experts for budget in budgets.values()):
-        problems.append(Problem(budget_path(prune), f"{found(prune)}, but the caps keep every expert of every layer, so "
-                                                    "nothing is removed. Loosen prune.caps."))
+        problems.append(
+            Problem(
+                budget_path(prune),
+                f"{found(prune)}, but the caps keep every expert of every layer, so "
+                "nothing is removed. Loosen prune.caps.",
+            )
+        )
     if problems:
         raise RecipeError(problems)
     return budgets
@@ -78,8 +87,10 @@ def layer_range(spec: str | Sequence[int], layers: Sequence[int], num_hidden_lay
             raise ValueError(f"found '{piece.strip()}'. Write layers as 7, 0-3, 60- or a list such as [0, 7].")
         low, high = int(begin), int(end) if end else (last if dash else int(begin))
         if low > high or high > last:
-            raise ValueError(f"found '{piece.strip()}', but the model has layers 0 to {last}. Name layers of that range"
-                             + (", the lower one first." if high <= last else "."))
+            raise ValueError(
+                f"found '{piece.strip()}', but the model has layers 0 to {last}. Name layers of that range"
+                + (", the lower one first." if high <= last else ".")
+            )
         inside = range(low, high + 1)
         if not dash and low not in moe:
             raise ValueError(f"layer {low} is dense, it has no experts. MoE layers: {ranges(sorted(moe))}.")
@@ -97,8 +108,13 @@ def _uniform_count(prune: PruneSpec, architecture: Architecture, problems: list[
     """Kept experts of a layer without caps: as the ratio says, and rounded up to the unit."""
     experts, unit = architecture.num_experts, kept_unit(prune, architecture)
     if unit >= experts:
-        problems.append(Problem("prune.multiple_of", f"{prune.multiple_of}, but no count below {experts} experts is divisible "
-                                f"by {unit} ({_unit_factors(prune, architecture)}). Choose a smaller one."))
+        problems.append(
+            Problem(
+                "prune.multiple_of",
+                f"{prune.multiple_of}, but no count below {experts} experts is divisible "
+                f"by {unit} ({_unit_factors(prune, architecture)}). Choose a smaller one.",
+            )
+        )
         return experts, experts
     if prune.keep_experts is not None:
         return _explicit_count(prune, architecture, prune.keep_experts, problems)
@@ -107,28 +123,45 @@ def _uniform_count(prune: PruneSpec, architecture: Architecture, problems: list[
     rounded = _round_up(grouped, unit, experts)
     if rounded == experts:
         fewest = experts - (experts - 1) // unit * unit
-        problems.append(Problem(budget_path(prune), f"{found(prune)}, which of {experts} experts removes {removed}"
-                                + (f" and, rounded {unit_reason(prune, architecture)}, none" if removed else "")
-                                + f". Choose {_ratio_for(prune, Fraction(fewest, experts))}, which removes {fewest} per "
-                                  "layer."))
+        problems.append(
+            Problem(
+                budget_path(prune),
+                f"{found(prune)}, which of {experts} experts removes {removed}"
+                + (f" and, rounded {unit_reason(prune, architecture)}, none" if removed else "")
+                + f". Choose {_ratio_for(prune, Fraction(fewest, experts))}, which removes {fewest} per "
+                "layer.",
+            )
+        )
     return experts - removed, rounded
 
 
-def _explicit_count(prune: PruneSpec, architecture: Architecture, kept: int, problems: list[Problem]) -> tuple[int, int]:
+def _explicit_count(
+    prune: PruneSpec, architecture: Architecture, kept: int, problems: list[Problem]
+) -> tuple[int, int]:
     experts, unit = architecture.num_experts, kept_unit(prune, architecture)
     if kept >= experts:
-        problems.append(Problem("prune.keep_experts", f"{kept}, but {architecture.model_type} has {experts} routed experts per "
-                                f"layer, so nothing is removed. Choose {_choices(prune, architecture)}."))
+        problems.append(
+            Problem(
+                "prune.keep_experts",
+                f"{kept}, but {architecture.model_type} has {experts} routed experts per "
+                f"layer, so nothing is removed. Choose {_choices(prune, architecture)}.",
+            )
+        )
     elif kept % unit:
         below, least = kept // unit * unit, _least(prune, architecture)
         near = " or ".join(str(count) for count in (below, below + unit) if least <= count < experts)
         factors, choice = _unit_factors(prune, architecture), near or _choices(prune, architecture)
-        problems.append(Problem("prune.keep_experts", f"{kept} is not divisible by {unit} ({factors}). Choose {choice}."))
+        problems.append(
+            Problem("prune.keep_experts", f"{kept} is not divisible by {unit} ({factors}). Choose {choice}.")
+        )
     return kept, kept
 
 
-def _cap_floors(prune: PruneSpec, architecture: Architecture, layers: Sequence[int], problems: list[Problem]) -> dict[int, int]:
-    """The fewest experts that the caps leave in each layer, divisible by the unit unless it is all of them; 0 without a cap."""
+def _cap_floors(
+    prune: PruneSpec, architecture: Architecture, layers: Sequence[int], problems: list[Problem]
+) -> dict[int, int]:
+    """The fewest experts that the caps leave in each layer, divisible by the unit unless it is all of them; 0 without a
+    cap."""
     floors = dict.fromkeys(layers, 0)
     experts = architecture.num_experts
     for i, cap in enumerate(prune.caps):
@@ -138,8 +171,12 @@ def _cap_floors(prune: PruneSpec, architecture: Architecture, layers: Sequence[i
             problems.append(Problem(f"prune.caps[{i}].layers", str(error)))
             continue
         if cap.min_experts is not None and cap.min_experts > experts:
-            problems.append(Problem(f"prune.caps[{i}].min_experts", f"{cap.min_experts}, but a layer has {experts} experts. "
-                                                                    f"Choose 1 to {experts}, or keep_all: true."))
+            problems.append(
+                Problem(
+                    f"prune.caps[{i}].min_experts",
+                    f"{cap.min_experts}, but a layer has {experts} experts. Choose 1 to {experts}, or keep_all: true.",
+                )
+            )
             continue
         kept = _round_up(_cap_count(cap, experts), kept_unit(prune, architecture), experts)
         floors.update({layer: max(floors[layer], kept) for layer in capped})
@@ -162,21 +199,39 @@ def _check_routing(prune: PruneSpec, architecture: Architecture, rounded: int, p
         needs += f" in {architecture.topk_group} of {architecture.n_group} groups, each scored by its two best"
     if least > architecture.num_experts:
         most = _largest_top_k(architecture, architecture.num_experts)
-        problems.append(Problem("prune.experts_per_token", f"{top_k}, but {needs}, which takes {least} of the "
-                                f"{architecture.num_experts} experts. Choose 1 to {most}."))
+        problems.append(
+            Problem(
+                "prune.experts_per_token",
+                f"{top_k}, but {needs}, which takes {least} of the "
+                f"{architecture.num_experts} experts. Choose 1 to {most}.",
+            )
+        )
     elif rounded < least == architecture.num_experts:
-        problems.append(Problem(budget_path(prune), f"{found(prune)}, but {needs}, which takes all {least}, so none can be "
-                                                    "removed. Lower prune.experts_per_token."))
+        problems.append(
+            Problem(
+                budget_path(prune),
+                f"{found(prune)}, but {needs}, which takes all {least}, so none can be "
+                "removed. Lower prune.experts_per_token.",
+            )
+        )
     elif rounded < least and prune.keep_experts is not None:
-        problems.append(Problem("prune.keep_experts", f"{rounded}, but {needs}. Choose {_choices(prune, architecture)}."))
+        problems.append(
+            Problem("prune.keep_experts", f"{rounded}, but {needs}. Choose {_choices(prune, architecture)}.")
+        )
     elif rounded < least:
         most = _ratio_for(prune, Fraction(architecture.num_experts - least, architecture.num_experts), at_most=True)
-        problems.append(Problem(budget_path(prune), f"{found(prune)} leaves {rounded} of {architecture.num_experts} experts, "
-                                f"but {needs}, which takes {least}. Choose {most}."))
+        problems.append(
+            Problem(
+                budget_path(prune),
+                f"{found(prune)} leaves {rounded} of {architecture.num_experts} experts, "
+                f"but {needs}, which takes {least}. Choose {most}.",
+            )
+        )
 
 
-def _check_layout(prune: PruneSpec, architecture: Architecture, budgets: dict[int, LayerBudget],
-                  problems: list[Problem]) -> None:
+def _check_layout(
+    prune: PruneSpec, architecture: Architecture, budgets: dict[int, LayerBudget], problems: list[Problem]
+) -> None:
     """With `layout: uniform` the caps must leave the same count everywhere."""
     counts = {budget.kept for budget in budgets.values()}
     if prune.layout == "ragged" or len(counts) == 1:
@@ -186,17 +241,29 @@ def _check_layout(prune: PruneSpec, architecture: Architecture, budgets: dict[in
         kept = _round_up(_cap_count(cap, experts), kept_unit(prune, architecture), experts)
         if kept > rounded:
             capped = layer_range(cap.layers, tuple(budgets), architecture.num_hidden_layers).layers
-            everywhere = None if kept == experts else str(kept) if prune.keep_experts is not None else _ratio_for(
-                prune, Fraction(experts - kept, experts), at_most=True)
+            everywhere = (
+                None
+                if kept == experts
+                else str(kept)
+                if prune.keep_experts is not None
+                else _ratio_for(prune, Fraction(experts - kept, experts), at_most=True)
+            )
             field = budget_path(prune).removeprefix("prune.")
-            problems.append(Problem(f"prune.caps[{i}]", f"keeps {kept} of {experts} experts in layers {ranges(capped)} where "
-                                    f"{field} keeps {rounded} elsewhere, and layout: uniform has one count for all. Loosen "
-                                    f"the cap to {rounded} experts" + (f", set {field} to {everywhere}" if everywhere else "")
-                                    + ", or set prune.layout: ragged."))
+            problems.append(
+                Problem(
+                    f"prune.caps[{i}]",
+                    f"keeps {kept} of {experts} experts in layers {ranges(capped)} where "
+                    f"{field} keeps {rounded} elsewhere, and layout: uniform has one count for all. Loosen "
+                    f"the cap to {rounded} experts"
+                    + (f", set {field} to {everywhere}" if everywhere else "")
+                    + ", or set prune.layout: ragged.",
+                )
+            )
 
 
-def _check_protected(prune: PruneSpec, architecture: Architecture, budgets: dict[int, LayerBudget],
-                     problems: list[Problem]) -> None:
+def _check_protected(
+    prune: PruneSpec, architecture: Architecture, budgets: dict[int, LayerBudget], problems: list[Problem]
+) -> None:
     """Experts protected by hand exist and fit into what is kept, group by group; so does the core."""
     experts, groups = architecture.num_experts, architecture.n_group
     for layer, protected in prune.protect.experts.items():
@@ -213,12 +280,21 @@ def _check_protected(prune: PruneSpec, architecture: Architecture, budgets: dict
             inside = {expert for expert in protected if expert * groups // experts == group}
             if len(inside) > room // groups:
                 where = f" in group {group}" if groups > 1 else ""
-                problems.append(Problem(path, f"protects {len(inside)} experts{where}, but the layer keeps "
-                                              f"{room // groups}{where}. Protect fewer, or prune less."))
+                problems.append(
+                    Problem(
+                        path,
+                        f"protects {len(inside)} experts{where}, but the layer keeps "
+                        f"{room // groups}{where}. Protect fewer, or prune less.",
+                    )
+                )
     kept = min(budget.kept for budget in budgets.values())
     if prune.protect.core_per_layer > kept:
-        problems.append(Problem("prune.protect.core_per_layer", f"{prune.protect.core_per_layer}, but a layer keeps {kept} "
-                                                                f"experts. Choose 0 to {kept}."))
+        problems.append(
+            Problem(
+                "prune.protect.core_per_layer",
+                f"{prune.protect.core_per_layer}, but a layer keeps {kept} experts. Choose 0 to {kept}.",
+            )
+        )
 
 
 # ---------------------------------------------------------------------------------------------- words and numbers
@@ -253,7 +329,8 @@ def _routing(prune: PruneSpec, architecture: Architecture) -> Architecture:
 
 
 def _least(prune: PruneSpec, architecture: Architecture) -> int:
-    """The fewest experts that route, divisible by the unit; above the expert count where the top-k cannot be met at all."""
+    """The fewest experts that route, divisible by the unit; above the expert count where the top-k cannot be met at
+    all."""
     least, experts = _routing(prune, architecture).least_experts, architecture.num_experts
     return least if least > experts else _round_up(least, kept_unit(prune, architecture), experts)
 
@@ -278,4 +355,3 @@ def unit_reason(prune: PruneSpec, architecture: Architecture) -> str:
 
 def _unit_factors(prune: PruneSpec, architecture: Architecture) -> str:
     return f"n_group {architecture.n_group}, multiple_of {prune.multiple_of}"
-

@@ -27,8 +27,8 @@ from reapkit.selection.eaft import Regions, eaft_saliency, measure_regions, regi
 class Totals:
     """An observation's statistics with its sources added up, weighted by the post-hoc mix.
 
-    Sums are arrays [L, E] float64, maxima arrays [L, E] float32 over the sources that have weight. `mean_alpha` is the mean
-    weight of a scored token, by which `prior_count` scales (1 without a mix).
+    Sums are arrays [L, E] float64, maxima arrays [L, E] float32 over the sources that have weight. `mean_alpha` is the
+    mean weight of a scored token, by which `prior_count` scales (1 without a mix).
     """
 
     layers: tuple[int, ...]
@@ -51,32 +51,47 @@ class Totals:
         return Columns()[name] if value is None else value
 
     def mean(self, sums: ndarray, prior_count: float = 0.0) -> ndarray:
-        """Σ / (N + λ) with λ in tokens; an expert without tokens becomes 0/0 = NaN unless λ > 0, and ranks last either way."""
+        """Σ / (N + λ) with λ in tokens; an expert without tokens becomes 0/0 = NaN unless λ > 0, and ranks last either
+        way."""
         with np.errstate(invalid="ignore"):
             return sums / (self.count + prior_count * self.mean_alpha)
 
 
 def source_alphas(observation: Observation, mix: Mapping[str, Decimal] | None) -> tuple[Fraction, ...]:
-    """The exact weight α_s of each source's sums: w_s / T_s with Σw = 1 and T_s its scored tokens; 1 each without a mix.
+    """The exact weight α_s of each source's sums: w_s / T_s with Σw = 1 and T_s its scored tokens; 1 each without a
+    mix.
 
     Raises RecipeError (path `saliency.mix`) for unknown names, negative weights and sources without scored tokens.
     """
     if mix is None:
         return (Fraction(1),) * len(observation.sources)
     tokens = dict(zip(observation.sources, observation.scored_tokens.tolist(), strict=True))
-    problems = [Problem(f"saliency.mix.{name}", f"is no source of the observation. Known: {', '.join(observation.sources)}.")
-                for name in mix if name not in tokens]
-    problems += [Problem(f"saliency.mix.{name}", f"{weight} is negative. Give a share of 0 or more.")
-                 for name, weight in mix.items() if weight < 0]
-    problems += [Problem(f"saliency.mix.{name}", f"weighs {weight}, but the observation has no scored token of it. Give it 0, "
-                                                 "or observe it.")
-                 for name, weight in mix.items() if weight > 0 and tokens.get(name) == 0]
+    problems = [
+        Problem(f"saliency.mix.{name}", f"is no source of the observation. Known: {', '.join(observation.sources)}.")
+        for name in mix
+        if name not in tokens
+    ]
+    problems += [
+        Problem(f"saliency.mix.{name}", f"{weight} is negative. Give a share of 0 or more.")
+        for name, weight in mix.items()
+        if weight < 0
+    ]
+    problems += [
+        Problem(
+            f"saliency.mix.{name}",
+            f"weighs {weight}, but the observation has no scored token of it. Give it 0, or observe it.",
+        )
+        for name, weight in mix.items()
+        if weight > 0 and tokens.get(name) == 0
+    ]
     if not problems and sum(mix.values()) == 0:
         problems.append(Problem("saliency.mix", "every weight is 0. Give at least one source a share."))
     if problems:
         raise RecipeError(problems)
     total = sum(Fraction(weight) for weight in mix.values())
-    return tuple(Fraction(mix[name]) / total / count if mix.get(name) else Fraction(0) for name, count in tokens.items())
+    return tuple(
+        Fraction(mix[name]) / total / count if mix.get(name) else Fraction(0) for name, count in tokens.items()
+    )
 
 
 def totals(observation: Observation, mix: Mapping[str, Decimal] | None = None) -> Totals:
@@ -85,9 +100,15 @@ def totals(observation: Observation, mix: Mapping[str, Decimal] | None = None) -
     It equals an observation whose scored tokens have the mix's shares, up to a common factor.
     """
     alphas = source_alphas(observation, mix)
-    return Totals(observation.layers, mean_alpha(observation, alphas),
-                  **{name: add_sources(observation.statistics[name], alphas) if name in observation.statistics else None for name in SUMS},
-                  **{name: _largest(observation.maxima[name], alphas) if name in observation.maxima else None for name in MAXIMA})
+    return Totals(
+        observation.layers,
+        mean_alpha(observation, alphas),
+        **{
+            name: add_sources(observation.statistics[name], alphas) if name in observation.statistics else None
+            for name in SUMS
+        },
+        **{name: _largest(observation.maxima[name], alphas) if name in observation.maxima else None for name in MAXIMA},
+    )
 
 
 def mean_alpha(observation: Observation, alphas: tuple[Fraction, ...]) -> float:
@@ -154,16 +175,27 @@ def _reduced(totals: Totals, sums: ndarray, spec: SaliencySpec) -> ndarray:
 
 
 CRITERIA: dict[str, Callable[[Totals, SaliencySpec], ndarray]] = {
-    "reap": reap, "ean": ean, "ean-mean": ean_mean, "frequency": frequency, "weighted-frequency": weighted_frequency,
-    "random": random_control}
+    "reap": reap,
+    "ean": ean,
+    "ean-mean": ean_mean,
+    "frequency": frequency,
+    "weighted-frequency": weighted_frequency,
+    "random": random_control,
+}
 
 FORMULAS = {"reap": "Σgn", "ean-mean": "Σn", "eaft-reap": "Σwgn"}
 
 
 def formula(spec: SaliencySpec) -> str:
     """What is computed for each expert, in the words of the report."""
-    fixed = {"reroute": "‖y(A) − y‖² / ‖r‖² along the removal path", "reroute-single": "‖y(A) − y‖² / ‖r‖² without it alone",
-             "ean": "Σn", "frequency": "N", "weighted-frequency": "Σg", "random": f"random (seed {spec.seed})"}
+    fixed = {
+        "reroute": "‖y(A) − y‖² / ‖r‖² along the removal path",
+        "reroute-single": "‖y(A) − y‖² / ‖r‖² without it alone",
+        "ean": "Σn",
+        "frequency": "N",
+        "weighted-frequency": "Σg",
+        "random": f"random (seed {spec.seed})",
+    }
     if spec.criterion not in FORMULAS:
         return fixed.get(spec.criterion, spec.criterion)
     if spec.reduction == "sum":
@@ -171,25 +203,36 @@ def formula(spec: SaliencySpec) -> str:
     return f"{FORMULAS[spec.criterion]} / " + (f"(N + {spec.prior_count:g})" if spec.prior_count else "N")
 
 
-def saliency(observation: Observation, spec: SaliencySpec, regions: Regions | None = None,
-             weights: Sequence[float] | None = None) -> ndarray:
+def saliency(
+    observation: Observation, spec: SaliencySpec, regions: Regions | None = None, weights: Sequence[float] | None = None
+) -> ndarray:
     """The saliency of every expert, array [L, E] float64; -inf for experts that no position was routed to.
 
     `regions`: the EAFT sums, if they were measured already; `weights`: other region weights than the spec's.
 
-    Raises RecipeError for an unknown criterion or mix, UnusableError where the observation lacks what the criterion needs or
-    holds a number that is not finite.
+    Raises RecipeError for an unknown criterion or mix, UnusableError where the observation lacks what the criterion
+    needs or holds a number that is not finite.
     """
     summed = totals(observation, spec.mix)
     if spec.criterion == "eaft-reap":
         alphas = source_alphas(observation, spec.mix)
         regions = regions or measure_regions(observation, spec.eaft, alphas)
-        values = eaft_saliency(regions, alphas, weights or region_weights(spec.eaft), mean=spec.reduction == "mean",
-                               prior_count=spec.prior_count * summed.mean_alpha)
+        values = eaft_saliency(
+            regions,
+            alphas,
+            weights or region_weights(spec.eaft),
+            mean=spec.reduction == "mean",
+            prior_count=spec.prior_count * summed.mean_alpha,
+        )
         routed = regions.counts(alphas) > 0
     elif spec.criterion in REROUTE:
-        values, routed = removal(observation, spec.criterion, source_alphas(observation, spec.mix)).saliency, summed.count > 0
-        values = np.where(observation.reroute.measured[:, None], values, reap(summed, spec))  # layers without a path: by plain REAP
+        values, routed = (
+            removal(observation, spec.criterion, source_alphas(observation, spec.mix)).saliency,
+            summed.count > 0,
+        )
+        values = np.where(
+            observation.reroute.measured[:, None], values, reap(summed, spec)
+        )  # layers without a path: by plain REAP
     else:
         criterion = CRITERIA.get(spec.criterion) or user_criterion(spec.criterion)
         with np.errstate(divide="ignore", invalid="ignore"):  # what is not finite is masked or refused below
@@ -205,8 +248,10 @@ def _checked(values: object, summed: Totals, criterion: str) -> ndarray:
     shape = getattr(values, "shape", None)
     if not hasattr(values, "__array__") or tuple(shape) != summed.count.shape:
         found = f"an array of shape {list(shape)}" if hasattr(values, "__array__") else f"a {type(values).__name__}"
-        raise UnusableError(f"saliency.criterion: '{criterion}' returned {found}; it must return an array of shape "
-                            f"{list(summed.count.shape)} [layers, experts].")
+        raise UnusableError(
+            f"saliency.criterion: '{criterion}' returned {found}; it must return an array of shape "
+            f"{list(summed.count.shape)} [layers, experts]."
+        )
     return np.asarray(values, dtype=np.float64)
 
 
@@ -214,6 +259,9 @@ def _check_finite(values: ndarray, routed: ndarray, observation: Observation, cr
     bad = np.argwhere(routed & ~np.isfinite(values)).tolist()
     if bad:
         named = ", ".join(f"layer {observation.layers[layer]} expert {expert}" for layer, expert in bad[:4])
-        raise UnusableError(f"saliency: {criterion} is not a finite number for {len(bad)} of {values.size} experts ({named}"
-                            + (", …" if len(bad) > 4 else "") + "). The model overflowed while it was observed, or the "
-                            "criterion divides by zero. Observe in bfloat16 or float32, or mend the criterion.")
+        raise UnusableError(
+            f"saliency: {criterion} is not a finite number for {len(bad)} of {values.size} experts ({named}"
+            + (", …" if len(bad) > 4 else "")
+            + "). The model overflowed while it was observed, or the "
+            "criterion divides by zero. Observe in bfloat16 or float32, or mend the criterion."
+        )

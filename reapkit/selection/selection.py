@@ -1,4 +1,5 @@
-"""Which experts stay and which go, with the reason for each: plain data that a person can read and every later stage obeys.
+"""Which experts stay and which go, with the reason for each: plain data that a person can read and every later stage
+obeys.
 
 Neither reading nor deciding one needs torch.
 """
@@ -34,8 +35,8 @@ class LayerSelection:
 class Selection:
     """The decision for every MoE layer, by decoder index; multi-token-prediction blocks follow under the next numbers.
 
-    `experts_per_token`: the pruned model's top-k, None as it was. `details`: how it was decided (budget, EAFT regions, super
-    experts, near-ties, warnings), for people and the report; no later stage acts on it.
+    `experts_per_token`: the pruned model's top-k, None as it was. `details`: how it was decided (budget, EAFT regions,
+    super experts, near-ties, warnings), for people and the report; no later stage acts on it.
     """
 
     criterion: str
@@ -50,7 +51,10 @@ class Selection:
 
     def decoder(self, architecture: Architecture) -> Selection:
         """Without multi-token-prediction blocks, which a loaded model does not have."""
-        return replace(self, layers={layer: chosen for layer, chosen in self.layers.items() if layer < architecture.num_hidden_layers})
+        return replace(
+            self,
+            layers={layer: chosen for layer, chosen in self.layers.items() if layer < architecture.num_hidden_layers},
+        )
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -59,27 +63,45 @@ class Selection:
 
     def to_json(self) -> dict[str, Any]:
         """JSON data; a saliency of -inf (never routed) is null, which JSON can say."""
-        layers = {str(layer): {"keep": list(chosen.keep), "drop": list(chosen.drop),
-                               "saliency": [None if value == -inf else value for value in chosen.saliency],
-                               "reasons": {str(expert): reason for expert, reason in chosen.reasons.items()}}
-                  for layer, chosen in self.layers.items()}
-        return {"format": FORMAT_VERSION, "criterion": self.criterion, "experts_per_token": self.experts_per_token,
-                "details": dict(self.details), "layers": layers}
+        layers = {
+            str(layer): {
+                "keep": list(chosen.keep),
+                "drop": list(chosen.drop),
+                "saliency": [None if value == -inf else value for value in chosen.saliency],
+                "reasons": {str(expert): reason for expert, reason in chosen.reasons.items()},
+            }
+            for layer, chosen in self.layers.items()
+        }
+        return {
+            "format": FORMAT_VERSION,
+            "criterion": self.criterion,
+            "experts_per_token": self.experts_per_token,
+            "details": dict(self.details),
+            "layers": layers,
+        }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Selection:
         """The inverse of `to_json`. Raises UnusableError for a layer that does not name each of its experts once."""
         if data.get("format", FORMAT_VERSION) != FORMAT_VERSION:
-            raise UnusableError(f"selection.json: format {data['format']}, this version reads {FORMAT_VERSION}. Select again.")
+            raise UnusableError(
+                f"selection.json: format {data['format']}, this version reads {FORMAT_VERSION}. Select again."
+            )
         layers = {}
         for name, entry in data["layers"].items():
             experts = len(entry["keep"]) + len(entry["drop"])
             if sorted((*entry["keep"], *entry["drop"])) != list(range(experts)) or not entry["keep"]:
-                raise UnusableError(f"selection.json: layer {name} must name each of its experts once, in keep or in drop, and "
-                                    "keep at least one.")
+                raise UnusableError(
+                    f"selection.json: layer {name} must name each of its experts once, in keep or in drop, and "
+                    "keep at least one."
+                )
             saliency = tuple(-inf if value is None else float(value) for value in entry.get("saliency", ()))
-            layers[int(name)] = LayerSelection(tuple(sorted(entry["keep"])), tuple(sorted(entry["drop"])), saliency,
-                                               {int(expert): reason for expert, reason in entry.get("reasons", {}).items()})
+            layers[int(name)] = LayerSelection(
+                tuple(sorted(entry["keep"])),
+                tuple(sorted(entry["drop"])),
+                saliency,
+                {int(expert): reason for expert, reason in entry.get("reasons", {}).items()},
+            )
         return cls(data["criterion"], layers, data.get("experts_per_token"), data.get("details", {}))
 
     def save(self, directory: Path) -> None:
@@ -89,7 +111,8 @@ class Selection:
 
     @classmethod
     def load(cls, path: Path) -> Selection:
-        """From selection.json or the directory that holds it. Raises UnusableError where there is none that can be read."""
+        """From selection.json or the directory that holds it. Raises UnusableError where there is none that can be
+        read."""
         path = Path(path)
         file = path / "selection.json" if path.is_dir() else path
         try:
@@ -108,6 +131,7 @@ def _lines(value: Any, depth: int) -> str:
     if not nested:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
     pad = "  " * (depth + 1)
-    body = ",\n".join(f"{pad}{json.dumps(str(key), ensure_ascii=False)}: {_lines(item, depth + 1)}"
-                      for key, item in value.items())
+    body = ",\n".join(
+        f"{pad}{json.dumps(str(key), ensure_ascii=False)}: {_lines(item, depth + 1)}" for key, item in value.items()
+    )
     return f"{{\n{body}\n{'  ' * depth}}}"

@@ -1,7 +1,7 @@
 """What an observation and a selection say about the model, as numbers for the report, the profile and comparisons.
 
-Arrays are [L, E] unless said otherwise, L MoE layers in decoder order, E routed experts. A number that cannot be computed
-(0/0, no dropped expert, no co-activation) is None, never NaN.
+Arrays are [L, E] unless said otherwise, L MoE layers in decoder order, E routed experts. A number that cannot be
+computed (0/0, no dropped expert, no co-activation) is None, never NaN.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ DRIVERS = ("count", "gate_mean", "norm_mean", "norm_max")
 class CutCurve:
     """What removing the k least salient experts of every layer deletes, for k = 0 … E.
 
-    `traffic`: ΣN_D / ΣN, `mass`: Σ(gn)_D / Σ(gn), each over all layers; index k. `steepens_at`: the first ratio from which a
-    further expert costs more than its even share of the mass, None if none does before the last.
+    `traffic`: ΣN_D / ΣN, `mass`: Σ(gn)_D / Σ(gn), each over all layers; index k. `steepens_at`: the first ratio from
+    which a further expert costs more than its even share of the mass, None if none does before the last.
     """
 
     traffic: tuple[float, ...]
@@ -82,7 +82,8 @@ def floors(values: ndarray, dropped: ndarray) -> list[float | None]:
 
 
 def tail_risks(gate_norm_max: ndarray, dropped: ndarray) -> list[float | None]:
-    """Share of each layer's dropped experts whose largest gn lies in the top quarter over all layers: rare but large."""
+    """Share of each layer's dropped experts whose largest gn lies in the top quarter over all layers: rare but
+    large."""
     ordered = np.sort(gate_norm_max, axis=None)
     limit = ordered[math.ceil(TAIL_QUARTER * len(ordered)) - 1]
     risky = (gate_norm_max > limit) & dropped
@@ -95,7 +96,8 @@ def balance(count: ndarray) -> list[float | None]:
 
 
 def redundancy_coverage(coactivation: ndarray | None, dropped: ndarray) -> list[float | None]:
-    """Σ_{i∈D, j∉D} C_ij / Σ_{i∈D, j≠i} C_ij by layer: how much of what fires beside dropped experts survives. C: [L, E, E]."""
+    """Σ_{i∈D, j∉D} C_ij / Σ_{i∈D, j≠i} C_ij by layer: how much of what fires beside dropped experts survives. C: [L, E,
+    E]."""
     if coactivation is None:
         return [None] * len(dropped)
     pairs = coactivation * (1 - np.eye(dropped.shape[1]))
@@ -110,7 +112,8 @@ def chance_coverage(dropped: ndarray) -> list[float | None]:
     return [kept / (experts - 1) if experts > 1 else None for kept in (~dropped).sum(1).tolist()]
 
 
-# ---------------------------------------------------------------------------------------------- drivers and concentration
+# ---------------------------------------------------------------------------------------------- drivers and
+# concentration
 
 
 def drivers(summed: Totals, values: ndarray) -> dict[str, dict[str, float | None]]:
@@ -118,13 +121,20 @@ def drivers(summed: Totals, values: ndarray) -> dict[str, dict[str, float | None
 
     Layers where either side is constant have no correlation and are left out of the average.
     """
-    columns = {"count": summed.count, "gate_mean": summed.mean(summed.gate_sum), "norm_mean": summed.mean(summed.norm_sum),
-               "norm_max": summed.norm_max}
+    columns = {
+        "count": summed.count,
+        "gate_mean": summed.mean(summed.gate_sum),
+        "norm_mean": summed.mean(summed.norm_sum),
+        "norm_max": summed.norm_max,
+    }
     routed = (summed.count > 0) & np.isfinite(values)
     found: dict[str, dict[str, float | None]] = {}
     for name in DRIVERS:
         rows = [(values[layer, mask], columns[name][layer, mask]) for layer, mask in enumerate(routed)]
-        found[name] = {"pearson": _mean(pearson(*row) for row in rows), "spearman": _mean(spearman(*row) for row in rows)}
+        found[name] = {
+            "pearson": _mean(pearson(*row) for row in rows),
+            "spearman": _mean(spearman(*row) for row in rows),
+        }
     return found
 
 
@@ -160,8 +170,11 @@ def concentration(gate_norm_sum: ndarray) -> dict[int, list[float | None]]:
 
 def kept_overlap(one: Mapping[int, Sequence[int]], other: Mapping[int, Sequence[int]]) -> dict[int, float]:
     """|A ∩ B| / max(|A|, |B|) of the kept experts by layer both have: 1 only where they are equal."""
-    return {layer: len(set(kept) & set(other[layer])) / max(len(kept), len(other[layer]))
-            for layer, kept in one.items() if layer in other}
+    return {
+        layer: len(set(kept) & set(other[layer])) / max(len(kept), len(other[layer]))
+        for layer, kept in one.items()
+        if layer in other
+    }
 
 
 def rank_correlation(one: ndarray, other: ndarray) -> list[float | None]:
@@ -169,9 +182,11 @@ def rank_correlation(one: ndarray, other: ndarray) -> list[float | None]:
     return [spearman(a, b) for a, b in zip(one, other, strict=True)]
 
 
-def convergence(observation: Observation, counts: Mapping[int, int],
-                mix: Mapping[str, Decimal] | None = None) -> list[dict[str, Any]]:
-    """Overlap of REAP's kept sets after 1/16, 1/8, 1/4 and 1/2 of the rows with those after all, at `counts` kept per layer.
+def convergence(
+    observation: Observation, counts: Mapping[int, int], mix: Mapping[str, Decimal] | None = None
+) -> list[dict[str, Any]]:
+    """Overlap of REAP's kept sets after 1/16, 1/8, 1/4 and 1/2 of the rows with those after all, at `counts` kept per
+    layer.
 
     Only Σgn / N can be followed: it is what snapshots hold. `chance` is the overlap expected of random sets.
     """
@@ -184,13 +199,23 @@ def convergence(observation: Observation, counts: Mapping[int, int],
         early = _mean_reap(observation.snapshots["count"][step], observation.snapshots["gate_norm_sum"][step], alphas)
         seen = bool(np.isfinite(early).any())  # few rows: the first group may be larger than a sixteenth of them
         by_layer = kept_overlap(_kept_sets(early, observation.layers, counts), whole) if seen else {}
-        steps.append({"rows": rows, "overlap": _mean(by_layer.values()), "chance": chance,
-                      "rank_correlation": _mean(rank_correlation(early, final)) if seen else None, "by_layer": by_layer})
+        steps.append(
+            {
+                "rows": rows,
+                "overlap": _mean(by_layer.values()),
+                "chance": chance,
+                "rank_correlation": _mean(rank_correlation(early, final)) if seen else None,
+                "by_layer": by_layer,
+            }
+        )
     return steps
 
 
-def first_half(observation: Observation, counts: Mapping[int, int], mix: Mapping[str, Decimal] | None = None) -> dict[str, Any] | None:
-    """Had only the first half of the rows been read: `overlap` (mean) of reap's kept sets with those of all rows, `lowest` and its `layer`.
+def first_half(
+    observation: Observation, counts: Mapping[int, int], mix: Mapping[str, Decimal] | None = None
+) -> dict[str, Any] | None:
+    """Had only the first half of the rows been read: `overlap` (mean) of reap's kept sets with those of all rows,
+    `lowest` and its `layer`.
 
     None without snapshots, as of an observation made by another tool, and where the first half scored nothing.
     """
@@ -204,9 +229,12 @@ def first_half(observation: Observation, counts: Mapping[int, int], mix: Mapping
 
 
 def first_half_sentence(half: Mapping[str, Any]) -> str:
-    """`the first half of the rows would have kept 97.3 % of the same experts (lowest: layer 12, 91.0 %; random sets: 50 %)`."""
-    return (f"the first half of the rows would have kept {100 * half['overlap']:.1f} % of the same experts (lowest: layer {half['layer']}, "
-            f"{100 * half['lowest']:.1f} %; random sets: {100 * half['chance']:.0f} %)")
+    """`the first half of the rows would have kept 97.3 % of the same experts (lowest: layer 12, 91.0 %; random sets: 50
+    %)`."""
+    return (
+        f"the first half of the rows would have kept {100 * half['overlap']:.1f} % of the same experts (lowest: layer"
+        f" {half['layer']}, {100 * half['lowest']:.1f} %; random sets: {100 * half['chance']:.0f} %)"
+    )
 
 
 def _mean_reap(count: ndarray, gate_norm_sum: ndarray, alphas: Sequence[Fraction]) -> ndarray:
@@ -220,7 +248,8 @@ def _kept_sets(values: ndarray, layers: Sequence[int], counts: Mapping[int, int]
 
 
 def specialisation(observation: Observation) -> ndarray:
-    """How much more often source s uses an expert than the average source does, as shares: array [L, S, E], sums to 1 over s.
+    """How much more often source s uses an expert than the average source does, as shares: array [L, S, E], sums to 1
+    over s.
 
     The rate is N_s / T_s, so that large sources do not look special; an expert never routed has equal shares.
     """
@@ -231,28 +260,34 @@ def specialisation(observation: Observation) -> ndarray:
 
 
 def mix_without(observation: Observation, source: str, mix: Mapping[str, Decimal] | None = None) -> dict[str, Decimal]:
-    """The mix that leaves `source` out and keeps the others' proportions: what a calibration without it would have been."""
+    """The mix that leaves `source` out and keeps the others' proportions: what a calibration without it would have
+    been."""
     counts = zip(observation.sources, observation.scored_tokens.tolist(), strict=True)
     given = mix or {name: Decimal(count) for name, count in counts}
     return {name: weight for name, weight in given.items() if name != source}
 
 
-def source_influence(observation: Observation, spec: SaliencySpec,
-                     kept: Mapping[int, Sequence[int]]) -> dict[str, dict[str, Any]]:
+def source_influence(
+    observation: Observation, spec: SaliencySpec, kept: Mapping[int, Sequence[int]]
+) -> dict[str, dict[str, Any]]:
     """What leaving each source out of the mix would prune, at the counts of `kept` and without regard to protection.
 
-    By source: `overlap` with `kept` (mean over layers), `would_drop`: layer -> experts of `kept` that only this source keeps.
-    Sources without weight, or alone in the mix, are left out.
+    By source: `overlap` with `kept` (mean over layers), `would_drop`: layer -> experts of `kept` that only this source
+    keeps. Sources without weight, or alone in the mix, are left out.
     """
-    shares = zip(observation.sources, source_alphas(observation, spec.mix), observation.scored_tokens.tolist(), strict=True)
+    shares = zip(
+        observation.sources, source_alphas(observation, spec.mix), observation.scored_tokens.tolist(), strict=True
+    )
     weighed = [name for name, alpha, tokens in shares if alpha and tokens]
     counts = {layer: len(experts) for layer, experts in kept.items()}
     found = {}
     for name in weighed if len(weighed) > 1 else ():
         without = saliency(observation, spec.model_copy(update={"mix": mix_without(observation, name, spec.mix)}))
         others = _kept_sets(without, observation.layers, counts)
-        found[name] = {"overlap": _mean(kept_overlap(kept, others).values()),
-                       "would_drop": {layer: sorted(set(experts) - set(others[layer])) for layer, experts in kept.items()}}
+        found[name] = {
+            "overlap": _mean(kept_overlap(kept, others).values()),
+            "would_drop": {layer: sorted(set(experts) - set(others[layer])) for layer, experts in kept.items()},
+        }
     return found
 
 
@@ -260,7 +295,8 @@ def source_influence(observation: Observation, spec: SaliencySpec,
 
 
 def report_metrics(observation: Observation, selection: Selection) -> dict[str, Any]:
-    """Every number of the report about one selection, as plain data: totals, and lists by layer in the order of `layers`.
+    """Every number of the report about one selection, as plain data: totals, and lists by layer in the order of
+    `layers`.
 
     A selection made elsewhere may carry no saliency: then floor and drivers are None.
     """
@@ -276,17 +312,24 @@ def report_metrics(observation: Observation, selection: Selection) -> dict[str, 
     sizes = dropped.sum(1).tolist()
     kept = {layer: len(chosen.keep) for layer, chosen in selection.layers.items()}
     return {
-        "layers": list(kept), "kept": list(kept.values()),
+        "layers": list(kept),
+        "kept": list(kept.values()),
         "traffic_deleted": share_deleted(summed.count, dropped),
         "saliency_mass_deleted": share_deleted(summed.gate_norm_sum, dropped),
         "traffic_deleted_by_layer": [share_deleted(*row) for row in zip(summed.count, dropped, strict=True)],
-        "saliency_mass_deleted_by_layer": [share_deleted(*row) for row in zip(summed.gate_norm_sum, dropped, strict=True)],
-        "floor": floors(values, dropped), "tail_risk": risky,
+        "saliency_mass_deleted_by_layer": [
+            share_deleted(*row) for row in zip(summed.gate_norm_sum, dropped, strict=True)
+        ],
+        "floor": floors(values, dropped),
+        "tail_risk": risky,
         "tail_risk_all": _ratio(sum(risk * size for risk, size in zip(risky, sizes, strict=True) if size), sum(sizes)),
-        "balance_cv": balance(summed.count), "redundancy_coverage": redundancy_coverage(coactivation, dropped),
-        "redundancy_chance": chance_coverage(dropped), "drivers": drivers(summed, values),
+        "balance_cv": balance(summed.count),
+        "redundancy_coverage": redundancy_coverage(coactivation, dropped),
+        "redundancy_chance": chance_coverage(dropped),
+        "drivers": drivers(summed, values),
         "concentration": {str(size): shares for size, shares in concentration(summed.gate_norm_sum).items()},
-        "convergence": convergence(observation, kept, weights)}
+        "convergence": convergence(observation, kept, weights),
+    }
 
 
 def _ratio(part: ndarray | float, whole: ndarray | float) -> float | None:

@@ -53,7 +53,11 @@ def test_prompt_and_completion_are_two_turns() -> None:
         json.dumps(TURNS),
         [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "good"}],
         [
-            {"role": "user", "content": [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}], "name": None},
+            {
+                "role": "user",
+                "content": [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}],
+                "name": None,
+            },
             {"role": "assistant", "content": "good", "tool_calls": None},
         ],
     ],
@@ -68,7 +72,9 @@ def test_calls_are_decoded_and_wrapped() -> None:
         {
             "role": "assistant",
             "content": None,
-            "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1, "b": null}'}}],
+            "tool_calls": [
+                {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1, "b": null}'}}
+            ],
         },
         {"role": "tool", "tool_call_id": "c1", "content": "3"},
     ]
@@ -178,7 +184,11 @@ def test_tokens() -> None:
             XlamFormat(),
             "column 'tools' is no list of named tools",
         ),
-        ({"query": "q", "tools": "[]", "answers": '{"name": "f"}'}, XlamFormat(), "column 'answers' is no list of calls"),
+        (
+            {"query": "q", "tools": "[]", "answers": '{"name": "f"}'},
+            XlamFormat(),
+            "column 'answers' is no list of calls",
+        ),
         ({"input_ids": ["a"]}, TokensFormat(), "column 'input_ids' is no list of token ids"),
         ({"input_ids": [1, 2], "assistant_mask": [1]}, TokensFormat(), "column 'assistant_mask' has 1 marks for 2 ids"),
     ],

@@ -39,7 +39,13 @@ def two_samples(path: Path, packing: str) -> CalibrationTokens:
         tensor.flush()
     (path / "calibration.json").write_text(
         json.dumps(
-            {"sources": [{"name": "a"}], "score": "all", "packing": packing, "groups": [0, 2], "snapshots": [0, 0, 0, 0]}
+            {
+                "sources": [{"name": "a"}],
+                "score": "all",
+                "packing": packing,
+                "groups": [0, 2],
+                "snapshots": [0, 0, 0, 0],
+            }
         )
     )
     return CalibrationTokens.load(path)

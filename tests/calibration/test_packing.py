@@ -53,7 +53,9 @@ def test_cut_of_ten_tokens_to_four(overflow: str, last_assistant: int, kept: lis
 def test_concat_ends_every_sample_once() -> None:
     assert pieces_of(0, 5, -1, False, 9, "truncate", "concat") == [Piece(0, 0, 5, True)]
     assert pieces_of(0, 5, -1, True, 9, "truncate", "concat") == [Piece(0, 0, 5)]
-    assert pieces_of(0, 12, -1, True, 9, "truncate", "concat") == [Piece(0, 0, 9, True)]  # its own end token was cut off
+    assert pieces_of(0, 12, -1, True, 9, "truncate", "concat") == [
+        Piece(0, 0, 9, True)
+    ]  # its own end token was cut off
     assert pieces_of(0, 12, -1, False, 9, "split", "concat") == [Piece(0, 0, 9), Piece(0, 9, 12, True)]
     assert pieces_of(0, 5, -1, False, 9, "truncate", "isolated") == [Piece(0, 0, 5)]
 
@@ -64,7 +66,11 @@ def rows_of(rows: list[list[Piece]]) -> list[list[tuple]]:
 
 def test_concat_is_one_stream_cut_at_every_length() -> None:
     rows = pack([Piece(0, 0, 5, True), Piece(1, 0, 3, True), Piece(2, 0, 9, True)], 8, "concat")
-    assert rows_of(rows) == [[(0, 0, 5, True), (1, 0, 2, False)], [(1, 2, 3, True), (2, 0, 6, False)], [(2, 6, 9, True)]]
+    assert rows_of(rows) == [
+        [(0, 0, 5, True), (1, 0, 2, False)],
+        [(1, 2, 3, True), (2, 0, 6, False)],
+        [(2, 6, 9, True)],
+    ]
 
 
 def test_concat_end_token_alone_in_the_next_row() -> None:

@@ -107,16 +107,23 @@ def test_window_ends_with_the_last_answer(home: Path) -> None:
             }
         ],
     )
-    _, rows = made(home, spec({"name": "chat", "source": "chat.jsonl"}, packing="none", max_length=6, overflow="window"))
+    _, rows = made(
+        home, spec({"name": "chat", "source": "chat.jsonl"}, packing="none", max_length=6, overflow="window")
+    )
     assert rows == ["<|im_end|> <|im_start|> <unk> [b1] [b2] [<|im_end|>]"]
 
 
 def test_no_prediction_across_samples(home: Path) -> None:
     tokens, rows = made(
-        home, spec(source(home, "data", [sequence("a", 5), sequence("b", 3)]), samples=2, packing="isolated", max_length=8)
+        home,
+        spec(source(home, "data", [sequence("a", 5), sequence("b", 3)]), samples=2, packing="isolated", max_length=8),
     )
     assert rows == ["[b1] [b2] [b3] | [a1] [a2] [a3] [a4] [a5]"]
-    assert tokens.row(0).scored.tolist() == tokens.row(0).signal.tolist() == [True, True, False, True, True, True, True, False]
+    assert (
+        tokens.row(0).scored.tolist()
+        == tokens.row(0).signal.tolist()
+        == [True, True, False, True, True, True, True, False]
+    )
 
 
 class TestBudget:
@@ -127,7 +134,11 @@ class TestBudget:
         ]
         tokens, _ = made(home, spec(*mix, samples=50, packing="none", max_length=64))
         assert [source["samples"] for source in tokens.summary["sources"]] == [26, 12, 12]
-        assert [source["asked"] for source in tokens.summary["sources"]] == [{"samples": 26}, {"samples": 12}, {"samples": 12}]
+        assert [source["asked"] for source in tokens.summary["sources"]] == [
+            {"samples": 26},
+            {"samples": 12},
+            {"samples": 12},
+        ]
         for rows in (10, 20, 30, 40):
             assert np.bincount(tokens.row_source[:rows]).tolist() == pytest.approx(
                 [0.52 * rows, 0.24 * rows, 0.24 * rows], abs=1.5
@@ -178,7 +189,16 @@ class TestAccount:
         # 5 + 3 + 8 of 12, each with an end token, in rows of 8: the last row of three
         assert {
             name: account[name]
-            for name in ("samples", "rows", "tokens", "end_tokens", "samples_cut", "tokens_cut", "available_rows", "order")
+            for name in (
+                "samples",
+                "rows",
+                "tokens",
+                "end_tokens",
+                "samples_cut",
+                "tokens_cut",
+                "available_rows",
+                "order",
+            )
         } == {
             "samples": 3,
             "rows": 3,
@@ -202,10 +222,13 @@ class TestAccount:
 
     def test_score_all_counts_every_token(self, home: Path) -> None:
         tokens, _ = made(
-            home, spec(source(home, "data", [sequence("a", 5), sequence("c", 12)]), samples=2, max_length=8, score="all")
+            home,
+            spec(source(home, "data", [sequence("a", 5), sequence("c", 12)]), samples=2, max_length=8, score="all"),
         )
         assert tokens.summary["scored_tokens"] == tokens.num_tokens
-        assert tokens.summary["signal_tokens"] == sum(int(tokens.row(row).signal.sum()) for row in range(tokens.num_rows))
+        assert tokens.summary["signal_tokens"] == sum(
+            int(tokens.row(row).signal.sum()) for row in range(tokens.num_rows)
+        )
 
     def test_equal_samples_of_two_sources_are_counted(self, home: Path) -> None:
         tokens, _ = made(
@@ -220,7 +243,11 @@ class TestAccount:
 
     def test_calls_that_the_template_ignores_are_told(self, home: Path) -> None:
         (home / "chat.jinja").write_text("{% for m in messages %}{{ m.content + ' <eos> ' }}{% endfor %}")
-        call = {"role": "assistant", "content": "a1 a2 a3", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+        call = {
+            "role": "assistant",
+            "content": "a1 a2 a3",
+            "tool_calls": [{"function": {"name": "f", "arguments": {}}}],
+        }
         write_lines(home / "chat.jsonl", [{"messages": [{"role": "user", "content": "b1 b2"}, call]}])
         warned: list[str] = []
 
@@ -236,15 +263,20 @@ class TestAccount:
             Listening(),
         )
         assert warned == [
-            "source 'chat': the chat template never mentions tool_calls, so its 1 calls are not rendered. Give calibration.chat_template."
+            "source 'chat': the chat template never mentions tool_calls, so its 1 calls are not rendered. Give"
+            " calibration.chat_template."
         ]
 
     def test_templates_that_print_arguments_as_text(self, home: Path) -> None:
         (home / "chat.jinja").write_text(
-            "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}{{ ' <call> ' + c.function.arguments }}"
-            "{% endfor %}{{ ' <eos> ' }}{% endfor %}"
+            "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}{{ ' <call> ' +"
+            " c.function.arguments }}{% endfor %}{{ ' <eos> ' }}{% endfor %}"
         )
-        call = {"role": "assistant", "content": "a1 a2 a3", "tool_calls": [{"function": {"name": "f", "arguments": {"q": 1}}}]}
+        call = {
+            "role": "assistant",
+            "content": "a1 a2 a3",
+            "tool_calls": [{"function": {"name": "f", "arguments": {"q": 1}}}],
+        }
         write_lines(home / "chat.jsonl", [{"messages": [{"role": "user", "content": "b1 b2"}, call]}])
         _, rows = made(home, spec({"name": "chat", "source": "chat.jsonl"}, chat_template="chat.jinja"))
         assert rows == ["b1 b2 <eos> [a1] [a2] [a3] [<call>] [<unk>] [<unk>] [<eos>]"]
@@ -272,7 +304,9 @@ class TestTokenIds:
     def test_above_the_vocabulary_are_refused(self, tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text('{"vocab_size": 50}')
         write_lines(tmp_path / "ids.jsonl", [{"input_ids": [1, 2, 50]}])
-        with pytest.raises(UnusableError, match="source 'ids', ids.jsonl:1: token id 50, but the model knows ids below 50."):
+        with pytest.raises(
+            UnusableError, match="source 'ids', ids.jsonl:1: token id 50, but the model knows ids below 50."
+        ):
             prepare(spec({"name": "ids", "source": "ids.jsonl"}), tmp_path, tmp_path, tmp_path / "out")
 
 
@@ -311,13 +345,12 @@ class TestEqualBytes:
     def test_in_another_process_with_other_threads(self, home: Path) -> None:
         prepare(big_mix(home), home / "tokenizer", home, home / "first")
         code = (
-            "import sys; from pathlib import Path; home = Path(sys.argv[1]); sys.path[:0] = sys.argv[2:];"
-            "from tests.calibration.test_prepare import big_mix, prepare; prepare(big_mix(home), home / 'tokenizer', home, home / 'second')"
+            "import sys; from pathlib import Path; home = Path(sys.argv[1]); sys.path[:0] = sys.argv[2:];from"
+            " tests.calibration.test_prepare import big_mix, prepare; prepare(big_mix(home), home / 'tokenizer', home,"
+            " home / 'second')"
         )
         subprocess.run(
-            [sys.executable, "-c", code, str(home), str(ROOT)],
-            check=True,
-            env={**os.environ, "RAYON_NUM_THREADS": "3"},
+            [sys.executable, "-c", code, str(home), str(ROOT)], check=True, env={**os.environ, "RAYON_NUM_THREADS": "3"}
         )
         assert files_of(home / "first") == files_of(home / "second")
 
@@ -355,7 +388,9 @@ class TestEqualBytes:
 
     def test_kept_work_serves_another_length(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         prepare(big_mix(home), home / "tokenizer", home, home / "long", work=home / "work")
-        prepare(big_mix(home).model_copy(update={"max_length": 16, "samples": 60}), home / "tokenizer", home, home / "fresh")
+        prepare(
+            big_mix(home).model_copy(update={"max_length": 16, "samples": 60}), home / "tokenizer", home, home / "fresh"
+        )
         monkeypatch.setattr(encoder.Encoder, "encode", None)
         prepare(
             big_mix(home).model_copy(update={"max_length": 16, "samples": 60}),
@@ -381,7 +416,9 @@ class TestPacks:
         made(home, big_mix(home))
         packs = self.packs(home, big_mix(home), self.evaluate())
         calibrated = {
-            content for source in CalibrationTokens.load(home / "out").summary["sources"] for content in source["hashes"]
+            content
+            for source in CalibrationTokens.load(home / "out").summary["sources"]
+            for content in source["hashes"]
         }
         assert [source["samples"] for source in packs.summary["sources"]] == [20, 10, 10]
         assert not calibrated & {content for source in packs.summary["sources"] for content in source["hashes"]}
@@ -422,7 +459,9 @@ class TestPacks:
 
     def test_extra_packs_get_an_average_sources_samples(self, home: Path) -> None:
         made(home, big_mix(home))
-        packs = self.packs(home, big_mix(home), self.evaluate(60, extra_packs=[{"name": "math", "source": "builtin:math"}]))
+        packs = self.packs(
+            home, big_mix(home), self.evaluate(60, extra_packs=[{"name": "math", "source": "builtin:math"}])
+        )
         assert packs.sources == ("one", "two", "tools", "math")
         assert [source["samples"] for source in packs.summary["sources"]] == [30, 15, 15, 20]
         assert packs.summary["extra"] == ["math"]
@@ -436,11 +475,22 @@ class TestPacks:
         copied = source(home, "copied", [*read, *texts[6:]])
         evaluate = self.evaluate(2, extra_packs=[copied | {"weight": 1}])
         packs = self.packs(home, calibration, evaluate)
-        assert packs.sources == ("data", "copied") and not {text for text in all_shown(packs, _tokenizer(home)) if text in read}
-        assert not set(tokens.summary["sources"][0]["hashes"]) & {content for each in packs.summary["sources"] for content in each["hashes"]}
-        with pytest.raises(UnusableError, match=r"source 'copied' yields 6 of 7 samples: 9 rows were read, dropped: 3 in the calibration"):
-            self.packs(home, spec(source(home, "data", [*texts[:6], *(sequence(letter, 9) for letter in LETTERS)]), samples=3),
-                       self.evaluate(7, extra_packs=[copied]), out="too-many")
+        assert packs.sources == ("data", "copied") and not {
+            text for text in all_shown(packs, _tokenizer(home)) if text in read
+        }
+        assert not set(tokens.summary["sources"][0]["hashes"]) & {
+            content for each in packs.summary["sources"] for content in each["hashes"]
+        }
+        with pytest.raises(
+            UnusableError,
+            match=r"source 'copied' yields 6 of 7 samples: 9 rows were read, dropped: 3 in the calibration",
+        ):
+            self.packs(
+                home,
+                spec(source(home, "data", [*texts[:6], *(sequence(letter, 9) for letter in LETTERS)]), samples=3),
+                self.evaluate(7, extra_packs=[copied]),
+                out="too-many",
+            )
 
     def test_extra_pack_with_a_taken_name_is_refused(self, home: Path) -> None:
         made(home, big_mix(home))
@@ -459,12 +509,20 @@ class TestPacks:
 
     def test_a_source_that_would_get_no_sample_is_named_with_how_many_are_enough(self, home: Path) -> None:
         made(home, big_mix(home))
-        with pytest.raises(RecipeError, match=r"evaluate.packs.samples: 2 for 3 sources leave none for tools. With their weights 4 are enough"):
+        with pytest.raises(
+            RecipeError,
+            match=r"evaluate.packs.samples: 2 for 3 sources leave none for tools. With their weights 4 are enough",
+        ):
             self.packs(home, big_mix(home), self.evaluate(2))
-        assert [source["samples"] for source in self.packs(home, big_mix(home), self.evaluate(4)).summary["sources"]] == [2, 1, 1]
+        assert [
+            source["samples"] for source in self.packs(home, big_mix(home), self.evaluate(4)).summary["sources"]
+        ] == [2, 1, 1]
         with pytest.raises(RecipeError, match=r"calibration.samples: 1 for 3 sources leave none for two, tools"):
             made(home, big_mix(home).model_copy(update={"samples": 1}), "one")
-        uneven = [{"name": name, "source": "builtin:math", "weight": weight} for name, weight in (("much", 1), ("little", 0.01))]
+        uneven = [
+            {"name": name, "source": "builtin:math", "weight": weight}
+            for name, weight in (("much", 1), ("little", 0.01))
+        ]
         packs = self.packs(home, big_mix(home), self.evaluate(6, extra_packs=uneven), out="uneven")
         assert [source["samples"] for source in packs.summary["sources"]][3:] == [4, 1]
 

@@ -1,4 +1,5 @@
-"""Sources: which rows they hold, the order in which they are tried, and the error that each kind of bad data ends in."""
+"""Sources: which rows they hold, the order in which they are tried, and the error that each kind of bad data ends
+in."""
 
 from __future__ import annotations
 
@@ -20,7 +21,9 @@ from reapkit.core.errors import UnusableError
 from reapkit.recipe.schema import MixEntry
 from tests.support.words import spec, word_tokenizer, write_lines
 
-ROWS = [{"text": f"row number {number} of the file", "domain": "code" if number % 3 else "prose"} for number in range(30)]
+ROWS = [
+    {"text": f"row number {number} of the file", "domain": "code" if number % 3 else "prose"} for number in range(30)
+]
 
 
 def entry(source: str | Path, **fields: object) -> MixEntry:
@@ -120,7 +123,8 @@ def test_filter_keeps_rows_by_value_or_list_of_values(tmp_path: Path) -> None:
     with pytest.raises(UnusableError, match=r"source 'data': none of 30 rows passes the filter \{'domain': 'math'\}"):
         open_walk(entry("data.jsonl", filter={"domain": "math"}), tmp_path, seed=1)
     with pytest.raises(
-        UnusableError, match="source 'data', data.jsonl:1: the filter's column 'topic' is missing; the row has text, domain"
+        UnusableError,
+        match="source 'data', data.jsonl:1: the filter's column 'topic' is missing; the row has text, domain",
     ):
         open_walk(entry("data.jsonl", filter={"topic": "math"}), tmp_path, seed=1)
 
@@ -146,7 +150,9 @@ def test_permutation_is_pinned() -> None:
 
 def test_held_out_rows_are_drawn_from_the_other_end(tmp_path: Path) -> None:
     write_lines(tmp_path / "data.jsonl", ROWS)
-    front, back = (open_walk(entry("data.jsonl"), tmp_path, seed=3, held_out=held_out).numbers for held_out in (False, True))
+    front, back = (
+        open_walk(entry("data.jsonl"), tmp_path, seed=3, held_out=held_out).numbers for held_out in (False, True)
+    )
     assert np.array_equal(front[::-1], back)
 
 
@@ -167,7 +173,10 @@ class TestBadData:
         write_lines(tmp_path / "data.jsonl", [*ROWS[:16], '{"text": "unfinished', *ROWS[16:19]])
         with pytest.raises(
             UnusableError,
-            match=r"^source 'data', data.jsonl:17: broken JSON \(Unterminated string .*\). Every line takes one JSON object.$",
+            match=(
+                r"^source 'data', data.jsonl:17: broken JSON \(Unterminated string .*\). Every line takes one JSON"
+                r" object.$"
+            ),
         ):
             prepared(tmp_path, "data.jsonl")
 
@@ -175,22 +184,29 @@ class TestBadData:
         write_lines(tmp_path / "data.jsonl", [{"text": None}] * 20)
         with pytest.raises(
             UnusableError,
-            match=r"^source 'data' yields 0 of 20 samples: 20 rows were read, dropped: 20 empty \(first: data.jsonl:\d+\). "
-            r"Give it more data, a smaller weight, or lower calibration.samples.$",
+            match=(
+                r"^source 'data' yields 0 of 20 samples: 20 rows were read, dropped: 20 empty \(first:"
+                r" data.jsonl:\d+\). "
+                r"Give it more data, a smaller weight, or lower calibration.samples.$"
+            ),
         ):
             prepared(tmp_path, "data.jsonl")
 
     def test_a_missing_column(self, tmp_path: Path) -> None:
         write_lines(tmp_path / "data.jsonl", [*ROWS[:19], {"body": "x"}])
-        with pytest.raises(UnusableError, match="^source 'data', data.jsonl:20: column 'text' is missing; the row has body.$"):
+        with pytest.raises(
+            UnusableError, match="^source 'data', data.jsonl:20: column 'text' is missing; the row has body.$"
+        ):
             prepared(tmp_path, "data.jsonl")
 
     def test_one_huge_sample(self, tmp_path: Path) -> None:
         write_lines(tmp_path / "data.jsonl", [*ROWS[:19], {"text": "word " * (20 << 20)}])
         with pytest.raises(
             UnusableError,
-            match="^source 'data', data.jsonl:20: one sample of more than 8,388,608 bytes; at most 8,388,608 are read. "
-            "Split it into several rows.$",
+            match=(
+                "^source 'data', data.jsonl:20: one sample of more than 8,388,608 bytes; at most 8,388,608 are read. "
+                "Split it into several rows.$"
+            ),
         ):
             prepared(tmp_path, "data.jsonl")
 
@@ -204,7 +220,8 @@ class TestBadData:
             b"".join(json.dumps(row).encode() + b"\n" for row in ROWS[:19]) + b'{"text": "caf\xe9"}\n'
         )
         with pytest.raises(
-            UnusableError, match=r"^source 'data', data.jsonl:20: not UTF-8 at byte 13 \(0xe9\). Convert the file to UTF-8.$"
+            UnusableError,
+            match=r"^source 'data', data.jsonl:20: not UTF-8 at byte 13 \(0xe9\). Convert the file to UTF-8.$",
         ):
             prepared(tmp_path, "data.jsonl")
 
@@ -240,9 +257,12 @@ class TestBadData:
 
 def test_filter_of_a_table_reads_its_columns_only(tmp_path: Path) -> None:
     dataset_directory(tmp_path / "set")
-    assert in_order(open_walk(entry("set", filter={"domain": "prose"}), tmp_path, seed=1)) == [row["text"] for row in ROWS[::3]]
+    assert in_order(open_walk(entry("set", filter={"domain": "prose"}), tmp_path, seed=1)) == [
+        row["text"] for row in ROWS[::3]
+    ]
     with pytest.raises(
-        UnusableError, match="source 'data', set row 0: the filter's column 'topic' is missing; the row has text, domain"
+        UnusableError,
+        match="source 'data', set row 0: the filter's column 'topic' is missing; the row has text, domain",
     ):
         open_walk(entry("set", filter={"topic": "x"}), tmp_path, seed=1)
 

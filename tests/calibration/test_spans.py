@@ -16,9 +16,9 @@ from reapkit.recipe.schema import Spans
 from tests.support.words import CHATML, GLM, HARMONY, PLAIN_CHATML, QWEN, all_shown, spec, word_tokenizer, write_lines
 
 VOCABULARY = (
-    "user assistant system tool functions to commentary analysis final hello there how are you good fine thanks find the bug "
-    "it is in line two "
-    'weather Rome sunny 20 degrees tools search q Rome? read file main.py open {"q": "Rome"} name of my dog Rex your is?'
+    "user assistant system tool functions to commentary analysis final hello there how are you good fine thanks find"
+    ' the bug it is in line two weather Rome sunny 20 degrees tools search q Rome? read file main.py open {"q": "Rome"}'
+    " name of my dog Rex your is?"
 )
 
 
@@ -30,7 +30,8 @@ def prepared(
     tokenizer = word_tokenizer(directory / "tokenizer", [VOCABULARY], template, bos=bos)
     write_lines(directory / "data.jsonl", rows)
     calibration = spec(
-        {"name": "chat", "source": "data.jsonl"}, **{"samples": len(rows), "packing": "none", "max_length": 64, **fields}
+        {"name": "chat", "source": "data.jsonl"},
+        **{"samples": len(rows), "packing": "none", "max_length": 64, **fields},
     )
     summary = prepare(calibration, directory / "tokenizer", directory, directory / "out")
     tokens = CalibrationTokens.load(directory / "out")
@@ -97,7 +98,8 @@ class TestGeneration:
 
 class TestMarkers:
     def test_ready_made_text_without_any_template(self, tmp_path: Path) -> None:
-        """In the manner of DeepSeek-V3.2, which ships no template: the text carries its own special tokens, the first too."""
+        """In the manner of DeepSeek-V3.2, which ships no template: the text carries its own special tokens, the first
+        too."""
         tokens, rows = prepared(
             tmp_path,
             None,
@@ -106,7 +108,9 @@ class TestMarkers:
             spans={"start": "<|assistant|>", "end": "<eos>"},
         )
         assert way(tokens) == ["markers"]
-        assert rows == ["<s> <|user|> how are you <|assistant|> [good] [<eos>] <|user|> fine <|assistant|> [thanks] [<eos>]"]
+        assert rows == [
+            "<s> <|user|> how are you <|assistant|> [good] [<eos>] <|user|> fine <|assistant|> [thanks] [<eos>]"
+        ]
 
     def test_win_over_the_template(self, tmp_path: Path) -> None:
         tokens, rows = prepared(
@@ -194,24 +198,31 @@ class TestPrefix:
         )
         assert way(tokens) == ["prefix"]
         assert rows == [
-            "<|start|> user <|message|> weather Rome <|end|> "
-            "<|start|> assistant [<|channel|>] [analysis] [<|message|>] [find] [the] [weather] [<|end|>] "
-            '[<|start|>] [assistant] [to] [search] [<|channel|>] [commentary] [<|message|>] [{"q":] ["Rome"}] [<|calling|>] '
-            "<|start|> functions to assistant <|channel|> commentary <|message|> sunny <|end|> "
-            "<|start|> assistant [<|channel|>] [final] [<|message|>] [it] [is] [sunny] [<|return|>]"
+            "<|start|> user <|message|> weather Rome <|end|> <|start|> assistant [<|channel|>] [analysis] [<|message|>]"
+            " [find] [the] [weather] [<|end|>] [<|start|>] [assistant] [to] [search] [<|channel|>] [commentary]"
+            ' [<|message|>] [{"q":] ["Rome"}] [<|calling|>] <|start|> functions to assistant <|channel|> commentary'
+            " <|message|> sunny <|end|> <|start|> assistant [<|channel|>] [final] [<|message|>] [it] [is] [sunny]"
+            " [<|return|>]"
         ]
 
     def test_harmony_with_two_answers_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(UnusableError, match="rewrites earlier turns: turn 2"):
             prepared(
-                tmp_path, HARMONY, [chat(("user", "hello"), ("assistant", "good"), ("user", "fine"), ("assistant", "thanks"))]
+                tmp_path,
+                HARMONY,
+                [chat(("user", "hello"), ("assistant", "good"), ("user", "fine"), ("assistant", "thanks"))],
             )
 
     def test_qwen_thoughts(self, tmp_path: Path) -> None:
         answer = {"role": "assistant", "content": "good", "reasoning_content": "how are you"}
-        _, rows = prepared(tmp_path, QWEN, [chat(("user", "hello"), answer), chat(("user", "hello"), ("assistant", "fine"))])
+        _, rows = prepared(
+            tmp_path, QWEN, [chat(("user", "hello"), answer), chat(("user", "hello"), ("assistant", "fine"))]
+        )
         assert rows == [
-            "<|im_start|> user hello <|im_end|> <|im_start|> assistant [<think>] [how] [are] [you] [</think>] [good] [<|im_end|>]",
+            (
+                "<|im_start|> user hello <|im_end|> <|im_start|> assistant [<think>] [how] [are] [you] [</think>]"
+                " [good] [<|im_end|>]"
+            ),
             "<|im_start|> user hello <|im_end|> <|im_start|> assistant [<think>] [</think>] [fine] [<|im_end|>]",
         ]
 
@@ -220,7 +231,9 @@ class TestPrefix:
             UnusableError, match=r'e.g. calibration.spans: \{"start": "<\|im_start\|> assistant ", "end": "<eos>"\}'
         ):
             prepared(
-                tmp_path, QWEN, [chat(("user", "hello"), ("assistant", "good"), ("user", "fine"), ("assistant", "thanks"))]
+                tmp_path,
+                QWEN,
+                [chat(("user", "hello"), ("assistant", "good"), ("user", "fine"), ("assistant", "thanks"))],
             )
 
     def test_many_calls_in_a_row(self, tmp_path: Path) -> None:
@@ -249,7 +262,9 @@ class TestPrefix:
 class TestOwnTemplate:
     def test_replaces_a_missing_one(self, tmp_path: Path) -> None:
         (tmp_path / "chat.jinja").write_text(CHATML)
-        tokens, rows = prepared(tmp_path, None, [chat(("user", "hello"), ("assistant", "good"))], chat_template="chat.jinja")
+        tokens, rows = prepared(
+            tmp_path, None, [chat(("user", "hello"), ("assistant", "good"))], chat_template="chat.jinja"
+        )
         assert way(tokens) == ["generation"]
         assert rows == ["<|im_start|> user hello <|im_end|> <|im_start|> assistant [good] [<|im_end|>]"]
 
@@ -275,7 +290,8 @@ class TestOwnTemplate:
 
     def test_missing_altogether(self, tmp_path: Path) -> None:
         with pytest.raises(
-            UnusableError, match="source 'chat', data.jsonl:1: the model ships no chat template. Give calibration.chat_template"
+            UnusableError,
+            match="source 'chat', data.jsonl:1: the model ships no chat template. Give calibration.chat_template",
         ):
             prepared(tmp_path, None, [chat(("user", "hello"), ("assistant", "good"))])
 

@@ -53,7 +53,12 @@ def written(path: Path, *, score: str = "completion", packing: str = "concat") -
 
 def test_rows(tmp_path: Path) -> None:
     tokens = written(tmp_path)
-    assert (tokens.num_rows, tokens.num_tokens, tokens.row_lengths.tolist(), tokens.sources) == (3, 10, [5, 4, 1], ("a", "b"))
+    assert (tokens.num_rows, tokens.num_tokens, tokens.row_lengths.tolist(), tokens.sources) == (
+        3,
+        10,
+        [5, 4, 1],
+        ("a", "b"),
+    )
     assert tokens.groups == (range(0, 2), range(2, 3))
     row = tokens.row(0)
     assert row.input_ids.tolist() == [10, 11, 12, 13, 14]

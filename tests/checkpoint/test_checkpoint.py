@@ -39,25 +39,31 @@ def test_a_header_longer_than_the_first_read_is_read_whole(tmp_path: Path) -> No
     assert {(t.name, t.dtype, t.shape) for t in read_header(file).values()} == set(tensors)
 
 
-@pytest.mark.parametrize("text", [
-    header(("a", entry(0)), ("a", entry(0))),
-    header(("a", entry(0)), ("b", entry(8)), ("a", entry(0))),
-    '{"a": {"dtype": "F32", "shape": [2], "dtype": "F32", "data_offsets": [0, 8]}}',
-    '{"\\u0061": %s, "a": %s}' % (entry(0), entry(0)),
-    '{"__metadata__": {"x": "1", "x": "1"}, "a": %s}' % entry(0),
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        header(("a", entry(0)), ("a", entry(0))),
+        header(("a", entry(0)), ("b", entry(8)), ("a", entry(0))),
+        '{"a": {"dtype": "F32", "shape": [2], "dtype": "F32", "data_offsets": [0, 8]}}',
+        '{"\\u0061": %s, "a": %s}' % (entry(0), entry(0)),
+        '{"__metadata__": {"x": "1", "x": "1"}, "a": %s}' % entry(0),
+    ],
+)
 def test_a_name_given_twice_is_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(UnusableError, match="a name appears twice"):
         read_header(write_text(tmp_path / "x.safetensors", text, 8))
 
 
-@pytest.mark.parametrize("text", [
-    header(("a", entry(0))),
-    header(("__metadata__", '{"format": "pt", "note": "a \\"quote\\""}'), ("a", entry(0))),
-    header(("__metadata__", '{"count": 3}'), ("a", entry(0))),
-    header(("__metadata__", "null"), ("a", entry(0))),
-    '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], "more": "x"}}',
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        header(("a", entry(0))),
+        header(("__metadata__", '{"format": "pt", "note": "a \\"quote\\""}'), ("a", entry(0))),
+        header(("__metadata__", '{"count": 3}'), ("a", entry(0))),
+        header(("__metadata__", "null"), ("a", entry(0))),
+        '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], "more": "x"}}',
+    ],
+)
 def test_everything_else_that_a_header_may_say_is_read(tmp_path: Path, text: str) -> None:
     assert [t.shape for t in read_header(write_text(tmp_path / "x.safetensors", text, 8)).values()] == [(2,)]
 

@@ -19,29 +19,65 @@ from reapkit.core.errors import ReapkitError, UnusableError
 from reapkit.pruning.checkpoint import prune_checkpoint
 from reapkit.selection.selection import LayerSelection, Selection
 
-NAMES = [f"model.layers.0.mlp.experts.{expert}.up_proj.weight" for expert in range(4)] + ["model.layers.0.mlp.gate.weight",
-                                                                                          "lm_head.weight"]
-ODD = [None, True, -1, 0, 1, 2**63, 2**70, 1.5, "", "x", "BF16", "../x", "/etc/passwd", "\0", "\ud800", [], [0], [0, 8], [8, 0],
-       [-8, 0], {}, {"a": 1},
-       [2**40, 2**40], "experts.7.", "model.layers.0.mlp.experts.007.up_proj.weight", "٣"]
+NAMES = [f"model.layers.0.mlp.experts.{expert}.up_proj.weight" for expert in range(4)] + [
+    "model.layers.0.mlp.gate.weight",
+    "lm_head.weight",
+]
+ODD = [
+    None,
+    True,
+    -1,
+    0,
+    1,
+    2**63,
+    2**70,
+    1.5,
+    "",
+    "x",
+    "BF16",
+    "../x",
+    "/etc/passwd",
+    "\0",
+    "\ud800",
+    [],
+    [0],
+    [0, 8],
+    [8, 0],
+    [-8, 0],
+    {},
+    {"a": 1},
+    [2**40, 2**40],
+    "experts.7.",
+    "model.layers.0.mlp.experts.007.up_proj.weight",
+    "٣",
+]
 
 
 def good_header() -> dict:
-    return {"__metadata__": {"format": "pt"},
-            **{name: {"dtype": "F32", "shape": [4, 2], "data_offsets": [32 * i, 32 * i + 32]} for i, name in enumerate(NAMES)}}
+    return {
+        "__metadata__": {"format": "pt"},
+        **{
+            name: {"dtype": "F32", "shape": [4, 2], "data_offsets": [32 * i, 32 * i + 32]}
+            for i, name in enumerate(NAMES)
+        },
+    }
 
 
 def write(path: Path, header: bytes, payload: bytes, length: int | None = None) -> None:
-    (path / "model.safetensors").write_bytes(struct.pack("<Q", len(header) if length is None else length) + header + payload)
+    (path / "model.safetensors").write_bytes(
+        struct.pack("<Q", len(header) if length is None else length) + header + payload
+    )
 
 
 @pytest.fixture
 def directory(tmp_path) -> Path:
     path = tmp_path / "source"
     path.mkdir()
-    (path / "config.json").write_text(json.dumps({"model_type": "m", "num_hidden_layers": 1, "num_experts": 4,
-                                                  "num_experts_per_tok": 2,
-                                                  "hidden_size": 2}))
+    (path / "config.json").write_text(
+        json.dumps(
+            {"model_type": "m", "num_hidden_layers": 1, "num_experts": 4, "num_experts_per_tok": 2, "hidden_size": 2}
+        )
+    )
     (path / "secret.safetensors").write_text("not to be read")
     return path
 
@@ -64,14 +100,16 @@ def mutated(value: object, draw: random.Random) -> object:
 
 
 def attempt(directory: Path, out: Path) -> bool:
-    """Opens and prunes; True if it worked. Anything but an error meant for users escapes and fails the test, and so does a file
-    that appears, changes or goes anywhere but in `out`, or an attempt that does not end."""
+    """Opens and prunes; True if it worked. Anything but an error meant for users escapes and fails the test, and so
+    does a file that appears, changes or goes anywhere but in `out`, or an attempt that does not end."""
     before = everything_but(out)
     with deadline(20):
         try:
             source = Checkpoint.open(directory)
-            layers = {index: LayerSelection(tuple(range(layer.num_experts - 1)), (), ()) for index,
-                      layer in read_layout(source).layers.items()}
+            layers = {
+                index: LayerSelection(tuple(range(layer.num_experts - 1)), (), ())
+                for index, layer in read_layout(source).layers.items()
+            }
             prune_checkpoint(source, Selection("x", layers), out)
             Checkpoint.open(out)
             return True
@@ -82,7 +120,8 @@ def attempt(directory: Path, out: Path) -> bool:
 
 
 def everything_but(out: Path) -> dict[Path, bytes]:
-    """The files around `out` that an attempt could reach; the results of other attempts are known by their names alone."""
+    """The files around `out` that an attempt could reach; the results of other attempts are known by their names
+    alone."""
     around = [path for path in out.parent.rglob("*") if path.is_file() and out not in path.parents]
     return {path: b"" if "source" not in path.parts else path.read_bytes() for path in around}
 
@@ -94,6 +133,7 @@ class Hang(BaseException):
 @contextmanager
 def deadline(seconds: int) -> Iterator[None]:
     """What takes longer is interrupted and fails."""
+
     def late(*_: object) -> None:
         raise Hang(f"still busy after {seconds} s")
 
@@ -121,7 +161,9 @@ def test_forged_headers(directory, tmp_path, seed):
             header = mutated(header, draw)
         write(directory, json.dumps(header).encode(), payload)
         worked += attempt(directory, tmp_path / f"out{case}")
-    assert worked < 120 and sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith("out")) == ["source"]
+    assert worked < 120 and sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith("out")) == [
+        "source"
+    ]
 
 
 @pytest.mark.parametrize("seed", seeds(10))
@@ -132,7 +174,7 @@ def test_damaged_bytes(directory, tmp_path, seed):
         header = bytearray(whole)
         for _ in range(draw.randrange(1, 5)):
             header[draw.randrange(len(header))] = draw.randrange(256)
-        cut = bytes(header[:draw.randrange(len(header))]) if draw.random() < 0.2 else bytes(header)
+        cut = bytes(header[: draw.randrange(len(header))]) if draw.random() < 0.2 else bytes(header)
         length = draw.choice([None, None, 0, 1, 7, len(whole) + 1, 2**31, 2**63 - 1, 2**64 - 1])
         write(directory, cut, bytes(192 if draw.random() < 0.8 else draw.randrange(300)), length)
         attempt(directory, tmp_path / f"out{case}")
@@ -147,8 +189,9 @@ def test_forged_indexes(directory, tmp_path, seed):
         for _ in range(draw.randrange(1, 4)):
             index = mutated(index, draw)
         text = json.dumps(index)
-        (directory / "model.safetensors.index.json").write_text(text[:draw.randrange(len(text))]
-                                                                if draw.random() < 0.2 else text)
+        (directory / "model.safetensors.index.json").write_text(
+            text[: draw.randrange(len(text))] if draw.random() < 0.2 else text
+        )
         attempt(directory, tmp_path / f"out{case}")
 
 
@@ -159,9 +202,17 @@ def test_an_index_reaches_no_file_outside_the_directory(directory, shard):
         Checkpoint.open(directory)
 
 
-@pytest.mark.parametrize("text", [b"[" * 100_000, b'{"a":' * 100_000, b'{"a": {"dtype": "F32", "shape": [' + b"9" * 5000
-                                  + b"], \"data_offsets\": [0, 0]}}",
-                                  b'{"a": 1, "a": 2}', b"\xff\xfe", b"null"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b'{"a": {"dtype": "F32", "shape": [' + b"9" * 5000 + b'], "data_offsets": [0, 0]}}',
+        b'{"a": 1, "a": 2}',
+        b"\xff\xfe",
+        b"null",
+    ],
+)
 def test_headers_that_break_parsers(directory, text):
     write(directory, text, b"")
     with pytest.raises(UnusableError, match="its header is no safetensors header"):
@@ -174,6 +225,7 @@ def test_a_tensor_in_two_shards_needs_an_index(directory):
     (directory / "other.safetensors").write_bytes((directory / "model.safetensors").read_bytes())
     with pytest.raises(UnusableError, match="lies in model.safetensors and in other.safetensors. Remove the stale one"):
         Checkpoint.open(directory)
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(NAMES,
-                                                                                                    "other.safetensors")}))
+    (directory / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": dict.fromkeys(NAMES, "other.safetensors")})
+    )
     assert Checkpoint.open(directory).shards == ("other.safetensors",)

@@ -21,8 +21,12 @@ DEMO = str(ROOT / "recipes" / "demo.yaml")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_says_how_to_go_on(number: int, tmp_path: Path) -> None:
     where = [f"--set=runtime.store={tmp_path / 'store'}", f"--set=output.directory={tmp_path / 'run'}"]
-    process = subprocess.Popen([sys.executable, "-m", "reapkit", "apply", DEMO, *where], stderr=subprocess.PIPE, text=True,
-                               env=os.environ | {"PYTHONPATH": str(ROOT)})
+    process = subprocess.Popen(
+        [sys.executable, "-m", "reapkit", "apply", DEMO, *where],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
     deadline = time.monotonic() + 120
     while not list((tmp_path / "store").glob("observe-*/*")) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -58,17 +62,29 @@ main(["work"])
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_that_a_library_swallows_still_stops_the_run(number: int) -> None:
-    done = subprocess.run([sys.executable, "-c", SWALLOWING, str(int(number))], capture_output=True, text=True, timeout=50,
-                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        [sys.executable, "-c", SWALLOWING, str(int(number))],
+        capture_output=True,
+        text=True,
+        timeout=50,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == 130, done.stderr
     assert done.stdout.splitlines() == ["swallowed", "threads go on"]
     assert "Interrupted." in done.stderr
 
 
-@pytest.mark.parametrize("arguments", [["plan", DEMO], ["validate", DEMO], ["compare", DEMO, DEMO], ["--help"], ["apply", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["plan", DEMO], ["validate", DEMO], ["compare", DEMO, DEMO], ["--help"], ["apply", "--help"]]
+)
 def test_nothing_is_wider_than_the_terminal(arguments: list[str]) -> None:
-    done = subprocess.run([sys.executable, "-m", "reapkit", *arguments], capture_output=True, text=True, cwd=ROOT,
-                          env=os.environ | {"COLUMNS": "80", "TERM": "dumb"})
+    done = subprocess.run(
+        [sys.executable, "-m", "reapkit", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"COLUMNS": "80", "TERM": "dumb"},
+    )
     assert done.returncode == 0, done.stderr
     assert max(len(line) for line in done.stdout.splitlines()) <= 80 or arguments[0] == "validate"
 
@@ -76,16 +92,37 @@ def test_nothing_is_wider_than_the_terminal(arguments: list[str]) -> None:
 def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture) -> None:
     assert _run(["--help"], debug=False) == 0
     listing = capsys.readouterr().out
-    commands = [line.split()[0] for line in listing.split("Commands:")[1].splitlines() if line.startswith("  ") and not line.startswith("   ")]
-    assert {"apply", "plan", "validate", "lock", "init", "compare", "inspect", "export", "merge", "report", "schema", "observe", "select",
-            "evaluate", "prune", "quantize"} <= set(commands)
+    commands = [
+        line.split()[0]
+        for line in listing.split("Commands:")[1].splitlines()
+        if line.startswith("  ") and not line.startswith("   ")
+    ]
+    assert {
+        "apply",
+        "plan",
+        "validate",
+        "lock",
+        "init",
+        "compare",
+        "inspect",
+        "export",
+        "merge",
+        "report",
+        "schema",
+        "observe",
+        "select",
+        "evaluate",
+        "prune",
+        "quantize",
+    } <= set(commands)
     for command in commands:
         assert _run([command, "--help"], debug=False) == 0
         assert "Example: reapkit " in capsys.readouterr().out, command
 
 
-def test_init_writes_a_recipe_that_is_valid_and_never_overwrites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                                 capsys: pytest.CaptureFixture) -> None:
+def test_init_writes_a_recipe_that_is_valid_and_never_overwrites(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert _run(["init", "builtin:demo", "-o", "mine.yaml"], debug=False) == 0
     assert _run(["validate", "mine.yaml"], debug=False) == 0
@@ -94,12 +131,16 @@ def test_init_writes_a_recipe_that_is_valid_and_never_overwrites(tmp_path: Path,
     assert Path("mine.yaml").read_text() == before and "is there already" in capsys.readouterr().err
 
 
-def test_a_lock_is_kept_or_says_what_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_a_lock_is_kept_or_says_what_differs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path("data.jsonl").write_text(json.dumps({"text": "one two three"}) + "\n")
     recipe = Path("mine.yaml")
-    recipe.write_text("version: 1\nname: mine\nmodel: {source: 'builtin:demo'}\ncalibration: {samples: 4, mix: [{name: d, source: data.jsonl}]}\n"
-                      "prune: {ratio: 0.5}\nquantize: {group_size: 64}\n")
+    recipe.write_text(
+        "version: 1\nname: mine\nmodel: {source: 'builtin:demo'}\ncalibration: {samples: 4, mix: [{name: d, source:"
+        " data.jsonl}]}\nprune: {ratio: 0.5}\nquantize: {group_size: 64}\n"
+    )
     assert _run(["lock", "mine.yaml"], debug=False) == 0
     assert _run(["apply", "mine.yaml", "--locked", "--dry-run"], debug=False) == 0
     assert _run(["apply", "mine.yaml", "--locked", "--dry-run", "--set", "runtime.batch_tokens=64"], debug=False) == 0
@@ -113,7 +154,9 @@ def test_a_lock_is_kept_or_says_what_differs(tmp_path: Path, monkeypatch: pytest
 
 def test_compare_names_fields_and_stages(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     other = tmp_path / "other.yaml"
-    other.write_text(Path(DEMO).read_text().replace("ratio: 0.5", "ratio: 0.25").replace("weight: 0.3}", "weight: 0.3}", 1))
+    other.write_text(
+        Path(DEMO).read_text().replace("ratio: 0.5", "ratio: 0.25").replace("weight: 0.3}", "weight: 0.3}", 1)
+    )
     assert _run(["compare", DEMO, str(other), "--json"], debug=False) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["fields"] == [{"path": "prune.ratio", "left": "0.5", "right": "0.25"}]

@@ -25,14 +25,19 @@ DEMO = ROOT / "recipes" / "demo.yaml"
 def observed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An observation with the shape and the identity of the packaged model."""
     directory = tmp_path_factory.mktemp("elsewhere") / "observation"
-    made = observe_routing(random_routing(3, layers=4, experts=32, tokens=200), experts=32, trace=False, coactivation=False)
+    made = observe_routing(
+        random_routing(3, layers=4, experts=32, tokens=200), experts=32, trace=False, coactivation=False
+    )
     replace(made, model_type="qwen3_moe", meta={"model": make_plan(load(DEMO)).checkpoint.identity}).save(directory)
     return directory
 
 
 def decide(tmp_path: Path, observation: Path, *overrides: str, command: str = "select") -> int:
     where = (f"runtime.store={tmp_path / 'store'}", f"output.directory={tmp_path / 'run'}", *overrides)
-    return _run([command, str(DEMO), *(f"--set={text}" for text in where), "--observation", str(observation), "--json"], debug=False)
+    return _run(
+        [command, str(DEMO), *(f"--set={text}" for text in where), "--observation", str(observation), "--json"],
+        debug=False,
+    )
 
 
 def test_it_decides_without_reading_a_token(observed: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
@@ -40,7 +45,10 @@ def test_it_decides_without_reading_a_token(observed: Path, tmp_path: Path, capf
     said = capfd.readouterr()
     found = json.loads(said.out)
     assert found["executed"] == ["observe", "select"]  # neither calibrate nor packs
-    assert "warning: observe: the observation was imported from" in said.err and "scored tokens of code, tools, while calibration.mix names" in said.err
+    assert (
+        "warning: observe: the observation was imported from" in said.err
+        and "scored tokens of code, tools, while calibration.mix names" in said.err
+    )
     recorded = found["stages"]["observe"]["summary"]["imported"]
     assert recorded["directory"] == str(observed) and recorded["sources"].keys() == {"code", "tools"}
     expected = np.argsort(-Observation.load(observed).saliency("reap"), axis=1, kind="stable")[:, :24]
@@ -52,31 +60,60 @@ def test_it_decides_without_reading_a_token(observed: Path, tmp_path: Path, capf
     assert json.loads(capfd.readouterr().out)["executed"] == ["select"]  # the same content, from another place
 
 
-def test_what_it_holds_of_re_routing_counts_not_what_the_recipe_would_collect(observed: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_what_it_holds_of_re_routing_counts_not_what_the_recipe_would_collect(
+    observed: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     assert decide(tmp_path, observed, "saliency.criterion=reroute") == 3
     assert "reroute needs removal paths, and this observation holds none" in capsys.readouterr().err
     order, error = (np.tile(row, (4, 4, 1)) for row in (np.arange(32)[::-1], np.linspace(0, 1, 32)))
     measured = Reroute(np.array([9, 9]), order, error, np.ones((4, 2, 32)))
     replace(Observation.load(observed), reroute=measured).save(tmp_path / "observation")
-    assert decide(tmp_path, tmp_path / "observation", "saliency.criterion=reroute", "prune.ratio=0.25", "prune.protect={super_experts: false}") == 0
+    assert (
+        decide(
+            tmp_path,
+            tmp_path / "observation",
+            "saliency.criterion=reroute",
+            "prune.ratio=0.25",
+            "prune.protect={super_experts: false}",
+        )
+        == 0
+    )
     assert all(kept == tuple(range(24)) for kept in Selection.load(tmp_path / "run" / "selection").keep.values())
 
 
 def test_other_content_is_another_key(observed: Path, tmp_path: Path) -> None:
     keys = lambda place, *overrides: {  # noqa: E731
-        stage.name: stage.key for stage in make_plan(load(DEMO, [f"runtime.store={tmp_path / 'store'}", *overrides]), observation=place).stages}
-    other = observe_routing(random_routing(4, layers=4, experts=32, tokens=200), experts=32, trace=False, coactivation=False)
+        stage.name: stage.key
+        for stage in make_plan(
+            load(DEMO, [f"runtime.store={tmp_path / 'store'}", *overrides]), observation=place
+        ).stages
+    }
+    other = observe_routing(
+        random_routing(4, layers=4, experts=32, tokens=200), experts=32, trace=False, coactivation=False
+    )
     replace(other, meta={"model": Observation.load(observed).meta["model"]}).save(tmp_path / "other")
     first, second = keys(observed), keys(tmp_path / "other")
     assert {name for name in first if first[name] != second[name]} >= {"observe", "select", "evaluate"}
-    assert first == keys(observed, "observe.eaft=false") and first["calibrate"] == keys(None)["calibrate"] and first["observe"] != keys(None)["observe"]
+    assert (
+        first == keys(observed, "observe.eaft=false")
+        and first["calibrate"] == keys(None)["calibrate"]
+        and first["observe"] != keys(None)["observe"]
+    )
 
 
-@pytest.mark.parametrize(("change", "said"), [
-    ({"meta": {"model": "0" * 64}}, "was made of model 000000000000, the recipe's is "),
-    ({"layers": (0, 1, 2, 7)}, "has 4 MoE layers of 32 experts, the recipe's model 4 of 32. Give an observation of this model."),
-])
-def test_another_model_is_refused(observed: Path, tmp_path: Path, change: dict, said: str, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"meta": {"model": "0" * 64}}, "was made of model 000000000000, the recipe's is "),
+        (
+            {"layers": (0, 1, 2, 7)},
+            "has 4 MoE layers of 32 experts, the recipe's model 4 of 32. Give an observation of this model.",
+        ),
+    ],
+)
+def test_another_model_is_refused(
+    observed: Path, tmp_path: Path, change: dict, said: str, capsys: pytest.CaptureFixture
+) -> None:
     replace(Observation.load(observed), **change).save(tmp_path / "observation")
     assert decide(tmp_path, tmp_path / "observation") == 3
     assert said in capsys.readouterr().err
@@ -91,6 +128,10 @@ def test_what_is_no_observation_is_refused(tmp_path: Path, capsys: pytest.Captur
 
 def test_only_what_the_end_needs_is_run() -> None:
     plan = make_plan(load(DEMO))
-    assert plan.leading_to("observe") == ("calibrate", "observe") and plan.leading_to("select") == ("calibrate", "observe", "select")
+    assert plan.leading_to("observe") == ("calibrate", "observe") and plan.leading_to("select") == (
+        "calibrate",
+        "observe",
+        "select",
+    )
     assert plan.leading_to("packs") == ("calibrate", "packs") and "packs" in plan.leading_to("prune")
     assert plan.leading_to(None) == tuple(stage.name for stage in plan.stages)

@@ -17,7 +17,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a run leaves that its page is found by."""
     directory = tmp_path_factory.mktemp("run")
     synthetic.observation().save(directory / "observation")
-    (directory / "run.json").write_text(json.dumps({"recipe": "nowhere.yaml", "model": "some-lab/Small-MoE", "stages": {}}))
+    (directory / "run.json").write_text(
+        json.dumps({"recipe": "nowhere.yaml", "model": "some-lab/Small-MoE", "stages": {}})
+    )
     (directory / "report.html").write_text("the run's own page")
     return directory
 
@@ -39,7 +41,13 @@ def test_an_observation_is_drawn_under_its_models_name(run, tmp_path, monkeypatc
 
 def test_a_selection_is_marked_on_the_page(run, tmp_path, capsys):
     synthetic.selection(synthetic.observation(), 4).save(tmp_path / "selection")
-    assert _run(["report", str(run), "--selection", str(tmp_path / "selection"), "-o", str(tmp_path / "page.html")], debug=False) == 0
+    assert (
+        _run(
+            ["report", str(run), "--selection", str(tmp_path / "selection"), "-o", str(tmp_path / "page.html")],
+            debug=False,
+        )
+        == 0
+    )
     assert "4 of 16 (25 %), as decided" in (tmp_path / "page.html").read_text()
 
 

@@ -63,7 +63,9 @@ def _hold(root: Path, order: str, seconds: float) -> None:
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
-    processes = [multiprocessing.get_context("spawn").Process(target=_hold, args=(tmp_path, name, 0.2)) for name in "ab"]
+    processes = [
+        multiprocessing.get_context("spawn").Process(target=_hold, args=(tmp_path, name, 0.2)) for name in "ab"
+    ]
     for process in processes:
         process.start()
     for process in processes:

@@ -42,13 +42,21 @@ def test_only_what_no_run_uses_is_removed(store: Store, tmp_path: Path) -> None:
     beside.write_text(json.dumps({"stages": {"report": {"artifact": f"report-{'e' * 12}"}}}))
     before = names(store)
     seen = collect(store, dry_run=True)
-    assert names(store) == before and [(each.artifact, each.nbytes > 1000) for each in seen.removed] == [(f"select-{'b' * 12}", True)]
+    assert names(store) == before and [(each.artifact, each.nbytes > 1000) for each in seen.removed] == [
+        (f"select-{'b' * 12}", True)
+    ]
     assert collect(store) == seen and before - names(store) == {f"select-{'b' * 12}"}
-    assert seen.kept == {"a run uses it": [f"observe-{'a' * 12}", f"report-{'e' * 12}", f"select-{'c' * 12}"],
-                         "its files are linked from elsewhere": [f"prune-{'d' * 12}"]}
+    assert seen.kept == {
+        "a run uses it": [f"observe-{'a' * 12}", f"report-{'e' * 12}", f"select-{'c' * 12}"],
+        "its files are linked from elsewhere": [f"prune-{'d' * 12}"],
+    }
     shutil.rmtree(tmp_path / "here")
     shutil.rmtree(tmp_path / "moved")
-    assert {each.artifact for each in collect(store).removed} == {f"observe-{'a' * 12}", f"select-{'c' * 12}", f"prune-{'d' * 12}"}
+    assert {each.artifact for each in collect(store).removed} == {
+        f"observe-{'a' * 12}",
+        f"select-{'c' * 12}",
+        f"prune-{'d' * 12}",
+    }
     assert not list((store.root / "runs").glob("*.json"))
 
 
@@ -57,9 +65,15 @@ def test_work_in_progress_and_partial_work_stay(store: Store) -> None:
     store.begin("observe", "b" * 64, resume=True)
     with store.locked("select", "a" * 64):
         assert collect(store, unfinished=True, dry_run=True).kept == {"in progress": [f"select-{'a' * 12}"]}
-        assert collect(store).kept == {"in progress": [f"select-{'a' * 12}"], "unfinished, can be resumed": [f"observe-{'b' * 12}"]}
+        assert collect(store).kept == {
+            "in progress": [f"select-{'a' * 12}"],
+            "unfinished, can be resumed": [f"observe-{'b' * 12}"],
+        }
     (store.root / "samples").mkdir()
-    assert {each.artifact for each in collect(store, unfinished=True).removed} == {f"observe-{'b' * 12}", f"select-{'a' * 12}"}
+    assert {each.artifact for each in collect(store, unfinished=True).removed} == {
+        f"observe-{'b' * 12}",
+        f"select-{'a' * 12}",
+    }
     assert names(store) == {"samples"}
 
 
@@ -68,7 +82,9 @@ def test_nothing_goes_where_a_run_cannot_be_read(store: Store) -> None:
     damaged = store.root.parent / "one" / "run.json"
     damaged.parent.mkdir()
     damaged.write_text("{")
-    with pytest.raises(UnusableError, match="says which artifacts a run uses and cannot be read .* nothing was removed"):
+    with pytest.raises(
+        UnusableError, match="says which artifacts a run uses and cannot be read .* nothing was removed"
+    ):
         collect(store)
     assert names(store) == {f"select-{'a' * 12}"}
 
@@ -79,6 +95,10 @@ def test_the_command_says_what_it_frees(store: Store, capsys: pytest.CaptureFixt
     assert "1 artifact, 2 MB would be freed; kept: none" in capsys.readouterr().out
     assert _run(["gc", "--store", str(store.root), "--json"], debug=False) == 0
     found = json.loads(capsys.readouterr().out)
-    assert [each["artifact"] for each in found["removed"]] == [f"select-{'a' * 12}"] and found["bytes"] > 2_000_000 and not names(store)
+    assert (
+        [each["artifact"] for each in found["removed"]] == [f"select-{'a' * 12}"]
+        and found["bytes"] > 2_000_000
+        and not names(store)
+    )
     assert _run(["gc", "--store", str(store.root / "nowhere")], debug=False) == 3
     assert "no store there. Give the runtime.store of your recipes with --store." in capsys.readouterr().err

@@ -20,8 +20,10 @@ def verdict(gate, value, interval, **where):
 
 
 def test_presets_are_the_published_ones():
-    values = {name: [limits["perplexity_ratio"]["max"], limits["kl_mean"]["max"], limits["top1_agreement"]["min"]]
-              for name, limits in PRESETS.items()}
+    values = {
+        name: [limits["perplexity_ratio"]["max"], limits["kl_mean"]["max"], limits["top1_agreement"]["min"]]
+        for name, limits in PRESETS.items()
+    }
     assert values == {"strict": [1.01, 0.01, 0.97], "near-lossless": [1.05, 0.05, 0.93], "size-first": [1.5, 0.5, 0.7]}
     assert PRESETS["near-lossless"]["conflict_rate_delta"] == {"min": -0.002, "max": 0.002}
     assert {metric for limits in PRESETS.values() for metric in limits} == set(GatesSpec.model_fields) - {"preset"}
@@ -62,8 +64,22 @@ def test_loops_reject_only_beyond_their_interval():
 
 
 def test_generation_gates_of_a_preset_may_go_unmeasured_others_may_not():
-    passing = {"1024": {UNION: {"rows": 9, **{metric: {"value": at, "interval": [at, at]} for metric, at in
-               {"perplexity_ratio": 1.0, "kl_mean": 0.0, "top1_agreement": 1.0, "conflict_rate_delta": 0.0}.items()}}}}
+    passing = {
+        "1024": {
+            UNION: {
+                "rows": 9,
+                **{
+                    metric: {"value": at, "interval": [at, at]}
+                    for metric, at in {
+                        "perplexity_ratio": 1.0,
+                        "kl_mean": 0.0,
+                        "top1_agreement": 1.0,
+                        "conflict_rate_delta": 0.0,
+                    }.items()
+                },
+            }
+        }
+    }
     results = judge(passing, resolve("near-lossless"))
     assert [r.verdict for r in results if r.gate.metric == "loop_share_delta"] == ["not measured"]
     assert overall(results) == "pass"
@@ -92,8 +108,11 @@ def test_limits_by_metric_replace_a_preset_and_sources_have_their_own():
     gates = resolve(EvaluateSpec.model_validate({"gates": by_source}).gates, ["tools"])
     assert gates == resolve(by_source)
     assert {(g.metric, g.source): (g.max, g.min) for g in gates} == {
-        ("perplexity_ratio", UNION): (1.5, None), ("kl_mean", UNION): (0.1, None), ("top1_agreement", UNION): (None, 0.7),
-        ("kl_mean", "tools"): (0.02, None)}
+        ("perplexity_ratio", UNION): (1.5, None),
+        ("kl_mean", UNION): (0.1, None),
+        ("top1_agreement", UNION): (None, 0.7),
+        ("kl_mean", "tools"): (0.02, None),
+    }
     assert resolve(None) == ()
 
 

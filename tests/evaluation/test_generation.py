@@ -52,8 +52,8 @@ def test_greedy_continuations_equal_a_naive_loop_whatever_the_batch(model):
         ids = list(prompt.tokens)
         while len(ids) < len(prompt.tokens) + 6 and ids[-1] != 2:
             ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
-        assert list(found.tokens) == [token for token in ids[len(prompt.tokens):] if token != 2]
-        assert found.finished == (2 in ids[len(prompt.tokens):])
+        assert list(found.tokens) == [token for token in ids[len(prompt.tokens) :] if token != 2]
+        assert found.finished == (2 in ids[len(prompt.tokens) :])
 
 
 def test_sampled_continuations_follow_the_seed_and_leave_the_generator_alone(model):
@@ -80,7 +80,8 @@ def test_shares_count_loops_and_endings_against_the_base():
     assert found["all"]["rows"] == 3
     assert found["all"]["loop_share"]["value"] == found["all"]["loop_share_delta"]["value"] == pytest.approx(2 / 6)
     assert (
-        found["all"]["greedy_loop_share"]["value"] == pytest.approx(2 / 3) and found["all"]["sampled_loop_share"]["value"] == 0
+        found["all"]["greedy_loop_share"]["value"] == pytest.approx(2 / 3)
+        and found["all"]["sampled_loop_share"]["value"] == 0
     )
     assert found["all"]["unfinished_share"]["value"] == pytest.approx(2 / 6)
     assert found["code"]["loop_share"]["value"] == pytest.approx(1 / 4)
@@ -112,13 +113,19 @@ def test_tool_calls_are_judged_where_prompt_and_reference_have_them():
         Prompt(1, codes("Hello"), codes(good)),
     ]
     base = both(*[Continuation(codes(good), True)] * 4)
-    written = {"greedy": [Continuation(codes(good), True), *[Continuation(codes(bad), True)] * 3],
-               "sampled": [Continuation(codes(bad), True)] * 4}
+    written = {
+        "greedy": [Continuation(codes(good), True), *[Continuation(codes(bad), True)] * 3],
+        "sampled": [Continuation(codes(bad), True)] * 4,
+    }
     found = summarize(base, written, prompts, ("tools", "prose"), tokenizer=Text())
     assert found["tools"]["tool_prompts"] == found["all"]["tool_prompts"] == 2
     validity = {name: measured["value"] for name, measured in found["tools"].items() if "validity" in name}
-    assert validity == {"tool_call_validity": 0.25, "tool_call_validity_delta": -0.75, "greedy_tool_call_validity": 0.5,
-                        "sampled_tool_call_validity": 0.0}
+    assert validity == {
+        "tool_call_validity": 0.25,
+        "tool_call_validity_delta": -0.75,
+        "greedy_tool_call_validity": 0.5,
+        "sampled_tool_call_validity": 0.0,
+    }
     assert "tool_prompts" not in found["prose"]
     shown = examples(base, written, prompts, ("tools", "prose"), Text())
     assert [each["source"] for each in shown] == ["tools", "prose"] and shown[1]["candidate"] == bad

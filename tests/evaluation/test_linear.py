@@ -35,10 +35,10 @@ def drawn(*shape, dtype=torch.bfloat16, seed=0):
 def test_products_are_the_exact_ones_rounded_once(numbers, monkeypatch):
     monkeypatch.setattr(module, "WIDENED_NUMBERS", numbers)
     x, w, b = drawn(3, 20, 48), drawn(33, 48, seed=1), drawn(33, seed=2)
-    exact = (x.double() @ w.double().T + b.double())
+    exact = x.double() @ w.double().T + b.double()
     found = widened_linear(x, w, b)
     assert found.dtype == torch.bfloat16 and found.shape == (3, 20, 33)
-    assert ((found.double() - exact).abs() <= 2.0 ** -8 * exact.abs() + 1e-5).all()  # half a unit in the last of 8 bits
+    assert ((found.double() - exact).abs() <= 2.0**-8 * exact.abs() + 1e-5).all()  # half a unit in the last of 8 bits
     assert torch.equal(widened_linear(x, w), widened_linear(x, w, torch.zeros(33, dtype=torch.bfloat16)))
 
 
@@ -50,7 +50,9 @@ def test_only_emulated_bfloat16_of_many_rows_is_widened(capability, counted):
         assert counted == []
         found = [linear(drawn(16, 8), w), linear(input=drawn(16, 8), weight=w), model(drawn(16, 8))]
     assert counted == ([(16, 8)] * 3 if capability == "AVX2" else [])
-    assert torch.allclose(found[0].float(), linear(drawn(16, 8), w).float(), rtol=2 ** -7, atol=1e-5) and torch.equal(found[0], found[1])
+    assert torch.allclose(found[0].float(), linear(drawn(16, 8), w).float(), rtol=2**-7, atol=1e-5) and torch.equal(
+        found[0], found[1]
+    )
     linear(drawn(16, 8), w)
     assert len(counted) in (0, 3), "outside the block nothing changes"
 
@@ -73,4 +75,6 @@ def test_a_bfloat16_models_numbers_are_its_own(tmp_path, monkeypatch, counted):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     before = len(counted)
     streamed = yardstick_streaming(LayeredModel(tmp_path / "model", dtype="bfloat16"), {24: tokens}, batch_tokens=64)
-    assert streamed.base_metrics["24"]["all"]["nll"]["value"] > 0 and len(counted) - before > 3 * len(model.model.layers)
+    assert streamed.base_metrics["24"]["all"]["nll"]["value"] > 0 and len(counted) - before > 3 * len(
+        model.model.layers
+    )

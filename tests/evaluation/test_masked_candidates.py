@@ -1,4 +1,5 @@
-"""The verdict: order of candidates, gates on masks, confirmation, advice; and a mask equals the checkpoint it stands for."""
+"""The verdict: order of candidates, gates on masks, confirmation, advice; and a mask equals the checkpoint it stands
+for."""
 
 import json
 import random
@@ -75,8 +76,12 @@ def test_a_control_is_compared_with_the_chosen_row_by_row(loose):
     for length, groups in control["against"].items():
         for group, found in groups.items():
             own, other = (entry["metrics"][length][group] for entry in (chosen, control))
-            assert found["kl_mean_delta"]["value"] == pytest.approx(other["kl_mean"]["value"] - own["kl_mean"]["value"], rel=1e-5, abs=1e-9)
-            assert found["nll_delta"]["value"] == pytest.approx(other["nll"]["value"] - own["nll"]["value"], rel=1e-4, abs=1e-7)
+            assert found["kl_mean_delta"]["value"] == pytest.approx(
+                other["kl_mean"]["value"] - own["kl_mean"]["value"], rel=1e-5, abs=1e-9
+            )
+            assert found["nll_delta"]["value"] == pytest.approx(
+                other["nll"]["value"] - own["nll"]["value"], rel=1e-4, abs=1e-7
+            )
     low, high = control["against"]["24"]["all"]["kl_mean_delta"]["interval"]
     assert low < control["against"]["24"]["all"]["kl_mean_delta"]["value"] < high
 
@@ -93,7 +98,9 @@ def test_an_evaluation_is_json_and_names_every_group(loose):
     assert json.loads(json.dumps(loose, allow_nan=False)) == loose
     assert list(loose["base"]) == ["24", "12"] and list(loose["base"]["24"]) == ["all", "code", "prose", "french"]
     decide = loose["packs"]["24"]["decide"]
-    assert decide["rows"] == 9 and loose["base"]["24"]["all"]["rows"] == 6 and loose["base"]["24"]["french"]["rows"] == 3
+    assert (
+        decide["rows"] == 9 and loose["base"]["24"]["all"]["rows"] == 6 and loose["base"]["24"]["french"]["rows"] == 3
+    )
     assert sum(loose["base"]["24"][name]["positions"] for name in ("code", "prose", "french")) == decide["positions"]
 
 
@@ -139,7 +146,9 @@ def test_rejection_says_which_gate_by_how_much_and_what_to_change(model, packs):
 
 
 def test_undecided_says_how_many_samples_it_would_take(model, packs):
-    first = evaluate(model, packs, [candidate(8)], LOOSE, **SETTINGS)["candidates"][0]["metrics"]["24"]["all"]["kl_mean"]
+    first = evaluate(model, packs, [candidate(8)], LOOSE, **SETTINGS)["candidates"][0]["metrics"]["24"]["all"][
+        "kl_mean"
+    ]
     limit = (first["value"] + first["interval"][1]) / 2
     found = evaluate(model, {24: packs[24]}, [candidate(8)], [Gate("kl_mean", max=limit)], **SETTINGS)
     assert found["verdict"] == "undecided" and found["winner"] is None and found["chosen"] == "keep8"
@@ -155,7 +164,10 @@ def test_a_winner_that_fails_on_the_confirm_rows_is_no_winner(model, packs, monk
     monkeypatch.setattr(module, "_confirm", lambda bench, chosen, gates: confirm(bench, chosen, TIGHT))
     found = evaluate(model, packs, [candidate(8)], LOOSE, **SETTINGS)
     assert found["verdict"] == "reject" and found["winner"] is None and found["candidates"][0]["verdict"] == "pass"
-    assert "The candidate keep8 (8 experts kept): rejected on the confirm rows, after passing on the others." in found["advice"]
+    assert (
+        "The candidate keep8 (8 experts kept): rejected on the confirm rows, after passing on the others."
+        in found["advice"]
+    )
 
 
 def test_without_confirm_rows_the_deciding_ones_are_final(model, tmp_path):
@@ -166,7 +178,8 @@ def test_without_confirm_rows_the_deciding_ones_are_final(model, tmp_path):
 
 
 class Known(Bench):
-    """Loses `each` nats per expert removed, twice that on rows of the source outside and three times on those of the other."""
+    """Loses `each` nats per expert removed, twice that on rows of the source outside and three times on those of the
+    other."""
 
     def __init__(self, tokens, part, each):
         self.packs, self.eaft, self.each, self.measured = packs_of_part({24: tokens}, part), EAFT, each, []
@@ -180,8 +193,16 @@ class Known(Bench):
     def metrics(self, candidate):
         self.measured.append(candidate.name)
         lost = self.each * (16 - candidate.kept[0])
-        return {"24": {group: {"rows": 9, "positions": 90, "kl_mean": {"value": times * lost, "interval": [0.9 * times * lost, 1.1 * times * lost]}}
-                       for group, times in {"all": 1, "code": 0.5, "prose": 1.5, "french": 2}.items()}}
+        return {
+            "24": {
+                group: {
+                    "rows": 9,
+                    "positions": 90,
+                    "kl_mean": {"value": times * lost, "interval": [0.9 * times * lost, 1.1 * times * lost]},
+                }
+                for group, times in {"all": 1, "code": 0.5, "prose": 1.5, "french": 2}.items()
+            }
+        }
 
 
 def smaller_cut(name, share):
@@ -198,7 +219,11 @@ def verdict_on(packs, given, limit, confirmed=0.01):
 def test_after_a_rejection_the_nearest_that_passes_is_searched_by_halving(packs):
     found, measured, _ = verdict_on(packs, [candidate(4)], 0.034)  # 0.03 with its interval is inside, 0.04 is not
     assert measured == ["keep4", "keep10", "keep13", "keep12"]  # of 12 removed 6, 3, 4; the next would be 3 again
-    assert [(entry["name"], entry["verdict"]) for entry in found["search"]] == [("keep10", "reject"), ("keep13", "pass"), ("keep12", "reject")]
+    assert [(entry["name"], entry["verdict"]) for entry in found["search"]] == [
+        ("keep10", "reject"),
+        ("keep13", "pass"),
+        ("keep12", "reject"),
+    ]
     assert found["winner"] is None and [entry["name"] for entry in found["candidates"]] == ["keep4"]
     lines = found["advice"].splitlines()
     assert "Nearest candidate that passes: keep13 (13 experts kept)." in lines
@@ -212,12 +237,17 @@ def test_after_a_rejection_the_nearest_that_passes_is_searched_by_halving(packs)
 def test_where_nothing_smaller_passes_that_is_said_and_no_ratio_advised(packs):
     found, measured, _ = verdict_on(packs, [candidate(4)], 0.001)
     assert measured == ["keep4", "keep10", "keep13", "keep15"]
-    assert "None of the smaller cuts that were tried passes either: keep10, keep13, keep15." in found["advice"] and "ratio" not in found["advice"]
+    assert (
+        "None of the smaller cuts that were tried passes either: keep10, keep13, keep15." in found["advice"]
+        and "ratio" not in found["advice"]
+    )
 
 
 def test_a_winner_that_the_confirm_rows_reject_is_searched_on_those(packs):
     found, decided, confirmed = verdict_on(packs, [candidate(8)], 0.1, confirmed=0.02)
-    assert decided == ["keep8"] and confirmed == ["keep8", "keep12", "keep10", "keep11"] and found["verdict"] == "reject"
+    assert (
+        decided == ["keep8"] and confirmed == ["keep8", "keep12", "keep10", "keep11"] and found["verdict"] == "reject"
+    )
     assert [entry["verdict"] for entry in found["search"]] == ["pass", "reject", "undecided"]
     assert "Nearest candidate that passes: keep12 (12 experts kept)." in found["advice"]
 
@@ -229,9 +259,16 @@ def test_only_a_rejection_starts_a_search(packs, limit, verdict):
 
 
 def test_a_limit_on_text_where_none_is_written_is_not_a_matter_of_samples(packs):
-    found = give_verdict(Known(packs[24], "decide", 0.01), Known(packs[24], "confirm", 0.01), [candidate(8)], [Gate("loop_share_delta", max=0.0)])
+    found = give_verdict(
+        Known(packs[24], "decide", 0.01),
+        Known(packs[24], "confirm", 0.01),
+        [candidate(8)],
+        [Gate("loop_share_delta", max=0.0)],
+    )
     assert found["verdict"] == "undecided"
-    assert "    --set evaluate.gates.loop_share_delta=null" in found["advice"] and "packs.samples" not in found["advice"]
+    assert (
+        "    --set evaluate.gates.loop_share_delta=null" in found["advice"] and "packs.samples" not in found["advice"]
+    )
 
 
 def test_a_killed_evaluation_goes_on_with_the_candidates_it_finished(model, packs, tmp_path, monkeypatch):
@@ -260,8 +297,14 @@ def test_a_killed_evaluation_goes_on_with_the_candidates_it_finished(model, pack
 def test_summary_rows_show_base_candidates_controls_and_the_confirmed_choice(loose):
     rows = list(summary_rows(loose))
     assert [(row["role"], row["name"], row["length"]) for row in rows if row["length"] != "12"] == [
-        ("base", "base", "24"), ("candidate", "keep8", "24"), ("candidate", "other8", "24"), ("candidate", "keep12", "-"),
-        ("control", "control", "24"), ("confirm", "base", "24"), ("confirm", loose["winner"], "24")]
+        ("base", "base", "24"),
+        ("candidate", "keep8", "24"),
+        ("candidate", "other8", "24"),
+        ("candidate", "keep12", "-"),
+        ("control", "control", "24"),
+        ("confirm", "base", "24"),
+        ("confirm", loose["winner"], "24"),
+    ]
     shown = rows[2]
     assert shown["kl_mean"] == loose["candidates"][0]["metrics"]["24"]["all"]["kl_mean"]["value"]
     assert shown["kl_mean_interval"] == loose["candidates"][0]["metrics"]["24"]["all"]["kl_mean"]["interval"]

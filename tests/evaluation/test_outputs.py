@@ -135,7 +135,9 @@ def test_logits_of_kept_hidden_states_are_the_models_own(model_type):
 
 def test_a_head_that_reads_more_than_hidden_states_is_refused(model, monkeypatch):
     monkeypatch.setattr(head, "head_logits", lambda model, hidden: torch.zeros(len(hidden), 256))
-    with pytest.raises(UnusableError, match="Qwen3MoeForCausalLM: its logits cannot be made from its final hidden states"):
+    with pytest.raises(
+        UnusableError, match="Qwen3MoeForCausalLM: its logits cannot be made from its final hidden states"
+    ):
         head.check_head(model, torch.arange(3, 19))
 
 

@@ -45,8 +45,16 @@ def test_the_numbers_are_the_resident_ones(model_type, tmp_path, monkeypatch):
     layered, read = LayeredModel(tmp_path / "model", dtype="float32"), []
     load = layered.load
     monkeypatch.setattr(layered, "load", lambda layer: read.append(layer) or load(layer))
-    streamed = evaluate_streaming(layered, packs, given, GATES, controls=control, batch_tokens=64, hidden_bytes=100_000,
-                                  offload_directory=tmp_path / "offload")
+    streamed = evaluate_streaming(
+        layered,
+        packs,
+        given,
+        GATES,
+        controls=control,
+        batch_tokens=64,
+        hidden_bytes=100_000,
+        offload_directory=tmp_path / "offload",
+    )
     assert read == list(range(len(layered.layers)))
     assert (tmp_path / "offload").is_dir() and not list((tmp_path / "offload").iterdir())  # used, and left empty
     assert all(parameter.device.type == "meta" for parameter in layered.layers.parameters())
@@ -74,8 +82,13 @@ def assert_close(found, expected):
 def test_an_unmasked_candidate_is_exactly_the_base(tmp_path):
     model = tiny.build("qwen3_moe")
     tiny.save_hub_layout(model, tmp_path / "model")
-    found = evaluate_streaming(LayeredModel(tmp_path / "model", dtype="float32"), {24: held_out(tmp_path / "pack")},
-                               [candidate(model, "whole", 16)], GATES, batch_tokens=64)
+    found = evaluate_streaming(
+        LayeredModel(tmp_path / "model", dtype="float32"),
+        {24: held_out(tmp_path / "pack")},
+        [candidate(model, "whole", 16)],
+        GATES,
+        batch_tokens=64,
+    )
     assert found["candidates"][0]["metrics"]["24"]["all"]["kl_mean"] == {"value": 0.0, "interval": [0.0, 0.0]}
 
 

@@ -13,7 +13,9 @@ from reapkit.evaluation import task_benchmarks
 from reapkit.evaluation.task_benchmarks import run_benchmarks
 from reapkit.model.loading import load_model, load_tokenizer
 
-needs_lm_eval = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="the extra lm-eval is not installed")
+needs_lm_eval = pytest.mark.skipif(
+    importlib.util.find_spec("lm_eval") is None, reason="the extra lm-eval is not installed"
+)
 TASK = """\
 task: which_word
 dataset_path: json
@@ -27,9 +29,11 @@ doc_to_target: "{{{{answer}}}}"
 metric_list:
   - metric: acc
 """
-DOCUMENTS = [{"question": "def add(a, b):\n    return a", "choices": [" + b", " zebra"], "answer": 0},
-             {"question": "import", "choices": [" umbrella,", " json"], "answer": 1},
-             {"question": "The harbor was", "choices": [" closed", "][=="], "answer": 0}]
+DOCUMENTS = [
+    {"question": "def add(a, b):\n    return a", "choices": [" + b", " zebra"], "answer": 0},
+    {"question": "import", "choices": [" umbrella,", " json"], "answer": 1},
+    {"question": "The harbor was", "choices": [" closed", "][=="], "answer": 0},
+]
 
 
 @needs_lm_eval

@@ -13,7 +13,14 @@ from reapkit.recipe.schema import ThroughputSpec
 from tests.support import tiny
 
 SHORT = ThroughputSpec(prompt_tokens=40, new_tokens=5)
-SPEEDS = {"engine": "transformers", "version": "1", "device": "cpu", "prefill_tokens_per_s": 9.0, "decode_tokens_per_s": 3.0, "peak_bytes": 7}
+SPEEDS = {
+    "engine": "transformers",
+    "version": "1",
+    "device": "cpu",
+    "prefill_tokens_per_s": 9.0,
+    "decode_tokens_per_s": 3.0,
+    "peak_bytes": 7,
+}
 
 
 @pytest.fixture
@@ -50,7 +57,9 @@ def test_speeds_are_tokens_over_the_median_of_their_own_seconds(monkeypatch):
 def test_memory_of_the_process_that_started_it_is_not_counted():
     large = bytearray(600_000_000)  # a parent's peak, which getrusage would hand on to its child
     large[::4096] = b"x" * len(large[::4096])
-    code = "import torch; from reapkit.evaluation.throughput import _peak_bytes; print(_peak_bytes(torch.device('cpu')))"
+    code = (
+        "import torch; from reapkit.evaluation.throughput import _peak_bytes; print(_peak_bytes(torch.device('cpu')))"
+    )
     small = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     assert 0 < small < module._peak_bytes(torch.device("cpu")) - len(large) // 2
 
@@ -78,15 +87,23 @@ def test_vllm_is_asked_where_there_is_one(directory, monkeypatch):
 
     def ask(python, directories, prompts, new_tokens, *, task, options):
         asked.append((str(python), task, len(prompts[0]), new_tokens))
-        result = {"error": "no kernel"} if len(asked) == 2 else {name: SPEEDS[name] for name in module.NUMBERS} | {"repeats": 3}
+        result = (
+            {"error": "no kernel"}
+            if len(asked) == 2
+            else {name: SPEEDS[name] for name in module.NUMBERS} | {"repeats": 3}
+        )
         return {"version": "0.32", "platform": "cpu", "results": [result]}
 
     monkeypatch.setattr(module, "throughput_of", lambda *args, **kwargs: SPEEDS)
     monkeypatch.setattr(module, "vllm_python", lambda: sys.executable)
     monkeypatch.setattr(module, "ask_vllm", ask)
     rows = measure_throughput({"base": directory, "pruned": directory}, SHORT)
-    assert [(row["model"], row["engine"]) for row in rows] == [("base", "transformers"), ("pruned", "transformers"), ("base", "vllm"),
-                                                               ("pruned", "vllm")]
+    assert [(row["model"], row["engine"]) for row in rows] == [
+        ("base", "transformers"),
+        ("pruned", "transformers"),
+        ("base", "vllm"),
+        ("pruned", "vllm"),
+    ]
     assert asked == [(sys.executable, "throughput", 40, 5)] * 2
     assert rows[2]["prefill_tokens_per_s"] == 9.0 and rows[2]["version"] == "0.32" and rows[2]["not_measured"] is None
     assert rows[3]["not_measured"] == "vLLM 0.32 does not run it here: no kernel"

@@ -42,28 +42,52 @@ def test_tables_name_every_cell_and_mark_what_is_beyond_noise() -> None:
     from table import markdown
 
     def row(criterion: str, increase: float, mark: str, calibration: str = "all sources") -> dict:
-        return {"criterion": criterion, "ratio": 0.5, "allocation": "uniform", "calibration": calibration, "repair": None, "increase": increase,
-                "interval": [increase / 2, increase * 2], "by_source": dict.fromkeys(("code", "tools", "prose", "math"), increase), "against_reap": mark}
+        return {
+            "criterion": criterion,
+            "ratio": 0.5,
+            "allocation": "uniform",
+            "calibration": calibration,
+            "repair": None,
+            "increase": increase,
+            "interval": [increase / 2, increase * 2],
+            "by_source": dict.fromkeys(("code", "tools", "prose", "math"), increase),
+            "against_reap": mark,
+        }
 
-    models = [{"model": name, "base": {"code": 1.0, "tools": 2.0}, "rows": [row("reap", 0.2, ""), row("reroute", 0.1, "lower"),
-                                                                          row("reap", 0.4, "", "code alone")]} for name in ("a", "b", "c")]
+    models = [
+        {
+            "model": name,
+            "base": {"code": 1.0, "tools": 2.0},
+            "rows": [row("reap", 0.2, ""), row("reroute", 0.1, "lower"), row("reap", 0.4, "", "code alone")],
+        }
+        for name in ("a", "b", "c")
+    ]
     text = markdown(models)
     assert "| reroute | 0.50 [0.50, 0.50] |" in text and "| reroute | 0.100 [0.050, 0.200] ▼ |" in text
     whole = {**models[0], "rows": [row("reap", 0.8, "", "code alone"), row("reroute", 0.6, "", "code alone")]}
-    assert "mean of 1 models | code | tools | prose | math |\n|---|---|---|---|---|\n| reap | 0.800 |" in markdown([*models, whole])
+    assert "mean of 1 models | code | tools | prose | math |\n|---|---|---|---|---|\n| reap | 0.800 |" in markdown(
+        [*models, whole]
+    )
     assert "| reap | 0.400 | 0.400 | 0.400 | 0.400 |" in text and "a (1.50), b (1.50), c (1.50)" in text
 
 
 def test_the_re_fit_on_little_calibration_is_set_beside_none() -> None:
     from small_calibration import SOURCES, Row, markdown
 
-    rows = [Row(calibration, "reap", tokens, dict.fromkeys(SOURCES, value), mark) for calibration in ("all sources", "code alone")
-            for tokens, value, mark in ((None, 0.4, ""), (500, 0.5, "higher"), (8_000, 0.2, "lower"))]
+    rows = [
+        Row(calibration, "reap", tokens, dict.fromkeys(SOURCES, value), mark)
+        for calibration in ("all sources", "code alone")
+        for tokens, value, mark in ((None, 0.4, ""), (500, 0.5, "higher"), (8_000, 0.2, "lower"))
+    ]
     text = markdown(rows, "few samples")
     for calibration in ("all sources", "code alone"):
         table = text[text.index(f"calibrated on {calibration}") :].strip().split("\n\n")[0]
         assert table.count("\n") == 4 and "| reap | nothing | 0.400 | 0.400 | 0.400 | 0.400 | 0.400 |" in table
-        assert "| reap | 500 tokens | 0.500 | 0.500 | 0.500 | 0.500 | 0.500 ▲ |" in table and "| 8,000 tokens |" in table and "0.200 ▼ |" in table
+        assert (
+            "| reap | 500 tokens | 0.500 | 0.500 | 0.500 | 0.500 | 0.500 ▲ |" in table
+            and "| 8,000 tokens |" in table
+            and "0.200 ▼ |" in table
+        )
 
 
 def test_the_oracle_takes_the_cheapest_removal_layer_by_layer(tmp_path: Path) -> None:
@@ -91,14 +115,7 @@ def test_the_oracle_takes_the_cheapest_removal_layer_by_layer(tmp_path: Path) ->
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["softmax-a", "top-4-of-64", "shared-expert", "sigmoid"])
 def test_every_variant_learns(name: str) -> None:
-    from train_models import (
-        VARIANTS,
-        Loads,
-        Settings,
-        muon_friendly,
-        new_model,
-        train_step,
-    )
+    from train_models import VARIANTS, Loads, Settings, muon_friendly, new_model, train_step
 
     model, settings = new_model(256, VARIANTS[name]), Settings(steps=8)
     tokens = torch.randint(3, 256, (2, 64), generator=torch.Generator().manual_seed(0))
@@ -111,4 +128,6 @@ def test_every_variant_learns(name: str) -> None:
             optimizer.zero_grad(set_to_none=True)
         loads.even_out(1.0)
     assert losses[-1] < losses[0] - 1
-    assert all(router.e_score_correction_bias.abs().max() > 0 for router in loads.routers) and bool(loads.routers) == (name == "sigmoid")
+    assert all(router.e_score_correction_bias.abs().max() > 0 for router in loads.routers) and bool(loads.routers) == (
+        name == "sigmoid"
+    )

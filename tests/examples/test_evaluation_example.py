@@ -17,10 +17,25 @@ def test_it_plans_with_everything_on():
     plan = make_plan(load(EXAMPLE / "recipe.yaml"))
     spec = plan.recipe.evaluate
     assert len(plan.candidates) == 3 and len(spec.packs.lengths) == 2 and 0 < spec.packs.confirm < 1
-    assert all((spec.extra_packs, spec.controls, spec.generation, spec.throughput, spec.lm_eval, spec.equal_bytes, spec.gates_quantized))
+    assert all(
+        (
+            spec.extra_packs,
+            spec.controls,
+            spec.generation,
+            spec.throughput,
+            spec.lm_eval,
+            spec.equal_bytes,
+            spec.gates_quantized,
+        )
+    )
     assert plan.stage("verify").spec["task_files"].keys() == {"next_word.yaml"}
     for candidate in plan.candidates[1:]:  # those that may win have the control at the same bytes
-        assert equal_bytes(Checkpoint.open(plan.checkpoint.path), plan.recipe.quantize, plan.quantized_nbytes(candidate)).spec is not None
+        assert (
+            equal_bytes(
+                Checkpoint.open(plan.checkpoint.path), plan.recipe.quantize, plan.quantized_nbytes(candidate)
+            ).spec
+            is not None
+        )
 
 
 def test_its_task_has_documents_with_an_answer_among_the_choices():

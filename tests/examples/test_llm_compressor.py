@@ -23,7 +23,9 @@ def script(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.long
-def test_both_recipes_give_identical_tensors(script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_both_recipes_give_identical_tensors(
+    script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     monkeypatch.setattr(sys, "argv", ["compare.py", "--directory", str(tmp_path), "--set", "calibration.samples=16"])
     assert script.main() == 0
     assert "tensors, all identical" in capsys.readouterr().out
@@ -32,4 +34,7 @@ def test_both_recipes_give_identical_tensors(script, tmp_path: Path, monkeypatch
     name = next(name for name in changed if name.endswith("experts.3.up_proj.weight_scale"))
     changed[name] = changed[name] + 1
     save_file(changed, file, metadata={"format": "pt"})
-    assert [line.split(":")[0] for line in script.differences(tmp_path / "reapkit" / "quantized", tmp_path / "llm-compressor")] == [name]
+    assert [
+        line.split(":")[0]
+        for line in script.differences(tmp_path / "reapkit" / "quantized", tmp_path / "llm-compressor")
+    ] == [name]

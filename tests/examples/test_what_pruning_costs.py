@@ -34,7 +34,10 @@ def observation(study):
 
 
 def test_informed_criteria_lose_less_than_half_of_random(script, study, observation) -> None:
-    informed = {name: script.CRITERIA[name] for name in ("frequency", "weighted-frequency", "ean", "reap", "reap, sum", "eaft-reap")}
+    informed = {
+        name: script.CRITERIA[name]
+        for name in ("frequency", "weighted-frequency", "ean", "reap", "reap, sum", "eaft-reap")
+    }
     table = script.criteria_table(study, [observation], None, informed, [HALF])
     random = sum(script.random_costs(study, observation, [HALF])[HALF]) / 5
     assert {name: costs[HALF].value for name, costs in table.items() if costs[HALF].value >= random / 2} == {}
@@ -62,7 +65,9 @@ def test_cells_and_their_noise_against_a_loop(script) -> None:
             per_source = []
             for s in range(4):
                 rows = [row for row in taken_rows if source[row] == s]
-                per_source.append(sum(draws[draw].nll[row] - base.nll[row] for row in rows) / sum(base.count[row] for row in rows))
+                per_source.append(
+                    sum(draws[draw].nll[row] - base.nll[row] for row in rows) / sum(base.count[row] for row in rows)
+                )
             values.append(sum(per_source) / 4)
         return sum(values) / len(values)
 

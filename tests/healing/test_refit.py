@@ -30,7 +30,9 @@ def half(model, seed: int = 0) -> Selection:
         groups = 4 if site.num_experts == 16 else 1
         size = site.num_experts // groups
         keep = tuple(sorted(e for g in range(groups) for e in draw.sample(range(g * size, (g + 1) * size), size // 2)))
-        layers[site.layer] = LayerSelection(keep, tuple(e for e in range(site.num_experts) if e not in keep), (0.0,) * site.num_experts)
+        layers[site.layer] = LayerSelection(
+            keep, tuple(e for e in range(site.num_experts) if e not in keep), (0.0,) * site.num_experts
+        )
     return Selection("random", layers)
 
 
@@ -39,8 +41,13 @@ def layer_outputs(model, row) -> dict[int, torch.Tensor]:
     prefix = find_experts(model)[0].name.split(f".{find_experts(model)[0].layer}.")[0]
     found, handles = {}, []
     for number, layer in enumerate(model.get_submodule(prefix)):
-        handles.append(layer.register_forward_hook(
-            lambda module, args, output, number=number: found.__setitem__(number, (output[0] if isinstance(output, tuple) else output)[0].clone())))
+        handles.append(
+            layer.register_forward_hook(
+                lambda module, args, output, number=number: found.__setitem__(
+                    number, (output[0] if isinstance(output, tuple) else output)[0].clone()
+                )
+            )
+        )
     final_hidden(model, row.input_ids[None])
     for handle in handles:
         handle.remove()
@@ -48,7 +55,8 @@ def layer_outputs(model, row) -> dict[int, torch.Tensor]:
 
 
 def naive(path: Path, selection: Selection, tokens, scale: float) -> dict[int, dict[int, torch.Tensor]]:
-    """Layer after layer: whole forwards of the original and of the pruned model as re-fitted so far, one row at a time."""
+    """Layer after layer: whole forwards of the original and of the pruned model as re-fitted so far, one row at a
+    time."""
     original, pruned = load_model(path, dtype="float32"), load_model(path, dtype="float32")
     rows = [tokens.row(number) for number in range(tokens.num_rows)]
     targets = [layer_outputs(original, row) for row in rows]
@@ -75,13 +83,30 @@ def naive(path: Path, selection: Selection, tokens, scale: float) -> dict[int, d
         experts, diagonal = {}, []
         for expert in selection.keep[site.layer]:
             pairs = [(t, k) for t in range(len(index)) for k in range(index.shape[1]) if index[t, k] == expert]
-            phi = torch.stack([site.activation(hidden[t:t + 1] * gates[t, k], expert)[0] if site.gate_on_input
-                               else gates[t, k] * site.activation(hidden[t:t + 1], expert)[0] for t, k in pairs]) if pairs else torch.zeros(0, 1)
-            experts[expert] = ExpertFeatures(torch.tensor([t for t, _ in pairs], dtype=torch.int64), lambda phi=phi: phi)
-            diagonal.append((phi.square() * (weight * ~held_out)[[t for t, _ in pairs]][:, None]).sum() / site.module.down_proj.shape[1 if site.down_proj_is_transposed else 2])
+            phi = (
+                torch.stack(
+                    [
+                        site.activation(hidden[t : t + 1] * gates[t, k], expert)[0]
+                        if site.gate_on_input
+                        else gates[t, k] * site.activation(hidden[t : t + 1], expert)[0]
+                        for t, k in pairs
+                    ]
+                )
+                if pairs
+                else torch.zeros(0, 1)
+            )
+            experts[expert] = ExpertFeatures(
+                torch.tensor([t for t, _ in pairs], dtype=torch.int64), lambda phi=phi: phi
+            )
+            diagonal.append(
+                (phi.square() * (weight * ~held_out)[[t for t, _ in pairs]][:, None]).sum()
+                / site.module.down_proj.shape[1 if site.down_proj_is_transposed else 2]
+            )
         tried = []
         for strength in STRENGTHS:
-            corrections, left = descend(experts, error, weight * ~held_out, strength * float(sum(diagonal)) / len(experts))
+            corrections, left = descend(
+                experts, error, weight * ~held_out, strength * float(sum(diagonal)) / len(experts)
+            )
             tried.append((float((left.square().sum(1) * weight)[held_out].sum()), corrections))
         best, corrections = min(tried, key=lambda each: each[0])
         if best >= float((error.square().sum(1) * weight)[held_out].sum()):
@@ -94,15 +119,34 @@ def naive(path: Path, selection: Selection, tokens, scale: float) -> dict[int, d
     return found
 
 
-@pytest.mark.parametrize(("model_type", "scale"), [("qwen3_moe", 1.0), ("gpt_oss", 1.0), ("granitemoe", None), ("glm4_moe", 1.0),
-                                                   ("deepseek_v3", 1.0), ("llama4_text", 1.0), ("mixtral", 1.0), ("nemotron_h", 1.0)])
+@pytest.mark.parametrize(
+    ("model_type", "scale"),
+    [
+        ("qwen3_moe", 1.0),
+        ("gpt_oss", 1.0),
+        ("granitemoe", None),
+        ("glm4_moe", 1.0),
+        ("deepseek_v3", 1.0),
+        ("llama4_text", 1.0),
+        ("mixtral", 1.0),
+        ("nemotron_h", 1.0),
+    ],
+)
 def test_streamed_repair_is_the_naive_one(model_type: str, scale: float | None, tmp_path: Path) -> None:
     model = tiny.build(model_type)
     tiny.save_hub_layout(model, tmp_path / "model")
     tokens = tiny_tokens(tmp_path / "tokens", lengths=LENGTHS)
     selection = half(model)
-    expected = naive(tmp_path / "model", selection, tokens, model.config.residual_multiplier if scale is None else scale)
-    found = repair(LayeredModel(tmp_path / "model", dtype="float32"), tokens, {"half": selection}, tmp_path / "repair", batch_tokens=64)["half"]
+    expected = naive(
+        tmp_path / "model", selection, tokens, model.config.residual_multiplier if scale is None else scale
+    )
+    found = repair(
+        LayeredModel(tmp_path / "model", dtype="float32"),
+        tokens,
+        {"half": selection},
+        tmp_path / "repair",
+        batch_tokens=64,
+    )["half"]
     assert expected and set(found.layers) == set(expected)
     for layer, experts in expected.items():
         stored = found.down_proj(layer)
@@ -119,7 +163,13 @@ def test_names_and_shapes_are_the_checkpoints(tmp_path: Path) -> None:
         tiny.save_hub_layout(model, path)
         selection = half(model)
         out = tmp_path / f"{model_type}-repair"
-        repair(LayeredModel(path), tiny_tokens(tmp_path / "tokens", lengths=LENGTHS), {"half": selection}, out, batch_tokens=64)
+        repair(
+            LayeredModel(path),
+            tiny_tokens(tmp_path / "tokens", lengths=LENGTHS),
+            {"half": selection},
+            out,
+            batch_tokens=64,
+        )
         weights = RepairedWeights.load(out / "half")
         tensors = weights.tensors()
         shapes = {}
@@ -157,7 +207,12 @@ def test_a_norm_behind_the_experts_is_refused(tmp_path: Path) -> None:
     model = tiny.build("gemma4_text")
     tiny.save_hub_layout(model, tmp_path / "model")
     with pytest.raises(UnusableError, match=r"prune\.repair: layer \d+ does not simply add its experts' output"):
-        repair(LayeredModel(tmp_path / "model"), tiny_tokens(tmp_path / "tokens", lengths=LENGTHS), {"half": half(model)}, tmp_path / "repair")
+        repair(
+            LayeredModel(tmp_path / "model"),
+            tiny_tokens(tmp_path / "tokens", lengths=LENGTHS),
+            {"half": half(model)},
+            tmp_path / "repair",
+        )
 
 
 def test_quantized_checkpoints_are_refused(tmp_path: Path) -> None:
@@ -165,4 +220,9 @@ def test_quantized_checkpoints_are_refused(tmp_path: Path) -> None:
     tiny.save_hub_layout(model, tmp_path / "model")
     tiny.as_block_fp8(tmp_path / "model", block=16)
     with pytest.raises(UnusableError, match="re-fits plain weights, but this checkpoint is quantized"):
-        repair(LayeredModel(tmp_path / "model"), tiny_tokens(tmp_path / "tokens", lengths=LENGTHS), {"half": half(model)}, tmp_path / "repair")
+        repair(
+            LayeredModel(tmp_path / "model"),
+            tiny_tokens(tmp_path / "tokens", lengths=LENGTHS),
+            {"half": half(model)},
+            tmp_path / "repair",
+        )

@@ -59,11 +59,11 @@ def test_many_sweeps_reach_the_joint_solution() -> None:
     found, _ = descend(experts, error, weight, 0.5, sweeps=400)
     wide = torch.zeros(TOKENS, EXPERTS * INNER, dtype=torch.float64)
     for e, seen in experts.items():
-        wide[seen.rows, e * INNER:(e + 1) * INNER] = seen.features().double()
+        wide[seen.rows, e * INNER : (e + 1) * INNER] = seen.features().double()
     gram = wide.T @ (weight.double()[:, None] * wide) + 0.5 * torch.eye(EXPERTS * INNER, dtype=torch.float64)
     joint = torch.linalg.solve(gram, wide.T @ (weight.double()[:, None] * error.double())).T
     for e in experts:
-        torch.testing.assert_close(found[e].double(), joint[:, e * INNER:(e + 1) * INNER], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found[e].double(), joint[:, e * INNER : (e + 1) * INNER], rtol=1e-4, atol=1e-5)
 
 
 def test_what_can_be_explained_is() -> None:
@@ -91,7 +91,9 @@ def test_noise_is_not_learnt() -> None:
     error = torch.randn(TOKENS, HIDDEN, generator=draw)
     held_out = torch.arange(TOKENS) % 2 == 1
     error[held_out] = -error[~held_out]  # whatever the fit learns is wrong there
-    found = refit({0: ExpertFeatures(torch.arange(TOKENS), lambda: torch.ones(TOKENS, INNER))}, error, weight.fill_(1.0), held_out)
+    found = refit(
+        {0: ExpertFeatures(torch.arange(TOKENS), lambda: torch.ones(TOKENS, INNER))}, error, weight.fill_(1.0), held_out
+    )
     assert found.corrections == {} and found.strength is None and (found.fitted, found.held_out) == (1.0, 1.0)
 
 

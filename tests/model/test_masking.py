@@ -1,4 +1,5 @@
-"""A masked model against an independent oracle: the dropped experts' choice scores at minus infinity, weights untouched."""
+"""A masked model against an independent oracle: the dropped experts' choice scores at minus infinity, weights
+untouched."""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ IDS = torch.randint(3, 250, (2, 21), generator=torch.Generator().manual_seed(5))
 def oracle(model, keep):
     """Router logits of dropped experts are pushed to minus infinity where they arise, and choice biases with them.
 
-    Every linear map onto the layer's experts inside its block is a router; sigmoid turns minus infinity into a score of zero,
-    which a bias could lift again, so biases that are added to scores are lowered too.
+    Every linear map onto the layer's experts inside its block is a router; sigmoid turns minus infinity into a score of
+    zero, which a bias could lift again, so biases that are added to scores are lowered too.
     """
     linear = torch.nn.functional.linear
     undo, current = [], []
@@ -124,7 +125,9 @@ def test_unequal_groups_are_refused():
 
 
 def test_a_layer_without_experts_is_refused():
-    with pytest.raises(UnusableError, match=r"layers \[0\] have no routed experts to mask; the MoE layers are \[1, 2\]"):
+    with pytest.raises(
+        UnusableError, match=r"layers \[0\] have no routed experts to mask; the MoE layers are \[1, 2\]"
+    ):
         with masked(tiny.build("glm4_moe"), {0: range(8)}):
             pass
 

@@ -26,8 +26,14 @@ def one_call(seed: int) -> tuple[Pairs, Positions]:
     scored = valid & (torch.rand(shape, generator=draw) < 0.7)
     scored[0, 4] = True
     rows = tuple((number, (source == number).nonzero()[:, 0]) for number in (0, 1))
-    positions = Positions(source[:, None].expand(shape).reshape(-1), valid.reshape(-1), scored.reshape(-1),
-                          scored.reshape(-1).nonzero()[:, 0], rows, shape)
+    positions = Positions(
+        source[:, None].expand(shape).reshape(-1),
+        valid.reshape(-1),
+        scored.reshape(-1),
+        scored.reshape(-1).nonzero()[:, 0],
+        rows,
+        shape,
+    )
     return Pairs(order, expert, gate, norm, peak, TOP_K), positions
 
 
@@ -35,8 +41,12 @@ def looped(calls: list[tuple[Pairs, Positions]]) -> dict[str, torch.Tensor]:
     sums = {name: torch.zeros(SOURCES, EXPERTS, dtype=torch.float64) for name in SUMS}
     maxima = {name: torch.zeros(SOURCES, EXPERTS, dtype=torch.float64) for name in MAXIMA}
     for pairs, positions in calls:
-        for order, expert, *sizes in zip(pairs.order.tolist(), pairs.expert.tolist(), *(x.tolist() for x in (pairs.gate, pairs.norm, pairs.peak)),
-                                         strict=True):
+        for order, expert, *sizes in zip(
+            pairs.order.tolist(),
+            pairs.expert.tolist(),
+            *(x.tolist() for x in (pairs.gate, pairs.norm, pairs.peak)),
+            strict=True,
+        ):
             token, (g, n, peak) = order // TOP_K, sizes
             at = int(positions.source[token]), expert
             if positions.scored[token]:

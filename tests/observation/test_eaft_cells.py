@@ -1,4 +1,5 @@
-"""A calibration whose trace would be too large: its table holds what the trace would, in every placement, killed or not."""
+"""A calibration whose trace would be too large: its table holds what the trace would, in every placement, killed or
+not."""
 
 from __future__ import annotations
 
@@ -26,12 +27,24 @@ class Rig:
         self.tokens = tiny_tokens(root / "calibration")
 
     def resident(self, trace_bytes: int, work: str) -> Observation:
-        return observe(load_model(self.root / "model", dtype="float32"), self.tokens, ObserveSpec(trace_bytes=trace_bytes), batch_tokens=48,
-                       work_directory=self.root / work)
+        return observe(
+            load_model(self.root / "model", dtype="float32"),
+            self.tokens,
+            ObserveSpec(trace_bytes=trace_bytes),
+            batch_tokens=48,
+            work_directory=self.root / work,
+        )
 
     def streaming(self, trace_bytes: int, work: str, **more) -> Observation:
-        return observe_streaming(self.root / "model", self.tokens, ObserveSpec(trace_bytes=trace_bytes), batch_tokens=48, dtype="float32",
-                                 work_directory=self.root / work, **more)
+        return observe_streaming(
+            self.root / "model",
+            self.tokens,
+            ObserveSpec(trace_bytes=trace_bytes),
+            batch_tokens=48,
+            dtype="float32",
+            work_directory=self.root / work,
+            **more,
+        )
 
 
 @pytest.fixture
@@ -56,9 +69,13 @@ def test_its_sums_are_the_traces_in_every_placement(rig: Rig) -> None:
     exact, resident, streamed = rig.resident(10**9, "a"), rig.resident(0, "b"), rig.streaming(0, "c")
     waves = rig.streaming(0, "d", hidden_bytes=6000)
     for found in (resident, streamed, waves):
-        assert isinstance(found.eaft, Table) and np.array_equal(found.statistics["gate_norm_sum"], exact.statistics["gate_norm_sum"])
+        assert isinstance(found.eaft, Table) and np.array_equal(
+            found.statistics["gate_norm_sum"], exact.statistics["gate_norm_sum"]
+        )
         assert_sums_of(found.eaft, exact)
-    assert np.array_equal(resident.eaft.gate_norm_sum, streamed.eaft.gate_norm_sum), "edges from all positions, groups added in order"
+    assert np.array_equal(resident.eaft.gate_norm_sum, streamed.eaft.gate_norm_sum), (
+        "edges from all positions, groups added in order"
+    )
     assert len(list((rig.root / "d").rglob("wave-*/done"))) > 1
     spec = saliency_spec("eaft-reap")
     np.testing.assert_allclose(saliency(streamed, spec), saliency(exact, spec), rtol=1e-12, atol=1e-12)
@@ -83,5 +100,7 @@ def test_killed_and_run_again_gives_the_same_bytes(rig: Rig, placement: str, mon
         run(0, "killed")
     monkeypatch.setattr(session.BatchWatch, "finish", finish)
     run(0, "killed").save(rig.root / "second")
-    assert (rig.root / "first" / "observation.safetensors").read_bytes() == (rig.root / "second" / "observation.safetensors").read_bytes()
+    assert (rig.root / "first" / "observation.safetensors").read_bytes() == (
+        rig.root / "second" / "observation.safetensors"
+    ).read_bytes()
     assert not list(rig.root.rglob("trace-*.part"))

@@ -1,4 +1,5 @@
-"""The table of p and H against the exact trace: equal where an edge is the quantile, near where one is, refused elsewhere."""
+"""The table of p and H against the exact trace: equal where an edge is the quantile, near where one is, refused
+elsewhere."""
 
 from __future__ import annotations
 
@@ -31,7 +32,11 @@ def in_cells(observation: Observation) -> Observation:
     routed = [trace.routed(layer) for layer in observation.layers]
     for t in range(len(trace)):
         s = int(trace.source[t])
-        cell = (s, sum(float(e) < float(trace.p[t]) for e in p_edges[s]), sum(float(e) < float(trace.h[t]) for e in h_edges[s]))
+        cell = (
+            s,
+            sum(float(e) < float(trace.p[t]) for e in p_edges[s]),
+            sum(float(e) < float(trace.h[t]) for e in h_edges[s]),
+        )
         positions[cell] += 1
         for layer, (expert, gate_norm) in enumerate(routed):
             for e, gn in zip(expert[t].tolist(), gate_norm[t].tolist(), strict=True):
@@ -53,8 +58,11 @@ def test_at_its_exact_levels_it_is_the_trace(seed: int, thresholds: str, good) -
         found, expected = (measure_regions(each, spec.eaft, alphas) for each in (table, exact))
         assert np.array_equal(found.positions, expected.positions)
         said = summarise(found, table.sources, alphas)["realised"]
-        assert all(row[name] == pytest.approx(level) for row in said.values()
-                   for name, level in {"p_low": 0.15, "h_low": 0.15, "h_high": 0.85}.items())
+        assert all(
+            row[name] == pytest.approx(level)
+            for row in said.values()
+            for name, level in {"p_low": 0.15, "h_low": 0.15, "h_high": 0.85}.items()
+        )
 
 
 def large() -> Observation:
@@ -65,18 +73,31 @@ def test_between_its_edges_the_nearest_is_taken_and_said() -> None:
     spec = saliency_spec("eaft-reap", eaft={"quantiles": {"p_low": 0.16, "h_low": 0.11, "h_high": 0.89}}).eaft
     table = large()
     found = measure_regions(table, spec, (Fraction(1), Fraction(1)))
-    assert {name: round(level, 2) for name, level in found.realised[0].items()} == {"p_low": 0.15, "h_low": 0.1, "h_high": 0.9}
+    assert {name: round(level, 2) for name, level in found.realised[0].items()} == {
+        "p_low": 0.15,
+        "h_low": 0.1,
+        "h_high": 0.9,
+    }
     borders = found.thresholds[0]
     p, h = (table_of.sum(dim) for table_of, dim in ((table.eaft.positions, 2), (table.eaft.positions, 1)))
-    below = sum(int(row[: int((edges <= borders.p_low).sum())].sum()) for row, edges in zip(p, table.eaft.p_edges, strict=True))
+    below = sum(
+        int(row[: int((edges <= borders.p_low).sum())].sum()) for row, edges in zip(p, table.eaft.p_edges, strict=True)
+    )
     assert below / len(table.eaft) == pytest.approx(found.realised[0]["p_low"])
-    above = sum(int(row[int((edges < borders.h_high).sum()):].sum()) for row, edges in zip(h, table.eaft.h_edges, strict=True))
+    above = sum(
+        int(row[int((edges < borders.h_high).sum()) :].sum()) for row, edges in zip(h, table.eaft.h_edges, strict=True)
+    )
     assert 1 - above / len(table.eaft) == pytest.approx(found.realised[0]["h_high"])
 
 
-@pytest.mark.parametrize(("quantiles", "message"), [
-    ({"p_low": 0.87}, r"quantiles\.p_low 0\.87 cannot be cut .* nearest it has is 0\.\d+, more than 0\.02 off"),
-    ({"h_low": 0.3}, r"quantiles\.h_low 0\.3 cannot be cut"), ({"h_high": 0.7}, r"raise observe\.trace_bytes and observe again")])
+@pytest.mark.parametrize(
+    ("quantiles", "message"),
+    [
+        ({"p_low": 0.87}, r"quantiles\.p_low 0\.87 cannot be cut .* nearest it has is 0\.\d+, more than 0\.02 off"),
+        ({"h_low": 0.3}, r"quantiles\.h_low 0\.3 cannot be cut"),
+        ({"h_high": 0.7}, r"raise observe\.trace_bytes and observe again"),
+    ],
+)
 def test_a_quantile_too_far_from_every_edge_is_refused(quantiles: dict, message: str) -> None:
     with pytest.raises(UnusableError, match=message):
         saliency(large(), saliency_spec("eaft-reap", eaft={"quantiles": quantiles}))

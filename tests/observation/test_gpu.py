@@ -45,7 +45,8 @@ def assert_close(found: Observation, expected: Observation, rtol: float) -> None
 @pytest.mark.parametrize("model_type", DISPATCHED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_sums_equal_a_naive_double_loop(model_type: str, dtype: torch.dtype, tmp_path: Path):
-    """The loop calls each expert alone: its kernels add in another order than the grouped ones, which bfloat16 shows in its last bits."""
+    """The loop calls each expert alone: its kernels add in another order than the grouped ones, which bfloat16 shows in
+    its last bits."""
     model = tiny.build(model_type, dtype=dtype).cuda()
     tokens = tiny_tokens(tmp_path / "calibration", **QUICK)
     observation = observe(model, tokens, ObserveSpec(eaft=False), batch_tokens=24, work_directory=tmp_path / "work")
@@ -65,7 +66,10 @@ def test_watching_does_not_change_the_model(model_type: str, dtype: torch.dtype)
     model, ids = tiny.build(model_type, dtype=dtype).cuda(), torch.randint(3, 250, (2, 19)).cuda()
     with torch.no_grad():
         before = model(ids, use_cache=False).logits
-        with intercepted(find_experts(model), lambda site, hidden, index, gates, inner: observed_forward(site, hidden, index, gates)[0]):
+        with intercepted(
+            find_experts(model),
+            lambda site, hidden, index, gates, inner: observed_forward(site, hidden, index, gates)[0],
+        ):
             watched = model(ids, use_cache=False).logits
     assert kernels_on(model.device) == "grouped_mm"
     assert (watched - before).abs().max() <= (1e-5 if dtype == torch.float32 else 0.02)
@@ -77,7 +81,10 @@ def test_two_runs_give_the_same_bytes(dtype: torch.dtype, tmp_path: Path):
     model = tiny.build("qwen3_moe", dtype=dtype).cuda()
     tokens = tiny_tokens(tmp_path / "calibration", lengths=(900, 3000, 50, 2000), groups=2)
     first, second = (
-        saved(observe(model, tokens, ObserveSpec(), batch_tokens=4000, work_directory=tmp_path / name), tmp_path / f"{name}-saved")
+        saved(
+            observe(model, tokens, ObserveSpec(), batch_tokens=4000, work_directory=tmp_path / name),
+            tmp_path / f"{name}-saved",
+        )
         for name in ("first", "second")
     )
     assert first == second
@@ -86,16 +93,27 @@ def test_two_runs_give_the_same_bytes(dtype: torch.dtype, tmp_path: Path):
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "deepseek_v3", "gpt_oss", "nemotron_h", "llama4_text"])
 def test_streaming_equals_resident(model_type: str, tmp_path: Path):
     path, tokens = checkpoint(model_type, tmp_path / "model"), tiny_tokens(tmp_path / "calibration")
-    resident = observe(load_model(path, device="cuda"), tokens, ObserveSpec(), batch_tokens=48, work_directory=tmp_path / "resident")
-    streaming = observe_streaming(path, tokens, ObserveSpec(), batch_tokens=48, work_directory=tmp_path / "streaming", device="cuda",
-                                  checkpoint_minutes=0)
+    resident = observe(
+        load_model(path, device="cuda"), tokens, ObserveSpec(), batch_tokens=48, work_directory=tmp_path / "resident"
+    )
+    streaming = observe_streaming(
+        path,
+        tokens,
+        ObserveSpec(),
+        batch_tokens=48,
+        work_directory=tmp_path / "streaming",
+        device="cuda",
+        checkpoint_minutes=0,
+    )
     assert_close(streaming, resident, rtol=1e-5)
 
 
 def test_gpu_and_cpu_see_the_same_routing(tmp_path: Path):
     path, tokens = checkpoint("qwen3_moe", tmp_path / "model"), tiny_tokens(tmp_path / "calibration")
     gpu, cpu = (
-        observe(load_model(path, device=device), tokens, ObserveSpec(), batch_tokens=48, work_directory=tmp_path / device)
+        observe(
+            load_model(path, device=device), tokens, ObserveSpec(), batch_tokens=48, work_directory=tmp_path / device
+        )
         for device in ("cuda", "cpu")
     )
     assert_close(gpu, cpu, rtol=1e-3)
@@ -105,14 +123,16 @@ def test_gpu_and_cpu_see_the_same_routing(tmp_path: Path):
 def test_killed_and_run_again_gives_the_same_bytes(tmp_path: Path):
     tokens = tiny_tokens(tmp_path / "calibration")
     script = KILLED.replace('tiny.build("qwen3_moe")', 'tiny.build("qwen3_moe").cuda()').format(
-        root=str(ROOT), steps=5,
-        calibration=str(tmp_path / "calibration"), work=str(tmp_path / "killed"),
+        root=str(ROOT), steps=5, calibration=str(tmp_path / "calibration"), work=str(tmp_path / "killed")
     )
     assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == -9
     assert list((tmp_path / "killed").rglob("group-*.safetensors"))
     tokens, model = CalibrationTokens.load(tmp_path / "calibration"), tiny.build("qwen3_moe").cuda()
     killed, undisturbed = (
-        saved(observe(model, tokens, ObserveSpec(), batch_tokens=24, work_directory=tmp_path / name), tmp_path / f"{name}-saved")
+        saved(
+            observe(model, tokens, ObserveSpec(), batch_tokens=24, work_directory=tmp_path / name),
+            tmp_path / f"{name}-saved",
+        )
         for name in ("killed", "undisturbed")
     )
     assert killed == undisturbed

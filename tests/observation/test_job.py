@@ -66,7 +66,13 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
-def jobs(tmp_path: Path, run: str, placements: tuple[str, ...] = ("resident", "streaming"), trace_bytes: int = 10**9, **changes: object) -> Path:
+def jobs(
+    tmp_path: Path,
+    run: str,
+    placements: tuple[str, ...] = ("resident", "streaming"),
+    trace_bytes: int = 10**9,
+    **changes: object,
+) -> Path:
     """Jobs of a tiny model with a multi-token-prediction block on disk, shared by the runs of one test."""
     if not (tmp_path / "model").exists():
         with tiny.quiet():
@@ -78,8 +84,22 @@ def jobs(tmp_path: Path, run: str, placements: tuple[str, ...] = ("resident", "s
         work.mkdir(parents=True)
         fields = {"hidden_bytes": None, "checkpoint_minutes": 0.0, **changes}
         spec = ObserveSpec(reroute_tokens=40, trace_bytes=trace_bytes)
-        made.append(Job(str(tmp_path / "model"), str(tmp_path / "calibration"), str(work), spec, 48, "tiny", "cpu", placement, False,
-                        offload_directory=None, mtp=(3,), **fields).as_json())
+        made.append(
+            Job(
+                str(tmp_path / "model"),
+                str(tmp_path / "calibration"),
+                str(work),
+                spec,
+                48,
+                "tiny",
+                "cpu",
+                placement,
+                False,
+                offload_directory=None,
+                mtp=(3,),
+                **fields,
+            ).as_json()
+        )
     (tmp_path / run / "jobs.json").write_text(json.dumps(made))
     return tmp_path / run
 
@@ -88,8 +108,13 @@ def work(directory: Path, ranks: int, kill_after: int = 0) -> int:
     launcher = TORCHRUN if ranks == 2 else ()
     script = directory / "worker.py"
     script.write_text(WORKER)
-    done = subprocess.run([sys.executable, *launcher, str(script), str(directory), str(kill_after)], env=environment(), capture_output=True,
-                          text=True, timeout=240)
+    done = subprocess.run(
+        [sys.executable, *launcher, str(script), str(directory), str(kill_after)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert kill_after or done.returncode == 0, done.stderr
     return done.returncode
 
@@ -112,17 +137,25 @@ def test_two_ranks_give_the_bytes_of_one(tmp_path: Path) -> None:
     assert sorted(waves) == [[0, 1, 2], [3, 4, 5]], "both ranks streamed"
     for placement in ("resident", "streaming"):
         paths = Observation.load(two / placement / "saved").reroute
-        assert int(paths.tokens.sum()) == 40 and bool((paths.order[paths.measured, :, 0] >= 0).all()), "the removal paths are among the bytes"
+        assert int(paths.tokens.sum()) == 40 and bool((paths.order[paths.measured, :, 0] >= 0).all()), (
+            "the removal paths are among the bytes"
+        )
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("placement", ["resident", "streaming"])
 @pytest.mark.parametrize("counts", [(1, 2), (2, 1), (2, 2)], ids=lambda counts: f"{counts[0]}to{counts[1]}")
-def test_killed_and_resumed_with_another_number_of_ranks(placement: str, counts: tuple[int, int], tmp_path: Path) -> None:
+def test_killed_and_resumed_with_another_number_of_ranks(
+    placement: str, counts: tuple[int, int], tmp_path: Path
+) -> None:
     whole, resumed = jobs(tmp_path, "whole", (placement,)), jobs(tmp_path, "resumed", (placement,))
     work(whole, 1)
     assert work(resumed, counts[0], kill_after=2) == -9
-    left = {file: file.stat().st_mtime_ns for pattern in ("group-*.safetensors", "layer-0001.safetensors") for file in resumed.rglob(pattern)}
+    left = {
+        file: file.stat().st_mtime_ns
+        for pattern in ("group-*.safetensors", "layer-0001.safetensors")
+        for file in resumed.rglob(pattern)
+    }
     assert left, "something was finished before the kill"
     time.sleep(3)  # what the kill left of the other rank's last write
     work(resumed, counts[1])
@@ -132,7 +165,10 @@ def test_killed_and_resumed_with_another_number_of_ranks(placement: str, counts:
 
 @pytest.mark.long
 def test_waves_within_a_budget_and_killed_again_and_again(tmp_path: Path) -> None:
-    whole, resumed = jobs(tmp_path, "whole", ("streaming",)), jobs(tmp_path, "resumed", ("streaming",), hidden_bytes=2 * 48 * 64 * 4)
+    whole, resumed = (
+        jobs(tmp_path, "whole", ("streaming",)),
+        jobs(tmp_path, "resumed", ("streaming",), hidden_bytes=2 * 48 * 64 * 4),
+    )
     work(whole, 1)
     for ranks, after in ((1, 3), (2, 2), (1, 2), (2, 3)):
         work(resumed, ranks, after)
@@ -180,10 +216,16 @@ def test_earlier_work_is_gone_on_from_and_never_joined(tmp_path: Path) -> None:
     assert plan_waves(tmp_path, COST, 1, 4, None) == [[Wave((2, 3, 4, 5), 2, taken), Wave((6, 7))]]
     assert not (tmp_path / Wave((6, 7)).name).exists(), "sums without a place to go on from are made anew"
     assert plan_waves(tmp_path, COST, 4, 4, None) == [
-        [Wave((6,))], [Wave((7,))], [Wave((2, 4), 2, taken)], [Wave((3, 5), 2, taken)]], "by what is left to compute"
+        [Wave((6,))],
+        [Wave((7,))],
+        [Wave((2, 4), 2, taken)],
+        [Wave((3, 5), 2, taken)],
+    ], "by what is left to compute"
     left_by(tmp_path, (2, 3), layers=4, inputs=3)
     assert plan_waves(tmp_path, COST, 1, 4, None)[0][:2] == [
-        Wave((2, 3), 3, f"{Wave((2, 3)).name}/inputs-0003"), Wave((4, 5), 2, taken)]
+        Wave((2, 3), 3, f"{Wave((2, 3)).name}/inputs-0003"),
+        Wave((4, 5), 2, taken),
+    ]
 
 
 def test_files_of_split_waves_cover_every_group_once(tmp_path: Path) -> None:
@@ -193,7 +235,10 @@ def test_files_of_split_waves_cover_every_group_once(tmp_path: Path) -> None:
         covering(tmp_path, "layer-0003.safetensors", 4)
     left_by(tmp_path, (2, 3), layers=4)
     assert [file.parent.name for file in covering(tmp_path, "layer-0002.safetensors", 4)] == [Wave((0, 1, 2, 3)).name]
-    assert [file.parent.name for file in covering(tmp_path, "layer-0003.safetensors", 4)] == [Wave((0, 1)).name, Wave((2, 3)).name]
+    assert [file.parent.name for file in covering(tmp_path, "layer-0003.safetensors", 4)] == [
+        Wave((0, 1)).name,
+        Wave((2, 3)).name,
+    ]
 
 
 # ---------------------------------------------------------------------------------------------- the command line
@@ -239,7 +284,12 @@ SMALL = ("calibration.samples=48", "calibration.max_length=256", "runtime.placem
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with the demo's calibration and, beside it, the observation of one process."""
     root = tmp_path_factory.mktemp("prepared")
-    subprocess.run([sys.executable, "-m", "reapkit", "observe", "demo", *settings(root)], env=environment(), check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "reapkit", "observe", "demo", *settings(root)],
+        env=environment(),
+        check=True,
+        capture_output=True,
+    )
     (observed,) = (root / "store").glob("observe-*/")
     shutil.rmtree(observed)
     return root
@@ -253,7 +303,9 @@ def settings(root: Path) -> list[str]:
 class Started:
     """`torchrun` of the command line with two ranks, in a copy of the prepared store."""
 
-    def __init__(self, prepared: Path, root: Path, what: str, command: tuple[str, ...] = ("observe", "demo"), *more: str):
+    def __init__(
+        self, prepared: Path, root: Path, what: str, command: tuple[str, ...] = ("observe", "demo"), *more: str
+    ):
         self.root = root
         if not (root / "store").exists():
             shutil.copytree(prepared / "store", root / "store")
@@ -262,7 +314,11 @@ class Started:
         (root / "command.py").write_text(COMMAND)
         self.process = subprocess.Popen(
             [sys.executable, *TORCHRUN, str(root / "command.py"), str(root), what, *command, *settings(root), *more],
-            env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
     def wait_for(self, name: str) -> None:
         deadline = time.monotonic() + 120
@@ -292,8 +348,13 @@ def test_only_rank_0_speaks_and_the_bytes_are_those_of_one_process(prepared: Pat
 def test_a_dead_rank_ends_the_run_with_a_clear_word(dead: int, prepared: Path, tmp_path: Path) -> None:
     codes, stderr = Started(prepared, tmp_path, f"kill-{dead}").end()
     assert codes == {1 - dead: 4}, stderr
-    assert f"reapkit: rank {dead} (" in stderr and "died without a word (killed, out of memory, or its machine is gone)" in stderr
-    assert "run the same command again to resume, with any number of ranks" in stderr and stderr.count("died without") == 1
+    assert (
+        f"reapkit: rank {dead} (" in stderr
+        and "died without a word (killed, out of memory, or its machine is gone)" in stderr
+    )
+    assert (
+        "run the same command again to resume, with any number of ranks" in stderr and stderr.count("died without") == 1
+    )
     again = Started(prepared, tmp_path, "nothing")
     assert again.end()[0] == {0: 0, 1: 0}
     assert again.observation() == (prepared / "run" / "observation" / "observation.safetensors").read_bytes()
@@ -317,7 +378,9 @@ def test_an_interrupt_of_torchrun_is_130_everywhere(number: int, prepared: Path,
 def test_a_failure_on_another_rank_is_told_once_and_is_everybodys_code(prepared: Path, tmp_path: Path) -> None:
     codes, stderr = Started(prepared, tmp_path, "break-1").end()
     assert codes == {0: 4, 1: 4}, stderr
-    assert stderr.count("ran out of memory. Run the same command again to resume.") == 1 and "reapkit: rank 1 (" in stderr
+    assert (
+        stderr.count("ran out of memory. Run the same command again to resume.") == 1 and "reapkit: rank 1 (" in stderr
+    )
 
 
 @pytest.mark.long

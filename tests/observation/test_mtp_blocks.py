@@ -1,4 +1,5 @@
-"""Multi-token-prediction blocks: their sums against loops over what transformers' own blocks hand to their experts, row by row."""
+"""Multi-token-prediction blocks: their sums against loops over what transformers' own blocks hand to their experts, row
+by row."""
 
 from __future__ import annotations
 
@@ -50,8 +51,8 @@ def transformers_blocks(model) -> MtpModel:
 
 @torch.no_grad()
 def drafted(model, blocks: MtpModel, ids: torch.Tensor) -> list[tuple]:
-    """(site, hidden, index, gates) of every block while transformers drafts behind one row [1, tokens]; a deeper block's last position
-    reads a drafted token.
+    """(site, hidden, index, gates) of every block while transformers drafts behind one row [1, tokens]; a deeper
+    block's last position reads a drafted token.
     """
     calls, sites = [], find_experts(blocks)
     for site in sites:
@@ -63,15 +64,24 @@ def drafted(model, blocks: MtpModel, ids: torch.Tensor) -> list[tuple]:
         site.module.forward = call
     length = ids.shape[1]
     positions = torch.arange(1, length)[None]
-    blocks(ids[:, 1:], final_hidden(model, ids)[:, :-1], torch.ones(1, length - 1), positions, MtpCache(config=model.config.get_mtp_config()))
+    blocks(
+        ids[:, 1:],
+        final_hidden(model, ids)[:, :-1],
+        torch.ones(1, length - 1),
+        positions,
+        MtpCache(config=model.config.get_mtp_config()),
+    )
     for site in sites:
         del site.module.forward
     return calls
 
 
 @torch.no_grad()
-def naive(model, tokens: CalibrationTokens) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], torch.Tensor, list[dict]]:
-    """Sums and maxima [blocks, S, E], coactivation [blocks, S, E, E], and by block {(row, position): (experts, g·n)}, in plain loops."""
+def naive(
+    model, tokens: CalibrationTokens
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], torch.Tensor, list[dict]]:
+    """Sums and maxima [blocks, S, E], coactivation [blocks, S, E, E], and by block {(row, position): (experts, g·n)},
+    in plain loops."""
     blocks = transformers_blocks(model)
     count, experts = model.config.num_mtp_layers, model.config.n_routed_experts
     shape = (count, len(tokens.sources), experts)
@@ -102,7 +112,10 @@ def naive(model, tokens: CalibrationTokens) -> tuple[dict[str, torch.Tensor], di
     return sums, maxima, together, routed
 
 
-@pytest.mark.parametrize(("model_type", "blocks", "score"), [("glm4_moe", 1, "completion"), ("deepseek_v3", 1, "all"), ("deepseek_v3", 2, "completion")])
+@pytest.mark.parametrize(
+    ("model_type", "blocks", "score"),
+    [("glm4_moe", 1, "completion"), ("deepseek_v3", 1, "all"), ("deepseek_v3", 2, "completion")],
+)
 def test_sums_equal_loops_over_what_transformers_blocks_call(model_type: str, blocks: int, score: str, tmp_path: Path):
     model = load_model(saved(model_type, tmp_path, blocks))
     tokens = tiny_tokens(tmp_path / "calibration", score=score)
@@ -115,23 +128,35 @@ def test_sums_equal_loops_over_what_transformers_blocks_call(model_type: str, bl
     for name in MAXIMA:
         assert np.allclose(got.maxima[name][-blocks:], maxima[name], rtol=1e-5, atol=1e-9), name
     assert np.array_equal(got.coactivation[-blocks:], together)
-    signals = [(number, at) for group in tokens.groups for number in group for at in tokens.row(number).signal.nonzero()[:, 0].tolist()]
+    signals = [
+        (number, at)
+        for group in tokens.groups
+        for number in group
+        for at in tokens.row(number).signal.nonzero()[:, 0].tolist()
+    ]
     for block, layer in enumerate(layers):
         expert, mass = got.eaft.routed(layer)
         assert len(expert) == len(signals) and (expert < 0).any()
         for line, where in enumerate(signals):
             chosen, masses = routed[block].get(where, ([-1] * expert.shape[1], [0.0] * expert.shape[1]))
-            assert dict(zip(expert[line].tolist(), mass[line].tolist(), strict=True)) == pytest.approx(dict(zip(chosen, masses, strict=True)), rel=1e-5)
+            assert dict(zip(expert[line].tolist(), mass[line].tolist(), strict=True)) == pytest.approx(
+                dict(zip(chosen, masses, strict=True)), rel=1e-5
+            )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("model_type", "blocks"), [("glm4_moe", 1), ("deepseek_v3", 2)])
-def test_streaming_equals_resident_and_the_decoder_does_not_notice(model_type: str, blocks: int, dtype: torch.dtype, tmp_path: Path):
+def test_streaming_equals_resident_and_the_decoder_does_not_notice(
+    model_type: str, blocks: int, dtype: torch.dtype, tmp_path: Path
+):
     path = saved(model_type, tmp_path, blocks, dtype=dtype)
     model, tokens = load_model(path), tiny_tokens(tmp_path / "calibration")
     layers, spec = tuple(range(DEPTH, DEPTH + blocks)), ObserveSpec(reroute_tokens=40)
     resident = observe(model, tokens, spec, batch_tokens=48, work_directory=tmp_path / "resident", mtp=layers)
-    assert_equal(observe_streaming(path, tokens, spec, batch_tokens=48, work_directory=tmp_path / "streaming", mtp=layers), resident)
+    assert_equal(
+        observe_streaming(path, tokens, spec, batch_tokens=48, work_directory=tmp_path / "streaming", mtp=layers),
+        resident,
+    )
     alone = observe(model, tokens, spec, batch_tokens=48, work_directory=tmp_path / "alone")
     assert resident.layers == (*alone.layers, *layers)
     assert all(np.array_equal(resident.statistics[name][:-blocks], alone.statistics[name]) for name in SUMS)
@@ -147,9 +172,16 @@ def test_block_fp8_is_dequantized_in_both_placements(tmp_path: Path):
     with tiny.quiet():
         model = load_model(tiny.as_block_fp8(path))
     tokens = tiny_tokens(tmp_path / "calibration")
-    resident = observe(model, tokens, ObserveSpec(), batch_tokens=48, work_directory=tmp_path / "resident", mtp=(DEPTH,))
+    resident = observe(
+        model, tokens, ObserveSpec(), batch_tokens=48, work_directory=tmp_path / "resident", mtp=(DEPTH,)
+    )
     assert resident.statistics["gate_norm_sum"][-1].sum() > 0
-    assert_equal(observe_streaming(path, tokens, ObserveSpec(), batch_tokens=48, work_directory=tmp_path / "streaming", mtp=(DEPTH,)), resident)
+    assert_equal(
+        observe_streaming(
+            path, tokens, ObserveSpec(), batch_tokens=48, work_directory=tmp_path / "streaming", mtp=(DEPTH,)
+        ),
+        resident,
+    )
 
 
 def _joined(path: Path) -> None:
@@ -166,9 +198,14 @@ def test_a_table_holds_what_the_trace_says_beside_positions_without_a_block(tmp_
     exact = observe(model, tokens, ObserveSpec(), batch_tokens=48, work_directory=tmp_path / "trace", mtp=(DEPTH,))
     spec = ObserveSpec(trace_bytes=0)
     table = observe(model, tokens, spec, batch_tokens=48, work_directory=tmp_path / "table", mtp=(DEPTH,)).eaft
-    streamed = observe_streaming(path, tokens, spec, batch_tokens=48, work_directory=tmp_path / "streaming", mtp=(DEPTH,)).eaft
+    streamed = observe_streaming(
+        path, tokens, spec, batch_tokens=48, work_directory=tmp_path / "streaming", mtp=(DEPTH,)
+    ).eaft
     expert, mass = exact.eaft.routed(DEPTH)
-    assert np.array_equal(table.count[-1].sum((0, 1, 2)), np.bincount(expert[expert >= 0], minlength=16)) and (expert < 0).any()
+    assert (
+        np.array_equal(table.count[-1].sum((0, 1, 2)), np.bincount(expert[expert >= 0], minlength=16))
+        and (expert < 0).any()
+    )
     assert math.isclose(table.gate_norm_sum[-1].sum(), mass.astype(np.float64).sum(), rel_tol=1e-6)
     assert np.array_equal(streamed.count.sum((1, 2, 3)), table.count.sum((1, 2, 3)))
 
@@ -180,7 +217,10 @@ def test_isolated_samples_share_no_block_and_count_as_rows_of_their_own(tmp_path
     batch = next(iter(batches(packed, range(packed.num_rows), 10**6)))
     slots = Slots.of(batch, 1)
     filled = slots.positions.valid.view(slots.at.shape)
-    assert torch.equal(slots.position_ids[filled], batch.position_ids.gather(1, slots.at)[filled]) and (slots.position_ids[filled] > 0).all()
+    assert (
+        torch.equal(slots.position_ids[filled], batch.position_ids.gather(1, slots.at)[filled])
+        and (slots.position_ids[filled] > 0).all()
+    )
     starts = int((batch.valid & (batch.position_ids == 0)).sum())
     assert int(filled.sum()) == int(batch.valid.sum()) - starts and starts > len(batch.rows)
     model = load_model(saved("glm4_moe", tmp_path))
@@ -192,11 +232,13 @@ def test_isolated_samples_share_no_block_and_count_as_rows_of_their_own(tmp_path
         for sample in row.sample.unique().tolist():
             ids = row.input_ids[row.sample == sample][None]
             if ids.shape[1] > 1:
-                (site, hidden, index, gates), = drafted(model, blocks, ids)
+                ((site, hidden, index, gates),) = drafted(model, blocks, ids)
                 outputs = expert_outputs(site, hidden, index)
                 for slot in range(len(index)):
                     for i, e in enumerate(index[slot].tolist()):
-                        solo[int(packed.row_source[number]), e] += float(gates[slot, i]) * math.sqrt(float((outputs[e][slot] ** 2).sum()))
+                        solo[int(packed.row_source[number]), e] += float(gates[slot, i]) * math.sqrt(
+                            float((outputs[e][slot] ** 2).sum())
+                        )
     assert np.allclose(got.statistics["gate_norm_sum"][-1], solo, rtol=1e-5, atol=1e-9)
 
 
@@ -235,16 +277,27 @@ observe(load_model({str(path)!r}), CalibrationTokens.load({str(tmp_path / "calib
 """
     assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == -9
     assert len(list((tmp_path / "work").rglob("group-*.safetensors"))) == 2
-    whole = observe(load_model(path), tokens, ObserveSpec(), batch_tokens=48, work_directory=tmp_path / "whole", mtp=(3,))
-    resumed = observe(load_model(path), tokens, ObserveSpec(), batch_tokens=48, work_directory=tmp_path / "work", mtp=(3,))
+    whole = observe(
+        load_model(path), tokens, ObserveSpec(), batch_tokens=48, work_directory=tmp_path / "whole", mtp=(3,)
+    )
+    resumed = observe(
+        load_model(path), tokens, ObserveSpec(), batch_tokens=48, work_directory=tmp_path / "work", mtp=(3,)
+    )
     assert bytes_of(resumed, tmp_path / "a") == bytes_of(whole, tmp_path / "b")
 
 
 def test_streaming_killed_before_the_last_layer_gives_the_same_bytes(tmp_path: Path):
     path, tokens = saved("glm4_moe", tmp_path), tiny_tokens(tmp_path / "calibration")
     root = ROOT
-    script = KILLED.format(tests=str(root / "tests"), root=str(root), layers=2, minutes=0, calibration=str(tmp_path / "calibration"),
-                           work=str(tmp_path / "work"), model=str(path)).replace("progress=Fatal()", "progress=Fatal(), mtp=(3,)")
+    script = KILLED.format(
+        tests=str(root / "tests"),
+        root=str(root),
+        layers=2,
+        minutes=0,
+        calibration=str(tmp_path / "calibration"),
+        work=str(tmp_path / "work"),
+        model=str(path),
+    ).replace("progress=Fatal()", "progress=Fatal(), mtp=(3,)")
     assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == -9
     assert list((tmp_path / "work").rglob("wave-*/inputs-*/facts.json"))
     how = {"batch_tokens": 48, "mtp": (3,)}
@@ -256,7 +309,9 @@ def test_streaming_killed_before_the_last_layer_gives_the_same_bytes(tmp_path: P
 def test_what_the_model_keeps_in_float32_is_not_rounded_in_the_block(tmp_path: Path):
     path = saved("deepseek_v3", tmp_path, dtype=torch.bfloat16)
     tensors = load_file(path / "model-mtp.safetensors")
-    bias = tensors["model.layers.3.mlp.gate.e_score_correction_bias"] = 8 + 0.01 * torch.rand(16)  # bfloat16 would make them all alike
+    bias = tensors["model.layers.3.mlp.gate.e_score_correction_bias"] = 8 + 0.01 * torch.rand(
+        16
+    )  # bfloat16 would make them all alike
     save_file(tensors, path / "model-mtp.safetensors", metadata={"format": "pt"})
     model = load_model(path)
     for one in (MtpBlocks(model, (3,), model.device), MtpBlocks(LayeredModel(path).as_source(), (3,), model.device)):
@@ -270,17 +325,35 @@ def test_a_block_that_is_not_whole_is_refused(tmp_path: Path):
     del tensors["model.layers.3.eh_proj.weight"]
     save_file(tensors, path / "model-mtp.safetensors", metadata={"format": "pt"})
     tokens = tiny_tokens(tmp_path / "calibration")
-    with pytest.raises(UnusableError, match=r"cannot load the multi-token-prediction layers 3: .*eh_proj.*Set prune.mtp: drop"):
+    with pytest.raises(
+        UnusableError, match=r"cannot load the multi-token-prediction layers 3: .*eh_proj.*Set prune.mtp: drop"
+    ):
         observe(load_model(path), tokens, ObserveSpec(), batch_tokens=48, work_directory=tmp_path / "work", mtp=(3,))
 
 
 def test_two_observations_with_blocks_add_up(tmp_path: Path):
     model = load_model(saved("glm4_moe", tmp_path))
-    one, other = (dataclasses.replace(observe(model, tiny_tokens(tmp_path / f"calibration{seed}", seed=seed), ObserveSpec(), batch_tokens=48,
-                                              work_directory=tmp_path / f"work{seed}", mtp=(3,))) for seed in (0, 1))
+    one, other = (
+        dataclasses.replace(
+            observe(
+                model,
+                tiny_tokens(tmp_path / f"calibration{seed}", seed=seed),
+                ObserveSpec(),
+                batch_tokens=48,
+                work_directory=tmp_path / f"work{seed}",
+                mtp=(3,),
+            )
+        )
+        for seed in (0, 1)
+    )
     both = one + other
-    assert np.array_equal(both.statistics["count"], one.statistics["count"] + other.statistics["count"]) and both.layers[-1] == 3
+    assert (
+        np.array_equal(both.statistics["count"], one.statistics["count"] + other.statistics["count"])
+        and both.layers[-1] == 3
+    )
     assert np.array_equal(both.eaft.routed(3)[0], np.concatenate([one.eaft.routed(3)[0], other.eaft.routed(3)[0]]))
-    without = observe(model, tiny_tokens(tmp_path / "again"), ObserveSpec(), batch_tokens=48, work_directory=tmp_path / "again-work")
+    without = observe(
+        model, tiny_tokens(tmp_path / "again"), ObserveSpec(), batch_tokens=48, work_directory=tmp_path / "again-work"
+    )
     with pytest.raises(UnusableError, match=r"one holds multi-token-prediction layers"):
         one + without

@@ -37,7 +37,12 @@ def test_saved_and_loaded_it_is_the_same(observed, tmp_path: Path):
     for name in MAXIMA:
         assert np.array_equal(loaded.maxima[name], whole.maxima[name])
     assert np.array_equal(loaded.coactivation, whole.coactivation)
-    assert (loaded.layers, loaded.sources, loaded.num_experts, loaded.meta) == ((0, 1, 2), ("code", "prose"), 16, whole.meta)
+    assert (loaded.layers, loaded.sources, loaded.num_experts, loaded.meta) == (
+        (0, 1, 2),
+        ("code", "prose"),
+        16,
+        whole.meta,
+    )
     assert np.array_equal(loaded.eaft.routed(2)[1], whole.eaft.routed(2)[1])
     loaded.save(tmp_path / "b")
     assert [f.read_bytes() for f in sorted((tmp_path / "a").iterdir())] == [

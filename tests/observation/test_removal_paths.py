@@ -45,14 +45,21 @@ def test_uniform_drops_the_first_of_each_path_and_ratios_are_nested() -> None:
         for layer, decided in one.layers.items():
             assert set(decided.drop) == set(path(observation, layer)[:count])
             assert all(decided.reasons[expert] == "removal path" for expert in range(8))
-    assert chosen[4].layers[0].saliency[path(observation, 0)[2]] == pytest.approx(observation.reroute.error[0, 3, 2].item())
+    assert chosen[4].layers[0].saliency[path(observation, 0)[2]] == pytest.approx(
+        observation.reroute.error[0, 3, 2].item()
+    )
 
 
 def test_protected_experts_are_skipped() -> None:
     observation = observed()
     first = path(observation, 1)[0]
-    chosen = select(observation, REROUTE, prune(ratio=0.5, protect={"super_experts": False, "experts": {"1": [first]}}), TOY)
-    assert set(chosen.layers[1].drop) == set(path(observation, 1)[1:5]) and chosen.layers[1].reasons[first] == "protected by hand"
+    chosen = select(
+        observation, REROUTE, prune(ratio=0.5, protect={"super_experts": False, "experts": {"1": [first]}}), TOY
+    )
+    assert (
+        set(chosen.layers[1].drop) == set(path(observation, 1)[1:5])
+        and chosen.layers[1].reasons[first] == "protected by hand"
+    )
 
 
 def test_groups_lose_equal_numbers_in_path_order() -> None:
@@ -60,7 +67,9 @@ def test_groups_lose_equal_numbers_in_path_order() -> None:
     grouped = Architecture("toy_moe", 3, 8, 2, n_group=2, topk_group=1)
     for layer, decided in select(observation, REROUTE, prune(ratio=0.5, **PLAIN), grouped).layers.items():
         for group in (range(4), range(4, 8)):
-            ranked = [e for e in path(observation, layer) if e in group] + [e for e in group if e not in path(observation, layer)][::-1]
+            ranked = [e for e in path(observation, layer) if e in group] + [
+                e for e in group if e not in path(observation, layer)
+            ][::-1]
             assert {e for e in decided.drop if e in group} == set(ranked[:2])
 
 
@@ -86,20 +95,38 @@ def test_a_single_source_has_its_own_path_and_other_weights_are_refused() -> Non
     assert all(set(decided.drop) == set(path(observation, layer, 1)[:4]) for layer, decided in chosen.layers.items())
     even = select(observation, saliency_spec("reroute", mix=dict.fromkeys(observation.sources, 0.5)), spec, TOY)
     assert all(set(decided.drop) == set(path(observation, layer, 2)[:4]) for layer, decided in even.layers.items())
-    with pytest.raises(RecipeError, match="saliency.mix: reroute follows paths that were measured for the mix as it was calibrated, for equal weights"):
-        select(observation, saliency_spec("reroute", mix=dict(zip(observation.sources, (0.6, 0.4), strict=True))), spec, TOY)
+    with pytest.raises(
+        RecipeError,
+        match=(
+            "saliency.mix: reroute follows paths that were measured for the mix as it was calibrated, for equal weights"
+        ),
+    ):
+        select(
+            observation,
+            saliency_spec("reroute", mix=dict(zip(observation.sources, (0.6, 0.4), strict=True))),
+            spec,
+            TOY,
+        )
 
 
 def test_single_removals_are_weighed_by_source() -> None:
     observation = observed()
-    found = saliency(observation, saliency_spec(criterion="reroute-single", mix={observation.sources[0]: 0.25, observation.sources[1]: 0.75}))
+    found = saliency(
+        observation,
+        saliency_spec(criterion="reroute-single", mix={observation.sources[0]: 0.25, observation.sources[1]: 0.75}),
+    )
     expected = 0.25 * observation.reroute.single[:, 0] / 30 + 0.75 * observation.reroute.single[:, 1] / 10
     np.testing.assert_allclose(found, expected)
-    chosen = select(observation, saliency_spec("reroute-single", mix={observation.sources[0]: 1}), prune(ratio=0.5, **PLAIN), TOY)
+    chosen = select(
+        observation, saliency_spec("reroute-single", mix={observation.sources[0]: 1}), prune(ratio=0.5, **PLAIN), TOY
+    )
     for layer, decided in chosen.layers.items():
         values = decided.saliency
         assert set(decided.drop) == set(sorted(range(8), key=values.__getitem__)[:4])
-        assert max(values[e] for e in decided.drop) == sorted((observation.reroute.single[layer, 0] / 30).tolist())[3] or -float("inf") in values
+        assert (
+            max(values[e] for e in decided.drop) == sorted((observation.reroute.single[layer, 0] / 30).tolist())[3]
+            or -float("inf") in values
+        )
 
 
 def test_never_routed_experts_say_so_and_the_path_decides() -> None:
@@ -111,11 +138,21 @@ def test_never_routed_experts_say_so_and_the_path_decides() -> None:
 
 def test_what_was_not_measured_is_refused() -> None:
     bare = observe_routing(random_routing(0), trace=False)
-    with pytest.raises(UnusableError, match="reroute needs removal paths, and this observation holds none .* Observe with observe.reroute_tokens: 8192"):
+    with pytest.raises(
+        UnusableError,
+        match=(
+            "reroute needs removal paths, and this observation holds none .* Observe with observe.reroute_tokens: 8192"
+        ),
+    ):
         select(bare, REROUTE, prune(ratio=0.5, **PLAIN), TOY)
     observation = observed()
-    empty = dataclasses.replace(observation, reroute=dataclasses.replace(observation.reroute, tokens=torch.tensor([40, 0])))
-    with pytest.raises(UnusableError, match=f"the reroute sample holds no token of {observation.sources[1]}. Raise observe.reroute_tokens"):
+    empty = dataclasses.replace(
+        observation, reroute=dataclasses.replace(observation.reroute, tokens=torch.tensor([40, 0]))
+    )
+    with pytest.raises(
+        UnusableError,
+        match=f"the reroute sample holds no token of {observation.sources[1]}. Raise observe.reroute_tokens",
+    ):
         select(empty, saliency_spec("reroute", mix={observation.sources[1]: 1}), prune(ratio=0.5, **PLAIN), TOY)
     with pytest.raises(UnusableError, match=f"holds no token of {observation.sources[1]}"):
         select(empty, REROUTE, prune(ratio=0.5, **PLAIN), TOY)

@@ -47,24 +47,39 @@ def test_sources_are_sampled_in_equal_numbers_as_far_as_they_go(tmp_path: Path) 
     assert chosen == sampled_positions(tokens, 20)
     assert all(scored[row][offset] for row, offsets in chosen.items() for offset in offsets)
     assert all(sorted(set(offsets)) == offsets for offsets in chosen.values())
-    drawn = [sum(len(offsets) for row, offsets in chosen.items() if tokens.row_source[row] == source) for source in range(3)]
-    assert drawn == [7, 7, 6] if min(totals) >= 6 else drawn[totals.index(min(totals))] == min(totals) and sum(drawn) == 20
+    drawn = [
+        sum(len(offsets) for row, offsets in chosen.items() if tokens.row_source[row] == source) for source in range(3)
+    ]
+    assert (
+        drawn == [7, 7, 6] if min(totals) >= 6 else drawn[totals.index(min(totals))] == min(totals) and sum(drawn) == 20
+    )
     everything = sampled_positions(tokens, 10_000)
-    assert {row: len(offsets) for row, offsets in everything.items()} == {row: int(s.sum()) for row, s in scored.items() if s.any()}
+    assert {row: len(offsets) for row, offsets in everything.items()} == {
+        row: int(s.sum()) for row, s in scored.items() if s.any()
+    }
 
 
 @torch.no_grad()
 def test_paths_are_those_of_what_the_layers_see_at_the_sampled_positions(tmp_path: Path) -> None:
-    """One row at a time: what the block reads and the layer leaves at each sampled position, by hooks of the test's own."""
+    """One row at a time: what the block reads and the layer leaves at each sampled position, by hooks of the test's
+    own."""
     path, tokens = prepared("glm4_moe", tmp_path)
     observation, model = resident(path, tokens, tmp_path / "work"), load_model(path)
-    scored = torch.tensor([sum(int(tokens.row(row).scored.sum()) for row in range(tokens.num_rows) if tokens.row_source[row] == source)
-                           for source in range(len(tokens.sources))])
+    scored = torch.tensor(
+        [
+            sum(int(tokens.row(row).scored.sum()) for row in range(tokens.num_rows) if tokens.row_source[row] == source)
+            for source in range(len(tokens.sources))
+        ]
+    )
     sampled = sampled_positions(tokens, 40)
     for number, site in enumerate(find_experts(model)):
         read, left, source, seen = [], [], [], {}
-        handles = [site.block.register_forward_pre_hook(lambda block, args: seen.update(read=args[0][0])),
-                   model.model.layers[site.layer].register_forward_hook(lambda layer, args, output: seen.update(left=output[0]))]
+        handles = [
+            site.block.register_forward_pre_hook(lambda block, args: seen.update(read=args[0][0])),
+            model.model.layers[site.layer].register_forward_hook(
+                lambda layer, args, output: seen.update(left=output[0])
+            ),
+        ]
         for row in (row for group in tokens.groups for row in group if row in sampled):
             model(tokens.row(row).input_ids[None])
             for offset in sampled[row]:
@@ -73,7 +88,9 @@ def test_paths_are_those_of_what_the_layers_see_at_the_sampled_positions(tmp_pat
                 source.append(int(tokens.row_source[row]))
         for handle in handles:
             handle.remove()
-        expected = reroute_sample.measure_layer(model, site, torch.stack(read), torch.tensor(left), torch.tensor(source), scored)
+        expected = reroute_sample.measure_layer(
+            model, site, torch.stack(read), torch.tensor(left), torch.tensor(source), scored
+        )
         assert np.array_equal(observation.reroute.order[number], expected["order"])
         np.testing.assert_allclose(observation.reroute.error[number], expected["error"], rtol=1e-4, atol=1e-9)
         np.testing.assert_allclose(observation.reroute.single[number], expected["single"], rtol=1e-4, atol=1e-7)
@@ -83,9 +100,14 @@ def test_paths_are_those_of_what_the_layers_see_at_the_sampled_positions(tmp_pat
 def test_streaming_and_waves_give_the_resident_bytes(model_type: str, tmp_path: Path) -> None:
     path, tokens = prepared(model_type, tmp_path)
     expected = resident(path, tokens, tmp_path / "resident")
-    assert int(expected.reroute.tokens.sum()) == 40 and int((expected.reroute.order >= 0).sum()) == len(expected.layers) * 4 * 12
+    assert (
+        int(expected.reroute.tokens.sum()) == 40
+        and int((expected.reroute.order >= 0).sum()) == len(expected.layers) * 4 * 12
+    )
     for number, budget in enumerate((None, 48 * 64 * 4)):
-        got = observe_streaming(path, tokens, SPEC, batch_tokens=48, work_directory=tmp_path / f"streaming-{number}", hidden_bytes=budget)
+        got = observe_streaming(
+            path, tokens, SPEC, batch_tokens=48, work_directory=tmp_path / f"streaming-{number}", hidden_bytes=budget
+        )
         for name, tensor in vars(expected.reroute).items():
             assert np.array_equal(getattr(got.reroute, name), tensor), name
     assert len(list(tmp_path.glob("streaming-1/sums-*/wave-*/done"))) > 1
@@ -109,7 +131,9 @@ def test_killed_and_run_again_gives_the_same_bytes(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("placement", ["resident", "streaming"])
-def test_interrupted_between_two_layers_paths_it_goes_on_with_the_second(placement: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_between_two_layers_paths_it_goes_on_with_the_second(
+    placement: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, tokens = prepared("qwen3_moe", tmp_path)
     expected = resident(path, tokens, tmp_path / "whole").reroute
     find, found = reroute_sample.measure_layer, []
@@ -123,13 +147,17 @@ def test_interrupted_between_two_layers_paths_it_goes_on_with_the_second(placeme
     def observed() -> Observation:
         if placement == "resident":
             return resident(path, tokens, tmp_path / "stopped")
-        return observe_streaming(path, tokens, SPEC, batch_tokens=48, work_directory=tmp_path / "stopped", checkpoint_minutes=0)
+        return observe_streaming(
+            path, tokens, SPEC, batch_tokens=48, work_directory=tmp_path / "stopped", checkpoint_minutes=0
+        )
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(reroute_sample, "measure_layer", interrupted)
         observed()
     again = []
-    monkeypatch.setattr(reroute_sample, "measure_layer", lambda model, site, *rest: again.append(site.layer) or find(model, site, *rest))
+    monkeypatch.setattr(
+        reroute_sample, "measure_layer", lambda model, site, *rest: again.append(site.layer) or find(model, site, *rest)
+    )
     result = observed()
     assert found == [0] and again == [1, 2], "a finished layer's paths are not found again"
     assert all(np.array_equal(getattr(result.reroute, name), values) for name, values in vars(expected).items())
@@ -148,18 +176,31 @@ def test_an_observation_keeps_its_paths_and_a_sum_has_none(tmp_path: Path) -> No
     observation = resident(path, tokens, tmp_path / "work")
     observation.save(tmp_path / "saved")
     loaded = Observation.load(tmp_path / "saved")
-    assert all(np.array_equal(getattr(loaded.reroute, name), tensor) for name, tensor in vars(observation.reroute).items())
+    assert all(
+        np.array_equal(getattr(loaded.reroute, name), tensor) for name, tensor in vars(observation.reroute).items()
+    )
     assert (loaded + observation).reroute is None
 
 
 def test_what_cannot_be_rerouted_is_refused_before_it_runs(tmp_path: Path) -> None:
-    for model_type, why in {"llama4_text": "its gate scales the expert's input", "gemma4_text": "its experts have no block of their own"}.items():
+    for model_type, why in {
+        "llama4_text": "its gate scales the expert's input",
+        "gemma4_text": "its experts have no block of their own",
+    }.items():
         with pytest.raises(UnusableError, match=f"model_type '{model_type}' cannot be re-routed in layer 0: {why}"):
-            observe(tiny.build(model_type), tiny_tokens(tmp_path / "c"), SPEC, batch_tokens=48, work_directory=tmp_path / "work")
+            observe(
+                tiny.build(model_type),
+                tiny_tokens(tmp_path / "c"),
+                SPEC,
+                batch_tokens=48,
+                work_directory=tmp_path / "work",
+            )
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("model_type", [name for name in tiny.ARCHITECTURES if name not in ("llama4_text", "gemma4_text")])
+@pytest.mark.parametrize(
+    "model_type", [name for name in tiny.ARCHITECTURES if name not in ("llama4_text", "gemma4_text")]
+)
 def test_half_precision_experts_put_out_what_their_weights_say_in_float32(model_type: str) -> None:
     site = find_experts(tiny.build(model_type, torch.bfloat16))[-1]
     hidden = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -170,11 +211,17 @@ def test_half_precision_experts_put_out_what_their_weights_say_in_float32(model_
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("model_type", [name for name in tiny.ARCHITECTURES if name not in ("llama4_text", "gemma4_text")])
+@pytest.mark.parametrize(
+    "model_type", [name for name in tiny.ARCHITECTURES if name not in ("llama4_text", "gemma4_text")]
+)
 def test_every_other_architecture_is_rerouted_by_its_own_block(model_type: str, tmp_path: Path) -> None:
-    observation = observe(tiny.build(model_type), tiny_tokens(tmp_path / "c"), SPEC, batch_tokens=48, work_directory=tmp_path / "work")
+    observation = observe(
+        tiny.build(model_type), tiny_tokens(tmp_path / "c"), SPEC, batch_tokens=48, work_directory=tmp_path / "work"
+    )
     removed = (observation.reroute.order >= 0).sum(-1)
     least = {"mixtral": 2, "phimoe": 2, "deepseek_v2": 8, "deepseek_v3": 8, "deepseek_v32": 8}.get(model_type, 4)
     assert (removed == observation.num_experts - least).all() and (observation.reroute.error[:, -1, 0] >= 0).all()
     last = np.take_along_axis(observation.reroute.error[:, -1], removed[:, -1:] - 1, -1)
-    assert (last > observation.reroute.error[:, -1, :1]).all() or model_type == "ernie4_5_moe"  # whose tiny router sends all tokens the same way
+    assert (
+        last > observation.reroute.error[:, -1, :1]
+    ).all() or model_type == "ernie4_5_moe"  # whose tiny router sends all tokens the same way

@@ -42,7 +42,9 @@ class Layer:
         found = []
 
         def keep(site, hidden, index, gates, inner):
-            found.append(inner(hidden, index, gates) if hidden.dtype == torch.float32 else self.added_up(hidden, index, gates))
+            found.append(
+                inner(hidden, index, gates) if hidden.dtype == torch.float32 else self.added_up(hidden, index, gates)
+            )
             return hidden
 
         with intercepted((self.site,), keep), masked(self.model, {self.site.layer: sorted(alive)}):
@@ -68,7 +70,9 @@ class Layer:
 
         def keep(site, hidden, index, gates, inner):
             pairs = observed_forward(site, hidden, index, gates)[1]
-            for order, expert, gate, norm in zip(pairs.order.tolist(), pairs.expert.tolist(), pairs.gate.tolist(), pairs.norm.tolist(), strict=True):
+            for order, expert, gate, norm in zip(
+                pairs.order.tolist(), pairs.expert.tolist(), pairs.gate.tolist(), pairs.norm.tolist(), strict=True
+            ):
                 token = order // pairs.top_k
                 found[expert] += float(weight[token]) * gate * norm / float(self.residual[token]) ** 0.5
             return inner(hidden, index, gates)
@@ -84,7 +88,11 @@ class Layer:
     def weights(self) -> list[torch.Tensor]:
         """Each source alone, all with equal weights, all by their scored tokens."""
         mine = [(self.source == s).double() for s in range(SOURCES)]
-        return [*mine, sum(m / m.sum() for m in mine), sum(m / m.sum() * count for m, count in zip(mine, SCORED.tolist(), strict=True))]
+        return [
+            *mine,
+            sum(m / m.sum() for m in mine),
+            sum(m / m.sum() * count for m, count in zip(mine, SCORED.tolist(), strict=True)),
+        ]
 
 
 def greedy(layer: Layer, weight: torch.Tensor, least: int) -> list[tuple[int, float]]:
@@ -104,7 +112,11 @@ def greedy_in_rounds(layer: Layer, weight: torch.Tensor, groups: int, least: int
         load = layer.load(alive, weight)
         picks = [min((e for e in sorted(alive) if e // size == g), key=load.get) for g in range(groups)]
         for g in range(groups):
-            errors = {e: layer.error(alive - {e, *picks[:g], *picks[g + 1 :]}, weight) for e in sorted(alive) if e // size == g}
+            errors = {
+                e: layer.error(alive - {e, *picks[:g], *picks[g + 1 :]}, weight)
+                for e in sorted(alive)
+                if e // size == g
+            }
             picks[g] = min(errors, key=lambda e: (round(errors[e], 9), e))
         alive -= set(picks)
         rounds.append((picks, errors[picks[-1]]))
@@ -118,21 +130,34 @@ def test_path_equals_a_double_loop_over_masked_models(name: str) -> None:
     for number, weight in enumerate(layer.weights()):
         steps = greedy(layer, weight, least=2)
         assert found["order"][number].tolist() == [expert for expert, _ in steps] + [-1, -1]
-        torch.testing.assert_close(found["error"][number][: len(steps)], torch.tensor([error for _, error in steps]).double(), rtol=1e-4, atol=1e-9)
+        torch.testing.assert_close(
+            found["error"][number][: len(steps)],
+            torch.tensor([error for _, error in steps]).double(),
+            rtol=1e-4,
+            atol=1e-9,
+        )
     alone = [[layer.error(set(range(8)) - {e}, layer.weights()[s]) for e in range(8)] for s in range(SOURCES)]
-    torch.testing.assert_close(found["single"] / torch.bincount(layer.source)[:, None], torch.tensor(alone).double(), rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(
+        found["single"] / torch.bincount(layer.source)[:, None], torch.tensor(alone).double(), rtol=1e-4, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in SMALL if name != "deepseek_v3"])
 def test_path_in_half_precision_is_the_double_loops_up_to_ties(name: str) -> None:
-    """Near ties may go either way, so every step is checked on its own: the loop finds the path's error there, and none below it."""
+    """Near ties may go either way, so every step is checked on its own: the loop finds the path's error there, and none
+    below it."""
     layer = Layer(name, torch.bfloat16)
     found = layer.measured()
     for number, weight in enumerate(layer.weights()):
         alive = set(range(8))
-        for expert, reached in zip(found["order"][number][:6].tolist(), found["error"][number][:6].tolist(), strict=True):
+        for expert, reached in zip(
+            found["order"][number][:6].tolist(), found["error"][number][:6].tolist(), strict=True
+        ):
             errors = {e: layer.error(alive - {e}, weight) for e in alive}
-            assert reached == pytest.approx(errors[expert], rel=5e-3, abs=1e-9) and reached <= 1.005 * min(errors.values()) + 1e-9
+            assert (
+                reached == pytest.approx(errors[expert], rel=5e-3, abs=1e-9)
+                and reached <= 1.005 * min(errors.values()) + 1e-9
+            )
             alive.remove(expert)
 
 
@@ -141,15 +166,26 @@ def test_groups_lose_an_expert_each_in_rounds() -> None:
     found, weight = layer.measured(), layer.weights()[-1]
     rounds = greedy_in_rounds(layer, weight, groups=4, least=8)
     assert found["order"][-1].tolist() == [expert for picks, _ in rounds for expert in picks] + [-1] * 8
-    torch.testing.assert_close(found["error"][-1][3:8:4], torch.tensor([error for _, error in rounds]).double(), rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(
+        found["error"][-1][3:8:4], torch.tensor([error for _, error in rounds]).double(), rtol=1e-4, atol=1e-9
+    )
     load, everyone = layer.load(range(16), layer.weights()[2]), set(range(16))
     picks = [min(range(4 * g, 4 * g + 4), key=load.get) for g in range(4)]
-    alone = [layer.error(everyone - {e, *(pick for pick in picks if pick // 4 != e // 4)}, torch.ones(TOKENS)) for e in range(16)]
+    alone = [
+        layer.error(everyone - {e, *(pick for pick in picks if pick // 4 != e // 4)}, torch.ones(TOKENS))
+        for e in range(16)
+    ]
     torch.testing.assert_close(found["single"].sum(0) / TOKENS, torch.tensor(alone).double(), rtol=1e-4, atol=1e-9)
 
 
 def test_locality_is_found_out() -> None:
-    for name, local in {"qwen3_moe": True, "qwen2_moe": False, "glm4_moe": True, "mixtral": True, "gpt_oss": True}.items():
+    for name, local in {
+        "qwen3_moe": True,
+        "qwen2_moe": False,
+        "glm4_moe": True,
+        "mixtral": True,
+        "gpt_oss": True,
+    }.items():
         layer = Layer(name)
         for dtype in (torch.float32, torch.bfloat16):
             layer.model.to(dtype)
@@ -187,7 +223,8 @@ def test_projections_keep_norms_and_nearly_the_path() -> None:
 
 @pytest.mark.parametrize("name", [name for name in SMALL if name != "deepseek_v3"])
 def test_projections_hardly_change_what_is_kept(name: str) -> None:
-    """Random experts are near ties, so what counts is that the set chosen by projections is as good, by the loop's own error."""
+    """Random experts are near ties, so what counts is that the set chosen by projections is as good, by the loop's own
+    error."""
     layer = Layer(name)
     exactly, projected = layer.measured()["order"], layer.measured(projected=True)["order"]
     assert not torch.equal(layer.measured()["error"], layer.measured(projected=True)["error"])

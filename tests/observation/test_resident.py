@@ -45,7 +45,8 @@ def captured_calls(model, ids):
 
 
 def expert_outputs(site, hidden, index):
-    """{expert: {token: f(x)}}, through the class's own forward with a gate of one, on the tokens the expert was chosen for."""
+    """{expert: {token: f(x)}}, through the class's own forward with a gate of one, on the tokens the expert was chosen
+    for."""
     forward = functools.partial(type(site.module).forward.__wrapped__, site.module)
     outputs = {}
     for e in index.unique().tolist():
@@ -75,7 +76,11 @@ def naive(model, tokens, batch_tokens):
                         experts, scored = index[where].tolist(), bool(batch.scored[row, t])
                         for slot, e in enumerate(experts):
                             f = outputs[e][where]
-                            g, n, peak = float(gates[where, slot]), math.sqrt(float((f * f).sum())), float(f.abs().max())
+                            g, n, peak = (
+                                float(gates[where, slot]),
+                                math.sqrt(float((f * f).sum())),
+                                float(f.abs().max()),
+                            )
                             for name, value in zip(MAXIMA[:3], (n, g * n, peak)):
                                 for key in (name, name + "_scored") if scored else (name,):
                                     maxima[key][layer, s, e] = max(maxima[key][layer, s, e], value)
@@ -116,7 +121,9 @@ def test_llama4_counts_what_each_pair_adds(tmp_path: Path):
     for row in range(tokens.num_rows):
         inputs = {}
         hooks = [
-            layer.feed_forward.register_forward_pre_hook(lambda module, args, i=i: inputs.__setitem__(i, (module, args[0])))
+            layer.feed_forward.register_forward_pre_hook(
+                lambda module, args, i=i: inputs.__setitem__(i, (module, args[0]))
+            )
             for i, layer in enumerate(model.model.layers)
         ]
         with torch.no_grad():
@@ -156,14 +163,17 @@ def test_trace_holds_every_signal_in_row_order(model_type: str, tmp_path: Path):
                 np.add.at(sums[layer, trace.source[at]], expert[at], gate_norm[at])
             at += 1
     assert at == len(trace)
-    assert np.allclose(sums, observation.statistics["gate_norm_sum"], rtol=1e-6), "here every scored position has a signal"
+    assert np.allclose(sums, observation.statistics["gate_norm_sum"], rtol=1e-6), (
+        "here every scored position has a signal"
+    )
 
 
 def test_padding_and_batching_do_not_change_what_is_counted(tmp_path: Path):
     model = tiny.build("glm4_moe")
     tokens = tiny_tokens(tmp_path / "calibration", score="all")
     alone, together = (
-        observe(model, tokens, ObserveSpec(), batch_tokens=size, work_directory=tmp_path / str(size)) for size in (1, 96)
+        observe(model, tokens, ObserveSpec(), batch_tokens=size, work_directory=tmp_path / str(size))
+        for size in (1, 96)
     )
     assert np.array_equal(alone.statistics["count"], together.statistics["count"])
     assert alone.statistics["count"].sum((1, 2)).tolist() == [4 * 130, 4 * 130]
@@ -215,14 +225,13 @@ def test_killed_and_run_again_gives_the_same_bytes(tmp_path: Path):
     tokens = tiny_tokens(tmp_path / "calibration")
 
     def run(work: str) -> bytes:
-        observe(model, tokens, ObserveSpec(), batch_tokens=24, work_directory=tmp_path / work).save(tmp_path / f"{work}-saved")
+        observe(model, tokens, ObserveSpec(), batch_tokens=24, work_directory=tmp_path / work).save(
+            tmp_path / f"{work}-saved"
+        )
         return b"".join(file.read_bytes() for file in sorted((tmp_path / f"{work}-saved").iterdir()))
 
     script = KILLED.format(
-        root=str(ROOT),
-        steps=5,
-        calibration=str(tmp_path / "calibration"),
-        work=str(tmp_path / "killed"),
+        root=str(ROOT), steps=5, calibration=str(tmp_path / "calibration"), work=str(tmp_path / "killed")
     )
     assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == -9
     finished = list((tmp_path / "killed").rglob("group-*.safetensors"))
@@ -236,7 +245,8 @@ def test_nan_names_layer_and_expert(tmp_path: Path):
         model.model.layers[1].mlp.experts.down_proj[5, 0, 0] = torch.nan
     tokens = tiny_tokens(tmp_path / "calibration")
     with pytest.raises(
-        UnusableError, match=r"observe: NaN or infinity in layer 1, expert 5 \(1 of its 16 experts\), computed in float32"
+        UnusableError,
+        match=r"observe: NaN or infinity in layer 1, expert 5 \(1 of its 16 experts\), computed in float32",
     ):
         observe(model, tokens, ObserveSpec(), batch_tokens=48, work_directory=tmp_path / "work")
 
@@ -253,6 +263,12 @@ def test_the_model_is_left_as_it_was(tmp_path: Path):
     ids = torch.arange(10)[None]
     with torch.no_grad():
         before = model(ids, use_cache=False).logits
-        observe(model, tiny_tokens(tmp_path / "calibration"), ObserveSpec(), batch_tokens=48, work_directory=tmp_path / "work")
+        observe(
+            model,
+            tiny_tokens(tmp_path / "calibration"),
+            ObserveSpec(),
+            batch_tokens=48,
+            work_directory=tmp_path / "work",
+        )
         assert torch.equal(model(ids, use_cache=False).logits, before)
     assert model.config._experts_implementation == "grouped_mm"

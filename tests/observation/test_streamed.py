@@ -80,13 +80,14 @@ def test_quantized_checkpoints_are_dequantized_layer_by_layer(scheme: str, tmp_p
 
 
 def test_layers_that_leave_more_behind_than_their_output_start_again(tmp_path: Path):
-    """gemma's last layers read keys and values of earlier ones: a checkpoint of hidden states is not enough, and that is
-    noticed.
+    """gemma's last layers read keys and values of earlier ones: a checkpoint of hidden states is not enough, and that
+    is noticed.
     """
     kinds = ["sliding_attention", "full_attention"] * 2
     with tiny.quiet():
         path = tiny.save_hub_layout(
-            tiny.build("gemma4_text", num_hidden_layers=4, num_kv_shared_layers=2, layer_types=kinds), tmp_path / "model"
+            tiny.build("gemma4_text", num_hidden_layers=4, num_kv_shared_layers=2, layer_types=kinds),
+            tmp_path / "model",
         )
         resident = load_model(path)
     tokens = tiny_tokens(tmp_path / "calibration")
@@ -112,7 +113,9 @@ def test_layers_that_leave_more_behind_than_their_output_start_again(tmp_path: P
 def test_hidden_states_beyond_the_budget(budget: str, tmp_path: Path):
     path, tokens, expected = prepared("qwen3_moe", tmp_path)
     spool = {"hidden_bytes": 2 * 48 * 64 * 4, "offload_directory": tmp_path / "spool" if budget == "disk" else None}
-    got = observe_streaming(path, tokens, ObserveSpec(), batch_tokens=48, work_directory=tmp_path / "streaming", **spool)
+    got = observe_streaming(
+        path, tokens, ObserveSpec(), batch_tokens=48, work_directory=tmp_path / "streaming", **spool
+    )
     assert_equal(got, expected)
     if budget == "waves":
         assert len(list((tmp_path / "streaming").rglob("wave-*/done"))) > 1
@@ -150,8 +153,12 @@ observe_streaming({model!r}, CalibrationTokens.load({calibration!r}), ObserveSpe
 
 @pytest.mark.parametrize(
     ("model_type", "minutes"),
-    [("qwen3_moe", 0), ("qwen3_moe", 10), ("glm4_moe", 0),
-     *(pytest.param(name, 0, marks=pytest.mark.long) for name in ("qwen3_next", "nemotron_h"))],
+    [
+        ("qwen3_moe", 0),
+        ("qwen3_moe", 10),
+        ("glm4_moe", 0),
+        *(pytest.param(name, 0, marks=pytest.mark.long) for name in ("qwen3_next", "nemotron_h")),
+    ],
 )
 def test_killed_between_layers_it_continues_to_the_same_observation(model_type: str, minutes: int, tmp_path: Path):
     path, tokens, expected = prepared(model_type, tmp_path)
@@ -196,6 +203,7 @@ def test_a_missing_tensor_is_named(tmp_path: Path):
     tensors.pop("model.layers.1.mlp.gate.weight")
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
-        UnusableError, match="1 tensors that Qwen3MoeForCausalLM needs are missing, such as model.layers.1.mlp.gate.weight"
+        UnusableError,
+        match="1 tensors that Qwen3MoeForCausalLM needs are missing, such as model.layers.1.mlp.gate.weight",
     ):
         observe_streaming(path, tokens, ObserveSpec(), batch_tokens=48, work_directory=tmp_path / "work")

@@ -29,7 +29,9 @@ runtime: {{store: {root}/store{placement}}}
 @pytest.fixture
 def recipe(tmp_path: Path):
     draw = random.Random(0)
-    (tmp_path / "ids.jsonl").write_text("".join(json.dumps({"input_ids": [draw.randrange(5, 200) for _ in range(48)]}) + "\n" for _ in range(120)))
+    (tmp_path / "ids.jsonl").write_text(
+        "".join(json.dumps({"input_ids": [draw.randrange(5, 200) for _ in range(48)]}) + "\n" for _ in range(120))
+    )
 
     def written(model_type: str, placement: str = "") -> Path:
         tiny.save_hub_layout(tiny.build(model_type), tmp_path / "model")
@@ -39,8 +41,14 @@ def recipe(tmp_path: Path):
     return written
 
 
-@pytest.mark.parametrize(("model_type", "placement"), [("qwen3_moe", ""), pytest.param("gpt_oss", "", marks=pytest.mark.long),
-                                                       pytest.param("qwen3_moe", ", placement: streaming", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("model_type", "placement"),
+    [
+        ("qwen3_moe", ""),
+        pytest.param("gpt_oss", "", marks=pytest.mark.long),
+        pytest.param("qwen3_moe", ", placement: streaming", marks=pytest.mark.long),
+    ],
+)
 def test_what_was_judged_is_what_was_written(recipe, tmp_path: Path, model_type: str, placement: str) -> None:
     run = apply(load(recipe(model_type, placement)))
     evaluation = json.loads((tmp_path / "run" / "evaluation" / "evaluation.json").read_text())
@@ -58,6 +66,10 @@ def test_what_was_judged_is_what_was_written(recipe, tmp_path: Path, model_type:
 def test_quantized_checkpoints_are_refused_in_the_plan(recipe, tmp_path: Path) -> None:
     path = recipe("qwen3_moe")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
-    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
-    with pytest.raises(RecipeError, match=r"prune\.repair: ridge re-fits plain weights, but this checkpoint is quantized"):
+    (tmp_path / "model" / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "fp8"}})
+    )
+    with pytest.raises(
+        RecipeError, match=r"prune\.repair: ridge re-fits plain weights, but this checkpoint is quantized"
+    ):
         plan(load(path))

@@ -20,12 +20,23 @@ from reapkit.report.inspection.inspect import inspect
 from reapkit.selection.selection import Selection
 from tests.support.paths import ROOT
 
-SMALL = ("calibration.samples=48", "calibration.max_length=256", "evaluate.packs={samples: 24, lengths: [256]}", "evaluate.generation=null",
-         "saliency.criterion=reroute", "observe.reroute_tokens=512", "evaluate.controls=[reroute-single]", "observe.eaft=false")
+SMALL = (
+    "calibration.samples=48",
+    "calibration.max_length=256",
+    "evaluate.packs={samples: 24, lengths: [256]}",
+    "evaluate.generation=null",
+    "saliency.criterion=reroute",
+    "observe.reroute_tokens=512",
+    "evaluate.controls=[reroute-single]",
+    "observe.eaft=false",
+)
 
 
 def test_a_run_decides_by_removal_paths(tmp_path: Path) -> None:
-    recipe = load(ROOT / "recipes" / "demo.yaml", (*SMALL, f"runtime.store={tmp_path / 'store'}", f"output.directory={tmp_path / 'run'}"))
+    recipe = load(
+        ROOT / "recipes" / "demo.yaml",
+        (*SMALL, f"runtime.store={tmp_path / 'store'}", f"output.directory={tmp_path / 'run'}"),
+    )
     planned = plan(recipe)
     from reapkit.planning.estimates import estimate
 
@@ -38,7 +49,9 @@ def test_a_run_decides_by_removal_paths(tmp_path: Path) -> None:
     for row, layer in enumerate(chosen.layers.values()):
         assert set(layer.drop) == set(observation.reroute.order[row, -1, :16].tolist())
     found = inspect(run.directory / "observation").to_json()
-    assert found["reroute"]["tokens"] == dict(zip(observation.sources, observation.reroute.tokens.tolist(), strict=True))
+    assert found["reroute"]["tokens"] == dict(
+        zip(observation.sources, observation.reroute.tokens.tolist(), strict=True)
+    )
     assert len(found["reroute"]["error"]["0"]) == 3 and json.dumps(found)
 
 
@@ -51,9 +64,15 @@ def test_uniform_reroute_loses_at_most_six_tenths_of_what_reap_loses(tmp_path: P
     draws = [study.calibrated(seed) for seed in (42, 43)]
     noise = Noise.of(study.base, len(draws))
     for ratio in (Decimal("0.25"), Decimal("0.5")):
-        costs = {name: Cost.of(study.base, [study.pruned(study.select(draw, ratio, criterion=name)) for draw in draws], noise)
-                 for name in ("reap", "reroute")}
-        assert costs["reroute"].value <= 0.6 * costs["reap"].value, {name: (cost.value, cost.interval) for name, cost in costs.items()}
+        costs = {
+            name: Cost.of(
+                study.base, [study.pruned(study.select(draw, ratio, criterion=name)) for draw in draws], noise
+            )
+            for name in ("reap", "reroute")
+        }
+        assert costs["reroute"].value <= 0.6 * costs["reap"].value, {
+            name: (cost.value, cost.interval) for name, cost in costs.items()
+        }
 
 
 @pytest.mark.long
@@ -72,7 +91,15 @@ def test_projected_outputs_hardly_change_what_is_kept(tmp_path: Path, monkeypatc
         parts = [reroute_sample.load_file(file) for file in files]
         inputs, residual = (torch.cat([part[name] for part in parts]) for name in ("inputs", "residual"))
         for projected in found:
-            paths = measure_layer(self.model, site, inputs, residual, torch.zeros(len(inputs), dtype=torch.int64), torch.tensor([1]), projected=projected)
+            paths = measure_layer(
+                self.model,
+                site,
+                inputs,
+                residual,
+                torch.zeros(len(inputs), dtype=torch.int64),
+                torch.tensor([1]),
+                projected=projected,
+            )
             found[projected].append(paths["order"][-1, :16].tolist())
         finish(self, site)
 

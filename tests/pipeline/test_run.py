@@ -1,4 +1,5 @@
-"""The main job on the packaged model, small: one recipe to a pruned, 3-bit, proven model; and everything that can go wrong on the way."""
+"""The main job on the packaged model, small: one recipe to a pruned, 3-bit, proven model; and everything that can go
+wrong on the way."""
 
 from __future__ import annotations
 
@@ -30,8 +31,16 @@ from tests.support.browser import assert_readable, browser_or_skip
 from tests.support.paths import ROOT
 
 DEMO = ROOT / "recipes" / "demo.yaml"
-SMALL = ("calibration.samples=48", "calibration.max_length=256", "evaluate.packs={samples: 24, lengths: [256]}", "evaluate.generation=null", "evaluate.throughput=null",
-         "evaluate.gates={kl_mean: {max: 5}}", "evaluate.controls=[random]", "quantize.method=rtn")
+SMALL = (
+    "calibration.samples=48",
+    "calibration.max_length=256",
+    "evaluate.packs={samples: 24, lengths: [256]}",
+    "evaluate.generation=null",
+    "evaluate.throughput=null",
+    "evaluate.gates={kl_mean: {max: 5}}",
+    "evaluate.controls=[random]",
+    "quantize.method=rtn",
+)
 
 
 def recipe(root: Path, *overrides: str) -> LoadedRecipe:
@@ -39,7 +48,9 @@ def recipe(root: Path, *overrides: str) -> LoadedRecipe:
 
 
 def fingerprint(directory: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +78,18 @@ def finished(root: Path) -> Run:
 def test_every_stage_ran_and_left_its_files(finished: Run) -> None:
     assert finished.executed == [stage.name for stage in finished.plan.stages]
     names = {path.name for path in finished.directory.iterdir()}
-    assert {"calibration", "observation", "selection", "evaluation", "pruned", "quantized", "verify.json", "report.html", "run.json",
-            "recipe.resolved.yaml"} <= names
+    assert {
+        "calibration",
+        "observation",
+        "selection",
+        "evaluation",
+        "pruned",
+        "quantized",
+        "verify.json",
+        "report.html",
+        "run.json",
+        "recipe.resolved.yaml",
+    } <= names
 
 
 @pytest.mark.parametrize("name", ["pruned", "quantized"])
@@ -77,8 +98,12 @@ def test_the_results_load_in_plain_transformers_and_generate(finished: Run, name
     model, info = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "What is 2 + 3?"}], add_generation_prompt=True, return_tensors="pt",
-                                           return_dict=True)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is 2 + 3?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
     assert model.generate(**prompt, max_new_tokens=8, min_new_tokens=8).shape[1] == prompt["input_ids"].shape[1] + 8
     assert json.loads((directory / "config.json").read_text())["num_experts"] == 16
     assert (directory / "README.md").read_text().startswith("---\n")
@@ -90,7 +115,9 @@ def test_the_final_numbers_are_in_order(finished: Run) -> None:
     assert rows["base"]["kl_mean"] == 0 and rows["base"]["perplexity"] < rows["pruned"]["perplexity"]
     assert 0 < rows["pruned"]["kl_mean"] < rows["quantized"]["kl_mean"]
     proofs = json.loads((finished.directory / "verify.json").read_text())["proofs"]
-    assert {proof["directory"] for proof in proofs} == {"pruned", "quantized"} and all(proof["passed"] for proof in proofs)
+    assert {proof["directory"] for proof in proofs} == {"pruned", "quantized"} and all(
+        proof["passed"] for proof in proofs
+    )
 
 
 def test_the_plan_foretold_the_bytes(finished: Run) -> None:
@@ -138,18 +165,33 @@ def test_cached_samples_give_the_same_bytes_as_fresh_ones(finished: Run, root: P
 
 
 def test_another_criterion_reuses_the_observation(finished: Run, root: Path) -> None:
-    assert apply(recipe(root, "saliency.criterion=frequency", f"output.directory={root / 'other'}"), until="select").executed == ["select"]
+    assert apply(
+        recipe(root, "saliency.criterion=frequency", f"output.directory={root / 'other'}"), until="select"
+    ).executed == ["select"]
 
 
 def test_a_rejected_candidate_writes_no_model_and_says_what_would_pass(finished: Run, root: Path) -> None:
     limit = finished.summary("verify")["rows"][1]["kl_mean"] / 4
     strict = recipe(root, f"evaluate.gates={{kl_mean: {{max: {limit}}}}}", f"output.directory={root / 'rejected'}")
-    with pytest.raises(RejectedByGates, match="kl_mean(.|\n)*No weight was written. All numbers: .*report.html") as rejected:
+    with pytest.raises(
+        RejectedByGates, match="kl_mean(.|\n)*No weight was written. All numbers: .*report.html"
+    ) as rejected:
         apply(strict)
     assert not (root / "rejected" / "pruned").exists()
-    [advised] = [line.split("--set ")[1].strip("'") for line in str(rejected.value).splitlines() if "prune.candidates.ratio=" in line]
-    again = (advised, f"evaluate.gates={{kl_mean: {{max: {limit}}}}}", "evaluate.on_undecided=warn", f"output.directory={root / 'advised'}")
-    [name] = [candidate.name for candidate in make_plan(recipe(root, *again)).candidates]  # what it says to type is a recipe
+    [advised] = [
+        line.split("--set ")[1].strip("'")
+        for line in str(rejected.value).splitlines()
+        if "prune.candidates.ratio=" in line
+    ]
+    again = (
+        advised,
+        f"evaluate.gates={{kl_mean: {{max: {limit}}}}}",
+        "evaluate.on_undecided=warn",
+        f"output.directory={root / 'advised'}",
+    )
+    [name] = [
+        candidate.name for candidate in make_plan(recipe(root, *again)).candidates
+    ]  # what it says to type is a recipe
     searched = json.loads((root / "rejected" / "evaluation" / "evaluation.json").read_text())["search"]
     assert f"Nearest candidate that passes: {name} " in str(rejected.value)
     found = apply(recipe(root, *again), until="evaluate")  # and does what it says
@@ -163,7 +205,12 @@ def test_a_rejected_candidate_writes_no_model_and_says_what_would_pass(finished:
 
 
 def test_a_rejection_may_be_a_warning(finished: Run, root: Path) -> None:
-    lenient = recipe(root, "evaluate.gates={kl_mean: {max: 0.000001}}", "evaluate.on_reject=warn", f"output.directory={root / 'lenient'}")
+    lenient = recipe(
+        root,
+        "evaluate.gates={kl_mean: {max: 0.000001}}",
+        "evaluate.on_reject=warn",
+        f"output.directory={root / 'lenient'}",
+    )
     run = apply(lenient, until="prune")
     assert run.warnings and (root / "lenient" / "pruned" / "model.safetensors").is_file()
 
@@ -172,24 +219,40 @@ def test_a_rejected_quantization_is_not_published_and_names_the_next_scheme(fini
     metrics = json.loads((root / "run" / "verify.json").read_text())["metrics"]
     kl = {name: metrics[name]["256"]["all"]["kl_mean"] for name in ("pruned", "quantized")}
     limit = (kl["pruned"]["value"] + kl["quantized"]["interval"][0]) / 2  # the pruned model alone is inside
-    strict = recipe(root, f"evaluate.gates_quantized={{kl_mean: {{max: {limit}}}}}", f"output.directory={root / 'unpublished'}")
-    with pytest.raises(RejectedByGates, match=r"(?s)lost by quantizing.*method=gptq.*--set quantize.scheme=W4A16.*rejected, unp"):
+    strict = recipe(
+        root, f"evaluate.gates_quantized={{kl_mean: {{max: {limit}}}}}", f"output.directory={root / 'unpublished'}"
+    )
+    with pytest.raises(
+        RejectedByGates, match=r"(?s)lost by quantizing.*method=gptq.*--set quantize.scheme=W4A16.*rejected, unp"
+    ):
         apply(strict)
     assert (root / "unpublished" / "quantized.rejected").is_dir() and not (root / "unpublished" / "quantized").exists()
     assert (root / "unpublished" / "report.html").is_file()
 
 
 def test_where_the_pruning_alone_is_too_much_no_scheme_is_advised(finished: Run, root: Path) -> None:
-    strict = recipe(root, "evaluate.gates_quantized={kl_mean: {max: 0.000001}}", f"output.directory={root / 'hopeless'}")
-    with pytest.raises(RejectedByGates, match=r"(?s)The pruned model alone breaks them too.*--set prune.ratio=0.25\n") as rejected:
+    strict = recipe(
+        root, "evaluate.gates_quantized={kl_mean: {max: 0.000001}}", f"output.directory={root / 'hopeless'}"
+    )
+    with pytest.raises(
+        RejectedByGates, match=r"(?s)The pruned model alone breaks them too.*--set prune.ratio=0.25\n"
+    ) as rejected:
         apply(strict)
     assert "quantize.scheme" not in str(rejected.value)
 
 
 def test_an_undecided_quantization_ends_with_5_and_says_how_many_samples_it_takes(finished: Run, root: Path) -> None:
-    low, high = json.loads((root / "run" / "verify.json").read_text())["metrics"]["quantized"]["256"]["all"]["kl_mean"]["interval"]
-    doubtful = (f"evaluate.gates_quantized={{kl_mean: {{max: {low + 0.6 * (high - low)}}}}}", f"output.directory={root / 'doubtful'}")
-    with pytest.raises(RejectedByGates, match=r"undecided(.|\n)*--set evaluate.packs.samples=\d+(.|\n)*doubtful/quantized, and not uploaded"):
+    low, high = json.loads((root / "run" / "verify.json").read_text())["metrics"]["quantized"]["256"]["all"]["kl_mean"][
+        "interval"
+    ]
+    doubtful = (
+        f"evaluate.gates_quantized={{kl_mean: {{max: {low + 0.6 * (high - low)}}}}}",
+        f"output.directory={root / 'doubtful'}",
+    )
+    with pytest.raises(
+        RejectedByGates,
+        match=r"undecided(.|\n)*--set evaluate.packs.samples=\d+(.|\n)*doubtful/quantized, and not uploaded",
+    ):
         apply(recipe(root, *doubtful))
     assert (root / "doubtful" / "quantized").is_dir() and not (root / "doubtful" / "quantized.rejected").exists()
     assert apply(recipe(root, *doubtful, "evaluate.on_undecided=warn")).summary("verify")["verdict"] == "undecided"
@@ -206,13 +269,20 @@ def test_the_unpruned_model_at_about_the_same_bytes_stands_beside_the_result(fin
     assert "The same bytes, spent otherwise" in (finished.directory / "report.html").read_text()
 
 
-def test_a_directory_whose_proof_fails_is_not_published(finished: Run, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An expert's gate and up projections change places after quantizing: every name and shape is right, only the values are not."""
+def test_a_directory_whose_proof_fails_is_not_published(
+    finished: Run, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An expert's gate and up projections change places after quantizing: every name and shape is right, only the
+    values are not."""
+
     def swapped(source: Path, out: Path, *args: object, **options: object) -> dict:
         facts = quantize_checkpoint(source, out, *args, **options)
         (file,) = out.glob("*.safetensors")
         tensors = load_file(file)
-        up, gate = (next(name for name in tensors if name.endswith(f".{part}_proj.weight_packed") and ".experts." in name) for part in ("up", "gate"))
+        up, gate = (
+            next(name for name in tensors if name.endswith(f".{part}_proj.weight_packed") and ".experts." in name)
+            for part in ("up", "gate")
+        )
         for part in ("packed", "scale"):
             one, other = (name.replace("weight_packed", f"weight_{part}") for name in (up, gate))
             tensors[one], tensors[other] = tensors[other], tensors[one]
@@ -220,10 +290,14 @@ def test_a_directory_whose_proof_fails_is_not_published(finished: Run, root: Pat
         return facts
 
     monkeypatch.setattr("reapkit.pipeline.stages.quantize.quantize_checkpoint", swapped)
-    with pytest.raises(StageFailed, match="1 of 10 proofs do not hold, first quantized, dequantized: .*proj.weight") as failure:
+    with pytest.raises(
+        StageFailed, match="1 of 10 proofs do not hold, first quantized, dequantized: .*proj.weight"
+    ) as failure:
         apply(recipe(root, "quantize.group_size=32", f"output.directory={root / 'unproven'}"))
     assert failure.value.exit_code == 4
-    assert not [path for path in (root / "unproven").glob("*") if path.name.startswith(("quantized", "pruned", "verify"))]
+    assert not [
+        path for path in (root / "unproven").glob("*") if path.name.startswith(("quantized", "pruned", "verify"))
+    ]
 
 
 def test_only_what_is_kept_stays_on_disk(finished: Run, root: Path) -> None:
@@ -256,7 +330,9 @@ class Interrupting(Progress):
         pass
 
 
-def test_interrupted_in_the_middle_it_goes_on_and_ends_with_the_same_bytes(finished: Run, root: Path, tmp_path: Path) -> None:
+def test_interrupted_in_the_middle_it_goes_on_and_ends_with_the_same_bytes(
+    finished: Run, root: Path, tmp_path: Path
+) -> None:
     with pytest.raises(KeyboardInterrupt):
         apply(recipe(tmp_path), until="observe", progress=Interrupting("observe", 2000))
     assert not (tmp_path / "run" / "observation").exists()
@@ -265,15 +341,23 @@ def test_interrupted_in_the_middle_it_goes_on_and_ends_with_the_same_bytes(finis
     assert fingerprint(tmp_path / "run" / "observation") == fingerprint(root / "run" / "observation")
 
 
-def test_interrupted_while_it_evaluates_it_keeps_what_was_measured(finished: Run, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_while_it_evaluates_it_keeps_what_was_measured(
+    finished: Run, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from reapkit.evaluation import bench
 
-    shutil.copytree(root / "store", tmp_path / "store", ignore=shutil.ignore_patterns("evaluate-*", "prune-*", "quantize-*", "verify-*"))
+    shutil.copytree(
+        root / "store",
+        tmp_path / "store",
+        ignore=shutil.ignore_patterns("evaluate-*", "prune-*", "quantize-*", "verify-*"),
+    )
     with pytest.raises(KeyboardInterrupt):
         apply(recipe(tmp_path), until="evaluate", progress=Interrupting("evaluate random", 100))
     assert not (tmp_path / "run" / "evaluation").exists()
     measured, real = [], bench.measure
-    monkeypatch.setattr(bench, "measure", lambda *args, **kwargs: measured.append(kwargs["title"]) or real(*args, **kwargs))
+    monkeypatch.setattr(
+        bench, "measure", lambda *args, **kwargs: measured.append(kwargs["title"]) or real(*args, **kwargs)
+    )
     assert apply(recipe(tmp_path), until="evaluate").executed == ["evaluate"]
     assert measured == ["evaluate random-beside-reap-r0.5"], "candidate and confirm rows had been measured"
     assert fingerprint(tmp_path / "run" / "evaluation") == fingerprint(root / "run" / "evaluation")
@@ -284,15 +368,18 @@ def test_streaming_gives_the_same_observation_and_the_same_numbers(finished: Run
         streamed = apply(recipe(tmp_path, "runtime.placement=streaming"), until="verify")
     assert fingerprint(streamed.directory / "selection") == fingerprint(root / "run" / "selection")
     observed = ("observation.safetensors", "trace.safetensors")
-    assert [(streamed.directory / "observation" / name).read_bytes() for name in observed] == \
-        [(root / "run" / "observation" / name).read_bytes() for name in observed]
+    assert [(streamed.directory / "observation" / name).read_bytes() for name in observed] == [
+        (root / "run" / "observation" / name).read_bytes() for name in observed
+    ]
     for row, expected in zip(streamed.summary("verify")["rows"], finished.summary("verify")["rows"], strict=True):
         assert row["name"] == expected["name"] and row["bytes"] == expected["bytes"]
         assert row["kl_mean"] == pytest.approx(expected["kl_mean"], rel=1e-3, abs=1e-6)
         assert row["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-3)
 
 
-def test_a_missing_lm_eval_is_told_before_anything_runs(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_lm_eval_is_told_before_anything_runs(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("reapkit.evaluation.task_benchmarks.importlib.util.find_spec", lambda name: None)
     asked = recipe(tmp_path, "evaluate.lm_eval={tasks: [arc_easy]}")
     with pytest.raises(UnusableError, match="evaluate.lm_eval needs the package lm-eval, which is not installed"):
@@ -306,12 +393,22 @@ def test_another_content_of_a_task_file_is_another_verification(finished: Run, r
     keys = []
     for content in ("task: one", "task: two", "task: one"):
         (tmp_path / "mine.yaml").write_text(content)
-        keys.append(make_plan(load(tmp_path / "recipe.yaml", (*SMALL, "evaluate.lm_eval={tasks: [mine.yaml]}"))).stage("verify").key)
+        keys.append(
+            make_plan(load(tmp_path / "recipe.yaml", (*SMALL, "evaluate.lm_eval={tasks: [mine.yaml]}")))
+            .stage("verify")
+            .key
+        )
     assert keys[0] == keys[2] != keys[1]
 
 
 def test_layers_may_keep_different_numbers(finished: Run, root: Path) -> None:
-    ragged = recipe(root, "prune.layout=ragged", "prune.allocation=global", "quantize.scheme=null", f"output.directory={root / 'ragged'}")
+    ragged = recipe(
+        root,
+        "prune.layout=ragged",
+        "prune.allocation=global",
+        "quantize.scheme=null",
+        f"output.directory={root / 'ragged'}",
+    )
     run = apply(ragged, until="verify")
     counts = run.summary("prune")["experts"].values()
     assert sum(counts) == 64 and len(set(counts)) > 1
@@ -319,7 +416,9 @@ def test_layers_may_keep_different_numbers(finished: Run, root: Path) -> None:
     assert proofs and all(proof["passed"] for proof in proofs)
 
 
-def test_a_full_disk_fails_the_stage_and_can_be_resumed(finished: Run, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_fails_the_stage_and_can_be_resumed(
+    finished: Run, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import reapkit.pipeline.stages.select as stage
 
     def full(context: object) -> dict:
@@ -336,14 +435,24 @@ def test_a_full_disk_fails_the_stage_and_can_be_resumed(finished: Run, root: Pat
 
 def test_a_grid_takes_the_smallest_that_passes(finished: Run, root: Path) -> None:
     measured = finished.summary("verify")["rows"][1]["kl_mean"]
-    grid = recipe(root, "prune={candidates: {ratio: [0.9375, 0.5]}}", f"evaluate.gates={{kl_mean: {{max: {measured * 3}}}}}",
-                  f"output.directory={root / 'grid'}")
+    grid = recipe(
+        root,
+        "prune={candidates: {ratio: [0.9375, 0.5]}}",
+        f"evaluate.gates={{kl_mean: {{max: {measured * 3}}}}}",
+        f"output.directory={root / 'grid'}",
+    )
     run = apply(grid, until="prune")
-    assert run.summary("evaluate")["chosen"] == "reap-r0.5" and run.summary("prune")["experts"] == {str(i): 16 for i in range(4)}
+    assert run.summary("evaluate")["chosen"] == "reap-r0.5" and run.summary("prune")["experts"] == {
+        str(i): 16 for i in range(4)
+    }
 
 
-def test_the_command_line_ends_with_the_documented_codes(root: Path, finished: Run, capsys: pytest.CaptureFixture) -> None:
-    where = [f"--set={text}" for text in (*SMALL, f"runtime.store={root / 'store'}", f"output.directory={root / 'run'}")]
+def test_the_command_line_ends_with_the_documented_codes(
+    root: Path, finished: Run, capsys: pytest.CaptureFixture
+) -> None:
+    where = [
+        f"--set={text}" for text in (*SMALL, f"runtime.store={root / 'store'}", f"output.directory={root / 'run'}")
+    ]
     assert _run(["apply", str(DEMO), *where, "--json"], debug=False) == 0
     assert json.loads(capsys.readouterr().out)["executed"] == []
     assert _run(["apply", str(DEMO), *where, "--set", "prune.ratio=2"], debug=False) == 2
@@ -352,20 +461,39 @@ def test_the_command_line_ends_with_the_documented_codes(root: Path, finished: R
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_observations_are_merged_and_drawn(finished: Run, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_observations_are_merged_and_drawn(
+    finished: Run, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     observation = str(root / "run" / "observation")
     assert _run(["merge", observation, observation, "-o", str(tmp_path / "both")], debug=False) == 0
     once, twice = Observation.load(Path(observation)), Observation.load(tmp_path / "both")
-    assert np.array_equal(twice.statistics["gate_norm_sum"], 2 * once.statistics["gate_norm_sum"]) and len(twice.eaft) == 2 * len(once.eaft)
+    assert np.array_equal(twice.statistics["gate_norm_sum"], 2 * once.statistics["gate_norm_sum"]) and len(
+        twice.eaft
+    ) == 2 * len(once.eaft)
     assert np.array_equal(twice.saliency("reap"), once.saliency("reap"))
     assert _run(["merge", observation, "-o", str(tmp_path / "both")], debug=False) == 2
-    assert _run(["report", str(tmp_path / "both"), "-o", str(tmp_path / "page.html"), "--selection", str(root / "run" / "selection")], debug=False) == 0
+    assert (
+        _run(
+            [
+                "report",
+                str(tmp_path / "both"),
+                "-o",
+                str(tmp_path / "page.html"),
+                "--selection",
+                str(root / "run" / "selection"),
+            ],
+            debug=False,
+        )
+        == 0
+    )
     assert "<html" in (tmp_path / "page.html").read_text()[:500]
 
 
 def test_plan_runs_without_torch() -> None:
-    code = ("import sys; sys.modules['torch'] = None; from reapkit.cli.main import _run; "
-            f"sys.exit(_run(['plan', {str(DEMO)!r}, '--json'], False))")
+    code = (
+        "import sys; sys.modules['torch'] = None; from reapkit.cli.main import _run; "
+        f"sys.exit(_run(['plan', {str(DEMO)!r}, '--json'], False))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["base"]["experts"] == {str(layer): 32 for layer in range(4)}

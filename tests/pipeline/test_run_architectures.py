@@ -1,4 +1,5 @@
-"""The whole chain on other architectures and layouts, from tokens alone: no tokenizer, no chat template, no code per model."""
+"""The whole chain on other architectures and layouts, from tokens alone: no tokenizer, no chat template, no code per
+model."""
 
 from __future__ import annotations
 
@@ -31,12 +32,17 @@ def test_from_tokens_to_a_proven_quantized_model(model_type: str, tmp_path: Path
     tiny.save_hub_layout(tiny.build(model_type), tmp_path / "model")
     draw = random.Random(0)
     rows = [[draw.randrange(5, 200) for _ in range(draw.randrange(20, 60))] for _ in range(120)]
-    (tmp_path / "ids.jsonl").write_text("".join(json.dumps({"input_ids": row, "assistant_mask": [i > 9 for i in range(len(row))]}) + "\n"
-                                                for row in rows))
+    (tmp_path / "ids.jsonl").write_text(
+        "".join(
+            json.dumps({"input_ids": row, "assistant_mask": [i > 9 for i in range(len(row))]}) + "\n" for row in rows
+        )
+    )
     (tmp_path / "recipe.yaml").write_text(RECIPE.format(name=model_type, root=tmp_path))
     run = apply(load(tmp_path / "recipe.yaml"))
     proofs = json.loads((tmp_path / "run" / "verify.json").read_text())["proofs"]
-    assert {proof["directory"] for proof in proofs} == {"pruned", "quantized"} and all(proof["passed"] for proof in proofs)
+    assert {proof["directory"] for proof in proofs} == {"pruned", "quantized"} and all(
+        proof["passed"] for proof in proofs
+    )
     base, pruned, quantized = run.summary("verify")["rows"]
     assert quantized["bytes"] < pruned["bytes"] < base["bytes"]
     assert 0 <= pruned["kl_mean"] < quantized["kl_mean"] < 1  # 0 where every expert that went had never been routed to

@@ -1,4 +1,5 @@
-"""Multi-token prediction from the plan to the proof: what is decided from headers, what the selection keeps, what is written."""
+"""Multi-token prediction from the plan to the proof: what is decided from headers, what the selection keeps, what is
+written."""
 
 from __future__ import annotations
 
@@ -73,7 +74,9 @@ def test_the_plan_observes_what_transformers_loads(recipe) -> None:
     auto, wanted, dropped = (planned(path, f"prune.mtp={wish}") for wish in ("auto", "observe", "drop"))
     assert auto.mtp == wanted.mtp == (3,) and dropped.mtp == ()
     assert auto.stage("observe").key == wanted.stage("observe").key != dropped.stage("observe").key
-    assert "mtp" not in dropped.stage("observe").spec, "an observation without blocks is what it was before they could be observed"
+    assert "mtp" not in dropped.stage("observe").spec, (
+        "an observation without blocks is what it was before they could be observed"
+    )
     assert any("(layer 3) will be observed and pruned" in note for note in auto.notes)
     assert any("will be dropped (prune.mtp: drop). Engines lose speculative decoding" in note for note in dropped.notes)
     candidate = auto.candidates[0]
@@ -83,25 +86,41 @@ def test_the_plan_observes_what_transformers_loads(recipe) -> None:
     assert estimate(auto).footprints["resident"].device > estimate(dropped).footprints["resident"].device
 
 
-@pytest.mark.parametrize(("model_type", "said"), [
-    ("qwen3_moe", "transformers loads the multi-token-prediction blocks of deepseek_v3 and glm4_moe only, not of qwen3_moe"),
-    ("dots1", "not of dots1")])
-def test_what_transformers_does_not_load_is_dropped_or_refused(recipe, model_type: str, said: str, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("model_type", "said"),
+    [
+        (
+            "qwen3_moe",
+            "transformers loads the multi-token-prediction blocks of deepseek_v3 and glm4_moe only, not of qwen3_moe",
+        ),
+        ("dots1", "not of dots1"),
+    ],
+)
+def test_what_transformers_does_not_load_is_dropped_or_refused(
+    recipe, model_type: str, said: str, capsys: pytest.CaptureFixture
+) -> None:
     path = recipe(model_type)
     auto = planned(path)
     assert auto.mtp == () and "mtp" not in auto.stage("observe").spec
     assert any(said in note and "will be dropped" in note and "speculative decoding" in note for note in auto.notes)
     path.write_text(path.read_text().replace("{ratio: 0.5}", "{ratio: 0.5, mtp: observe}"))
-    with pytest.raises(RecipeError, match=f"recipe.yaml:5:26 prune.mtp: observe, but .*{said}. Choose drop, or auto, which drops what cannot be"):
+    with pytest.raises(
+        RecipeError,
+        match=f"recipe.yaml:5:26 prune.mtp: observe, but .*{said}. Choose drop, or auto, which drops what cannot be",
+    ):
         planned(path)
     assert _run(["apply", str(path)], debug=False) == 2
     assert "recipe.yaml:5:26 prune.mtp: observe, but" in capsys.readouterr().err and not (path.parent / "run").exists()
 
 
-@pytest.mark.parametrize(("change", "said"), [
-    ({"num_nextn_predict_layers": 2}, "declares 2 multi-token-prediction blocks behind layer 2"),
-    ({"num_nextn_predict_layers": 0}, "declares 0 multi-token-prediction blocks"),
-    ({"quantization_config": {"quant_method": "awq"}}, "quantized (awq)")])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_nextn_predict_layers": 2}, "declares 2 multi-token-prediction blocks behind layer 2"),
+        ({"num_nextn_predict_layers": 0}, "declares 0 multi-token-prediction blocks"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantized (awq)"),
+    ],
+)
 def test_blocks_that_do_not_fit_what_the_config_says(recipe, change: dict, said: str) -> None:
     path = recipe()
     config = path.parent / "model/config.json"
@@ -113,7 +132,9 @@ def test_blocks_that_do_not_fit_what_the_config_says(recipe, change: dict, said:
 def test_own_modelling_code_loads_no_block(recipe) -> None:
     path = recipe()
     config = path.parent / "model/config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}))
+    config.write_text(
+        json.dumps(json.loads(config.read_text()) | {"auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}})
+    )
     checkpoint = Checkpoint.open(path.parent / "model")
     assert why_unobserved(checkpoint, read_layout(checkpoint)) is None
     assert "code of its own" in why_unobserved(checkpoint, read_layout(checkpoint), trust_remote_code=True)
@@ -131,22 +152,36 @@ def with_block(seed: int) -> tuple[Observation, Observation]:
     def first(values: dict, axis: int = 0) -> dict:
         return type(values)((name, value.take(range(3), axis)) for name, value in values.items())
 
-    return whole, dataclasses.replace(whole, layers=(0, 1, 2), statistics=first(whole.statistics), maxima=first(whole.maxima),
-                                      coactivation=None if whole.coactivation is None else whole.coactivation[:3],
-                                      snapshots=first(whole.snapshots, 1))
+    return whole, dataclasses.replace(
+        whole,
+        layers=(0, 1, 2),
+        statistics=first(whole.statistics),
+        maxima=first(whole.maxima),
+        coactivation=None if whole.coactivation is None else whole.coactivation[:3],
+        snapshots=first(whole.snapshots, 1),
+    )
 
 
 @pytest.mark.parametrize("criterion", ["reap", "eaft-reap", "frequency", "ean", "random"])
 @pytest.mark.parametrize("allocation", ["uniform", "global"])
 def test_a_block_keeps_as_many_as_the_widest_layer_and_changes_no_other(criterion: str, allocation: str) -> None:
     whole, decoder = with_block(4)
-    spec = prune(ratio=0.5, allocation=allocation, layout="ragged" if allocation == "global" else "uniform", protect={"core_per_layer": 1})
+    spec = prune(
+        ratio=0.5,
+        allocation=allocation,
+        layout="ragged" if allocation == "global" else "uniform",
+        protect={"core_per_layer": 1},
+    )
     chosen, alone = (select(one, saliency_spec(criterion), spec, DECODER) for one in (whole, decoder))
     assert list(chosen.layers) == [0, 1, 2, 3]
-    assert {layer: chosen.layers[layer].keep for layer in (0, 1, 2)} == {layer: alone.layers[layer].keep for layer in (0, 1, 2)}
+    assert {layer: chosen.layers[layer].keep for layer in (0, 1, 2)} == {
+        layer: alone.layers[layer].keep for layer in (0, 1, 2)
+    }
     assert len(chosen.layers[3].keep) == max(len(chosen.layers[layer].keep) for layer in (0, 1, 2))
     block = chosen.layers[3]
-    best = sorted(set(range(8)) - {e for e, why in block.reasons.items() if why == "core"}, key=lambda e: (-block.saliency[e], e))
+    best = sorted(
+        set(range(8)) - {e for e, why in block.reasons.items() if why == "core"}, key=lambda e: (-block.saliency[e], e)
+    )
     cores = [e for e, why in block.reasons.items() if why == "core"]
     assert set(block.keep) == {*cores, *best[: len(block.keep) - len(cores)]} and len(cores) == 1
     assert "cap" not in block.reasons.values() and "layer minimum" not in block.reasons.values()
@@ -183,14 +218,22 @@ def test_super_experts_are_looked_for_in_the_decoder() -> None:
 def test_observed_pruned_proven_and_quantized(recipe, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     run = apply(load(recipe()))
     pruned = Checkpoint.open(tmp_path / "run/pruned")
-    assert read_layout(pruned).mtp[3].num_experts == pruned.config["n_routed_experts"] == 8 and pruned.config["num_nextn_predict_layers"] == 1
+    assert (
+        read_layout(pruned).mtp[3].num_experts == pruned.config["n_routed_experts"] == 8
+        and pruned.config["num_nextn_predict_layers"] == 1
+    )
     selection = Selection.load(tmp_path / "run/selection")
     assert list(selection.layers) == [1, 2, 3] and selection.layers[3].keep != selection.layers[2].keep
     before, after = (tensors(tmp_path / name) for name in ("model", "run/pruned"))
     for new, old in enumerate(selection.layers[3].keep):
-        assert torch.equal(after[f"model.layers.3.mlp.experts.{new}.up_proj.weight"], before[f"model.layers.3.mlp.experts.{old}.up_proj.weight"])
+        assert torch.equal(
+            after[f"model.layers.3.mlp.experts.{new}.up_proj.weight"],
+            before[f"model.layers.3.mlp.experts.{old}.up_proj.weight"],
+        )
     proofs = json.loads((tmp_path / "run/verify.json").read_text())["proofs"]
-    proof = next(proof for proof in proofs if proof["name"] == "multi-token prediction" and proof["directory"] == "pruned")
+    proof = next(
+        proof for proof in proofs if proof["name"] == "multi-token prediction" and proof["directory"] == "pruned"
+    )
     assert proof["measured"] and all(each["passed"] for each in proofs)
     assert {each["directory"] for each in proofs} == {"pruned", "quantized"}
     assert not any("speculative" in warning for warning in run.warnings)
@@ -198,12 +241,18 @@ def test_observed_pruned_proven_and_quantized(recipe, tmp_path: Path, capsys: py
     assert rounded["bytes"] < cut["bytes"] < base["bytes"] and 0 <= cut["kl_mean"] < rounded["kl_mean"] < 1
     assert pruned.nbytes == run.plan.pruned(run.plan.candidates[0]).nbytes
     quantized = Checkpoint.open(tmp_path / "run/quantized")
-    assert read_layout(quantized).mtp[3].num_experts == 8 and quantized.nbytes == pytest.approx(run.plan.quantized_nbytes(run.plan.candidates[0]), rel=0.01)
-    assert "| Multi-token prediction | kept, for speculative decoding |" in (tmp_path / "run/pruned/README.md").read_text()
+    assert read_layout(quantized).mtp[3].num_experts == 8 and quantized.nbytes == pytest.approx(
+        run.plan.quantized_nbytes(run.plan.candidates[0]), rel=0.01
+    )
+    assert (
+        "| Multi-token prediction | kept, for speculative decoding |" in (tmp_path / "run/pruned/README.md").read_text()
+    )
     assert load_model(tmp_path / "run/pruned") is not None and (tmp_path / "run/report.html").is_file()
     commands_read_it(tmp_path, capsys)
     assert apply(load(tmp_path / "recipe.yaml")).executed == []
-    dropped = apply(load(tmp_path / "recipe.yaml", ["prune.mtp=drop", f"output.directory={tmp_path}/other"]), until="prune")
+    dropped = apply(
+        load(tmp_path / "recipe.yaml", ["prune.mtp=drop", f"output.directory={tmp_path}/other"]), until="prune"
+    )
     assert {"observe", "select", "evaluate", "prune"} <= set(dropped.executed) and "calibrate" not in dropped.executed
     without = Checkpoint.open(tmp_path / "other/pruned")
     assert not read_layout(without).mtp_tensors and without.config["num_nextn_predict_layers"] == 0
@@ -215,16 +264,23 @@ def test_observed_pruned_proven_and_quantized(recipe, tmp_path: Path, capsys: py
 def commands_read_it(root: Path, capsys: pytest.CaptureFixture) -> None:
     """Every command that looks at an observation, a selection or a checkpoint copes with the further layer."""
     observation = str(root / "run/observation")
-    for command in (["inspect", observation], ["inspect", str(root / "run/selection")], ["inspect", str(root / "run/pruned")],
-                    ["verify", str(root / "run/pruned")], ["report", observation, "-o", str(root / "page.html")],
-                    ["export", observation, str(root / "export")], ["compare", observation, observation]):
+    for command in (
+        ["inspect", observation],
+        ["inspect", str(root / "run/selection")],
+        ["inspect", str(root / "run/pruned")],
+        ["verify", str(root / "run/pruned")],
+        ["report", observation, "-o", str(root / "page.html")],
+        ["export", observation, str(root / "export")],
+        ["compare", observation, observation],
+    ):
         assert _run(command, debug=False) == 0, command
     assert "multi-token prediction: layer 3, behind the decoder's" in capsys.readouterr().out
     assert "layer_3" in json.loads((root / "export/ranking_by_layer.json").read_text())
 
 
 def imported_both_ways(root: Path) -> None:
-    """An observation made elsewhere decides what can be observed: with the block it stays, without it is dropped or refused."""
+    """An observation made elsewhere decides what can be observed: with the block it stays, without it is dropped or
+    refused."""
     held, without = root / "run/observation", root / "other/observation"
     loaded = load(root / "recipe.yaml")
     assert make_plan(loaded, observation=held).mtp == (3,) and make_plan(loaded, observation=without).mtp == ()
@@ -249,29 +305,62 @@ def tensors(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def halved(source: Checkpoint, layout: str) -> Selection:
-    """Other experts in the blocks than in the decoder, groups kept even; with a ragged layout layer 1 keeps fewer than all others."""
+    """Other experts in the blocks than in the decoder, groups kept even; with a ragged layout layer 1 keeps fewer than
+    all others."""
     found, quarters = read_layout(source), [range(first, 16, 4) for first in range(4)]
     most = 2 if layout == "uniform" else 3
-    kept = {layer: quarters[: 2 if layer == 1 else most] for layer in found.layers} | {layer: quarters[4 - most :] for layer in found.mtp}
+    kept = {layer: quarters[: 2 if layer == 1 else most] for layer in found.layers} | {
+        layer: quarters[4 - most :] for layer in found.mtp
+    }
     chosen = {layer: {expert for quarter in taken for expert in quarter} for layer, taken in kept.items()}
-    return Selection("x", {layer: LayerSelection(tuple(sorted(keep)), tuple(sorted(set(range(16)) - keep)), ()) for layer, keep in chosen.items()})
+    return Selection(
+        "x",
+        {
+            layer: LayerSelection(tuple(sorted(keep)), tuple(sorted(set(range(16)) - keep)), ())
+            for layer, keep in chosen.items()
+        },
+    )
 
 
-@pytest.mark.parametrize(("model_type", "blocks", "dtype", "layout"), [
-    ("glm4_moe", 1, torch.float32, "uniform"), ("deepseek_v3", 1, torch.bfloat16, "uniform"), ("deepseek_v3", 2, torch.float32, "uniform"),
-    ("glm4_moe", 1, torch.float32, "ragged")])
-def test_pruned_blocks_predict_as_the_masked_original(model_type: str, blocks: int, dtype: torch.dtype, layout: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("model_type", "blocks", "dtype", "layout"),
+    [
+        ("glm4_moe", 1, torch.float32, "uniform"),
+        ("deepseek_v3", 1, torch.bfloat16, "uniform"),
+        ("deepseek_v3", 2, torch.float32, "uniform"),
+        ("glm4_moe", 1, torch.float32, "ragged"),
+    ],
+)
+def test_pruned_blocks_predict_as_the_masked_original(
+    model_type: str, blocks: int, dtype: torch.dtype, layout: str, tmp_path: Path
+) -> None:
     source = Checkpoint.open(tiny.save_hub_layout(tiny.build(model_type, dtype=dtype), tmp_path / "source", mtp=blocks))
     selection = halved(source, layout)
     prune_checkpoint(source, selection, tmp_path / "out", mtp="observe", layout=layout)
     proofs = prove_pruned(source.path, tmp_path / "out", selection)
-    assert [proof.name for proof in proofs] == ["tensors", "config", "loads", "logits", "generates", "multi-token prediction"]
+    assert [proof.name for proof in proofs] == [
+        "tensors",
+        "config",
+        "loads",
+        "logits",
+        "generates",
+        "multi-token prediction",
+    ]
     assert all(proof.passed and proof.measured for proof in proofs), proofs
     assert proofs[-1].value < 1e-4
     model = load_model(tmp_path / "out")
-    assert [site.num_experts for site in MtpBlocks(model, tuple(range(3, 3 + blocks)), model.device).sites] == [len(selection.keep[3])] * blocks
-    (weights,) = [file for file in (tmp_path / "out").glob("*.safetensors") if any(".layers.3." in name for name in load_file(file))]
+    assert [site.num_experts for site in MtpBlocks(model, tuple(range(3, 3 + blocks)), model.device).sites] == [
+        len(selection.keep[3])
+    ] * blocks
+    (weights,) = [
+        file
+        for file in (tmp_path / "out").glob("*.safetensors")
+        if any(".layers.3." in name for name in load_file(file))
+    ]
     changed = load_file(weights)
     changed["model.layers.3.mlp.gate.weight"] = changed["model.layers.3.mlp.gate.weight"].flip(0)
     save_file(changed, weights, metadata={"format": "pt"})
-    assert {proof.name for proof in prove_pruned(source.path, tmp_path / "out", selection) if not proof.passed} == {"tensors", "multi-token prediction"}
+    assert {proof.name for proof in prove_pruned(source.path, tmp_path / "out", selection) if not proof.passed} == {
+        "tensors",
+        "multi-token prediction",
+    }

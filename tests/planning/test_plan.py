@@ -28,35 +28,40 @@ def base() -> dict[str, str]:
     return keys()
 
 
-@pytest.mark.parametrize(("override", "expected"), [
-    ("calibration.samples=100", ALL),
-    ("calibration.seed=7", ALL),
-    ("calibration.mix.code.weight=0.9", ALL),
-    ("calibration.mix.prose.name=english", ALL),
-    ("observe.eaft=false", FROM_OBSERVE),
-    ("observe.entropy_top_k=10", FROM_OBSERVE),
-    ("saliency.criterion=frequency", FROM_SELECT),
-    ("saliency.prior_count=3", FROM_SELECT),
-    ("prune.ratio=0.25", FROM_SELECT),
-    ("prune.multiple_of=4", FROM_SELECT),
-    ("evaluate.controls=[random]", FROM_SELECT),
-    ("prune.repair=ridge", {"repair", "evaluate", *FROM_PRUNE}),
-    ("prune.mtp=drop", FROM_PRUNE),
-    ("output.max_shard_bytes=2000000", FROM_PRUNE),
-    ("evaluate.packs.samples=64", {"packs", "evaluate", "verify", "report"}),
-    ("evaluate.gates=strict", {"evaluate", "report"}),
-    ("quantize.scheme=W4A16", {"quantize", "verify", "report"}),
-    ("quantize.method=rtn", {"quantize", "verify", "report"}),
-    ("evaluate.gates_quantized=strict", {"verify", "report"}),
-    ("description=another", {"report"}),
-    ("output.card=false", {"report"}),
-    ("evaluate.on_reject=warn", set()),
-    ("runtime.batch_tokens=512", set()),
-    ("runtime.device=cpu", set()),
-    ("runtime.checkpoint_minutes=1", set()),
-    ("output.directory=elsewhere", set()),
-])
-def test_a_changed_field_reruns_exactly_its_descendants(override: str, expected: set[str], base: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("calibration.samples=100", ALL),
+        ("calibration.seed=7", ALL),
+        ("calibration.mix.code.weight=0.9", ALL),
+        ("calibration.mix.prose.name=english", ALL),
+        ("observe.eaft=false", FROM_OBSERVE),
+        ("observe.entropy_top_k=10", FROM_OBSERVE),
+        ("saliency.criterion=frequency", FROM_SELECT),
+        ("saliency.prior_count=3", FROM_SELECT),
+        ("prune.ratio=0.25", FROM_SELECT),
+        ("prune.multiple_of=4", FROM_SELECT),
+        ("evaluate.controls=[random]", FROM_SELECT),
+        ("prune.repair=ridge", {"repair", "evaluate", *FROM_PRUNE}),
+        ("prune.mtp=drop", FROM_PRUNE),
+        ("output.max_shard_bytes=2000000", FROM_PRUNE),
+        ("evaluate.packs.samples=64", {"packs", "evaluate", "verify", "report"}),
+        ("evaluate.gates=strict", {"evaluate", "report"}),
+        ("quantize.scheme=W4A16", {"quantize", "verify", "report"}),
+        ("quantize.method=rtn", {"quantize", "verify", "report"}),
+        ("evaluate.gates_quantized=strict", {"verify", "report"}),
+        ("description=another", {"report"}),
+        ("output.card=false", {"report"}),
+        ("evaluate.on_reject=warn", set()),
+        ("runtime.batch_tokens=512", set()),
+        ("runtime.device=cpu", set()),
+        ("runtime.checkpoint_minutes=1", set()),
+        ("output.directory=elsewhere", set()),
+    ],
+)
+def test_a_changed_field_reruns_exactly_its_descendants(
+    override: str, expected: set[str], base: dict[str, str]
+) -> None:
     changed = {name for name, key in keys(override).items() if key != base.get(name)}
     assert changed == expected
 
@@ -69,8 +74,10 @@ def test_the_key_follows_content_not_place(tmp_path: Path, base: dict[str, str])
 
 def test_a_local_source_enters_the_key_by_its_bytes(tmp_path: Path) -> None:
     recipe, data = tmp_path / "r.yaml", tmp_path / "data.jsonl"
-    recipe.write_text("version: 1\nname: t\nmodel: {source: 'builtin:demo'}\ncalibration: {samples: 4, mix: [{name: d, source: data.jsonl}]}\n"
-                      "prune: {ratio: 0.5}\nquantize: {group_size: 64}\n")
+    recipe.write_text(
+        "version: 1\nname: t\nmodel: {source: 'builtin:demo'}\ncalibration: {samples: 4, mix: [{name: d, source:"
+        " data.jsonl}]}\nprune: {ratio: 0.5}\nquantize: {group_size: 64}\n"
+    )
     data.write_text(json.dumps({"text": "one"}) + "\n")
     first = make_plan(load(recipe)).stage("calibrate").key
     data.write_text(json.dumps({"text": "two"}) + "\n")
@@ -80,26 +87,44 @@ def test_a_local_source_enters_the_key_by_its_bytes(tmp_path: Path) -> None:
 def test_integers_and_bytes_of_the_demo() -> None:
     plan = make_plan(load(ROOT / "recipes/demo.yaml"))
     pruned = plan.pruned(plan.candidates[0])
-    assert plan.base.experts == {layer: 32 for layer in range(4)} and pruned.experts == {layer: 16 for layer in range(4)}
+    assert plan.base.experts == {layer: 32 for layer in range(4)} and pruned.experts == {
+        layer: 16 for layer in range(4)
+    }
     removed = 4 * 16 * (3 * 64 * 128 + 128)  # three matrices and a router row for each of 16 experts in 4 layers
     assert plan.base.parameters - pruned.parameters == removed
     assert plan.base.nbytes - pruned.nbytes == 2 * removed
 
 
 def test_without_a_scheme_nothing_is_quantized() -> None:
-    assert "quantize" not in {stage.name for stage in make_plan(load(ROOT / "recipes/demo.yaml", ["quantize.scheme=null"])).stages}
+    assert "quantize" not in {
+        stage.name for stage in make_plan(load(ROOT / "recipes/demo.yaml", ["quantize.scheme=null"])).stages
+    }
 
 
 def test_a_grid_waits_for_its_verdict() -> None:
     plan = make_plan(load(ROOT / "recipes/demo.yaml", ["prune={candidates: {ratio: [0.5, 0.25]}}"]))
-    assert [candidate.ratio for candidate in plan.candidates] == sorted((c.ratio for c in plan.candidates), reverse=True)
+    assert [candidate.ratio for candidate in plan.candidates] == sorted(
+        (c.ratio for c in plan.candidates), reverse=True
+    )
     assert plan.stage("prune").key is None and plan.stage("evaluate").key
 
 
-@pytest.mark.parametrize(("mix", "has_path"), [("null", True), ("{math: 2}", True), ("{code: 3, tools: 3, prose: 3, math: 3}", True),
-                                               ("{code: 1, tools: 1}", False), ("{code: 2, tools: 1, prose: 1, math: 1}", False)])
+@pytest.mark.parametrize(
+    ("mix", "has_path"),
+    [
+        ("null", True),
+        ("{math: 2}", True),
+        ("{code: 3, tools: 3, prose: 3, math: 3}", True),
+        ("{code: 1, tools: 1}", False),
+        ("{code: 2, tools: 1, prose: 1, math: 1}", False),
+    ],
+)
 def test_reroute_takes_the_weights_that_paths_are_measured_for(mix: str, has_path: bool) -> None:
     overrides = ("observe.reroute_tokens=512", f"saliency.mix={mix}")
     make_plan(load(ROOT / "recipes/demo.yaml", (*overrides, "saliency.criterion=reroute-single")))
-    with nullcontext() if has_path else pytest.raises(RecipeError, match="saliency.mix=.*: reroute follows paths that were measured for"):
+    with (
+        nullcontext()
+        if has_path
+        else pytest.raises(RecipeError, match="saliency.mix=.*: reroute follows paths that were measured for")
+    ):
         make_plan(load(ROOT / "recipes/demo.yaml", (*overrides, "saliency.criterion=reroute")))

@@ -36,15 +36,18 @@ IDS = torch.randint(0, 250, (2, 20), generator=torch.Generator().manual_seed(1))
 EXPERT = re.compile(r"^(.*\.(\d+)\..*experts\.)(\d+)(\..*)$")
 
 
-def select(source: Checkpoint, ratio: float = 0.5, experts_per_token: int | None = None, seed: int = 0,
-           mtp: bool = False) -> Selection:
+def select(
+    source: Checkpoint, ratio: float = 0.5, experts_per_token: int | None = None, seed: int = 0, mtp: bool = False
+) -> Selection:
     """Random experts kept, as many in every group of a grouped router."""
     draw, architecture, layout = random.Random(seed), source.architecture, read_layout(source)
     layers = {}
     for index, layer in {**layout.layers, **(layout.mtp if mtp else {})}.items():
         group = layer.num_experts // architecture.n_group
         kept = group - int(group * ratio)
-        keep = sorted(first + e for first in range(0, layer.num_experts, group) for e in draw.sample(range(group), kept))
+        keep = sorted(
+            first + e for first in range(0, layer.num_experts, group) for e in draw.sample(range(group), kept)
+        )
         drop = tuple(e for e in range(layer.num_experts) if e not in keep)
         layers[index] = LayerSelection(tuple(keep), drop, (0.0,) * layer.num_experts)
     return Selection("random", layers, experts_per_token)
@@ -97,8 +100,11 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 @contextlib.contextmanager
 def masked_softmax(model: torch.nn.Module, keep: Mapping[int, tuple[int, ...]]) -> Iterator[None]:
     """qwen3_moe whose routers score dropped experts minus infinity: an oracle that shares no code with surgery."""
-    routers = {int(name.split(".")[2]): module for name, module in model.named_modules()
-               if isinstance(module, Qwen3MoeTopKRouter)}
+    routers = {
+        int(name.split(".")[2]): module
+        for name, module in model.named_modules()
+        if isinstance(module, Qwen3MoeTopKRouter)
+    }
     weights = {layer: router.weight.data for layer, router in routers.items()}
     linear = torch.nn.functional.linear
 
@@ -156,8 +162,9 @@ def test_pruned_checkpoints_are_proven(tmp_path, checkpoints, tmp_path_factory, 
     assert_bit_equal(source, tmp_path / "out", selection)
     pruned = Checkpoint.open(tmp_path / "out")
     kept = len(next(iter(selection.keep.values())))
-    assert pruned.architecture.num_experts == kept and {layer.num_experts
-                                                        for layer in read_layout(pruned).layers.values()} == {kept}
+    assert pruned.architecture.num_experts == kept and {
+        layer.num_experts for layer in read_layout(pruned).layers.values()
+    } == {kept}
     assert (pruned.numel, pruned.nbytes) == pruned_sizes(source, written.kept)
     original = load(source.path, model_type)
     with masked(original, selection.keep):
@@ -167,7 +174,11 @@ def test_pruned_checkpoints_are_proven(tmp_path, checkpoints, tmp_path_factory, 
     assert confirm_layout(source, read_layout(source), selection.keep)
 
 
-FUSED = [name for name in ARCHITECTURES if name not in ("gpt_oss", "llama4_text", "granitemoe", "gemma4_text", "qwen3_vl_moe")]
+FUSED = [
+    name
+    for name in ARCHITECTURES
+    if name not in ("gpt_oss", "llama4_text", "granitemoe", "gemma4_text", "qwen3_vl_moe")
+]
 
 
 @pytest.mark.parametrize("model_type", FUSED)
@@ -199,14 +210,18 @@ def synthetic(path: Path, weights: Mapping[str, torch.Tensor], **config: object)
         save_file({name: weights[name] for name in part}, path / shard, metadata={"format": "pt"})
         where |= dict.fromkeys(part, shard)
     (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": where}))
-    (path / "config.json").write_text(json.dumps({"hidden_size": 64, "num_hidden_layers": 2, "num_experts_per_tok": 2,
-                                                  **config}, indent=2))
+    (path / "config.json").write_text(
+        json.dumps({"hidden_size": 64, "num_hidden_layers": 2, "num_experts_per_tok": 2, **config}, indent=2)
+    )
     return Checkpoint.open(path)
 
 
 def random_bytes(*shape: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
-    return torch.randint(0, 120, shape).to(torch.uint8).view(dtype) if dtype.itemsize == 1 else torch.randint(-999, 999,
-                                                                                                              shape).to(dtype)
+    return (
+        torch.randint(0, 120, shape).to(torch.uint8).view(dtype)
+        if dtype.itemsize == 1
+        else torch.randint(-999, 999, shape).to(dtype)
+    )
 
 
 def test_block_fp8_scales_travel_with_their_weights(tmp_path):
@@ -219,10 +234,19 @@ def test_block_fp8_scales_travel_with_their_weights(tmp_path):
                 weights[f"{name}.weight_scale_inv"] = torch.rand(1, 1)
         weights[f"model.layers.{layer}.mlp.gate.weight"] = torch.rand(8, 64).bfloat16()
         weights[f"model.layers.{layer}.mlp.gate.e_score_correction_bias"] = torch.rand(8)
-        weights[f"model.layers.{layer}.mlp.shared_experts.up_proj.weight"] = random_bytes(8, 128, dtype=torch.float8_e4m3fn)
+        weights[f"model.layers.{layer}.mlp.shared_experts.up_proj.weight"] = random_bytes(
+            8, 128, dtype=torch.float8_e4m3fn
+        )
         weights[f"model.layers.{layer}.mlp.shared_experts.up_proj.weight_scale_inv"] = torch.rand(1, 1)
-    source = synthetic(tmp_path / "source", weights, model_type="deepseek_v3", n_routed_experts=8, n_group=2, topk_group=1,
-                       quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
+    source = synthetic(
+        tmp_path / "source",
+        weights,
+        model_type="deepseek_v3",
+        n_routed_experts=8,
+        n_group=2,
+        topk_group=1,
+        quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]},
+    )
     selection = select(source)
     prune_checkpoint(source, selection, tmp_path / "out")
     assert_bit_equal(source, tmp_path / "out", selection)
@@ -236,9 +260,17 @@ def test_mxfp4_blocks_scales_and_biases_are_sliced_alike(tmp_path):
             weights[f"{site}.experts.{part}_proj_blocks"] = random_bytes(8, 64, 2, 16)
             weights[f"{site}.experts.{part}_proj_scales"] = random_bytes(8, 64, 2)
             weights[f"{site}.experts.{part}_proj_bias"] = torch.rand(8, 64).bfloat16()
-        weights |= {f"{site}.router.weight": torch.rand(8, 64).bfloat16(), f"{site}.router.bias": torch.rand(8).bfloat16()}
-    source = synthetic(tmp_path / "source", weights, model_type="gpt_oss", num_local_experts=8,
-                       quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.mlp.router"]})
+        weights |= {
+            f"{site}.router.weight": torch.rand(8, 64).bfloat16(),
+            f"{site}.router.bias": torch.rand(8).bfloat16(),
+        }
+    source = synthetic(
+        tmp_path / "source",
+        weights,
+        model_type="gpt_oss",
+        num_local_experts=8,
+        quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.mlp.router"]},
+    )
     selection = select(source)
     prune_checkpoint(source, selection, tmp_path / "out")
     assert_bit_equal(source, tmp_path / "out", selection)
@@ -249,15 +281,22 @@ def test_packed_experts_keep_scales_and_shapes_and_their_names_are_renumbered(tm
     for layer in range(2):
         for expert in range(8):
             name = f"model.layers.{layer}.mlp.experts.{expert}.up_proj"
-            weights |= {f"{name}.weight_packed": random_bytes(32, 8, dtype=torch.int32),
-                        f"{name}.weight_scale": torch.rand(32, 1).half(),
-                        f"{name}.weight_shape": torch.tensor([32, 64])}
+            weights |= {
+                f"{name}.weight_packed": random_bytes(32, 8, dtype=torch.int32),
+                f"{name}.weight_scale": torch.rand(32, 1).half(),
+                f"{name}.weight_shape": torch.tensor([32, 64]),
+            }
         weights[f"model.layers.{layer}.mlp.gate.weight"] = torch.rand(8, 64)
     del weights["model.layers.1.mlp.experts.3.up_proj.weight_packed"]
     weights["model.layers.1.mlp.experts.3.up_proj.weight"] = torch.rand(32, 64)
     ignore = ["lm_head", "model.layers.1.mlp.experts.3.up_proj", "model.layers.1.mlp.experts.6.up_proj"]
-    source = synthetic(tmp_path / "source", weights, model_type="qwen3_moe", num_experts=8,
-                       quantization_config={"quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ignore})
+    source = synthetic(
+        tmp_path / "source",
+        weights,
+        model_type="qwen3_moe",
+        num_experts=8,
+        quantization_config={"quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ignore},
+    )
     keep = {0: (0, 1, 2, 3), 1: (1, 3, 4, 7)}
     selection = Selection("x", {layer: LayerSelection(kept, (), ()) for layer, kept in keep.items()})
     prune_checkpoint(source, selection, tmp_path / "out")
@@ -274,15 +313,22 @@ def test_quantizer_files_are_renumbered_and_else_copied_byte_for_byte(tmp_path, 
     source = Checkpoint.open(tmp_path / "source")
     keep = tuple(range(8, 16))
     prune_checkpoint(source, Selection("x", dict.fromkeys(range(3), LayerSelection(keep, (), ()))), tmp_path / "out")
-    expected = other.replace(b'"lm_head","model.layers.0.mlp.experts.15.up_proj" ', b'"lm_head", "model.layers.0.mlp.experts.7.up_proj"')
+    expected = other.replace(
+        b'"lm_head","model.layers.0.mlp.experts.15.up_proj" ', b'"lm_head", "model.layers.0.mlp.experts.7.up_proj"'
+    )
     assert (tmp_path / "out" / "hf_quant_config.json").read_bytes() == expected
     assert (tmp_path / "out" / "quantize_config.json").read_bytes() == b'{"bits":  4 }'
 
 
-def test_a_correction_bias_of_shape_one_by_experts_is_sliced_on_its_second_axis(tmp_path, checkpoints, tmp_path_factory):
+def test_a_correction_bias_of_shape_one_by_experts_is_sliced_on_its_second_axis(
+    tmp_path, checkpoints, tmp_path_factory
+):
     source = Checkpoint.open(saved("ernie4_5_moe", checkpoints, tmp_path_factory))
     layer = read_layout(source).layers[1]
-    assert layer.stacked == {"model.layers.1.mlp.gate.weight": 0, "model.layers.1.mlp.moe_statics.e_score_correction_bias": 1}
+    assert layer.stacked == {
+        "model.layers.1.mlp.gate.weight": 0,
+        "model.layers.1.mlp.moe_statics.e_score_correction_bias": 1,
+    }
 
 
 # ------------------------------------------------------------------------------------------ multi-token prediction
@@ -323,18 +369,31 @@ def test_multi_token_prediction_with_numbers_of_its_own_is_pruned_and_renamed_ap
         weights |= {f"{block}.mlp.experts.{expert}.up_proj.weight": torch.rand(4, 64) for expert in range(4)}
         weights |= {f"{block}.mlp.gate.weight": torch.rand(4, 64)}
     weights["mtp.fc.weight"] = torch.rand(64, 128)
-    ignore = [f"{block}.mlp.experts.3.up_proj" for block in ("model.layers.0", "model.layers.1", "mtp.layers.0")] + ["mtp.fc"]
-    source = synthetic(tmp_path / "source", weights, model_type="qwen3_next", num_experts=4, mtp_num_hidden_layers=1,
-                       quantization_config={"ignore": ignore})
+    ignore = [f"{block}.mlp.experts.3.up_proj" for block in ("model.layers.0", "model.layers.1", "mtp.layers.0")] + [
+        "mtp.fc"
+    ]
+    source = synthetic(
+        tmp_path / "source",
+        weights,
+        model_type="qwen3_next",
+        num_experts=4,
+        mtp_num_hidden_layers=1,
+        quantization_config={"ignore": ignore},
+    )
     keep = {0: (0, 1), 1: (2, 3), 2: (1, 3)}
     chosen = {layer: LayerSelection(kept, (), ()) for layer, kept in keep.items()}
     prune_checkpoint(source, Selection("x", chosen), tmp_path / "kept")
     after = tensors(tmp_path / "kept")
-    assert torch.equal(after["mtp.layers.0.mlp.experts.0.up_proj.weight"], weights["mtp.layers.0.mlp.experts.1.up_proj.weight"])
+    assert torch.equal(
+        after["mtp.layers.0.mlp.experts.0.up_proj.weight"], weights["mtp.layers.0.mlp.experts.1.up_proj.weight"]
+    )
     assert torch.equal(after["mtp.layers.0.mlp.gate.weight"], weights["mtp.layers.0.mlp.gate.weight"][[1, 3]])
     config = Checkpoint.open(tmp_path / "kept").config
-    assert config["quantization_config"]["ignore"] == ["model.layers.1.mlp.experts.1.up_proj",
-                                                       "mtp.layers.0.mlp.experts.1.up_proj", "mtp.fc"]
+    assert config["quantization_config"]["ignore"] == [
+        "model.layers.1.mlp.experts.1.up_proj",
+        "mtp.layers.0.mlp.experts.1.up_proj",
+        "mtp.fc",
+    ]
     assert config["mtp_num_hidden_layers"] == 1
     prune_checkpoint(source, Selection("x", chosen), tmp_path / "dropped", mtp="drop")
     config = Checkpoint.open(tmp_path / "dropped").config
@@ -344,7 +403,9 @@ def test_multi_token_prediction_with_numbers_of_its_own_is_pruned_and_renamed_ap
 
 
 def test_observed_multi_token_prediction_needs_a_selection(tmp_path, with_mtp):
-    with pytest.raises(UnusableError, match=r"multi-token-prediction layers \[3\]. Observe them, or set prune.mtp to drop"):
+    with pytest.raises(
+        UnusableError, match=r"multi-token-prediction layers \[3\]. Observe them, or set prune.mtp to drop"
+    ):
         prune_checkpoint(with_mtp, select(with_mtp), tmp_path / "out", mtp="observe")
     assert not (tmp_path / "out").exists()
 
@@ -355,13 +416,25 @@ def test_observed_multi_token_prediction_needs_a_selection(tmp_path, with_mtp):
 def test_everything_else_is_copied_byte_for_byte_and_stale_things_are_not(tmp_path, checkpoints, tmp_path_factory):
     path = tmp_path / "source"
     shutil.copytree(saved("qwen3_moe", checkpoints, tmp_path_factory), path)
-    copied = {"tokenizer.json": b"{}", "chat_template.jinja": b"{{ x }}\r\n", "generation_config.json": b'{"a":1}',
-              "modeling_x.py": b"x",
-              "speech/model.safetensors": b"other", "a b/\u00fc.txt": b"", ".gitattributes": b"*.bin"}
-    left = {".git/HEAD": b"", "__pycache__/x.pyc": b"", ".cache/huggingface/x": b"", "pytorch_model.bin": b"",
-            "original/model.safetensors": b"",
-            "pytorch_model.bin.index.json": b"", "model.safetensors.index.json": b'{"weight_map": {}}',
-            "consolidated.00.pth": b""}
+    copied = {
+        "tokenizer.json": b"{}",
+        "chat_template.jinja": b"{{ x }}\r\n",
+        "generation_config.json": b'{"a":1}',
+        "modeling_x.py": b"x",
+        "speech/model.safetensors": b"other",
+        "a b/\u00fc.txt": b"",
+        ".gitattributes": b"*.bin",
+    }
+    left = {
+        ".git/HEAD": b"",
+        "__pycache__/x.pyc": b"",
+        ".cache/huggingface/x": b"",
+        "pytorch_model.bin": b"",
+        "original/model.safetensors": b"",
+        "pytorch_model.bin.index.json": b"",
+        "model.safetensors.index.json": b'{"weight_map": {}}',
+        "consolidated.00.pth": b"",
+    }
     for name, content in {**copied, **left}.items():
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_bytes(content)
@@ -373,9 +446,15 @@ def test_everything_else_is_copied_byte_for_byte_and_stale_things_are_not(tmp_pa
     for name, content in copied.items():
         assert (tmp_path / "out" / name).read_bytes() == content
     assert not any((tmp_path / "out" / name).exists() for name in left)
-    assert (tmp_path / "out" / "merges.txt").read_bytes() == b"linked" and not (tmp_path / "out" / "merges.txt").is_symlink()
-    assert set(written.left_out) == {"pytorch_model.bin", "original/model.safetensors", "pytorch_model.bin.index.json",
-                                     "consolidated.00.pth"}
+    assert (tmp_path / "out" / "merges.txt").read_bytes() == b"linked" and not (
+        tmp_path / "out" / "merges.txt"
+    ).is_symlink()
+    assert set(written.left_out) == {
+        "pytorch_model.bin",
+        "original/model.safetensors",
+        "pytorch_model.bin.index.json",
+        "consolidated.00.pth",
+    }
     before, after = (path / "config.json").read_text(), (tmp_path / "out" / "config.json").read_text()
     assert after == before.replace('"num_experts": 16', '"num_experts": 8')
 
@@ -389,7 +468,9 @@ def test_shards_stay_below_their_size_and_the_index_adds_up(tmp_path, checkpoint
     assert index["metadata"]["total_size"] == pruned.nbytes and set(index["weight_map"]) == set(pruned.tensors)
     sizes = {shard: sum(t.nbytes for t in pruned.tensors.values() if t.shard == shard) for shard in pruned.shards}
     assert max(sizes.values()) <= limit and len(sizes) > 5 and set(sizes) == set(written.shards)
-    assert all(name == f"model-{number:05d}-of-{len(sizes):05d}.safetensors" for number, name in enumerate(sorted(sizes), 1))
+    assert all(
+        name == f"model-{number:05d}-of-{len(sizes):05d}.safetensors" for number, name in enumerate(sorted(sizes), 1)
+    )
     load(tmp_path / "out", "qwen3_moe")
 
 
@@ -397,8 +478,11 @@ def test_shards_that_lose_nothing_are_the_same_bytes(tmp_path):
     weights = {f"model.layers.1.mlp.experts.{expert}.up_proj.weight": torch.rand(64, 64) for expert in range(8)}
     weights |= {"model.layers.1.mlp.gate.weight": torch.rand(8, 64)}
     source = synthetic(tmp_path / "source", weights, model_type="qwen3_moe", num_experts=8)
-    save_file({"a.weight": torch.rand(200, 64)}, tmp_path / "source" / "model-extra.safetensors",
-              metadata={"format": "pt", "by": "me"})
+    save_file(
+        {"a.weight": torch.rand(200, 64)},
+        tmp_path / "source" / "model-extra.safetensors",
+        metadata={"format": "pt", "by": "me"},
+    )
     index = json.loads((tmp_path / "source" / "model.safetensors.index.json").read_text())
     index["weight_map"]["a.weight"] = "model-extra.safetensors"
     (tmp_path / "source" / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -409,8 +493,15 @@ def test_shards_that_lose_nothing_are_the_same_bytes(tmp_path):
 
 
 def test_mixed_item_sizes_stay_aligned(tmp_path):
-    weights = {f"model.layers.1.mlp.experts.{expert}.up_proj.{kind}": value for expert in range(8) for kind, value in
-               {"weight": random_bytes(3, 5), "scale": torch.rand(1), "weight_shape": torch.tensor([3, 5])}.items()}
+    weights = {
+        f"model.layers.1.mlp.experts.{expert}.up_proj.{kind}": value
+        for expert in range(8)
+        for kind, value in {
+            "weight": random_bytes(3, 5),
+            "scale": torch.rand(1),
+            "weight_shape": torch.tensor([3, 5]),
+        }.items()
+    }
     weights["model.layers.1.mlp.gate.weight"] = torch.rand(8, 64).half()
     source = synthetic(tmp_path / "source", weights, model_type="qwen3_moe", num_experts=8)
     selection = select(source, 0.25)
@@ -420,7 +511,9 @@ def test_mixed_item_sizes_stay_aligned(tmp_path):
         assert file.metadata() == {"format": "pt"}
 
 
-def test_a_second_run_writes_no_shard_and_an_interrupted_one_goes_on(tmp_path, checkpoints, tmp_path_factory, monkeypatch):
+def test_a_second_run_writes_no_shard_and_an_interrupted_one_goes_on(
+    tmp_path, checkpoints, tmp_path_factory, monkeypatch
+):
     source = Checkpoint.open(saved("qwen3_moe", checkpoints, tmp_path_factory))
     selection, options = select(source), dict(max_shard_bytes=200_000)
     prune_checkpoint(source, selection, tmp_path / "whole", **options)
@@ -459,8 +552,9 @@ def test_a_second_run_writes_no_shard_and_an_interrupted_one_goes_on(tmp_path, c
 
 def refused(source: Checkpoint, out: Path, keep: Mapping[int, tuple[int, ...]], top_k: int | None = None) -> str:
     with pytest.raises(UnusableError) as error:
-        prune_checkpoint(source, Selection("x", {layer: LayerSelection(kept, (), ()) for layer, kept in keep.items()}, top_k),
-                         out)
+        prune_checkpoint(
+            source, Selection("x", {layer: LayerSelection(kept, (), ()) for layer, kept in keep.items()}, top_k), out
+        )
     assert not out.exists()
     return str(error.value)
 
@@ -473,14 +567,19 @@ def test_selections_that_do_not_fit_are_refused(tmp_path, checkpoints, tmp_path_
     assert "different experts from 0 to 15" in refused(source, out, {1: good, 2: (*good[:-1], 16)})
     assert "ascending order" in refused(source, out, {1: good, 2: (2, 0, *good[2:])})
     assert "keeps 3 experts in layer 1, but each token is routed to 4" in refused(source, out, {1: (0, 1, 2), 2: good})
-    assert "unequal numbers of experts in the 4 groups of layer 2" in refused(source, out, {1: good, 2: tuple(range(8))})
+    assert "unequal numbers of experts in the 4 groups of layer 2" in refused(
+        source, out, {1: good, 2: tuple(range(8))}
+    )
     assert "between 4 and 8 experts per layer" in refused(source, out, {1: good, 2: (0, 4, 8, 12)})
 
 
 def test_a_layer_that_routes_by_table_only_stays_whole(tmp_path):
     site = "model.layers.0.mlp"
-    weights = {f"{site}.gate.weight": torch.rand(8, 64), f"{site}.gate.tid2eid": torch.zeros(9, 2, dtype=torch.int64),
-               f"{site}.experts.down_proj": torch.rand(8, 64, 4)}
+    weights = {
+        f"{site}.gate.weight": torch.rand(8, 64),
+        f"{site}.gate.tid2eid": torch.zeros(9, 2, dtype=torch.int64),
+        f"{site}.experts.down_proj": torch.rand(8, 64, 4),
+    }
     source = synthetic(tmp_path / "source", weights, model_type="deepseek_v4", n_routed_experts=8)
     assert "layer 0 assigns tokens to experts by a fixed table" in refused(source, tmp_path / "out", {0: (0, 1, 2)})
     prune_checkpoint(source, Selection("x", {0: LayerSelection(tuple(range(8)), (), ())}), tmp_path / "whole")

@@ -33,8 +33,11 @@ def uneven(source: Checkpoint, *, mtp: bool = False) -> Selection:
     for number, (index, layer) in enumerate({**layout.layers, **(layout.mtp if mtp else {})}.items()):
         group = layer.num_experts // architecture.n_group
         least = -(-architecture.least_experts // architecture.n_group)
-        keep = sorted(first + e for first in range(0, layer.num_experts, group)
-                      for e in draw.sample(range(group), max(group - 1 - number, least)))
+        keep = sorted(
+            first + e
+            for first in range(0, layer.num_experts, group)
+            for e in draw.sample(range(group), max(group - 1 - number, least))
+        )
         layers[index] = LayerSelection(tuple(keep), (), ())
     assert len({len(layer.keep) for layer in layers.values()}) > 1
     return Selection("random", layers)
@@ -45,8 +48,9 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
     return model.eval()(input_ids=IDS, use_cache=False).logits
 
 
-@pytest.mark.parametrize("model_type", ["qwen3_moe", "glm4_moe", "mixtral", "gpt_oss", "olmoe", "deepseek_v3", "qwen3_next",
-                                        "qwen3_vl_moe"])
+@pytest.mark.parametrize(
+    "model_type", ["qwen3_moe", "glm4_moe", "mixtral", "gpt_oss", "olmoe", "deepseek_v3", "qwen3_next", "qwen3_vl_moe"]
+)
 def test_ragged_checkpoints_load_in_transformers_and_equal_the_masked_original(tmp_path, model_type, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     source = Checkpoint.open(save_hub_layout(build(model_type), tmp_path / "source"))
@@ -54,14 +58,16 @@ def test_ragged_checkpoints_load_in_transformers_and_equal_the_masked_original(t
     written = prune_checkpoint(source, selection, tmp_path / "out", layout="ragged")
     pruned = Checkpoint.open(tmp_path / "out")
     assert {index: layer.num_experts for index, layer in read_layout(pruned).layers.items()} == written.kept
-    assert pruned.numel == pruned_sizes(source,
-                                        written.kept)[0] and pruned.architecture.num_experts == max(written.kept.values())
+    assert pruned.numel == pruned_sizes(source, written.kept)[0] and pruned.architecture.num_experts == max(
+        written.kept.values()
+    )
     auto = transformers.AutoModelForImageTextToText if model_type in MULTIMODAL else transformers.AutoModelForCausalLM
     plain = MULTIMODAL.get(model_type, transformers.AutoModelForCausalLM)
     with quiet():
         original = plain.from_pretrained(source.path, dtype=torch.float32)
-        model, info = auto.from_pretrained(tmp_path / "out", trust_remote_code=True, dtype=torch.float32,
-                                           output_loading_info=True)
+        model, info = auto.from_pretrained(
+            tmp_path / "out", trust_remote_code=True, dtype=torch.float32, output_loading_info=True
+        )
         own = ragged(type(original)).from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert type(model).__name__ == type(original).__name__
@@ -91,7 +97,9 @@ def test_a_ragged_checkpoint_can_be_pruned_again(tmp_path):
     even = Selection("x", dict.fromkeys(range(3), LayerSelection((0, 1, 5, 7), (), ())))
     prune_checkpoint(once, even, tmp_path / "even")
     assert Checkpoint.open(tmp_path / "even").config["num_routed_experts_per_layer"] == [4, 4, 4]
-    assert (tmp_path / "even" / "modeling_ragged.py").read_bytes() == (tmp_path / "once" / "modeling_ragged.py").read_bytes()
+    assert (tmp_path / "even" / "modeling_ragged.py").read_bytes() == (
+        tmp_path / "once" / "modeling_ragged.py"
+    ).read_bytes()
 
 
 def test_equal_numbers_stay_an_ordinary_checkpoint(tmp_path):
@@ -105,7 +113,9 @@ def test_equal_numbers_stay_an_ordinary_checkpoint(tmp_path):
 def test_models_with_code_of_their_own_are_refused(tmp_path):
     path = save_hub_layout(build("mixtral"), tmp_path / "source")
     config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModelForCausalLM": "modeling_mine.Mine"}}))
+    (path / "config.json").write_text(
+        json.dumps({**config, "auto_map": {"AutoModelForCausalLM": "modeling_mine.Mine"}})
+    )
     source = Checkpoint.open(path)
     with pytest.raises(UnusableError, match="modelling code of its own"):
         prune_checkpoint(source, uneven(source), tmp_path / "out", layout="ragged")
@@ -121,8 +131,11 @@ def test_transformers_own_list_is_understood():
 
 def vllm_config(counts: list[int] | None, **parallel: bool) -> types.SimpleNamespace:
     text = types.SimpleNamespace(num_experts=9, num_hidden_layers=2, num_routed_experts_per_layer=counts)
-    return types.SimpleNamespace(model_config=types.SimpleNamespace(hf_text_config=text, quantization=None),
-                                 parallel_config=types.SimpleNamespace(**parallel), speculative_config=None)
+    return types.SimpleNamespace(
+        model_config=types.SimpleNamespace(hf_text_config=text, quantization=None),
+        parallel_config=types.SimpleNamespace(**parallel),
+        speculative_config=None,
+    )
 
 
 def built(config: types.SimpleNamespace) -> list[int]:

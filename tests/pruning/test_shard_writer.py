@@ -37,8 +37,9 @@ def out(tmp_path) -> Path:
     return path
 
 
-def shard(number: int, shard: str = "a", ranges: tuple[tuple[int, int], ...] = ((100, 5000), (7000, 1),
-                                                                                (200_000, 90_000))) -> Shard:
+def shard(
+    number: int, shard: str = "a", ranges: tuple[tuple[int, int], ...] = ((100, 5000), (7000, 1), (200_000, 90_000))
+) -> Shard:
     cut = Cut(f"t{number}", "U8", (sum(length for _, length in ranges),), shard, ranges)
     return Shard(f"{number}.safetensors", encode_header([cut], {}), (cut,))
 
@@ -52,7 +53,9 @@ def written(source: Path, out: Path, shards: list[Shard]) -> dict[str, str]:
 
 def expected(source: Path, shard: Shard) -> bytes:
     data = {name: (source / name).read_bytes() for name in ("a", "b")}
-    return shard.header + b"".join(data[cut.shard][begin:begin + length] for cut in shard.cuts for begin, length in cut.ranges)
+    return shard.header + b"".join(
+        data[cut.shard][begin : begin + length] for cut in shard.cuts for begin, length in cut.ranges
+    )
 
 
 def refuse(code: int, monkeypatch: pytest.MonkeyPatch, call: str, *, after: int = 0) -> None:
@@ -69,7 +72,8 @@ def refuse(code: int, monkeypatch: pytest.MonkeyPatch, call: str, *, after: int 
 
 
 def refuse_direct(monkeypatch: pytest.MonkeyPatch, when: str) -> None:
-    """A file system that does not write past the page cache: said when a file is opened, or when it is first written."""
+    """A file system that does not write past the page cache: said when a file is opened, or when it is first
+    written."""
     opening, writing = os.open, os.pwrite
 
     def is_direct(descriptor: int) -> bool:
@@ -113,24 +117,37 @@ def test_a_whole_shard_is_the_same_file(source, out, monkeypatch, after):
     monkeypatch.setattr(shard_writer, "BLOCK_BYTES", mmap.PAGESIZE)
     if after is not None:
         refuse(errno.EXDEV, monkeypatch, "copy_file_range", after=after)
-    whole = Shard("1.safetensors", (source / "a").read_bytes()[:100], (Cut("x", "U8", (SIZE - 100,), "a",
-                                                                           ((100, SIZE - 100),)),), "a")
+    whole = Shard(
+        "1.safetensors",
+        (source / "a").read_bytes()[:100],
+        (Cut("x", "U8", (SIZE - 100,), "a", ((100, SIZE - 100),)),),
+        "a",
+    )
     hashes = written(source, out, [whole])
     assert (out / "1.safetensors").read_bytes() == (source / "a").read_bytes()
     assert hashes == {"1.safetensors": hashlib.sha256((source / "a").read_bytes()).hexdigest()}
 
 
 @pytest.mark.parametrize("call, after", [("pwrite", 2), ("preadv", 7), ("posix_fallocate", 2), ("fsync", 3)])
-@pytest.mark.parametrize("code, words", [(errno.ENOSPC, "is full. Free space there, then run again"),
-                                         (errno.EROFS, "is read-only"),
-                                         (errno.EIO, "the disk reported a failure")])
-def test_a_failing_disk_leaves_finished_shards_and_nothing_half_written(source, out, monkeypatch, call, after, code, words):
+@pytest.mark.parametrize(
+    "code, words",
+    [
+        (errno.ENOSPC, "is full. Free space there, then run again"),
+        (errno.EROFS, "is read-only"),
+        (errno.EIO, "the disk reported a failure"),
+    ],
+)
+def test_a_failing_disk_leaves_finished_shards_and_nothing_half_written(
+    source, out, monkeypatch, call, after, code, words
+):
     refuse(code, monkeypatch, call, after=after)
     done, shards = {}, {one.name: one for one in map(shard, range(1, 12))}
     with SILENT.task("write") as task, pytest.raises(StageFailed, match=words):
         write_shards(source, out, list(shards.values()), task, lambda shard, sha: done.update({shard.name: sha}))
     left = {path.name: path.read_bytes() for path in out.iterdir()}
-    assert done.keys() <= left.keys() and len(left) - len(done) <= 1  # one may have its name but not yet a safe directory
+    assert (
+        done.keys() <= left.keys() and len(left) - len(done) <= 1
+    )  # one may have its name but not yet a safe directory
     assert left == {name: expected(source, shards[name]) for name in left}
     assert not [thread for thread in threading.enumerate() if thread.name.startswith(("write", "hash"))]
 

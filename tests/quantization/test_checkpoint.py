@@ -1,4 +1,5 @@
-"""Quantized directories: exact bits on disk, the source's names and config, one progress of ours, and what is refused."""
+"""Quantized directories: exact bits on disk, the source's names and config, one progress of ours, and what is
+refused."""
 
 from __future__ import annotations
 
@@ -41,8 +42,14 @@ def saved(tmp_path_factory: pytest.TempPathFactory):
 
     def of(model_type: str) -> Path:
         if model_type not in directories:
-            wide = {"gemma4_text": {"hidden_size_per_layer_input": 32}, "deepseek_v3": {"kv_lora_rank": 32, "q_lora_rank": 32}}.get(model_type, {})
-            path = save_hub_layout(build(model_type, dtype=torch.bfloat16, num_hidden_layers=2, **wide), tmp_path_factory.mktemp(model_type) / "model")
+            wide = {
+                "gemma4_text": {"hidden_size_per_layer_input": 32},
+                "deepseek_v3": {"kv_lora_rank": 32, "q_lora_rank": 32},
+            }.get(model_type, {})
+            path = save_hub_layout(
+                build(model_type, dtype=torch.bfloat16, num_hidden_layers=2, **wide),
+                tmp_path_factory.mktemp(model_type) / "model",
+            )
             (path / "chat_template.jinja").write_text("{{ messages }}")
             (path / "README.md").write_text("the source's card")
             directories[model_type] = path
@@ -63,8 +70,16 @@ def holds(source: Path, out: Path, spec: QuantizeSpec) -> dict[str, bool]:
     return {proof.name: proof.measured for proof in proofs}
 
 
-@pytest.mark.parametrize("scheme", ["W3A16", "W8A16", "FP8_DYNAMIC", "MXFP4A16",
-                                    *(pytest.param(name, marks=pytest.mark.long) for name in ("W2A16", "FP8_BLOCK", "MXFP8A16", "NVFP4A16"))])
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        "W3A16",
+        "W8A16",
+        "FP8_DYNAMIC",
+        "MXFP4A16",
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("W2A16", "FP8_BLOCK", "MXFP8A16", "NVFP4A16")),
+    ],
+)
 def test_every_scheme_takes_exactly_the_bytes_predicted_and_is_proven(saved, tmp_path: Path, scheme: str) -> None:
     source, spec = saved("qwen3_moe"), spec_of(scheme)
     facts = quantize_checkpoint(source, tmp_path / "out", spec)
@@ -73,15 +88,29 @@ def test_every_scheme_takes_exactly_the_bytes_predicted_and_is_proven(saved, tmp
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
-def test_w3a16_with_groups_of_128_is_three_and_an_eighth_bits_in_every_matrix(tokens, tmp_path: Path, method: str) -> None:
-    model = build("qwen3_moe", dtype=torch.bfloat16, hidden_size=128, moe_intermediate_size=128, head_dim=32, num_experts=4, num_hidden_layers=2)
+def test_w3a16_with_groups_of_128_is_three_and_an_eighth_bits_in_every_matrix(
+    tokens, tmp_path: Path, method: str
+) -> None:
+    model = build(
+        "qwen3_moe",
+        dtype=torch.bfloat16,
+        hidden_size=128,
+        moe_intermediate_size=128,
+        head_dim=32,
+        num_experts=4,
+        num_hidden_layers=2,
+    )
     source, spec = save_hub_layout(model, tmp_path / "model"), QuantizeSpec(scheme="W3A16", method=method)
     facts = quantize_checkpoint(source, tmp_path / "out", spec, calibration=tokens)
     assert facts["bits_per_weight"] == 3.125
     assert facts["quantized_matrices"] == 2 * (4 * 3 + 4)
     before, after = Checkpoint.open(source).tensors, Checkpoint.open(tmp_path / "out").tensors
-    bits = {name: sum(after[name.removesuffix("weight") + part].nbytes for part in ("weight_packed", "weight_scale")) * 8 / before[name].numel
-            for name in targets(Checkpoint.open(source), spec).matrices}
+    bits = {
+        name: sum(after[name.removesuffix("weight") + part].nbytes for part in ("weight_packed", "weight_scale"))
+        * 8
+        / before[name].numel
+        for name in targets(Checkpoint.open(source), spec).matrices
+    }
     assert len(bits) == facts["quantized_matrices"] and set(bits.values()) == {3.125}
     (proof,) = (proof for proof in prove_quantized(source, tmp_path / "out", spec) if proof.name == "tensors")
     assert proof.passed and "3.125 bits per weight" in proof.detail
@@ -91,12 +120,20 @@ def test_w3a16_with_groups_of_128_is_three_and_an_eighth_bits_in_every_matrix(to
 def test_gptq_is_saved_under_the_names_that_load(saved, tokens, tmp_path: Path, model_type: str) -> None:
     source, spec = saved(model_type), spec_of(method="gptq")
     facts = quantize_checkpoint(source, tmp_path / "out", spec, calibration=tokens, batch_tokens=80)
-    assert holds(source, tmp_path / "out", spec) == dict.fromkeys(("tensors", "dequantized", "loads", "logits", "generates"), True)
+    assert holds(source, tmp_path / "out", spec) == dict.fromkeys(
+        ("tensors", "dequantized", "loads", "logits", "generates"), True
+    )
     assert facts["calibration_tokens"] == tokens.num_tokens
 
 
-@pytest.mark.parametrize(("model_type", "method"), [*((name, "rtn") for name in STACKED), ("gpt_oss", "gptq"),
-                                                    *(pytest.param(name, "gptq", marks=pytest.mark.long) for name in ("granitemoe", "gemma4_text"))])
+@pytest.mark.parametrize(
+    ("model_type", "method"),
+    [
+        *((name, "rtn") for name in STACKED),
+        ("gpt_oss", "gptq"),
+        *(pytest.param(name, "gptq", marks=pytest.mark.long) for name in ("granitemoe", "gemma4_text")),
+    ],
+)
 def test_stacked_experts_are_written_one_by_one(saved, tokens, tmp_path: Path, model_type: str, method: str) -> None:
     source, spec = saved(model_type), spec_of("W4A16", method)
     facts = quantize_checkpoint(source, tmp_path / "out", spec, calibration=tokens)
@@ -119,7 +156,10 @@ def test_config_and_companions_are_the_sources_own(saved, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
 def test_shards_stay_shards_and_none_is_larger_than_allowed(tmp_path: Path, tokens, method: str) -> None:
-    source, spec = save_hub_layout(build("qwen3_moe", dtype=torch.bfloat16), tmp_path / "model", max_shard_size="200KB"), spec_of(method=method)
+    source, spec = (
+        save_hub_layout(build("qwen3_moe", dtype=torch.bfloat16), tmp_path / "model", max_shard_size="200KB"),
+        spec_of(method=method),
+    )
     before, whole, limit = Checkpoint.open(source), {}, 20_000
     assert len(before.shards) > 1
     for name, most in (("kept", 200_000), ("split", limit)):
@@ -128,12 +168,21 @@ def test_shards_stay_shards_and_none_is_larger_than_allowed(tmp_path: Path, toke
         index = json.loads((tmp_path / name / "model.safetensors.index.json").read_text())
         assert index["metadata"]["total_size"] == result.nbytes == quantized_bytes(before, spec)
         assert index["weight_map"] == {tensor.name: tensor.shard for tensor in result.tensors.values()}
-        assert sorted(result.shards) == sorted(file.name for file in (tmp_path / name).glob("*.safetensors")) and not list((tmp_path / name).glob("*.part"))
-        whole[name] = {key: value for shard in result.shards for key, value in load_file(tmp_path / name / shard).items()}
-        sizes = {shard: [tensor.nbytes for tensor in result.tensors.values() if tensor.shard == shard] for shard in result.shards}
+        assert sorted(result.shards) == sorted(
+            file.name for file in (tmp_path / name).glob("*.safetensors")
+        ) and not list((tmp_path / name).glob("*.part"))
+        whole[name] = {
+            key: value for shard in result.shards for key, value in load_file(tmp_path / name / shard).items()
+        }
+        sizes = {
+            shard: [tensor.nbytes for tensor in result.tensors.values() if tensor.shard == shard]
+            for shard in result.shards
+        }
         assert all(sum(held) <= most or len(held) == 1 for held in sizes.values())
         assert result.shards == before.shards if name == "kept" else len(result.shards) > len(before.shards)
-    assert whole["kept"].keys() == whole["split"].keys() and all(torch.equal(whole["kept"][key], whole["split"][key]) for key in whole["kept"])
+    assert whole["kept"].keys() == whole["split"].keys() and all(
+        torch.equal(whole["kept"][key], whole["split"][key]) for key in whole["kept"]
+    )
     holds(source, tmp_path / "split", spec)
 
 
@@ -164,13 +213,18 @@ def test_experts_that_saw_no_token_are_rounded_and_not_erased(saved, tmp_path: P
     assert len(unseen) >= 16 - 2 * 4 and set(unseen.values()) == {0}
     old, new = Checkpoint.open(source), Checkpoint.open(tmp_path / "out")
     with PackedDirectory(old, new, targets(old, spec_of())) as packed:
-        errors = [relative_error(packed.dense(name), packed.source_dense(name))
-                  for expert in unseen for name in [f"model.layers.0.mlp.experts.{expert}.up_proj.weight"]]
+        errors = [
+            relative_error(packed.dense(name), packed.source_dense(name))
+            for expert in unseen
+            for name in [f"model.layers.0.mlp.experts.{expert}.up_proj.weight"]
+        ]
     assert max(errors) < 0.3
 
 
 @pytest.mark.parametrize("everywhere", [False, True])
-def test_experts_are_calibrated_on_their_own_tokens_or_by_choice_on_all(saved, tokens, tmp_path: Path, monkeypatch, everywhere: bool) -> None:
+def test_experts_are_calibrated_on_their_own_tokens_or_by_choice_on_all(
+    saved, tokens, tmp_path: Path, monkeypatch, everywhere: bool
+) -> None:
     from llmcompressor.modifiers.gptq import GPTQModifier
 
     seen, collect = Counter(), GPTQModifier.calibrate_module
@@ -180,7 +234,12 @@ def test_experts_are_calibrated_on_their_own_tokens_or_by_choice_on_all(saved, t
         return collect(self, module, args, output)
 
     monkeypatch.setattr(GPTQModifier, "calibrate_module", spy)
-    few = quantize_checkpoint(saved("qwen3_moe"), tmp_path / "out", spec_of(method="gptq", calibrate_all_experts=everywhere), calibration=tokens)
+    few = quantize_checkpoint(
+        saved("qwen3_moe"),
+        tmp_path / "out",
+        spec_of(method="gptq", calibrate_all_experts=everywhere),
+        calibration=tokens,
+    )
     experts = [seen[f"model.layers.0.mlp.experts.{expert}.up_proj"] for expert in range(16)]
     assert seen["model.layers.0.self_attn.q_proj"] == tokens.num_tokens
     assert experts == [tokens.num_tokens] * 16 if everywhere else sum(experts) == 4 * tokens.num_tokens
@@ -251,8 +310,11 @@ def test_nothing_is_printed(saved, tokens, tmp_path: Path, capfd: pytest.Capture
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral"])
-def test_calibration_looks_at_no_later_token(saved, tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str) -> None:
-    """With the repair taken out, llm-compressor's pipeline calibrates these two bidirectionally, and the run must notice."""
+def test_calibration_looks_at_no_later_token(
+    saved, tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str
+) -> None:
+    """With the repair taken out, llm-compressor's pipeline calibrates these two bidirectionally, and the run must
+    notice."""
     quantize_checkpoint(saved(model_type), tmp_path / "right", spec_of(method="gptq"), calibration=tokens)
     monkeypatch.setattr(oneshot, "causal_tracing", nullcontext)
     with pytest.raises(StageFailed, match="calibration met another attention than the model's own"):
@@ -260,8 +322,11 @@ def test_calibration_looks_at_no_later_token(saved, tokens, tmp_path: Path, monk
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral"])
-def test_the_quantizer_sees_the_activations_of_a_plain_forward(tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str) -> None:
-    """In every layer: what enters it, behind the layers that are quantized already; in the first: behind its attention and in its experts.
+def test_the_quantizer_sees_the_activations_of_a_plain_forward(
+    tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str
+) -> None:
+    """In every layer: what enters it, behind the layers that are quantized already; in the first: behind its attention
+    and in its experts.
 
     In float32, so that no rounding sends a token to another expert.
     """
@@ -290,8 +355,12 @@ def test_the_quantizer_sees_the_activations_of_a_plain_forward(tokens, tmp_path:
 def _inputs(model: torch.nn.Module, names: list[str], tokens) -> dict[str, torch.Tensor]:
     """What enters these modules in a plain forward of all rows, in the order of calibration."""
     found: dict[str, list[torch.Tensor]] = {name: [] for name in names}
-    hooks = [model.get_submodule(name).register_forward_pre_hook(lambda module, args, name=name: found[name].append(args[0].float().flatten(0, -2)))
-             for name in names]
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda module, args, name=name: found[name].append(args[0].float().flatten(0, -2))
+        )
+        for name in names
+    ]
     with torch.no_grad():
         for batch in equal_batches(tokens, 80):
             model(**batch, use_cache=False)
@@ -308,28 +377,61 @@ def test_the_session_of_llmcompressor_is_released(saved, tokens, tmp_path: Path)
     quantize_checkpoint(saved("qwen3_moe"), tmp_path / "out", spec_of(method="gptq"), calibration=tokens)
     assert active_session().state.model is None
     kept = [thing for thing in gc.get_objects() if isinstance(thing, Qwen3MoeForCausalLM)]
-    assert not [name for model in kept for name, _ in (*model.named_parameters(), *model.named_buffers())]  # whoever keeps it has no weights
+    assert not [
+        name for model in kept for name, _ in (*model.named_parameters(), *model.named_buffers())
+    ]  # whoever keeps it has no weights
 
 
 def test_a_raw_recipe_decides_what_is_quantized(saved, tokens, tmp_path: Path) -> None:
     weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}
     group = {"targets": ["re:.*experts.*_proj$"], "weights": weights}
-    spec = QuantizeSpec(recipe={"quantize_stage": {"quantize_modifiers": {"GPTQModifier": {"config_groups": {"group_0": group}, "ignore": ["lm_head"]}}}})
+    spec = QuantizeSpec(
+        recipe={
+            "quantize_stage": {
+                "quantize_modifiers": {"GPTQModifier": {"config_groups": {"group_0": group}, "ignore": ["lm_head"]}}
+            }
+        }
+    )
     facts = quantize_checkpoint(saved("qwen3_moe"), tmp_path / "out", spec, calibration=tokens)
-    assert facts["quantized_matrices"] == 2 * 16 * 3 and "model.layers.0.self_attn.q_proj" in facts["left"]["the recipe leaves it"]
+    assert (
+        facts["quantized_matrices"] == 2 * 16 * 3
+        and "model.layers.0.self_attn.q_proj" in facts["left"]["the recipe leaves it"]
+    )
     assert holds(saved("qwen3_moe"), tmp_path / "out", spec)["loads"]
     names = set(Checkpoint.open(tmp_path / "out").tensors)
-    assert "model.layers.0.self_attn.q_proj.weight" in names and "model.layers.1.mlp.experts.7.up_proj.weight_packed" in names
+    assert (
+        "model.layers.0.self_attn.q_proj.weight" in names
+        and "model.layers.1.mlp.experts.7.up_proj.weight_packed" in names
+    )
 
 
-@pytest.mark.parametrize(("recipe", "message"), [
-    ({"quantize_stage": {"quantize_modifiers": {"GPTQModifierr": {}}}}, "llm-compressor refuses it"),
-    ({"stage": {"modifiers": {"GPTQModifier": {}}}}, "holds no modifier"),
-    ({"quantize_stage": {"quantize_modifiers": {"QuantizationModifier": {"targets": ["Linear"], "scheme": "FP8_DYNAMIC"}}}},
-     "quantizes lm_head, which reapkit never does"),
-    ({"quantize_stage": {"quantize_modifiers": {"GPTQModifier": {"targets": ["Linear"], "scheme": "W4A16_ASYM", "ignore": ["lm_head"]}}}},
-     "stores zero points"),
-])
-def test_a_raw_recipe_that_cannot_be_written_is_refused(saved, tokens, tmp_path: Path, recipe: dict, message: str) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({"quantize_stage": {"quantize_modifiers": {"GPTQModifierr": {}}}}, "llm-compressor refuses it"),
+        ({"stage": {"modifiers": {"GPTQModifier": {}}}}, "holds no modifier"),
+        (
+            {
+                "quantize_stage": {
+                    "quantize_modifiers": {"QuantizationModifier": {"targets": ["Linear"], "scheme": "FP8_DYNAMIC"}}
+                }
+            },
+            "quantizes lm_head, which reapkit never does",
+        ),
+        (
+            {
+                "quantize_stage": {
+                    "quantize_modifiers": {
+                        "GPTQModifier": {"targets": ["Linear"], "scheme": "W4A16_ASYM", "ignore": ["lm_head"]}
+                    }
+                }
+            },
+            "stores zero points",
+        ),
+    ],
+)
+def test_a_raw_recipe_that_cannot_be_written_is_refused(
+    saved, tokens, tmp_path: Path, recipe: dict, message: str
+) -> None:
     with pytest.raises(RecipeError, match=message):
         quantize_checkpoint(saved("qwen3_moe"), tmp_path / "out", QuantizeSpec(recipe=recipe), calibration=tokens)

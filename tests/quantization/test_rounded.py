@@ -30,9 +30,11 @@ def naive(weight, bits=3, group=16):
     out = torch.empty_like(weight)
     for row in range(weight.shape[0]):
         for at in range(0, weight.shape[1], group):
-            block = weight[row, at:at + group].float()
+            block = weight[row, at : at + group].float()
             scale = (2 * block.abs().max() / (2**bits - 1)).to(weight.dtype).float()
-            out[row, at:at + group] = ((block / scale).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) * scale).to(weight.dtype)
+            out[row, at : at + group] = (
+                (block / scale).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) * scale
+            ).to(weight.dtype)
     return out
 
 

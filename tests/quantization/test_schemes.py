@@ -38,21 +38,29 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory):
     return of
 
 
-@pytest.mark.parametrize(("name", "bits"), [("W3A16", 3.125), ("W4A16", 4.125), ("W8A16", 8.125), ("NVFP4A16", 4.5), ("MXFP4A16", 4.25),
-                                            ("MXFP8A16", 8.25)])
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [("W3A16", 3.125), ("W4A16", 4.125), ("W8A16", 8.125), ("NVFP4A16", 4.5), ("MXFP4A16", 4.25), ("MXFP8A16", 8.25)],
+)
 def test_bits_per_weight_of_a_large_matrix(name: str, bits: float) -> None:
     scheme, rows, columns = SCHEMES[name], 4096, 8192
     assert (scheme.nbytes(rows, columns, 128) * 8 - scheme.constant_bits) / (rows * columns) == bits
 
 
-@pytest.mark.parametrize(("model_type", "left"), [
-    ("qwen3_moe", {"model.layers.0.mlp.gate": "router", "lm_head": "outside the decoder layers"}),
-    ("qwen2_moe", {"model.layers.1.mlp.shared_expert_gate": "a gate with one output"}),
-    ("mixtral", {"model.layers.2.block_sparse_moe.gate": "router"}),
-    ("granitemoe", {"model.layers.0.block_sparse_moe.router.layer": "router"}),
-    ("gemma4_text", {"model.layers.0.router.proj": "router", "model.per_layer_model_projection": "outside the decoder layers"}),
-    ("deepseek_v32", {"model.layers.0.self_attn.indexer.wq_b": "indexer"}),
-])
+@pytest.mark.parametrize(
+    ("model_type", "left"),
+    [
+        ("qwen3_moe", {"model.layers.0.mlp.gate": "router", "lm_head": "outside the decoder layers"}),
+        ("qwen2_moe", {"model.layers.1.mlp.shared_expert_gate": "a gate with one output"}),
+        ("mixtral", {"model.layers.2.block_sparse_moe.gate": "router"}),
+        ("granitemoe", {"model.layers.0.block_sparse_moe.router.layer": "router"}),
+        (
+            "gemma4_text",
+            {"model.layers.0.router.proj": "router", "model.per_layer_model_projection": "outside the decoder layers"},
+        ),
+        ("deepseek_v32", {"model.layers.0.self_attn.indexer.wq_b": "indexer"}),
+    ],
+)
 def test_what_is_never_quantized_is_found_by_what_it_is(checkpoint, model_type: str, left: dict[str, str]) -> None:
     plan = targets(checkpoint(model_type), W3)
     assert {module: plan.left.get(module) for module in left} == left
@@ -69,8 +77,15 @@ def test_multi_token_prediction_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_the_recipe_may_leave_more(checkpoint) -> None:
-    plan = targets(checkpoint("qwen3_moe"), W3.model_copy(update={"ignore": ("re:.*self_attn.*", "model.layers.1.mlp.experts.3.up_proj")}))
-    assert plan.left["model.layers.1.mlp.experts.3.up_proj"] == plan.left["model.layers.0.self_attn.q_proj"] == "the recipe ignores it"
+    plan = targets(
+        checkpoint("qwen3_moe"),
+        W3.model_copy(update={"ignore": ("re:.*self_attn.*", "model.layers.1.mlp.experts.3.up_proj")}),
+    )
+    assert (
+        plan.left["model.layers.1.mlp.experts.3.up_proj"]
+        == plan.left["model.layers.0.self_attn.q_proj"]
+        == "the recipe ignores it"
+    )
     assert all(".experts." in name for name in plan.matrices)
 
 
@@ -85,18 +100,23 @@ def test_stacked_experts_count_by_projection(checkpoint) -> None:
 def test_group_size_must_divide_every_width(checkpoint) -> None:
     (problem,) = check_quantize(checkpoint("qwen3_moe"), QuantizeSpec(scheme="W3A16", group_size=64))
     assert problem.path == "quantize.group_size"
-    assert problem.message == ("64 does not divide the input width 32 (48 matrices, such as model.layers.0.mlp.experts.0.down_proj). "
-                               "Choose 32, 16, or add these modules to quantize.ignore.")
+    assert problem.message == (
+        "64 does not divide the input width 32 (48 matrices, such as model.layers.0.mlp.experts.0.down_proj). "
+        "Choose 32, 16, or add these modules to quantize.ignore."
+    )
     assert set(quantized_widths(checkpoint("qwen3_moe"), W3)) == {32, 64}
     assert not check_quantize(checkpoint("qwen3_moe"), W3)
 
 
-@pytest.mark.parametrize(("scheme", "message"), [
-    ("W3A61", "'W3A61' is no known scheme. Did you mean W3A16?"),
-    ("W4A16_ASYM", "stores zero points, which transformers loses"),
-    ("W4A8", "quantizes activations too"),
-    ("NVFP4", "quantizes activations too"),
-])
+@pytest.mark.parametrize(
+    ("scheme", "message"),
+    [
+        ("W3A61", "'W3A61' is no known scheme. Did you mean W3A16?"),
+        ("W4A16_ASYM", "stores zero points, which transformers loses"),
+        ("W4A8", "quantizes activations too"),
+        ("NVFP4", "quantizes activations too"),
+    ],
+)
 def test_schemes_that_are_refused(checkpoint, scheme: str, message: str) -> None:
     spec = QuantizeSpec(scheme=scheme)
     (problem,) = check_quantize(checkpoint("qwen3_moe"), spec)
@@ -115,7 +135,9 @@ def test_a_quantized_source_is_refused_unless_it_can_be_dequantized(checkpoint) 
     source = checkpoint("qwen3_moe")
 
     def quantized(method: str) -> Checkpoint:
-        return Checkpoint(source.path, {**source.config, "quantization_config": {"quant_method": method}}, source.tensors)
+        return Checkpoint(
+            source.path, {**source.config, "quantization_config": {"quant_method": method}}, source.tensors
+        )
 
     (problem,) = check_quantize(quantized("mxfp4"), W3)
     assert "quantized already (mxfp4)" in problem.message
@@ -139,8 +161,17 @@ def test_one_expert_may_be_left_out_of_the_prediction(checkpoint) -> None:
 
 
 def test_patterns() -> None:
-    assert matches("model.layers.0.mlp", ["re:.*mlp"]) and matches("lm_head", ["lm_head"]) and not matches("lm_heads", ["lm_head"])
+    assert (
+        matches("model.layers.0.mlp", ["re:.*mlp"])
+        and matches("lm_head", ["lm_head"])
+        and not matches("lm_heads", ["lm_head"])
+    )
 
 
 def test_it_needs_no_torch() -> None:
-    assert subprocess.run([sys.executable, "-c", "import sys, reapkit.quantization.schemes; sys.exit('torch' in sys.modules)"]).returncode == 0
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", "import sys, reapkit.quantization.schemes; sys.exit('torch' in sys.modules)"]
+        ).returncode
+        == 0
+    )

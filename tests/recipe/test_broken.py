@@ -13,7 +13,9 @@ CASES = yaml.safe_load((Path(__file__).parent / "broken.yaml").read_text())
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case["name"] for case in CASES])
-def test_broken_recipe(case: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_broken_recipe(
+    case: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     monkeypatch.chdir(tmp_path)
     files = {"recipe.yaml": case["recipe"], **case.get("files", {})}
     for name, text in files.items():
@@ -33,8 +35,10 @@ def test_files_that_are_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     Path("latin.yaml").write_bytes("version: 1\nname: caf\xe9\n".encode("latin-1"))
     Path("huge.yaml").write_text("# " + "x" * 1_000_001)
     Path("folder.yaml").mkdir()
-    for name, said in (("latin.yaml", "latin.yaml:2 is not UTF-8 (byte 0xe9). Save it as UTF-8."),
-                       ("huge.yaml", "huge.yaml is larger than 1,000,000 bytes. A recipe is a short YAML file.")):
+    for name, said in (
+        ("latin.yaml", "latin.yaml:2 is not UTF-8 (byte 0xe9). Save it as UTF-8."),
+        ("huge.yaml", "huge.yaml is larger than 1,000,000 bytes. A recipe is a short YAML file."),
+    ):
         assert _run(["validate", name], debug=False) == 2
         assert capsys.readouterr().err.strip() == said
     assert _run(["validate", "folder.yaml"], debug=False) == 2

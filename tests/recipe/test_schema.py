@@ -17,13 +17,19 @@ from tests.support.paths import ROOT
 
 
 def test_the_committed_schema_is_current() -> None:
-    assert json.loads((ROOT / "recipe.schema.json").read_text()) == recipe_schema(), "run: reapkit schema > recipe.schema.json"
+    assert json.loads((ROOT / "recipe.schema.json").read_text()) == recipe_schema(), (
+        "run: reapkit schema > recipe.schema.json"
+    )
 
 
 def test_the_page_in_the_readme_is_current() -> None:
     readme = (ROOT / "README.md").read_text()
-    page = readme.split("<!-- made by `reapkit schema --markdown` -->\n")[1].split("\n<!-- end of the recipe language -->")[0]
-    assert page == language_page().strip(), "put the output of `reapkit schema --markdown` between the markers of README.md"
+    page = readme.split("<!-- made by `reapkit schema --markdown` -->\n")[1].split(
+        "\n<!-- end of the recipe language -->"
+    )[0]
+    assert page == language_page().strip(), (
+        "put the output of `reapkit schema --markdown` between the markers of README.md"
+    )
 
 
 def test_every_field_is_described() -> None:
@@ -31,7 +37,9 @@ def test_every_field_is_described() -> None:
         return [name for name, field in schema.get("properties", {}).items() if not field.get("description")]
 
     schema = recipe_schema()
-    assert {name: found for name, model in {"recipe": schema, **schema["$defs"]}.items() if (found := missing(model))} == {}
+    assert {
+        name: found for name, model in {"recipe": schema, **schema["$defs"]}.items() if (found := missing(model))
+    } == {}
 
 
 def test_a_resolved_recipe_loads_again_as_the_same(tmp_path: Path) -> None:
@@ -42,22 +50,44 @@ def test_a_resolved_recipe_loads_again_as_the_same(tmp_path: Path) -> None:
 
 
 def test_numbers_are_read_as_written() -> None:
-    recipe = load(ROOT / "recipes/demo.yaml", ["prune.ratio=1e-1", "observe.trace_bytes=20_000_000", "name=no", "model.revision='0123'"]).recipe
+    recipe = load(
+        ROOT / "recipes/demo.yaml",
+        ["prune.ratio=1e-1", "observe.trace_bytes=20_000_000", "name=no", "model.revision='0123'"],
+    ).recipe
     assert str(recipe.prune.ratio) == "0.1" and recipe.observe.trace_bytes == 20_000_000
     assert recipe.name == "no" and recipe.model.revision == "0123"  # YAML 1.1 would have made them false and 83
 
 
 def test_children_merge_over_their_parent(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text((ROOT / "recipes/demo.yaml").read_text())
-    (tmp_path / "child.yaml").write_text(yaml.safe_dump({
-        "extends": "base.yaml", "name": "child", "prune": {"ratio": None, "keep_experts": 8},
-        "quantize": {"group_size": None, "scheme": None},
-        "calibration": {"mix": [{"name": "tools", "weight": 0.9}, {"name": "prose", "source": None},
-                                {"name": "own", "source": "own.jsonl"}]}}))
+    (tmp_path / "child.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "extends": "base.yaml",
+                "name": "child",
+                "prune": {"ratio": None, "keep_experts": 8},
+                "quantize": {"group_size": None, "scheme": None},
+                "calibration": {
+                    "mix": [
+                        {"name": "tools", "weight": 0.9},
+                        {"name": "prose", "source": None},
+                        {"name": "own", "source": "own.jsonl"},
+                    ]
+                },
+            }
+        )
+    )
     recipe = load_recipe(tmp_path / "child.yaml")
-    assert recipe.quantize.group_size == 128 and recipe.quantize.scheme is None  # back to the default; null is a value of its own
+    assert (
+        recipe.quantize.group_size == 128 and recipe.quantize.scheme is None
+    )  # back to the default; null is a value of its own
     assert recipe.prune.ratio is None and recipe.prune.keep_experts == 8
-    assert [(entry.name, str(entry.weight)) for entry in recipe.calibration.mix] == [("code", "0.3"), ("tools", "0.9"), ("math", "0.2"), ("own", "1")]
+    assert [(entry.name, str(entry.weight)) for entry in recipe.calibration.mix] == [
+        ("code", "0.3"),
+        ("tools", "0.9"),
+        ("math", "0.2"),
+        ("own", "1"),
+    ]
 
 
 def test_a_parents_paths_start_from_the_parent(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""Every shipped recipe validates, and plans for real against the public facts of its model; what others published comes out."""
+"""Every shipped recipe validates, and plans for real against the public facts of its model; what others published comes
+out."""
 
 from __future__ import annotations
 
@@ -70,13 +71,17 @@ def test_the_facts_add_up_to_what_the_hub_counts(name: str) -> None:
     assert published_models.stored_numbers(name) == published_models.facts(name)["published"]["stored"]
 
 
-@pytest.mark.parametrize("recipe", ["glm-code-agentic", "deepseek-v3.2-w3a16", "gpt-oss-20b-eaft", "qwen3.5-397b-a17b", "qwen3-30b-a3b"])
+@pytest.mark.parametrize(
+    "recipe", ["glm-code-agentic", "deepseek-v3.2-w3a16", "gpt-oss-20b-eaft", "qwen3.5-397b-a17b", "qwen3-30b-a3b"]
+)
 def test_the_plan_counts_the_parameters_that_model_cards_state(recipe: str, planned) -> None:
     plan = planned(recipe)
     published = published_models.facts(EXPECTED[recipe].facts)["published"]
     assert plan.base.parameters == pytest.approx(published["parameters"], rel=0.01)
     embedding = next(t.numel for t in plan.checkpoint.tensors.values() if t.name.endswith("embed_tokens.weight"))
-    active = plan.base.active_parameters  # cards differ in whether they count the embedding, of which a token reads one row
+    active = (
+        plan.base.active_parameters
+    )  # cards differ in whether they count the embedding, of which a token reads one row
     assert 0.97 * (active - embedding) <= published["active"] <= 1.03 * active
 
 
@@ -111,23 +116,30 @@ def test_experts_and_parameters_after_pruning(recipe: str, planned) -> None:
 def test_kinds_hold_every_tensor_once(recipe: str, planned) -> None:
     checkpoint, kinds = planned(recipe).checkpoint, planned(recipe).layout.kinds
     assert sorted(name for kind in kinds for name in kind.names) == sorted(checkpoint.tensors)
-    assert all((checkpoint.tensors[name].dtype, checkpoint.tensors[name].shape) == (kind.tensor.dtype, kind.tensor.shape)
-               for kind in kinds for name in kind.names)
+    assert all(
+        (checkpoint.tensors[name].dtype, checkpoint.tensors[name].shape) == (kind.tensor.dtype, kind.tensor.shape)
+        for kind in kinds
+        for name in kind.names
+    )
     assert len(kinds) < 5_000
 
 
-@pytest.mark.parametrize(("recipe", "bytes_per_weight", "bytes_per_row"), [
-    ("glm-code-agentic", 3.125 / 8, 0),
-    ("glm-code-agentic-w4a16", 4.125 / 8, 0),
-    ("deepseek-v3.2-w3a16", 3.125 / 8, 0),
-    ("qwen3-30b-a3b", 3.125 / 8, 0),
-    ("qwen3-30b-a3b-fp8", 1, 2),
-])
+@pytest.mark.parametrize(
+    ("recipe", "bytes_per_weight", "bytes_per_row"),
+    [
+        ("glm-code-agentic", 3.125 / 8, 0),
+        ("glm-code-agentic-w4a16", 4.125 / 8, 0),
+        ("deepseek-v3.2-w3a16", 3.125 / 8, 0),
+        ("qwen3-30b-a3b", 3.125 / 8, 0),
+        ("qwen3-30b-a3b-fp8", 1, 2),
+    ],
+)
 def test_quantized_bytes(recipe: str, bytes_per_weight: float, bytes_per_row: int, planned) -> None:
     plan, expected = planned(recipe), EXPECTED[recipe]
     for candidate, kept in zip(plan.candidates, expected.kept, strict=True):
         assert plan.quantized_nbytes(candidate) == pytest.approx(
-            naive_quantized_bytes(expected.facts, kept, bytes_per_weight, bytes_per_row), rel=1e-4)
+            naive_quantized_bytes(expected.facts, kept, bytes_per_weight, bytes_per_row), rel=1e-4
+        )
 
 
 QUANTIZED = re.compile(r"layers\.\d+\.(self_attn\.\w+_proj\w*|mlp\.(\w+\.)*(gate|up|down)_proj)\.weight$")
@@ -182,29 +194,50 @@ def test_the_deepseek_template_marks_what_the_assistant_wrote() -> None:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     call = {"function": {"name": "forecast", "arguments": {"city": "Rome", "days": 3}}}
-    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Rain?"},
-                {"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "[0, 1]"},
-                {"role": "tool", "content": "[2]"}, {"role": "assistant", "content": "Yes."}]
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Rain?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "[0, 1]"},
+        {"role": "tool", "content": "[2]"},
+        {"role": "assistant", "content": "Yes."},
+    ]
     recipe = recipe_of("deepseek-v3.2-w3a16")
     template = (RECIPES / recipe.calibration.chat_template).read_text()
-    (text,), (spans,) = render_jinja_template(conversations=[messages], tools=[{"function": {"name": "forecast"}}],
-                                              chat_template=template, return_assistant_tokens_mask=True)
-    called = ('\n\n<｜DSML｜function_calls>\n<｜DSML｜invoke name="forecast">\n<｜DSML｜parameter name="city" string="true">Rome'
-              '</｜DSML｜parameter>\n<｜DSML｜parameter name="days" string="false">3</｜DSML｜parameter>\n</｜DSML｜invoke>\n'
-              '</｜DSML｜function_calls><｜end▁of▁sentence｜>')
+    (text,), (spans,) = render_jinja_template(
+        conversations=[messages],
+        tools=[{"function": {"name": "forecast"}}],
+        chat_template=template,
+        return_assistant_tokens_mask=True,
+    )
+    called = (
+        '\n\n<｜DSML｜function_calls>\n<｜DSML｜invoke name="forecast">\n<｜DSML｜parameter name="city"'
+        ' string="true">Rome'
+        '</｜DSML｜parameter>\n<｜DSML｜parameter name="days" string="false">3</｜DSML｜parameter>\n</｜DSML｜invoke>\n'
+        "</｜DSML｜function_calls><｜end▁of▁sentence｜>"
+    )
     assert [text[begin:end] for begin, end in spans] == [called, "Yes.<｜end▁of▁sentence｜>"]
-    assert text.startswith("<｜begin▁of▁sentence｜>Be brief.\n\n## Tools\n") and '{"name": "forecast"}\n</functions>' in text
-    assert text.endswith(f"<｜User｜>Rain?<｜Assistant｜></think>{called}\n\n<function_results>\n<result>[0, 1]</result>\n"
-                         "<result>[2]</result>\n</function_results>\n\n</think>Yes.<｜end▁of▁sentence｜>")
+    assert (
+        text.startswith("<｜begin▁of▁sentence｜>Be brief.\n\n## Tools\n")
+        and '{"name": "forecast"}\n</functions>' in text
+    )
+    assert text.endswith(
+        f"<｜User｜>Rain?<｜Assistant｜></think>{called}\n\n<function_results>\n<result>[0, 1]</result>\n"
+        "<result>[2]</result>\n</function_results>\n\n</think>Yes.<｜end▁of▁sentence｜>"
+    )
 
 
 def test_the_harmony_markers_span_every_way_a_message_can_end() -> None:
     from reapkit.calibration.spans import marked_spans
 
-    text = ("<|start|>user<|message|>2+2?<|end|><|start|>assistant<|channel|>analysis<|message|>add<|end|>"
-            "<|start|>assistant to=functions.python<|channel|>commentary<|message|>2+2<|call|>"
-            "<|start|>functions.python to=assistant<|message|>4<|end|><|start|>assistant<|channel|>final<|message|>4<|return|>")
+    text = (
+        "<|start|>user<|message|>2+2?<|end|><|start|>assistant<|channel|>analysis<|message|>add<|end|><|start|>assistant"
+        " to=functions.python<|channel|>commentary<|message|>2+2<|call|><|start|>functions.python"
+        " to=assistant<|message|>4<|end|><|start|>assistant<|channel|>final<|message|>4<|return|>"
+    )
     spans = [text[begin:end] for begin, end in marked_spans(text, recipe_of("gpt-oss-20b-eaft").calibration.spans)]
     assert [span.removesuffix("<|start|>") for span in spans] == [
-        "<|channel|>analysis<|message|>add<|end|>", " to=functions.python<|channel|>commentary<|message|>2+2<|call|>",
-        "<|channel|>final<|message|>4<|return|>"]
+        "<|channel|>analysis<|message|>add<|end|>",
+        " to=functions.python<|channel|>commentary<|message|>2+2<|call|>",
+        "<|channel|>final<|message|>4<|return|>",
+    ]

@@ -1,4 +1,5 @@
-"""Chromium opens the pages: every section and chart, both themes, wide and narrow; the slider; the numbers against the exported table."""
+"""Chromium opens the pages: every section and chart, both themes, wide and narrow; the slider; the numbers against the
+exported table."""
 
 from __future__ import annotations
 
@@ -33,7 +34,10 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("rejected", [False, True])
 def test_a_run_is_readable_everywhere(chromium, rejected, tmp_path):
-    write_run_report(synthetic.facts(rejected=rejected, losses={"ratio-0.5": 0.3, "ratio-0.4": 0.3 if rejected else 0.03}), tmp_path / "run.html")
+    write_run_report(
+        synthetic.facts(rejected=rejected, losses={"ratio-0.5": 0.3, "ratio-0.4": 0.3 if rejected else 0.03}),
+        tmp_path / "run.html",
+    )
     assert_readable(chromium, tmp_path / "run.html")
 
 
@@ -50,7 +54,9 @@ def test_a_large_observation_is_small_and_quick(chromium, big):
     metrics.send("Performance.enable", {"timeDomain": "threadTicks"})
 
     def seconds() -> float:
-        page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")  # what was asked for is on the screen
+        page.evaluate(
+            "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
+        )  # what was asked for is on the screen
         return {each["name"]: each["value"] for each in metrics.send("Performance.getMetrics")["metrics"]}["ThreadTime"]
 
     page.goto(big.as_uri())
@@ -72,7 +78,10 @@ def test_figures_are_the_exported_table(chromium, tmp_path):
     export(observed, tmp_path)
     table = pq.read_table(tmp_path / "saliency.parquet").to_pandas()
     of_all = table[table["source"] == "all"]
-    columns = {name: of_all.pivot(index="layer", columns="expert", values=name).to_numpy() for name in ("count", "gate_norm_sum", "saliency_mean")}
+    columns = {
+        name: of_all.pivot(index="layer", columns="expert", values=name).to_numpy()
+        for name in ("count", "gate_norm_sum", "saliency_mean")
+    }
     with opened(chromium, tmp_path / "page.html") as page:
         cut, balance, floor = (held(page, name)["data"] for name in ("cut-curve", "balance", "floor"))
         heat, specialists = held(page, "heat")["data"], held(page, "specialists")["data"][0]
@@ -82,17 +91,30 @@ def test_figures_are_the_exported_table(chromium, tmp_path):
     order = saliency.nan_to_num(nan=-torch.inf).argsort(dim=1, stable=True)
     for trace, name in zip(cut, ("count", "gate_norm_sum"), strict=False):
         column = torch.tensor(columns[name], dtype=torch.float64)
-        assert trace["y"] == pytest.approx([float(column.gather(1, order[:, :k]).sum() / column.sum()) for k in range(17)])
+        assert trace["y"] == pytest.approx(
+            [float(column.gather(1, order[:, :k]).sum() / column.sum()) for k in range(17)]
+        )
     half = order[:, :8]
-    assert floor[0]["y"] == pytest.approx(saliency.gather(1, half).nan_to_num(nan=-torch.inf).amax(1).tolist(), rel=1e-6)
+    assert floor[0]["y"] == pytest.approx(
+        saliency.gather(1, half).nan_to_num(nan=-torch.inf).amax(1).tolist(), rel=1e-6
+    )
     assert balance[0]["y"] == pytest.approx([float(row.std() / row.mean()) for row in columns["count"]])
-    assert [[expert for expert, cell in enumerate(row) if cell is not None] for row in heat[1]["z"]] == half.sort(1).values.tolist()
-    assert f"expert 3: {'dropped' if 3 in half[2] else 'kept'}<br>saliency {float(saliency[2, 3]):.3g}," in heat[0]["text"][2][3]
-    rates = {name: table[table["source"] == name].pivot(index="layer", columns="expert", values="count").to_numpy() / scored
-             for name, scored in zip(observed.sources, observed.scored_tokens.tolist(), strict=True)}
+    assert [[expert for expert, cell in enumerate(row) if cell is not None] for row in heat[1]["z"]] == half.sort(
+        1
+    ).values.tolist()
+    assert (
+        f"expert 3: {'dropped' if 3 in half[2] else 'kept'}<br>saliency {float(saliency[2, 3]):.3g},"
+        in heat[0]["text"][2][3]
+    )
+    rates = {
+        name: table[table["source"] == name].pivot(index="layer", columns="expert", values="count").to_numpy() / scored
+        for name, scored in zip(observed.sources, observed.scored_tokens.tolist(), strict=True)
+    }
     busiest = [max(range(3), key=lambda s: list(rates.values())[s][1][e]) for e in range(16)]
     assert specialists["z"][1] == busiest
-    assert lifts[1] == pytest.approx([3 * rates["code"][1][e] / sum(rate[1][e] for rate in rates.values()) for e in range(16)], rel=1e-5)
+    assert lifts[1] == pytest.approx(
+        [3 * rates["code"][1][e] / sum(rate[1][e] for rate in rates.values()) for e in range(16)], rel=1e-5
+    )
 
 
 def test_the_slider_and_the_sentences_say_what_the_statistics_say(chromium, tmp_path):
@@ -108,8 +130,13 @@ def test_the_slider_and_the_sentences_say_what_the_statistics_say(chromium, tmp_
         page.select_option("select[data-chart=distribution-2]", "0")
         title = page.locator("figure", has=page.locator("#distribution-2")).locator("h3").inner_text()
     written = (tmp_path / "page.html").read_text()
-    assert all(f"<figcaption>{caption}</figcaption>".replace("'", "&#39;") in written for caption in drawn)  # the script's own sentences are the page's
-    assert f"Deletes {100 * curve.traffic[5]:.1f} % of the routed traffic and {100 * curve.mass[5]:.1f} % of the saliency mass" in said
+    assert all(
+        f"<figcaption>{caption}</figcaption>".replace("'", "&#39;") in written for caption in drawn
+    )  # the script's own sentences are the page's
+    assert (
+        f"Deletes {100 * curve.traffic[5]:.1f} % of the routed traffic and {100 * curve.mass[5]:.1f} % of the saliency"
+        " mass" in said
+    )
     assert moved != drawn and title == "Layer 0"
 
 
@@ -119,5 +146,8 @@ def test_the_theme_can_be_switched(chromium, tmp_path, width, theme, other):
     with opened(chromium, tmp_path / "page.html", width, theme) as page:
         before = held(page, "floor")["data"][0]["line"]["color"]
         page.locator("#theme").click()
-        assert page.locator("html").get_attribute("data-theme") == other and held(page, "floor")["data"][0]["line"]["color"] != before
+        assert (
+            page.locator("html").get_attribute("data-theme") == other
+            and held(page, "floor")["data"][0]["line"]["color"] != before
+        )
         assert flaws(page) == []

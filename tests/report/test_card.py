@@ -22,22 +22,36 @@ def facts():
 
 def test_front_matter_is_what_the_hub_reads(facts):
     assert front_matter(model_card(facts, "quantized")) == {
-        "base_model": "some-lab/Small-MoE", "base_model_relation": "quantized", "library_name": "transformers", "pipeline_tag": "text-generation",
-        "license": "apache-2.0", "datasets": ["theblackcat102/evol-codealpaca-v1", "Salesforce/xlam-function-calling-60k"],
-        "tags": ["moe", "mixture-of-experts", "pruning", "reap", "reapkit", "qwen3_moe", "compressed-tensors", "w3a16"]}
+        "base_model": "some-lab/Small-MoE",
+        "base_model_relation": "quantized",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "license": "apache-2.0",
+        "datasets": ["theblackcat102/evol-codealpaca-v1", "Salesforce/xlam-function-calling-60k"],
+        "tags": ["moe", "mixture-of-experts", "pruning", "reap", "reapkit", "qwen3_moe", "compressed-tensors", "w3a16"],
+    }
     assert "base_model_relation" not in front_matter(model_card(facts, "pruned"))
 
 
 def test_a_local_base_of_unknown_license_gets_neither_link_nor_license(facts):
-    local = dataclasses.replace(facts, model=dataclasses.replace(facts.model, source="/models/mine", hub=False, license=None), hub_datasets=())
+    local = dataclasses.replace(
+        facts, model=dataclasses.replace(facts.model, source="/models/mine", hub=False, license=None), hub_datasets=()
+    )
     card = model_card(local, "pruned")
-    assert not {"base_model", "license", "datasets"} & set(front_matter(card)) and "huggingface.co" not in card and "License" not in card
+    assert (
+        not {"base_model", "license", "datasets"} & set(front_matter(card))
+        and "huggingface.co" not in card
+        and "License" not in card
+    )
 
 
 def test_tables_hold_the_mix_and_the_measured_numbers(facts):
     card = model_card(facts, "quantized")
     assert "| 100 | 22 % | 2,000 | 22 % | code generation |" in card
-    assert "| quantized | 1.9 MB | 6.300 | 1.050 | 0.0350 | 94.5 % |" in card and "| prose | 1.070 (1.052 to 1.088) |" in card
+    assert (
+        "| quantized | 1.9 MB | 6.300 | 1.050 | 0.0350 | 94.5 % |" in card
+        and "| prose | 1.070 (1.052 to 1.088) |" in card
+    )
     assert "| Routed experts per layer | 8 (base: 16) |" in card and "3.250 bits per quantized weight" in card
     assert "| pruned | 4.25 MB" in model_card(facts, "pruned")
 
@@ -50,7 +64,9 @@ def test_what_was_not_measured_is_not_claimed(facts):
     proved = model_card(facts, "pruned")
     assert "- pruned, tensors: 96 tensors equal" in proved and "no memory" not in proved and "3e-6" not in proved
     limits = model_card(facts, "quantized")
-    assert "No task benchmark was run." in limits and "Free generation" in limits and "started no serving engine" in limits
+    assert (
+        "No task benchmark was run." in limits and "Free generation" in limits and "started no serving engine" in limits
+    )
 
 
 def test_serving_follows_scheme_and_layout(facts):
@@ -64,9 +80,13 @@ def test_serving_follows_scheme_and_layout(facts):
 
 def test_eaft_is_cited_only_where_it_was_used(facts):
     assert "2601.02151" not in model_card(facts, "pruned") and "2510.13999" in model_card(facts, "pruned")
-    chosen = {name: dataclasses.replace(selection, criterion="eaft-reap") for name, selection in facts.selections.items()}
+    chosen = {
+        name: dataclasses.replace(selection, criterion="eaft-reap") for name, selection in facts.selections.items()
+    }
     assert "2601.02151" in model_card(dataclasses.replace(facts, selections=chosen), "pruned")
-    counted = {name: dataclasses.replace(selection, criterion="frequency") for name, selection in facts.selections.items()}
+    counted = {
+        name: dataclasses.replace(selection, criterion="frequency") for name, selection in facts.selections.items()
+    }
     assert "## Citation" not in model_card(dataclasses.replace(facts, selections=counted), "pruned")
 
 

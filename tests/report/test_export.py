@@ -15,11 +15,32 @@ from reapkit.selection.saliency import saliency
 from tests.support.observations import observe_routing, random_routing
 from tests.support.specs import saliency_spec
 
-CALIBRATION = {"rows": 12, "max_length": 64, "packing": "concat", "score": "completion", "sources": [
-    {"name": "code", "source": "org/code", "config": "python", "split": "train", "filter": {"domain": "db"}, "samples": 700,
-     "sha256": "ab"},
-    {"name": "tools", "source": "data/tools.jsonl", "config": None, "split": "train", "filter": None, "samples": 330,
-     "sha256": "cd"}]}
+CALIBRATION = {
+    "rows": 12,
+    "max_length": 64,
+    "packing": "concat",
+    "score": "completion",
+    "sources": [
+        {
+            "name": "code",
+            "source": "org/code",
+            "config": "python",
+            "split": "train",
+            "filter": {"domain": "db"},
+            "samples": 700,
+            "sha256": "ab",
+        },
+        {
+            "name": "tools",
+            "source": "data/tools.jsonl",
+            "config": None,
+            "split": "train",
+            "filter": None,
+            "samples": 330,
+            "sha256": "cd",
+        },
+    ],
+}
 
 
 @pytest.fixture(scope="module")
@@ -49,21 +70,36 @@ def test_the_ranking_is_by_saliency(observation, tmp_path: Path, criterion: str)
     export(observation, tmp_path, spec=saliency_spec(criterion))
     values = saliency(observation, saliency_spec(criterion))
     ranking = json.loads((tmp_path / "ranking_by_layer.json").read_text())
-    assert ranking == {f"layer_{layer}": sorted(range(10), key=lambda e: (-values[row, e].item(), e))
-                       for row, layer in enumerate(observation.layers)}
+    assert ranking == {
+        f"layer_{layer}": sorted(range(10), key=lambda e: (-values[row, e].item(), e))
+        for row, layer in enumerate(observation.layers)
+    }
 
 
 def test_the_profile_says_what_was_observed(observation, tmp_path: Path) -> None:
-    export(observation, tmp_path, calibration=CALIBRATION, model="org/toy", tokens_per_second=1550.7,
-           reproduce="reapkit observe toy.yaml")
+    export(
+        observation,
+        tmp_path,
+        calibration=CALIBRATION,
+        model="org/toy",
+        tokens_per_second=1550.7,
+        reproduce="reapkit observe toy.yaml",
+    )
     text = (tmp_path / "profile.md").read_text()
     code, tools = observation.scored_tokens.tolist()
-    for line in ("# Saliency profile: org/toy", "- Model: `org/toy` (toy_moe)", "- Layers: 3 | Experts: 10 | Top-k: 2",
-                 f"- Total tokens processed: 120 | Kept (scored) tokens: {code + tools}", "- Forward throughput: 1551 tokens/s",
-                 f"- Prompts hash: `{prompts_hash(CALIBRATION)}`",
-                 "- Rows: 12 | Max row length: 64 | Packing: concat | Score: completion",
-                 "## Top experts by layer (top 10, ranked by Σgn / N)", "| layer | top_4 | top_8 |", "|---:|---:|---:|",
-                 "reapkit observe toy.yaml"):
+    for line in (
+        "# Saliency profile: org/toy",
+        "- Model: `org/toy` (toy_moe)",
+        "- Layers: 3 | Experts: 10 | Top-k: 2",
+        f"- Total tokens processed: 120 | Kept (scored) tokens: {code + tools}",
+        "- Forward throughput: 1551 tokens/s",
+        f"- Prompts hash: `{prompts_hash(CALIBRATION)}`",
+        "- Rows: 12 | Max row length: 64 | Packing: concat | Score: completion",
+        "## Top experts by layer (top 10, ranked by Σgn / N)",
+        "| layer | top_4 | top_8 |",
+        "|---:|---:|---:|",
+        "reapkit observe toy.yaml",
+    ):
         assert line in text.splitlines()
     assert "`code` = `org/code` config `python` split `train` where {'domain': 'db'}, 700 samples: " in text
     ranking = json.loads((tmp_path / "ranking_by_layer.json").read_text())

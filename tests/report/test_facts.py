@@ -24,16 +24,33 @@ def artifact(root, stage: str, summary: dict, files: dict[str, dict], key: str =
     payload.mkdir(parents=True)
     for name, content in files.items():
         (payload / name).write_text(json.dumps(content))
-    return Artifact(stage, key, root / stage, {"summary": summary, "seconds": 2.5, "warnings": [f"{stage}: look"], "versions": {"torch": "2.13.0"},
-                                               "finished": "2026-01-01T00:00:00Z"})
+    return Artifact(
+        stage,
+        key,
+        root / stage,
+        {
+            "summary": summary,
+            "seconds": 2.5,
+            "warnings": [f"{stage}: look"],
+            "versions": {"torch": "2.13.0"},
+            "finished": "2026-01-01T00:00:00Z",
+        },
+    )
 
 
 def artifacts(plan, root) -> dict[str, Artifact]:
     observed = synthetic.observation(experts=32)
     name = plan.candidates[0].name
-    made = {"observe": artifact(root, "observe", {}, {}), "select": artifact(root, "select", {"candidates": [name]}, {}),
-            "evaluate": artifact(root, "evaluate", {"chosen": name, "verdict": "reject", "advice": "prune less"},
-                                 {"evaluation.json": synthetic.evaluation({name: 0.4}, observed.sources)})}
+    made = {
+        "observe": artifact(root, "observe", {}, {}),
+        "select": artifact(root, "select", {"candidates": [name]}, {}),
+        "evaluate": artifact(
+            root,
+            "evaluate",
+            {"chosen": name, "verdict": "reject", "advice": "prune less"},
+            {"evaluation.json": synthetic.evaluation({name: 0.4}, observed.sources)},
+        ),
+    }
     observed.save(made["observe"].payload)
     synthetic.selection(observed, 8).save(made["select"].payload / "candidates" / name)
     return made
@@ -44,9 +61,18 @@ def test_facts_of_a_run_that_its_gates_stopped(plan, tmp_path):
     facts = facts_from(plan, made)
     assert facts.chosen == plan.candidates[0].name and facts.selection.criterion == "reap" and facts.verdict == "reject"
     assert facts.stopped and facts.verification is None and facts.quantization is None
-    assert set(facts.planned[facts.chosen].experts.values()) == {24} and facts.planned[facts.chosen].nbytes < facts.base.nbytes
-    assert [stage.name for stage in facts.stages if stage.state == "not reached"][-3:] == ["prune", "quantize", "verify"]
-    assert facts.warnings == ("observe: look", "select: look", "evaluate: look") and facts.versions == {"torch": "2.13.0"}
+    assert (
+        set(facts.planned[facts.chosen].experts.values()) == {24}
+        and facts.planned[facts.chosen].nbytes < facts.base.nbytes
+    )
+    assert [stage.name for stage in facts.stages if stage.state == "not reached"][-3:] == [
+        "prune",
+        "quantize",
+        "verify",
+    ]
+    assert facts.warnings == ("observe: look", "select: look", "evaluate: look") and facts.versions == {
+        "torch": "2.13.0"
+    }
     assert facts.hub_datasets == () and not facts.model.hub
 
 
@@ -65,8 +91,15 @@ def test_the_resolved_recipe_loads_as_the_same_recipe(tmp_path):
     assert load(tmp_path / "resolved.yaml").recipe.model_dump() == recipe.model_dump()
 
 
-@pytest.mark.parametrize(("card", "expected"), [("---\nlicense: mit\n---\n# Hi", "mit"), ("# Hi\n---\nlicense: mit\n---\n", None), ("---\n: [\n---\n", None),
-                                                ("---\nlicense: [a, b]\n---\n", None)])
+@pytest.mark.parametrize(
+    ("card", "expected"),
+    [
+        ("---\nlicense: mit\n---\n# Hi", "mit"),
+        ("# Hi\n---\nlicense: mit\n---\n", None),
+        ("---\n: [\n---\n", None),
+        ("---\nlicense: [a, b]\n---\n", None),
+    ],
+)
 def test_the_license_is_what_the_base_models_card_says(card, expected, tmp_path):
     (tmp_path / "README.md").write_text(card)
     assert license_of(tmp_path) == expected

@@ -52,13 +52,27 @@ def test_a_page_needs_nothing_from_elsewhere_and_equal_facts_give_equal_bytes(fi
     html = (tmp_path / "one.html").read_text()
     assert html == (tmp_path / "two.html").read_text()
     frame = re.sub(r"<script\b.*?</script>", "", html, flags=re.S)
-    assert not re.findall(r"""(?:src|href)\s*=\s*["']?(?!#|data:)[^"'> ]+""", frame) and "@import" not in frame and "url(" not in frame
+    assert (
+        not re.findall(r"""(?:src|href)\s*=\s*["']?(?!#|data:)[^"'> ]+""", frame)
+        and "@import" not in frame
+        and "url(" not in frame
+    )
 
 
 def test_observation_page_has_every_section_and_a_sentence_for_every_chart(observed):
     page = observation_page(observed)
-    assert [section.id for section in page.sections] == ["recorded", "cut", "experts", "drivers", "layers", "distributions", "sources", "eaft",
-                                                         "convergence", "never"]
+    assert [section.id for section in page.sections] == [
+        "recorded",
+        "cut",
+        "experts",
+        "drivers",
+        "layers",
+        "distributions",
+        "sources",
+        "eaft",
+        "convergence",
+        "never",
+    ]
     charts = [block for block in blocks(page) if isinstance(block, Chart)]
     assert len(charts) == 14 and len({chart.id for chart in charts}) == 14
     assert all(chart.sentence.endswith(".") and re.search(r"\d", chart.sentence) for chart in charts)
@@ -67,26 +81,37 @@ def test_observation_page_has_every_section_and_a_sentence_for_every_chart(obser
 def test_removal_paths_are_drawn_with_the_numbers_they_hold(observed):
     draw = torch.Generator().manual_seed(0)
     layers, experts = len(observed.layers), observed.num_experts
-    order = torch.stack([torch.stack([torch.randperm(experts, generator=draw) for _ in range(4)]) for _ in range(layers)])
+    order = torch.stack(
+        [torch.stack([torch.randperm(experts, generator=draw) for _ in range(4)]) for _ in range(layers)]
+    )
     error = torch.rand(layers, 4, experts, generator=draw, dtype=torch.float64).cumsum(-1) / 100
     order[..., -2:], error[..., -2:] = -1, 0
     paths = Reroute(torch.tensor([5, 6, 7]), order, error, torch.zeros(layers, 3, experts, dtype=torch.float64))
     section = reroute_section(View.of(dataclasses.replace(observed, reroute=paths), None))
     half = error[:, -1, experts // 2 - 1]
     worst = int(half.argmax())
-    assert f"by {100 * float(half.mean()):.2f}" in section.blocks[0].sentence and f"in layer {worst}." in section.blocks[0].sentence
+    assert (
+        f"by {100 * float(half.mean()):.2f}" in section.blocks[0].sentence
+        and f"in layer {worst}." in section.blocks[0].sentence
+    )
     assert section.blocks[0].data[0]["y"] == error[:, -1, : experts - 2].mean(0).tolist()
     assert "5 of code, 6 of tools and 7 of prose" in section.lead
 
 
 @pytest.mark.parametrize("lacking", ["coactivation", "trace", "sources", "experts"])
 def test_an_observation_without_some_part_leaves_only_that_part_out(lacking):
-    observed = synthetic.observation(coactivation=lacking != "coactivation", trace=lacking != "trace", sources=1 if lacking == "sources" else 3,
-                                     experts=8 if lacking == "experts" else 16)
+    observed = synthetic.observation(
+        coactivation=lacking != "coactivation",
+        trace=lacking != "trace",
+        sources=1 if lacking == "sources" else 3,
+        experts=8 if lacking == "experts" else 16,
+    )
     page = observation_page(observed)
     ids = [section.id for section in page.sections]
     assert ("eaft" in ids) == (lacking != "trace") and ("sources" in ids) == (lacking != "sources")
-    assert ("coverage" in [block.id for block in blocks(page) if isinstance(block, Chart)]) == (lacking != "coactivation")
+    assert ("coverage" in [block.id for block in blocks(page) if isinstance(block, Chart)]) == (
+        lacking != "coactivation"
+    )
     assert "nan" not in text(page).lower().split()
 
 
@@ -96,15 +121,26 @@ def test_numbers_in_the_sentences_are_those_of_the_statistics(observed):
 
     selection = synthetic.selection(observed, 8)
     metrics = statistics.report_metrics(observed, selection)
-    cut = next(block for block in blocks(observation_page(observed, selection)) if getattr(block, "id", "") == "cut-curve")
-    assert percent(metrics["traffic_deleted"]) in cut.sentence and percent(metrics["saliency_mass_deleted"]) in cut.sentence
-    balance = next(block for block in blocks(observation_page(observed, selection)) if getattr(block, "id", "") == "balance")
+    cut = next(
+        block for block in blocks(observation_page(observed, selection)) if getattr(block, "id", "") == "cut-curve"
+    )
+    assert (
+        percent(metrics["traffic_deleted"]) in cut.sentence
+        and percent(metrics["saliency_mass_deleted"]) in cut.sentence
+    )
+    balance = next(
+        block for block in blocks(observation_page(observed, selection)) if getattr(block, "id", "") == "balance"
+    )
     assert balance.data[0]["y"] == metrics["balance_cv"]
 
 
 def test_what_leaving_a_source_out_would_prune_is_named(observed):
     view = View.of(observed, None)
-    found = next(block for block in blocks(observation_page(observed)) if getattr(block, "summary", "").startswith("Which experts would go"))
+    found = next(
+        block
+        for block in blocks(observation_page(observed))
+        if getattr(block, "summary", "").startswith("Which experts would go")
+    )
     named = {(name, layer): experts for name, layer, experts in found.blocks[0].rows}
     for name in observed.sources:
         for layer, gone, now in zip(view.layers, view.dropped_without(name), view.dropped, strict=True):
@@ -114,7 +150,7 @@ def test_what_leaving_a_source_out_would_prune_is_named(observed):
 
 
 def test_what_comes_from_data_cannot_break_out_of_the_page(observed):
-    hostile = '</script><img src=x onerror=alert(1)>'
+    hostile = "</script><img src=x onerror=alert(1)>"
     named = dataclasses.replace(observed, sources=(hostile, *observed.sources[1:]))
     html = render(observation_page(named))
     assert "<img" not in html and hostile not in html
@@ -123,18 +159,33 @@ def test_what_comes_from_data_cannot_break_out_of_the_page(observed):
 
 def test_a_finished_run_shows_sizes_quality_and_how_to_repeat_it(finished):
     words = text(run_page(finished))
-    for expected in ("7.3\u00a0MB → 1.9\u00a0MB", "Passed its gates", "reapkit apply small.yaml --set prune.ratio=0.5", "W3A16", "&lt;a&gt; list", "<mark>def f(x)",
-                     "observe: 2 of 64 experts received no scored token", "largest difference 3e-6"):
+    for expected in (
+        "7.3\u00a0MB → 1.9\u00a0MB",
+        "Passed its gates",
+        "reapkit apply small.yaml --set prune.ratio=0.5",
+        "W3A16",
+        "&lt;a&gt; list",
+        "<mark>def f(x)",
+        "observe: 2 of 64 experts received no scored token",
+        "largest difference 3e-6",
+    ):
         assert expected in words
     ids = [section.id for section in run_page(finished).sections]
-    assert ids[:6] == ["result", "gates", "quality", "decision", "quantization", "calibration"] and ids[-3:] == ["proofs", "stages", "reproduce"]
+    assert ids[:6] == ["result", "gates", "quality", "decision", "quantization", "calibration"] and ids[-3:] == [
+        "proofs",
+        "stages",
+        "reproduce",
+    ]
 
 
 def test_quantization_shows_the_measured_error_of_every_layer(finished):
     chart = next(block for block in blocks(run_page(finished)) if getattr(block, "id", "") == "quantization-error")
     assert chart.data[0]["x"] == [0, 1, 2, 3] and chart.data[0]["y"] == pytest.approx([0.2, 0.21, 0.22, 0.23])
     assert "21.5 % of their norm in the mean layer, by 23.0 % in layer 3 and by 20.0 % in layer 0." in chart.sentence
-    unmeasured = [{**proof, "measured": False, "detail": "not measured: awq", "by_layer": None} for proof in finished.verification["proofs"]]
+    unmeasured = [
+        {**proof, "measured": False, "detail": "not measured: awq", "by_layer": None}
+        for proof in finished.verification["proofs"]
+    ]
     words = text(run_page(dataclasses.replace(finished, verification={**finished.verification, "proofs": unmeasured})))
     assert "The rounding error of single layers was not measured: awq." in words and "quantization-error" not in words
 
@@ -142,36 +193,84 @@ def test_quantization_shows_the_measured_error_of_every_layer(finished):
 def test_a_rejected_run_names_gate_source_amount_and_what_to_change(observed):
     page = run_page(synthetic.facts(rejected=True, observed=observed, losses={"ratio-0.5": 0.3, "ratio-0.4": 0.2}))
     words = text(page)
-    for expected in ("Rejected by its gates", "nothing was written", "limit ≤ 1.05: reject, 0.26 beyond it", "agentic alone", "prune less"):
+    for expected in (
+        "Rejected by its gates",
+        "nothing was written",
+        "limit ≤ 1.05: reject, 0.26 beyond it",
+        "agentic alone",
+        "prune less",
+    ):
         assert expected in words
-    table = next(block for block in blocks(page) if isinstance(block, Table) and block.title.startswith("ratio-0.5, gate by gate"))
-    assert table.rows[0][:6] == ("perplexity against the base", "all", "512", "at most 1.050", "1.300 (1.236 to 1.364)", "0.250 beyond")
+    table = next(
+        block
+        for block in blocks(page)
+        if isinstance(block, Table) and block.title.startswith("ratio-0.5, gate by gate")
+    )
+    assert table.rows[0][:6] == (
+        "perplexity against the base",
+        "all",
+        "512",
+        "at most 1.050",
+        "1.300 (1.236 to 1.364)",
+        "0.250 beyond",
+    )
     assert "quantization" not in [section.id for section in page.sections] and "not reached" in words
 
 
 def test_what_was_tried_after_a_rejection_stands_in_the_table_and_its_advice_can_be_pasted(observed):
     rejected = synthetic.facts(rejected=True, observed=observed)
     [entry] = rejected.evaluation["candidates"]
-    search = [{**entry, "name": "ratio-0.25", "removed": 0.25}, {**entry, "name": "ratio-0.125", "removed": 0.125, "verdict": "pass", "gates": []}]
-    found = {**rejected.evaluation, "search": search, "advice": "It is rejected.\n    --set 'prune.candidates.ratio=[0.125]'\n    --set other=1"}
+    search = [
+        {**entry, "name": "ratio-0.25", "removed": 0.25},
+        {**entry, "name": "ratio-0.125", "removed": 0.125, "verdict": "pass", "gates": []},
+    ]
+    found = {
+        **rejected.evaluation,
+        "search": search,
+        "advice": "It is rejected.\n    --set 'prune.candidates.ratio=[0.125]'\n    --set other=1",
+    }
     page = run_page(dataclasses.replace(rejected, evaluation=found))
-    table = next(block for block in blocks(page) if isinstance(block, Table) and block.title.startswith("Every candidate"))
-    assert [(row[0], row[4].split(":")[0]) for row in table.rows[1:]] == [("ratio-0.25", "tried after the rejection"),
-                                                                          ("ratio-0.125", "tried after the rejection")]
+    table = next(
+        block for block in blocks(page) if isinstance(block, Table) and block.title.startswith("Every candidate")
+    )
+    assert [(row[0], row[4].split(":")[0]) for row in table.rows[1:]] == [
+        ("ratio-0.25", "tried after the rejection"),
+        ("ratio-0.125", "tried after the rejection"),
+    ]
     assert "reapkit apply small.yaml --set prune.ratio=0.5 --set &#39;prune.candidates.ratio=[0.125]&#39;" in text(page)
     assert "to paste" not in text(run_page(synthetic.facts(observed=observed)))
 
 
 def test_a_control_that_does_better_is_pointed_out(finished):
-    evaluation = {**finished.evaluation, "controls": [{"name": "control-frequency", "criterion": "frequency", "experts": "8",
-                                                       "metrics": {"512": synthetic.groups(0.01, synthetic.SOURCES[:3])}}]}
-    assert "On this model and mix try saliency.criterion: frequency." in text(run_page(dataclasses.replace(finished, evaluation=evaluation)))
+    evaluation = {
+        **finished.evaluation,
+        "controls": [
+            {
+                "name": "control-frequency",
+                "criterion": "frequency",
+                "experts": "8",
+                "metrics": {"512": synthetic.groups(0.01, synthetic.SOURCES[:3])},
+            }
+        ],
+    }
+    assert "On this model and mix try saliency.criterion: frequency." in text(
+        run_page(dataclasses.replace(finished, evaluation=evaluation))
+    )
     assert "loses less" not in text(run_page(finished))
 
 
 def test_a_run_stopped_early_still_has_a_page(observed, tmp_path):
-    stopped = dataclasses.replace(synthetic.facts(rejected=True, observed=observed), chosen=None, observation=None, selections={}, evaluation=None,
-                                  calibration=None, stages=(), warnings=(), versions={})
+    stopped = dataclasses.replace(
+        synthetic.facts(rejected=True, observed=observed),
+        chosen=None,
+        observation=None,
+        selections={},
+        evaluation=None,
+        calibration=None,
+        stages=(),
+        warnings=(),
+        versions={},
+    )
     write_run_report(stopped, tmp_path / "report.html")
     assert [section.id for section in run_page(stopped).sections] == ["result", "stages", "reproduce"]
 
@@ -183,10 +282,15 @@ def test_observation_report_is_written_whole(observed, tmp_path):
 
 def test_free_continuations_are_shown_where_they_were_measured(finished):
     loops = {"rows": 8, "loop_share": synthetic.measured(0.2, 0.1), "loop_share_delta": synthetic.measured(0.1, 0.1)}
-    evaluation = {**finished.evaluation, "base_generation": {"all": {"rows": 8, "loop_share": synthetic.measured(0.1, 0.05)}},
-                  "candidates": [{**finished.evaluation["candidates"][0], "generation": {"all": loops}}]}
+    evaluation = {
+        **finished.evaluation,
+        "base_generation": {"all": {"rows": 8, "loop_share": synthetic.measured(0.1, 0.05)}},
+        "candidates": [{**finished.evaluation["candidates"][0], "generation": {"all": loops}}],
+    }
     measured = dataclasses.replace(finished, evaluation=evaluation)
-    assert "20.0 % (10.0 % to 30.0 %)" in text(run_page(measured)) and "Free continuations" not in text(run_page(finished))
+    assert "20.0 % (10.0 % to 30.0 %)" in text(run_page(measured)) and "Free continuations" not in text(
+        run_page(finished)
+    )
     card = model_card(measured, "pruned")
     assert "share that loop: 20.0 %" in card and "Free generation (loops" not in card
 

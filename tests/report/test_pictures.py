@@ -1,4 +1,5 @@
-"""Charts as files for papers: every chart of the page, with its sentence; and what is said where no browser can draw them."""
+"""Charts as files for papers: every chart of the page, with its sentence; and what is said where no browser can draw
+them."""
 
 from __future__ import annotations
 
@@ -30,7 +31,10 @@ def test_every_chart_of_a_run_becomes_a_picture(can_browse, tmp_path):
     write_run_report(synthetic.facts(), tmp_path / "run.html")
     files = pictures.write_pictures(tmp_path / "run.html", tmp_path / "figures")
     page, captions = (tmp_path / "run.html").read_text(), (tmp_path / "figures" / "captions.md").read_text()
-    assert [file.name for file in files] == [*(f"{chart}.png" for chart in re.findall(r'<div class="chart" id="([^"]+)"', page)), "captions.md"]
+    assert [file.name for file in files] == [
+        *(f"{chart}.png" for chart in re.findall(r'<div class="chart" id="([^"]+)"', page)),
+        "captions.md",
+    ]
     for picture in files[:-1]:
         width, height = size_of(picture)
         assert width >= 3 * 250 and height >= 3 * 80 and picture.stat().st_size > 3000, picture.name
@@ -49,7 +53,9 @@ def test_without_a_chromium_it_says_what_to_install(tmp_path, monkeypatch, capsy
     pytest.importorskip("playwright", reason="the message is about playwright's own browser")
     monkeypatch.setattr(pictures, "COMMANDS", ("no-such-browser",))
     monkeypatch.setenv("PLAYWRIGHT_BROWSERS_PATH", str(tmp_path / "none"))
-    with pytest.raises(UnusableError, match="No Chromium could be started .*Looked for no-such-browser. Install one, such as with"):
+    with pytest.raises(
+        UnusableError, match="No Chromium could be started .*Looked for no-such-browser. Install one, such as with"
+    ):
         pictures.write_pictures(tmp_path / "page.html", tmp_path)
     synthetic.observation().save(tmp_path / "observation")
     assert _run(["export", str(tmp_path / "observation"), "--png", str(tmp_path / "figures")], debug=False) == 3
@@ -64,4 +70,6 @@ def test_export_without_a_place_is_a_usage_error(tmp_path, capsys):
 def test_the_readme_shows_pictures_that_are_there_and_small():
     root = ROOT
     shown = re.findall(r"!\[[^\]]+\]\((docs/[^)]+)\)", (root / "README.md").read_text())
-    assert len(shown) >= 2 and all((root / name).stat().st_size < 300_000 and size_of(root / name)[0] >= 1000 for name in shown)
+    assert len(shown) >= 2 and all(
+        (root / name).stat().st_size < 300_000 and size_of(root / name)[0] >= 1000 for name in shown
+    )

@@ -43,8 +43,9 @@ def test_without_a_selection_the_least_salient_half_is_shown(observed):
 def test_a_selection_is_shown_as_it_was_decided(observed):
     selection = synthetic.selection(observed, 6)
     view = View.of(observed, selection)
-    assert {layer: tuple(np.flatnonzero(row).tolist()) for layer, row in zip(view.layers, view.dropped, strict=True)} == {
-        layer: chosen.drop for layer, chosen in selection.layers.items()}
+    assert {
+        layer: tuple(np.flatnonzero(row).tolist()) for layer, row in zip(view.layers, view.dropped, strict=True)
+    } == {layer: chosen.drop for layer, chosen in selection.layers.items()}
     data = view.page_data()
     assert np.array_equal(unpack(data["matrices"]["decided"]), view.dropped)
     assert data["decidedLabel"] == "6 of 16 (38 %), as decided" and data["decidedRemoved"] == 6
@@ -56,7 +57,10 @@ def test_matrices_hold_what_the_live_charts_need(observed):
     matrices = {name: unpack(packed) for name, packed in data["matrices"].items()}
     assert np.allclose(matrices["saliency"], view.saliency, rtol=1e-6) and matrices["saliency"][0, 1] == -np.inf
     assert (np.sort(matrices["rank"], axis=1) == np.arange(16)).all() and matrices["rank"][0, 5] < 2
-    risks = [float((matrices["peak"][row].astype(bool) & gone).sum()) / int(gone.sum()) for row, gone in enumerate(view.dropped)]
+    risks = [
+        float((matrices["peak"][row].astype(bool) & gone).sum()) / int(gone.sum())
+        for row, gone in enumerate(view.dropped)
+    ]
     assert risks == pytest.approx(statistics.tail_risks(view.summed.gate_norm_max, view.dropped))
     lifts = np.stack([matrices[f"lift{index}"] for index in range(3)])
     assert np.allclose(lifts.sum(0), 3.0) and matrices["dominant"][0, 1] == 255

@@ -12,14 +12,22 @@ from reapkit.selection.allocation import LayerRanking, global_counts, global_cut
 from reapkit.selection.layer_budget import LayerBudget
 
 
-def random_rankings(seed: int, *, layers: int = 5, experts: int = 12, groups: int = 1, signed: bool = True, ties: bool = False,
-                    dead: float = 0.1):
+def random_rankings(
+    seed: int,
+    *,
+    layers: int = 5,
+    experts: int = 12,
+    groups: int = 1,
+    signed: bool = True,
+    ties: bool = False,
+    dead: float = 0.1,
+):
     draw = random.Random(seed)
 
     def value() -> float:
         if draw.random() < dead:
             return -inf
-        return (draw.randrange(-2 if signed else 0, 4) if ties else draw.gauss(0 if signed else 5, 1)) * 10 ** layer
+        return (draw.randrange(-2 if signed else 0, 4) if ties else draw.gauss(0 if signed else 5, 1)) * 10**layer
 
     found = {}
     for layer in range(layers):
@@ -71,7 +79,9 @@ def test_global_is_one_ranking_over_all_layers(ties: bool) -> None:
                 dropped[-layer].add(-e)
                 left -= 1
         counts = global_counts(rankings, budgets_for(rankings, kept, least), 1)
-        assert {layer: set(range(12)) - set(ranking.keep(counts[layer])) for layer, ranking in rankings.items()} == dropped
+        assert {
+            layer: set(range(12)) - set(ranking.keep(counts[layer])) for layer, ranking in rankings.items()
+        } == dropped
 
 
 def test_global_spends_the_same_total_and_drops_less_saliency() -> None:
@@ -82,8 +92,12 @@ def test_global_spends_the_same_total_and_drops_less_saliency() -> None:
         assert sum(uniform.values()) == sum(spread.values())
 
         def lost(counts, rankings=rankings) -> float:
-            return sum(share for layer, ranking in rankings.items() for e, share in enumerate(ranking.normalised)
-                       if e not in ranking.keep(counts[layer]) and share != -inf)
+            return sum(
+                share
+                for layer, ranking in rankings.items()
+                for e, share in enumerate(ranking.normalised)
+                if e not in ranking.keep(counts[layer]) and share != -inf
+            )
 
         assert lost(spread) <= lost(uniform) + 1e-12
 
@@ -92,8 +106,10 @@ def test_global_spends_the_same_total_and_drops_less_saliency() -> None:
 def test_larger_ratios_drop_what_smaller_ones_drop(groups: int, unit: int) -> None:
     for seed in range(20):
         rankings = random_rankings(seed, groups=groups, ties=seed % 2 == 0)
-        for counts_of in (lambda kept: uniform_counts(rankings, budgets_for(rankings, kept)),
-                          lambda kept: global_counts(rankings, budgets_for(rankings, kept, unit), unit)):
+        for counts_of in (
+            lambda kept: uniform_counts(rankings, budgets_for(rankings, kept)),
+            lambda kept: global_counts(rankings, budgets_for(rankings, kept, unit), unit),
+        ):
             previous = None
             for kept in range(12 - unit, unit - 1, -unit):
                 counts = counts_of(kept)
@@ -104,7 +120,8 @@ def test_larger_ratios_drop_what_smaller_ones_drop(groups: int, unit: int) -> No
 
 
 def test_units_that_do_not_divide_the_experts() -> None:
-    """12 experts in steps of 5: layers go 12, 10, 5; the total never exceeds the budget and falls short by less than a step."""
+    """12 experts in steps of 5: layers go 12, 10, 5; the total never exceeds the budget and falls short by less than a
+    step."""
     for seed in range(20):
         rankings = random_rankings(seed)
         counts = global_counts(rankings, budgets_for(rankings, 10, 5), 5)
@@ -134,13 +151,20 @@ def test_caps_and_protection_hold_layers_up() -> None:
 
 def test_too_much_protection_is_refused_with_numbers() -> None:
     protected = dict.fromkeys(range(3), "protected by hand") | dict.fromkeys(range(3, 8), "super expert")
-    rankings = {4: LayerRanking(tuple(map(float, range(12))), protected), 5: LayerRanking(tuple(map(float, range(12))), {})}
+    rankings = {
+        4: LayerRanking(tuple(map(float, range(12))), protected),
+        5: LayerRanking(tuple(map(float, range(12))), {}),
+    }
     with pytest.raises(RecipeError) as error:
         uniform_counts(rankings, budgets_for(rankings, 6))
-    assert str(error.value) == ("prune.protect: layer 4 protects 8 experts (3 protected by hand, 5 super expert), which takes "
-                                "8 kept experts, but its budget keeps 6. Protect fewer, or prune less.")
-    with pytest.raises(RecipeError, match="the budget removes 20 experts, but 8 protected ones, caps and routing leave 14 to "
-                                          "remove"):
+    assert (
+        str(error.value)
+        == "prune.protect: layer 4 protects 8 experts (3 protected by hand, 5 super expert), which takes "
+        "8 kept experts, but its budget keeps 6. Protect fewer, or prune less."
+    )
+    with pytest.raises(
+        RecipeError, match="the budget removes 20 experts, but 8 protected ones, caps and routing leave 14 to remove"
+    ):
         global_counts(rankings, budgets_for(rankings, 2), 1)
 
 
@@ -148,17 +172,34 @@ def test_every_expert_has_its_reason() -> None:
     ranking = LayerRanking((9.0, 8.0, 7.0, 6.0, 5.0, 4.0, -inf, 3.0), {7: "core"})
     budget = LayerBudget(wanted=3, rounded=4, kept=6, least=6)
     assert reasons(ranking, ranking.keep(6), budget) == {
-        7: "core", 0: "saliency", 1: "saliency", 2: "rounding", 3: "cap", 4: "cap", 5: "saliency", 6: "never routed"}
+        7: "core",
+        0: "saliency",
+        1: "saliency",
+        2: "rounding",
+        3: "cap",
+        4: "cap",
+        5: "saliency",
+        6: "never routed",
+    }
     dead = LayerRanking((1.0, -inf, -inf), {})
-    assert reasons(dead, dead.keep(2), LayerBudget(2, 2, 2, 1)) == {0: "saliency", 1: "never routed, fills the budget",
-                                                                    2: "never routed"}
+    assert reasons(dead, dead.keep(2), LayerBudget(2, 2, 2, 1)) == {
+        0: "saliency",
+        1: "never routed, fills the budget",
+        2: "never routed",
+    }
     assert set(reasons(dead, dead.keep(3), LayerBudget(2, 2, 3, 3)).values()) == {"whole layer kept"}
 
 
 def test_reasons_tell_group_quotas_from_saliency() -> None:
     ranking = LayerRanking((9.0, 8.0, 7.0, 1.0, 2.0, 3.0), {}, groups=2)
     assert reasons(ranking, ranking.keep(4), LayerBudget(4, 4, 4, 4)) == {
-        0: "saliency", 1: "saliency", 2: "group quota", 3: "saliency", 4: "group quota", 5: "saliency"}
+        0: "saliency",
+        1: "saliency",
+        2: "group quota",
+        3: "saliency",
+        4: "group quota",
+        5: "saliency",
+    }
 
 
 def test_reasons_under_the_global_cut() -> None:
@@ -168,4 +209,8 @@ def test_reasons_under_the_global_cut() -> None:
     cut = global_cut(rankings, counts)
     assert counts == {0: 3, 1: 3} and cut == pytest.approx(0.1)
     assert reasons(rankings[1], rankings[1].keep(3), budgets[1], cut) == {
-        0: "saliency", 1: "layer minimum", 2: "layer minimum", 3: "saliency"}
+        0: "saliency",
+        1: "layer minimum",
+        2: "layer minimum",
+        3: "saliency",
+    }

@@ -24,9 +24,11 @@ from tests.support.specs import saliency_spec
 def installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     (tmp_path / "offered_criteria.py").write_text("def steady(totals, spec):\n    return totals.count\nnumber = 3\n")
     monkeypatch.syspath_prepend(tmp_path)
-    points = [EntryPoint("steady", "offered_criteria:steady", criteria.ENTRY_POINT_GROUP),
-              EntryPoint("number", "offered_criteria:number", criteria.ENTRY_POINT_GROUP),
-              EntryPoint("reap", "offered_criteria:steady", criteria.ENTRY_POINT_GROUP)]
+    points = [
+        EntryPoint("steady", "offered_criteria:steady", criteria.ENTRY_POINT_GROUP),
+        EntryPoint("number", "offered_criteria:number", criteria.ENTRY_POINT_GROUP),
+        EntryPoint("reap", "offered_criteria:steady", criteria.ENTRY_POINT_GROUP),
+    ]
     monkeypatch.setattr(criteria, "entry_points", lambda group: [point for point in points if point.group == group])
     return tmp_path
 
@@ -49,17 +51,21 @@ def test_what_is_no_function_is_refused(installed: Path) -> None:
 
 def test_an_unknown_name_lists_the_known_ones(installed: Path) -> None:
     problem = criterion_problem("stedy", "prune.candidates.criterion[2]")
-    assert str(problem) == ("prune.candidates.criterion[2]: found 'stedy'. Known: reap, eaft-reap, frequency, "
-                            "weighted-frequency, ean, ean-mean, reroute, reroute-single, random, number, steady, or your own as module:function. Did "
-                            "you mean 'steady'?")
+    assert (
+        str(problem)
+        == "prune.candidates.criterion[2]: found 'stedy'. Known: reap, eaft-reap, frequency, weighted-frequency, ean,"
+        " ean-mean, reroute, reroute-single, random, number, steady, or your own as module:function. Did you mean"
+        " 'steady'?"
+    )
     with pytest.raises(RecipeError, match="found 'nothing like it'. Known: reap, .* as module:function.$"):
         user_criterion("nothing like it")
 
 
 def test_a_name_is_checked_without_importing() -> None:
     assert criterion_problem("module_that_is_not_there:function") is None
-    with pytest.raises(RecipeError, match="cannot be imported .*Put the folder that holds module_that_is_not_there on "
-                                          "PYTHONPATH"):
+    with pytest.raises(
+        RecipeError, match="cannot be imported .*Put the folder that holds module_that_is_not_there on PYTHONPATH"
+    ):
         user_criterion("module_that_is_not_there:function")
 
 
@@ -84,5 +90,7 @@ def test_the_example_decides_on_its_own(monkeypatch: pytest.MonkeyPatch) -> None
     observation = observe_routing(random_routing(0, dead=(1,)), trace=False)
     found, mean = saliency(observation, recipe.saliency), saliency(observation, saliency_spec())
     routed = observation.statistics["count"].sum(1) > 0
-    assert np.isfinite(found[routed]).all() and (found <= mean).all() and not np.array_equal(found[routed], mean[routed])
+    assert (
+        np.isfinite(found[routed]).all() and (found <= mean).all() and not np.array_equal(found[routed], mean[routed])
+    )
     assert (found[~routed] == -np.inf).all()

@@ -24,12 +24,20 @@ def rank_quantile(values: list[float], level: str) -> float:
     return sorted(values)[max(1, math.ceil(Fraction(level) * len(values))) - 1] if values else math.nan
 
 
-def two_passes(routing, *, quantiles: dict | None = None, per_source: bool = False, strict: bool = False, experts: int = 8,
-               sources: int = 2):
+def two_passes(
+    routing,
+    *,
+    quantiles: dict | None = None,
+    per_source: bool = False,
+    strict: bool = False,
+    experts: int = 8,
+    sources: int = 2,
+):
     """(saliency rows, region of every position with a signal), from nothing but the definition."""
     levels = {"p_low": "0.15", "h_low": "0.15", "h_high": "0.85"} | (quantiles or {})
-    p_of, h_of, source_of, signal, expert = (getattr(routing, name).tolist() for name in ("p", "h", "source", "signal",
-                                                                                          "expert"))
+    p_of, h_of, source_of, signal, expert = (
+        getattr(routing, name).tolist() for name in ("p", "h", "source", "signal", "expert")
+    )
     contribution = (routing.gate * routing.norm).tolist()
     positions = [t for t in range(len(p_of)) if signal[t]]
 
@@ -37,9 +45,16 @@ def two_passes(routing, *, quantiles: dict | None = None, per_source: bool = Fal
         own = [values[t] for t in positions if not per_source or source_of[t] == source]
         return rank_quantile(own, level)
 
-    borders = [{"p_low": border(p_of, s, levels["p_low"]), "h_low": border(h_of, s, levels["h_low"]),
-                "h_high": border(h_of, s, levels["h_high"]), "p_high": border(p_of, s, "0.6"), "h_mid": border(h_of, s, "0.4")}
-               for s in range(sources)]
+    borders = [
+        {
+            "p_low": border(p_of, s, levels["p_low"]),
+            "h_low": border(h_of, s, levels["h_low"]),
+            "h_high": border(h_of, s, levels["h_high"]),
+            "p_high": border(p_of, s, "0.6"),
+            "h_mid": border(h_of, s, "0.4"),
+        }
+        for s in range(sources)
+    ]
     weights = {"conflict": -2.0, "uncertain": 0.25, "good": 1.0, "other": 0.1}
     regions = []
     for t in positions:
@@ -68,8 +83,14 @@ def variants(seed: int):
     lonely = torch.zeros(120, dtype=torch.int64)
     lonely[17] = 1
     routing.signal[17] = routing.scored[17] = True
-    for change in ({}, {"p": ties}, {"p": ties, "h": ties.flip(0)}, {"p": torch.full((120,), 0.5)}, {"h": torch.zeros(120)},
-                   {"source": lonely}):
+    for change in (
+        {},
+        {"p": ties},
+        {"p": ties, "h": ties.flip(0)},
+        {"p": torch.full((120,), 0.5)},
+        {"h": torch.zeros(120)},
+        {"source": lonely},
+    ):
         fields = {name: getattr(routing, name) for name in vars(routing)} | change
         yield type(routing)(**fields)
 
@@ -89,8 +110,10 @@ def test_against_two_passes(seed: int, thresholds: str, strict: bool) -> None:
         assert np.array_equal(measured.count.sum((1, 2)), torch.stack(counted))
 
 
-@pytest.mark.parametrize("quantiles", [{"p_low": "0"}, {"p_low": "1", "h_low": "1"},
-                                       {"h_low": "0.5", "h_high": "0.5", "p_low": "0.5"}, {"h_high": "1"}])
+@pytest.mark.parametrize(
+    "quantiles",
+    [{"p_low": "0"}, {"p_low": "1", "h_low": "1"}, {"h_low": "0.5", "h_high": "0.5", "p_low": "0.5"}, {"h_high": "1"}],
+)
 def test_extreme_quantiles(quantiles: dict) -> None:
     routing = random_routing(4)
     spec = saliency_spec("eaft-reap", eaft={"quantiles": {name: float(level) for name, level in quantiles.items()}})
@@ -109,7 +132,9 @@ def test_empty_regions_and_one_position() -> None:
     one = repeated(routing, routing.signal.nonzero().flatten()[:1])
     expected, regions = two_passes(one)
     assert regions == ["conflict"], "a single position is its own quantile of both signals"
-    np.testing.assert_allclose(saliency(observe_routing(one), saliency_spec("eaft-reap")), expected, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(
+        saliency(observe_routing(one), saliency_spec("eaft-reap")), expected, rtol=1e-12, atol=1e-12
+    )
 
 
 def test_no_signal_at_all_ranks_every_expert_last() -> None:
@@ -117,8 +142,9 @@ def test_no_signal_at_all_ranks_every_expert_last() -> None:
     silent = type(routing)(**(vars(routing) | {"signal": torch.zeros(120, dtype=torch.bool)}))
     observation = observe_routing(silent)
     assert (saliency(observation, saliency_spec("eaft-reap")) == -np.inf).all()
-    summary = summarise(measure_regions(observation, saliency_spec().eaft, (Fraction(1),) * 2), observation.sources,
-                        (Fraction(1),) * 2)
+    summary = summarise(
+        measure_regions(observation, saliency_spec().eaft, (Fraction(1),) * 2), observation.sources, (Fraction(1),) * 2
+    )
     assert summary["thresholds"]["pooled"]["p_low"] is None and summary["shares"]["all"]["conflict"] == 0.0
 
 
@@ -137,7 +163,9 @@ def test_quantile_does_not_round_the_level() -> None:
     for n in (20, 40, 60, 100, 700, 1400):
         values = torch.arange(n).float()
         for percent in range(1, 101):
-            assert quantile([values], (Fraction(1),), Decimal(percent) / 100) == math.ceil(Fraction(percent * n, 100)) - 1
+            assert (
+                quantile([values], (Fraction(1),), Decimal(percent) / 100) == math.ceil(Fraction(percent * n, 100)) - 1
+            )
 
 
 def test_weighted_quantile_equals_repetition() -> None:
@@ -166,10 +194,13 @@ def test_summary_states_shares_of_the_mix() -> None:
     assert list(summary["thresholds"]) == ["pooled"] and set(summary["shares"]) == {"all", "code", "tools"}
     for shares in summary["shares"].values():
         assert sum(shares.values()) == pytest.approx(1)
-    weight = [float(alpha) * sum(summary["positions"][name].values()) for alpha,
-              name in zip(alphas, ("code", "tools"), strict=True)]
-    mixed = sum(w * summary["shares"][name]["conflict"] for w,
-                name in zip(weight, ("code", "tools"), strict=True)) / sum(weight)
+    weight = [
+        float(alpha) * sum(summary["positions"][name].values())
+        for alpha, name in zip(alphas, ("code", "tools"), strict=True)
+    ]
+    mixed = sum(
+        w * summary["shares"][name]["conflict"] for w, name in zip(weight, ("code", "tools"), strict=True)
+    ) / sum(weight)
     assert summary["shares"]["all"]["conflict"] == pytest.approx(mixed)
 
 

@@ -15,11 +15,17 @@ from tests.support.observations import observe_routing, random_routing, repeated
 from tests.support.specs import saliency_spec
 
 NAIVE = {  # (what a slot adds, whether a mean is taken)
-    "reap": (lambda g, n: g * n, True), "ean": (lambda g, n: n, False), "ean-mean": (lambda g, n: n, True),
-    "frequency": (lambda g, n: 1.0, False), "weighted-frequency": (lambda g, n: g, False)}
+    "reap": (lambda g, n: g * n, True),
+    "ean": (lambda g, n: n, False),
+    "ean-mean": (lambda g, n: n, True),
+    "frequency": (lambda g, n: 1.0, False),
+    "weighted-frequency": (lambda g, n: g, False),
+}
 
 
-def naive(routing, criterion: str, *, mean: bool | None = None, prior: float = 0.0, experts: int = 8) -> list[list[float]]:
+def naive(
+    routing, criterion: str, *, mean: bool | None = None, prior: float = 0.0, experts: int = 8
+) -> list[list[float]]:
     adds, by_mean = NAIVE[criterion]
     mean = by_mean if mean is None else mean
     expert, gate, norm, scored = (getattr(routing, name).tolist() for name in ("expert", "gate", "norm", "scored"))
@@ -46,14 +52,18 @@ def test_against_a_naive_double_loop(criterion: str) -> None:
 def test_reduction_and_prior_count(criterion: str) -> None:
     routing = random_routing(2, dead=(0,))
     observation = observe_routing(routing, trace=False)
-    for values, expected in (({"reduction": "sum"}, naive(routing, criterion, mean=False)),
-                             ({"prior_count": 7.5}, naive(routing, criterion, prior=7.5)),
-                             ({"reduction": "sum", "prior_count": 7.5}, naive(routing, criterion, mean=False))):
+    for values, expected in (
+        ({"reduction": "sum"}, naive(routing, criterion, mean=False)),
+        ({"prior_count": 7.5}, naive(routing, criterion, prior=7.5)),
+        ({"reduction": "sum", "prior_count": 7.5}, naive(routing, criterion, mean=False)),
+    ):
         found = saliency(observation, saliency_spec(criterion, **values))
         np.testing.assert_allclose(found, expected, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("criterion", ["reap", "ean", "ean-mean", "frequency", "weighted-frequency", "random", "eaft-reap"])
+@pytest.mark.parametrize(
+    "criterion", ["reap", "ean", "ean-mean", "frequency", "weighted-frequency", "random", "eaft-reap"]
+)
 def test_experts_never_routed_rank_last_and_never_become_nan(criterion: str) -> None:
     found = saliency(observe_routing(random_routing(3, dead=(2, 5))), saliency_spec(criterion))
     assert not np.isnan(found).any()
@@ -70,7 +80,8 @@ def test_random_is_seeded_by_layer_and_known_on_every_platform() -> None:
 
 
 def test_a_mix_equals_an_observation_with_those_shares() -> None:
-    """Every position of `code` three times over: the mix of those shares must give the same saliency, for means exactly."""
+    """Every position of `code` three times over: the mix of those shares must give the same saliency, for means
+    exactly."""
     routing = random_routing(5, dead=(1,))
     observation = observe_routing(routing)
     code, tools = observation.scored_tokens.tolist()
@@ -91,8 +102,12 @@ def test_a_mix_of_one_source_is_that_source_alone_prior_count_included() -> None
     observation = observe_routing(routing)
     for criterion in ("reap", "eaft-reap"):
         mixed = saliency(observation, saliency_spec(criterion, mix={"tools": 5}, prior_count=3))
-        np.testing.assert_allclose(mixed, saliency(alone, saliency_spec(criterion, prior_count=3)), rtol=1e-12, atol=1e-12)
-    assert np.array_equal(totals(observation, {"tools": Decimal(1)}).norm_max, totals(alone).norm_max), "maxima cover sources with weight only"
+        np.testing.assert_allclose(
+            mixed, saliency(alone, saliency_spec(criterion, prior_count=3)), rtol=1e-12, atol=1e-12
+        )
+    assert np.array_equal(totals(observation, {"tools": Decimal(1)}).norm_max, totals(alone).norm_max), (
+        "maxima cover sources with weight only"
+    )
 
 
 def test_a_mix_of_the_observed_shares_changes_nothing() -> None:
@@ -102,11 +117,14 @@ def test_a_mix_of_the_observed_shares_changes_nothing() -> None:
     np.testing.assert_allclose(found, saliency(observation, saliency_spec(prior_count=11)), rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize(("mix", "says"), [
-    ({"cod": 1}, "saliency.mix.cod: is no source of the observation. Known: code, tools."),
-    ({"code": -1, "tools": 2}, "saliency.mix.code: -1 is negative. Give a share of 0 or more."),
-    ({"code": 0}, "saliency.mix: every weight is 0. Give at least one source a share."),
-])
+@pytest.mark.parametrize(
+    ("mix", "says"),
+    [
+        ({"cod": 1}, "saliency.mix.cod: is no source of the observation. Known: code, tools."),
+        ({"code": -1, "tools": 2}, "saliency.mix.code: -1 is negative. Give a share of 0 or more."),
+        ({"code": 0}, "saliency.mix: every weight is 0. Give at least one source a share."),
+    ],
+)
 def test_mixes_that_cannot_be(mix: dict, says: str) -> None:
     with pytest.raises(RecipeError) as error:
         saliency(observe_routing(random_routing(8, tokens=20)), saliency_spec(mix=mix))
@@ -115,20 +133,30 @@ def test_mixes_that_cannot_be(mix: dict, says: str) -> None:
 
 def test_a_source_without_scored_tokens_cannot_carry_weight() -> None:
     observation = observe_routing(random_routing(8, tokens=20, sources=1))
-    with pytest.raises(RecipeError, match="saliency.mix.tools: weighs 0.5, but the observation has no scored token of it."):
+    with pytest.raises(
+        RecipeError, match="saliency.mix.tools: weighs 0.5, but the observation has no scored token of it."
+    ):
         saliency(observation, saliency_spec(mix={"code": 0.5, "tools": 0.5}))
 
 
 def test_a_function_of_ones_own(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "own_criterion.py").write_text("def spiky(totals, spec):\n    return totals.gate_norm_max_scored / "
-                                               "totals.count\n\ndef flat(totals, spec):\n    return totals.count[0]\n")
+    (tmp_path / "own_criterion.py").write_text(
+        "def spiky(totals, spec):\n    return totals.gate_norm_max_scored / "
+        "totals.count\n\ndef flat(totals, spec):\n    return totals.count[0]\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     observation = observe_routing(random_routing(9, dead=(4,)))
     found, summed = saliency(observation, saliency_spec("own_criterion:spiky")), totals(observation)
     alive = summed.count > 0
-    assert np.array_equal(found[alive], (summed.gate_norm_max_scored[alive] / summed.count[alive])) and (found[:, 4] == -np.inf).all()
-    with pytest.raises(UnusableError, match=r"'own_criterion:flat' returned an array of shape \[8\]; it must return .* \[3, "
-                                            r"8\]"):
+    assert (
+        np.array_equal(found[alive], (summed.gate_norm_max_scored[alive] / summed.count[alive]))
+        and (found[:, 4] == -np.inf).all()
+    )
+    with pytest.raises(
+        UnusableError,
+        match=r"'own_criterion:flat' returned an array of shape \[8\]; it must return .* \[3, "
+        r"8\]",
+    ):
         saliency(observation, saliency_spec("own_criterion:flat"))
     with pytest.raises(RecipeError, match="'own_criterion:gone' cannot be imported"):
         saliency(observation, saliency_spec("own_criterion:gone"))
@@ -138,8 +166,11 @@ def test_an_overflow_is_named_not_ranked() -> None:
     observation = observe_routing(random_routing(10))
     observation.statistics["gate_norm_sum"][1, 0, 6] = math.nan
     observation.statistics["gate_norm_sum"][2, 0, 7] = math.inf
-    with pytest.raises(UnusableError, match=r"reap is not a finite number for 2 of 24 experts \(layer 1 expert 6, layer 2 "
-                                            r"expert 7\)"):
+    with pytest.raises(
+        UnusableError,
+        match=r"reap is not a finite number for 2 of 24 experts \(layer 1 expert 6, layer 2 "
+        r"expert 7\)",
+    ):
         saliency(observation, saliency_spec())
 
 
@@ -152,7 +183,14 @@ def test_totals_do_not_depend_on_the_kind_of_sum() -> None:
 
 
 def test_formulas_in_words() -> None:
-    said = [formula(saliency_spec(*given[:1], **given[1])) for given in (
-        ("reap", {}), ("reap", {"reduction": "sum"}), ("ean-mean", {"prior_count": 2.5}), ("ean", {"prior_count": 9}),
-        ("eaft-reap", {}))]
+    said = [
+        formula(saliency_spec(*given[:1], **given[1]))
+        for given in (
+            ("reap", {}),
+            ("reap", {"reduction": "sum"}),
+            ("ean-mean", {"prior_count": 2.5}),
+            ("ean", {"prior_count": 9}),
+            ("eaft-reap", {}),
+        )
+    ]
     assert said == ["Σgn / N", "Σgn", "Σn / (N + 2.5)", "Σn", "Σwgn / N"]

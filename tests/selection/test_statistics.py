@@ -73,7 +73,9 @@ def test_the_cut_curve_ends_where_it_must(decided) -> None:
     assert curve.mass[4] == pytest.approx(share_deleted(summed.gate_norm_sum, dropped))
     assert curve.traffic[4] == pytest.approx(share_deleted(summed.count, dropped))
     k = round(curve.steepens_at * 8)
-    assert curve.mass[k + 1] - curve.mass[k] > 1 / 8 and all(curve.mass[i + 1] - curve.mass[i] <= 1 / 8 for i in range(k))
+    assert curve.mass[k + 1] - curve.mass[k] > 1 / 8 and all(
+        curve.mass[i + 1] - curve.mass[i] <= 1 / 8 for i in range(k)
+    )
 
 
 def test_tail_risk_counts_dropped_experts_in_the_top_quarter() -> None:
@@ -138,11 +140,15 @@ def test_convergence_follows_the_snapshots(decided) -> None:
     observation, _ = decided
     counts = dict.fromkeys(observation.layers, 4)
     steps = convergence(observation, counts)
-    assert [step["rows"] for step in steps] == ["1/16", "1/8", "1/4", "1/2"] and all(step["chance"] == 0.5 for step in steps)
+    assert [step["rows"] for step in steps] == ["1/16", "1/8", "1/4", "1/2"] and all(
+        step["chance"] == 0.5 for step in steps
+    )
     for i, step in enumerate(steps):
         n, mass = (observation.snapshots[name][i].sum(1) for name in ("count", "gate_norm_sum"))
         for row, layer in enumerate(observation.layers):
-            early = sorted(range(8), key=lambda e: (-(mass[row, e] / n[row, e]).item() if n[row, e] else math.inf, e))[:4]
+            early = sorted(range(8), key=lambda e: (-(mass[row, e] / n[row, e]).item() if n[row, e] else math.inf, e))[
+                :4
+            ]
             final = saliency(observation, saliency_spec())[row]
             whole = sorted(range(8), key=lambda e: (-final[e].item(), e))[:4]
             assert step["by_layer"][layer] == len(set(early) & set(whole)) / 4
@@ -161,7 +167,10 @@ def test_specialisation_is_a_share_of_rates() -> None:
     shares = specialisation(observation)
     np.testing.assert_allclose(shares.sum(1), np.ones((3, 8)))
     rates = observation.statistics["count"][0, :, 0] / observation.scored_tokens
-    assert shares[0, 0, 0].item() == pytest.approx((rates[0] / rates.sum()).item()) and shares[0, :, 1].tolist() == [0.5, 0.5]
+    assert shares[0, 0, 0].item() == pytest.approx((rates[0] / rates.sum()).item()) and shares[0, :, 1].tolist() == [
+        0.5,
+        0.5,
+    ]
 
 
 def test_a_mix_without_a_source_is_an_observation_without_it() -> None:
@@ -181,8 +190,10 @@ def test_what_a_source_alone_keeps() -> None:
     observation = observe_routing(random_routing(7, sources=3), sources=names)
     for given in (None, {"code": 1, "tools": 2}):
         spec = saliency_spec("ean-mean", mix=given)
-        kept = {layer: np.argsort(-row, kind="stable")[:4].tolist() for layer,
-                row in zip(observation.layers, saliency(observation, spec), strict=True)}
+        kept = {
+            layer: np.argsort(-row, kind="stable")[:4].tolist()
+            for layer, row in zip(observation.layers, saliency(observation, spec), strict=True)
+        }
         influence = source_influence(observation, spec, kept)
         assert set(influence) == set(given or names)
         left = [observation.sources.index(name) for name in given or names if name != "code"]
@@ -191,7 +202,9 @@ def test_what_a_source_alone_keeps() -> None:
         for row, layer in enumerate(observation.layers):
             lost = set(kept[layer]) - set(np.argsort(-others[row], kind="stable")[:4].tolist())
             assert influence["code"]["would_drop"][layer] == sorted(lost)
-        assert influence["code"]["overlap"] == pytest.approx(1 - sum(map(len, influence["code"]["would_drop"].values())) / 12)
+        assert influence["code"]["overlap"] == pytest.approx(
+            1 - sum(map(len, influence["code"]["would_drop"].values())) / 12
+        )
     assert source_influence(observation, saliency_spec(mix={"code": 1}), kept) == {}
 
 
@@ -208,4 +221,6 @@ def test_all_numbers_of_a_selection_are_plain_data(decided) -> None:
     assert imported["traffic_deleted"] == metrics["traffic_deleted"]
     mixed = select(observation, saliency_spec(mix={"code": 1}), prune(ratio=0.5, protect={"super_experts": False}), TOY)
     code = observation.statistics["count"][:, 0]
-    assert report_metrics(observation, mixed)["traffic_deleted"] == pytest.approx(share_deleted(code, dropped_mask(mixed, 8)))
+    assert report_metrics(observation, mixed)["traffic_deleted"] == pytest.approx(
+        share_deleted(code, dropped_mask(mixed, 8))
+    )

@@ -1,4 +1,5 @@
-"""Reads a page as a person does: in a real Chromium, every section, both themes, wide and narrow, and says all that is wrong with it."""
+"""Reads a page as a person does: in a real Chromium, every section, both themes, wide and narrow, and says all that is
+wrong with it."""
 
 from __future__ import annotations
 
@@ -58,7 +59,8 @@ FLAWS = """() => {
   if (beyond > 0) flaws.push(`scrolls sideways by ${beyond} px`);
   return flaws;
 }"""
-"""All that is wrong with the page as it is drawn: empty sections and charts, clipped or overlapping labels, text that leaves the page."""
+"""All that is wrong with the page as it is drawn: empty sections and charts, clipped or overlapping labels, text that
+leaves the page."""
 
 
 @pytest.fixture(scope="module")
@@ -90,14 +92,25 @@ def browser_or_skip() -> Iterator[Browser]:
 
 
 @contextmanager
-def opened(chromium: Browser, file: Path, width: int = DESK, theme: str = "light", *, draw_all: bool = True) -> Iterator[Page]:
+def opened(
+    chromium: Browser, file: Path, width: int = DESK, theme: str = "light", *, draw_all: bool = True
+) -> Iterator[Page]:
     """The page with its script run; at its end nothing may have been written to the console."""
-    context = chromium.new_context(viewport={"width": width, "height": 900}, color_scheme=theme, has_touch=width == PHONE, is_mobile=width == PHONE)
+    context = chromium.new_context(
+        viewport={"width": width, "height": 900}, color_scheme=theme, has_touch=width == PHONE, is_mobile=width == PHONE
+    )
     context.set_default_timeout(PATIENCE_MS)
     page, said = context.new_page(), []
     page.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
     page.on("pageerror", lambda error: said.append(f"error: {error}"))
-    page.on("request", lambda request: said.append(f"asks for {request.url[:80]}") if not request.url.startswith(("file:", "data:", "blob:")) else None)
+    page.on(
+        "request",
+        lambda request: (
+            said.append(f"asks for {request.url[:80]}")
+            if not request.url.startswith(("file:", "data:", "blob:"))
+            else None
+        ),
+    )
     page.goto(file.resolve().as_uri() + ("#draw=all" if draw_all else ""))
     page.wait_for_function(DRAWN)
     yield page
@@ -112,18 +125,25 @@ def flaws(page: Page) -> list[str]:
 
 def remove(page: Page, experts: int) -> str:
     """Moves the page's slider and returns what it then reads."""
-    page.locator("#removed").evaluate("(slider, value) => { slider.value = value; slider.dispatchEvent(new Event('input')); }", experts)
+    page.locator("#removed").evaluate(
+        "(slider, value) => { slider.value = value; slider.dispatchEvent(new Event('input')); }", experts
+    )
     page.wait_for_timeout(400)  # the heat map follows after a pause
     return page.locator("#readout").inner_text()
 
 
 def held(page: Page, chart: str) -> dict[str, Any]:
     """A chart's data and layout as plotly holds them."""
-    return page.evaluate("id => { const {data, layout} = document.getElementById(id); return JSON.parse(JSON.stringify({data, layout})); }", chart)
+    return page.evaluate(
+        "id => { const {data, layout} = document.getElementById(id); return JSON.parse(JSON.stringify({data,"
+        " layout})); }",
+        chart,
+    )
 
 
 def assert_readable(chromium: Browser, file: Path) -> None:
-    """In both themes, one wide and one narrow: no flaw, no word on the console; where there is a slider the page follows it."""
+    """In both themes, one wide and one narrow: no flaw, no word on the console; where there is a slider the page
+    follows it."""
     for width, theme in ((DESK, "light"), (PHONE, "dark")):
         with opened(chromium, file, width, theme) as page:
             assert page.locator("html").get_attribute("data-theme") == theme
@@ -139,7 +159,9 @@ def _assert_follows(page: Page) -> None:
     assert remove(page, 1) != read
     after = {name: held(page, name) for name in before}
     assert before["cut-curve"]["layout"]["shapes"] != after["cut-curve"]["layout"]["shapes"]
-    dropped = [sum(cell is not None for row in each["heat"]["data"][1]["z"] for cell in row) for each in (before, after)]
+    dropped = [
+        sum(cell is not None for row in each["heat"]["data"][1]["z"] for cell in row) for each in (before, after)
+    ]
     assert dropped[1] == len(after["heat"]["data"][1]["z"]) < dropped[0]
     assert before["floor"]["data"][0]["y"] != after["floor"]["data"][0]["y"]
     assert not (found := flaws(page)), "; ".join(found)

@@ -1,4 +1,5 @@
-"""A hub on 127.0.0.1 that serves directories as model repositories and counts the bytes of their files that it gave away."""
+"""A hub on 127.0.0.1 that serves directories as model repositories and counts the bytes of their files that it gave
+away."""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ COMMIT = "c0ffee" + "0" * 34
 
 @dataclass
 class Repository:
-    """A directory at one commit; `lfs`: whether its safetensors are stored as the hub stores large files; `hashes`: of files too large to
-    read."""
+    """A directory at one commit; `lfs`: whether its safetensors are stored as the hub stores large files; `hashes`: of
+    files too large to read."""
 
     directory: Path
     lfs: bool = True
@@ -97,7 +98,7 @@ class _Handler(BaseHTTPRequestHandler):
         parts = unquote(urlsplit(self.path).path).strip("/").split("/")
         is_api = parts[:2] == ["api", "models"]
         is_elsewhere = parts[0] == "elsewhere"
-        owner, name, *rest = parts[2 * is_api + is_elsewhere:] + ["", ""]
+        owner, name, *rest = parts[2 * is_api + is_elsewhere :] + ["", ""]
         repository = self.server.hub.repositories.get(f"{owner}/{name}")
         what, revision, file, *_ = [*rest, "", "", ""]
         if repository is None:
@@ -105,7 +106,12 @@ class _Handler(BaseHTTPRequestHandler):
         elif what in ("revision", "tree", "resolve") and revision not in ("main", COMMIT):
             self._refuse(404, "RevisionNotFound")
         elif is_api:
-            self._send(200, json.dumps(_tree(repository) if what == "tree" else _info(f"{owner}/{name}", repository)).encode(), {}, body)
+            self._send(
+                200,
+                json.dumps(_tree(repository) if what == "tree" else _info(f"{owner}/{name}", repository)).encode(),
+                {},
+                body,
+            )
         elif repository.gated:
             self._refuse(403, "GatedRepo")
         elif file not in repository.files():
@@ -133,9 +139,16 @@ class _Handler(BaseHTTPRequestHandler):
             content = stream.read(end - begin)
         self.server.hub.served[name] += len(content)
         self.server.hub.requests[name] += 1
-        self._send(206 if is_part else 200, content, facts | ({"Content-Range": f"bytes {begin}-{end - 1}/{size}"} if is_part else {}), True)
+        self._send(
+            206 if is_part else 200,
+            content,
+            facts | ({"Content-Range": f"bytes {begin}-{end - 1}/{size}"} if is_part else {}),
+            True,
+        )
 
-    def _send(self, status: int, content: bytes, headers: Mapping[str, str], body: bool, length: int | None = None) -> None:
+    def _send(
+        self, status: int, content: bytes, headers: Mapping[str, str], body: bool, length: int | None = None
+    ) -> None:
         self.send_response(status)
         for key, value in headers.items():
             self.send_header(key, value)
@@ -147,18 +160,34 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _facts(repository: Repository, name: str) -> dict[str, str]:
     etag, is_large = f'"{repository.etag(name)}"', repository.sha256(name) is not None
-    return {"ETag": etag, "X-Repo-Commit": COMMIT} | ({"X-Linked-Etag": etag, "X-Linked-Size": str(repository.size(name))} if is_large else {})
+    return {"ETag": etag, "X-Repo-Commit": COMMIT} | (
+        {"X-Linked-Etag": etag, "X-Linked-Size": str(repository.size(name))} if is_large else {}
+    )
 
 
 def _info(name: str, repository: Repository) -> dict:
-    siblings = [{"rfilename": file, "size": repository.size(file), "blobId": "0" * 40} | _lfs(repository, file, "sha256")
-                for file in repository.files()]
-    return {"_id": "0", "id": name, "modelId": name, "sha": COMMIT, "private": False, "tags": [], "downloads": 0, "likes": 0, "siblings": siblings}
+    siblings = [
+        {"rfilename": file, "size": repository.size(file), "blobId": "0" * 40} | _lfs(repository, file, "sha256")
+        for file in repository.files()
+    ]
+    return {
+        "_id": "0",
+        "id": name,
+        "modelId": name,
+        "sha": COMMIT,
+        "private": False,
+        "tags": [],
+        "downloads": 0,
+        "likes": 0,
+        "siblings": siblings,
+    }
 
 
 def _tree(repository: Repository) -> list[dict]:
-    return [{"type": "file", "path": file, "size": repository.size(file), "oid": "0" * 40} | _lfs(repository, file, "oid")
-            for file in repository.files()]
+    return [
+        {"type": "file", "path": file, "size": repository.size(file), "oid": "0" * 40} | _lfs(repository, file, "oid")
+        for file in repository.files()
+    ]
 
 
 def _lfs(repository: Repository, file: str, key: str) -> dict:

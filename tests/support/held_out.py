@@ -14,8 +14,15 @@ from tests.support.tiny_tokens import tiny_tokens
 LENGTHS = (24, 17, 20, 20, 9, 24, 13, 22, 18, 24, 16, 23, 21, 19, 24, 15, 1, 24)
 
 
-def held_out(path: Path, *, sources: tuple[str, ...] = ("code", "prose", "french"), extra: tuple[str, ...] = ("french",),
-             lengths: tuple[int, ...] = LENGTHS, parts: str = "alternating", **settings) -> CalibrationTokens:
+def held_out(
+    path: Path,
+    *,
+    sources: tuple[str, ...] = ("code", "prose", "french"),
+    extra: tuple[str, ...] = ("french",),
+    lengths: tuple[int, ...] = LENGTHS,
+    parts: str = "alternating",
+    **settings,
+) -> CalibrationTokens:
     """Rows of the sources in turn; every other row of a source confirms, or none with `parts="decide"`."""
     tiny_tokens(path, sources=sources, lengths=lengths, **settings)
     old = {name: np.array(tensor) for name, tensor in map_tensors(path / TOKENS_FILE).items()}

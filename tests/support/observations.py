@@ -13,7 +13,8 @@ from reapkit.observation.observation import MAXIMA, SUMS, Observation, Trace
 
 @dataclass(frozen=True, eq=False)
 class Routing:
-    """Positions and their routing: `source`, `scored`, `signal`, `p`, `h` [T]; `expert`, `gate`, `norm`, `peak` [L, T, k]."""
+    """Positions and their routing: `source`, `scored`, `signal`, `p`, `h` [T]; `expert`, `gate`, `norm`, `peak` [L, T,
+    k]."""
 
     source: Tensor
     scored: Tensor
@@ -26,8 +27,17 @@ class Routing:
     h: Tensor
 
 
-def random_routing(seed: int = 0, *, layers: int = 3, experts: int = 8, top_k: int = 2, tokens: int = 120, sources: int = 2,
-                   dead: tuple[int, ...] = (), score_all: bool = False) -> Routing:
+def random_routing(
+    seed: int = 0,
+    *,
+    layers: int = 3,
+    experts: int = 8,
+    top_k: int = 2,
+    tokens: int = 120,
+    sources: int = 2,
+    dead: tuple[int, ...] = (),
+    score_all: bool = False,
+) -> Routing:
     """Random positions; the experts `dead` are never routed to. Values are float32, as a model would give them."""
     draw = torch.Generator().manual_seed(seed)
     bias = torch.randn(layers, 1, experts, generator=draw)
@@ -37,24 +47,44 @@ def random_routing(seed: int = 0, *, layers: int = 3, experts: int = 8, top_k: i
     norm = torch.rand(layers, tokens, top_k, generator=draw) * (1 + expert.float())
     scored = torch.ones(tokens, dtype=torch.bool) if score_all else torch.rand(tokens, generator=draw) < 0.7
     signal = scored & (torch.rand(tokens, generator=draw) < 0.9)
-    return Routing(torch.randint(0, sources, (tokens,), generator=draw), scored, signal, expert, gate, norm, norm * 0.5,
-                   torch.rand(tokens, generator=draw), torch.rand(tokens, generator=draw))
+    return Routing(
+        torch.randint(0, sources, (tokens,), generator=draw),
+        scored,
+        signal,
+        expert,
+        gate,
+        norm,
+        norm * 0.5,
+        torch.rand(tokens, generator=draw),
+        torch.rand(tokens, generator=draw),
+    )
 
 
 def repeated(routing: Routing, positions: Tensor) -> Routing:
     """The routing of `positions` only, in that order; an index may stand there several times."""
     by_layer = {name: getattr(routing, name)[:, positions] for name in ("expert", "gate", "norm", "peak")}
-    return Routing(**{name: getattr(routing, name)[positions] for name in ("source", "scored", "signal", "p", "h")}, **by_layer)
+    return Routing(
+        **{name: getattr(routing, name)[positions] for name in ("source", "scored", "signal", "p", "h")}, **by_layer
+    )
 
 
-def observe_routing(routing: Routing, *, experts: int = 8, sources: tuple[str, ...] = ("code", "tools"), trace: bool = True,
-                    layers: tuple[int, ...] | None = None, coactivation: bool = True) -> Observation:
+def observe_routing(
+    routing: Routing,
+    *,
+    experts: int = 8,
+    sources: tuple[str, ...] = ("code", "tools"),
+    trace: bool = True,
+    layers: tuple[int, ...] | None = None,
+    coactivation: bool = True,
+) -> Observation:
     """The observation of a routing, summed naively."""
     depth, tokens, top_k = routing.expert.shape
     shape = (depth, len(sources), experts)
     together = torch.zeros((*shape, experts), dtype=torch.int64)
     snapshots = {name: torch.zeros((4, *shape), dtype=torch.float64) for name in ("count", "gate_norm_sum")}
-    experts_of, gates, norms, peaks_of = (getattr(routing, name).tolist() for name in ("expert", "gate", "norm", "peak"))
+    experts_of, gates, norms, peaks_of = (
+        getattr(routing, name).tolist() for name in ("expert", "gate", "norm", "peak")
+    )
     source_of, scored = routing.source.tolist(), routing.scored.tolist()
     cells = lambda: [[[0.0] * experts for _ in sources] for _ in range(depth)]  # noqa: E731
     added, largest = {name: cells() for name in SUMS}, {name: cells() for name in MAXIMA}
@@ -63,7 +93,11 @@ def observe_routing(routing: Routing, *, experts: int = 8, sources: tuple[str, .
             s = source_of[t]
             for slot in range(top_k):
                 e, g, n = experts_of[layer][t][slot], gates[layer][t][slot], norms[layer][t][slot]
-                for name, value in {"norm_max": n, "gate_norm_max": g * n, "activation_max": peaks_of[layer][t][slot]}.items():
+                for name, value in {
+                    "norm_max": n,
+                    "gate_norm_max": g * n,
+                    "activation_max": peaks_of[layer][t][slot],
+                }.items():
                     for column in (name, f"{name}_scored") if scored[t] else (name,):
                         largest[column][layer][s][e] = max(largest[column][layer][s][e], value)
                 if not scored[t]:
@@ -81,10 +115,20 @@ def observe_routing(routing: Routing, *, experts: int = 8, sources: tuple[str, .
     names = tuple(range(depth)) if layers is None else layers
     count = lambda mask: torch.bincount(routing.source[mask], minlength=len(sources))  # noqa: E731
     return Observation(
-        model_type="toy_moe", layers=names, num_experts=experts, num_experts_per_tok=top_k, sources=sources,
-        tokens=count(torch.ones_like(routing.scored)), scored_tokens=count(routing.scored), statistics=sums, maxima=maxima,
-        coactivation=together if coactivation else None, snapshots=snapshots,
-        eaft=trace_of_routing(routing, names) if trace else None, meta={"model": "toy"})
+        model_type="toy_moe",
+        layers=names,
+        num_experts=experts,
+        num_experts_per_tok=top_k,
+        sources=sources,
+        tokens=count(torch.ones_like(routing.scored)),
+        scored_tokens=count(routing.scored),
+        statistics=sums,
+        maxima=maxima,
+        coactivation=together if coactivation else None,
+        snapshots=snapshots,
+        eaft=trace_of_routing(routing, names) if trace else None,
+        meta={"model": "toy"},
+    )
 
 
 def trace_of_routing(routing: Routing, layers: tuple[int, ...]) -> Trace:

@@ -2,8 +2,8 @@
 
     name: "model.layers.{0..91}.self_attn.{k,v}_proj.weight", its value: [dtype, *shape]
 
-Braces list words, numbers, ranges `a..b` (both ends) and `a..b..step`. The weights are holes in sparse files: a terabyte of
-checkpoint costs its headers.
+Braces list words, numbers, ranges `a..b` (both ends) and `a..b..step`. The weights are holes in sparse files: a
+terabyte of checkpoint costs its headers.
 """
 
 from __future__ import annotations
@@ -56,16 +56,26 @@ def _choices(text: str) -> Iterator[str]:
 
 def stored_numbers(name: str) -> int:
     """Every stored number, as the hub counts them: two per byte of MXFP4 blocks, scales of any format as they are."""
-    return sum(prod(shape) * (2 if tensor.endswith("_blocks") else 1) for tensor, _, shape in expand(facts(name)["tensors"]))
+    return sum(
+        prod(shape) * (2 if tensor.endswith("_blocks") else 1) for tensor, _, shape in expand(facts(name)["tensors"])
+    )
 
 
 def write(name: str, directory: Path, *, max_shard_bytes: int = 5_000_000_000) -> Path:
     """The model directory of one set of facts; `Checkpoint.open` accepts it."""
-    return write_checkpoint(directory, facts(name)["config"], expand(facts(name)["tensors"]), max_shard_bytes=max_shard_bytes)
+    return write_checkpoint(
+        directory, facts(name)["config"], expand(facts(name)["tensors"]), max_shard_bytes=max_shard_bytes
+    )
 
 
-def write_checkpoint(directory: Path, config: Mapping[str, Any], tensors: Iterator[tuple[str, str, Shape]], *,
-                     max_shard_bytes: int | None = None, num_shards: int | None = None) -> Path:
+def write_checkpoint(
+    directory: Path,
+    config: Mapping[str, Any],
+    tensors: Iterator[tuple[str, str, Shape]],
+    *,
+    max_shard_bytes: int | None = None,
+    num_shards: int | None = None,
+) -> Path:
     """config.json, index and sparse shards: filled up to a size, or that many with equally many tensors."""
     directory.mkdir(parents=True, exist_ok=True)
     sized = [(name, dtype, shape, prod(shape) * DTYPE_BITS[dtype] // 8) for name, dtype, shape in tensors]
@@ -76,7 +86,9 @@ def write_checkpoint(directory: Path, config: Mapping[str, Any], tensors: Iterat
         _write_shard(directory / file, members)
         index |= {name: file for name, *_ in members}
     total = sum(nbytes for *_, nbytes in sized)
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": index}))
+    (directory / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": total}, "weight_map": index})
+    )
     (directory / "config.json").write_text(json.dumps(config, indent=2))
     return directory
 
@@ -94,7 +106,7 @@ def _by_size(sized: list, max_shard_bytes: int) -> list[list]:
 
 def _by_count(sized: list, num_shards: int) -> list[list]:
     each = len(sized) / num_shards
-    return [sized[round(i * each):round((i + 1) * each)] for i in range(num_shards)]
+    return [sized[round(i * each) : round((i + 1) * each)] for i in range(num_shards)]
 
 
 def _write_shard(path: Path, members: list) -> None:

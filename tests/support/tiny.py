@@ -1,7 +1,8 @@
 """Tiny random MoE models of many transformers architectures, and their checkpoints as the hub publishes them.
 
-`build("qwen3_moe")` is a float32 causal LM of three layers, hidden 64, mostly 16 experts, 256 tokens; `save_hub_layout` writes
-it with the tensor names and config keys of the published checkpoints (per-expert tensors where the hub has them).
+`build("qwen3_moe")` is a float32 causal LM of three layers, hidden 64, mostly 16 experts, 256 tokens; `save_hub_layout`
+writes it with the tensor names and config keys of the published checkpoints (per-expert tensors where the hub has
+them).
 """
 
 from __future__ import annotations
@@ -34,7 +35,13 @@ COMMON = dict(
     eos_token_id=2,
 )
 MLA = dict(
-    q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16, num_key_value_heads=4, head_dim=8
+    q_lora_rank=16,
+    kv_lora_rank=16,
+    qk_rope_head_dim=8,
+    qk_nope_head_dim=8,
+    v_head_dim=16,
+    num_key_value_heads=4,
+    head_dim=8,
 )
 LINEAR = dict(
     linear_num_value_heads=4,
@@ -46,7 +53,9 @@ LINEAR = dict(
 INDEXER = dict(index_head_dim=16, index_n_heads=2, index_topk=16)
 QWEN = dict(num_experts=16, num_experts_per_tok=4, moe_intermediate_size=32)
 SHARED = dict(shared_expert_intermediate_size=32)
-ROUTED = dict(n_routed_experts=16, num_experts_per_tok=4, moe_intermediate_size=32, n_shared_experts=1, first_k_dense_replace=1)
+ROUTED = dict(
+    n_routed_experts=16, num_experts_per_tok=4, moe_intermediate_size=32, n_shared_experts=1, first_k_dense_replace=1
+)
 LOCAL = dict(num_local_experts=16, num_experts_per_tok=4, intermediate_size=32)
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -110,7 +119,9 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         text_config=dict(
             COMMON,
             **QWEN,
-            rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 2, 2], mrope_interleaved=True),
+            rope_parameters=dict(
+                rope_type="default", rope_theta=10000.0, mrope_section=[4, 2, 2], mrope_interleaved=True
+            ),
         ),
         vision_config=dict(
             depth=1,
@@ -134,8 +145,9 @@ PUBLISHED_KEYS = {  # what transformers renames when it saves, and the hub still
 def build(model_type: str, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> nn.Module:
     """A random model in evaluation mode whose routing is decisive and whose experts matter.
 
-    Fresh weights of 0.02 route almost by chance and hide an expert's share of the logits below rounding, and biases start at
-    zero: matrices are drawn larger, and vectors that a checkpoint would have trained (router biases, scales) are drawn too.
+    Fresh weights of 0.02 route almost by chance and hide an expert's share of the logits below rounding, and biases
+    start at zero: matrices are drawn larger, and vectors that a checkpoint would have trained (router biases, scales)
+    are drawn too.
     """
     common = {} if model_type in MULTIMODAL else COMMON
     config = AutoConfig.for_model(model_type, **{**common, **ARCHITECTURES[model_type], **overrides})
@@ -144,9 +156,9 @@ def build(model_type: str, dtype: torch.dtype = torch.float32, seed: int = 0, **
     model = auto(config) if auto else transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
-            if any(part in name for part in ("e_score_correction_bias", "per_expert_scale", "expert_bias")) or name.endswith(
-                "_bias"
-            ):
+            if any(
+                part in name for part in ("e_score_correction_bias", "per_expert_scale", "expert_bias")
+            ) or name.endswith("_bias"):
                 tensor.add_(0.2 * torch.randn_like(tensor))
             elif name.endswith(("router.bias", "gate.bias")):
                 tensor.copy_(0.5 * torch.randn_like(tensor))
@@ -158,8 +170,8 @@ def build(model_type: str, dtype: torch.dtype = torch.float32, seed: int = 0, **
 def save_hub_layout(model: nn.Module, path: str | Path, *, mtp: int = 0, max_shard_size: str = "50GB") -> Path:
     """Writes `model` as the hub publishes its kind: tensor names, config keys; returns `path`.
 
-    With `mtp` so many DeepSeek-style multi-token-prediction blocks are added after the last layer: copies of that layer, four tensors
-    of their own each, and `num_nextn_predict_layers` in the config.
+    With `mtp` so many DeepSeek-style multi-token-prediction blocks are added after the last layer: copies of that
+    layer, four tensors of their own each, and `num_nextn_predict_layers` in the config.
     """
     path = Path(path)
     with quiet():
@@ -177,8 +189,8 @@ def save_hub_layout(model: nn.Module, path: str | Path, *, mtp: int = 0, max_sha
 
 
 def as_block_fp8(path: Path, block: int = 128) -> Path:
-    """Rewrites a saved checkpoint's expert matrices (sides divisible by `block`) as block FP8 with `…_scale_inv`, in the way
-    of DeepSeek-V3.
+    """Rewrites a saved checkpoint's expert matrices (sides divisible by `block`) as block FP8 with `…_scale_inv`, in
+    the way of DeepSeek-V3.
     """
     tensors = load_file(path / "model.safetensors")
     for name in [name for name in tensors if re.search(r"experts\..*proj\.weight$", name)]:
@@ -207,15 +219,21 @@ def as_mxfp4(path: Path) -> Path:
         experts, inputs, outputs = tensors.pop(
             name
         ).shape  # published outputs first, in blocks of 32 inputs, two values per byte
-        tensors[f"{name}_blocks"] = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), generator=draw).to(torch.uint8)
-        tensors[f"{name}_scales"] = torch.randint(118, 123, (experts, outputs, inputs // 32), generator=draw).to(torch.uint8)
+        tensors[f"{name}_blocks"] = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), generator=draw).to(
+            torch.uint8
+        )
+        tensors[f"{name}_scales"] = torch.randint(118, 123, (experts, outputs, inputs // 32), generator=draw).to(
+            torch.uint8
+        )
     left = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
     return _rewritten(path, tensors, {"quant_method": "mxfp4", "modules_to_not_convert": left})
 
 
 def _rewritten(path: Path, tensors: dict[str, torch.Tensor], quantization: dict[str, Any]) -> Path:
     save_file(
-        {name: tensor.contiguous() for name, tensor in tensors.items()}, path / "model.safetensors", metadata={"format": "pt"}
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        path / "model.safetensors",
+        metadata={"format": "pt"},
     )
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}, indent=2))
@@ -223,7 +241,8 @@ def _rewritten(path: Path, tensors: dict[str, torch.Tensor], quantization: dict[
 
 
 def _add_mtp_blocks(path: Path, depth: int, count: int, hidden: int) -> None:
-    """Saves one more shard `model-mtp.safetensors` and an index that covers it; beside a `model.safetensors` no index is read."""
+    """Saves one more shard `model-mtp.safetensors` and an index that covers it; beside a `model.safetensors` no index
+    is read."""
     if (path / "model.safetensors").exists():
         (path / "model.safetensors").rename(path / "model-decoder.safetensors")
     tensors: dict[str, torch.Tensor] = {}
@@ -233,8 +252,11 @@ def _add_mtp_blocks(path: Path, depth: int, count: int, hidden: int) -> None:
         with safe_open(shard, "pt") as file:
             where |= dict.fromkeys(file.keys(), shard.name)
             for block in range(depth, depth + count):
-                tensors |= {f"model.layers.{block}." + name.removeprefix(prefix): file.get_tensor(name).clone() for name in file.keys()
-                            if name.startswith(prefix)}
+                tensors |= {
+                    f"model.layers.{block}." + name.removeprefix(prefix): file.get_tensor(name).clone()
+                    for name in file.keys()
+                    if name.startswith(prefix)
+                }
     dtype = next(iter(tensors.values())).dtype
     for block in range(depth, depth + count):
         for name in ("enorm", "hnorm", "shared_head.norm"):

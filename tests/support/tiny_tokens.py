@@ -23,8 +23,8 @@ def tiny_tokens(
     vocabulary: int = 256,
     seed: int = 0,
 ) -> CalibrationTokens:
-    """Random rows of the given lengths, sources in turn, two samples per row where it is long enough, every third token not
-    assistant's.
+    """Random rows of the given lengths, sources in turn, two samples per row where it is long enough, every third token
+    not assistant's.
 
     Row groups are as even as they come, and the snapshots are those that the groups allow.
     """
@@ -33,7 +33,8 @@ def tiny_tokens(
     assistant = [(np.arange(length) % 3 != 0).astype(np.uint8) for length in lengths]
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     boundaries = sorted(
-        {int(start) for start in offsets} | {int(start + length // 2) for start, length in zip(offsets, lengths) if length > 8}
+        {int(start) for start in offsets}
+        | {int(start + length // 2) for start, length in zip(offsets, lengths) if length > 8}
     )
     shapes = {
         "input_ids": ("int32", int(offsets[-1])),

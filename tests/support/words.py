@@ -1,4 +1,5 @@
-"""Tokenizers of whole words, so that a test can write down what it expects, and chat templates in the manner of known models."""
+"""Tokenizers of whole words, so that a test can write down what it expects, and chat templates in the manner of known
+models."""
 
 from __future__ import annotations
 
@@ -58,7 +59,8 @@ GLM = """<s>{%- if tools %}<|system|> tools {% for t in tools %}{{ t.function.na
 {%- for k, v in c.function.arguments.items() %} {{ k }} {{ v }}{% endfor %} </call>{% endfor %}
 {%- elif m.role == 'tool' %}<|observation|> {{ m.content }}{% endif %}{% endfor %}
 {%- if add_generation_prompt %}<|assistant|><think>{% endif %}"""
-"""Generation prompts open a thought that turns without one do not have; thoughts before the last user turn are removed."""
+"""Generation prompts open a thought that turns without one do not have; thoughts before the last user turn are
+removed."""
 
 HARMONY = """{%- for m in messages %}
 {%- if m.role == 'tool' %}{{ '<|start|> functions to assistant <|channel|> commentary <|message|> ' + m.content + ' <|end|> ' }}
@@ -84,9 +86,12 @@ QWEN = """{%- set ns = namespace(last_user=-1) %}
 def word_tokenizer(
     directory: Path, texts: Iterable[str], template: str | None = None, *, bos: bool = False
 ) -> PreTrainedTokenizerFast:
-    """Saves and returns a tokenizer that splits at blanks and knows the words of `texts`; `bos`: it puts <s> before text."""
+    """Saves and returns a tokenizer that splits at blanks and knows the words of `texts`; `bos`: it puts <s> before
+    text."""
     words = sorted({word for text in texts for word in text.split()} - set(SPECIAL))
-    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate((*SPECIAL, *words))}, unk_token="<unk>"))
+    backend = Tokenizer(
+        models.WordLevel({word: index for index, word in enumerate((*SPECIAL, *words))}, unk_token="<unk>")
+    )
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     backend.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
     if bos:
@@ -101,7 +106,8 @@ def word_tokenizer(
 def write_lines(path: Path, rows: Sequence[Any]) -> Path:
     """Rows as JSONL; a string is written as it is."""
     path.write_text(
-        "".join((row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)) + "\n" for row in rows), encoding="utf-8"
+        "".join((row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)) + "\n" for row in rows),
+        encoding="utf-8",
     )
     return path
 

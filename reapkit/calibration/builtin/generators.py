@@ -20,7 +20,8 @@ SOURCES = {
     "prose": "english_prose.prose_row",
     "math": "worked_math.math_row",
 }
-"""Each source's recipe for one row, a function of the row's own stream of draws; its module is imported when a row is drawn."""
+"""Each source's recipe for one row, a function of the row's own stream of draws; its module is imported when a row is
+drawn."""
 
 _DESCRIPTIONS = {
     "code": "Python modules: functions, classes, small algorithms, scripts and tests ({'text': ...})",

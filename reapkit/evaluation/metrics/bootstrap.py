@@ -45,8 +45,11 @@ def _usable_strata(strata: Tensor) -> list[Tensor]:
     return several
 
 
-def measurements(sums: Sums, statistics: Callable[[Sums], Mapping[str, Tensor]], weights: Tensor | None) -> dict[str, Any]:
-    """Each statistic of per-row sums `[rows]` (or `[rows, k]`): `{"value", "interval"}` with its 95 % percentile interval."""
+def measurements(
+    sums: Sums, statistics: Callable[[Sums], Mapping[str, Tensor]], weights: Tensor | None
+) -> dict[str, Any]:
+    """Each statistic of per-row sums `[rows]` (or `[rows, k]`): `{"value", "interval"}` with its 95 % percentile
+    interval."""
     values = statistics({name: each.sum(0) for name, each in sums.items()})
     resampled = None if weights is None else statistics({name: weights @ each for name, each in sums.items()})
     return {name: measurement(value, None if resampled is None else resampled[name]) for name, value in values.items()}

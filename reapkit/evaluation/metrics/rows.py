@@ -33,8 +33,8 @@ KL_QUANTILES = {"kl_median": "0.5", "kl_p90": "0.9", "kl_p99": "0.99"}
 class RowIndex:
     """Which measured positions belong to which row, and which row to which source.
 
-    `offsets` `[rows + 1]` int64, `source` `[rows]` int64 index into `sources`; `outside` names sources that do not count
-    in the union, because the calibration mix does not hold them.
+    `offsets` `[rows + 1]` int64, `source` `[rows]` int64 index into `sources`; `outside` names sources that do not
+    count in the union, because the calibration mix does not hold them.
     """
 
     offsets: Tensor
@@ -67,7 +67,9 @@ class RowIndex:
     def groups(self) -> dict[str, Tensor]:
         """Row indices of the union and of each source that has measured positions, in the sources' order."""
         filled = self.offsets.diff() > 0
-        chosen = {UNION: filled & self.in_union} | {name: filled & (self.source == i) for i, name in enumerate(self.sources)}
+        chosen = {UNION: filled & self.in_union} | {
+            name: filled & (self.source == i) for i, name in enumerate(self.sources)
+        }
         return {name: rows.nonzero().squeeze(1) for name, rows in chosen.items() if rows.any()}
 
 
@@ -79,8 +81,13 @@ def regions(positions: Positions, index: RowIndex, eaft: Mapping[str, Any]) -> T
 
 def summarize_base(base: Positions, index: RowIndex, limits: Thresholds, resamples: int = RESAMPLES) -> dict[str, Any]:
     """Per group (`all` and each source): rows, positions, nll, perplexity, p_mean, entropy_mean, conflict_rate."""
-    per_row = {"n": torch.ones(len(base)), "nll": base.nll, "p": base.p, "entropy": base.entropy,
-               "conflict": limits.conflict(base)}
+    per_row = {
+        "n": torch.ones(len(base)),
+        "nll": base.nll,
+        "p": base.p,
+        "entropy": base.entropy,
+        "conflict": limits.conflict(base),
+    }
     sums = {name: index.sum_rows(values) for name, values in per_row.items()}
     result = {}
     for group, rows in index.groups().items():
@@ -92,22 +99,42 @@ def summarize_base(base: Positions, index: RowIndex, limits: Thresholds, resampl
 
 def _of_base(s: Sums) -> dict[str, Tensor]:
     nll = s["nll"] / s["n"]
-    return {"nll": nll, "perplexity": nll.exp(), "p_mean": s["p"] / s["n"], "entropy_mean": s["entropy"] / s["n"],
-            "conflict_rate": s["conflict"] / s["n"]}
+    return {
+        "nll": nll,
+        "perplexity": nll.exp(),
+        "p_mean": s["p"] / s["n"],
+        "entropy_mean": s["entropy"] / s["n"],
+        "conflict_rate": s["conflict"] / s["n"],
+    }
 
 
-def summarize_candidate(base: Positions, candidate: Positions, index: RowIndex, base_limits: Thresholds,
-                        own_limits: Thresholds, resamples: int = RESAMPLES) -> dict[str, Any]:
+def summarize_candidate(
+    base: Positions,
+    candidate: Positions,
+    index: RowIndex,
+    base_limits: Thresholds,
+    own_limits: Thresholds,
+    resamples: int = RESAMPLES,
+) -> dict[str, Any]:
     """Per group the candidate's own numbers and its distances from the base, paired position by position.
 
     perplexity, perplexity_ratio, nll_delta, kl_mean, kl_median, kl_p90, kl_p99, kl_by_confidence (of the base),
     top1_agreement, p_mean, p_mean_delta, entropy_mean, conflict_rate and conflict_rate_delta (base's thresholds),
     conflict_rate_own (its own thresholds), js_distance of the (p, entropy) histograms.
     """
-    per_row = {"n": torch.ones(len(base)), "nll": candidate.nll, "base_nll": base.nll, "kl": candidate.kl, "p": candidate.p,
-               "base_p": base.p, "entropy": candidate.entropy, "agree": candidate.top1 == base.top1,
-               "conflict": base_limits.conflict(candidate), "base_conflict": base_limits.conflict(base),
-               "own_conflict": own_limits.conflict(candidate)}
+    per_row = {
+        "n": torch.ones(len(base)),
+        "nll": candidate.nll,
+        "base_nll": base.nll,
+        "kl": candidate.kl,
+        "p": candidate.p,
+        "base_p": base.p,
+        "entropy": candidate.entropy,
+        "agree": candidate.top1 == base.top1,
+        "conflict": base_limits.conflict(candidate),
+        "base_conflict": base_limits.conflict(base),
+        "own_conflict": own_limits.conflict(candidate),
+    }
     sums = {name: index.sum_rows(values) for name, values in per_row.items()}
     histograms = [_row_histograms(positions, index) for positions in (base, candidate)]
     row_of_position = index.row_of_position
@@ -118,39 +145,65 @@ def summarize_candidate(base: Positions, candidate: Positions, index: RowIndex, 
         weights = bootstrap_weights(index.source[rows], resamples)
         members = torch.isin(row_of_position, rows)
         local_row = torch.searchsorted(rows, row_of_position[members])
-        result[group] = {"rows": rows.numel(), "positions": int(own["n"].sum()),
-                         **measurements(own, _of_candidate, weights), "js_distance": _js_measurement(own, weights),
-                         **_kl_quantiles(candidate.kl[members], local_row, weights),
-                         "kl_by_confidence": kl_by_confidence(base.confidence[members], candidate.kl[members])}
+        result[group] = {
+            "rows": rows.numel(),
+            "positions": int(own["n"].sum()),
+            **measurements(own, _of_candidate, weights),
+            "js_distance": _js_measurement(own, weights),
+            **_kl_quantiles(candidate.kl[members], local_row, weights),
+            "kl_by_confidence": kl_by_confidence(base.confidence[members], candidate.kl[members]),
+        }
     return result
 
 
-def summarize_difference(candidate: Positions, other: Positions, index: RowIndex, resamples: int = RESAMPLES) -> dict[str, Any]:
-    """Per group by how much `other` loses more than `candidate` at the same positions: kl_mean_delta, nll_delta, each with its paired
-    interval. Positive where the candidate is nearer to the base.
+def summarize_difference(
+    candidate: Positions, other: Positions, index: RowIndex, resamples: int = RESAMPLES
+) -> dict[str, Any]:
+    """Per group by how much `other` loses more than `candidate` at the same positions: kl_mean_delta, nll_delta, each
+    with its paired interval. Positive where the candidate is nearer to the base.
     """
-    sums = {name: index.sum_rows(values) for name, values in
-            {"n": torch.ones(len(candidate)), "kl": other.kl.double() - candidate.kl, "nll": other.nll.double() - candidate.nll}.items()}
+    sums = {
+        name: index.sum_rows(values)
+        for name, values in {
+            "n": torch.ones(len(candidate)),
+            "kl": other.kl.double() - candidate.kl,
+            "nll": other.nll.double() - candidate.nll,
+        }.items()
+    }
     result = {}
     for group, rows in index.groups().items():
         own = {name: each[rows] for name, each in sums.items()}
         weights = bootstrap_weights(index.source[rows], resamples)
-        result[group] = {"rows": rows.numel()} | measurements(own, lambda s: {f"{name}_delta": s[short] / s["n"] for name, short in
-                                                                              (("kl_mean", "kl"), ("nll", "nll"))}, weights)
+        result[group] = {"rows": rows.numel()} | measurements(
+            own,
+            lambda s: {f"{name}_delta": s[short] / s["n"] for name, short in (("kl_mean", "kl"), ("nll", "nll"))},
+            weights,
+        )
     return result
 
 
 def _of_candidate(s: Sums) -> dict[str, Tensor]:
     n = s["n"]
     nll, delta = s["nll"] / n, (s["nll"] - s["base_nll"]) / n
-    return {"nll": nll, "perplexity": nll.exp(), "perplexity_ratio": delta.exp(), "nll_delta": delta, "kl_mean": s["kl"] / n,
-            "top1_agreement": s["agree"] / n, "p_mean": s["p"] / n, "p_mean_delta": (s["p"] - s["base_p"]) / n,
-            "entropy_mean": s["entropy"] / n, "conflict_rate": s["conflict"] / n,
-            "conflict_rate_delta": (s["conflict"] - s["base_conflict"]) / n, "conflict_rate_own": s["own_conflict"] / n}
+    return {
+        "nll": nll,
+        "perplexity": nll.exp(),
+        "perplexity_ratio": delta.exp(),
+        "nll_delta": delta,
+        "kl_mean": s["kl"] / n,
+        "top1_agreement": s["agree"] / n,
+        "p_mean": s["p"] / n,
+        "p_mean_delta": (s["p"] - s["base_p"]) / n,
+        "entropy_mean": s["entropy"] / n,
+        "conflict_rate": s["conflict"] / n,
+        "conflict_rate_delta": (s["conflict"] - s["base_conflict"]) / n,
+        "conflict_rate_own": s["own_conflict"] / n,
+    }
 
 
 def _js_measurement(sums: Sums, weights: Tensor | None) -> dict[str, Any]:
-    """Noise drives two histograms apart and a resample is noisier than the rows, so the interval is recentred on the value."""
+    """Noise drives two histograms apart and a resample is noisier than the rows, so the interval is recentred on the
+    value."""
     value = js_distance(sums["base_cells"].sum(0), sums["cells"].sum(0))
     if weights is None:
         return measurement(value, None)
@@ -159,7 +212,7 @@ def _js_measurement(sums: Sums, weights: Tensor | None) -> dict[str, Any]:
 
 
 def _row_histograms(positions: Positions, index: RowIndex) -> Tensor:
-    cells = HISTOGRAM_BINS ** 2
+    cells = HISTOGRAM_BINS**2
     flat = index.row_of_position * cells + histogram_cell(positions)
     return torch.bincount(flat, minlength=index.num_rows * cells).reshape(index.num_rows, cells).double()
 
@@ -174,5 +227,7 @@ def _kl_quantiles(kl: Tensor, row: Tensor, weights: Tensor | None) -> dict[str, 
         for name, share in KL_QUANTILES.items():
             at = torch.searchsorted(cumulative, cumulative[-1] * float(share))
             resampled[name].append(ordered[at.clamp_max(kl.numel() - 1)])
-    return {name: measurement(quantile(kl, share), torch.stack(resampled[name]) if resampled[name] else None)
-            for name, share in KL_QUANTILES.items()}
+    return {
+        name: measurement(quantile(kl, share), torch.stack(resampled[name]) if resampled[name] else None)
+        for name, share in KL_QUANTILES.items()
+    }

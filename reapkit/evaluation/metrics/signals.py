@@ -24,7 +24,8 @@ class Positions:
     """What one model said at each measured position, each `[n]`.
 
     `nll` = −ln p(y), `p` = full-vocabulary probability of y, `entropy` = of the softmax over the top-k logits / ln k,
-    `confidence` = highest probability (float32); `top1` = its token (int64); `kl` = KL(base‖this) in nats, 0 for the base.
+    `confidence` = highest probability (float32); `top1` = its token (int64); `kl` = KL(base‖this) in nats, 0 for the
+    base.
     """
 
     nll: Tensor
@@ -53,7 +54,8 @@ def top_entropy(logits: Tensor, top_k: int = 20) -> Tensor:
 
 
 def kl_divergence(base_log_p: Tensor, log_p: Tensor) -> Tensor:
-    """KL(base‖candidate) `[n]` in nats from log-probabilities `[n, vocabulary]`; tokens the base rules out add nothing."""
+    """KL(base‖candidate) `[n]` in nats from log-probabilities `[n, vocabulary]`; tokens the base rules out add
+    nothing."""
     base_p = base_log_p.exp()
     return torch.where(base_p > 0, base_p * (base_log_p - log_p), 0.0).sum(-1).clamp_min(0.0)
 
@@ -88,12 +90,16 @@ class Thresholds:
 def thresholds(positions: Positions, source: Tensor, pooled: Tensor | None, p_low: Any, h_low: Any) -> Thresholds:
     """Quantiles q(p_low) and q(h_low) for each position: over those where `pooled` is true, or of each source if None.
 
-    `source` `[n]` int64 is each position's source, `pooled` `[n]` bool. Where `pooled` holds nothing all positions count.
+    `source` `[n]` int64 is each position's source, `pooled` `[n]` bool. Where `pooled` holds nothing all positions
+    count.
     """
     p, entropy = torch.empty_like(positions.p), torch.empty_like(positions.entropy)
     everywhere = torch.ones_like(source, dtype=torch.bool)
-    groups = [(source == s, source == s) for s in source.unique()] if pooled is None else \
-        [(everywhere, pooled if pooled.any() else everywhere)]
+    groups = (
+        [(source == s, source == s) for s in source.unique()]
+        if pooled is None
+        else [(everywhere, pooled if pooled.any() else everywhere)]
+    )
     for members, counted in groups:
         p[members] = quantile(positions.p[counted], p_low)
         entropy[members] = quantile(positions.entropy[counted], h_low)
@@ -107,7 +113,8 @@ def histogram_cell(positions: Positions, bins: int = HISTOGRAM_BINS) -> Tensor:
 
 
 def js_distance(a: Tensor, b: Tensor) -> Tensor:
-    """Jensen–Shannon distance of histograms `[..., cells]` (base 2, square root of the divergence: in [0, 1]), float64."""
+    """Jensen–Shannon distance of histograms `[..., cells]` (base 2, square root of the divergence: in [0, 1]),
+    float64."""
     a, b = (h.double() / h.double().sum(-1, keepdim=True) for h in (a, b))
     middle = (a + b) / 2
     divergence = sum(torch.where(h > 0, h * (h / middle).log2(), 0.0).sum(-1) for h in (a, b)) / 2
@@ -116,7 +123,7 @@ def js_distance(a: Tensor, b: Tensor) -> Tensor:
 
 def distinct_n(tokens: Sequence[int], n: int = 4) -> float:
     """Share of different n-grams among all n-grams; 1.0 for fewer than n tokens."""
-    grams = [tuple(tokens[i:i + n]) for i in range(len(tokens) - n + 1)]
+    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 1.0
 
 
@@ -126,9 +133,16 @@ def loops(tokens: Sequence[int]) -> bool:
 
 
 def kl_by_confidence(confidence: Tensor, kl: Tensor) -> list[dict[str, Any]]:
-    """Mean KL by the base's confidence: where a sure base is contradicted. Bins are [low, high), the last one closed."""
+    """Mean KL by the base's confidence: where a sure base is contradicted. Bins are [low, high), the last one
+    closed."""
     bins = torch.bucketize(confidence, torch.tensor(CONFIDENCE_EDGES[1:-1]), right=True)
     count = torch.bincount(bins, minlength=len(CONFIDENCE_EDGES) - 1)
     total = torch.zeros(count.numel(), dtype=torch.float64).index_add_(0, bins, kl.double())
-    return [{"confidence": [CONFIDENCE_EDGES[i], CONFIDENCE_EDGES[i + 1]], "share": float(count[i] / kl.numel()),
-             "kl_mean": float(total[i] / count[i]) if count[i] else None} for i in range(count.numel())]
+    return [
+        {
+            "confidence": [CONFIDENCE_EDGES[i], CONFIDENCE_EDGES[i + 1]],
+            "share": float(count[i] / kl.numel()),
+            "kl_mean": float(total[i] / count[i]) if count[i] else None,
+        }
+        for i in range(count.numel())
+    ]

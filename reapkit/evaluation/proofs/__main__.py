@@ -19,11 +19,15 @@ def proofs(request: Request) -> list[Proof]:
     found: list[Proof] = []
     common = {"probe": request.probe, "device": request.device, "trust_remote_code": request.trust_remote_code}
     if (pruned := request.directories.get("pruned")) is not None and request.selection is not None:
-        found += [replace(proof, directory="pruned")
-                  for proof in prove_pruned(request.source, pruned, request.selection, repaired=request.repaired, **common)]
+        found += [
+            replace(proof, directory="pruned")
+            for proof in prove_pruned(request.source, pruned, request.selection, repaired=request.repaired, **common)
+        ]
     if (quantized := request.directories.get("quantized")) is not None:
-        found += [replace(proof, directory="quantized")
-                  for proof in prove_quantized(pruned or request.source, quantized, request.quantize, **common)]
+        found += [
+            replace(proof, directory="quantized")
+            for proof in prove_quantized(pruned or request.source, quantized, request.quantize, **common)
+        ]
     return found
 
 

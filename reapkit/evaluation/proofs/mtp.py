@@ -1,5 +1,5 @@
-"""The proof of multi-token-prediction blocks that were pruned with the model: they load, and predict as the original's with the dropped
-experts masked.
+"""The proof of multi-token-prediction blocks that were pruned with the model: they load, and predict as the original's
+with the dropped experts masked.
 """
 
 from __future__ import annotations
@@ -56,18 +56,34 @@ class MtpPair:
             return []
         if self.unloadable is not None:
             return [not_measured(NAME, self.unloadable)]
-        return [attempt(NAME, lambda: self._compare(block_logits(MtpBlocks(model, self.layers, model.device), model, rows)))]
+        return [
+            attempt(NAME, lambda: self._compare(block_logits(MtpBlocks(model, self.layers, model.device), model, rows)))
+        ]
 
     def _compare(self, found: list[Tensor]) -> Proof:
-        equal = equal_logits(torch.cat(found, 1), torch.cat(self.expected, 1), "the original's blocks with the dropped experts masked")
+        equal = equal_logits(
+            torch.cat(found, 1), torch.cat(self.expected, 1), "the original's blocks with the dropped experts masked"
+        )
         return Proof(NAME, equal.passed, equal.detail, equal.value)
 
 
 @torch.no_grad()
 def block_logits(blocks: MtpBlocks, model: nn.Module, rows: Tensor) -> list[Tensor]:
-    """Each block's logits [rows, tokens - depth, vocabulary] on the host, for `rows` int64 [rows, tokens] that `model` reads first."""
+    """Each block's logits [rows, tokens - depth, vocabulary] on the host, for `rows` int64 [rows, tokens] that `model`
+    reads first."""
     count, width = rows.shape
     every = torch.ones_like(rows, dtype=torch.bool)
-    batch = Batch(rows, torch.full((count,), width), every, every, every, torch.zeros(count, dtype=torch.int64), None, tuple(range(count)))
+    batch = Batch(
+        rows,
+        torch.full((count,), width),
+        every,
+        every,
+        every,
+        torch.zeros(count, dtype=torch.int64),
+        None,
+        tuple(range(count)),
+    )
     hidden = final_hidden(model, rows.to(model.device))
-    return [blocks.logits(output).cpu() for output in blocks.run(rows, hidden, lambda site, depth: Slots.of(batch, depth))]
+    return [
+        blocks.logits(output).cpu() for output in blocks.run(rows, hidden, lambda site, depth: Slots.of(batch, depth))
+    ]

@@ -25,16 +25,25 @@ LOGITS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e
 """Largest difference of two models' logits, as a share of their standard deviation, that counts as rounding."""
 GENERATED_TOKENS = 8
 MEMORY_SHARE = 0.8
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-          "I32": torch.int32, "U8": torch.uint8, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn}
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
 
 
 @dataclass(frozen=True)
 class Proof:
     """One claim about one directory and whether it holds; `value` is the number behind it.
 
-    Where a claim could not be tested here `measured` is False, `passed` True, and `detail` says why. `by_layer`: that number for each
-    decoder layer, where it has one.
+    Where a claim could not be tested here `measured` is False, `passed` True, and `detail` says why. `by_layer`: that
+    number for each decoder layer, where it has one.
     """
 
     name: str
@@ -86,13 +95,18 @@ def same_bits(left: Tensor, right: Tensor) -> bool:
     """Equal dtype, shape and bytes; NaNs with equal bits are equal."""
     if left.dtype != right.dtype or left.shape != right.shape:
         return False
-    return torch.equal(left.reshape(-1).contiguous().view(torch.uint8), right.reshape(-1).contiguous().view(torch.uint8))
+    return torch.equal(
+        left.reshape(-1).contiguous().view(torch.uint8), right.reshape(-1).contiguous().view(torch.uint8)
+    )
 
 
 def names_differ(expected: set[str], found: set[str]) -> str | None:
     """What is missing and what is too many, or None."""
-    parts = [f"{len(names)} {what}, such as {sorted(names)[0]}" for what, names in
-             (("missing", expected - found), ("too many", found - expected)) if names]
+    parts = [
+        f"{len(names)} {what}, such as {sorted(names)[0]}"
+        for what, names in (("missing", expected - found), ("too many", found - expected))
+        if names
+    ]
     return "tensors: " + "; ".join(parts) if parts else None
 
 
@@ -110,7 +124,11 @@ def too_large(checkpoint: Checkpoint, bits: int, device: str) -> str | None:
     import psutil
 
     on_gpu = device != "cpu" and torch.cuda.is_available()
-    free = sum(torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())) if on_gpu else psutil.virtual_memory().available
+    free = (
+        sum(torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count()))
+        if on_gpu
+        else psutil.virtual_memory().available
+    )
     needed = checkpoint.numel * bits // 8
     if needed <= free * MEMORY_SHARE:
         return None
@@ -123,27 +141,52 @@ def logits_of(model: nn.Module, rows: Tensor) -> Tensor:
         return model(rows.to(model.device), use_cache=False).logits.cpu()
 
 
-def loaded(directory: Path, rows: Tensor, expected: Tensor | None, reference: str, *, device: str, trust_remote_code: bool,
-           dtype: str | torch.dtype = "auto", weights_only: bool = False,
-           further: Callable[[nn.Module], list[Proof]] = lambda model: []) -> list[Proof]:
-    """Loads the directory once and proves three things: every key is expected and none is missing, its logits, that it generates; and what
-    `further` proves of the loaded model. Multi-token-prediction blocks, which no model has a place for, are not unexpected.
+def loaded(
+    directory: Path,
+    rows: Tensor,
+    expected: Tensor | None,
+    reference: str,
+    *,
+    device: str,
+    trust_remote_code: bool,
+    dtype: str | torch.dtype = "auto",
+    weights_only: bool = False,
+    further: Callable[[nn.Module], list[Proof]] = lambda model: [],
+) -> list[Proof]:
+    """Loads the directory once and proves three things: every key is expected and none is missing, its logits, that it
+    generates; and what `further` proves of the loaded model. Multi-token-prediction blocks, which no model has a place
+    for, are not unexpected.
 
-    `expected` None: the logits are only checked to be finite, and `reference` says why. `weights_only`: formats that also round
-    activations are loaded without doing so, since the reference does not.
+    `expected` None: the logits are only checked to be finite, and `reference` says why. `weights_only`: formats that
+    also round activations are loaded without doing so, since the reference does not.
     """
     config = load_config(directory, trust_remote_code=trust_remote_code)
     plain = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if weights_only else dequantized(config)
     model, info = model_class(config, trust_remote_code).from_pretrained(
-        directory, config=config, dtype=dtype, output_loading_info=True, device_map=device, trust_remote_code=trust_remote_code,
-        **({"experts_implementation": "eager"} if device == "cpu" else {}), **plain)
+        directory,
+        config=config,
+        dtype=dtype,
+        output_loading_info=True,
+        device_map=device,
+        trust_remote_code=trust_remote_code,
+        **({"experts_implementation": "eager"} if device == "cpu" else {}),
+        **plain,
+    )
     model.eval()
     if weights_only:
         model.apply(disable_quantization)
     logits = logits_of(model, rows)
-    equal = equal_logits(logits, expected, reference) if expected is not None else \
-        Proof("logits", bool(torch.isfinite(logits).all()), f"finite; not compared: {reference}", measured=False)
-    return [_keys(info, Checkpoint.open(directory)), equal, attempt("generates", lambda: _generates(model, rows[0])), *further(model)]
+    equal = (
+        equal_logits(logits, expected, reference)
+        if expected is not None
+        else Proof("logits", bool(torch.isfinite(logits).all()), f"finite; not compared: {reference}", measured=False)
+    )
+    return [
+        _keys(info, Checkpoint.open(directory)),
+        equal,
+        attempt("generates", lambda: _generates(model, rows[0])),
+        *further(model),
+    ]
 
 
 def equal_logits(got: Tensor, expected: Tensor, reference: str) -> Proof:
@@ -152,7 +195,12 @@ def equal_logits(got: Tensor, expected: Tensor, reference: str) -> Proof:
         return Proof("logits", False, "some logits are not finite")
     gap = ((got.float() - expected.float()).abs().max() / expected.float().std()).item()
     allowed = LOGITS_TOLERANCE.get(got.dtype, LOGITS_TOLERANCE[torch.bfloat16])
-    return Proof("logits", gap <= allowed, f"differ from {reference} by at most {gap:.2g} of their standard deviation (allowed: {allowed:g})", gap)
+    return Proof(
+        "logits",
+        gap <= allowed,
+        f"differ from {reference} by at most {gap:.2g} of their standard deviation (allowed: {allowed:g})",
+        gap,
+    )
 
 
 def unexpected(info: dict[str, Any], checkpoint: Checkpoint) -> list[str]:
@@ -165,13 +213,23 @@ def _keys(info: dict[str, Any], checkpoint: Checkpoint) -> Proof:
     info = {**info, "unexpected_keys": unexpected(info, checkpoint)}
     wrong = {kind: sorted(map(str, info.get(f"{kind}_keys") or ())) for kind in ("missing", "unexpected", "mismatched")}
     found = "; ".join(f"{len(names)} {kind}, such as {names[0]}" for kind, names in wrong.items() if names)
-    return Proof("loads", not found, f"transformers finds tensors: {found}" if found else "transformers finds every tensor it expects and no other")
+    return Proof(
+        "loads",
+        not found,
+        f"transformers finds tensors: {found}" if found else "transformers finds every tensor it expects and no other",
+    )
 
 
 def _generates(model: nn.Module, row: Tensor) -> Proof:
     prompt = row[:16].unsqueeze(0).to(model.device)
     with torch.no_grad():
-        text = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=GENERATED_TOKENS,
-                              min_new_tokens=GENERATED_TOKENS, do_sample=False, pad_token_id=0)
+        text = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=GENERATED_TOKENS,
+            min_new_tokens=GENERATED_TOKENS,
+            do_sample=False,
+            pad_token_id=0,
+        )
     made = text.shape[1] - prompt.shape[1]
     return Proof("generates", made == GENERATED_TOKENS, f"{made} tokens generated greedily", float(made))

@@ -1,4 +1,5 @@
-"""The proof of a pruned directory: bytes, config, loading, and logits of the original with the dropped experts masked out."""
+"""The proof of a pruned directory: bytes, config, loading, and logits of the original with the dropped experts masked
+out."""
 
 from __future__ import annotations
 
@@ -35,16 +36,26 @@ from reapkit.selection.selection import Selection
 
 @dataclass(frozen=True)
 class _Cut:
-    """How a source tensor appears in the pruned directory: under which name (None: not at all), cut along which axis."""
+    """How a source tensor appears in the pruned directory: under which name (None: not at all), cut along which
+    axis."""
 
     name: str | None
     axis: int | None = None
     keep: tuple[int, ...] = ()
 
 
-def prove_pruned(source: Path, directory: Path, selection: Selection, *, probe: Sequence[Sequence[int]] = (), repaired: Path | None = None,
-                 device: str = "cpu", trust_remote_code: bool = False) -> list[Proof]:
-    """Tensors bit-equal to their source slices, config in agreement, every key expected, logits of the masked original, generation.
+def prove_pruned(
+    source: Path,
+    directory: Path,
+    selection: Selection,
+    *,
+    probe: Sequence[Sequence[int]] = (),
+    repaired: Path | None = None,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> list[Proof]:
+    """Tensors bit-equal to their source slices, config in agreement, every key expected, logits of the masked original,
+    generation.
 
     `repaired`: the directory of re-fitted expert weights; then those are what tensors and masked original are made of.
     """
@@ -52,8 +63,10 @@ def prove_pruned(source: Path, directory: Path, selection: Selection, *, probe: 
     layout = read_layout(old)
     rows = probe_rows(old, probe)
     weights = RepairedWeights.load(repaired) if repaired else None
-    proofs = [attempt("tensors", lambda: _tensors(old, new, layout, selection, weights)),
-              attempt("config", lambda: _config(new, layout, selection))]
+    proofs = [
+        attempt("tensors", lambda: _tensors(old, new, layout, selection, weights)),
+        attempt("config", lambda: _config(new, layout, selection)),
+    ]
     bits = next((bits for bits in (32, 16) if too_large(old, bits, device) is None), None)
     if bits is None:
         why = too_large(old, 16, device) or ""
@@ -63,16 +76,35 @@ def prove_pruned(source: Path, directory: Path, selection: Selection, *, probe: 
     try:
         blocks = MtpPair.of(old, new, selection, trust_remote_code=trust_remote_code)
         expected = _masked(old, selection, weights, rows, dtype, device, trust_remote_code, blocks)
-        return proofs + loaded(directory, rows, expected, reference, device=device, trust_remote_code=trust_remote_code,
-                               dtype=torch.float32 if bits == 32 else "auto", further=lambda model: blocks.prove(model, rows))
+        return proofs + loaded(
+            directory,
+            rows,
+            expected,
+            reference,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            dtype=torch.float32 if bits == 32 else "auto",
+            further=lambda model: blocks.prove(model, rows),
+        )
     except Exception as error:  # whatever the loader dies of is the finding
         return proofs + [Proof("loads", False, f"{type(error).__name__}: {str(error)[:500]}")]
 
 
-def _masked(old: Checkpoint, selection: Selection, weights: RepairedWeights | None, rows: Tensor, dtype: str, device: str, trust_remote_code: bool,
-            blocks: MtpPair) -> Tensor:
+def _masked(
+    old: Checkpoint,
+    selection: Selection,
+    weights: RepairedWeights | None,
+    rows: Tensor,
+    dtype: str,
+    device: str,
+    trust_remote_code: bool,
+    blocks: MtpPair,
+) -> Tensor:
     model = load_model(old.path, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    with masked(model, selection.decoder(old.architecture).keep, selection.experts_per_token), with_repaired(model, weights):
+    with (
+        masked(model, selection.decoder(old.architecture).keep, selection.experts_per_token),
+        with_repaired(model, weights),
+    ):
         logits = logits_of(model, rows)
         blocks.expect(model, rows)
     del model
@@ -80,9 +112,11 @@ def _masked(old: Checkpoint, selection: Selection, weights: RepairedWeights | No
     return logits
 
 
-def _tensors(old: Checkpoint, new: Checkpoint, layout: Layout, selection: Selection,
-             weights: RepairedWeights | None) -> Proof:
-    """Every tensor against the bytes it was cut from; no name missing, none too many; multi-token prediction is there whole or not at all."""
+def _tensors(
+    old: Checkpoint, new: Checkpoint, layout: Layout, selection: Selection, weights: RepairedWeights | None
+) -> Proof:
+    """Every tensor against the bytes it was cut from; no name missing, none too many; multi-token prediction is there
+    whole or not at all."""
     cuts = {name: _Cut(name) for name in old.tensors} | dict(_cuts(old, layout, selection))
     if not layout.mtp_tensors & set(new.tensors):
         cuts |= dict.fromkeys(layout.mtp_tensors, _Cut(None))
@@ -96,11 +130,20 @@ def _tensors(old: Checkpoint, new: Checkpoint, layout: Layout, selection: Select
             if name in refitted:
                 tensor = _refitted(refitted[name][0], name)
             else:
-                tensor = read_old(name) if cut.axis is None else read_old(name).index_select(cut.axis, torch.tensor(cut.keep))
+                tensor = (
+                    read_old(name)
+                    if cut.axis is None
+                    else read_old(name).index_select(cut.axis, torch.tensor(cut.keep))
+                )
             if not same_bits(tensor, read_new(cut.name)):
                 return Proof("tensors", False, f"{cut.name} differs from what it was cut from, {name} of the source")
             compared += 1
-    return Proof("tensors", True, f"{compared} tensors equal the bytes they were cut from, none is missing or too many", float(compared))
+    return Proof(
+        "tensors",
+        True,
+        f"{compared} tensors equal the bytes they were cut from, none is missing or too many",
+        float(compared),
+    )
 
 
 def _refitted(file: Path, name: str) -> Tensor:
@@ -116,7 +159,11 @@ def _cuts(old: Checkpoint, layout: Layout, selection: Selection) -> Iterator[tup
         position = {expert: place for place, expert in enumerate(keep)}
         for expert, names in layer.per_expert.items():
             for name in names:
-                new = name.replace(f".experts.{expert}.", f".experts.{position[expert]}.", 1) if expert in position else None
+                new = (
+                    name.replace(f".experts.{expert}.", f".experts.{position[expert]}.", 1)
+                    if expert in position
+                    else None
+                )
                 yield name, _Cut(new)
         for name, axis in layer.stacked.items():
             beyond = range(layer.num_experts, old.tensors[name].shape[axis])  # rows of no routed expert stay
@@ -130,8 +177,18 @@ def _config(new: Checkpoint, old_layout: Layout, selection: Selection) -> Proof:
         if found is None and index in old_layout.mtp:
             continue
         if found is None or found.num_experts != len(chosen.keep):
-            return Proof("config", False, f"layer {index} holds {found.num_experts if found else 0} experts, {len(chosen.keep)} were kept")
+            return Proof(
+                "config",
+                False,
+                f"layer {index} holds {found.num_experts if found else 0} experts, {len(chosen.keep)} were kept",
+            )
     top_k = new.architecture.num_experts_per_tok
     if selection.experts_per_token not in (None, top_k):
-        return Proof("config", False, f"config.json routes to {top_k} experts per token, {selection.experts_per_token} were decided")
-    return Proof("config", True, f"config.json and tensors agree: {new.architecture.num_experts} experts, {top_k} per token")
+        return Proof(
+            "config",
+            False,
+            f"config.json routes to {top_k} experts per token, {selection.experts_per_token} were decided",
+        )
+    return Proof(
+        "config", True, f"config.json and tensors agree: {new.architecture.num_experts} experts, {top_k} per token"
+    )

@@ -1,6 +1,7 @@
 """Whether engines serve a finished directory alike: the same greedy tokens from transformers and from vLLM.
 
-`serve_check` compares and says what could not be compared; vLLM runs in a process of its own, with a Python of its own if need be.
+`serve_check` compares and says what could not be compared; vLLM runs in a process of its own, with a Python of its own
+if need be.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ PLUGIN = HERE.parents[1] / "model" / "ragged_vllm.py"
 class Comparison:
     """vLLM against transformers on one directory.
 
-    `outcome`: "equal", "differs", "format fits" and "format differs" (vLLM has no kernel here, so its loaders were asked instead),
-    "refused" (vLLM does not load it) or "not measured" (there is no vLLM). `near_tie`: at the first difference transformers' own logits
-    of the two tokens differ by no more than rounding. `gap`: that difference in standard deviations of the logits.
+    `outcome`: "equal", "differs", "format fits" and "format differs" (vLLM has no kernel here, so its loaders were
+    asked instead), "refused" (vLLM does not load it) or "not measured" (there is no vLLM). `near_tie`: at the first
+    difference transformers' own logits of the two tokens differ by no more than rounding. `gap`: that difference in
+    standard deviations of the logits.
     """
 
     directory: str
@@ -45,7 +47,8 @@ class Comparison:
 
 @dataclass(frozen=True)
 class ServeCheck:
-    """What was compared; `exit_code` is 0 where nothing differs, 4 where something does, 3 where vLLM refuses a directory."""
+    """What was compared; `exit_code` is 0 where nothing differs, 4 where something does, 3 where vLLM refuses a
+    directory."""
 
     prompts: int
     new_tokens: int
@@ -56,18 +59,35 @@ class ServeCheck:
     @property
     def exit_code(self) -> int:
         outcomes = {comparison.outcome for comparison in self.comparisons}
-        return StageFailed.exit_code if outcomes & {"differs", "format differs"} else UnusableError.exit_code if "refused" in outcomes else 0
+        return (
+            StageFailed.exit_code
+            if outcomes & {"differs", "format differs"}
+            else UnusableError.exit_code
+            if "refused" in outcomes
+            else 0
+        )
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def serve_check(directory: Path, base: Path | None = None, *, prompts: int = 4, new_tokens: int = 16, vllm: Path | None = None,
-                dtype: str = "auto", device: str = "cpu", tensor_parallel: int = 1, trust_remote_code: bool = False) -> ServeCheck:
+def serve_check(
+    directory: Path,
+    base: Path | None = None,
+    *,
+    prompts: int = 4,
+    new_tokens: int = 16,
+    vllm: Path | None = None,
+    dtype: str = "auto",
+    device: str = "cpu",
+    tensor_parallel: int = 1,
+    trust_remote_code: bool = False,
+) -> ServeCheck:
     """Greedy tokens of `directory` (and of `base`) from transformers and from vLLM, compared token by token.
 
-    `prompts` come from the built-in prose and code where there is a tokenizer and are made-up ids elsewhere. `vllm`: a Python that has
-    vLLM; None takes REAPKIT_VLLM_PYTHON, else this Python if vLLM is installed in it, else only transformers is run.
+    `prompts` come from the built-in prose and code where there is a tokenizer and are made-up ids elsewhere. `vllm`: a
+    Python that has vLLM; None takes REAPKIT_VLLM_PYTHON, else this Python if vLLM is installed in it, else only
+    transformers is run.
 
     Raises UnusableError for a directory that transformers cannot load or run, or a Python that has no vLLM.
     """
@@ -76,22 +96,31 @@ def serve_check(directory: Path, base: Path | None = None, *, prompts: int = 4, 
     python = vllm_python(vllm)
     directories = [directory] if base is None else [directory, base]
     rows = prompts_for(directory, prompts)
-    reference = [greedy(path, rows, new_tokens, dtype=dtype, device=device, trust_remote_code=trust_remote_code) for path in directories]
+    reference = [
+        greedy(path, rows, new_tokens, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        for path in directories
+    ]
     engines = {"transformers": transformers.__version__}
     notes = [] if base is None else [_against_base(*reference)]
     if python is None:
         why = f"no vLLM in this environment. Name a Python that has it: --vllm-python PATH, or {VARIABLE}"
-        return ServeCheck(len(rows), new_tokens, engines, [Comparison(str(path), "not measured", why) for path in directories], notes)
+        return ServeCheck(
+            len(rows), new_tokens, engines, [Comparison(str(path), "not measured", why) for path in directories], notes
+        )
     options = {"tensor_parallel_size": tensor_parallel} if tensor_parallel > 1 else {}
     options |= {"trust_remote_code": True} if trust_remote_code else {}
     dtype = str(reference[0].dtype).removeprefix("torch.")  # vLLM's own "auto" would narrow float32
     answer = ask_vllm(python, directories, rows, new_tokens, dtype=dtype, options=options)
     engine = engines["vllm"] = f"{answer['version']} ({answer['platform']})"
-    comparisons = [_compared(path, result, mine, python, engine, dtype, options)
-                   for path, result, mine in zip(directories, answer["results"], reference, strict=True)]
+    comparisons = [
+        _compared(path, result, mine, python, engine, dtype, options)
+        for path, result, mine in zip(directories, answer["results"], reference, strict=True)
+    ]
     if answer["plugin"] != "installed" and any(_is_ragged(path) for path in directories):
-        notes.append(f"{python}: reapkit is not installed there, its plugin was loaded for this check only. To serve layers of unequal "
-                     f"numbers of experts: {python} -m pip install --no-deps reapkit")
+        notes.append(
+            f"{python}: reapkit is not installed there, its plugin was loaded for this check only. To serve layers of"
+            f" unequal numbers of experts: {python} -m pip install --no-deps reapkit"
+        )
     return ServeCheck(len(rows), new_tokens, engines, comparisons, notes)
 
 
@@ -104,25 +133,47 @@ def vllm_python(given: Path | None = None) -> Path | None:
     if chosen is None:
         return Path(sys.executable) if importlib.util.find_spec("vllm") else None
     try:
-        found = subprocess.run([chosen, "-c", "import importlib.util, sys; sys.exit(not importlib.util.find_spec('vllm'))"], timeout=60)
+        found = subprocess.run(
+            [chosen, "-c", "import importlib.util, sys; sys.exit(not importlib.util.find_spec('vllm'))"], timeout=60
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise UnusableError(f"{chosen}: cannot be run ({error}). Name a Python that has vLLM with --vllm-python or {VARIABLE}.") from None
+        raise UnusableError(
+            f"{chosen}: cannot be run ({error}). Name a Python that has vLLM with --vllm-python or {VARIABLE}."
+        ) from None
     if found.returncode:
-        raise UnusableError(f"{chosen}: has no vLLM. Install it there, or name another Python with --vllm-python or {VARIABLE}.")
+        raise UnusableError(
+            f"{chosen}: has no vLLM. Install it there, or name another Python with --vllm-python or {VARIABLE}."
+        )
     return chosen
 
 
-def ask_vllm(python: Path, directories: Sequence[Path], prompts: Sequence[Sequence[int]] = (), new_tokens: int = 16, *,
-             task: str = "generate", dtype: str = "auto", options: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The answer of `vllm_process.py`: one result per directory, an engine's refusals among them; each refusal ends a process.
+def ask_vllm(
+    python: Path,
+    directories: Sequence[Path],
+    prompts: Sequence[Sequence[int]] = (),
+    new_tokens: int = 16,
+    *,
+    task: str = "generate",
+    dtype: str = "auto",
+    options: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The answer of `vllm_process.py`: one result per directory, an engine's refusals among them; each refusal ends a
+    process.
 
     Raises UnusableError with the end of its output where the process dies: vLLM itself does not work there.
     """
     results: list[dict[str, Any]] = []
     while True:
-        left = [str(path.resolve()) for path in directories[len(results):]]
-        request = {"task": task, "directories": left, "prompts": [list(row) for row in prompts], "new_tokens": new_tokens, "dtype": dtype,
-                   "plugin": str(PLUGIN), "options": dict(options or {})}
+        left = [str(path.resolve()) for path in directories[len(results) :]]
+        request = {
+            "task": task,
+            "directories": left,
+            "prompts": [list(row) for row in prompts],
+            "new_tokens": new_tokens,
+            "dtype": dtype,
+            "plugin": str(PLUGIN),
+            "options": dict(options or {}),
+        }
         said = _one_process(python, request)
         results += said["results"]
         if len(results) >= len(directories):
@@ -133,14 +184,25 @@ def _one_process(python: Path, request: Mapping[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="reapkit-serving-") as scratch:
         question, answer = Path(scratch) / "request.json", Path(scratch) / "answer.json"
         question.write_text(json.dumps(request))
-        run = subprocess.run([python, HERE / "vllm_process.py", question, answer], capture_output=True, text=True, cwd=scratch)
+        run = subprocess.run(
+            [python, HERE / "vllm_process.py", question, answer], capture_output=True, text=True, cwd=scratch
+        )
         if not answer.is_file():  # it is there from the first directory on
-            raise UnusableError(f"{python}: vLLM's process ended with {run.returncode}: {(run.stderr or run.stdout).strip()[-2000:]}")
+            raise UnusableError(
+                f"{python}: vLLM's process ended with {run.returncode}: {(run.stderr or run.stdout).strip()[-2000:]}"
+            )
         return json.loads(answer.read_text())
 
 
-def _compared(path: Path, result: Mapping[str, Any], mine: Greedy, python: Path, engine: str, dtype: str,
-              options: Mapping[str, Any]) -> Comparison:
+def _compared(
+    path: Path,
+    result: Mapping[str, Any],
+    mine: Greedy,
+    python: Path,
+    engine: str,
+    dtype: str,
+    options: Mapping[str, Any],
+) -> Comparison:
     if "error" not in result:
         return compare(path, mine, result["tokens"])
     if not _is_quantized(path):
@@ -150,10 +212,18 @@ def _compared(path: Path, result: Mapping[str, Any], mine: Greedy, python: Path,
     if "error" in form:
         return Comparison(str(path), "format differs", f"{lacking}; its loaders refuse the tensors: {form['error']}")
     if form["problems"]:
-        return Comparison(str(path), "format differs", f"{lacking}; its loaders find {len(form['problems'])} gaps, first {form['problems'][0]}",
-                          problems=tuple(form["problems"]))
-    return Comparison(str(path), "format fits", f"{lacking}; instead its own loaders took all {form['tensors']} tensors and filled all "
-                                                f"{form['parameters']} parameters, names, shapes and packing as they expect")
+        return Comparison(
+            str(path),
+            "format differs",
+            f"{lacking}; its loaders find {len(form['problems'])} gaps, first {form['problems'][0]}",
+            problems=tuple(form["problems"]),
+        )
+    return Comparison(
+        str(path),
+        "format fits",
+        f"{lacking}; instead its own loaders took all {form['tensors']} tensors and filled all "
+        f"{form['parameters']} parameters, names, shapes and packing as they expect",
+    )
 
 
 def compare(path: Path, mine: Greedy, theirs: Sequence[Sequence[int]]) -> Comparison:
@@ -162,19 +232,35 @@ def compare(path: Path, mine: Greedy, theirs: Sequence[Sequence[int]]) -> Compar
     for row, (expected, got) in enumerate(zip(mine.tokens, theirs, strict=True)):
         if list(expected) == list(got):
             continue
-        step = next((index for index, pair in enumerate(zip(expected, got)) if pair[0] != pair[1]), min(len(expected), len(got)))
+        step = next(
+            (index for index, pair in enumerate(zip(expected, got)) if pair[0] != pair[1]), min(len(expected), len(got))
+        )
         if step >= min(len(expected), len(got)):
-            return Comparison(str(path), "differs", f"prompt {row}: {len(got)} tokens where transformers made {len(expected)}", total)
+            return Comparison(
+                str(path), "differs", f"prompt {row}: {len(got)} tokens where transformers made {len(expected)}", total
+            )
         gap, near = mine.gap(row, step, got[step])
         kind = "a near-tie, within rounding: compare in float32 (--dtype float32) to be sure" if near else "not a tie"
-        return Comparison(str(path), "differs", f"prompt {row}, token {step}: transformers says {expected[step]}, vLLM {got[step]}; "
-                          f"their logits are {gap:.2g} standard deviations apart, {kind}", total, near, gap)
+        return Comparison(
+            str(path),
+            "differs",
+            f"prompt {row}, token {step}: transformers says {expected[step]}, vLLM {got[step]}; "
+            f"their logits are {gap:.2g} standard deviations apart, {kind}",
+            total,
+            near,
+            gap,
+        )
     return Comparison(str(path), "equal", f"all {total} greedy tokens are equal", total)
 
 
 def _against_base(mine: Greedy, base: Greedy) -> str:
-    same = sum(a == b for left, right in zip(mine.tokens, base.tokens, strict=True) for a, b in zip(left, right, strict=True))
-    return f"{same} of {sum(map(len, mine.tokens))} tokens are the base's in the same place (transformers); pruning and quantizing change some"
+    same = sum(
+        a == b for left, right in zip(mine.tokens, base.tokens, strict=True) for a, b in zip(left, right, strict=True)
+    )
+    return (
+        f"{same} of {sum(map(len, mine.tokens))} tokens are the base's in the same place (transformers); pruning and"
+        " quantizing change some"
+    )
 
 
 def _is_quantized(path: Path) -> bool:

@@ -1,4 +1,5 @@
-"""The process in which vLLM runs: `python vllm_process.py REQUEST.json ANSWER.json`, with vLLM's own Python, which may lack reapkit.
+"""The process in which vLLM runs: `python vllm_process.py REQUEST.json ANSWER.json`, with vLLM's own Python, which may
+lack reapkit.
 
 REQUEST: {"task": "generate" | "formats" | "throughput", "directories": [...], "prompts": [[ids]], "new_tokens": n, "dtype": "auto", "plugin": file, "options": {}}.
 ANSWER: {"version", "platform", "plugin": "installed" | "from file", "results": [one per directory]}: of `generate` {"tokens": [[ids]]}, of
@@ -23,7 +24,9 @@ from collections import Counter
 from pathlib import Path
 
 PLUGINS = "vllm.general_plugins"
-CACHE_SCALE = re.compile(r"\.attn\.[qkv]_(scale|zero_point)$")  # of the key-value cache: vLLM sets them where a checkpoint has none
+CACHE_SCALE = re.compile(
+    r"\.attn\.[qkv]_(scale|zero_point)$"
+)  # of the key-value cache: vLLM sets them where a checkpoint has none
 
 
 def use_plugin(file):
@@ -43,11 +46,22 @@ def generated(directory, request):
     from vllm.distributed import cleanup_dist_env_and_memory
 
     prompts, new_tokens = request["prompts"], request["new_tokens"]
-    options = {"enforce_eager": True, "max_num_seqs": 8, "max_model_len": max(map(len, prompts)) + new_tokens + 1, **request["options"]}
+    options = {
+        "enforce_eager": True,
+        "max_num_seqs": 8,
+        "max_model_len": max(map(len, prompts)) + new_tokens + 1,
+        **request["options"],
+    }
     llm = None
     try:
-        llm = LLM(model=directory, skip_tokenizer_init=True, generation_config="vllm", dtype=request["dtype"], enable_prefix_caching=False,
-                  **options)
+        llm = LLM(
+            model=directory,
+            skip_tokenizer_init=True,
+            generation_config="vllm",
+            dtype=request["dtype"],
+            enable_prefix_caching=False,
+            **options,
+        )
         greedy = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
         outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], greedy, use_tqdm=False)
         return {"tokens": [list(output.outputs[0].token_ids) for output in outputs]}
@@ -69,17 +83,29 @@ def own_peak():
 
 
 def throughput(directory, request):
-    """Speed of one prompt and of `new_tokens` after it, medians after a warm-up; peak memory as vLLM leaves it, its cache included."""
+    """Speed of one prompt and of `new_tokens` after it, medians after a warm-up; peak memory as vLLM leaves it, its
+    cache included."""
     import torch
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
 
     [prompt], new_tokens = request["prompts"], request["new_tokens"]
-    options = {"enforce_eager": True, "max_num_seqs": 1, "max_model_len": len(prompt) + new_tokens + 2, **request["options"]}
+    options = {
+        "enforce_eager": True,
+        "max_num_seqs": 1,
+        "max_model_len": len(prompt) + new_tokens + 2,
+        **request["options"],
+    }
     llm = None
     try:
-        llm = LLM(model=directory, skip_tokenizer_init=True, generation_config="vllm", dtype=request["dtype"], enable_prefix_caching=False,
-                  **options)
+        llm = LLM(
+            model=directory,
+            skip_tokenizer_init=True,
+            generation_config="vllm",
+            dtype=request["dtype"],
+            enable_prefix_caching=False,
+            **options,
+        )
 
         def seconds(tokens):
             settings = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
@@ -90,8 +116,12 @@ def throughput(directory, request):
         seconds(new_tokens + 1)
         first, whole = (statistics.median(seconds(tokens) for _ in range(REPEATS)) for tokens in (1, new_tokens + 1))
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else own_peak()
-        return {"prefill_tokens_per_s": len(prompt) / first, "decode_tokens_per_s": new_tokens / (whole - first) if whole > first else None,
-                "peak_bytes": peak, "repeats": REPEATS}
+        return {
+            "prefill_tokens_per_s": len(prompt) / first,
+            "decode_tokens_per_s": new_tokens / (whole - first) if whole > first else None,
+            "peak_bytes": peak,
+            "repeats": REPEATS,
+        }
     finally:
         llm = None
         cleanup_dist_env_and_memory()
@@ -101,21 +131,23 @@ def throughput(directory, request):
 def format_of(directory, request):
     """Builds the model class without memory and passes every tensor of the directory through vLLM's own weight loaders.
 
-    They place names, check shapes and packing; no kernel runs. The kernel's choice is the only thing replaced: the formats of the
-    directory do not depend on it.
+    They place names, check shapes and packing; no kernel runs. The kernel's choice is the only thing replaced: the
+    formats of the directory do not depend on it.
     """
     import torch
     from vllm.config import set_current_vllm_config
-    from vllm.distributed import (
-        cleanup_dist_env_and_memory,
-        init_distributed_environment,
-        initialize_model_parallel,
-    )
+    from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_environment, initialize_model_parallel
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader.utils import initialize_model
 
-    arguments = EngineArgs(model=directory, skip_tokenizer_init=True, dtype=request["dtype"], enforce_eager=True, max_model_len=64,
-                           **request["options"])
+    arguments = EngineArgs(
+        model=directory,
+        skip_tokenizer_init=True,
+        dtype=request["dtype"],
+        enforce_eager=True,
+        max_model_len=64,
+        **request["options"],
+    )
     config = arguments.create_engine_config()
     loads = Counter()
     try:
@@ -152,16 +184,16 @@ def any_kernel():
     from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
         compressed_tensors_moe_wna16 as experts,
     )
-    from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
-        compressed_tensors_wNa16 as dense,
-    )
+    from vllm.model_executor.layers.quantization.compressed_tensors.schemes import compressed_tensors_wNa16 as dense
 
     class Kernel:
         def __init__(self, *args, **kwargs):
             pass
 
-    places = {(experts, "select_wna16_moe_backend"): lambda *args, **kwargs: (WNA16MoEBackend.HUMMING, None),
-              (dense, "choose_mp_linear_kernel"): lambda *args, **kwargs: Kernel}
+    places = {
+        (experts, "select_wna16_moe_backend"): lambda *args, **kwargs: (WNA16MoEBackend.HUMMING, None),
+        (dense, "choose_mp_linear_kernel"): lambda *args, **kwargs: Kernel,
+    }
     before = {place: getattr(*place) for place in places}
     for (module, name), replacement in places.items():
         setattr(module, name, replacement)
@@ -184,7 +216,8 @@ def tensors(directory, names):
 
 
 def watch(parameters, loads):
-    """Counts how many elements each parameter receives, and refuses shapes that its slot lacks even where `copy_` would broadcast."""
+    """Counts how many elements each parameter receives, and refuses shapes that its slot lacks even where `copy_` would
+    broadcast."""
     import torch
 
     counted = {id(parameter): name for name, parameter in parameters.items()}
@@ -210,11 +243,15 @@ def gaps(parameters, loaded, loads):
     """Parameters that received nothing, or another number of elements than they hold."""
     problems = []
     for name, parameter in parameters.items():
-        shared = name.endswith("weight_shape") and loads[name] and loads[name] % parameter.numel() == 0  # matrices that are merged write it in turn
+        shared = (
+            name.endswith("weight_shape") and loads[name] and loads[name] % parameter.numel() == 0
+        )  # matrices that are merged write it in turn
         if not loads[name] and name not in loaded and not CACHE_SCALE.search(name):
             problems.append(f"{name} {tuple(parameter.shape)}: no tensor of the directory fills it")
         elif loads[name] and loads[name] != parameter.numel() and not shared:
-            problems.append(f"{name} {tuple(parameter.shape)}: received {loads[name]} values for its {parameter.numel()}")
+            problems.append(
+                f"{name} {tuple(parameter.shape)}: received {loads[name]} values for its {parameter.numel()}"
+            )
     return problems
 
 
@@ -228,7 +265,12 @@ def main():
     from vllm.platforms import current_platform
 
     task = {"generate": generated, "formats": format_of, "throughput": throughput}[request["task"]]
-    said = {"version": vllm.__version__, "platform": current_platform.device_type, "plugin": use_plugin(request["plugin"]), "results": []}
+    said = {
+        "version": vllm.__version__,
+        "platform": current_platform.device_type,
+        "plugin": use_plugin(request["plugin"]),
+        "results": [],
+    }
     for directory in request["directories"]:
         try:
             said["results"].append(task(directory, request))

@@ -1,4 +1,5 @@
-"""Memory for the tensors of one layer after another: as much as the largest layers that are in use at once, and no more."""
+"""Memory for the tensors of one layer after another: as much as the largest layers that are in use at once, and no
+more."""
 
 from __future__ import annotations
 
@@ -15,9 +16,9 @@ UNUSED = 3  # references of a mapping nobody's tensor lives in: the list, the lo
 class Arenas:
     """Hands out one block per layer, each as large as the largest layer, and takes it again once no tensor lives in it.
 
-    On the host a block is an anonymous mapping: outside malloc, which would keep and split what is freed; every tensor made of it
-    holds a reference, so a block is never given twice while somebody still looks at a layer that was dropped. On an accelerator
-    torch's caching allocator does the same for blocks of one size.
+    On the host a block is an anonymous mapping: outside malloc, which would keep and split what is freed; every tensor
+    made of it holds a reference, so a block is never given twice while somebody still looks at a layer that was
+    dropped. On an accelerator torch's caching allocator does the same for blocks of one size.
     """
 
     def __init__(self, nbytes: int, device: torch.device):
@@ -46,7 +47,8 @@ class Arena:
         self.block, self.used = block, 0
 
     def tensor(self, shape: torch.Size, dtype: torch.dtype, phase: int = 0) -> Tensor:
-        """An uninitialised tensor, `phase` bytes behind a multiple of `ALIGNMENT`. Raises ValueError where the block is full."""
+        """An uninitialised tensor, `phase` bytes behind a multiple of `ALIGNMENT`. Raises ValueError where the block is
+        full."""
         begin = self.used + phase
         end = begin + shape.numel() * dtype.itemsize
         if end > len(self.block):

@@ -34,15 +34,20 @@ from reapkit.model.streaming.tensor_loading import Filling, Fillings, Stored, pl
 class LayeredModel:
     """The checkpoint's own class with its weights on the meta device, filled and emptied layer by layer.
 
-    `model`: the whole skeleton. `layers`: its decoder layers. After `load_rest()` everything but the layers is on `device`.
-    Names and formats are converted as transformers' own mapping says, FP8 and MXFP4 weights are dequantized. Two layers that are in
-    memory at once take two blocks of the largest one's size, filled again and again; beside them only buffers of a few MB. (Weights
-    that must be permuted or interleaved go through transformers' conversion, which holds up to two more copies of theirs meanwhile.)
-    `reading`, where set, is told the shards that are read next.
+    `model`: the whole skeleton. `layers`: its decoder layers. After `load_rest()` everything but the layers is on
+    `device`. Names and formats are converted as transformers' own mapping says, FP8 and MXFP4 weights are dequantized.
+    Two layers that are in memory at once take two blocks of the largest one's size, filled again and again; beside them
+    only buffers of a few MB. (Weights that must be permuted or interleaved go through transformers' conversion, which
+    holds up to two more copies of theirs meanwhile.) `reading`, where set, is told the shards that are read next.
     """
 
     def __init__(
-        self, path: str | Path, *, device: str = "cpu", dtype: str | torch.dtype = "auto", trust_remote_code: bool = False
+        self,
+        path: str | Path,
+        *,
+        device: str = "cpu",
+        dtype: str | torch.dtype = "auto",
+        trust_remote_code: bool = False,
     ):
         self.path, self.device = Path(path), torch.device(device)
         _keep_few_kernels()
@@ -53,7 +58,9 @@ class LayeredModel:
         self.dtype = _resolve(dtype, config)
         self.model = _skeleton(config, self.dtype, trust_remote_code)
         if self.device.type == "cpu":
-            self.model.set_experts_implementation("eager")  # the fastest there, and what a resident model runs: equal bits
+            self.model.set_experts_implementation(
+                "eager"
+            )  # the fastest there, and what a resident model runs: equal bits
         if self._quantizer is not None:
             self._quantizer.preprocess_model(
                 model=self.model,
@@ -72,8 +79,16 @@ class LayeredModel:
         self._dtype_plan = self.model._get_dtype_plan(self.dtype) or {}
         self._targets = {key: self._target(key) for key in self._checkpoint.tensors}
         self._keys = self._keys_by_layer()
-        self._plans = Fillings(self._checkpoint.tensors, self._targets, self._expected, self._converters, self._dtype_of,
-                               model=self.model, quantized=self._quantizer is not None, mapped=self.device.type == "cpu")
+        self._plans = Fillings(
+            self._checkpoint.tensors,
+            self._targets,
+            self._expected,
+            self._converters,
+            self._dtype_of,
+            model=self.model,
+            quantized=self._quantizer is not None,
+            mapped=self.device.type == "cpu",
+        )
         largest = max(sum(filling.nbytes for filling in self._fillings(layer)) for layer in range(len(self.layers)))
         self._arenas, self._staging = Arenas(largest, self.device), None
         self._facts: dict[str, tuple[int, int]] = {}
@@ -84,11 +99,13 @@ class LayeredModel:
         """Everything outside the decoder layers: embeddings, norms, head, other towers."""
         self._read(None)
         self.model.tie_weights()
-        self._refuse_missing((name, p) for name, p in self.model.named_parameters() if not name.startswith(self.prefix + "."))
+        self._refuse_missing(
+            (name, p) for name, p in self.model.named_parameters() if not name.startswith(self.prefix + ".")
+        )
 
     def load(self, layer: int) -> None:
-        """Reads decoder layer `layer`; may run in another thread than the forward. Raises UnusableError where a tensor is
-        missing.
+        """Reads decoder layer `layer`; may run in another thread than the forward. Raises UnusableError where a tensor
+        is missing.
         """
         self._read(layer)
         widened(self.layers[layer], self.dtype)
@@ -97,7 +114,9 @@ class LayeredModel:
     def drop(self, layer: int) -> None:
         """Frees what `load` read: its memory is the next layer's once no tensor refers to it."""
         if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()  # else the next layer would need memory of its own meanwhile
+            torch.cuda.current_stream(
+                self.device
+            ).synchronize()  # else the next layer would need memory of its own meanwhile
         for module in self.layers[layer].modules():
             for name, tensor in list(module._parameters.items()):
                 if tensor is not None:
@@ -107,7 +126,8 @@ class LayeredModel:
                     module._buffers[name] = tensor.to("meta")
 
     def as_source(self) -> nn.Module:
-        """`model`, told what transformers tells a model that it loads: where it came from, and how its tensors were converted."""
+        """`model`, told what transformers tells a model that it loads: where it came from, and how its tensors were
+        converted."""
         self.model.config.name_or_path = str(self.path)
         self.model._weight_conversions = self._conversions
         return self.model
@@ -122,7 +142,8 @@ class LayeredModel:
         return self._quantizer is not None
 
     def sources_of(self, parameter: str) -> tuple[str | None, dict[int, str]]:
-        """The checkpoint tensors that stacked experts' `parameter` is made of: one name for all experts, or one name by expert."""
+        """The checkpoint tensors that stacked experts' `parameter` is made of: one name for all experts, or one name by
+        expert."""
         names = [key for key, (target, _) in self._targets.items() if target == parameter]
         if len(names) == 1:
             return names[0], {}
@@ -135,8 +156,8 @@ class LayeredModel:
             return stored[...] if entry is None else stored.entries(entry, entry + 1)[0]
 
     def _keys_by_layer(self) -> dict[int | None, list[str]]:
-        """Checkpoint tensors by the decoder layer they become part of; those the model has no place for (MTP blocks) are left
-        out.
+        """Checkpoint tensors by the decoder layer they become part of; those the model has no place for (MTP blocks)
+        are left out.
         """
         inside = re.compile(rf"{re.escape(self.prefix)}\.(\d+)\.")
         keys: dict[int | None, list[str]] = {None: []}
@@ -148,11 +169,13 @@ class LayeredModel:
         return keys
 
     def _target(self, key: str) -> tuple[str, str | None]:
-        """The parameter that a checkpoint tensor becomes (part of), and the pattern of the conversion that makes it so."""
+        """The parameter that a checkpoint tensor becomes (part of), and the pattern of the conversion that makes it
+        so."""
         return rename_source_key(key, self._renamings, self._converters, self.model.base_model_prefix, self._expected)
 
     def _read(self, layer: int | None) -> None:
-        """The layer's tensors, straight to their place where that is known, the others through transformers' own conversion."""
+        """The layer's tensors, straight to their place where that is known, the others through transformers' own
+        conversion."""
         keys, fillings = self._keys.get(layer, []), self._fillings(layer)
         if self.reading is not None:
             self.reading(sorted({self._checkpoint.tensors[key].shard for key in keys}))
@@ -169,13 +192,16 @@ class LayeredModel:
         return self._plans.of(self._keys.get(layer, []))
 
     def _placed(self, layer: int | None, fillings: list[Filling], reader: ShardReader) -> dict[str, Tensor]:
-        """On the device; an accelerator's arena is filled from pinned memory by a stream of its own, beside the forward's."""
+        """On the device; an accelerator's arena is filled from pinned memory by a stream of its own, beside the
+        forward's."""
         arenas = self._arenas if layer is not None else Arenas(sum(filling.nbytes for filling in fillings), self.device)
         if self.device.type == "cpu":
             return place_all(fillings, arenas.take(), reader)
         nbytes = sum(filling.nbytes for filling in fillings)
         if self._staging is None or len(self._staging) < nbytes:
-            self._staging = torch.empty(max(nbytes, arenas.nbytes), dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+            self._staging = torch.empty(
+                max(nbytes, arenas.nbytes), dtype=torch.uint8, pin_memory=self.device.type == "cuda"
+            )
         place_all(fillings, Arena(self._staging), reader)
         with _own_stream(self.device) as stream:
             arena = arenas.take()
@@ -215,10 +241,12 @@ class LayeredModel:
 
 
 def _keep_few_kernels() -> None:
-    """Up to 32 compiled matrix products stay in memory instead of 1,024 in each of two caches, unless the user set them otherwise.
+    """Up to 32 compiled matrix products stay in memory instead of 1,024 in each of two caches, unless the user set them
+    otherwise.
 
-    In bf16 on a CPU every number of tokens that an expert gets is a shape with a kernel of about 0.5 MB, seldom met again: together
-    as much as a layer or two. Both are read at a process's first such product; compiling again costs less than it takes to measure.
+    In bf16 on a CPU every number of tokens that an expert gets is a shape with a kernel of about 0.5 MB, seldom met
+    again: together as much as a layer or two. Both are read at a process's first such product; compiling again costs
+    less than it takes to measure.
     """
     for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):  # torch's and oneDNN's own
         os.environ.setdefault(name, "32")

@@ -1,7 +1,7 @@
 """Many forwards of one model that advance together, layer by layer, so that each layer's weights are needed once.
 
-Every forward is the model's own, run in a greenlet that pauses before each decoder layer; whatever masks, rotary tables or
-extra streams the architecture passes between its layers stay in its frames.
+Every forward is the model's own, run in a greenlet that pauses before each decoder layer; whatever masks, rotary tables
+or extra streams the architecture passes between its layers stay in its frames.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 class Forward:
     """One forward: `advance()` runs it through one decoder layer, or to its end after the last.
 
-    While it is paused, `hidden` is the next layer's input. `park` moves its bytes elsewhere and `unpark` brings them back.
+    While it is paused, `hidden` is the next layer's input. `park` moves its bytes elsewhere and `unpark` brings them
+    back.
     """
 
     def __init__(self, run: Callable[[], Any]):
@@ -54,7 +55,8 @@ class Forward:
         return self._nbytes if self._parked is not None else self.hidden.untyped_storage().nbytes()
 
     def park(self, file: Path | None = None) -> None:
-        """Frees the memory of `hidden`, which the paused frames still refer to, after copying it to the host or to `file`."""
+        """Frees the memory of `hidden`, which the paused frames still refer to, after copying it to the host or to
+        `file`."""
         storage = self.hidden.untyped_storage()
         self._nbytes = storage.nbytes()
         raw = torch.empty(0, dtype=torch.uint8, device=self.hidden.device).set_(storage)
@@ -86,8 +88,8 @@ class Forward:
 class Lockstep:
     """Makes forwards of a model pause before each of its decoder layers; used as a context manager.
 
-    `start_at` makes the layers before it pass their input on, unread: a forward then arrives there at once, and is given its
-    real hidden states by `Forward.replace_hidden`.
+    `start_at` makes the layers before it pass their input on, unread: a forward then arrives there at once, and is
+    given its real hidden states by `Forward.replace_hidden`.
     """
 
     def __init__(self, layers: nn.ModuleList):
@@ -154,8 +156,8 @@ class Lockstep:
 
 
 class Spool:
-    """Where the hidden states of waiting forwards are: off the accelerator, on disk beyond `host_bytes` where there is a
-    `directory`.
+    """Where the hidden states of waiting forwards are: off the accelerator, on disk beyond `host_bytes` where there is
+    a `directory`.
     """
 
     def __init__(self, device: torch.device, host_bytes: int | None, directory: Path | None):
@@ -163,7 +165,11 @@ class Spool:
         self._held = 0
 
     def park(self, forward: Forward, name: str) -> None:
-        if self._directory is not None and self._host_bytes is not None and self._held + forward.nbytes > self._host_bytes:
+        if (
+            self._directory is not None
+            and self._host_bytes is not None
+            and self._held + forward.nbytes > self._host_bytes
+        ):
             self._directory.mkdir(parents=True, exist_ok=True)
             return forward.park(self._directory / f"hidden-{os.getpid()}-{name}.bin")
         self._held += forward.nbytes
@@ -193,7 +199,8 @@ def _checksum(arguments: Any) -> int:
 
 
 def _tensors_in(value: Any, seen: set[int]) -> Iterator[Tensor]:
-    """Also those inside dictionaries, lists and plain objects, such as keys and values that layers leave for later ones."""
+    """Also those inside dictionaries, lists and plain objects, such as keys and values that layers leave for later
+    ones."""
     if id(value) in seen or isinstance(value, (nn.Module, type)):
         return
     seen.add(id(value))

@@ -1,4 +1,5 @@
-"""Checkpoint tensors read straight into the place that they have in the model: no mapped pages, no list of experts to stack."""
+"""Checkpoint tensors read straight into the place that they have in the model: no mapped pages, no list of experts to
+stack."""
 
 from __future__ import annotations
 
@@ -14,9 +15,22 @@ from reapkit.core.safetensors_header import TensorInfo
 from reapkit.model.streaming.layer_memory import ALIGNMENT, Arena, aligned
 
 TORCH_TYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16,
-    "I8": torch.int8, "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
 CAST_BYTES = 1 << 24  # tensors of another dtype than the model's go through a buffer of this size
 DEQUANTIZE_BYTES = 1 << 25  # stacked experts are dequantized as many at a time as give this
@@ -30,7 +44,9 @@ class Stored:
 
     def __getitem__(self, index: object) -> Tensor:
         info, dtype = self.info, TORCH_TYPES[self.info.dtype]
-        phase = info.begin % ALIGNMENT if info.begin % dtype.itemsize == 0 else 0  # as in a mapped file, see `Filling.phase`
+        phase = (
+            info.begin % ALIGNMENT if info.begin % dtype.itemsize == 0 else 0
+        )  # as in a mapped file, see `Filling.phase`
         whole = torch.empty(phase + info.nbytes, dtype=torch.uint8)[phase:].view(dtype).view(info.shape)
         self._reader.read_into(info.shard, info.begin, bytes_of(whole))
         return whole[index]
@@ -38,7 +54,9 @@ class Stored:
     def entries(self, begin: int, end: int) -> Tensor:
         """Entries [begin, end) of the first axis."""
         part = torch.empty((end - begin, *self.info.shape[1:]), dtype=TORCH_TYPES[self.info.dtype])
-        self._reader.read_into(self.info.shard, self.info.begin + begin * (self.info.nbytes // self.info.shape[0]), bytes_of(part))
+        self._reader.read_into(
+            self.info.shard, self.info.begin + begin * (self.info.nbytes // self.info.shape[0]), bytes_of(part)
+        )
         return part
 
     def get_shape(self) -> list[int]:
@@ -50,10 +68,12 @@ class Stored:
 
 @dataclass(frozen=True)
 class Filling:
-    """How one parameter or buffer comes from disk: `fill(place, reader)` writes it, `keys` are the tensors that it uses up.
+    """How one parameter or buffer comes from disk: `fill(place, reader)` writes it, `keys` are the tensors that it uses
+    up.
 
-    `phase`: where a resident model has it, in bytes behind a multiple of the arenas' alignment. transformers leaves a weight that
-    needs no conversion in the mapped file, at whatever address that gives, and a CPU's matrix products round by alignment.
+    `phase`: where a resident model has it, in bytes behind a multiple of the arenas' alignment. transformers leaves a
+    weight that needs no conversion in the mapped file, at whatever address that gives, and a CPU's matrix products
+    round by alignment.
     """
 
     target: str
@@ -69,15 +89,26 @@ class Filling:
 
 
 class Fillings:
-    """Plans a layer's fillings; what it does not know (interleaved, transposed, permuted weights) is left to transformers.
+    """Plans a layer's fillings; what it does not know (interleaved, transposed, permuted weights) is left to
+    transformers.
 
-    `targets`: parameter and conversion pattern by checkpoint tensor. `expected`: the model's parameters and buffers. Values are
-    those of transformers' own conversion, bit for bit. `mapped`: a resident model would have unconverted weights in mapped files.
+    `targets`: parameter and conversion pattern by checkpoint tensor. `expected`: the model's parameters and buffers.
+    Values are those of transformers' own conversion, bit for bit. `mapped`: a resident model would have unconverted
+    weights in mapped files.
     """
 
-    def __init__(self, infos: Mapping[str, TensorInfo], targets: Mapping[str, tuple[str, str | None]], expected: Mapping[str, Tensor],
-                 converters: Iterable[WeightConverter], dtype_of: Callable[[str], torch.dtype], *, model: torch.nn.Module, quantized: bool,
-                 mapped: bool):
+    def __init__(
+        self,
+        infos: Mapping[str, TensorInfo],
+        targets: Mapping[str, tuple[str, str | None]],
+        expected: Mapping[str, Tensor],
+        converters: Iterable[WeightConverter],
+        dtype_of: Callable[[str], torch.dtype],
+        *,
+        model: torch.nn.Module,
+        quantized: bool,
+        mapped: bool,
+    ):
         self._infos, self._targets, self._expected, self._dtype_of = infos, targets, expected, dtype_of
         self._converters = {pattern: converter for converter in converters for pattern in converter.source_patterns}
         self._model, self._quantized, self._mapped = model, quantized, mapped
@@ -89,15 +120,28 @@ class Fillings:
             target, pattern = self._targets[key]
             if target in self._expected:
                 parts.setdefault(target, {}).setdefault(pattern, []).append(key)
-        found = [filling for target, by_pattern in parts.items() if (filling := self._filling(target, by_pattern)) is not None]
-        return sorted(found, key=lambda filling: min((self._infos[key].shard, self._infos[key].begin) for key in filling.keys))
+        found = [
+            filling
+            for target, by_pattern in parts.items()
+            if (filling := self._filling(target, by_pattern)) is not None
+        ]
+        return sorted(
+            found, key=lambda filling: min((self._infos[key].shard, self._infos[key].begin) for key in filling.keys)
+        )
 
     def _filling(self, target: str, by_pattern: Mapping[str | None, list[str]]) -> Filling | None:
         first = next(iter(by_pattern))
         converter = None if first is None else self._converters[first]
         if converter is None:
-            return None if self._quantized or len(by_pattern) > 1 or len(by_pattern[None]) > 1 else self._copied(target, by_pattern[None][0])
-        if any(pattern not in converter.source_patterns for pattern in by_pattern) or len(converter.target_patterns) != 1:
+            return (
+                None
+                if self._quantized or len(by_pattern) > 1 or len(by_pattern[None]) > 1
+                else self._copied(target, by_pattern[None][0])
+            )
+        if (
+            any(pattern not in converter.source_patterns for pattern in by_pattern)
+            or len(converter.target_patterns) != 1
+        ):
             return None
         kinds = [(type(operation).__name__, getattr(operation, "dim", None)) for operation in converter.operations]
         ordered = {pattern: by_pattern[pattern] for pattern in converter.source_patterns if pattern in by_pattern}
@@ -119,14 +163,25 @@ class Fillings:
             return None
         dtype = self._dtype_of(target)
         stays = self._mapped and TORCH_TYPES[info.dtype] == dtype and info.begin % dtype.itemsize == 0
-        return Filling(target, shape, dtype, (key,), lambda place, reader: read_into(place, reader, info), info.begin % ALIGNMENT if stays else 0)
+        return Filling(
+            target,
+            shape,
+            dtype,
+            (key,),
+            lambda place, reader: read_into(place, reader, info),
+            info.begin % ALIGNMENT if stays else 0,
+        )
 
     def _transposed(self, target: str, key: str, converter: WeightConverter) -> Filling | None:
         """Stacked experts whose matrices lie the other way round on disk, one by one."""
         info, shape, operation = self._infos[key], self._expected[target].shape, converter.operations[0]
         if operation.check_dims and info.shape == tuple(shape):
             return self._copied(target, key)
-        turned = len(shape) == 3 and {operation.dim0 % 3, operation.dim1 % 3} == {1, 2} and info.shape == (shape[0], shape[2], shape[1])
+        turned = (
+            len(shape) == 3
+            and {operation.dim0 % 3, operation.dim1 % 3} == {1, 2}
+            and info.shape == (shape[0], shape[2], shape[1])
+        )
         if not turned or info.dtype not in TORCH_TYPES:
             return None
 
@@ -136,15 +191,29 @@ class Fillings:
 
         return Filling(target, shape, self._dtype_of(target), (key,), fill)
 
-    def _stacked(self, target: str, weights: Mapping[str, list[str]], scales: Mapping[str, list[str]],
-                 converter: WeightConverter | None = None) -> Filling | None:
-        """Per-expert matrices along a new first axis, gate's rows above up's; where there are scales, dequantized one by one."""
+    def _stacked(
+        self,
+        target: str,
+        weights: Mapping[str, list[str]],
+        scales: Mapping[str, list[str]],
+        converter: WeightConverter | None = None,
+    ) -> Filling | None:
+        """Per-expert matrices along a new first axis, gate's rows above up's; where there are scales, dequantized one
+        by one."""
         shape, infos = self._expected[target].shape, self._infos
         rows = [infos[keys[0]].shape[0] for keys in weights.values() if infos[keys[0]].shape]
-        fits = (len(shape) == 3 and len(rows) == len(weights) and sum(rows) == shape[1] and (not scales or len(scales) == len(weights))
-                and all(len(keys) == shape[0] for keys in (*weights.values(), *scales.values()))
-                and all(infos[key].shape == (count, shape[2]) and infos[key].dtype in TORCH_TYPES
-                        for count, keys in zip(rows, weights.values(), strict=True) for key in keys))
+        fits = (
+            len(shape) == 3
+            and len(rows) == len(weights)
+            and sum(rows) == shape[1]
+            and (not scales or len(scales) == len(weights))
+            and all(len(keys) == shape[0] for keys in (*weights.values(), *scales.values()))
+            and all(
+                infos[key].shape == (count, shape[2]) and infos[key].dtype in TORCH_TYPES
+                for count, keys in zip(rows, weights.values(), strict=True)
+                for key in keys
+            )
+        )
         if not fits:
             return None
         model, operation = self._model, converter.operations[0] if scales else None
@@ -156,16 +225,22 @@ class Fillings:
                     if operation is None:
                         read_into(part[expert], reader, infos[key])
                         continue
-                    pair = {pattern: [Stored(reader, infos[key])[...]], scale_pattern: [Stored(reader, infos[its_scales[expert]])[...]]}
+                    pair = {
+                        pattern: [Stored(reader, infos[key])[...]],
+                        scale_pattern: [Stored(reader, infos[its_scales[expert]])[...]],
+                    }
                     part[expert].copy_(operation.convert(pair, full_layer_name=target, model=model)[pattern][0])
 
         if scales and any(len(_scales_of(pattern, scales)) != 1 for pattern in weights):
             return None
         dtype = self._expected[target].dtype if scales else self._dtype_of(target)
-        return Filling(target, shape, dtype, tuple(key for keys in (*weights.values(), *scales.values()) for key in keys), fill)
+        return Filling(
+            target, shape, dtype, tuple(key for keys in (*weights.values(), *scales.values()) for key in keys), fill
+        )
 
     def _unpacked(self, target: str, parts: Mapping[str, list[str]], converter: WeightConverter) -> Filling | None:
-        """MXFP4 blocks with their scales, a few experts at a time: they unpack to bfloat16 whatever the model's dtype is."""
+        """MXFP4 blocks with their scales, a few experts at a time: they unpack to bfloat16 whatever the model's dtype
+        is."""
         shape, infos = self._expected[target].shape, self._infos
         if len(parts) != 2 or any(len(keys) != 1 or infos[keys[0]].shape[:1] != shape[:1] for keys in parts.values()):
             return None
@@ -175,7 +250,10 @@ class Fillings:
         def fill(place: Tensor, reader: ShardReader) -> None:
             for begin in range(0, shape[0], at_once):
                 end = min(begin + at_once, shape[0])
-                few = {pattern.removesuffix("$"): [Stored(reader, infos[keys[0]]).entries(begin, end)] for pattern, keys in parts.items()}
+                few = {
+                    pattern.removesuffix("$"): [Stored(reader, infos[keys[0]]).entries(begin, end)]
+                    for pattern, keys in parts.items()
+                }
                 place[begin:end].copy_(operation.convert(few, full_layer_name=target, model=model)[target])
 
         wide = max(torch.bfloat16, self._dtype_of(target), key=lambda dtype: dtype.itemsize)

@@ -1,4 +1,5 @@
-"""One file per stage. Each `run(context)` reads its inputs, computes, writes its payload and returns a small summary."""
+"""One file per stage. Each `run(context)` reads its inputs, computes, writes its payload and returns a small
+summary."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from reapkit.recipe.schema import Recipe
 
 @dataclass(frozen=True)
 class Context:
-    """What a stage gets: the plan, its finished inputs by stage name, an empty payload directory and a directory for partial work."""
+    """What a stage gets: the plan, its finished inputs by stage name, an empty payload directory and a directory for
+    partial work."""
 
     plan: Plan
     inputs: Mapping[str, Artifact]

@@ -32,17 +32,34 @@ def run(context: Context) -> dict[str, Any]:
     nbytes = {candidate.name: context.plan.pruned(candidate).nbytes for candidate in context.plan.candidates}
     weights = load_repaired(context, list(selections))
     tried = [Candidate(name, selections[name], nbytes[name], weights=weights.get(name)) for name in index["candidates"]]
-    compared = {"controls": [Candidate(name, selections[name], control_of=candidate, weights=weights.get(name))
-                             for name, candidate in index["controls"].items()],
-                "eaft": eaft_settings(recipe.saliency, recipe.observe), "pack_samples": spec.packs.samples,
-                "batch_tokens": recipe.runtime.batch_tokens, "progress": context.progress}
+    compared = {
+        "controls": [
+            Candidate(name, selections[name], control_of=candidate, weights=weights.get(name))
+            for name, candidate in index["controls"].items()
+        ],
+        "eaft": eaft_settings(recipe.saliency, recipe.observe),
+        "pack_samples": spec.packs.samples,
+        "batch_tokens": recipe.runtime.batch_tokens,
+        "progress": context.progress,
+    }
     where = {"device": context.device, "trust_remote_code": recipe.model.trust_remote_code}
     gates, packs = gates_of(spec.gates, context), load_packs(context)
     if context.streams:
-        evaluation = evaluate_streaming(LayeredModel(context.model_directory, **where), packs, tried, gates, **compared, **context.streaming)
+        evaluation = evaluate_streaming(
+            LayeredModel(context.model_directory, **where), packs, tried, gates, **compared, **context.streaming
+        )
     else:
-        evaluation = evaluate(load_model(context.model_directory, **where), packs, tried, gates, generation=spec.generation,
-                              tokenizer=_tokenizer(context), smaller_cut=_smaller_cut(context), work_directory=context.work, **compared)
+        evaluation = evaluate(
+            load_model(context.model_directory, **where),
+            packs,
+            tried,
+            gates,
+            generation=spec.generation,
+            tokenizer=_tokenizer(context),
+            smaller_cut=_smaller_cut(context),
+            work_directory=context.work,
+            **compared,
+        )
     write_json(context.payload / "evaluation.json", evaluation)
     decided[evaluation["chosen"]].save(context.payload)
     return {name: evaluation[name] for name in ("chosen", "verdict", "advice")}
@@ -63,7 +80,9 @@ def _smaller_cut(context: Context) -> SmallerCut | None:
         removed = int(max(plan.base.experts[layer] - kept for layer, kept in plan.kept(grid[name]).items()) * share)
         smaller = grid[name].removing(removed, num_experts)
         try:
-            [selection] = select_all(observation(), context.recipe.saliency, context.recipe.prune, plan.checkpoint.architecture, (smaller,))
+            [selection] = select_all(
+                observation(), context.recipe.saliency, context.recipe.prune, plan.checkpoint.architecture, (smaller,)
+            )
         except RecipeError:  # nothing would be removed, or the caps leave no room
             return None
         return Candidate(smaller.name, selection, plan.pruned(smaller).nbytes, ratio=f"{smaller.ratio.normalize():f}")

@@ -14,7 +14,15 @@ def run(context: Context) -> dict[str, Any]:
         link_or_copy(file, context.payload / file.name)
     context.progress.warn(f"observe: {imported.differences([entry.name for entry in context.recipe.calibration.mix])}")
     facts = imported.facts
-    return {"tokens": sum(facts["tokens"]), "scored_tokens": sum(facts["scored_tokens"]), "device": facts["meta"].get("device"),
-            "placement": facts["meta"].get("placement"), "tokens_per_second": None,
-            "imported": {"directory": str(imported.directory), "content": imported.content,
-                         "sources": dict(zip(facts["sources"], facts["scored_tokens"], strict=True))}}
+    return {
+        "tokens": sum(facts["tokens"]),
+        "scored_tokens": sum(facts["scored_tokens"]),
+        "device": facts["meta"].get("device"),
+        "placement": facts["meta"].get("placement"),
+        "tokens_per_second": None,
+        "imported": {
+            "directory": str(imported.directory),
+            "content": imported.content,
+            "sources": dict(zip(facts["sources"], facts["scored_tokens"], strict=True)),
+        },
+    }

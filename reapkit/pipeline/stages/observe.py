@@ -28,15 +28,24 @@ def run(context: Context) -> dict[str, Any]:
     _say_how_settled(context, observation)
     count = int(observation.tokens.sum())
     never = int((observation.statistics["count"].sum(1) == 0).sum())
-    return {"tokens": count, "scored_tokens": int(observation.scored_tokens.sum()), "never_routed": never, "device": context.device,
-            "placement": job.placement, "ranks": context.ranks.world, "tokens_per_second": round(count / max(time.time() - started, 1e-9))}
+    return {
+        "tokens": count,
+        "scored_tokens": int(observation.scored_tokens.sum()),
+        "never_routed": never,
+        "device": context.device,
+        "placement": job.placement,
+        "ranks": context.ranks.world,
+        "tokens_per_second": round(count / max(time.time() - started, 1e-9)),
+    }
 
 
 def _say_how_settled(context: Context, observation: Observation) -> None:
     """At the counts that the recipe keeps: what the first half of the rows would have kept."""
     candidate = context.plan.candidates[0]
     kept = context.plan.kept(candidate)
-    half = first_half(observation, {layer: kept.get(layer, observation.num_experts // 2) for layer in observation.layers})
+    half = first_half(
+        observation, {layer: kept.get(layer, observation.num_experts // 2) for layer in observation.layers}
+    )
     if half is not None:
         ranked = "" if candidate.criterion == "reap" else "ranked by reap, "  # what snapshots can follow
         context.progress.say(f"observe: at the budget of {candidate.name}, {ranked}{first_half_sentence(half)}")
@@ -47,8 +56,18 @@ def _job(context: Context) -> Job:
     recipe, share = context.recipe, context.ranks.local_world
     own = context.estimates if share == 1 else estimate(context.plan, share=share)
     directory = recipe.runtime.offload_directory
-    return Job(model=str(context.model_directory.resolve()), calibration=str(context.inputs["calibrate"].payload.resolve()),
-               work=str(context.work.resolve()), spec=recipe.observe, batch_tokens=recipe.runtime.batch_tokens,
-               identity=context.plan.checkpoint.identity, device=context.device, placement=own.placement,
-               trust_remote_code=recipe.model.trust_remote_code, checkpoint_minutes=recipe.runtime.checkpoint_minutes,
-               hidden_bytes=own.host_budget, offload_directory=str(Path(directory).resolve()) if directory else None, mtp=context.plan.mtp)
+    return Job(
+        model=str(context.model_directory.resolve()),
+        calibration=str(context.inputs["calibrate"].payload.resolve()),
+        work=str(context.work.resolve()),
+        spec=recipe.observe,
+        batch_tokens=recipe.runtime.batch_tokens,
+        identity=context.plan.checkpoint.identity,
+        device=context.device,
+        placement=own.placement,
+        trust_remote_code=recipe.model.trust_remote_code,
+        checkpoint_minutes=recipe.runtime.checkpoint_minutes,
+        hidden_bytes=own.host_budget,
+        offload_directory=str(Path(directory).resolve()) if directory else None,
+        mtp=context.plan.mtp,
+    )

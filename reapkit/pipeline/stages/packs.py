@@ -1,4 +1,5 @@
-"""packs: held-out rows of the same sources, disjoint from the calibration by content, at every row length of the recipe."""
+"""packs: held-out rows of the same sources, disjoint from the calibration by content, at every row length of the
+recipe."""
 
 from __future__ import annotations
 
@@ -13,8 +14,17 @@ def run(context: Context) -> dict[str, Any]:
     recipe, found = context.recipe, {}
     for length in recipe.evaluate.packs.lengths:
         with context.sample_cache() as cache:
-            summary = prepare_packs(recipe.calibration, recipe.evaluate, length, context.inputs["calibrate"].payload,
-                                    context.model_directory, context.plan.loaded.directory, context.payload / str(length),
-                                    context.progress, work=cache, trust_remote_code=recipe.model.trust_remote_code)
+            summary = prepare_packs(
+                recipe.calibration,
+                recipe.evaluate,
+                length,
+                context.inputs["calibrate"].payload,
+                context.model_directory,
+                context.plan.loaded.directory,
+                context.payload / str(length),
+                context.progress,
+                work=cache,
+                trust_remote_code=recipe.model.trust_remote_code,
+            )
         found[str(length)] = shares(summary)
     return found

@@ -25,13 +25,25 @@ def _offload(context: Context) -> Path | None:
 
 def run(context: Context) -> dict[str, Any]:
     tokens = context.inputs.get("calibrate")
-    facts = quantize_checkpoint(context.inputs["prune"].payload, context.payload, context.recipe.quantize,
-                                calibration=CalibrationTokens.load(tokens.payload) if tokens else None,
-                                device=context.device, work=context.work, progress=context.progress,
-                                batch_tokens=context.recipe.runtime.batch_tokens, max_shard_bytes=context.recipe.output.max_shard_bytes,
-                                offload=_offload(context), trust_remote_code=context.recipe.model.trust_remote_code)
+    facts = quantize_checkpoint(
+        context.inputs["prune"].payload,
+        context.payload,
+        context.recipe.quantize,
+        calibration=CalibrationTokens.load(tokens.payload) if tokens else None,
+        device=context.device,
+        work=context.work,
+        progress=context.progress,
+        batch_tokens=context.recipe.runtime.batch_tokens,
+        max_shard_bytes=context.recipe.output.max_shard_bytes,
+        offload=_offload(context),
+        trust_remote_code=context.recipe.model.trust_remote_code,
+    )
     pruned = read_manifest(context.inputs["prune"].payload)
-    seal(context.payload, {name: pruned.get(name) for name in ("key", "source", "keep")} | {"scheme": facts["scheme"], "method": facts["method"]},
-         context.progress)
+    seal(
+        context.payload,
+        {name: pruned.get(name) for name in ("key", "source", "keep")}
+        | {"scheme": facts["scheme"], "method": facts["method"]},
+        context.progress,
+    )
     quantized = Checkpoint.open(context.payload)
     return {"bytes": quantized.nbytes, **facts}

@@ -1,4 +1,5 @@
-"""repair: the kept experts of every candidate and control are re-fitted, layer by layer, to make up for the dropped ones."""
+"""repair: the kept experts of every candidate and control are re-fitted, layer by layer, to make up for the dropped
+ones."""
 
 from __future__ import annotations
 
@@ -18,16 +19,26 @@ def run(context: Context) -> dict[str, Any]:
     index = context.inputs["select"].summary
     decided = load_selections(context.inputs["select"].payload, [*index["candidates"], *index["controls"]])
     selections = {name: selection.decoder(context.plan.checkpoint.architecture) for name, selection in decided.items()}
-    layered = LayeredModel(context.model_directory, device=context.device, trust_remote_code=context.recipe.model.trust_remote_code)
-    found = repair(layered, CalibrationTokens.load(context.inputs["calibrate"].payload), selections, context.payload,
-                   batch_tokens=context.recipe.runtime.batch_tokens, progress=context.progress, **context.streaming)
+    layered = LayeredModel(
+        context.model_directory, device=context.device, trust_remote_code=context.recipe.model.trust_remote_code
+    )
+    found = repair(
+        layered,
+        CalibrationTokens.load(context.inputs["calibrate"].payload),
+        selections,
+        context.payload,
+        batch_tokens=context.recipe.runtime.batch_tokens,
+        progress=context.progress,
+        **context.streaming,
+    )
     for name in index["candidates"]:
         _warn(context, name, found[name])
     return {"error_left": {name: _error_left(weights) for name, weights in found.items()}}
 
 
 def _error_left(weights: RepairedWeights) -> dict[str, float | None]:
-    """Means over the layers: what is left of the pruned layer's error on the rows that were fitted, and on those that only judged."""
+    """Means over the layers: what is left of the pruned layer's error on the rows that were fitted, and on those that
+    only judged."""
     layers = weights.facts["layers"].values()
     return {part: fmean(layer[part] for layer in layers) if layers else None for part in ("fitted", "held_out")}
 
@@ -35,8 +46,10 @@ def _error_left(weights: RepairedWeights) -> dict[str, float | None]:
 def _warn(context: Context, name: str, weights: RepairedWeights) -> None:
     unhelped = [layer for layer, facts in weights.facts["layers"].items() if facts["strength"] is None]
     if unhelped:
-        context.progress.warn(f"repair: {name}: {len(unhelped)} of {len(weights.facts['layers'])} layers keep their weights, since no fit "
-                              "helped on rows kept aside. More calibration would.")
+        context.progress.warn(
+            f"repair: {name}: {len(unhelped)} of {len(weights.facts['layers'])} layers keep their weights, since no fit"
+            " helped on rows kept aside. More calibration would."
+        )
 
 
 def load_repaired(context: Context, names: list[str]) -> Mapping[str, RepairedWeights]:

@@ -19,23 +19,42 @@ def run(context: Context) -> dict[str, Any]:
     grid = context.plan.candidates
     chosen = dict(zip(grid, select_all(observation, recipe.saliency, recipe.prune, architecture, grid), strict=True))
     others = controls(grid, recipe.evaluate.controls)
-    compared = dict(zip(others, select_all(observation, recipe.saliency, recipe.prune, architecture, tuple(others)), strict=True)) if others else {}
+    compared = (
+        dict(
+            zip(
+                others, select_all(observation, recipe.saliency, recipe.prune, architecture, tuple(others)), strict=True
+            )
+        )
+        if others
+        else {}
+    )
     for candidate, selection in (chosen | compared).items():
         selection.save(context.payload / "candidates" / candidate.name)
     if len(grid) == 1:
         chosen[grid[0]].save(context.payload)
-    names = {"candidates": [candidate.name for candidate in chosen], "controls": {control.name: others[control] for control in compared}}
+    names = {
+        "candidates": [candidate.name for candidate in chosen],
+        "controls": {control.name: others[control] for control in compared},
+    }
     write_json(context.payload / "index.json", names)
     for warning in dict.fromkeys(warning for selection in chosen.values() for warning in selection.warnings):
         context.progress.warn(f"select: {warning}")
-    return names | {"dropped": {candidate.name: sum(len(layer.drop) for layer in selection.layers.values())
-                                for candidate, selection in chosen.items()}}
+    return names | {
+        "dropped": {
+            candidate.name: sum(len(layer.drop) for layer in selection.layers.values())
+            for candidate, selection in chosen.items()
+        }
+    }
 
 
 def controls(grid: tuple[Candidate, ...], criteria: tuple[str, ...]) -> dict[Candidate, str]:
     """Each candidate's budget under other criteria: control -> the candidate it belongs to."""
-    return {replace(candidate, name=f"{criterion}-beside-{candidate.name}", criterion=criterion): candidate.name
-            for candidate in grid for criterion in criteria if criterion != candidate.criterion}
+    return {
+        replace(candidate, name=f"{criterion}-beside-{candidate.name}", criterion=criterion): candidate.name
+        for candidate in grid
+        for criterion in criteria
+        if criterion != candidate.criterion
+    }
 
 
 def load_selections(payload: Any, names: list[str]) -> dict[str, Selection]:

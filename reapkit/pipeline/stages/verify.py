@@ -1,4 +1,5 @@
-"""verify: the written directories as they are on disk: proofs in a fresh process, then final numbers on rows kept for this."""
+"""verify: the written directories as they are on disk: proofs in a fresh process, then final numbers on rows kept for
+this."""
 
 from __future__ import annotations
 
@@ -42,17 +43,35 @@ def run(context: Context) -> dict[str, Any]:
     metrics = {"base": yardstick.base_metrics}
     for name, directory in directories.items():
         metrics[name] = _measured(context, yardstick, name, directory)
-    rows = [_row(name, context.model_directory if name == "base" else directories[name], metrics[name]) for name in metrics]
+    rows = [
+        _row(name, context.model_directory if name == "base" else directories[name], metrics[name]) for name in metrics
+    ]
     control = _equal_bytes(context, yardstick, result) if context.recipe.evaluate.equal_bytes else None
     compared = {"base": context.model_directory, final: result}
     throughput = _throughput(context, compared)
     benchmarks = _benchmarks(context, compared)
     verdict, results, advice = _judge(context, metrics)
-    write_json(context.payload / "verify.json", {"rows": rows, "metrics": metrics, "equal_bytes": control, "throughput": throughput,
-                                                 "proofs": proofs, "gates": results, "verdict": verdict, "advice": advice,
-                                                 "lm_eval": benchmarks})
-    return {"rows": rows, "equal_bytes": control and _control_row(control, rows[0]), "proofs": len(proofs), "verdict": verdict,
-            "advice": advice}
+    write_json(
+        context.payload / "verify.json",
+        {
+            "rows": rows,
+            "metrics": metrics,
+            "equal_bytes": control,
+            "throughput": throughput,
+            "proofs": proofs,
+            "gates": results,
+            "verdict": verdict,
+            "advice": advice,
+            "lm_eval": benchmarks,
+        },
+    )
+    return {
+        "rows": rows,
+        "equal_bytes": control and _control_row(control, rows[0]),
+        "proofs": len(proofs),
+        "verdict": verdict,
+        "advice": advice,
+    }
 
 
 LABELS = {"prune": "pruned", "quantize": "quantized"}
@@ -62,19 +81,26 @@ def _yardstick(context: Context) -> Yardstick:
     """The base on rows that no decision has seen; the model leaves memory before the next one is loaded."""
     recipe, packs = context.recipe, load_packs(context)
     where = {"device": context.device, "trust_remote_code": recipe.model.trust_remote_code}
-    common = {"eaft": eaft_settings(recipe.saliency, recipe.observe), "batch_tokens": recipe.runtime.batch_tokens, "progress": context.progress}
+    common = {
+        "eaft": eaft_settings(recipe.saliency, recipe.observe),
+        "batch_tokens": recipe.runtime.batch_tokens,
+        "progress": context.progress,
+    }
     if context.streams:
         return yardstick_streaming(LayeredModel(context.model_directory, **where), packs, **common, **context.streaming)
     return Yardstick.of(load_model(context.model_directory, **where), packs, work_directory=context.work, **common)
 
 
 def _measured(context: Context, yardstick: Yardstick, name: str, directory: Path) -> dict[str, Any]:
-    """A directory's numbers against the base; a quantized one that no loader here takes apart is unpacked to disk first."""
+    """A directory's numbers against the base; a quantized one that no loader here takes apart is unpacked to disk
+    first."""
     where = {"device": context.device, "trust_remote_code": context.recipe.model.trust_remote_code}
     with quiet():  # compressed-tensors draws bars of its own while it unpacks
         directory = _readable(context, name, directory)
         if context.streams:
-            return measure_streaming(yardstick, LayeredModel(directory, **where), progress=context.progress, **context.streaming)
+            return measure_streaming(
+                yardstick, LayeredModel(directory, **where), progress=context.progress, **context.streaming
+            )
         return yardstick.measure_directory(directory, title=f"measure {name}", progress=context.progress, **where)
 
 
@@ -89,13 +115,17 @@ def _readable(context: Context, name: str, directory: Path) -> Path:
 
 
 def _needs_dense(context: Context) -> bool:
-    """Packed weights are read a layer at a time, and in formats that transformers does not know, only after they are unpacked to disk."""
+    """Packed weights are read a layer at a time, and in formats that transformers does not know, only after they are
+    unpacked to disk."""
     facts = context.inputs["quantize"].summary
-    return context.recipe.quantize.recipe is None and (context.streams or not facts.get("experts_reload_in_transformers", True))
+    return context.recipe.quantize.recipe is None and (
+        context.streams or not facts.get("experts_reload_in_transformers", True)
+    )
 
 
 def _equal_bytes(context: Context, yardstick: Yardstick, result: Path) -> dict[str, Any]:
-    """The unpruned model rounded to about the result's bytes, measured as the result is; without `metrics` where no scheme is near."""
+    """The unpruned model rounded to about the result's bytes, measured as the result is; without `metrics` where no
+    scheme is near."""
     base = Checkpoint.open(context.model_directory)
     found = equal_bytes(base, context.recipe.quantize, Checkpoint.open(result).nbytes)
     if found.spec is None:
@@ -114,8 +144,12 @@ def _control_row(control: dict[str, Any], base: dict[str, Any]) -> dict[str, Any
     if control["metrics"] is None:
         return None
     union = control["metrics"][max(control["metrics"], key=int)][UNION]
-    return {"name": f"unpruned, {control['scheme']}", "experts": base["experts"], "bytes": control["bytes"],
-            **{metric: union[metric]["value"] for metric in HEADLINE}}
+    return {
+        "name": f"unpruned, {control['scheme']}",
+        "experts": base["experts"],
+        "bytes": control["bytes"],
+        **{metric: union[metric]["value"] for metric in HEADLINE},
+    }
 
 
 def _throughput(context: Context, directories: dict[str, Path]) -> list[dict[str, Any]]:
@@ -126,28 +160,47 @@ def _throughput(context: Context, directories: dict[str, Path]) -> list[dict[str
     longest = text_config(context.plan.checkpoint.config).get("max_position_embeddings")
     if isinstance(longest, int):
         new = max(1, min(spec.new_tokens, longest // 2))
-        spec = spec.model_copy(update={"new_tokens": new, "prompt_tokens": max(1, min(spec.prompt_tokens, longest - new - 2))})
-    skip = dict.fromkeys(directories, "the model does not fit into memory here, so transformers cannot load it") if context.streams else {}
+        spec = spec.model_copy(
+            update={"new_tokens": new, "prompt_tokens": max(1, min(spec.prompt_tokens, longest - new - 2))}
+        )
+    skip = (
+        dict.fromkeys(directories, "the model does not fit into memory here, so transformers cannot load it")
+        if context.streams
+        else {}
+    )
     if "quantized" in directories and _needs_dense(context):
         skip |= {"quantized": skip.get("quantized", "transformers cannot load this scheme's routed experts")}
     with context.progress.task("throughput"):
-        return measure_throughput(directories, spec, device=context.device, skip=skip,
-                                  trust_remote_code=context.recipe.model.trust_remote_code)
+        return measure_throughput(
+            directories,
+            spec,
+            device=context.device,
+            skip=skip,
+            trust_remote_code=context.recipe.model.trust_remote_code,
+        )
 
 
 def _prove(context: Context, directories: dict[str, Path]) -> list[dict[str, Any]]:
     """Raises StageFailed naming the first proof that does not hold."""
     recipe, winner = context.recipe, context.inputs["prune"].summary["candidate"]
-    request = Request(context.model_directory, directories, Selection.load(context.inputs["select"].payload / "candidates" / winner),
-                      context.device, quantize=recipe.quantize if "quantized" in directories else None,
-                      probe=_probe(context), repaired=context.inputs["repair"].payload / winner if "repair" in context.inputs else None,
-                      trust_remote_code=recipe.model.trust_remote_code)
+    request = Request(
+        context.model_directory,
+        directories,
+        Selection.load(context.inputs["select"].payload / "candidates" / winner),
+        context.device,
+        quantize=recipe.quantize if "quantized" in directories else None,
+        probe=_probe(context),
+        repaired=context.inputs["repair"].payload / winner if "repair" in context.inputs else None,
+        trust_remote_code=recipe.model.trust_remote_code,
+    )
     with context.progress.task("proofs in a fresh process"):
         proofs = [asdict(proof) for proof in prove(request)]
     if failed := [proof for proof in proofs if not proof["passed"]]:
         write_json(context.payload / "verify.json", {"proofs": proofs})
-        raise StageFailed(f"verify: {len(failed)} of {len(proofs)} proofs do not hold, first {failed[0]['directory']}, {failed[0]['name']}: "
-                          f"{failed[0]['detail']}")
+        raise StageFailed(
+            f"verify: {len(failed)} of {len(proofs)} proofs do not hold, first {failed[0]['directory']},"
+            f" {failed[0]['name']}: {failed[0]['detail']}"
+        )
     return proofs
 
 
@@ -158,27 +211,47 @@ def _benchmarks(context: Context, directories: dict[str, Path]) -> dict[str, Any
         return None
     with quiet():
         directories = {name: _readable(context, name, directory) for name, directory in directories.items()}
-    tasks = [str(recipe_file) if (recipe_file := context.plan.loaded.directory / task).is_file() else task for task in spec.tasks]
-    return {name: run_benchmarks(directory, tasks, context.payload / "lm_eval" / name, limit=spec.limit, device=context.device,
-                                 trust_remote_code=recipe.model.trust_remote_code) for name, directory in directories.items()}
+    tasks = [
+        str(recipe_file) if (recipe_file := context.plan.loaded.directory / task).is_file() else task
+        for task in spec.tasks
+    ]
+    return {
+        name: run_benchmarks(
+            directory,
+            tasks,
+            context.payload / "lm_eval" / name,
+            limit=spec.limit,
+            device=context.device,
+            trust_remote_code=recipe.model.trust_remote_code,
+        )
+        for name, directory in directories.items()
+    }
 
 
 def _probe(context: Context) -> list[list[int]]:
     """Two real rows on which logits are compared."""
     tokens = next(iter(load_packs(context).values()))
     rows = [tokens.row(index).input_ids[:PROBE_TOKENS].tolist() for index in range(min(2, tokens.num_rows))]
-    return [row[:min(map(len, rows))] for row in rows]
+    return [row[: min(map(len, rows))] for row in rows]
 
 
 def _row(name: str, directory: Path, metrics: dict[str, Any]) -> dict[str, Any]:
     """A line of the final table, from the longest rows; the base is its own reference."""
     checkpoint, groups = Checkpoint.open(directory), metrics[max(metrics, key=int)]
     same = {"perplexity_ratio": 1.0, "kl_mean": 0.0, "top1_agreement": 1.0}
-    values = {group: {metric: found[metric]["value"] if metric in found else same[metric] for metric in HEADLINE}
-              for group, found in groups.items()}
+    values = {
+        group: {metric: found[metric]["value"] if metric in found else same[metric] for metric in HEADLINE}
+        for group, found in groups.items()
+    }
     experts = {index: layer.num_experts for index, layer in read_layout(checkpoint).layers.items()}
-    return {"name": name, "experts": human_experts(experts), "bytes": checkpoint.nbytes, "parameters": checkpoint.numel, **values[UNION],
-            "per_source": {group: found for group, found in values.items() if group != UNION}}
+    return {
+        "name": name,
+        "experts": human_experts(experts),
+        "bytes": checkpoint.nbytes,
+        "parameters": checkpoint.numel,
+        **values[UNION],
+        "per_source": {group: found for group, found in values.items() if group != UNION},
+    }
 
 
 def _judge(context: Context, metrics: dict[str, Any]) -> tuple[str, list[dict[str, Any]], str]:
@@ -188,9 +261,22 @@ def _judge(context: Context, metrics: dict[str, Any]) -> tuple[str, list[dict[st
         return "not judged", [], ""
     results = judge(list(metrics.values())[-1], gates)
     verdict = overall(results)
-    return verdict, [result.to_json() for result in results], "" if verdict == "pass" else final_advice(
-        results, judge(metrics["pruned"], gates) if "quantized" in metrics else None, method=recipe.quantize.method,
-        next_scheme=_next_scheme(context), removed=_removed(context), samples=recipe.evaluate.packs.samples)
+    return (
+        verdict,
+        [result.to_json() for result in results],
+        (
+            ""
+            if verdict == "pass"
+            else final_advice(
+                results,
+                judge(metrics["pruned"], gates) if "quantized" in metrics else None,
+                method=recipe.quantize.method,
+                next_scheme=_next_scheme(context),
+                removed=_removed(context),
+                samples=recipe.evaluate.packs.samples,
+            )
+        ),
+    )
 
 
 def _next_scheme(context: Context) -> tuple[str, float] | None:

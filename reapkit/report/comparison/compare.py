@@ -1,4 +1,5 @@
-"""What several observations, selections, runs or recipes have in common: facts for machines, tables for people, one page to look at.
+"""What several observations, selections, runs or recipes have in common: facts for machines, tables for people, one
+page to look at.
 
 Torch only where observations are read.
 """
@@ -50,30 +51,41 @@ class Comparison:
 def compare(paths: Sequence[str | Path], terms: Terms | None = None) -> Comparison:
     """Compares recipes, observations, selections or runs, told apart by what lies at the paths.
 
-    Raises RecipeError for fewer than two, kinds that cannot be compared, or kinds mixed; UnusableError where one cannot be read or does
-    not belong to the others' model.
+    Raises RecipeError for fewer than two, kinds that cannot be compared, or kinds mixed; UnusableError where one cannot
+    be read or does not belong to the others' model.
     """
     terms = terms or Terms()
     if not 2 <= len(paths) <= len(LETTERS):
-        raise RecipeError(f"compare: found {len(paths)} {'path' if len(paths) == 1 else 'paths'}. Give 2 to {len(LETTERS)}.")
+        raise RecipeError(
+            f"compare: found {len(paths)} {'path' if len(paths) == 1 else 'paths'}. Give 2 to {len(LETTERS)}."
+        )
     found = [recognise(path) for path in paths]
     kind = _one_kind(paths, found)
     places = dict(zip(LETTERS, map(str, paths), strict=False))
     try:
         return Comparison(kind, places, _module(kind).facts(dict(zip(places, found, strict=True)), terms))
     except (LookupError, TypeError, ValueError, AttributeError, OSError, SafetensorError) as error:
-        raise UnusableError(f"compare: one of these {KINDS[kind]} cannot be read ({type(error).__name__}: {error}), so it is damaged or of "
-                            "another version. Inspect each to see which.") from error
+        raise UnusableError(
+            f"compare: one of these {KINDS[kind]} cannot be read ({type(error).__name__}: {error}), so it is damaged or"
+            " of another version. Inspect each to see which."
+        ) from error
 
 
 def _one_kind(paths: Sequence[str | Path], found: Sequence[Found]) -> str:
     kinds = [each.kind for each in found]
     listed = "; ".join(f"{path}: {_named(kind)}" for path, kind in zip(paths, kinds, strict=True))
     if strange := [kind for kind in kinds if kind not in KINDS]:
-        raise RecipeError(f"compare: {_named(strange[0])} cannot be compared. Found {listed}. Give recipes, observations, selections or runs.")
+        raise RecipeError(
+            f"compare: {_named(strange[0])} cannot be compared. Found {listed}. Give recipes, observations, selections"
+            " or runs."
+        )
     if len(set(kinds)) > 1:
         inside = {"observation", "selection"} & set(kinds)
-        advice = f" Of a run, give {' or '.join(sorted(f'RUN/{kind}' for kind in inside))}." if "run" in kinds and inside else ""
+        advice = (
+            f" Of a run, give {' or '.join(sorted(f'RUN/{kind}' for kind in inside))}."
+            if "run" in kinds and inside
+            else ""
+        )
         raise RecipeError(f"compare: different kinds cannot be compared. Found {listed}.{advice}")
     return kinds[0]
 

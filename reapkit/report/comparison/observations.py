@@ -1,4 +1,5 @@
-"""Observations beside each other: would one have kept the experts that the other keeps, and is a calibration of this size enough?"""
+"""Observations beside each other: would one have kept the experts that the other keeps, and is a calibration of this
+size enough?"""
 
 from __future__ import annotations
 
@@ -38,10 +39,11 @@ SAME = "The observations hold the same sums, so comparing them says nothing: giv
 
 
 def facts(found: Mapping[str, Found], terms: Terms) -> dict[str, Any]:
-    """Every pair's kept sets and rank correlations; of each observation its tokens and what its first half would have kept.
+    """Every pair's kept sets and rank correlations; of each observation its tokens and what its first half would have
+    kept.
 
-    The kept set is the criterion's alone, without protection, caps or groups. Raises UnusableError for other models (unless the terms allow
-    them) and other shapes.
+    The kept set is the criterion's alone, without protection, caps or groups. Raises UnusableError for other models
+    (unless the terms allow them) and other shapes.
     """
     spec, removed = _spec(terms), terms.ratio
     observed = {letter: Observation.load(each.place) for letter, each in found.items()}
@@ -50,10 +52,18 @@ def facts(found: Mapping[str, Found], terms: Terms) -> dict[str, Any]:
     experts = next(iter(observed.values())).num_experts
     dropped = int(experts * removed)
     if not 0 < dropped < experts:
-        raise RecipeError(f"--ratio: {removed} removes {dropped} of {experts} experts per layer. Choose a ratio that removes 1 to {experts - 1}.")
+        raise RecipeError(
+            f"--ratio: {removed} removes {dropped} of {experts} experts per layer. Choose a ratio that removes 1 to"
+            f" {experts - 1}."
+        )
     values = {letter: saliency(one, spec) for letter, one in observed.items()}
-    kept = {letter: {layer: row[dropped:] for layer, row in zip(observed[letter].layers, removal_order(one).tolist(), strict=True)}
-            for letter, one in values.items()}
+    kept = {
+        letter: {
+            layer: row[dropped:]
+            for layer, row in zip(observed[letter].layers, removal_order(one).tolist(), strict=True)
+        }
+        for letter, one in values.items()
+    }
     compared = {}
     for a, b in pairs(observed):
         pair = overlap(kept[a], kept[b], experts)
@@ -63,8 +73,16 @@ def facts(found: Mapping[str, Found], terms: Terms) -> dict[str, Any]:
         compared[f"{a}-{b}"] = {**pair, "rank_correlation": ranks}
     made = {letter: _one(one, experts - dropped) for letter, one in observed.items()}
     same = all(_same_sums(one, next(iter(observed.values()))) for one in observed.values())
-    return {"criterion": terms.criterion, "ratio": str(removed), "kept": experts - dropped, "experts": experts, "different_models": different,
-            "observations": made, "pairs": compared, "answer": SAME if same else _answer(made, compared, different)}
+    return {
+        "criterion": terms.criterion,
+        "ratio": str(removed),
+        "kept": experts - dropped,
+        "experts": experts,
+        "different_models": different,
+        "observations": made,
+        "pairs": compared,
+        "answer": SAME if same else _answer(made, compared, different),
+    }
 
 
 def _spec(terms: Terms) -> SaliencySpec:
@@ -77,14 +95,18 @@ def _spec(terms: Terms) -> SaliencySpec:
 
 
 def _different_models(observed: Mapping[str, Observation], found: Mapping[str, Found], terms: Terms) -> bool:
-    names = {letter: (one.meta.get("model"), one.model_type, one.num_experts_per_tok) for letter, one in observed.items()}
+    names = {
+        letter: (one.meta.get("model"), one.model_type, one.num_experts_per_tok) for letter, one in observed.items()
+    }
     if len(set(names.values())) == 1:
         return False
     if not terms.different_models:
         (first, a), *others = names.items()
         other, b = next((letter, name) for letter, name in others if name != a)
-        raise UnusableError(f"compare: {found[first].place} is of model {_model(a)}, {found[other].place} of {_model(b)}. Experts of different "
-                            "models need not correspond; compare them all the same with --different-models.")
+        raise UnusableError(
+            f"compare: {found[first].place} is of model {_model(a)}, {found[other].place} of {_model(b)}. Experts of"
+            " different models need not correspond; compare them all the same with --different-models."
+        )
     return True
 
 
@@ -93,15 +115,22 @@ def _model(name: tuple[Any, ...]) -> str:
 
 
 def _same_sums(one: Observation, other: Observation) -> bool:
-    return one.sources == other.sources and all(np.array_equal(one.statistics[name], other.statistics[name]) for name in one.statistics
-                                                if name in other.statistics)
+    return one.sources == other.sources and all(
+        np.array_equal(one.statistics[name], other.statistics[name])
+        for name in one.statistics
+        if name in other.statistics
+    )
 
 
 def _one(observation: Observation, kept: int) -> dict[str, Any]:
     half = first_half(observation, dict.fromkeys(observation.layers, kept))
-    return {"tokens": int(observation.tokens.sum()), "scored_tokens": int(observation.scored_tokens.sum()),
-            "sources": dict(zip(observation.sources, observation.scored_tokens.tolist(), strict=True)),
-            "model": observation.meta.get("model"), "first_half": half}
+    return {
+        "tokens": int(observation.tokens.sum()),
+        "scored_tokens": int(observation.scored_tokens.sum()),
+        "sources": dict(zip(observation.sources, observation.scored_tokens.tolist(), strict=True)),
+        "model": observation.meta.get("model"),
+        "first_half": half,
+    }
 
 
 def _answer(made: Mapping[str, Any], compared: Mapping[str, Any], different: bool) -> str:
@@ -113,10 +142,15 @@ def _answer(made: Mapping[str, Any], compared: Mapping[str, Any], different: boo
         return f"{said}. The models differ, so this says nothing about the size of a calibration."
     sources = {frozenset(one["sources"]) for one in made.values()}
     if len(sources) > 1:
-        return (f"{said}. The sources differ, so what is not the same is due to the choice of data as well as to its amount; compare "
-                "observations of the same sources to judge the size alone.")
+        return (
+            f"{said}. The sources differ, so what is not the same is due to the choice of data as well as to its"
+            " amount; compare observations of the same sources to judge the size alone."
+        )
     if share >= SETTLED:
-        return f"{said}: a calibration of this size is large enough, other rows of these sources would decide almost the same."
+        return (
+            f"{said}: a calibration of this size is large enough, other rows of these sources would decide almost the"
+            " same."
+        )
     if share >= UNSETTLED:
         return f"{said}: nearly large enough, more rows would still move some experts."
     return f"{said}: not large enough, the decision depends on which rows were read. Raise calibration.samples."
@@ -126,29 +160,85 @@ def blocks(found: Mapping[str, Any]) -> list[Block]:
     """The answer, the observations, every pair, the layers."""
     names = sorted({name for one in found["observations"].values() for name in one["sources"]})
     few = names if len(names) <= 4 else []
-    rows = [(letter, one["scored_tokens"], *(one["sources"].get(name, 0) for name in few), percent((one["first_half"] or {}).get("overlap")))
-            for letter, one in found["observations"].items()]
-    return [lines(found["answer"], ""),
-            table("Scored tokens; reap's kept set after half of the rows", ("", "scored", *few, "1/2 vs all"), rows),
-            pairs_table(found["pairs"], ranked=True), layers_table(found["pairs"], ranked=True),
-            lines(f"Kept: {found['criterion']}'s {found['kept']} of {found['experts']} experts per layer (ratio {found['ratio']}), without protection or caps.")]
+    rows = [
+        (
+            letter,
+            one["scored_tokens"],
+            *(one["sources"].get(name, 0) for name in few),
+            percent((one["first_half"] or {}).get("overlap")),
+        )
+        for letter, one in found["observations"].items()
+    ]
+    return [
+        lines(found["answer"], ""),
+        table("Scored tokens; reap's kept set after half of the rows", ("", "scored", *few, "1/2 vs all"), rows),
+        pairs_table(found["pairs"], ranked=True),
+        layers_table(found["pairs"], ranked=True),
+        lines(
+            f"Kept: {found['criterion']}'s {found['kept']} of {found['experts']} experts per layer (ratio"
+            f" {found['ratio']}), without protection or caps."
+        ),
+    ]
 
 
 def page(found: Mapping[str, Any], places: Mapping[str, str]) -> Page:
     """The same to look at."""
     worst = min(found["pairs"].values(), key=lambda pair: pair["share"]["mean"])
     tone = "info" if found["different_models"] else "good" if worst["share"]["mean"] >= SETTLED else "warn"
-    tiles = Tiles([("same kept experts", f"{100 * worst['share']['mean']:.1f} %", "mean over the layers"),
-                   ("in the least alike layer", f"{100 * worst['share']['min']:.1f} %", f"layer {worst['share']['layer']}"),
-                   ("random sets", f"{100 * worst['chance']:.0f} %", "what chance gives"),
-                   ("kept", f"{found['kept']} of {found['experts']}", f"by {found['criterion']}")])
-    rows = [(letter, places[letter], f"{one['tokens']:,}", f"{one['scored_tokens']:,}", ", ".join(one["sources"]),
-             "–" if not one["first_half"] else f"{100 * one['first_half']['overlap']:.1f} %") for letter, one in found["observations"].items()]
-    columns = [("", "left"), ("observation", "left"), ("tokens", "right"), ("scored", "right"), ("sources", "left"), ("first half against all", "right")]
+    tiles = Tiles(
+        [
+            ("same kept experts", f"{100 * worst['share']['mean']:.1f} %", "mean over the layers"),
+            ("in the least alike layer", f"{100 * worst['share']['min']:.1f} %", f"layer {worst['share']['layer']}"),
+            ("random sets", f"{100 * worst['chance']:.0f} %", "what chance gives"),
+            ("kept", f"{found['kept']} of {found['experts']}", f"by {found['criterion']}"),
+        ]
+    )
+    rows = [
+        (
+            letter,
+            places[letter],
+            f"{one['tokens']:,}",
+            f"{one['scored_tokens']:,}",
+            ", ".join(one["sources"]),
+            "–" if not one["first_half"] else f"{100 * one['first_half']['overlap']:.1f} %",
+        )
+        for letter, one in found["observations"].items()
+    ]
+    columns = [
+        ("", "left"),
+        ("observation", "left"),
+        ("tokens", "right"),
+        ("scored", "right"),
+        ("sources", "left"),
+        ("first half against all", "right"),
+    ]
     note = "First half against all: how much of reap's kept set was there after half of the rows."
-    return Page("Would they keep the same experts?", "reapkit comparison of observations", [
-        Section("answer", "The answer", [tiles, Note(tone, found["answer"]), HtmlTable(columns, rows, note=note)], "", "Answer"),
-        Section("layers", "Layer by layer", [overlap_chart(found["pairs"], f"{agreement(worst)}."),
-                                             rank_chart(found["pairs"]), *overlap_numbers(found["pairs"], ranked=True)], "", "Layers")],
-        f"The {found['kept']} most salient of {found['experts']} experts per layer by {found['criterion']}, without protection or caps.",
-        footer="Kept sets say which experts differ, not what that costs: measured quality is in the reports of the runs.")
+    return Page(
+        "Would they keep the same experts?",
+        "reapkit comparison of observations",
+        [
+            Section(
+                "answer",
+                "The answer",
+                [tiles, Note(tone, found["answer"]), HtmlTable(columns, rows, note=note)],
+                "",
+                "Answer",
+            ),
+            Section(
+                "layers",
+                "Layer by layer",
+                [
+                    overlap_chart(found["pairs"], f"{agreement(worst)}."),
+                    rank_chart(found["pairs"]),
+                    *overlap_numbers(found["pairs"], ranked=True),
+                ],
+                "",
+                "Layers",
+            ),
+        ],
+        f"The {found['kept']} most salient of {found['experts']} experts per layer by {found['criterion']}, without"
+        " protection or caps.",
+        footer=(
+            "Kept sets say which experts differ, not what that costs: measured quality is in the reports of the runs."
+        ),
+    )

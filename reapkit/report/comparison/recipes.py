@@ -18,13 +18,16 @@ from reapkit.report.tables import difference_tables
 
 
 def facts(found: Mapping[str, Found], terms: Terms) -> dict[str, Any]:
-    """`fields` that differ and `stages` that the second runs anew after the first; None where a model is not at hand."""
+    """`fields` that differ and `stages` that the second runs anew after the first; None where a model is not at
+    hand."""
     if len(found) != 2:
         raise RecipeError(f"compare: found {len(found)} recipes. Recipes are compared two at a time.")
     left, right = (load(str(each.place)) for each in found.values())
     difference = compare_recipes(left, right)
-    return {"fields": [{"path": path, "left": a, "right": b} for path, a, b in difference.fields],
-            "stages": None if difference.stages is None else list(difference.stages)}
+    return {
+        "fields": [{"path": path, "left": a, "right": b} for path, a, b in difference.fields],
+        "stages": None if difference.stages is None else list(difference.stages),
+    }
 
 
 def blocks(found: Mapping[str, Any]) -> list[Block]:
@@ -37,11 +40,20 @@ def page(found: Mapping[str, Any], places: Mapping[str, str]) -> Page:
     """The same to look at."""
     rows = [(each["path"], *(said(each[side]) for side in ("left", "right"))) for each in found["fields"]]
     stages = found["stages"]
-    note = ("A model is not at hand, so the stages that rerun are not known." if stages is None else
-            f"After the first, the second runs anew: {', '.join(stages) or 'nothing'}.")
-    inner: list[Any] = [Note("info", note), HtmlTable([("field", "left"), *((place, "left") for place in places.values())], rows)]
-    return Page("What the recipes say differently", "reapkit comparison of recipes",
-                [Section("fields", "Fields that differ" if rows else "The recipes say the same", inner, "", "Fields")])
+    note = (
+        "A model is not at hand, so the stages that rerun are not known."
+        if stages is None
+        else f"After the first, the second runs anew: {', '.join(stages) or 'nothing'}."
+    )
+    inner: list[Any] = [
+        Note("info", note),
+        HtmlTable([("field", "left"), *((place, "left") for place in places.values())], rows),
+    ]
+    return Page(
+        "What the recipes say differently",
+        "reapkit comparison of recipes",
+        [Section("fields", "Fields that differ" if rows else "The recipes say the same", inner, "", "Fields")],
+    )
 
 
 def said(value: Any) -> str:

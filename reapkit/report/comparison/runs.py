@@ -1,4 +1,5 @@
-"""Runs beside each other: sizes, quality with its intervals, verdicts, and what their recipes say differently. Torch-free."""
+"""Runs beside each other: sizes, quality with its intervals, verdicts, and what their recipes say differently.
+Torch-free."""
 
 from __future__ import annotations
 
@@ -26,16 +27,26 @@ from reapkit.selection.selection import Selection
 
 METRICS = ("perplexity_ratio", "kl_mean", "top1_agreement")
 TITLES = {"perplexity_ratio": "perplexity ratio", "kl_mean": "KL", "top1_agreement": "same top-1"}
-KINDS = {"mask": "a mask on its base before any quantization", "pruned": "the pruned directory", "quantized": "the quantized directory"}
+KINDS = {
+    "mask": "a mask on its base before any quantization",
+    "pruned": "the pruned directory",
+    "quantized": "the quantized directory",
+}
 WHERE_IT_RAN = ("runtime", "output", "name", "description")
 
 
 def facts(found: Mapping[str, Found], terms: Terms) -> dict[str, Any]:
-    """Per run its verdict, sizes and final quality; the fields that differ; the kept sets, where the runs decided on one model's experts."""
+    """Per run its verdict, sizes and final quality; the fields that differ; the kept sets, where the runs decided on
+    one model's experts."""
     runs = {letter: _one(each.place) for letter, each in found.items()}
     recipes = [_recipe(each.place) for each in found.values()]
-    fields = [] if any(recipe is None for recipe in recipes) else [
-        {"path": path, "values": dict(zip(runs, values, strict=True))} for path, values in differing_fields(recipes)]
+    fields = (
+        []
+        if any(recipe is None for recipe in recipes)
+        else [
+            {"path": path, "values": dict(zip(runs, values, strict=True))} for path, values in differing_fields(recipes)
+        ]
+    )
     models = {run["identity"] for run in runs.values()}
     rows = {run["packs"] for run in runs.values()}
     selections = {letter: _selection(each.place, runs[letter]["candidate"]) for letter, each in found.items()}
@@ -46,42 +57,75 @@ def facts(found: Mapping[str, Found], terms: Terms) -> dict[str, Any]:
         except UnusableError:  # other layers, such as an MTP block: sizes and quality still compare
             decided = None
     comparable = len(models) == 1 and len(rows) == 1 and len({run["length"] for run in runs.values()}) == 1
-    return {"runs": runs, "fields": fields, "comparable": comparable, "same_model": len(models) == 1, "selections": decided,
-            "answer": _answer(runs, comparable, len(models) == 1)}
+    return {
+        "runs": runs,
+        "fields": fields,
+        "comparable": comparable,
+        "same_model": len(models) == 1,
+        "selections": decided,
+        "answer": _answer(runs, comparable, len(models) == 1),
+    }
 
 
 def _one(directory: Path) -> dict[str, Any]:
     run = read_json(directory / "run.json", ("name", "model", "stages"))
     stages = run["stages"]
     summary = lambda stage: stages.get(stage, {}).get("summary", {})
-    verified = read_json(directory / "verify.json") if (directory / "verify.json").is_file() and "verify" in stages else {}
+    verified = (
+        read_json(directory / "verify.json") if (directory / "verify.json").is_file() and "verify" in stages else {}
+    )
     evaluated = directory / "evaluation" / "evaluation.json"
     evaluation = read_json(evaluated) if evaluated.is_file() else {}
     measured, length, groups = _quality(verified, evaluation)
     lock = directory / "lock.json"
     identity = (read_json(lock).get("model") or {}).get("identity") if lock.is_file() else None
     verdict = verified.get("verdict", "not judged")
-    return {"name": run["name"], "model": run["model"], "identity": identity or run["model"],
-            "verdict": verdict if verdict != "not judged" else evaluation.get("verdict", "not judged"),
-            "candidate": summary("prune").get("candidate") or evaluation.get("chosen"), "packs": (stages.get("packs") or {}).get("key"),
-            "sizes": [{name: row.get(name) for name in ("name", "experts", "bytes", "parameters", "perplexity")} for row in verified.get("rows", ())],
-            "measured": measured, "length": length, "quality": groups,
-            "seconds": sum(stage["seconds"] for stage in stages.values() if stage.get("executed"))}
+    return {
+        "name": run["name"],
+        "model": run["model"],
+        "identity": identity or run["model"],
+        "verdict": verdict if verdict != "not judged" else evaluation.get("verdict", "not judged"),
+        "candidate": summary("prune").get("candidate") or evaluation.get("chosen"),
+        "packs": (stages.get("packs") or {}).get("key"),
+        "sizes": [
+            {name: row.get(name) for name in ("name", "experts", "bytes", "parameters", "perplexity")}
+            for row in verified.get("rows", ())
+        ],
+        "measured": measured,
+        "length": length,
+        "quality": groups,
+        "seconds": sum(stage["seconds"] for stage in stages.values() if stage.get("executed")),
+    }
 
 
-def _quality(verified: Mapping[str, Any], evaluation: Mapping[str, Any]) -> tuple[str | None, str | None, dict[str, Any]]:
-    """(what was measured, length of the rows, group -> metric -> value and interval): of the final directory, else of the chosen mask."""
+def _quality(
+    verified: Mapping[str, Any], evaluation: Mapping[str, Any]
+) -> tuple[str | None, str | None, dict[str, Any]]:
+    """(what was measured, length of the rows, group -> metric -> value and interval): of the final directory, else of
+    the chosen mask."""
     written = [name for name in verified.get("metrics") or {} if name != "base"]
     if written:
         by_length, what = verified["metrics"][written[-1]], written[-1]
     else:
-        chosen = next((each for each in evaluation.get("candidates", ()) if each["name"] == evaluation.get("chosen")), {})
+        chosen = next(
+            (each for each in evaluation.get("candidates", ()) if each["name"] == evaluation.get("chosen")), {}
+        )
         by_length, what = (evaluation.get("confirm") or chosen).get("metrics") or {}, "mask"
     if not by_length:
         return None, None, {}
     length = max(by_length, key=int)
-    return what, length, {group: {metric: {"value": found[metric]["value"], "interval": found[metric].get("interval")}
-                                  for metric in ("perplexity", *METRICS) if metric in found} for group, found in by_length[length].items()}
+    return (
+        what,
+        length,
+        {
+            group: {
+                metric: {"value": found[metric]["value"], "interval": found[metric].get("interval")}
+                for metric in ("perplexity", *METRICS)
+                if metric in found
+            }
+            for group, found in by_length[length].items()
+        },
+    )
 
 
 def _recipe(directory: Path) -> dict[str, Any] | None:
@@ -99,14 +143,24 @@ def _selection(directory: Path, candidate: str | None) -> Selection | None:
 
 
 def _answer(runs: Mapping[str, Any], comparable: bool, same_model: bool) -> str:
-    kl = {letter: run["quality"][UNION]["kl_mean"] for letter, run in runs.items() if "kl_mean" in run["quality"].get(UNION, {})}
+    kl = {
+        letter: run["quality"][UNION]["kl_mean"]
+        for letter, run in runs.items()
+        if "kl_mean" in run["quality"].get(UNION, {})
+    }
     if len(kl) < 2:
-        return "Fewer than two of the runs measured a result, so there is nothing to rank yet. Run the others to their end."
+        return (
+            "Fewer than two of the runs measured a result, so there is nothing to rank yet. Run the others to their"
+            " end."
+        )
     if not same_model:
         return "The runs start from different models, so their numbers against their own base do not rank them."
     best, *others = sorted(kl, key=lambda letter: kl[letter]["value"])
     second = others[0]
-    told = f"{best} is closest to the base: KL {with_interval('kl_mean', kl[best])}, next {second} with {with_interval('kl_mean', kl[second])}"
+    told = (
+        f"{best} is closest to the base: KL {with_interval('kl_mean', kl[best])}, next {second} with"
+        f" {with_interval('kl_mean', kl[second])}"
+    )
     kinds = {letter: runs[letter]["measured"] for letter in (best, second)}
     if len({kind == "mask" for kind in kinds.values()}) > 1:
         return f"{told}; but {best} was measured as {KINDS[kinds[best]]}, {second} as {KINDS[kinds[second]]}."
@@ -120,15 +174,33 @@ def _answer(runs: Mapping[str, Any], comparable: bool, same_model: bool) -> str:
 def blocks(found: Mapping[str, Any]) -> list[Block]:
     """The answer, sizes, quality over the mix, source by source, recipe differences, kept sets."""
     runs = found["runs"]
-    sizes = [(f"{letter} {row['name']}", row["experts"], human_bytes(row["bytes"]), f"{row['perplexity']:.3f}", run["verdict"] if last else "")
-             for letter, run in runs.items() for last, row in _with_last(run["sizes"])]
-    unmeasured = [f"{letter}: not measured to its end ({run['verdict']})" for letter, run in runs.items() if not run["sizes"]]
-    shown: list[Block] = [lines(found["answer"], ""),
-                          table("Sizes and verdicts", ("", "experts", "size", "perplexity", "verdict"), sizes, left=("verdict",)),
-                          *([lines(*unmeasured, "")] if unmeasured else [])]
+    sizes = [
+        (
+            f"{letter} {row['name']}",
+            row["experts"],
+            human_bytes(row["bytes"]),
+            f"{row['perplexity']:.3f}",
+            run["verdict"] if last else "",
+        )
+        for letter, run in runs.items()
+        for last, row in _with_last(run["sizes"])
+    ]
+    unmeasured = [
+        f"{letter}: not measured to its end ({run['verdict']})" for letter, run in runs.items() if not run["sizes"]
+    ]
+    shown: list[Block] = [
+        lines(found["answer"], ""),
+        table("Sizes and verdicts", ("", "experts", "size", "perplexity", "verdict"), sizes, left=("verdict",)),
+        *([lines(*unmeasured, "")] if unmeasured else []),
+    ]
     measured = {letter: run for letter, run in runs.items() if run["quality"]}
-    rows = [(f"{letter} {run['measured']}", *(_brief(metric, run["quality"].get(UNION, {}).get(metric)) for metric in METRICS))
-            for letter, run in measured.items()]
+    rows = [
+        (
+            f"{letter} {run['measured']}",
+            *(_brief(metric, run["quality"].get(UNION, {}).get(metric)) for metric in METRICS),
+        )
+        for letter, run in measured.items()
+    ]
     if rows:
         shown.append(table("Against the base, over the mix (95% intervals)", ("", *TITLES.values()), rows))
         shown.append(_sources(measured))
@@ -152,13 +224,23 @@ def _brief(metric: str, measured: Mapping[str, Any] | None, *, interval: bool = 
         return "-"
     scale, digits, unit = (100, 1, "%") if metric in SHARES else (1, 3, "")
     ends = measured["interval"] if interval else None
-    return f"{scale * measured['value']:.{digits}f}{unit}" + (f" [{scale * ends[0]:.{digits}f}, {scale * ends[1]:.{digits}f}]" if ends else "")
+    return f"{scale * measured['value']:.{digits}f}{unit}" + (
+        f" [{scale * ends[0]:.{digits}f}, {scale * ends[1]:.{digits}f}]" if ends else ""
+    )
 
 
 def _sources(measured: Mapping[str, Any]) -> Block:
     groups = list(dict.fromkeys(group for run in measured.values() for group in run["quality"] if group != UNION))
-    rows = [(group, *(_brief("kl_mean", run["quality"].get(group, {}).get("kl_mean"), interval=len(measured) <= 3) for run in measured.values()))
-            for group in groups]
+    rows = [
+        (
+            group,
+            *(
+                _brief("kl_mean", run["quality"].get(group, {}).get("kl_mean"), interval=len(measured) <= 3)
+                for run in measured.values()
+            ),
+        )
+        for group in groups
+    ]
     return table("KL from the base, source by source", ("source", *measured), rows)
 
 
@@ -169,33 +251,88 @@ def page(found: Mapping[str, Any], places: Mapping[str, str]) -> Page:
     """The same to look at."""
     runs, right = found["runs"], "right"
     measured = {letter: run for letter, run in runs.items() if run["quality"]}
-    columns = [("", "left"), ("run", "left"), ("result", "left"), ("experts", right), ("size", right), ("perplexity", right), ("verdict", "left")]
-    rows = [(letter, places[letter], row["name"], row["experts"], human_bytes(row["bytes"]), f"{row['perplexity']:.3f}",
-             badge(run["verdict"]) if last else "") for letter, run in runs.items() for last, row in _with_last(run["sizes"])]
-    rows += [(letter, places[letter], "not measured to its end", "–", "–", "–", badge(run["verdict"])) for letter, run in runs.items() if not run["sizes"]]
-    sections = [Section("answer", "The answer", [Note("info" if found["comparable"] else "warn", found["answer"]), HtmlTable(columns, rows)], "", "Answer")]
+    columns = [
+        ("", "left"),
+        ("run", "left"),
+        ("result", "left"),
+        ("experts", right),
+        ("size", right),
+        ("perplexity", right),
+        ("verdict", "left"),
+    ]
+    rows = [
+        (
+            letter,
+            places[letter],
+            row["name"],
+            row["experts"],
+            human_bytes(row["bytes"]),
+            f"{row['perplexity']:.3f}",
+            badge(run["verdict"]) if last else "",
+        )
+        for letter, run in runs.items()
+        for last, row in _with_last(run["sizes"])
+    ]
+    rows += [
+        (letter, places[letter], "not measured to its end", "–", "–", "–", badge(run["verdict"]))
+        for letter, run in runs.items()
+        if not run["sizes"]
+    ]
+    sections = [
+        Section(
+            "answer",
+            "The answer",
+            [Note("info" if found["comparable"] else "warn", found["answer"]), HtmlTable(columns, rows)],
+            "",
+            "Answer",
+        )
+    ]
     if measured:
         sections.append(_quality_section(measured))
     if found["selections"]:
         sections.append(layers_section(found["selections"]))
     fields = [(each["path"], *(said(value) for value in each["values"].values())) for each in found["fields"]]
-    inner = [HtmlTable([("field", "left"), *((letter, "left") for letter in runs)], fields)] if fields else [Note("info", "The recipes say the same.")]
-    sections.append(Section("recipes", "What the recipes say differently", inner, "Names, output and runtime aside.", "Recipes"))
+    inner = (
+        [HtmlTable([("field", "left"), *((letter, "left") for letter in runs)], fields)]
+        if fields
+        else [Note("info", "The recipes say the same.")]
+    )
+    sections.append(
+        Section("recipes", "What the recipes say differently", inner, "Names, output and runtime aside.", "Recipes")
+    )
     worst = next((run["verdict"] for run in runs.values() if run["verdict"] == "reject"), None)
-    return Page("Which run is better?", "reapkit comparison of runs", sections, ", ".join(f"{letter}: {run['name']}" for letter, run in runs.items()),
-                badge=(TONES["reject"], "One was rejected by its gates") if worst else None,
-                footer="Whiskers and brackets are 95 % bootstrap intervals over held-out rows.")
+    return Page(
+        "Which run is better?",
+        "reapkit comparison of runs",
+        sections,
+        ", ".join(f"{letter}: {run['name']}" for letter, run in runs.items()),
+        badge=(TONES["reject"], "One was rejected by its gates") if worst else None,
+        footer="Whiskers and brackets are 95 % bootstrap intervals over held-out rows.",
+    )
 
 
 def _quality_section(measured: Mapping[str, Any]) -> Section:
     charts = [_chart(measured, metric) for metric in METRICS]
     columns = [("source", "left"), ("run", "left"), *((TITLES[metric], "right") for metric in METRICS)]
     groups = list(dict.fromkeys(group for run in measured.values() for group in run["quality"]))
-    rows = [("all of the mix" if group == UNION else group, letter, *(with_interval(metric, run["quality"][group].get(metric)) for metric in METRICS))
-            for group in groups for letter, run in measured.items() if group in run["quality"]]
+    rows = [
+        (
+            "all of the mix" if group == UNION else group,
+            letter,
+            *(with_interval(metric, run["quality"][group].get(metric)) for metric in METRICS),
+        )
+        for group in groups
+        for letter, run in measured.items()
+        if group in run["quality"]
+    ]
     lengths = ", ".join(dict.fromkeys(run["length"] for run in measured.values()))
-    return Section("quality", "Quality side by side", [Grid(charts[:2], wide=True), charts[2], Folded("All numbers", [HtmlTable(columns, rows)])],
-                   f"Held-out rows of {lengths} tokens, each run against its own base.", "Quality")
+    return Section(
+        "quality",
+        "Quality side by side",
+        [Grid(charts[:2], wide=True), charts[2], Folded("All numbers", [HtmlTable(columns, rows)])],
+        f"Held-out rows of {lengths} tokens, each run against its own base.",
+        "Quality",
+    )
 
 
 def _chart(measured: Mapping[str, Any], metric: str) -> Chart:
@@ -204,9 +341,32 @@ def _chart(measured: Mapping[str, Any], metric: str) -> Chart:
         found = {group: metrics[metric] for group, metrics in run["quality"].items() if metric in metrics}
         names = ["all" if group == UNION else group for group in found]
         values[letter] = found.get(UNION, {}).get("value")
-        data.append(whiskers(names, list(found.values()), [with_interval(metric, each) for each in found.values()], f"--c{index % 8 + 1}",
-                             name=f"{letter} {run['measured']}", symbol=("circle", "diamond", "square")[index % 3], whisker=f"--c{index % 8 + 1}"))
-    told = "; ".join(f"{letter} {with_interval(metric, run['quality'].get(UNION, {}).get(metric))}" for letter, run in measured.items())
-    layout = {"margin": {"l": 20, "b": 28}, "xaxis": axis(form=".0%" if metric in SHARES else "", nticks=6, zeroline=False), "yaxis": names_axis()}
+        data.append(
+            whiskers(
+                names,
+                list(found.values()),
+                [with_interval(metric, each) for each in found.values()],
+                f"--c{index % 8 + 1}",
+                name=f"{letter} {run['measured']}",
+                symbol=("circle", "diamond", "square")[index % 3],
+                whisker=f"--c{index % 8 + 1}",
+            )
+        )
+    told = "; ".join(
+        f"{letter} {with_interval(metric, run['quality'].get(UNION, {}).get(metric))}"
+        for letter, run in measured.items()
+    )
+    layout = {
+        "margin": {"l": 20, "b": 28},
+        "xaxis": axis(form=".0%" if metric in SHARES else "", nticks=6, zeroline=False),
+        "yaxis": names_axis(),
+    }
     rows = max(len(run["quality"]) for run in measured.values())
-    return Chart(f"compare-{metric.replace('_', '-')}", heading(metric), f"Over the mix: {told}.", data, layout, 100 + (22 + 10 * len(measured)) * rows)
+    return Chart(
+        f"compare-{metric.replace('_', '-')}",
+        heading(metric),
+        f"Over the mix: {told}.",
+        data,
+        layout,
+        100 + (22 + 10 * len(measured)) * rows,
+    )

@@ -37,8 +37,13 @@ def facts(found: Mapping[str, Found], terms: Terms) -> dict[str, Any]:
 
 def compare_selections(selections: Mapping[str, Selection]) -> dict[str, Any]:
     """The same for selections that are loaded. Raises UnusableError where they are not of one shape."""
-    same_layers({letter: {layer: len(one.keep) + len(one.drop) for layer, one in selection.layers.items()}
-                 for letter, selection in selections.items()}, "selection")
+    same_layers(
+        {
+            letter: {layer: len(one.keep) + len(one.drop) for layer, one in selection.layers.items()}
+            for letter, selection in selections.items()
+        },
+        "selection",
+    )
     experts = {len(one.keep) + len(one.drop) for one in next(iter(selections.values())).layers.values()}
     compared = {}
     for a, b in pairs(selections):
@@ -47,22 +52,35 @@ def compare_selections(selections: Mapping[str, Selection]) -> dict[str, Any]:
             left, right = (set(selections[letter].layers[int(layer)].keep) for letter in (a, b))
             one["only"] = [sorted(left - right), sorted(right - left)]
         compared[f"{a}-{b}"] = pair
-    return {"selections": {letter: _one(selection) for letter, selection in selections.items()}, "pairs": compared, "answer": _answer(compared)}
+    return {
+        "selections": {letter: _one(selection) for letter, selection in selections.items()},
+        "pairs": compared,
+        "answer": _answer(compared),
+    }
 
 
 def _load(found: Found) -> Selection:
     """Raises RecipeError where a stage left several and chose none."""
     if found.place.is_dir() and not (found.place / "selection.json").is_file():
         names = sorted(path.name for path in (found.place / "candidates").iterdir() if path.is_dir())
-        raise RecipeError(f"compare: {found.place} holds {len(names)} selections. Give one of them, such as {found.place / 'candidates' / names[0]}.")
+        raise RecipeError(
+            f"compare: {found.place} holds {len(names)} selections. Give one of them, such as"
+            f" {found.place / 'candidates' / names[0]}."
+        )
     return Selection.load(found.place)
 
 
 def _one(selection: Selection) -> dict[str, Any]:
     kept = {str(layer): len(one.keep) for layer, one in selection.layers.items()}
     experts = sum(len(one.keep) + len(one.drop) for one in selection.layers.values())
-    return {"criterion": selection.criterion, "experts_per_token": selection.experts_per_token, "experts": experts, "kept": sum(kept.values()),
-            "kept_by_layer": kept, **{name: selection.details.get(name) for name in HOW}}
+    return {
+        "criterion": selection.criterion,
+        "experts_per_token": selection.experts_per_token,
+        "experts": experts,
+        "kept": sum(kept.values()),
+        "kept_by_layer": kept,
+        **{name: selection.details.get(name) for name in HOW},
+    }
 
 
 def _answer(compared: Mapping[str, Any]) -> str:
@@ -78,46 +96,90 @@ def how(found: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
     """In what the selections were asked for differently: (setting, what each said)."""
     made = found["selections"].values()
     names = ("criterion", "experts_per_token", *HOW)
-    return [(name.replace("_", " "), said) for name in names if len(set(said := ["-" if one[name] is None else str(one[name]) for one in made])) > 1]
+    return [
+        (name.replace("_", " "), said)
+        for name in names
+        if len(set(said := ["-" if one[name] is None else str(one[name]) for one in made])) > 1
+    ]
 
 
 def blocks(found: Mapping[str, Any]) -> list[Block]:
     """The answer, what was asked for, every pair, the layers; of one pair, the experts that differ."""
     made = found["selections"]
     rows = [(letter, one["criterion"], one["ratio"], one["kept"], one["experts"]) for letter, one in made.items()]
-    asked = [f"{name}: {', '.join(f'{letter} {value}' for letter, value in zip(made, said, strict=True))}" for name, said in how(found)]
-    shown: list[Block] = [lines(found["answer"], ""), table("Selections", ("", "criterion", "ratio", "kept", "of"), rows, left=("criterion",)),
-                          *([lines("asked for differently", *(f"  {text}" for text in asked), "")] if asked else []),
-                          pairs_table(found["pairs"], ranked=False), layers_table(found["pairs"], ranked=False)]
+    asked = [
+        f"{name}: {', '.join(f'{letter} {value}' for letter, value in zip(made, said, strict=True))}"
+        for name, said in how(found)
+    ]
+    shown: list[Block] = [
+        lines(found["answer"], ""),
+        table("Selections", ("", "criterion", "ratio", "kept", "of"), rows, left=("criterion",)),
+        *([lines("asked for differently", *(f"  {text}" for text in asked), "")] if asked else []),
+        pairs_table(found["pairs"], ranked=False),
+        layers_table(found["pairs"], ranked=False),
+    ]
     if len(found["pairs"]) == 1:
-        (name, pair), = found["pairs"].items()
-        differing = [(layer, *(_few(experts) for experts in one["only"])) for layer, one in pair["layers"].items() if any(one["only"])]
+        ((name, pair),) = found["pairs"].items()
+        differing = [
+            (layer, *(_few(experts) for experts in one["only"]))
+            for layer, one in pair["layers"].items()
+            if any(one["only"])
+        ]
         a, b = name.split("-")
-        shown += [table("Experts that differ", ("layer", f"only {a} keeps", f"only {b} keeps"), differing,
-                        left=(f"only {a} keeps", f"only {b} keeps"))] if differing else []
+        shown += (
+            [
+                table(
+                    "Experts that differ",
+                    ("layer", f"only {a} keeps", f"only {b} keeps"),
+                    differing,
+                    left=(f"only {a} keeps", f"only {b} keeps"),
+                )
+            ]
+            if differing
+            else []
+        )
     return shown
 
 
 def _few(experts: list[int]) -> str:
-    return " ".join(map(str, experts[:SHOWN])) + (f" and {len(experts) - SHOWN} more" if len(experts) > SHOWN else "") or "-"
+    return (
+        " ".join(map(str, experts[:SHOWN])) + (f" and {len(experts) - SHOWN} more" if len(experts) > SHOWN else "")
+        or "-"
+    )
 
 
 def page(found: Mapping[str, Any], places: Mapping[str, str]) -> Page:
     """The same to look at."""
     worst = min(found["pairs"].values(), key=lambda pair: pair["share"]["mean"])
-    tiles = Tiles([("same kept experts", f"{100 * worst['share']['mean']:.1f} %", "mean over the layers"),
-                   ("in the least alike layer", f"{100 * worst['share']['min']:.1f} %", f"layer {worst['share']['layer']}"),
-                   ("random sets", f"{100 * worst['chance']:.0f} %", "what chance gives")])
-    rows = [(letter, places[letter], one["criterion"], one["ratio"] or "–", f"{one['kept']:,} of {one['experts']:,}")
-            for letter, one in found["selections"].items()]
+    tiles = Tiles(
+        [
+            ("same kept experts", f"{100 * worst['share']['mean']:.1f} %", "mean over the layers"),
+            ("in the least alike layer", f"{100 * worst['share']['min']:.1f} %", f"layer {worst['share']['layer']}"),
+            ("random sets", f"{100 * worst['chance']:.0f} %", "what chance gives"),
+        ]
+    )
+    rows = [
+        (letter, places[letter], one["criterion"], one["ratio"] or "–", f"{one['kept']:,} of {one['experts']:,}")
+        for letter, one in found["selections"].items()
+    ]
     columns = [("", "left"), ("selection", "left"), ("criterion", "left"), ("ratio", "right"), ("kept", "right")]
     blocks: list[Any] = [tiles, Note("info", found["answer"]), HtmlTable(columns, rows)]
     if asked := how(found):
-        blocks.append(HtmlTable([("setting", "left"), *((letter, "left") for letter in found["selections"])],
-                                [(name, *said) for name, said in asked], "Asked for differently"))
-    return Page("Which experts differ?", "reapkit comparison of selections", [Section("answer", "The answer", blocks, "", "Answer"),
-                                                                              layers_section(found)],
-                footer="Kept sets say which experts differ, not what that costs: measured quality is in the reports of the runs.")
+        blocks.append(
+            HtmlTable(
+                [("setting", "left"), *((letter, "left") for letter in found["selections"])],
+                [(name, *said) for name, said in asked],
+                "Asked for differently",
+            )
+        )
+    return Page(
+        "Which experts differ?",
+        "reapkit comparison of selections",
+        [Section("answer", "The answer", blocks, "", "Answer"), layers_section(found)],
+        footer=(
+            "Kept sets say which experts differ, not what that costs: measured quality is in the reports of the runs."
+        ),
+    )
 
 
 def layers_section(found: Mapping[str, Any]) -> Section:
@@ -125,20 +187,41 @@ def layers_section(found: Mapping[str, Any]) -> Section:
     worst = min(found["pairs"].values(), key=lambda pair: pair["share"]["mean"])
     inner: list[Any] = [overlap_chart(found["pairs"], f"{agreement(worst)}.")]
     counts = {letter: one["kept_by_layer"] for letter, one in found["selections"].items()}
-    if len({tuple(kept.values()) for kept in counts.values()}) > 1 or any(len(set(kept.values())) > 1 for kept in counts.values()):
+    if len({tuple(kept.values()) for kept in counts.values()}) > 1 or any(
+        len(set(kept.values())) > 1 for kept in counts.values()
+    ):
         inner.append(_counts_chart(counts))
     inner += overlap_numbers(found["pairs"], ranked=False)
     for name, pair in found["pairs"].items():
         a, b = name.split("-")
-        rows = [(layer, *(" ".join(map(str, experts)) or "–" for experts in one["only"])) for layer, one in pair["layers"].items() if any(one["only"])]
+        rows = [
+            (layer, *(" ".join(map(str, experts)) or "–" for experts in one["only"]))
+            for layer, one in pair["layers"].items()
+            if any(one["only"])
+        ]
         if rows:
-            inner.append(Folded(f"{name}: experts that differ", [HtmlTable([("layer", "right"), (f"only {a} keeps", "left"),
-                                                                            (f"only {b} keeps", "left")], rows)]))
+            inner.append(
+                Folded(
+                    f"{name}: experts that differ",
+                    [HtmlTable([("layer", "right"), (f"only {a} keeps", "left"), (f"only {b} keeps", "left")], rows)],
+                )
+            )
     return Section("layers", "Which experts, layer by layer", inner, "", "Experts")
 
 
 def _counts_chart(counts: Mapping[str, Mapping[str, int]]) -> Chart:
-    data = [line(list(kept), list(kept.values()), letter, f"--c{index % 8 + 1}", "layer %{x}: %{y} kept") for index, (letter, kept) in enumerate(counts.items())]
-    said = "; ".join(f"{letter} keeps {human_experts(kept)} experts per layer, {sum(kept.values()):,} in all" for letter, kept in counts.items())
-    return Chart("counts", "How many are kept", f"{said}.", data, {"xaxis": axis("layer", type="category", nticks=16),
-                                                                   "yaxis": axis("experts kept", rangemode="tozero")})
+    data = [
+        line(list(kept), list(kept.values()), letter, f"--c{index % 8 + 1}", "layer %{x}: %{y} kept")
+        for index, (letter, kept) in enumerate(counts.items())
+    ]
+    said = "; ".join(
+        f"{letter} keeps {human_experts(kept)} experts per layer, {sum(kept.values()):,} in all"
+        for letter, kept in counts.items()
+    )
+    return Chart(
+        "counts",
+        "How many are kept",
+        f"{said}.",
+        data,
+        {"xaxis": axis("layer", type="category", nticks=16), "yaxis": axis("experts kept", rangemode="tozero")},
+    )

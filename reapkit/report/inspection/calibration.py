@@ -58,10 +58,13 @@ SHARED = ("samples", "tokens", "scored_tokens")
 
 
 def facts(directory: Path) -> dict[str, Any]:
-    """calibration.json without its long lists (indices, hashes of every sample), and each source's shares, asked and real."""
+    """calibration.json without its long lists (indices, hashes of every sample), and each source's shares, asked and
+    real."""
     summary = read_json(directory / "calibration.json", NEEDED)
     shares = _shares(summary)
-    sources = [{name: source.get(name) for name in KEPT} | {"shares": shares[source["name"]]} for source in summary["sources"]]
+    sources = [
+        {name: source.get(name) for name in KEPT} | {"shares": shares[source["name"]]} for source in summary["sources"]
+    ]
     about = {name: summary[name] for name in NEEDED if name not in ("kind", "sources")}
     return {
         "of": summary["kind"],
@@ -73,12 +76,17 @@ def facts(directory: Path) -> dict[str, Any]:
 
 
 def _shares(summary: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
-    """By source: the share its weight asks for (None for extra packs, outside the mix) and its share of what came out."""
+    """By source: the share its weight asks for (None for extra packs, outside the mix) and its share of what came
+    out."""
     extra = summary.get("extra", [])
-    weights = {source["name"]: Fraction(source["weight"]) for source in summary["sources"] if source["name"] not in extra}
+    weights = {
+        source["name"]: Fraction(source["weight"]) for source in summary["sources"] if source["name"] not in extra
+    }
     whole = {unit: sum(source[unit] for source in summary["sources"]) for unit in SHARED}
     return {
-        source["name"]: {"asked": float(weights[source["name"]] / sum(weights.values())) if source["name"] in weights else None}
+        source["name"]: {
+            "asked": float(weights[source["name"]] / sum(weights.values())) if source["name"] in weights else None
+        }
         | {unit: source[unit] / whole[unit] if whole[unit] else None for unit in SHARED}
         for source in summary["sources"]
     }
@@ -100,7 +108,9 @@ def blocks(found: Mapping[str, Any], *, colour: bool) -> list[Block]:
 
 
 def _heading(found: Mapping[str, Any]) -> Block:
-    asked = ", ".join(f"{amount:,} {name}" if name in SHARED else f"{name} {amount}" for name, amount in found["asked"].items())
+    asked = ", ".join(
+        f"{amount:,} {name}" if name in SHARED else f"{name} {amount}" for name, amount in found["asked"].items()
+    )
     parts = "; ".join(
         f"{name}: {part['rows']:,} rows, {part['samples']:,} samples" for name, part in (found["parts"] or {}).items()
     )
@@ -135,7 +145,10 @@ def _amounts(found: Mapping[str, Any]) -> Block:
         "",
     )
     return table(
-        "What came out", ("source", "samples", "rows", "tokens", "scored", "share", "sha256"), [*rows, total], left=("sha256",)
+        "What came out",
+        ("source", "samples", "rows", "tokens", "scored", "share", "sha256"),
+        [*rows, total],
+        left=("sha256",),
     )
 
 

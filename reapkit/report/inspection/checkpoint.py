@@ -1,4 +1,5 @@
-"""A checkpoint by its config and headers: architecture, expert layout, bytes, quantization. No weight is read. Torch-free."""
+"""A checkpoint by its config and headers: architecture, expert layout, bytes, quantization. No weight is read.
+Torch-free."""
 
 from __future__ import annotations
 
@@ -43,7 +44,9 @@ def facts(directory: Path) -> dict[str, Any]:
         "bytes_by_dtype": dict(by_dtype.most_common()),
         "expert_bytes": sum(kind.count * kind.tensor.nbytes for kind in layout.kinds if kind.layer is not None),
         "quantization": _quantization(checkpoint.config),
-        "pruned": {name: read_json(pruned).get(name) for name in ("key", "complete", "source")} if pruned.is_file() else None,
+        "pruned": (
+            {name: read_json(pruned).get(name) for name in ("key", "complete", "source")} if pruned.is_file() else None
+        ),
     }
 
 
@@ -79,7 +82,8 @@ def _quantization(config: Mapping[str, Any]) -> dict[str, Any] | None:
     }
     return known | {
         "weights": [
-            {name: one.get(name) for name in ("num_bits", "type", "strategy", "group_size", "symmetric")} for one in weights
+            {name: one.get(name) for name in ("num_bits", "type", "strategy", "group_size", "symmetric")}
+            for one in weights
         ],
         "ignored": len(found.get("ignore") or found.get("modules_to_not_convert") or []),
     }
@@ -93,12 +97,14 @@ def blocks(found: Mapping[str, Any], *, colour: bool) -> list[Block]:
         lines(
             f"checkpoint of {found['model_type']}"
             + (f" ({', '.join(found['architectures'])})" if found["architectures"] else ""),
-            f"{found['num_hidden_layers']} layers, {len(routed)} MoE ({ranges(routed)}), top-{found['num_experts_per_tok']} of "
-            f"{found['num_experts']} experts{grouped}",
-            f"{human_count(found['parameters'])} parameters, {human_count(found['active_parameters'])} active per token",
-            f"{human_bytes(found['bytes'])} in {found['tensors']:,} tensors and {found['shards']:,} "
-            f"{'shard' if found['shards'] == 1 else 'shards'}; experts and routers {human_bytes(found['expert_bytes'])} "
-            f"({percent(found['expert_bytes'] / found['bytes'] if found['bytes'] else None)})",
+            f"{found['num_hidden_layers']} layers, {len(routed)} MoE ({ranges(routed)}),"
+            f" top-{found['num_experts_per_tok']} of {found['num_experts']} experts{grouped}",
+            f"{human_count(found['parameters'])} parameters, {human_count(found['active_parameters'])} active per"
+            " token",
+            f"{human_bytes(found['bytes'])} in {found['tensors']:,} tensors and {found['shards']:,}"
+            f" {'shard' if found['shards'] == 1 else 'shards'}; experts and routers"
+            f" {human_bytes(found['expert_bytes'])}"
+            f" ({percent(found['expert_bytes'] / found['bytes'] if found['bytes'] else None)})",
             f"dtypes: {', '.join(f'{dtype} {human_bytes(size)}' for dtype, size in found['bytes_by_dtype'].items())}",
             f"quantization: {_quantized(found['quantization'])}",
         )
@@ -141,7 +147,9 @@ def _stored(one: Mapping[str, Any]) -> str:
     matrices: dict[tuple[str, ...], list[str]] = {}
     for matrix, found in endings.items():
         matrices.setdefault(tuple(found), []).append(matrix)
-    return "; ".join([*(f"{', '.join(names)}: {', '.join(found)}" for found, names in matrices.items()), *one["stacked"]])
+    return "; ".join(
+        [*(f"{', '.join(names)}: {', '.join(found)}" for found, names in matrices.items()), *one["stacked"]]
+    )
 
 
 def _quantized(quantization: Mapping[str, Any] | None) -> str:

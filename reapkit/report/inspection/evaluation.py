@@ -24,7 +24,8 @@ def facts(directory: Path) -> dict[str, Any]:
         **{name: evaluation[name] for name in ("verdict", "chosen", "advice", "packs")},
         "rows": list(summary_rows(evaluation)),
         "by_source": {
-            group: [row for row in summary_rows(evaluation, group) if row["name"] == evaluation["chosen"]] for group in groups
+            group: [row for row in summary_rows(evaluation, group) if row["name"] == evaluation["chosen"]]
+            for group in groups
         },
         "gates": chosen["gates"],
         "confirm_gates": (evaluation["confirm"] or {}).get("gates", []),
@@ -79,11 +80,33 @@ def _rows(title: str, rows: Sequence[Mapping[str, Any]]) -> Block:
 
 
 def gate_table(title: str, gates: Sequence[Mapping[str, Any]]) -> list[Block]:
-    """Gates with value, interval, limit and verdict; `rows` are of so many tokens, or free continuations. Nothing where there are none."""
+    """Gates with value, interval, limit and verdict; `rows` are of so many tokens, or free continuations. Nothing where
+    there are none."""
     results = [GateResult.from_json(gate) for gate in gates]
-    rows = [(result.gate.metric.removesuffix("_delta"), result.gate.source, result.pack if result.pack.isdigit() else "free" if result.pack else "-",
-             _measured(result), _limit(result.gate), result.verdict) for result in results]
-    return [table(title, ("gate", "source", "rows", "measured", "limit", "verdict"), rows, left=("source", "verdict"), whole=("gate", "verdict"))] if rows else []
+    rows = [
+        (
+            result.gate.metric.removesuffix("_delta"),
+            result.gate.source,
+            result.pack if result.pack.isdigit() else "free" if result.pack else "-",
+            _measured(result),
+            _limit(result.gate),
+            result.verdict,
+        )
+        for result in results
+    ]
+    return (
+        [
+            table(
+                title,
+                ("gate", "source", "rows", "measured", "limit", "verdict"),
+                rows,
+                left=("source", "verdict"),
+                whole=("gate", "verdict"),
+            )
+        ]
+        if rows
+        else []
+    )
 
 
 def _measured(result: GateResult) -> str:

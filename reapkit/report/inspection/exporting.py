@@ -28,7 +28,8 @@ SHAPING = ("model", "calibration", "observe")
 
 
 def export_at(path: str | Path, directory: Path) -> list[Path]:
-    """saliency.parquet, ranking_by_layer.json and profile.md below `directory`, from an observation, its artifact or a run.
+    """saliency.parquet, ranking_by_layer.json and profile.md below `directory`, from an observation, its artifact or a
+    run.
 
     Raises UnusableError where there is no observation.
     """
@@ -37,7 +38,8 @@ def export_at(path: str | Path, directory: Path) -> list[Path]:
 
 
 def page_at(path: str | Path, output: Path | None = None, selection: Path | None = None) -> Path:
-    """The page of what lies at `path`: a run's own, or one drawn of an observation (to `output`, else observation.html), `selection` marked.
+    """The page of what lies at `path`: a run's own, or one drawn of an observation (to `output`, else
+    observation.html), `selection` marked.
 
     Raises UnusableError where there is neither.
     """
@@ -47,7 +49,12 @@ def page_at(path: str | Path, output: Path | None = None, selection: Path | None
         return own if output is None else Path(shutil.copy(own, _made(output)))
     place = observation_at(path)
     output = output or Path("observation.html")
-    write_observation_report(Observation.load(place), Selection.load(selection) if selection else None, output, _around(found, place).get("model"))
+    write_observation_report(
+        Observation.load(place),
+        Selection.load(selection) if selection else None,
+        output,
+        _around(found, place).get("model"),
+    )
     return output
 
 
@@ -57,7 +64,8 @@ def _made(file: Path) -> Path:
 
 
 def pictures_at(path: str | Path, directory: Path) -> list[Path]:
-    """The charts of the same page as PNG files below `directory`, with captions.md. Raises UnusableError without a browser."""
+    """The charts of the same page as PNG files below `directory`, with captions.md. Raises UnusableError without a
+    browser."""
     with TemporaryDirectory(prefix="reapkit-page-") as scratch:
         found = recognise(path)
         own = found.kind == "run" and (found.place / REPORT).is_file()
@@ -90,7 +98,12 @@ def _of_run(file: Path) -> dict[str, Any]:
 def _command(recipe: str, resolved: Path) -> str | None:
     """What makes the observation again; None where the recipe is gone, or differs from the run's in what shapes it."""
     try:
-        now, then = yaml.safe_load(recipe_yaml(load(recipe).recipe)), yaml.safe_load(resolved.read_text(encoding="utf-8"))
+        now, then = (
+            yaml.safe_load(recipe_yaml(load(recipe).recipe)),
+            yaml.safe_load(resolved.read_text(encoding="utf-8")),
+        )
     except (RecipeError, OSError):
         return None
-    return f"reapkit observe {shlex.quote(recipe)}" if all(now[section] == then[section] for section in SHAPING) else None
+    return (
+        f"reapkit observe {shlex.quote(recipe)}" if all(now[section] == then[section] for section in SHAPING) else None
+    )

@@ -37,15 +37,16 @@ class Inspection:
 def inspect(path: str | Path) -> Inspection:
     """Reads what lies at `path`: a recipe, a checkpoint, any artifact of a stage or of the store, or a run.
 
-    Raises RecipeError where nothing lies there, UnusableError where it is nothing that reapkit knows, unfinished or damaged.
+    Raises RecipeError where nothing lies there, UnusableError where it is nothing that reapkit knows, unfinished or
+    damaged.
     """
     found = recognise(path)
     try:
         return Inspection(found, _module(found.kind).facts(found.place) if found.kind else {})
     except (LookupError, TypeError, ValueError, AttributeError, StopIteration, OSError, SafetensorError) as error:
         raise UnusableError(
-            f"{found.place}: a {found.kind} that cannot be read ({type(error).__name__}: {error}), so it is damaged or of "
-            "another version. Make it again."
+            f"{found.place}: a {found.kind} that cannot be read ({type(error).__name__}: {error}), so it is damaged or"
+            " of another version. Make it again."
         ) from error
 
 
@@ -55,9 +56,14 @@ def _module(kind: str) -> Any:
 
 def _provenance(found: Found) -> Block:
     artifact = found.artifact
-    where = human_bytes(artifact["bytes"]) if artifact["bytes"] is not None else "payload dropped, only its manifest is left"
+    where = (
+        human_bytes(artifact["bytes"])
+        if artifact["bytes"] is not None
+        else "payload dropped, only its manifest is left"
+    )
     return lines(
-        f"{artifact['stage']} {artifact['key'][:12]}: made {artifact['finished']} in {artifact['seconds']:.1f} s, {where}",
+        f"{artifact['stage']} {artifact['key'][:12]}: made {artifact['finished']} in {artifact['seconds']:.1f} s,"
+        f" {where}",
         *(f"warning: {warning}" for warning in artifact["warnings"]),
         *(f"open {found.place / 'report.html'}" for _ in range(artifact["stage"] == "report" and found.kind is None)),
     )

@@ -24,7 +24,8 @@ SMALL_CONFLICT_SHARE = 0.005
 
 
 def facts(directory: Path) -> dict[str, Any]:
-    """Tokens per source, experts never routed, experts by saliency, concentration, convergence and EAFT region shares."""
+    """Tokens per source, experts never routed, experts by saliency, concentration, convergence and EAFT region
+    shares."""
     observation = Observation.load(directory)
     summed = totals(observation)
     ranking = ranking_by_layer(observation, saliency(observation, SaliencySpec()))
@@ -52,9 +53,12 @@ def facts(directory: Path) -> dict[str, Any]:
 
 def _sources(observation: Observation) -> list[dict[str, Any]]:
     unseen = (observation.statistics["count"] == 0).sum((0, 2)).tolist()
-    rows = zip(observation.sources, observation.tokens.tolist(), observation.scored_tokens.tolist(), unseen, strict=True)
+    rows = zip(
+        observation.sources, observation.tokens.tolist(), observation.scored_tokens.tolist(), unseen, strict=True
+    )
     return [
-        {"name": name, "tokens": tokens, "scored_tokens": scored, "never_routed": never} for name, tokens, scored, never in rows
+        {"name": name, "tokens": tokens, "scored_tokens": scored, "never_routed": never}
+        for name, tokens, scored, never in rows
     ]
 
 
@@ -70,14 +74,23 @@ def _eaft(observation: Observation) -> dict[str, Any]:
 
 
 def _reroute(observation: Observation) -> dict[str, Any]:
-    """The sample, and by layer the error of the mix's path where it has removed each of REMOVED (None beyond its end)."""
+    """The sample, and by layer the error of the mix's path where it has removed each of REMOVED (None beyond its
+    end)."""
     found = observation.reroute
     steps = {share: int(observation.num_experts * share) for share in REMOVED}
     errors, ends = found.error[:, -1], (found.order[:, -1] >= 0).sum(-1).tolist()
-    return {"tokens": dict(zip(observation.sources, found.tokens.tolist(), strict=True)), "removed": list(REMOVED),
-            "error": {str(layer): [float(row[step - 1]) if 0 < step <= end else None for step in steps.values()]
-                      for layer, row, end in zip(observation.layers, errors, ends, strict=True)},
-            "first": {str(layer): row[row >= 0][:TOP].tolist() for layer, row in zip(observation.layers, found.order[:, -1], strict=True)}}
+    return {
+        "tokens": dict(zip(observation.sources, found.tokens.tolist(), strict=True)),
+        "removed": list(REMOVED),
+        "error": {
+            str(layer): [float(row[step - 1]) if 0 < step <= end else None for step in steps.values()]
+            for layer, row, end in zip(observation.layers, errors, ends, strict=True)
+        },
+        "first": {
+            str(layer): row[row >= 0][:TOP].tolist()
+            for layer, row in zip(observation.layers, found.order[:, -1], strict=True)
+        },
+    }
 
 
 def blocks(found: Mapping[str, Any], *, colour: bool) -> list[Block]:
@@ -171,14 +184,20 @@ def _regions(found: Mapping[str, Any]) -> list[Block]:
     eaft = found["eaft"]
     if eaft is None:
         return [lines("no EAFT trace: eaft-reap needs observe.eaft: true")]
-    rows = [(name, *(percent(shares[region], 2) for region in REGIONS[:3])) for name, shares in all_last(eaft["shares"])]
+    rows = [
+        (name, *(percent(shares[region], 2) for region in REGIONS[:3])) for name, shares in all_last(eaft["shares"])
+    ]
     conflict = eaft["shares"]["all"]["conflict"]
     little = (
         [lines(f"With {percent(conflict, 2)} of the positions in conflict, their weight can hardly turn a decision.")]
         if conflict < SMALL_CONFLICT_SHARE
         else []
     )
-    return [table("EAFT regions (default quantiles)", ("source", *REGIONS[:3]), rows), *little, *_in_cells(eaft["realised"])]
+    return [
+        table("EAFT regions (default quantiles)", ("source", *REGIONS[:3]), rows),
+        *little,
+        *_in_cells(eaft["realised"]),
+    ]
 
 
 def _in_cells(realised: Mapping[str, Mapping[str, float]] | None) -> list[Block]:
@@ -186,7 +205,12 @@ def _in_cells(realised: Mapping[str, Mapping[str, float]] | None) -> list[Block]
     if not realised:
         return []
     cuts = "; ".join(", ".join(f"{name} {level:.3g}" for name, level in levels.items()) for levels in realised.values())
-    return [lines(f"Summed in 32 x 16 cells of (p, H), since the exact trace exceeds observe.trace_bytes. Quantiles realised: {cuts}.")]
+    return [
+        lines(
+            "Summed in 32 x 16 cells of (p, H), since the exact trace exceeds observe.trace_bytes. Quantiles realised:"
+            f" {cuts}."
+        )
+    ]
 
 
 def _paths(found: Mapping[str, Any]) -> list[Block]:
@@ -194,7 +218,20 @@ def _paths(found: Mapping[str, Any]) -> list[Block]:
     if reroute is None:
         return []
     sample = ", ".join(f"{count:,} of {name}" for name, count in reroute["tokens"].items())
-    rows = [(layer, *("-" if error is None else percent(error, 2) for error in reroute["error"][str(layer)]),
-             " ".join(map(str, reroute["first"][str(layer)]))) for layer in found["layers"]]
-    return [table(f"Removal paths: change of the residual stream once tokens are re-routed (squared, relative; sample: {sample})",
-                  ("layer", *(f"{percent(share, 1)} gone" for share in reroute["removed"]), "first to go"), rows, left=("first to go",))]
+    rows = [
+        (
+            layer,
+            *("-" if error is None else percent(error, 2) for error in reroute["error"][str(layer)]),
+            " ".join(map(str, reroute["first"][str(layer)])),
+        )
+        for layer in found["layers"]
+    ]
+    return [
+        table(
+            "Removal paths: change of the residual stream once tokens are re-routed (squared, relative; sample:"
+            f" {sample})",
+            ("layer", *(f"{percent(share, 1)} gone" for share in reroute["removed"]), "first to go"),
+            rows,
+            left=("first to go",),
+        )
+    ]

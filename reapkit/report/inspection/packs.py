@@ -12,7 +12,9 @@ from reapkit.report.inspection.render import Block
 
 def facts(directory: Path) -> dict[str, Any]:
     """The facts of each pack by its length."""
-    packs = sorted((file.parent for file in directory.glob("*/calibration.json")), key=lambda pack: (len(pack.name), pack.name))
+    packs = sorted(
+        (file.parent for file in directory.glob("*/calibration.json")), key=lambda pack: (len(pack.name), pack.name)
+    )
     return {"lengths": {pack.name: calibration.facts(pack) for pack in packs}}
 
 

@@ -25,7 +25,8 @@ def facts(file: Path) -> dict[str, Any]:
 
 
 def _fields(model: BaseModel, plain: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
-    """(path, plain value, whether it is the default) of every leaf; an entry of the mix is one leaf, without its defaults."""
+    """(path, plain value, whether it is the default) of every leaf; an entry of the mix is one leaf, without its
+    defaults."""
     for name in type(model).model_fields:
         value, path = getattr(model, name), f"{prefix}{name}"
         if isinstance(value, BaseModel):
@@ -43,7 +44,9 @@ def _fields(model: BaseModel, plain: Mapping[str, Any], prefix: str = "") -> Ite
 
 def _mix(recipe: Recipe) -> list[dict[str, Any]]:
     calibration = recipe.calibration
-    unit, total = ("samples", calibration.samples) if calibration.samples is not None else ("tokens", calibration.tokens)
+    unit, total = (
+        ("samples", calibration.samples) if calibration.samples is not None else ("tokens", calibration.tokens)
+    )
     weights = [entry.weight for entry in calibration.mix]
     amounts = largest_remainder(total, weights)
     return [
@@ -62,8 +65,13 @@ def blocks(found: Mapping[str, Any], *, colour: bool) -> list[Block]:
     """The mix in numbers, then every field."""
     recipe = found["recipe"]
     unit = "samples" if recipe["calibration"]["samples"] is not None else "tokens"
-    mix = [(entry["name"], entry["source"], entry["weight"], percent(entry["share"]), entry[unit]) for entry in found["mix"]]
-    fields = [(field["path"], _shown(field["value"]), "default" if field["default"] else "") for field in found["fields"]]
+    mix = [
+        (entry["name"], entry["source"], entry["weight"], percent(entry["share"]), entry[unit])
+        for entry in found["mix"]
+    ]
+    fields = [
+        (field["path"], _shown(field["value"]), "default" if field["default"] else "") for field in found["fields"]
+    ]
     return [
         lines(f"recipe {recipe['name']}" + (f": {recipe['description']}" if recipe["description"] else "")),
         table("Calibration mix", ("source", "from", "weight", "share", unit), mix, left=("from",)),

@@ -22,9 +22,9 @@ MARKS = {
 }
 """The file that says what a directory is; the first that is there decides, so that a run comes before what it holds."""
 LOOKED_FOR = (
-    "a recipe (.yaml), a run (run.json), a calibration or packs (calibration.json), an observation (observation.json), a "
-    "selection (selection.json), an evaluation (evaluation.json), a verification (verify.json), a checkpoint (config.json), "
-    "a store artifact (manifest.json)"
+    "a recipe (.yaml), a run (run.json), a calibration or packs (calibration.json), an observation (observation.json),"
+    " a selection (selection.json), an evaluation (evaluation.json), a verification (verify.json), a checkpoint"
+    " (config.json), a store artifact (manifest.json)"
 )
 
 
@@ -64,7 +64,8 @@ def observation_at(path: str | Path) -> Path:
     place = found.place / "observation" if found.kind == "run" else found.place
     if found.kind not in ("run", "observation") or not (place / "observation.json").is_file():
         raise UnusableError(
-            f"{path}: no observation there. Give an observation's directory, its artifact in the store, or a run that has one."
+            f"{path}: no observation there. Give an observation's directory, its artifact in the store, or a run that"
+            " has one."
         )
     return place
 
@@ -86,7 +87,8 @@ def _directory(directory: Path) -> Found:
         names = sorted(entry.name for entry in directory.iterdir())
         if stored := [name for name in names if _is_artifact(directory / name)]:
             raise UnusableError(
-                f"{directory}: a store of {len(stored)} artifacts. Inspect one of them, such as {directory / stored[0]}."
+                f"{directory}: a store of {len(stored)} artifacts. Inspect one of them, such as"
+                f" {directory / stored[0]}."
             )
         holds = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "") if names else "nothing"
         raise UnusableError(f"{directory}: holds {holds}, and none of what is inspected. Looked for {LOOKED_FOR}.")
@@ -108,14 +110,20 @@ def _is_artifact(directory: Path) -> bool:
 
 def _artifact(directory: Path) -> Found:
     if not (directory / "manifest.json").is_file():
-        raise UnusableError(f"{directory}: unfinished, it has no manifest yet. Run its recipe again to go on, then inspect.")
+        raise UnusableError(
+            f"{directory}: unfinished, it has no manifest yet. Run its recipe again to go on, then inspect."
+        )
     manifest = read_json(directory / "manifest.json", ("stage", "key", "seconds", "finished", "summary", "warnings"))
     payload = directory / "payload"
     there = payload.is_dir()
     files = sum(file.stat().st_size for file in payload.rglob("*") if file.is_file()) if there else None
-    made = {name: manifest[name] for name in ("stage", "key", "finished", "seconds", "summary", "warnings")} | {"bytes": files}
+    made = {name: manifest[name] for name in ("stage", "key", "finished", "seconds", "summary", "warnings")} | {
+        "bytes": files
+    }
     return Found(
-        _kind(payload) if there else None, payload if there else directory, made | {"inputs": manifest.get("inputs", {})}
+        _kind(payload) if there else None,
+        payload if there else directory,
+        made | {"inputs": manifest.get("inputs", {})},
     )
 
 
@@ -128,5 +136,7 @@ def read_json(file: Path, needed: Iterable[str] = ()) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise UnusableError(f"{file}: holds a JSON {type(data).__name__}, but an object was expected. Make it again.")
     if missing := [name for name in needed if name not in data]:
-        raise UnusableError(f"{file}: lacks {', '.join(missing)}, so it is damaged or of another version. Make it again.")
+        raise UnusableError(
+            f"{file}: lacks {', '.join(missing)}, so it is damaged or of another version. Make it again."
+        )
     return data

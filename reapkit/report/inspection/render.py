@@ -1,4 +1,5 @@
-"""Tables, lines and highlighted text for a terminal of 80 columns. Whatever a file says is shown as text, never obeyed."""
+"""Tables, lines and highlighted text for a terminal of 80 columns. Whatever a file says is shown as text, never
+obeyed."""
 
 from __future__ import annotations
 
@@ -20,12 +21,22 @@ OPEN, CLOSE = "⟦", "⟧"
 EXCERPT, LEAD = 900, 240  # characters of a sample that are shown, and of what comes before its first highlighted token
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, left: Sequence[str] = (), whole: Sequence[str] = ()) -> Table:
-    """A table whose first column, and those named in `left`, hold text that may wrap unless in `whole`; the others hold numbers, set right."""
+def table(
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[Any]],
+    *,
+    left: Sequence[str] = (),
+    whole: Sequence[str] = (),
+) -> Table:
+    """A table whose first column, and those named in `left`, hold text that may wrap unless in `whole`; the others hold
+    numbers, set right."""
     made = Table(title=Text(plain(title)), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for place, name in enumerate(columns):
         text = place == 0 or name in left
-        made.add_column(Text(plain(name)), justify="left" if text else "right", overflow="fold", no_wrap=not text or name in whole)
+        made.add_column(
+            Text(plain(name)), justify="left" if text else "right", overflow="fold", no_wrap=not text or name in whole
+        )
     for row in rows:
         made.add_row(*(Text(plain(cell)) for cell in row))
     return made
@@ -65,7 +76,8 @@ def all_last(by_source: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 
 def excerpt(stretches: Sequence[Sequence[Any]]) -> list[tuple[str, bool]]:
-    """[text, highlighted] stretches cut to what fits a screen: a little before the first highlight, then what follows."""
+    """[text, highlighted] stretches cut to what fits a screen: a little before the first highlight, then what
+    follows."""
     shown, room = [], EXCERPT
     for place, (text, marked) in enumerate(stretches):
         if place == 0 and not marked and len(text) > LEAD:
@@ -83,6 +95,8 @@ def highlighted(stretches: Sequence[tuple[str, bool]], *, colour: bool) -> Paddi
     text = Text()
     for part, marked in stretches:
         part = plain(part)
-        text.append(part if colour or not marked else f"{OPEN}{part}{CLOSE}", style=SCORED_STYLE if colour and marked else "")
+        text.append(
+            part if colour or not marked else f"{OPEN}{part}{CLOSE}", style=SCORED_STYLE if colour and marked else ""
+        )
     text.rstrip()
     return Padding(text, (0, 0, 1, 2))

@@ -1,4 +1,5 @@
-"""A run: stages with times and hits, final numbers, warnings, and that no held-out sample was calibrated on. Torch-free."""
+"""A run: stages with times and hits, final numbers, warnings, and that no held-out sample was calibrated on.
+Torch-free."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ def facts(directory: Path) -> dict[str, Any]:
 
 
 def _leaked(directory: Path) -> dict[str, Any]:
-    """`held_out`: samples in packs by length; `leaked`: of these, per length and source, how many the calibration holds too.
+    """`held_out`: samples in packs by length; `leaked`: of these, per length and source, how many the calibration holds
+    too.
 
     Both are None where calibration or packs are not there.
     """
@@ -70,7 +72,13 @@ def blocks(found: Mapping[str, Any], *, colour: bool) -> list[Block]:
             f"run {found['name']}: {found['model']}, recipe {found['recipe']}",
             ", ".join(f"{name} {version}" for name, version in found["versions"].items() if name in SHOWN_VERSIONS),
         ),
-        table("Stages", ("stage", "", "took", "artifact", "outcome"), rows, left=("", "artifact", "outcome"), whole=("", "artifact")),
+        table(
+            "Stages",
+            ("stage", "", "took", "artifact", "outcome"),
+            rows,
+            left=("", "artifact", "outcome"),
+            whole=("", "artifact"),
+        ),
     ]
     if "verify" in stages:
         made.append(result_table(stages["verify"]["summary"]))
@@ -110,7 +118,9 @@ def _outcome(stage: str, summary: Mapping[str, Any]) -> str:
     if stage == "select":
         return ", ".join(f"{count:,} dropped by {name}" for name, count in summary.get("dropped", {}).items())
     if stage == "observe":
-        return f"{summary['tokens']:,} tokens, {summary['scored_tokens']:,} scored" if "scored_tokens" in summary else ""
+        return (
+            f"{summary['tokens']:,} tokens, {summary['scored_tokens']:,} scored" if "scored_tokens" in summary else ""
+        )
     if stage == "calibrate":
         return f"{sum(source['samples'] for source in summary.get('sources', {}).values()):,} samples"
     return str(summary.get("verdict", ""))

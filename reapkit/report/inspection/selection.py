@@ -22,7 +22,8 @@ def facts(place: Path) -> dict[str, Any]:
         roles = dict.fromkeys(index["candidates"], "candidate") | dict.fromkeys(index["controls"], "control")
         return {
             "several": {
-                name: {"role": role, **_selection(Selection.load(place / "candidates" / name))} for name, role in roles.items()
+                name: {"role": role, **_selection(Selection.load(place / "candidates" / name))}
+                for name, role in roles.items()
             }
         }
     return _selection(Selection.load(place))
@@ -102,7 +103,8 @@ def _heading(found: Mapping[str, Any]) -> Block:
     cost = f", {percent(_cost(found))} of the saliency" if _cost(found) is not None else ""
     top_k = f"; experts per token: {found['experts_per_token']}" if found["experts_per_token"] else ""
     return lines(
-        f"selection {name}{how}{allocation}", f"{found['removed']:,} of {found['experts']:,} experts removed{cost}{top_k}"
+        f"selection {name}{how}{allocation}",
+        f"{found['removed']:,} of {found['experts']:,} experts removed{cost}{top_k}",
     )
 
 

@@ -132,7 +132,10 @@ def test_every_equation_in_a_worked_answer_holds() -> None:
 
 
 def test_builtin_sources_import_no_torch() -> None:
-    program = "import sys, reapkit.calibration.builtin.generators; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    program = (
+        "import sys, reapkit.calibration.builtin.generators; sys.exit('torch' in sys.modules or 'transformers' in"
+        " sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 
 

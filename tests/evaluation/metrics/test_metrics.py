@@ -41,8 +41,12 @@ def reference():
 @pytest.fixture(scope="module")
 def index():
     """Six rows of two sources; one row of code measures nothing, a third source is outside the mix."""
-    return RowIndex(torch.tensor([0, 7, 7, 15, 22, 30, 40]), torch.tensor([0, 0, 1, 0, 1, 2]), ("code", "tools", "french"),
-                    frozenset({"french"}))
+    return RowIndex(
+        torch.tensor([0, 7, 7, 15, 22, 30, 40]),
+        torch.tensor([0, 0, 1, 0, 1, 2]),
+        ("code", "tools", "french"),
+        frozenset({"french"}),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -151,13 +155,25 @@ def test_statistics_equal_naive_sums(pair, index, reference):
 
 def test_conflicts_are_counted_by_the_bases_limits_and_by_its_own(pair, index):
     base, candidate = pair
-    of_base, own = Thresholds(torch.full((40,), 0.02), torch.full((40,), 0.6)), Thresholds(torch.full((40,), 0.3), torch.full((40,), 0.8))
+    of_base, own = (
+        Thresholds(torch.full((40,), 0.02), torch.full((40,), 0.6)),
+        Thresholds(torch.full((40,), 0.3), torch.full((40,), 0.8)),
+    )
     found = summarize_candidate(base, candidate, index, of_base, own)["all"]
-    rate = [[sum(each.p[t].item() <= p and each.entropy[t].item() <= h for t in range(30)) / 30 for p, h in ((0.02, 0.6), (0.3, 0.8))]
-            for each in (base, candidate)]
-    assert found["conflict_rate"]["value"] == pytest.approx(rate[1][0]) and found["conflict_rate_own"]["value"] == pytest.approx(rate[1][1])
+    rate = [
+        [
+            sum(each.p[t].item() <= p and each.entropy[t].item() <= h for t in range(30)) / 30
+            for p, h in ((0.02, 0.6), (0.3, 0.8))
+        ]
+        for each in (base, candidate)
+    ]
+    assert found["conflict_rate"]["value"] == pytest.approx(rate[1][0]) and found["conflict_rate_own"][
+        "value"
+    ] == pytest.approx(rate[1][1])
     assert found["conflict_rate_delta"]["value"] == pytest.approx(rate[1][0] - rate[0][0])
-    assert rate[1][0] != rate[1][1] and rate[1][0] - rate[0][0] != rate[1][1] - rate[0][1], "the test can tell them apart"
+    assert rate[1][0] != rate[1][1] and rate[1][0] - rate[0][0] != rate[1][1] - rate[0][1], (
+        "the test can tell them apart"
+    )
 
 
 def test_intervals_are_the_middle_95_percent_of_the_resamples():
@@ -169,7 +185,10 @@ def test_intervals_equal_a_naive_resampling_of_whole_rows(pair, index):
     base, candidate = pair
     limits = Thresholds(torch.full((40,), 0.02), torch.full((40,), 0.6))
     found = summarize_candidate(base, candidate, index, limits, limits)["all"]
-    rows, spans = [0, 2, 3, 4], [(0, 7), (7, 15), (15, 22), (22, 30)]  # the second row measures nothing, the last is outside
+    rows, spans = (
+        [0, 2, 3, 4],
+        [(0, 7), (7, 15), (15, 22), (22, 30)],
+    )  # the second row measures nothing, the last is outside
     weights = bootstrap_weights(index.source[torch.tensor(rows)]).tolist()
     ratios, kls, p90s = [], [], []
     for drawn in weights:
@@ -186,8 +205,11 @@ def test_intervals_equal_a_naive_resampling_of_whole_rows(pair, index):
 
     def middle(values):
         ordered, last = sorted(values), len(values) - 1
-        return [ordered[math.floor(q * last)] + (q * last) % 1 * (ordered[math.ceil(q * last)] - ordered[math.floor(q * last)])
-                for q in (0.025, 0.975)]
+        return [
+            ordered[math.floor(q * last)]
+            + (q * last) % 1 * (ordered[math.ceil(q * last)] - ordered[math.floor(q * last)])
+            for q in (0.025, 0.975)
+        ]
 
     assert found["perplexity_ratio"]["interval"] == pytest.approx(middle(ratios), rel=1e-5)
     assert found["kl_mean"]["interval"] == pytest.approx(middle(kls), rel=1e-5)
@@ -208,10 +230,16 @@ def test_confidence_bins_and_histograms_equal_a_naive_count(pair, index):
     base, candidate = pair
     edges = CONFIDENCE_EDGES
     for low, high, found in zip(edges[:-1], edges[1:], kl_by_confidence(base.confidence, candidate.kl), strict=True):
-        inside = [t for t in range(40) if low <= base.confidence[t].item() < high or (high == 1.0 == base.confidence[t].item())]
+        inside = [
+            t
+            for t in range(40)
+            if low <= base.confidence[t].item() < high or (high == 1.0 == base.confidence[t].item())
+        ]
         assert found["confidence"] == [low, high] and found["share"] == pytest.approx(len(inside) / 40)
         if inside:
-            assert found["kl_mean"] == pytest.approx(sum(candidate.kl[t].item() for t in inside) / len(inside), rel=1e-5)
+            assert found["kl_mean"] == pytest.approx(
+                sum(candidate.kl[t].item() for t in inside) / len(inside), rel=1e-5
+            )
     limits = Thresholds(torch.full((40,), 0.02), torch.full((40,), 0.6))
     measured = summarize_candidate(base, candidate, index, limits, limits)["all"]["js_distance"]["value"]
     cells = [[0] * 400 for _ in range(2)]
@@ -220,7 +248,10 @@ def test_confidence_bins_and_histograms_equal_a_naive_count(pair, index):
             counts[min(19, int(each.p[t].item() * 20)) * 20 + min(19, int(each.entropy[t].item() * 20))] += 1
     p, q = ([count / 30 for count in counts] for counts in cells)
     m = [(x + y) / 2 for x, y in zip(p, q)]
-    divergence = sum(x * math.log2(x / z) for x, z in zip(p, m) if x) / 2 + sum(y * math.log2(y / z) for y, z in zip(q, m) if y) / 2
+    divergence = (
+        sum(x * math.log2(x / z) for x, z in zip(p, m) if x) / 2
+        + sum(y * math.log2(y / z) for y, z in zip(q, m) if y) / 2
+    )
     assert measured == pytest.approx(math.sqrt(divergence), rel=1e-6)
 
 
@@ -231,7 +262,9 @@ def test_differences_of_two_candidates_are_paired(pair, index):
     found = summarize_difference(base, candidate, index)["tools"]
     t = [*range(7, 15), *range(22, 30)]
     assert found["kl_mean_delta"]["value"] == pytest.approx(sum(candidate.kl[i].item() for i in t) / 16, rel=1e-6)
-    assert found["nll_delta"]["value"] == pytest.approx(sum(candidate.nll[i].item() - base.nll[i].item() for i in t) / 16, rel=1e-5)
+    assert found["nll_delta"]["value"] == pytest.approx(
+        sum(candidate.nll[i].item() - base.nll[i].item() for i in t) / 16, rel=1e-5
+    )
 
 
 def test_js_distance_equals_its_definition():
@@ -239,7 +272,8 @@ def test_js_distance_equals_its_definition():
     p, q = [x / 8 for x in a], [x / 4 for x in b]
     m = [(x + y) / 2 for x, y in zip(p, q)]
     expected = math.sqrt(
-        sum(x * math.log2(x / z) for x, z in zip(p, m) if x) / 2 + sum(y * math.log2(y / z) for y, z in zip(q, m) if y) / 2
+        sum(x * math.log2(x / z) for x, z in zip(p, m) if x) / 2
+        + sum(y * math.log2(y / z) for y, z in zip(q, m) if y) / 2
     )
     assert js_distance(torch.tensor(a), torch.tensor(b)).item() == pytest.approx(expected)
     assert js_distance(torch.tensor([1, 0]), torch.tensor([0, 5])).item() == 1
@@ -251,8 +285,16 @@ def test_base_against_itself_is_exactly_zero(logits, reference, index):
     limits = regions(base, index, EAFT)
     found = summarize_candidate(base, again, index, limits, regions(again, index, EAFT))
     for group in found.values():
-        for metric, value in {"kl_mean": 0, "kl_p99": 0, "nll_delta": 0, "perplexity_ratio": 1, "top1_agreement": 1,
-                              "p_mean_delta": 0, "conflict_rate_delta": 0, "js_distance": 0}.items():
+        for metric, value in {
+            "kl_mean": 0,
+            "kl_p99": 0,
+            "nll_delta": 0,
+            "perplexity_ratio": 1,
+            "top1_agreement": 1,
+            "p_mean_delta": 0,
+            "conflict_rate_delta": 0,
+            "js_distance": 0,
+        }.items():
             assert group[metric]["value"] == value
             assert group[metric]["interval"] in ([value, value], None)
         assert group["conflict_rate_own"]["value"] == group["conflict_rate"]["value"]
@@ -287,8 +329,11 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say():
     hits = 0
     for _ in range(200):
         rows = torch.randn(24, generator=generator, dtype=torch.float64)
-        found = measurements({"x": rows, "n": torch.ones_like(rows)}, lambda s: {"mean": s["x"] / s["n"]},
-                                     bootstrap_weights(torch.zeros(24, dtype=torch.int64), resamples=300))
+        found = measurements(
+            {"x": rows, "n": torch.ones_like(rows)},
+            lambda s: {"mean": s["x"] / s["n"]},
+            bootstrap_weights(torch.zeros(24, dtype=torch.int64), resamples=300),
+        )
         low, high = found["mean"]["interval"]
         hits += low <= 0 <= high
     assert 0.88 <= hits / 200 <= 0.98

@@ -34,7 +34,9 @@ def halved(source: Path, out: Path) -> Selection:
     checkpoint = Checkpoint.open(source)
     experts = checkpoint.architecture.num_experts
     keep, drop = tuple(range(0, experts, 2)), tuple(range(1, experts, 2))
-    selection = Selection("reap", {layer: LayerSelection(keep, drop, (0.0,) * experts) for layer in read_layout(checkpoint).layers})
+    selection = Selection(
+        "reap", {layer: LayerSelection(keep, drop, (0.0,) * experts) for layer in read_layout(checkpoint).layers}
+    )
     prune_checkpoint(checkpoint, selection, out)
     return selection
 
@@ -73,7 +75,11 @@ def test_a_pruned_checkpoint_holds_every_proof(tmp_path: Path, model_type: str) 
 
 def test_all_directories_are_proven_in_one_fresh_process(made) -> None:
     source, pruned, quantized, selection = made
-    proofs = prove(Request(source, {"pruned": pruned, "quantized": quantized}, selection, quantize=SPEC, probe=[[5, 6, 7, 8] * 4] * 2))
+    proofs = prove(
+        Request(
+            source, {"pruned": pruned, "quantized": quantized}, selection, quantize=SPEC, probe=[[5, 6, 7, 8] * 4] * 2
+        )
+    )
     assert [proof.directory for proof in proofs] == ["pruned"] * 5 + ["quantized"] * 5
     assert not failing(proofs)
     assert next(proof for proof in proofs if proof.name == "logits").value == 0
@@ -97,14 +103,21 @@ def test_a_changed_expert_is_found(made, tmp_path: Path) -> None:
     edit(wrong, lambda tensors: tensors["model.layers.0.mlp.experts.3.up_proj.weight"].mul_(2))
     proofs = prove_pruned(source, wrong, selection)
     assert failing(proofs) == {"tensors", "logits"}
-    assert proofs[0].detail == ("model.layers.0.mlp.experts.3.up_proj.weight differs from what it was cut from, "
-                                "model.layers.0.mlp.experts.6.up_proj.weight of the source")
+    assert proofs[0].detail == (
+        "model.layers.0.mlp.experts.3.up_proj.weight differs from what it was cut from, "
+        "model.layers.0.mlp.experts.6.up_proj.weight of the source"
+    )
 
 
 def test_router_rows_in_another_order_are_found(made, tmp_path: Path) -> None:
     source, pruned, _, selection = made
     wrong = copied(pruned, tmp_path)
-    edit(wrong, lambda tensors: tensors.update({"model.layers.1.mlp.gate.weight": tensors["model.layers.1.mlp.gate.weight"].flip(0).contiguous()}))
+    edit(
+        wrong,
+        lambda tensors: tensors.update(
+            {"model.layers.1.mlp.gate.weight": tensors["model.layers.1.mlp.gate.weight"].flip(0).contiguous()}
+        ),
+    )
     assert failing(prove_pruned(source, wrong, selection)) == {"tensors", "logits"}
 
 
@@ -124,7 +137,9 @@ def test_refitted_experts_are_proven_against_their_files(made, tmp_path: Path) -
     old = load_file(source / WEIGHTS)
     (tmp_path / "repair").mkdir()
     save_file({name: old[name] * 1.5 for name in names.values()}, tmp_path / "repair" / "layer-0001.safetensors")
-    weights = RepairedWeights(tmp_path / "repair", {1: LayerNames("layer-0001.safetensors", selection.keep[1], None, names)}, {"layers": {}})
+    weights = RepairedWeights(
+        tmp_path / "repair", {1: LayerNames("layer-0001.safetensors", selection.keep[1], None, names)}, {"layers": {}}
+    )
     weights.save_index()
     prune_checkpoint(Checkpoint.open(source), selection, tmp_path / "out", repaired=weights)
     assert not failing(prove_pruned(source, tmp_path / "out", selection, repaired=tmp_path / "repair"))
@@ -140,15 +155,21 @@ def test_what_a_directory_says_it_is_suffices(made) -> None:
 
 
 def error_by_layer(pruned: Path, quantized: Path) -> dict[str, float]:
-    """‖packed − source‖ / ‖source‖ of all of a layer's packed matrices laid end to end, unpacked by compressed-tensors itself."""
+    """‖packed − source‖ / ‖source‖ of all of a layer's packed matrices laid end to end, unpacked by compressed-tensors
+    itself."""
     source, packed = load_file(pruned / WEIGHTS), load_file(quantized / WEIGHTS)
     ends: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for name in (name.removesuffix("_packed") for name in packed if name.endswith(".weight_packed")):
         weight = source[name].float()
         levels = unpack_from_int32(packed[f"{name}_packed"], 4, torch.Size(weight.shape)).float()
-        scale = packed[f"{name}_scale"].float().repeat_interleave(weight.shape[1] // packed[f"{name}_scale"].shape[1], 1)
+        scale = (
+            packed[f"{name}_scale"].float().repeat_interleave(weight.shape[1] // packed[f"{name}_scale"].shape[1], 1)
+        )
         ends.setdefault(name.split(".")[2], []).append((levels * scale, weight))
-    flat = {layer: [torch.cat([part.flatten() for part in side]) for side in zip(*pairs, strict=True)] for layer, pairs in ends.items()}
+    flat = {
+        layer: [torch.cat([part.flatten() for part in side]) for side in zip(*pairs, strict=True)]
+        for layer, pairs in ends.items()
+    }
     return {layer: float((made - weight).norm() / weight.norm()) for layer, (made, weight) in flat.items()}
 
 
@@ -170,8 +191,16 @@ def test_swapped_projections_are_found_by_value(made, tmp_path: Path) -> None:
 def test_names_that_do_not_load_are_found(made, tmp_path: Path) -> None:
     _, pruned, quantized, _ = made
     wrong = copied(quantized, tmp_path)
-    edit(wrong, lambda tensors: tensors.update({name.replace(".mlp.experts.", ".block_sparse_moe.experts."): tensors.pop(name)
-                                                for name in list(tensors) if ".mlp.experts." in name}))
+    edit(
+        wrong,
+        lambda tensors: tensors.update(
+            {
+                name.replace(".mlp.experts.", ".block_sparse_moe.experts."): tensors.pop(name)
+                for name in list(tensors)
+                if ".mlp.experts." in name
+            }
+        ),
+    )
     proofs = prove_quantized(pruned, wrong, SPEC)
     assert "tensors" in failing(proofs)
     assert "missing, such as model.layers.0.mlp.experts.0.down_proj.weight_packed" in proofs[0].detail

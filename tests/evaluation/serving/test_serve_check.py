@@ -36,6 +36,7 @@ def model(tmp_path_factory) -> Path:
 @pytest.fixture
 def engine(tmp_path):
     """`engine(generate=..., formats=...)`: a Python whose vLLM gives these answers."""
+
     def answering(**replies: object) -> Path:
         (tmp_path / "replies.json").write_text(json.dumps(replies))
         script = tmp_path / "python"
@@ -88,7 +89,9 @@ def test_the_first_difference_is_named_and_judged(model, engine, capsys):
     script = engine(generate={"tokens": other})
     assert ended(str(model), "--prompts", "2", "--new-tokens", "4", "--vllm-python", str(script)) == 4
     text = capsys.readouterr().out
-    assert f"prompt 1, token 2: transformers says {own.tokens[1][2]}, vLLM {other[1][2]}" in text and "not a tie" in text
+    assert (
+        f"prompt 1, token 2: transformers says {own.tokens[1][2]}, vLLM {other[1][2]}" in text and "not a tie" in text
+    )
     assert ended(str(model), "--prompts", "2", "--new-tokens", "4", "--vllm-python", str(script), "--json") == 4
     found = json.loads(capsys.readouterr().out)
     assert found["exit_code"] == 4 and found["comparisons"][0]["near_tie"] is False
@@ -109,7 +112,9 @@ def test_without_vllm_it_is_said_to_be_unmeasured(model, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
     found = serve_check(model, model, prompts=1, new_tokens=2)
     assert [one.outcome for one in found.comparisons] == ["not measured"] * 2 and found.exit_code == 0
-    assert found.comparisons[0].detail.startswith("no vLLM in this environment") and found.notes[0].startswith("2 of 2 tokens are the base's")
+    assert found.comparisons[0].detail.startswith("no vLLM in this environment") and found.notes[0].startswith(
+        "2 of 2 tokens are the base's"
+    )
 
 
 def test_formats_are_checked_where_no_kernel_runs_them(model, engine, tmp_path, monkeypatch):
@@ -117,7 +122,9 @@ def test_formats_are_checked_where_no_kernel_runs_them(model, engine, tmp_path, 
     fits = check(directory, engine(generate=refusal, formats={"parameters": 5, "tensors": 7, "problems": []}))
     assert fits.exit_code == 0 and fits.comparisons[0].outcome == "format fits"
     assert "generation not measured" in fits.comparisons[0].detail and "all 7 tensors" in fits.comparisons[0].detail
-    gap = check(directory, engine(generate=refusal, formats={"parameters": 5, "tensors": 7, "problems": ["w (3,): nothing"]}))
+    gap = check(
+        directory, engine(generate=refusal, formats={"parameters": 5, "tensors": 7, "problems": ["w (3,): nothing"]})
+    )
     assert gap.exit_code == 4 and gap.comparisons[0].problems == ("w (3,): nothing",)
     died = check(directory, engine(generate=refusal, formats={"error": "KeyError: 'w'"}))
     assert died.exit_code == 4 and "its loaders refuse the tensors: KeyError: 'w'" in died.comparisons[0].detail
@@ -125,7 +132,9 @@ def test_formats_are_checked_where_no_kernel_runs_them(model, engine, tmp_path, 
 
 def test_a_plain_directory_that_vllm_refuses(model, engine):
     found = check(model, engine(generate={"error": "ValueError: head_dim"}))
-    assert found.exit_code == 3 and found.comparisons[0].detail == "vLLM 9.9 (cpu) does not serve it: ValueError: head_dim"
+    assert (
+        found.exit_code == 3 and found.comparisons[0].detail == "vLLM 9.9 (cpu) does not serve it: ValueError: head_dim"
+    )
 
 
 def test_pythons_without_vllm_are_refused(tmp_path, model, capsys):

@@ -28,12 +28,16 @@ def test_a_block_is_given_again_once_no_tensor_lives_in_it():
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "gpt_oss", "qwen3_vl_moe", "glm4_moe"])
-def test_all_layers_pass_through_two_blocks_unconverted_by_transformers(model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_all_layers_pass_through_two_blocks_unconverted_by_transformers(
+    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     with tiny.quiet():
         path = tiny.save_hub_layout(tiny.build(model_type), tmp_path / "model")
         expected = load_model(path).state_dict()
     layered = LayeredModel(path)
-    monkeypatch.setattr(layered, "_convert", lambda tensors: pytest.fail(f"left to transformers: {sorted(tensors)[:3]}"))
+    monkeypatch.setattr(
+        layered, "_convert", lambda tensors: pytest.fail(f"left to transformers: {sorted(tensors)[:3]}")
+    )
     layered.load_rest()
     layered.load(0)
     for layer in range(len(layered.layers)):
@@ -50,12 +54,20 @@ def test_all_layers_pass_through_two_blocks_unconverted_by_transformers(model_ty
 def test_experts_are_dequantized_in_their_place(scheme: str, tmp_path: Path):
     with tiny.quiet():
         if scheme == "fp8":
-            path = tiny.as_block_fp8(tiny.save_hub_layout(tiny.build("deepseek_v3", hidden_size=256, moe_intermediate_size=128), tmp_path / "m"))
+            path = tiny.as_block_fp8(
+                tiny.save_hub_layout(
+                    tiny.build("deepseek_v3", hidden_size=256, moe_intermediate_size=128), tmp_path / "m"
+                )
+            )
         else:
             path = tiny.as_mxfp4(tiny.save_hub_layout(tiny.build("gpt_oss", intermediate_size=64), tmp_path / "m"))
     layered = LayeredModel(path)
     placed = {filling.target for layer in range(len(layered.layers)) for filling in layered._fillings(layer)}
-    experts = {name for name, _ in layered.model.named_parameters() if name.endswith(("experts.gate_up_proj", "experts.down_proj"))}
+    experts = {
+        name
+        for name, _ in layered.model.named_parameters()
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj"))
+    }
     assert experts and experts <= placed
 
 

@@ -44,7 +44,9 @@ DEMO = ROOT / "recipes" / "demo.yaml"
 def shown(found: Inspection, *, colour: bool = False) -> str:
     """What an 80-column terminal shows."""
     file = io.StringIO()
-    console = Console(file=file, width=80, highlight=False, force_terminal=colour, color_system="standard" if colour else None)
+    console = Console(
+        file=file, width=80, highlight=False, force_terminal=colour, color_system="standard" if colour else None
+    )
     for block in found.blocks(colour=colour):
         console.print(block)
     text = file.getvalue()
@@ -116,7 +118,8 @@ class TestCalibration:
                 )
             ]
         assert row(text, "What came out", "all")[1:5] == [
-            f"{number:,}" for number in (24, tokens.num_rows, tokens.num_tokens, sum(int(one.scored.sum()) for one in rows))
+            f"{number:,}"
+            for number in (24, tokens.num_rows, tokens.num_tokens, sum(int(one.scored.sum()) for one in rows))
         ]
         assert "two sources: none" in text and "warnings" not in text
 
@@ -127,7 +130,9 @@ class TestCalibration:
         assert [one["asked"] for one in shares.values()] == [0.3, 0.3, 0.2, 0.2]
         for unit in ("samples", "tokens", "scored_tokens"):
             assert sum(one[unit] for one in shares.values()) == pytest.approx(1)
-            assert shares["tools"][unit] == summary["sources"][1][unit] / sum(source[unit] for source in summary["sources"])
+            assert shares["tools"][unit] == summary["sources"][1][unit] / sum(
+                source[unit] for source in summary["sources"]
+            )
         tools = shares["tools"]
         assert row(shown(found), "Asked", "tools") == [
             "tools",
@@ -145,7 +150,9 @@ class TestCalibration:
             CalibrationTokens.load(directory / "calibration"),
             AutoTokenizer.from_pretrained(MODEL_DIRECTORY),
         )
-        first = next(index for index in range(tokens.num_rows) if tokens.row_source[index] == tokens.sources.index("math"))
+        first = next(
+            index for index in range(tokens.num_rows) if tokens.row_source[index] == tokens.sources.index("math")
+        )
         one = tokens.row(first)
         sample = one.sample == 0
         targets = [index + 1 for index in one.scored.nonzero().flatten().tolist() if sample[index]]
@@ -222,7 +229,11 @@ class TestRun:
     def test_stages_and_no_leak(self, run: Run, directory: Path) -> None:
         found = inspect(directory)
         told, text = read(directory / "run.json"), shown(found)
-        assert list(found.facts["stages"]) == ["calibrate", "packs", "observe", "select", "evaluate", "prune"] == run.executed
+        assert (
+            list(found.facts["stages"])
+            == ["calibrate", "packs", "observe", "select", "evaluate", "prune"]
+            == run.executed
+        )
         for name, stage in told["stages"].items():
             assert row(text, "Stages", name)[1:5] == ["ran", f"{stage['seconds']:.1f}", "s", stage["artifact"]]
         assert (found.facts["held_out"], found.facts["leaked"]) == ({"256": 16, "512": 16}, {})
@@ -253,7 +264,9 @@ class TestObservation:
     @pytest.fixture(scope="class")
     def observation(self, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Observation]:
         path = tmp_path_factory.mktemp("observation")
-        observation = observe_routing(random_routing(3, experts=12, dead=(3, 7), tokens=400), experts=12, layers=(1, 2, 5))
+        observation = observe_routing(
+            random_routing(3, experts=12, dead=(3, 7), tokens=400), experts=12, layers=(1, 2, 5)
+        )
         observation.save(path)
         return path, observation
 
@@ -330,10 +343,16 @@ class TestSelection:
     def test_near_ties_and_imported_selections(self, tmp_path: Path) -> None:
         ties = [{"layer": 0, "kept": 1, "dropped": 0, "relative_gap": 2e-5}] * 20
         (tmp_path / "selection.json").write_text(
-            json.dumps({"criterion": "theirs", "details": {"near_ties": ties}, "layers": {"0": {"keep": [1], "drop": [0]}}})
+            json.dumps(
+                {"criterion": "theirs", "details": {"near_ties": ties}, "layers": {"0": {"keep": [1], "drop": [0]}}}
+            )
         )
         text = shown(inspect(tmp_path))
-        assert "layer 0: kept 1, dropped 0, 2.0e-05 apart" in text and "and 9 more" in text and "1 of 2 experts removed" in text
+        assert (
+            "layer 0: kept 1, dropped 0, 2.0e-05 apart" in text
+            and "and 9 more" in text
+            and "1 of 2 experts removed" in text
+        )
 
     def test_several_candidates(self, directory: Path, tmp_path: Path) -> None:
         shutil.copytree(directory / "selection", tmp_path / "selection")
@@ -351,11 +370,16 @@ class TestEvaluation:
         text = shown(found)
         candidate = evaluation["candidates"][0]
         assert (found.facts["chosen"], found.facts["verdict"]) == (candidate["name"], "pass")
-        assert found.facts["gates"] == candidate["gates"] and found.facts["confirm_gates"] == evaluation["confirm"]["gates"]
+        assert (
+            found.facts["gates"] == candidate["gates"]
+            and found.facts["confirm_gates"] == evaluation["confirm"]["gates"]
+        )
         for length, groups in candidate["metrics"].items():
             for name in ("code", "tools", "prose", "math"):
                 line = next(
-                    one for one in found.facts["by_source"][name] if one["length"] == length and one["role"] == "candidate"
+                    one
+                    for one in found.facts["by_source"][name]
+                    if one["length"] == length and one["role"] == "candidate"
                 )
                 assert line["kl_mean"] == groups[name]["kl_mean"]["value"] and f"{line['kl_mean']:.4f}" in text
         for gate in candidate["gates"]:
@@ -379,7 +403,14 @@ class TestEvaluation:
             "kl_mean": 0.0,
             "top1_agreement": 1.0,
         }
-        told = {"rows": [line], "metrics": {}, "proofs": [proof], "gates": [], "verdict": "reject", "advice": "Prune less."}
+        told = {
+            "rows": [line],
+            "metrics": {},
+            "proofs": [proof],
+            "gates": [],
+            "verdict": "reject",
+            "advice": "Prune less.",
+        }
         (tmp_path / "verify.json").write_text(json.dumps(told))
         text = shown(inspect(tmp_path / "verify.json"))
         assert row(text, "Measured", "base")[1:] == ["32", "7.24", "MB", "2.472", "0.0000", "100.0%"]
@@ -417,7 +448,13 @@ class TestCheckpoint:
         config = read(directory / "pruned" / "config.json")
         groups = {
             "group_0": {
-                "weights": {"num_bits": 8, "type": "float", "strategy": "channel", "group_size": None, "symmetric": True}
+                "weights": {
+                    "num_bits": 8,
+                    "type": "float",
+                    "strategy": "channel",
+                    "group_size": None,
+                    "symmetric": True,
+                }
             }
         }
         (tmp_path / "packed" / "config.json").unlink()
@@ -454,7 +491,13 @@ class TestRecipe:
         assert fields["prune.ratio"] == (0.25, False) and fields["observe.trace_bytes"] == (5_000_000, False)
         assert fields["calibration.max_length"] == (512, False) and fields["calibration.seed"] == (42, True)
         assert fields["calibration.mix[0]"] == ({"name": "code", "source": "builtin:code", "weight": 0.3}, False)
-        assert found.facts["mix"][0] == {"name": "code", "source": "builtin:code", "weight": "0.3", "share": 0.3, "samples": 96}
+        assert found.facts["mix"][0] == {
+            "name": "code",
+            "source": "builtin:code",
+            "weight": "0.3",
+            "share": 0.3,
+            "samples": 96,
+        }
         assert found.facts["recipe"]["prune"]["ratio"] == 0.25
         text = shown(found)
         assert row(text, "Values", "prune.ratio") == ["prune.ratio", "0.25"]
@@ -493,7 +536,9 @@ class TestStore:
         made.drop_payload()
         found = inspect(made.directory)
         assert found.found.kind is None and "payload dropped" in shown(found) and "warning: mind this" in shown(found)
-        with pytest.raises(UnusableError, match="a store of 1 artifacts. Inspect one of them, such as .*prune-aaaaaaaaaaaa"):
+        with pytest.raises(
+            UnusableError, match="a store of 1 artifacts. Inspect one of them, such as .*prune-aaaaaaaaaaaa"
+        ):
             inspect(tmp_path)
 
 
@@ -543,7 +588,11 @@ class TestText:
         file = io.StringIO()
         console = Console(file=file, width=80, force_terminal=True, color_system="standard")
         hostile = "\x1b]0;owned\x07[red]plain[/red]\r\u202e"
-        for block in (lines(hostile), table(hostile, (hostile,), [(hostile,)]), highlighted([(hostile, True)], colour=False)):
+        for block in (
+            lines(hostile),
+            table(hostile, (hostile,), [(hostile,)]),
+            highlighted([(hostile, True)], colour=False),
+        ):
             console.print(block)
         text = file.getvalue()
         assert "\x1b]" not in text and "\x07" not in text and "\r" not in text and "\u202e" not in text
@@ -552,12 +601,23 @@ class TestText:
     def test_excerpts_begin_shortly_before_what_is_scored(self) -> None:
         cut = excerpt([["a" * 5000, False], ["b" * 10, True], ["c" * 5000, False], ["d", True]])
         assert [len(text) for text, _ in cut][:2] == [241, 10] and [mark for _, mark in cut] == [False, True, False]
-        assert cut[0][0].startswith("…") and cut[-1][0].endswith("…") and sum(len(text) for text, _ in cut) <= EXCERPT + 2
+        assert (
+            cut[0][0].startswith("…") and cut[-1][0].endswith("…") and sum(len(text) for text, _ in cut) <= EXCERPT + 2
+        )
 
 
 class TestCommands:
     def test_json_is_the_facts(self, directory: Path, capsys: pytest.CaptureFixture) -> None:
-        for name in ("", "calibration", "packs", "observation", "selection", "evaluation", "pruned", "recipe.resolved.yaml"):
+        for name in (
+            "",
+            "calibration",
+            "packs",
+            "observation",
+            "selection",
+            "evaluation",
+            "pruned",
+            "recipe.resolved.yaml",
+        ):
             assert _run(["inspect", str(directory / name), "--json"], debug=False) == 0
             printed = json.loads(capsys.readouterr().out)
             assert printed == json.loads(json.dumps(inspect(directory / name).to_json())) and printed["kind"]
@@ -571,7 +631,11 @@ class TestCommands:
     def test_export_knows_what_lies_around_the_observation(
         self, run: Run, directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     ) -> None:
-        places = {"run": directory, "observation": directory / "observation", "store": run.artifacts["observe"].directory}
+        places = {
+            "run": directory,
+            "observation": directory / "observation",
+            "store": run.artifacts["observe"].directory,
+        }
         for name, place in places.items():
             assert _run(["export", str(place), str(tmp_path / name), "--json"], debug=False) == 0
             files = json.loads(capsys.readouterr().out)["files"]
@@ -590,20 +654,23 @@ class TestCommands:
         assert _run(["export", str(tmp_path), str(tmp_path / "out")], debug=False) == 0
         assert f"reapkit observe {recipe}" in (tmp_path / "out" / "profile.md").read_text()
 
-    @pytest.mark.parametrize("name", ["", "calibration", "packs", "observation", "selection", "evaluation", "pruned", "recipe.resolved.yaml"])
+    @pytest.mark.parametrize(
+        "name", ["", "calibration", "packs", "observation", "selection", "evaluation", "pruned", "recipe.resolved.yaml"]
+    )
     def test_nothing_takes_torch(self, directory: Path, name: str) -> None:
         code = (
-            "import sys; from reapkit.report.inspection.inspect import inspect; inspect(sys.argv[1]).blocks(colour=False); "
-            "sys.exit(bool({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
+            "import sys; from reapkit.report.inspection.inspect import inspect;"
+            " inspect(sys.argv[1]).blocks(colour=False); sys.exit(bool({'torch', 'transformers', 'datasets'} &"
+            " set(sys.modules)))"
         )
         assert subprocess.run([sys.executable, "-c", code, str(directory / name)]).returncode == 0
 
 
 def test_large_models_fit(tmp_path: Path) -> None:
     routing = random_routing(0, layers=2, experts=300, top_k=8, tokens=60)
-    observe_routing(routing, experts=300, sources=("a-source-of-a-long-name", "b"), layers=(59, 60), coactivation=False).save(
-        tmp_path
-    )
+    observe_routing(
+        routing, experts=300, sources=("a-source-of-a-long-name", "b"), layers=(59, 60), coactivation=False
+    ).save(tmp_path)
     found = inspect(tmp_path)
     assert found.facts["num_experts"] == 300
     assert "top-8 of 300 experts" in shown(found)
