@@ -15,9 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from reapkit.calibration.builtin import generators
 from reapkit.calibration.identity import source_identity, template_identity, tokenizer_identity
-from reapkit.checkpoint.architecture import text_config
 from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.checkpoint.expert_layout import Layout, read_layout
 from reapkit.checkpoint.locate import model_checkpoint
@@ -27,15 +25,13 @@ from reapkit.core.artifact_store import Artifact, Store
 from reapkit.core.errors import Problem, ReapkitError, RecipeError
 from reapkit.core.formatting import ranges
 from reapkit.core.hashing import digest, digest_file
-from reapkit.evaluation.gates import GENERATION_METRICS, resolve
 from reapkit.observation.external import ImportedObservation
-from reapkit.observation.removal_paths import NO_PATH
-from reapkit.quantization.schemes import check_quantize, quantized_bytes, scheme_of, targets
-from reapkit.recipe.error_messages import closest
+from reapkit.planning.checks import checked_candidates
+from reapkit.quantization.schemes import quantized_bytes, scheme_of, targets
 from reapkit.recipe.loading import LoadedRecipe, as_loaded, in_file_order, load
 from reapkit.recipe.schema import Recipe
-from reapkit.selection.candidates import Candidate, budget_notes, candidates
-from reapkit.selection.criteria import criterion_fingerprint, criterion_problem
+from reapkit.selection.candidates import Candidate, budget_notes
+from reapkit.selection.criteria import criterion_fingerprint
 
 STAGES = ("calibrate", "packs", "observe", "select", "repair", "evaluate", "prune", "quantize", "verify", "report")
 VERSIONS = {
@@ -206,7 +202,7 @@ def make_plan(loaded: LoadedRecipe, *, download: bool = False, observation: Path
         sys.path.append(str(loaded.directory))  # `saliency.criterion: module:function` finds a module beside its recipe
     checkpoint = model_checkpoint(recipe.model, loaded.directory, download=download)
     layout = read_layout(checkpoint)
-    grid = _check(loaded, checkpoint, layout, observation)
+    grid = checked_candidates(loaded, checkpoint, layout, observation)
     store, imported = Store(recipe.runtime.store), None
     if observation is not None:
         imported = ImportedObservation.open(observation, store.root / "imports" / "hashes.json")
@@ -234,151 +230,6 @@ def make_plan(loaded: LoadedRecipe, *, download: bool = False, observation: Path
     return Plan(loaded, checkpoint, layout, grid, stages, imported, mtp)
 
 
-def _check(
-    loaded: LoadedRecipe, checkpoint: Checkpoint, layout: Layout, observation: Path | None
-) -> tuple[Candidate, ...]:
-    """The concrete candidates; every contradiction of recipe and checkpoint is raised at once."""
-    recipe, problems, grid = loaded.recipe, [], ()
-    names = [entry.name for entry in recipe.calibration.mix]
-    try:
-        grid = candidates(recipe.prune, recipe.saliency, checkpoint.architecture, tuple(layout.layers))
-    except RecipeError as error:
-        problems += error.problems
-    problems += check_quantize(checkpoint, recipe.quantize) + _length_problems(recipe, checkpoint)
-    problems += _unavailable(recipe, layout, checkpoint, observation) + _source_problems(recipe)
-    problems += [
-        Problem(
-            f"saliency.mix.{name}",
-            f"no source of calibration.mix has this name.{closest(name, names)} Allowed: {', '.join(names)}.",
-        )
-        for name in recipe.saliency.mix or {}
-        if name not in names
-    ]
-    problems += (
-        ([*_unmeasured(recipe), *_without_path(recipe)] if observation is None else [])
-        + _unmeasured_gates(recipe)
-        + _missing_tasks(loaded)
-    )
-    problems += [
-        problem
-        for i, name in enumerate(recipe.evaluate.controls)
-        if (problem := criterion_problem(name, f"evaluate.controls[{i}]"))
-    ]
-    for gates in (recipe.evaluate.gates, recipe.evaluate.gates_quantized):
-        try:
-            resolve(
-                gates if gates is None or isinstance(gates, str) else gates.model_dump(exclude_none=True),
-                [*names, *(entry.name for entry in recipe.evaluate.extra_packs)],
-            )
-        except RecipeError as error:
-            problems += error.problems
-    if problems:
-        raise loaded.located(RecipeError(list(dict.fromkeys(problems))))
-    return grid
-
-
-def _source_problems(recipe: Recipe) -> list[Problem]:
-    """Packaged sources that exist, and a name of its own for every source."""
-    mix, extra, known = (
-        recipe.calibration.mix,
-        recipe.evaluate.extra_packs,
-        [f"builtin:{name}" for name in generators.SOURCES],
-    )
-    places = [(f"calibration.mix[{i}]", entry) for i, entry in enumerate(mix)] + [
-        (f"evaluate.extra_packs[{i}]", entry) for i, entry in enumerate(extra)
-    ]
-    problems = [
-        Problem(
-            f"{place}.source",
-            f"found '{entry.source}', which is not packaged.{closest(entry.source, known)} Allowed:"
-            f" {', '.join(known)}.",
-        )
-        for place, entry in places
-        if entry.source.startswith("builtin:") and entry.source not in known
-    ]
-    taken = [entry.name for entry in mix]
-    for i, entry in enumerate(extra):
-        if entry.name in taken:
-            problems.append(
-                Problem(
-                    f"evaluate.extra_packs[{i}].name",
-                    f"'{entry.name}' is the name of another source. Give every source its own.",
-                )
-            )
-        taken.append(entry.name)
-    return problems
-
-
-def _unmeasured(recipe: Recipe) -> list[Problem]:
-    """Criteria that need what the observation would not collect."""
-    if recipe.observe.reroute_tokens:
-        return []
-    return [
-        Problem(path, f"{name} is measured while observing, and observe.reroute_tokens is 0. Set it to 8192.")
-        for path, name in _criteria(recipe).items()
-        if name in ("reroute", "reroute-single")
-    ]
-
-
-def _without_path(recipe: Recipe) -> list[Problem]:
-    """Weights of sources that `reroute` has no path for, said before anything is observed."""
-    mix = recipe.saliency.mix
-    weighed = {weight for weight in mix.values() if weight} if mix else set()
-    everyone_alike = len(weighed) == 1 and all(mix.get(entry.name) for entry in recipe.calibration.mix)
-    if (
-        mix is None
-        or everyone_alike
-        or sum(1 for weight in mix.values() if weight) <= 1
-        or "reroute" not in _criteria(recipe).values()
-    ):
-        return []
-    return [Problem("saliency.mix", NO_PATH)]
-
-
-def _criteria(recipe: Recipe) -> dict[str, str]:
-    """Where criteria are named -> their names."""
-    grid = recipe.prune.candidates.criterion if recipe.prune.candidates else None
-    named = (
-        {f"prune.candidates.criterion[{i}]": name for i, name in enumerate(grid)}
-        if grid
-        else {"saliency.criterion": recipe.saliency.criterion}
-    )
-    return named | {f"evaluate.controls[{i}]": name for i, name in enumerate(recipe.evaluate.controls)}
-
-
-def _unmeasured_gates(recipe: Recipe) -> list[Problem]:
-    """Limits, of those that the user wrote, on what would never be measured: the verdict could only be undecided."""
-    evaluate, problems = recipe.evaluate, []
-    for field, instead in (
-        ("gates", "Set evaluate.generation, or remove it." if evaluate.generation is None else None),
-        (
-            "gates_quantized",
-            "Continuations are judged before anything is written: move it to evaluate.gates, or remove it.",
-        ),
-    ):
-        limits = getattr(evaluate, field)
-        written = set() if limits is None or isinstance(limits, str) else set(limits.model_dump(exclude_none=True))
-        problems += [
-            Problem(f"evaluate.{field}.{metric}", f"is a limit on generated text, and none would be written. {instead}")
-            for metric in sorted(written & GENERATION_METRICS)
-            if instead
-        ]
-    return problems
-
-
-def _missing_tasks(loaded: LoadedRecipe) -> list[Problem]:
-    """Task files that are not there; names of lm-eval's own tasks only lm-eval knows."""
-    spec = loaded.recipe.evaluate.lm_eval
-    return [
-        Problem(
-            f"evaluate.lm_eval.tasks[{i}]",
-            f"no file '{task}' beside the recipe. Give its path relative to the recipe, or a name that lm-eval knows.",
-        )
-        for i, task in enumerate(spec.tasks if spec else ())
-        if task.endswith((".yaml", ".yml")) and not (loaded.directory / task).is_file()
-    ]
-
-
 def _task_files(loaded: LoadedRecipe) -> dict[str, str]:
     """Content of the task files beside the recipe: another content is another benchmark."""
     spec = loaded.recipe.evaluate.lm_eval
@@ -387,43 +238,6 @@ def _task_files(loaded: LoadedRecipe) -> dict[str, str]:
         for task in (spec.tasks if spec else ())
         if (loaded.directory / task).is_file()
     }
-
-
-def _unavailable(recipe: Recipe, layout: Layout, checkpoint: Checkpoint, observation: Path | None) -> list[Problem]:
-    """What the language can say and this version cannot do: refused, never silently left out."""
-    problems = []
-    if recipe.prune.repair is not None and "quantization_config" in checkpoint.config:
-        problems.append(
-            Problem(
-                "prune.repair",
-                "ridge re-fits plain weights, but this checkpoint is quantized. Start from its bfloat16 version, "
-                "or remove it.",
-            )
-        )
-    why = why_unobserved(checkpoint, layout, trust_remote_code=recipe.model.trust_remote_code)
-    if recipe.prune.mtp == "observe" and observation is None and why is not None:
-        problems.append(
-            Problem("prune.mtp", f"observe, but {why}. Choose drop, or auto, which drops what cannot be observed.")
-        )
-    return problems
-
-
-def _length_problems(recipe: Recipe, checkpoint: Checkpoint) -> list[Problem]:
-    """Rows the user made longer than the model's positions would be read where it was never trained."""
-    longest = text_config(checkpoint.config).get("max_position_embeddings")
-    calibration, packs = recipe.calibration, recipe.evaluate.packs
-    lengths = {"calibration.max_length": calibration.max_length} if "max_length" in calibration.model_fields_set else {}
-    if "lengths" in packs.model_fields_set:
-        lengths |= {f"evaluate.packs.lengths[{i}]": length for i, length in enumerate(packs.lengths)}
-    return [
-        Problem(
-            path,
-            f"{length}, but the model reads at most {longest} tokens (max_position_embeddings). Choose at most"
-            f" {longest}.",
-        )
-        for path, length in lengths.items()
-        if isinstance(longest, int) and length > longest
-    ]
 
 
 def _own_criteria(grid: tuple[Candidate, ...], controls: Sequence[str]) -> dict[str, str]:

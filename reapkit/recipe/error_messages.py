@@ -194,5 +194,5 @@ def _description(path: str) -> str:
     head, _, last = path.rpartition(".")
     for model in models_at(head):
         if last in model.model_fields:
-            return model.model_fields[last].description or ""
+            return " ".join((model.model_fields[last].description or "").split())
     return ""

@@ -27,7 +27,7 @@ class _Generator(GenerateJsonSchema):
 
 def recipe_schema() -> dict[str, Any]:
     """JSON Schema 2020-12 of a recipe file, `extends` and partial children included."""
-    schema = Recipe.model_json_schema(schema_generator=_Generator)
+    schema = _unwrapped(Recipe.model_json_schema(schema_generator=_Generator))
     schema["properties"] = {
         "extends": {
             "type": "string",
@@ -39,3 +39,13 @@ def recipe_schema() -> dict[str, Any]:
     schema["if"] = {"not": {"required": ["extends"]}}  # a child may leave everything to its parent
     schema["then"] = {"required": required}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "reapkit recipe", **schema}
+
+
+def _unwrapped(schema: Any) -> Any:
+    """The schema with each description on one line: where a docstring breaks its lines means nothing to its readers."""
+    if isinstance(schema, dict):
+        return {
+            key: " ".join(value.split()) if key == "description" and isinstance(value, str) else _unwrapped(value)
+            for key, value in schema.items()
+        }
+    return [_unwrapped(value) for value in schema] if isinstance(schema, list) else schema
