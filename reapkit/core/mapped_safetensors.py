@@ -10,23 +10,25 @@ from typing import Any
 import numpy as np
 from numpy import ndarray
 
+from reapkit.core.dtypes import DTYPES
 from reapkit.core.errors import UnusableError
 from reapkit.core.safetensors_header import read_header
 
-DTYPES = {"float64": "F64", "float32": "F32", "int64": "I64", "int32": "I32", "int16": "I16", "uint8": "U8"}
+WRITTEN = {name: code for code in ("F64", "F32", "I64", "I32", "I16", "U8") if (name := DTYPES[code].numpy)}
+"""The dtypes of the files that reapkit writes for itself: numpy's name to safetensors' code."""
 
 
 def map_tensors(path: Path) -> dict[str, ndarray]:
     """Every tensor of a safetensors file as a read-only array.
 
-    Raises UnusableError where its header is not to be trusted or names another dtype than DTYPES.
+    Raises UnusableError where its header is not to be trusted or names another dtype than those of WRITTEN.
     """
-    names = {code: name for name, code in DTYPES.items()}
+    names = {code: name for name, code in WRITTEN.items()}
     tensors = {}
     for name, tensor in read_header(path).items():
         if tensor.dtype not in names:
             raise UnusableError(
-                f"{path}: tensor {name} is {tensor.dtype}, which nothing of reapkit's is. Make the file again."
+                f"{path}: tensor {name} is {tensor.dtype}, a dtype that reapkit never writes. Make the file again."
             )
         dtype = np.dtype(names[tensor.dtype]).newbyteorder("<")
         tensors[name] = (
@@ -50,7 +52,7 @@ def create_tensors(path: Path, shapes: Mapping[str, tuple[str, int]]) -> dict[st
     for name in order:
         dtype, length = shapes[name]
         begin, end = end, end + np.dtype(dtype).itemsize * length
-        header[name] = {"dtype": DTYPES[dtype], "shape": [length], "data_offsets": [begin, end]}
+        header[name] = {"dtype": WRITTEN[dtype], "shape": [length], "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as stream:

@@ -13,29 +13,8 @@ from operator import eq, itemgetter, sub
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from reapkit.core.dtypes import BITS
 from reapkit.core.errors import UnusableError
-
-DTYPE_BITS = {
-    "F64": 64,
-    "I64": 64,
-    "U64": 64,
-    "F32": 32,
-    "I32": 32,
-    "U32": 32,
-    "F16": 16,
-    "BF16": 16,
-    "I16": 16,
-    "U16": 16,
-    "F8_E4M3": 8,
-    "F8_E5M2": 8,
-    "F8_E8M0": 8,
-    "I8": 8,
-    "U8": 8,
-    "BOOL": 8,
-    "F4": 4,
-    "C64": 64,
-}
-
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit: a forged length must not make us allocate the file's size
 FIRST_READ_BYTES = 1 << 16  # holds most headers, which then cost one read
@@ -92,8 +71,7 @@ def _tiles(found: Sequence[TensorInfo], base: int, size: int) -> bool:
         return base == size
     _, dtypes, shapes, _, begins, ends = zip(*found, strict=True)
     nbits = {
-        (dtype, shape): prod(shape) * DTYPE_BITS.get(dtype, -1)
-        for dtype, shape in set(zip(dtypes, shapes, strict=True))
+        (dtype, shape): prod(shape) * BITS.get(dtype, -1) for dtype, shape in set(zip(dtypes, shapes, strict=True))
     }
     return (
         begins == (base, *ends[:-1])
@@ -113,7 +91,7 @@ def _refuse_gaps(path: Path, found: Iterable[TensorInfo], base: int, size: int) 
     shapes."""
     position = base
     for name, dtype, shape, _, begin, end in found:
-        bits = DTYPE_BITS.get(dtype)
+        bits = BITS.get(dtype)
         if bits is None:
             raise UnusableError(f"{path}: tensor {name} has unknown dtype {dtype}. Upgrade reapkit.")
         if begin != position or (end - begin) * 8 != prod(shape) * bits:

@@ -15,7 +15,6 @@ from reapkit.core.errors import UnusableError
 from reapkit.model.ragged_modeling import ragged
 
 RAGGED_KEY = "num_routed_experts_per_layer"
-DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load_model(
@@ -38,7 +37,7 @@ def load_model(
         model, info = model_class(config, trust_remote_code).from_pretrained(
             path,
             config=config,
-            dtype=DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype,
+            dtype=dtype,
             output_loading_info=True,
             device_map=device,
             trust_remote_code=trust_remote_code,

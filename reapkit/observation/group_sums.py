@@ -10,14 +10,12 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from reapkit.core.dtypes import BITS
 from reapkit.observation.observation import MAXIMA, SNAPSHOTS
-
-_NUMPY = {"F32": numpy.float32, "I16": numpy.int16}
 
 
 class Partials:
@@ -71,7 +69,7 @@ def trace_header(layers: Sequence[int], top_k: int, positions: int) -> dict[str,
     shapes |= {"source": ("I16", [positions])} | {f"expert.{layer}": ("I16", [positions, top_k]) for layer in layers}
     header, offset = {}, 0
     for name, (dtype, shape) in shapes.items():
-        end = offset + prod(shape) * _NUMPY[dtype]().itemsize
+        end = offset + prod(shape) * BITS[dtype] // 8
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}
         offset = end
     return header

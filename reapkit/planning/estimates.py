@@ -17,6 +17,7 @@ from typing import Any
 from reapkit.checkpoint.architecture import text_config
 from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.checkpoint.expert_layout import LAYER, Layout
+from reapkit.core.dtypes import BITS
 from reapkit.planning.plan import Plan
 from reapkit.quantization.schemes import kept_share
 
@@ -237,7 +238,7 @@ def _computing_bytes(dtype: str, numel: int, name: str) -> int:
     if name.endswith("_blocks"):  # MXFP4 packs two weights into a byte
         return 2 * numel * COMPUTE_BYTES
     if dtype in ("F32", "F64", "I64"):
-        return numel * (4 if dtype == "F32" else 8)
+        return numel * BITS[dtype] // 8
     return numel * COMPUTE_BYTES
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.checkpoint.expert_layout import EXPERTS, Layout, MoeLayer
+from reapkit.core.dtypes import BITS
 from reapkit.core.errors import UnusableError
-from reapkit.core.safetensors_header import DTYPE_BITS, TensorInfo
+from reapkit.core.safetensors_header import TensorInfo
 
 Run = tuple[str, int, int]  # shard, first byte, number of bytes
 INDEX = "model.safetensors.index.json"
@@ -122,7 +123,7 @@ def cut_tensors(
 def _slice(tensor: TensorInfo, axis: int, num_experts: int, keep: Sequence[int]) -> Cut:
     length = tensor.shape[axis]
     entries = [*keep, *range(num_experts, length)]
-    bits = prod(tensor.shape[axis + 1 :]) * DTYPE_BITS[tensor.dtype]
+    bits = prod(tensor.shape[axis + 1 :]) * BITS[tensor.dtype]
     if bits % 8:
         raise UnusableError(
             f"tensor {tensor.name} packs entries of axis {axis} within one byte, so it cannot be sliced by expert."
@@ -210,9 +211,9 @@ def _aligned(cuts: Sequence[Cut]) -> tuple[Cut, ...]:
     (readers map them)."""
     position = 0
     for cut in cuts:
-        item = max(1, DTYPE_BITS[cut.dtype] // 8)
+        item = max(1, BITS[cut.dtype] // 8)
         if position % item:
-            return tuple(sorted(cuts, key=lambda cut: -DTYPE_BITS[cut.dtype]))
+            return tuple(sorted(cuts, key=lambda cut: -BITS[cut.dtype]))
         position += cut.nbytes
     return tuple(cuts)
 

@@ -19,11 +19,11 @@ from math import gcd
 from reapkit.checkpoint.architecture import text_config
 from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.checkpoint.expert_layout import LAYER, Kind, Layout, read_layout
+from reapkit.core.dtypes import BITS, FLOATS
 from reapkit.core.errors import Problem, RecipeError
-from reapkit.core.safetensors_header import DTYPE_BITS, TensorInfo
+from reapkit.core.safetensors_header import TensorInfo
 from reapkit.recipe.schema import QuantizeSpec
 
-FLOATS = ("F64", "F32", "F16", "BF16")
 INDEXER = re.compile(r"(?:^|[._])indexer(?:[._]|$)")
 FP8_METHODS = ("fp8",)
 
@@ -230,7 +230,7 @@ def quantized_bytes(checkpoint: Checkpoint, spec: QuantizeSpec, kept: Mapping[in
         if tensor.name in dropped or (dequantized and tensor.name.endswith("_scale_inv")):
             continue
         if matrix is not None:
-            weight_bits = 16 if dequantized else DTYPE_BITS[tensor.dtype]
+            weight_bits = 16 if dequantized else BITS[tensor.dtype]
             nbytes = matrix.count * scheme_of(spec).nbytes(matrix.rows, matrix.columns, spec.group_size, weight_bits)
         else:
             nbytes = tensor.numel * 2 if dequantized and tensor.dtype == "F8_E4M3" else tensor.nbytes

@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from reapkit.checkpoint.checkpoint import Checkpoint
+from reapkit.core.dtypes import BITS, FLOATS, torch_dtypes
 from reapkit.core.progress import Progress
-from reapkit.core.safetensors_header import DTYPE_BITS, read_header
+from reapkit.core.safetensors_header import read_header
 from reapkit.pruning.config_edits import edit_json
 from reapkit.quantization.formats import PARTS, quantization_config
 from reapkit.quantization.schemes import Targets
@@ -155,7 +156,7 @@ def measure(out: Path, plan: Targets, written: Mapping[str, list[str]]) -> dict[
                 if tensor is not None and part in ("weight_shape", "weight_global_scale"):
                     constants += tensor.nbytes
                 elif tensor is not None:
-                    bits += tensor.numel * DTYPE_BITS[tensor.dtype]
+                    bits += tensor.numel * BITS[tensor.dtype]
     return {
         "bits_per_weight": bits / weights,
         "quantized_weights": weights,
@@ -181,7 +182,7 @@ def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
 
 def load_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """The dtype in which the checkpoint's matrices are stored."""
-    codes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    codes = {code: torch_dtypes()[code] for code in FLOATS}
     found = [
         codes[tensor.dtype]
         for tensor in checkpoint.tensors.values()

@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from reapkit.core.safetensors_header import DTYPE_BITS
+from reapkit.core.dtypes import BITS
 from tests.support.paths import TESTS
 
 FACTS = TESTS / "published"
@@ -78,7 +78,7 @@ def write_checkpoint(
 ) -> Path:
     """config.json, index and sparse shards: filled up to a size, or that many with equally many tensors."""
     directory.mkdir(parents=True, exist_ok=True)
-    sized = [(name, dtype, shape, prod(shape) * DTYPE_BITS[dtype] // 8) for name, dtype, shape in tensors]
+    sized = [(name, dtype, shape, prod(shape) * BITS[dtype] // 8) for name, dtype, shape in tensors]
     shards = _by_count(sized, num_shards) if num_shards else _by_size(sized, max_shard_bytes)
     index: dict[str, str] = {}
     for number, members in enumerate(shards, 1):

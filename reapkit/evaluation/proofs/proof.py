@@ -25,17 +25,6 @@ LOGITS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e
 """Largest difference of two models' logits, as a share of their standard deviation, that counts as rounding."""
 GENERATED_TOKENS = 8
 MEMORY_SHARE = 0.8
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "F8_E4M3": torch.float8_e4m3fn,
-}
 
 
 @dataclass(frozen=True)

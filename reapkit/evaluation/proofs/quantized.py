@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from reapkit.checkpoint.checkpoint import Checkpoint
+from reapkit.core.dtypes import BITS, torch_dtypes
 from reapkit.core.errors import UnusableError
-from reapkit.core.safetensors_header import DTYPE_BITS, TensorInfo
+from reapkit.core.safetensors_header import TensorInfo
 from reapkit.evaluation.proofs.proof import (
-    DTYPES,
     Proof,
     Reader,
     attempt,
@@ -127,7 +127,7 @@ def _tensors(old: Checkpoint, new: Checkpoint, plan: Targets, spec: QuantizeSpec
         return Proof("tensors", False, difference)
     for name, (shape, dtype) in expected.items():
         found = new.tensors[name]
-        if found.shape != shape or DTYPES.get(found.dtype) != dtype:
+        if found.shape != shape or torch_dtypes().get(found.dtype) != dtype:
             return Proof(
                 "tensors", False, f"{name} is {found.dtype} {list(found.shape)}, the format has {dtype} {list(shape)}"
             )
@@ -157,7 +157,7 @@ def _wrong_bits(old: Checkpoint, new: Checkpoint, plan: Targets, spec: QuantizeS
     format is."""
     scheme = scheme_of(spec)
     for name, matrix in plan.matrices.items():
-        weight_bits = 16 if is_fp8(old.config) else DTYPE_BITS[matrix.tensor.dtype]
+        weight_bits = 16 if is_fp8(old.config) else BITS[matrix.tensor.dtype]
         allowed = matrix.count * scheme.nbytes(matrix.rows, matrix.columns, spec.group_size, weight_bits)
         found = sum(tensor.nbytes for tensor in _parts(new, matrix))
         if found != allowed:
@@ -186,7 +186,7 @@ def _format(plan: Targets, spec: QuantizeSpec, old: Checkpoint) -> dict[str, tup
     for matrix in plan.matrices.values():
         key = (matrix.rows, matrix.columns, "BF16" if is_fp8(old.config) else matrix.tensor.dtype)
         if key not in examples:
-            examples[key] = round_to_nearest(torch.ones(key[0], key[1], dtype=DTYPES[key[2]]), scheme)
+            examples[key] = round_to_nearest(torch.ones(key[0], key[1], dtype=torch_dtypes()[key[2]]), scheme)
         prefixes = [matrix.module] if len(matrix.tensor.shape) == 2 else expert_prefixes(matrix)
         expected |= {
             f"{prefix}.{part}": (tuple(tensor.shape), tensor.dtype)

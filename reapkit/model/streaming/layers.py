@@ -25,7 +25,7 @@ from transformers.quantizers.auto import get_hf_quantizer
 from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.checkpoint.shard_reader import ShardReader
 from reapkit.core.errors import UnusableError
-from reapkit.model.loading import DTYPES, dequantized, load_config, model_class, widened
+from reapkit.model.loading import dequantized, load_config, model_class, widened
 from reapkit.model.routed_experts import find_experts
 from reapkit.model.streaming.layer_memory import Arena, Arenas
 from reapkit.model.streaming.tensor_loading import Filling, Fillings, Stored, place_all
@@ -273,7 +273,7 @@ def _own_stream(device: torch.device):
 
 
 def _resolve(dtype: str | torch.dtype, config: transformers.PretrainedConfig) -> torch.dtype:
-    wanted = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    wanted = dtype
     if wanted == "auto":
         wanted = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None) or torch.bfloat16
     return getattr(torch, wanted) if isinstance(wanted, str) else wanted

@@ -11,27 +11,11 @@ from torch import Tensor
 from transformers.core_model_loading import WeightConverter, dot_natural_key
 
 from reapkit.checkpoint.shard_reader import ShardReader
+from reapkit.core.dtypes import torch_dtypes
 from reapkit.core.safetensors_header import TensorInfo
 from reapkit.model.streaming.layer_memory import ALIGNMENT, Arena, aligned
 
-TORCH_TYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+TORCH_DTYPES = torch_dtypes()
 CAST_BYTES = 1 << 24  # tensors of another dtype than the model's go through a buffer of this size
 DEQUANTIZE_BYTES = 1 << 25  # stacked experts are dequantized as many at a time as give this
 
@@ -43,7 +27,7 @@ class Stored:
         self._reader, self.info = reader, info
 
     def __getitem__(self, index: object) -> Tensor:
-        info, dtype = self.info, TORCH_TYPES[self.info.dtype]
+        info, dtype = self.info, TORCH_DTYPES[self.info.dtype]
         phase = (
             info.begin % ALIGNMENT if info.begin % dtype.itemsize == 0 else 0
         )  # as in a mapped file, see `Filling.phase`
@@ -53,7 +37,7 @@ class Stored:
 
     def entries(self, begin: int, end: int) -> Tensor:
         """Entries [begin, end) of the first axis."""
-        part = torch.empty((end - begin, *self.info.shape[1:]), dtype=TORCH_TYPES[self.info.dtype])
+        part = torch.empty((end - begin, *self.info.shape[1:]), dtype=TORCH_DTYPES[self.info.dtype])
         self._reader.read_into(
             self.info.shard, self.info.begin + begin * (self.info.nbytes // self.info.shape[0]), bytes_of(part)
         )
@@ -159,10 +143,10 @@ class Fillings:
 
     def _copied(self, target: str, key: str) -> Filling | None:
         info, shape = self._infos[key], self._expected[target].shape
-        if info.shape != tuple(shape) or info.dtype not in TORCH_TYPES:
+        if info.shape != tuple(shape) or info.dtype not in TORCH_DTYPES:
             return None
         dtype = self._dtype_of(target)
-        stays = self._mapped and TORCH_TYPES[info.dtype] == dtype and info.begin % dtype.itemsize == 0
+        stays = self._mapped and TORCH_DTYPES[info.dtype] == dtype and info.begin % dtype.itemsize == 0
         return Filling(
             target,
             shape,
@@ -182,7 +166,7 @@ class Fillings:
             and {operation.dim0 % 3, operation.dim1 % 3} == {1, 2}
             and info.shape == (shape[0], shape[2], shape[1])
         )
-        if not turned or info.dtype not in TORCH_TYPES:
+        if not turned or info.dtype not in TORCH_DTYPES:
             return None
 
         def fill(place: Tensor, reader: ShardReader) -> None:
@@ -209,7 +193,7 @@ class Fillings:
             and (not scales or len(scales) == len(weights))
             and all(len(keys) == shape[0] for keys in (*weights.values(), *scales.values()))
             and all(
-                infos[key].shape == (count, shape[2]) and infos[key].dtype in TORCH_TYPES
+                infos[key].shape == (count, shape[2]) and infos[key].dtype in TORCH_DTYPES
                 for count, keys in zip(rows, weights.values(), strict=True)
                 for key in keys
             )
@@ -274,7 +258,7 @@ def place_all(fillings: Iterable[Filling], arena: Arena, reader: ShardReader) ->
 
 def read_into(place: Tensor, reader: ShardReader, info: TensorInfo) -> None:
     """Reads a tensor into contiguous `place`, rounded to its dtype as `Tensor.to` rounds."""
-    stored = TORCH_TYPES[info.dtype]
+    stored = TORCH_DTYPES[info.dtype]
     if stored == place.dtype:
         return reader.read_into(info.shard, info.begin, bytes_of(place))
     flat, step = place.view(-1), CAST_BYTES // stored.itemsize
