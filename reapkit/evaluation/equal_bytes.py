@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from reapkit.checkpoint.checkpoint import Checkpoint
-from reapkit.quantization.schemes import SCHEMES, check_quantize, quantized_bytes
+from reapkit.quantization.checks import check_quantize
+from reapkit.quantization.schemes import SCHEMES, Scheme
+from reapkit.quantization.sizes import quantized_bytes
 from reapkit.recipe.schema import QuantizeSpec
 
 FARTHEST = 1.5
 """A scheme whose bytes are further from the result's than by this factor is no control for it."""
 GROUP_SIZES = (128, 64, 32)
-INTEGER = tuple(name for name, scheme in SCHEMES.items() if scheme.kind == "int")
-SERVED = ("W3A16", "W4A16", "W8A16")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,10 @@ def equal_bytes(checkpoint: Checkpoint, quantize: QuantizeSpec, target_bytes: in
     Only integer weight-only schemes that fit the checkpoint are considered. A group size that the recipe does not name
     is the largest of 128, 64 and 32 that fits.
     """
-    sizes = [(quantized_bytes(checkpoint, spec), spec) for spec in _fitting(checkpoint, quantize)]
+    sizes = [
+        (quantized_bytes(checkpoint, spec), spec)
+        for spec in _fitting(checkpoint, quantize, lambda scheme: scheme.kind == "int")
+    ]
     if not sizes:
         return EqualBytes(None, None, target_bytes, None)
     nbytes, spec = min(sizes, key=lambda each: abs(each[0] - target_bytes))
@@ -64,18 +67,24 @@ def equal_bytes(checkpoint: Checkpoint, quantize: QuantizeSpec, target_bytes: in
 
 
 def next_scheme(checkpoint: Checkpoint, quantize: QuantizeSpec, nbytes: int) -> tuple[str, float] | None:
-    """The smallest of the schemes that engines serve in which `checkpoint` takes more than `nbytes`, and by what
+    """The smallest of the suggested schemes in which `checkpoint` takes more than `nbytes`, and by what
     factor, or None."""
-    sizes = [(quantized_bytes(checkpoint, spec), spec.scheme) for spec in _fitting(checkpoint, quantize, SERVED)]
+    sizes = [
+        (quantized_bytes(checkpoint, spec), spec.scheme)
+        for spec in _fitting(checkpoint, quantize, lambda scheme: scheme.suggested)
+    ]
     larger = [each for each in sizes if each[0] > nbytes]
     return (min(larger)[1], min(larger)[0] / nbytes) if larger else None
 
 
-def _fitting(checkpoint: Checkpoint, quantize: QuantizeSpec, names: Sequence[str] = INTEGER) -> Iterator[QuantizeSpec]:
+def _fitting(
+    checkpoint: Checkpoint, quantize: QuantizeSpec, wanted: Callable[[Scheme], bool]
+) -> Iterator[QuantizeSpec]:
+    """The wanted schemes, rounded to nearest, each with the first group size that divides every quantized width."""
     groups = (
         (quantize.group_size,) if "group_size" in quantize.model_fields_set else (quantize.group_size, *GROUP_SIZES)
     )
-    for name in names:
+    for name in (name for name, scheme in SCHEMES.items() if wanted(scheme)):
         specs = (
             quantize.model_copy(update={"scheme": name, "recipe": None, "method": "rtn", "group_size": group})
             for group in groups

@@ -13,7 +13,7 @@ from reapkit.checkpoint.mtp_support import why_unobserved
 from reapkit.core.errors import Problem, RecipeError
 from reapkit.evaluation.gates import GENERATION_METRICS, resolve
 from reapkit.observation.removal_paths import NO_PATH
-from reapkit.quantization.schemes import check_quantize
+from reapkit.quantization.checks import check_quantize
 from reapkit.recipe.error_messages import closest
 from reapkit.recipe.loading import LoadedRecipe
 from reapkit.recipe.schema import Recipe

@@ -19,7 +19,7 @@ from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.checkpoint.expert_layout import LAYER, Layout
 from reapkit.core.dtypes import BITS
 from reapkit.planning.plan import Plan
-from reapkit.quantization.schemes import kept_share
+from reapkit.quantization.sizes import kept_share
 
 COMPUTE_BYTES = 2  # bf16: FP8 and MXFP4 weights are dequantized to it
 LOGITS_BYTES = 256_000_000  # logits are taken in chunks of this size

@@ -27,7 +27,9 @@ from reapkit.core.formatting import ranges
 from reapkit.core.hashing import digest, digest_file
 from reapkit.observation.external import ImportedObservation
 from reapkit.planning.checks import checked_candidates
-from reapkit.quantization.schemes import quantized_bytes, scheme_of, targets
+from reapkit.quantization.schemes import scheme_of
+from reapkit.quantization.sizes import quantized_bytes
+from reapkit.quantization.targets import targets
 from reapkit.recipe.loading import LoadedRecipe, as_loaded, in_file_order, load
 from reapkit.recipe.schema import Recipe
 from reapkit.selection.candidates import Candidate, budget_notes
@@ -121,7 +123,7 @@ class Plan:
         if self.recipe.quantize.scheme is not None and self.recipe.quantize.recipe is None:
             found = targets(self.checkpoint, self.recipe.quantize, self.layout)
             routed = any(matrix.routed for matrix in found.matrices.values())
-            if found.has_stacked_experts or routed and not scheme_of(self.recipe.quantize).experts_reload:
+            if found.has_stacked_experts or (routed and not scheme_of(self.recipe.quantize).experts_reload):
                 notes.append(
                     f"transformers cannot read this model's routed experts in {self.recipe.quantize.scheme}; engines"
                     " with one module per expert, such as vLLM, can. The result is proven without the loader."

@@ -19,7 +19,8 @@ from reapkit.planning.estimates import (
     machine_memory,
 )
 from reapkit.planning.plan import Plan
-from reapkit.quantization.schemes import is_fp8, matrices_by_layer
+from reapkit.quantization.sizes import matrices_by_layer
+from reapkit.quantization.targets import is_fp8
 
 ATTENTION_BYTES = (
     8  # per score of the plain attention that llm-compressor calibrates with: bf16, its float32 softmax, bf16 again
@@ -78,7 +79,7 @@ def quantize_memory(plan: Plan, machine: Machine | None = None) -> QuantizeMemor
     on_disk = Footprint(largest + device, base + reading)
     needed = in_memory.host if machine.device is not None else in_memory.host + in_memory.device
     placement = plan.recipe.runtime.placement
-    offloads = placement == "streaming" or placement == "auto" and needed > SAFE_SHARE * machine.host
+    offloads = placement == "streaming" or (placement == "auto" and needed > SAFE_SHARE * machine.host)
     return QuantizeMemory(
         "raw recipe" if spec.recipe is not None else spec.method, in_memory, on_disk, offloads, layers
     )

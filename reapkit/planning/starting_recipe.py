@@ -11,7 +11,8 @@ from reapkit.checkpoint.architecture import text_config
 from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.checkpoint.expert_layout import read_layout
 from reapkit.checkpoint.locate import model_checkpoint
-from reapkit.quantization.schemes import quantized_already, quantized_widths
+from reapkit.quantization.sizes import quantized_widths
+from reapkit.quantization.targets import quantized_already
 from reapkit.recipe.schema import ModelSpec, QuantizeSpec
 
 GROUP_SIZES = (128, 64, 32, 16)

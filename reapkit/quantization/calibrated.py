@@ -34,7 +34,7 @@ from reapkit.quantization.oneshot import (
 )
 from reapkit.quantization.placing import place_matrices
 from reapkit.quantization.quiet import quiet
-from reapkit.quantization.schemes import Targets
+from reapkit.quantization.targets import Targets
 from reapkit.quantization.writing import read_tensor, write_shards
 from reapkit.recipe.schema import QuantizeSpec
 

@@ -20,8 +20,10 @@ from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.checkpoint.expert_layout import read_layout
 from reapkit.core.errors import Problem, RecipeError, StageFailed
 from reapkit.core.progress import SILENT, Progress
+from reapkit.quantization.checks import check_quantize
 from reapkit.quantization.formats import preset
-from reapkit.quantization.schemes import check_quantize, is_fp8, scheme_of, targets
+from reapkit.quantization.schemes import scheme_of
+from reapkit.quantization.targets import is_fp8, targets
 from reapkit.quantization.writing import finish_directory, measure
 from reapkit.recipe.schema import QuantizeSpec
 

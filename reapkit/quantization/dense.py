@@ -16,7 +16,7 @@ from torch import Tensor
 from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.core.progress import SILENT, Progress
 from reapkit.quantization.formats import PARTS, decompress, scheme_on_disk
-from reapkit.quantization.schemes import Matrix, Targets, expert_prefixes, targets
+from reapkit.quantization.targets import Matrix, Targets, expert_prefixes, targets
 from reapkit.quantization.writing import copy_companions, write_index, write_shards
 from reapkit.recipe.schema import QuantizeSpec
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.core.errors import UnusableError
 from reapkit.quantization.names import LoadedNames
-from reapkit.quantization.schemes import Matrix, Targets, expert_prefixes
+from reapkit.quantization.targets import Matrix, Targets, expert_prefixes
 from reapkit.quantization.writing import read_tensor
 
 EXPERT = re.compile(r"\.experts\.(\d+)\.")

@@ -14,7 +14,7 @@ from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.core.progress import SILENT, Progress
 from reapkit.quantization.dense import unblocked
 from reapkit.quantization.formats import decompress, preset, round_to_nearest
-from reapkit.quantization.schemes import targets
+from reapkit.quantization.targets import targets
 from reapkit.quantization.writing import copy_companions, read_tensor, write_index, write_shards
 from reapkit.recipe.schema import QuantizeSpec
 

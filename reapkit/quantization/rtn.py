@@ -17,7 +17,7 @@ from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.core.progress import Progress
 from reapkit.quantization.dense import unblocked
 from reapkit.quantization.quiet import quiet
-from reapkit.quantization.schemes import Targets
+from reapkit.quantization.targets import Targets
 from reapkit.quantization.writing import ShardWriter, copy_companions, write_index
 
 

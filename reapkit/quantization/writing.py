@@ -23,7 +23,7 @@ from reapkit.core.progress import Progress
 from reapkit.core.safetensors_header import read_header
 from reapkit.pruning.config_edits import edit_json
 from reapkit.quantization.formats import PARTS, quantization_config
-from reapkit.quantization.schemes import Targets
+from reapkit.quantization.targets import Targets
 
 INDEX = "model.safetensors.index.json"
 ABOUT_THE_SOURCE = ("config.json", INDEX, "README.md", "recipe.yaml", "reapkit.json")

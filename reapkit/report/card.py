@@ -11,10 +11,10 @@ import yaml
 from reapkit.core.formatting import count, human_bytes, human_count, human_experts, listed, percent, plural
 from reapkit.evaluation.gates import UNION
 from reapkit.planning.plan import Sizes
+from reapkit.quantization.engines import ENGINES
 from reapkit.report.comparison_sections import benchmark_rows, speed_lead, speed_rows, verdict_of_equal_bytes
 from reapkit.report.facts import RunFacts
 from reapkit.report.measures import generated, measured_models, share_with_interval, verified_rows, with_interval
-from reapkit.report.serving import engine_for
 
 REAP_CITATION = """@article{lasby2025reap,
   title={REAP the Experts: Why Pruning Prevails for One-Shot MoE Compression},
@@ -460,7 +460,6 @@ def _served(facts: RunFacts, which: str) -> str:
 def _serving(facts: RunFacts, sizes: Sizes, which: str, scheme: str | None) -> str:
     target = facts.recipe.output.push_to_hub or "path/to/this/directory"
     ragged = len(set(sizes.experts.values())) > 1
-    engine = engine_for(scheme, ragged=ragged)
     trust = facts.recipe.model.trust_remote_code or ragged
     packages = ("transformers", "torch", *(["compressed-tensors"] if scheme else []))
     versions = [f"{name} {facts.versions[name]}" for name in packages if facts.versions.get(name)]
@@ -473,8 +472,11 @@ def _serving(facts: RunFacts, sizes: Sizes, which: str, scheme: str | None) -> s
     )
     notes = [
         f"transformers: {reads}{made}.",
-        f"vLLM: {engine.vllm}",
-        f"SGLang: {engine.sglang}.",
+        *(
+            f"{engine.name}: {engine.support(scheme, ragged=ragged).sentence}"
+            for engine in ENGINES.values()
+            if engine.on_card
+        ),
         _served(facts, which),
     ]
     blocks = ["## Use it", "\n".join(f"- {note}" for note in notes)]

@@ -7,12 +7,12 @@ from typing import Any
 
 from reapkit.core.formatting import count, human_bytes
 from reapkit.evaluation.gates import UNION
+from reapkit.quantization.engines import ENGINES
 from reapkit.report.blocks import Note, Section, Table
 from reapkit.report.facts import RunFacts
 from reapkit.report.measures import shown, verified_rows, with_interval
 
 LEFT, RIGHT = "left", "right"
-ENGINES = {"transformers": "transformers", "vllm": "vLLM"}
 
 
 def equal_bytes(facts: RunFacts) -> Section | None:
@@ -110,7 +110,7 @@ def speed_lead(found: list[Mapping[str, Any]]) -> str:
 def speed_rows(found: list[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
     """Cells of `speed`: model, engine, prefill, decode, peak memory, remark."""
     for row in found:
-        engine = f"{ENGINES[row['engine']]} {row.get('version', '')}".strip()
+        engine = f"{ENGINES[row['engine']].name} {row.get('version', '')}".strip()
         if row["not_measured"]:
             yield row["model"], engine, "–", "–", "–", f"not measured: {row['not_measured'].splitlines()[0]}"
             continue

@@ -23,6 +23,7 @@ from reapkit.core.formatting import (
     seconds,
 )
 from reapkit.planning.plan import Sizes
+from reapkit.quantization.schemes import SCHEMES
 from reapkit.report.blocks import Chart, Code, Folded, Note, Section, Table, Text, Tiles
 from reapkit.report.charts import axis, bars
 from reapkit.report.charts import rows as lying_bars
@@ -230,7 +231,12 @@ def quantization(facts: RunFacts) -> Section | None:
         blocks.append(Folded("What was left in full precision, and why", [table]))
     if note := _hardly_reached(found):
         blocks.append(Note("warn", note))
-    return Section("quantization", "Quantization", blocks, "", "Quantization")
+    return Section("quantization", "Quantization", blocks, _stored(str(found.get("scheme"))), "Quantization")
+
+
+def _stored(scheme: str) -> str:
+    """How a scheme stores weights, in a sentence; nothing of a raw recipe."""
+    return f"{scheme} stores {SCHEMES[scheme].meaning}." if scheme in SCHEMES else ""
 
 
 def _quantization_cost(facts: RunFacts) -> str:

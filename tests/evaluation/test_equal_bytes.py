@@ -6,7 +6,7 @@ import pytest
 from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.checkpoint.locate import MODEL_DIRECTORY
 from reapkit.evaluation.equal_bytes import equal_bytes, next_scheme
-from reapkit.quantization.schemes import quantized_bytes
+from reapkit.quantization.sizes import quantized_bytes
 from reapkit.recipe.schema import QuantizeSpec
 
 SPEC = QuantizeSpec(group_size=64)

@@ -21,7 +21,9 @@ from reapkit.evaluation.proofs.quantized import prove_quantized
 from reapkit.quantization.checkpoint import quantize_checkpoint
 from reapkit.quantization.dense import PackedDirectory, relative_error
 from reapkit.quantization.oneshot import equal_batches
-from reapkit.quantization.schemes import SCHEMES, quantized_bytes, targets
+from reapkit.quantization.schemes import SCHEMES
+from reapkit.quantization.sizes import quantized_bytes
+from reapkit.quantization.targets import targets
 from reapkit.recipe.schema import QuantizeSpec
 from tests.support.tiny import build, save_hub_layout
 from tests.support.tiny_tokens import tiny_tokens

@@ -10,7 +10,7 @@ from reapkit.quantization.checkpoint import quantize_checkpoint
 from reapkit.quantization.dense import write_dense
 from reapkit.quantization.formats import preset
 from reapkit.quantization.rounded import rounded, write_rounded
-from reapkit.quantization.schemes import targets
+from reapkit.quantization.targets import targets
 from reapkit.recipe.schema import QuantizeSpec
 from tests.support import tiny
 

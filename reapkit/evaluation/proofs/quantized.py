@@ -30,7 +30,8 @@ from reapkit.evaluation.proofs.proof import (
 from reapkit.model.loading import load_config, model_class
 from reapkit.quantization.dense import PackedDirectory, relative_error
 from reapkit.quantization.formats import PARTS, preset, round_to_nearest, spec_on_disk
-from reapkit.quantization.schemes import Matrix, Targets, expert_prefixes, is_fp8, scheme_of, targets
+from reapkit.quantization.schemes import scheme_of
+from reapkit.quantization.targets import Matrix, Targets, expert_prefixes, is_fp8, targets
 from reapkit.recipe.schema import QuantizeSpec
 
 CONSTANTS = (".weight_shape", ".weight_global_scale")

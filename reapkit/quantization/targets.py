@@ -1,0 +1,186 @@
+"""What a quantization touches: which matrices of a checkpoint are quantized, and why the others are not. Torch-free.
+
+Quantized are the matrices of the decoder layers: attention, dense and shared MLPs, every routed expert. Never
+quantized, found by what they are and not by one name: everything outside the decoder layers (embeddings, head, vision
+and audio towers), multi-token-prediction blocks, routers, gates with a single output, indexers, vectors and
+convolutions.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from reapkit.checkpoint.architecture import text_config
+from reapkit.checkpoint.checkpoint import Checkpoint
+from reapkit.checkpoint.expert_layout import LAYER, Kind, Layout, read_layout
+from reapkit.core.dtypes import FLOATS
+from reapkit.core.safetensors_header import TensorInfo
+from reapkit.recipe.schema import QuantizeSpec
+
+INDEXER = re.compile(r"(?:^|[._])indexer(?:[._]|$)")
+FP8_METHODS = ("fp8",)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A tensor that will be quantized: `count` matrices [rows, columns] (a stack of experts counts each projection)."""
+
+    tensor: TensorInfo
+    count: int
+    rows: int
+    columns: int
+    layer: int
+    routed: bool
+
+    @property
+    def module(self) -> str:
+        return self.tensor.name.removesuffix(".weight")
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What a quantization touches: matrices by tensor name, and the modules left alone (every 2-D weight that is not in
+    it) by reason."""
+
+    matrices: Mapping[str, Matrix]
+    left: Mapping[str, str]
+
+    @property
+    def has_stacked_experts(self) -> bool:
+        """Whether experts are stored as one stacked tensor, which quantized formats cannot hold."""
+        return any(len(matrix.tensor.shape) == 3 for matrix in self.matrices.values())
+
+
+def expert_prefixes(matrix: Matrix) -> list[str]:
+    """The names under which a stack of experts is written: one module per expert and projection, as engines with such
+    modules spell it.
+
+    Expert by expert, gate before up; w1 and w3 where the source speaks mixtral's dialect (`input_linear`,
+    `output_linear`).
+    """
+    mixtral = "input_linear" in matrix.module or "output_linear" in matrix.module
+    site = re.sub(r"\.(?:experts\.)?[^.]+$", "", matrix.module)
+    if "down" in matrix.module or "output_linear" in matrix.module:
+        projections = ("w2",) if mixtral else ("down_proj",)
+    elif matrix.count == matrix.tensor.shape[0]:
+        projections = ("up_proj",)
+    else:
+        projections = ("w1", "w3") if mixtral else ("gate_proj", "up_proj")
+    return [
+        f"{site}.experts.{expert}.{projection}"
+        for expert in range(matrix.tensor.shape[0])
+        for projection in projections
+    ]
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a module name is one of the patterns: names as they are, `re:` patterns matched from the start."""
+    return any(re.match(pattern[3:], name) if pattern.startswith("re:") else pattern == name for pattern in patterns)
+
+
+def targets(checkpoint: Checkpoint, spec: QuantizeSpec, layout: Layout | None = None) -> Targets:
+    """Decides for every matrix of the checkpoint whether it is quantized, and says why not where it is not."""
+    layout = layout or read_layout(checkpoint)
+    routed = {name for layer in layout.layers.values() for names in layer.parts.values() for name in names.values()}
+    decide = _decider(checkpoint, spec, layout)
+    matrices: dict[str, Matrix] = {}
+    left: dict[str, str] = {}
+    for name, tensor in checkpoint.tensors.items():
+        decided = decide(tensor)
+        if isinstance(decided, Matrix):
+            matrices[name] = replace(decided, routed=True) if name in routed else decided
+        elif decided is not None:
+            left[name.removesuffix(".weight")] = decided
+    return Targets(matrices, left)
+
+
+def _decider(checkpoint: Checkpoint, spec: QuantizeSpec, layout: Layout) -> Callable[[TensorInfo], Matrix | str | None]:
+    """What becomes of a tensor: a matrix that is quantized, the reason why not, or None for what is no matrix at
+    all."""
+    stacked = {name: index for index, layer in layout.layers.items() for name in layer.stacked}
+    decoder = _decoder(layout)
+
+    def decide(tensor: TensorInfo) -> Matrix | str | None:
+        name = tensor.name
+        if name in stacked and len(tensor.shape) == 3:
+            return _left_by_user(name, spec) or _stacked_experts(tensor, stacked[name], checkpoint)
+        if name.endswith(".weight") and len(tensor.shape) == 2 and tensor.dtype in (*FLOATS, "F8_E4M3"):
+            match = LAYER.match(name)
+            return (
+                _why_left(name, tensor, stacked, layout, decoder)
+                or _left_by_user(name, spec)
+                or Matrix(tensor, 1, *tensor.shape, layer=int(match["index"]) if match else -1, routed=False)
+            )
+        return None
+
+    return decide
+
+
+def decided_kinds(checkpoint: Checkpoint, spec: QuantizeSpec, layout: Layout) -> Iterator[tuple[Kind, Matrix | None]]:
+    """Every tensor of the checkpoint, those that differ in their expert only together, and the matrix it is quantized
+    as, if it is.
+
+    Patterns of the user may tell experts apart; then each comes by itself.
+    """
+    decide = (
+        _decider(checkpoint, spec, layout) if spec.scheme is not None and spec.recipe is None else lambda tensor: None
+    )
+    for kind in layout.kinds:
+        each = (
+            (kind,)
+            if not spec.ignore
+            else (replace(kind, tensor=checkpoint.tensors[name], names=(name,)) for name in kind.names)
+        )
+        for one in each:
+            decided = decide(one.tensor)
+            yield one, decided if isinstance(decided, Matrix) else None
+
+
+def is_fp8(config: Mapping) -> bool:
+    """Whether the checkpoint holds block-scaled FP8 weights, which are dequantized before they are quantized again."""
+    return (config.get("quantization_config") or {}).get("quant_method") in FP8_METHODS
+
+
+def quantized_already(config: Mapping) -> str | None:
+    """The quantization method of the checkpoint, if it has one."""
+    found = config.get("quantization_config") or text_config(config).get("quantization_config")
+    return str(found.get("quant_method", "unknown")) if isinstance(found, Mapping) else None
+
+
+def _left_by_user(name: str, spec: QuantizeSpec) -> str | None:
+    return "the recipe ignores it" if matches(name.removesuffix(".weight"), spec.ignore) else None
+
+
+def _decoder(layout: Layout) -> str:
+    """The prefix of the decoder layers' names, such as `model.layers.`."""
+    name = next(iter(next(iter(layout.layers.values())).names))
+    return LAYER.match(name)["stack"]  # read_layout accepts experts in numbered layers only
+
+
+def _why_left(name: str, tensor: TensorInfo, stacked: Mapping[str, int], layout: Layout, decoder: str) -> str | None:
+    if name in layout.mtp_tensors:
+        return "multi-token prediction"
+    if not name.startswith(decoder) or not LAYER.match(name):
+        return "outside the decoder layers"
+    if name in stacked:
+        return "router"
+    if tensor.shape[0] == 1:
+        return "a gate with one output"
+    if INDEXER.search(name):
+        return "indexer"
+    return None
+
+
+def _stacked_experts(tensor: TensorInfo, layer: int, checkpoint: Checkpoint) -> Matrix:
+    """The stack as its projections: into the hidden width and out of it, whichever way round the file stores them."""
+    experts, first, second = tensor.shape
+    hidden = text_config(checkpoint.config).get("hidden_size")
+    down = "down" in tensor.name or "output_linear" in tensor.name
+    inputs_first = first != second and (second if down else first) == hidden
+    rows, columns = (second, first) if inputs_first else (first, second)
+    if down:
+        return Matrix(tensor, experts, rows, columns, layer, routed=True)
+    parts = 2 if "gate_up" in tensor.name or "input_linear" in tensor.name else 1
+    return Matrix(tensor, experts * parts, rows // parts, columns, layer, routed=True)

@@ -1,0 +1,42 @@
+"""A `quantize:` section that does not fit its checkpoint is told so, with what would fit."""
+
+from __future__ import annotations
+
+from reapkit.checkpoint.checkpoint import Checkpoint
+from reapkit.quantization.checks import check_quantize
+from reapkit.quantization.sizes import quantized_widths
+from reapkit.recipe.schema import QuantizeSpec
+
+W3 = QuantizeSpec(scheme="W3A16", group_size=32)
+
+
+def test_group_size_must_divide_every_width(tiny_checkpoint) -> None:
+    (problem,) = check_quantize(tiny_checkpoint("qwen3_moe"), QuantizeSpec(scheme="W3A16", group_size=64))
+    assert problem.path == "quantize.group_size"
+    assert problem.message == (
+        "64 does not divide the input width 32 (48 matrices, such as model.layers.0.mlp.experts.0.down_proj). "
+        "Choose 32, 16, or add these modules to quantize.ignore."
+    )
+    assert set(quantized_widths(tiny_checkpoint("qwen3_moe"), W3)) == {32, 64}
+    assert not check_quantize(tiny_checkpoint("qwen3_moe"), W3)
+
+
+def test_a_method_that_cannot_do_a_scheme_and_a_group_that_is_fixed(tiny_checkpoint) -> None:
+    problems = check_quantize(
+        tiny_checkpoint("qwen3_moe"), QuantizeSpec(scheme="MXFP4A16", method="awq", group_size=64)
+    )
+    assert [problem.path for problem in problems] == ["quantize.method", "quantize.group_size"]
+    assert "always shares a scale by 32" in problems[1].message
+
+
+def test_a_quantized_source_is_refused_unless_it_can_be_dequantized(tiny_checkpoint) -> None:
+    source = tiny_checkpoint("qwen3_moe")
+
+    def quantized(method: str) -> Checkpoint:
+        return Checkpoint(
+            source.path, {**source.config, "quantization_config": {"quant_method": method}}, source.tensors
+        )
+
+    (problem,) = check_quantize(quantized("mxfp4"), W3)
+    assert "quantized already (mxfp4)" in problem.message
+    assert not check_quantize(quantized("fp8"), W3)
