@@ -1,7 +1,8 @@
 """How much faster do two ranks of one thread each observe than one process of one thread? In turns, medians of the
 ratios.
 
-    python benchmarks/distributed.py [--placement resident|streaming] [--tokens 16384] [--pairs 5] [--directory DIR] [--json FILE]
+    python benchmarks/distributed.py [--placement resident|streaming] [--tokens 16384] [--pairs 5]
+        [--directory DIR] [--json FILE]
 
 The model is a random qwen3_moe of hidden 1024, 64 experts, top-8, 4 layers, float32, written as a checkpoint; the
 calibration has 16 row groups. Every measurement starts its processes anew, two ranks by torchrun. `observe` counts from

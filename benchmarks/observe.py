@@ -177,7 +177,7 @@ def main() -> None:
     for eaft in (False, True):
         with watching(model, batch, eaft) as watch:
 
-            def observed() -> None:
+            def observed(watch: BatchWatch = watch, eaft: bool = eaft) -> None:
                 with intercepted(watch.session.sites, watch):
                     hidden = final_hidden(model, ids)
                 if eaft:

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tests.support import published_models  # noqa: E402  (a helper of the tests)
+from tests.support import published_models
 
 LAYERS, DENSE, EXPERTS, HIDDEN, INNER, VOCABULARY, SHARDS = 61, 1, 384, 7168, 2048, 163840, 1000
 LIMIT_SECONDS = 2.0
@@ -152,7 +152,7 @@ def benchmark(directory: Path, runs: int, dtype: str) -> dict[str, Any]:
     (directory / "recipe.yaml").write_text(RECIPE)
     cold = measure(directory)
     measured = [measure(directory) for _ in range(runs)]
-    wall, cpu = (statistics.median(column) for column in list(zip(*measured))[:2])
+    wall, cpu = (statistics.median(column) for column in list(zip(*measured, strict=True))[:2])
     return {
         "benchmark": "reapkit plan, whole process",
         "date": datetime.date.today().isoformat(),

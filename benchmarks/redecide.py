@@ -30,10 +30,10 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from reapkit.checkpoint.checkpoint import Checkpoint  # noqa: E402
-from reapkit.observation.observation import MAXIMA, SUMS, Observation  # noqa: E402
-from reapkit.selection.selection import Selection  # noqa: E402
-from tests.support import published_models  # noqa: E402  (a helper of the tests)
+from reapkit.checkpoint.checkpoint import Checkpoint
+from reapkit.observation.observation import MAXIMA, SUMS, Observation
+from reapkit.selection.selection import Selection
+from tests.support import published_models
 
 LAYERS, EXPERTS, TOP_K, HIDDEN, INNER, VOCABULARY, SHARDS, SOURCES = (
     60,

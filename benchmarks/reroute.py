@@ -1,7 +1,8 @@
 """What the reroute stage costs for one layer: all experts' outputs on the sample, then the removal path. Times and peak
 memory.
 
-    python benchmarks/reroute.py [--device cpu|cuda] [--dtype float32|bfloat16] [--tokens 8192] [--threads N] [--json FILE]
+    python benchmarks/reroute.py [--device cpu|cuda] [--dtype float32|bfloat16] [--tokens 8192] [--threads N]
+        [--json FILE]
 
 The default is a layer of Qwen3-30B-A3B's shape with random weights: 128 experts, top-8, hidden 2048, 768 per expert.
 Half of the router's rows are drawn along a few common directions, so that loads are uneven as in trained models.
@@ -30,9 +31,10 @@ from reapkit.observation.rerouting import Sampled, path, single
 
 def build(arguments: argparse.Namespace) -> RoutedExperts:
     config = AutoConfig.for_model(
-        "qwen3_moe", vocab_size=256, hidden_size=arguments.hidden, intermediate_size=64, moe_intermediate_size=arguments.inner,
-        num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4, head_dim=32, num_experts=arguments.experts,
-        num_experts_per_tok=arguments.top_k, norm_topk_prob=True)  # fmt: skip
+        "qwen3_moe", vocab_size=256, hidden_size=arguments.hidden, intermediate_size=64,
+        moe_intermediate_size=arguments.inner, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4,
+        head_dim=32, num_experts=arguments.experts, num_experts_per_tok=arguments.top_k,
+        norm_topk_prob=True)  # fmt: skip
     with torch.device("meta"):
         model = (
             AutoModelForCausalLM.from_config(config, dtype=getattr(torch, arguments.dtype)).eval().requires_grad_(False)
@@ -117,8 +119,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
         * (3 * arguments.inner + min(arguments.experts, 256))
     )
     return {
-        "outputs_seconds": outputs_s, "outputs_flop": flop, "product_flop_per_second": rate, "limit_seconds": flop / rate,
-        "share_of_limit": flop / rate / outputs_s,
+        "outputs_seconds": outputs_s, "outputs_flop": flop, "product_flop_per_second": rate,
+        "limit_seconds": flop / rate, "share_of_limit": flop / rate / outputs_s,
         "probe_seconds": probe_s, "single_seconds": single_s, "path_seconds": path_s, "router_calls": calls,
         "kept_bytes": arguments.tokens * arguments.experts * min(arguments.experts, 256) * 4, "local": local,
         "bytes_before": before, "bytes_peak": peak_bytes(device), "removed": int((found.order >= 0).sum()),

@@ -1,7 +1,8 @@
 """Time and peak memory of a streamed observation, against reading the shards and against the plain forward of the same
 layers.
 
-    python benchmarks/streaming.py [--device cpu|cuda] [--gigabytes 10] [--dtype bfloat16] [--rounds 3] [--directory DIR] [--json FILE]
+    python benchmarks/streaming.py [--device cpu|cuda] [--gigabytes 10] [--dtype bfloat16] [--rounds 3]
+        [--directory DIR] [--json FILE]
 
 Writes a random qwen3_moe checkpoint, one shard per layer, and measures in turns, each in a process of its own with one
 torch thread: reading all shards into one buffer, the plain forward (one layer's share measured, times the layers), and

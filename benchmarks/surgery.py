@@ -1,6 +1,7 @@
 """How long pruning a checkpoint takes against copying the bytes that stay with `cp`, on the same disk, in pairs.
 
-    python benchmarks/surgery.py [--gigabytes 20] [--pairs 3] [--warm-pairs 5] [--directory /big/disk] [--layout per-expert|fused] [--output FILE]
+    python benchmarks/surgery.py [--gigabytes 20] [--pairs 3] [--warm-pairs 5] [--directory /big/disk]
+        [--layout per-expert|fused] [--output FILE]
 
 Writes a random checkpoint, prunes half its experts, and copies the result with `cp`; each pair in alternating order,
 once with what is read out of the page cache (cold) and once in it (warm, on a checkpoint of at most a fifth of the

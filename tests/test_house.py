@@ -67,7 +67,7 @@ def imports(module: str, *, lazy: bool = True) -> frozenset[str]:
     hidden = set()
     for node in ast.walk(tree):
         typing_only = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-        if typing_only or not lazy and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+        if typing_only or (not lazy and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)):
             hidden |= {id(inner) for inner in ast.walk(node)}
     found: set[str] = set()
     for node in ast.walk(tree):

@@ -37,7 +37,8 @@ from reapkit.pruning.refitted_weights import RepairedWeights
 from reapkit.recipe.schema import ObserveSpec
 from reapkit.selection.selection import Selection
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from oracle import greedy_oracle
 from pruning_study import SOURCES, Cost, Losses, Noise, Study
 from table import write_tables

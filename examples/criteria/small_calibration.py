@@ -24,7 +24,7 @@ from reapkit.healing.refit import repair
 from reapkit.model.streaming.layers import LayeredModel
 from reapkit.recipe.schema import ObserveSpec
 
-sys.path[:0] = [str(Path(__file__).parents[1])]
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from pruning_study import BATCH_TOKENS, SOURCES, Cost, Losses, Noise, Study
 
 RATIO = Decimal("0.5")

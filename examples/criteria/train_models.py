@@ -82,9 +82,10 @@ def new_model(vocabulary: int, variant: Variant) -> PreTrainedModel:
     torch.manual_seed(variant.seed)
     count = {} if "n_routed_experts" in dict(variant.extra) else {"num_experts": variant.experts}
     config = getattr(transformers, variant.config)(
-        vocab_size=vocabulary, hidden_size=HIDDEN, intermediate_size=2 * HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=HIDDEN // HEAD,
-        num_key_value_heads=1, head_dim=HEAD, num_experts_per_tok=variant.top_k, moe_intermediate_size=variant.width,
-        max_position_embeddings=CONTEXT, rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, tie_word_embeddings=True,
+        vocab_size=vocabulary, hidden_size=HIDDEN, intermediate_size=2 * HIDDEN, num_hidden_layers=LAYERS,
+        num_attention_heads=HIDDEN // HEAD, num_key_value_heads=1, head_dim=HEAD, num_experts_per_tok=variant.top_k,
+        moe_intermediate_size=variant.width, max_position_embeddings=CONTEXT,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, tie_word_embeddings=True,
         bos_token_id=0, eos_token_id=0, pad_token_id=0, **count, **dict(variant.extra))  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     ALL_EXPERTS_FUNCTIONS.register("experts_in_order", experts_in_order)

@@ -307,7 +307,7 @@ def _silent_calls(sources: Sequence[Mapping[str, Any]], gathered: Sequence[Gathe
     return [
         f"source '{source['name']}': the chat template never mentions tool_calls, so its {source['tool_calls']} calls"
         " are not rendered. Give calibration.chat_template."
-        for source, made in zip(sources, gathered)
+        for source, made in zip(sources, gathered, strict=True)
         if source["tool_calls"] and not made.shows_calls
     ]
 

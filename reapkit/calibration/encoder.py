@@ -58,7 +58,7 @@ class Encoder:
         with self._lock:  # templates record their spans in shared state; rendering would not run in parallel anyway
             results, waiting = self._render(walk, positions)
         tokenized = spans.encode([rendered for _, rendered in waiting], self.renderer.tokenizer) if waiting else []
-        for (number, rendered), (ids, marks) in zip(waiting, tokenized):
+        for (number, rendered), (ids, marks) in zip(waiting, tokenized, strict=True):
             results[number] = self._tokenized(results[number], ids, marks, rendered.way)
         return results
 
@@ -66,7 +66,7 @@ class Encoder:
         """Every row as a finished or dropped sample, or as one that waits for the tokenizer, by its number."""
         results: list[Encoded] = []
         waiting: list[tuple[int, spans.Rendered]] = []
-        for position, row in zip(positions, walk.read(positions)):
+        for position, row in zip(positions, walk.read(positions), strict=False):
             try:
                 sample = to_sample(row, self.format)
                 item = Encoded(
@@ -88,7 +88,7 @@ class Encoder:
     def _unfit(self, sample: Sample) -> str | None:
         if sample.size == 0:
             return "empty"
-        if sample.text is not None and len(sample.text) > MAX_SAMPLE_BYTES or sample.size > MAX_SAMPLE_BYTES:
+        if (sample.text is not None and len(sample.text) > MAX_SAMPLE_BYTES) or sample.size > MAX_SAMPLE_BYTES:
             raise ValueError(too_long(sample.size).rstrip("."))
         return "near-empty" if sample.input_ids is None and sample.size < MIN_CHARACTERS else None
 

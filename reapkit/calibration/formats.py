@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -236,10 +237,8 @@ def _call(call: Any, number: int) -> dict[str, Any]:
         raise ValueError(f"turn {number} has a tool call without a function name")
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
-        try:
+        with suppress(ValueError):  # a model may have written broken JSON; templates that print it keep it as it is
             arguments = json.loads(arguments) if arguments.strip() else {}
-        except ValueError:
-            pass  # a model may have written broken JSON; templates that print the string keep it as it is
     identity = {"id": call["id"]} if call.get("id") is not None else {}
     return {**identity, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
 

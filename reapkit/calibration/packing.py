@@ -130,7 +130,7 @@ def interleave(counts: Sequence[int]) -> list[tuple[int, int]]:
     row = np.concatenate([np.arange(count) for count in counts]) if counts else np.empty(0, np.int64)
     place = (2 * row + 1) / np.repeat(2 * np.asarray(counts), counts)
     order = np.lexsort((row, stream, place))
-    return list(zip(stream[order].tolist(), row[order].tolist()))
+    return list(zip(stream[order].tolist(), row[order].tolist(), strict=True))
 
 
 def group_bounds(row_lengths: Sequence[int]) -> tuple[list[int], list[int]]:

@@ -55,7 +55,7 @@ def prepare(
         targets = [
             Target(tokens=count, field="calibration.tokens") for count in largest_remainder(calibration.tokens, weights)
         ]
-    gathered = [gather(inputs, entry, target) for entry, target in zip(calibration.mix, targets)]
+    gathered = [gather(inputs, entry, target) for entry, target in zip(calibration.mix, targets, strict=True)]
     streams = [Stream(number, source, range(source.used)) for number, source in enumerate(gathered)]
     return assemble(inputs, gathered, streams, out, {"kind": "calibration", "asked": asked}, removable=work is None)
 
@@ -101,7 +101,7 @@ def prepare_packs(
     targets = [Target(samples=count, field="evaluate.packs.samples") for count in _counts(calibration, evaluate)]
     gathered = [
         gather(inputs, entry, target, held_out, skip=rows_read.get(entry.name, 0))
-        for entry, target in zip(entries, targets)
+        for entry, target in zip(entries, targets, strict=True)
     ]
     streams = []
     for number, source in enumerate(gathered):
@@ -143,7 +143,7 @@ def _shares(samples: int, entries: Sequence[MixEntry], field: str) -> list[int]:
     """Samples of each source by largest remainder. Raises RecipeError naming those that would get none."""
     weights = [entry.weight for entry in entries]
     counts = largest_remainder(samples, weights)
-    if without := [entry.name for entry, count in zip(entries, counts) if not count]:
+    if without := [entry.name for entry, count in zip(entries, counts, strict=True) if not count]:
         enough = ceil(sum(weights) / min(weights))
         raise RecipeError(
             [

@@ -174,7 +174,7 @@ class Table:
 
     def read(self, numbers: Sequence[int]) -> list[Mapping[str, Any]]:
         columns = self.dataset[list(map(int, numbers))]
-        return [dict(zip(columns, values)) for values in zip(*columns.values())]
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
     def place(self, number: int) -> str:
         return f"{self.title} row {number}"

@@ -106,7 +106,7 @@ def _filtered(rows: Rows, entry: MixEntry) -> np.ndarray:
             read = looked_at.read(chunk)
         except ValueError as error:
             raise UnusableError(f"source '{entry.name}', {error}") from None
-        kept += [number for number, row in zip(chunk, read) if passes(row, entry, rows.place(number))]
+        kept += [number for number, row in zip(chunk, read, strict=True) if passes(row, entry, rows.place(number))]
     if not kept:
         raise UnusableError(f"source '{entry.name}': none of {rows.total} rows passes the filter {entry.filter}.")
     return np.array(kept)

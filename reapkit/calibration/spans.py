@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os.path
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +146,7 @@ class Renderer:
             before = prompt if nests else self._chat(template, sample.messages[:number], sample.tools)
             if not whole.startswith(upto) or not upto.startswith(before):
                 raise ValueError(self._no_nesting(template, sample, number))
-            shared = 0 if nests else len(os.path.commonprefix([prompt.removeprefix(before), upto[len(before) :]]))
+            shared = 0 if nests else _shared_length(prompt.removeprefix(before), upto[len(before) :])
             spans.append((len(before) + shared, len(upto)))
         return spans
 
@@ -204,7 +204,7 @@ def marked_spans(text: str, markers: Spans) -> list[tuple[int, int]]:
         begin = position + len(markers.start)
         position = text.find(markers.start, begin)
         stop = position if position >= 0 else len(text)
-        found = [place + len(end) for end in ends if 0 <= (place := text.find(end, begin)) and place < stop]
+        found = [place + len(end) for end in ends if (place := text.find(end, begin)) >= 0 and place < stop]
         spans.append((begin, min(found, default=stop)))
     return spans
 
@@ -225,7 +225,7 @@ def encode(rendered: Sequence[Rendered], tokenizer: Any) -> list[tuple[np.ndarra
         encodings = tokenizer.backend_tokenizer.encode_batch(
             [rendered[number].text for number in numbers], add_special_tokens=rendered[numbers[0]].special
         )
-        for number, encoding in zip(numbers, encodings):
+        for number, encoding in zip(numbers, encodings, strict=True):
             ids = np.array(encoding.ids, dtype=np.int32)
             results[number] = ids, _marks(encoding, rendered[number], len(ids))
     return results
@@ -279,11 +279,19 @@ def _token_range(encoding: Any, start: int, stop: int) -> tuple[int, int]:
     return first, last + 1
 
 
+def _shared_length(one: str, other: str) -> int:
+    """Characters of the longest common prefix."""
+    for number, (a, b) in enumerate(zip(one, other, strict=False)):
+        if a != b:
+            return number
+    return min(len(one), len(other))
+
+
 def _encode_stretches(item: Rendered, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
     ids: list[int] = []
     marks: list[int] = []
     borders = sorted({0, len(item.text), *(border for span in item.spans for border in span)})
-    for number, (start, stop) in enumerate(zip(borders, borders[1:])):
+    for number, (start, stop) in enumerate(pairwise(borders)):
         stretch = tokenizer.encode(item.text[start:stop], add_special_tokens=item.special and number == 0)
         ids += stretch
         marks += [int(any(a <= start and stop <= b for a, b in item.spans))] * len(stretch)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ class CalibrationTokens:
         self.score: str = summary["score"]
         self.packing: str = summary["packing"]
         bounds = summary["groups"]
-        self.groups: tuple[range, ...] = tuple(range(a, b) for a, b in zip(bounds, bounds[1:]))
+        self.groups: tuple[range, ...] = tuple(range(a, b) for a, b in pairwise(bounds))
         self.snapshots: tuple[int, ...] = tuple(summary["snapshots"])
         """Groups finished after 1/16, 1/8, 1/4 and 1/2 of the rows."""
         file = map_tensors(self.directory / TOKENS_FILE)

@@ -22,7 +22,14 @@ RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="Path of a recipe, or the name of a shipped one.")
 ]
 Overrides = Annotated[
-    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a field: --set prune.ratio=0.25")
+    list[str],
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a field: --set prune.ratio=0.25",
+        default_factory=list,
+        show_default=False,
+    ),
 ]
 Elsewhere = Annotated[
     str | None,

@@ -96,7 +96,7 @@ def _run(arguments: list[str], debug: bool) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return _interrupted()
     except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (open until the end: the flush at exit writes to it)
         return 0
     except ReapkitError as error:
         if debug:

@@ -23,7 +23,7 @@ from reapkit.report.tables import plan_as_json, plan_tables, result_table
 @app.command()
 def validate(
     recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="Recipes to check.")],
-    overrides: Overrides = [],
+    overrides: Overrides,
     as_json: Json = False,
 ) -> None:
     """Check recipes, against their model where it is local, cached or on the hub; every problem is shown at once.
@@ -49,7 +49,7 @@ def validate(
 
 
 @app.command()
-def plan(recipe: RecipeArgument, overrides: Overrides = [], as_json: Json = False) -> None:
+def plan(recipe: RecipeArgument, overrides: Overrides, as_json: Json = False) -> None:
     """Show what would run: stages, experts, parameters and bytes before and after. Reads config and headers only.
 
     Example: reapkit plan demo --set prune.ratio=0.25
@@ -69,7 +69,7 @@ def _show_plan(recipe: str, overrides: list[str], as_json: bool, observation: st
 @app.command()
 def apply(
     recipe: RecipeArgument,
-    overrides: Overrides = [],
+    overrides: Overrides,
     until: Annotated[
         str | None, typer.Option(metavar="STAGE", help=f"Stop after a stage: {', '.join(STAGES)}.")
     ] = None,
@@ -140,11 +140,11 @@ def _apply(recipe: str, overrides: list[str], until: str | None, as_json: bool, 
 
 def _stage_command(stage: str, purpose: str) -> None:
     def deciding(
-        recipe: RecipeArgument, overrides: Overrides = [], observation: Elsewhere = None, as_json: Json = False
+        recipe: RecipeArgument, overrides: Overrides, observation: Elsewhere = None, as_json: Json = False
     ) -> None:
         _apply(recipe, overrides, stage, as_json, observation)
 
-    def observing(recipe: RecipeArgument, overrides: Overrides = [], as_json: Json = False) -> None:
+    def observing(recipe: RecipeArgument, overrides: Overrides, as_json: Json = False) -> None:
         _apply(recipe, overrides, stage, as_json)
 
     command = observing if stage == "observe" else deciding
@@ -163,7 +163,7 @@ for _stage, _purpose in (
 
 
 @app.command()
-def lock(recipe: RecipeArgument, overrides: Overrides = [], as_json: Json = False) -> None:
+def lock(recipe: RecipeArgument, overrides: Overrides, as_json: Json = False) -> None:
     """Write NAME.lock.json beside the recipe: revisions, file hashes and versions that `apply --locked` insists on.
 
     Example: reapkit lock my-recipe.yaml

@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -169,7 +169,7 @@ class Team(Alone):
         try:
             self._put("outcome", code)
             deadline = time.monotonic() + LEAVING_SECONDS
-            others = [rank for rank in range(1, self.world)]
+            others = list(range(1, self.world))
             while others and time.monotonic() < deadline:
                 dead = self._dead(others)
                 others = [rank for rank in others if not self._has(f"left/{rank}") and rank not in dead]
@@ -181,10 +181,8 @@ class Team(Alone):
     def leave(self) -> None:
         """Other ranks: the last word before the process ends."""
         self._stop.set()
-        try:
+        with suppress(LostContact):
             self._put(f"left/{self.rank}", True)
-        except LostContact:
-            pass
 
     def outcome(self) -> int | None:
         """The code that rank 0 ended the run with, if it did."""
@@ -192,10 +190,8 @@ class Team(Alone):
 
     def fail(self, code: int, text: str) -> None:
         """Other ranks: tells rank 0 why this one cannot go on."""
-        try:
+        with suppress(LostContact):
             self._put(f"failed/{self.rank}", {"code": code, "text": f"{self._name(self.rank)}: {text}" if text else ""})
-        except LostContact:
-            pass
 
     def heard(self) -> int | None:
         """Other ranks: rank 0's last word, which comes soon; None, with `trouble` set, where it cannot come any

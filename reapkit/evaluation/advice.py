@@ -18,8 +18,9 @@ def summary_rows(evaluation: Mapping[str, Any], group: str = UNION) -> Iterator[
     """The rows of a terminal's table: base, candidates, what was tried after a rejection, controls and the confirmed
     choice, each at every length.
 
-    `{"name", "role": "base" | "candidate" | "searched" | "control" | "confirm", "length", "experts", "bytes", "rows", "verdict"}` and, for
-    each of `SHOWN`, the value with its interval as `NAME_interval`; None where there is none. `group`: `all` or a source.
+    `{"name", "role": "base" | "candidate" | "searched" | "control" | "confirm", "length", "experts", "bytes", "rows",
+    "verdict"}` and, for each of `SHOWN`, the value with its interval as `NAME_interval`; None where there is none.
+    `group`: `all` or a source.
     """
     yield from _rows({"name": "base", "metrics": evaluation["base"]}, "base", group)
     for role, entries in (
@@ -93,8 +94,10 @@ def gate_lines(results: Sequence[Mapping[str, Any]], verdict: str) -> list[str]:
     """The gates with this verdict as an aligned table, and what their metrics mean."""
     found = [entry for entry in results if entry["verdict"] == verdict]
     rows = [("gate", "source", "rows of", "measured", "limit", "beyond by"), *map(_cells, found)]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    table = ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    table = [
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
     return table + [
         f"  {metric}: {MEANING[metric]}"
         for metric in dict.fromkeys(entry["metric"] for entry in found)

@@ -121,7 +121,8 @@ class Bench(ABC):
         }
 
     def generation(self, candidate: Candidate | None) -> dict[str, Any]:
-        """`{"generation": shares over continuations by group | None, "examples": [...]}`; of the base itself for None."""
+        """`{"generation": shares over continuations by group | None, "examples": [...]}`; of the base itself for
+        None."""
         return {"generation": None, "examples": []}
 
 

@@ -111,7 +111,7 @@ def give_verdict(
     evaluation = {
         "format": FORMAT_VERSION,
         "eaft": dict(decide.eaft),
-        "packs": _describe_packs(dict(zip(PARTS, (decide, confirm)))),
+        "packs": _describe_packs(dict(zip(PARTS, (decide, confirm), strict=True))),
         "outside": sorted(next(iter(decide.packs.values())).outside),
         "gates": [asdict(gate) for gate in gates],
         "base": decide.base_metrics(),

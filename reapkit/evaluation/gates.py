@@ -1,6 +1,7 @@
 """Gates: the limits a candidate must keep against the base, and the verdict on measured intervals. Torch-free.
 
-A measurement is `{"value": float, "interval": [low, high] | None}`; the interval is a paired bootstrap interval over rows.
+A measurement is `{"value": float, "interval": [low, high] | None}`; the interval is a paired bootstrap interval over
+rows.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ def write(
                 tokens = model.generate(input_ids=ids, attention_mask=attended, generation_config=config)[
                     :, ids.shape[1] :
                 ]
-                for i, row in zip(chosen, tokens.tolist()):
+                for i, row in zip(chosen, tokens.tolist(), strict=True):
                     written[mode][i] = _until_end(row, ends)
                 task.advance(len(chosen))
     return written
@@ -210,13 +210,16 @@ def _shares(s: Sums) -> dict[str, Tensor]:
 def _tool_sums(base: Written, written: Written, prompts: Sequence[Prompt], tokenizer: Any) -> dict[str, Tensor]:
     """Per prompt whether it asks for a call (n), and which of its continuations are nothing but valid calls."""
     offered = [offered_tools(tokenizer.decode(prompt.tokens)) for prompt in prompts]
-    asks = [bool(tools) and bool(calls(tokenizer.decode(prompt.reference))) for tools, prompt in zip(offered, prompts)]
+    asks = [
+        bool(tools) and bool(calls(tokenizer.decode(prompt.reference)))
+        for tools, prompt in zip(offered, prompts, strict=True)
+    ]
 
     def valid(found: Sequence[Continuation]) -> Tensor:
         return torch.tensor(
             [
                 float(ask and valid_calls(tokenizer.decode(each.tokens), tools))
-                for ask, tools, each in zip(asks, offered, found)
+                for ask, tools, each in zip(asks, offered, found, strict=True)
             ],
             dtype=torch.float64,
         )

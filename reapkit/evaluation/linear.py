@@ -38,7 +38,9 @@ class _Widened(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         given = (
-            {**dict(zip(("input", "weight", "bias"), args)), **(kwargs or {})} if func is nn.functional.linear else {}
+            {**dict(zip(("input", "weight", "bias"), args, strict=False)), **(kwargs or {})}
+            if func is nn.functional.linear
+            else {}
         )
         return widened_linear(**given) if given and _worth_it(given["input"]) else func(*args, **(kwargs or {}))
 

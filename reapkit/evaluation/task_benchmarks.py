@@ -50,7 +50,7 @@ def run_benchmarks(
         max_new_tokens = max(1, min(max_new_tokens, longest // 2))
     require_lm_eval()
     out.mkdir(parents=True, exist_ok=True)
-    known = {path for path in out.rglob("results_*.json")}
+    known = set(out.rglob("results_*.json"))
     command = [
         sys.executable,
         "-m",

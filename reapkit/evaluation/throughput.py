@@ -139,7 +139,8 @@ def measure(model: nn.Module, spec: ThroughputSpec = DEFAULT, idle_bytes: int = 
     prompt = _prompt(model.get_input_embeddings().weight.shape[0], spec.prompt_tokens).to(device)
     _timed(model, prompt, spec.new_tokens)
     prefill, decode = (
-        statistics.median(seconds) for seconds in zip(*(_timed(model, prompt, spec.new_tokens) for _ in range(REPEATS)))
+        statistics.median(seconds)
+        for seconds in zip(*(_timed(model, prompt, spec.new_tokens) for _ in range(REPEATS)), strict=True)
     )
     return {
         "engine": "transformers",

@@ -136,7 +136,7 @@ def slice_routing(site: RoutedExperts, kept: Tensor, undo: list[tuple[dict[str, 
 def _is_count(name: str, value: Any, total: int) -> bool:
     """Does this attribute say how many routed experts there are?"""
     is_integer = isinstance(value, int) and not isinstance(value, bool)
-    return is_integer and value == total and ("expert" in name and name not in TOP_K_NAMES or name == "out_features")
+    return is_integer and value == total and (("expert" in name and name not in TOP_K_NAMES) or name == "out_features")
 
 
 def _set(undo: list[tuple[dict[str, Any], str, Any]], store: dict[str, Any], key: str, value: Any) -> None:

@@ -92,8 +92,13 @@ def ragged(base):
     body = {"__module__": __name__, "__init__": __init__, "__doc__": base.__doc__}
     for name in ("_can_set_attn_implementation", "_can_set_experts_implementation"):
         if hasattr(base, name):  # these read the source file of the class they are asked about
-            body[name] = classmethod(lambda cls, ask=getattr(base, name): ask())
+            body[name] = _asking(getattr(base, name))
     return type(base.__name__, (base,), body)
+
+
+def _asking(ask):
+    """A class method that gives the answer of another class's."""
+    return classmethod(lambda cls: ask())
 
 
 def __getattr__(name):

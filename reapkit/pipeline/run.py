@@ -173,7 +173,10 @@ def _finished(run: Run, stage: Stage, progress: Progress) -> Artifact:
         progress.say(f"{stage.name}: in the store ({stage.artifact.directory.name})")
         run.warnings += stage.artifact.manifest.get("warnings", [])
         return stage.artifact
-    waiting = lambda: progress.say(f"{stage.name}: another run is making it; waiting")  # noqa: E731
+
+    def waiting() -> None:
+        progress.say(f"{stage.name}: another run is making it; waiting")
+
     with store.locked(stage.name, stage.key, waiting):
         made = store.get(stage.name, stage.key)  # by whoever held the lock
         if made is not None and made.has_payload:
@@ -285,7 +288,7 @@ def _link(run: Run, *, proven: bool) -> None:
     run.directory.mkdir(parents=True, exist_ok=True)
     rejected = run.summary("verify").get("verdict") == "reject"
     for name, artifact in run.artifacts.items():
-        if not artifact.has_payload or name in MODEL_STAGES and not proven:
+        if not artifact.has_payload or (name in MODEL_STAGES and not proven):
             continue
         target = run.directory / LINKS[name]
         final = name in MODEL_STAGES and name == next(s for s in reversed(MODEL_STAGES) if s in run.artifacts)

@@ -32,7 +32,9 @@ STREAMED_LAYERS = (
 READ_BUFFER_BYTES = 100_000_000  # what is cast or dequantized at once, the hashes' chunks, kernels that torch keeps
 SAFE_SHARE = 0.85  # of what is free; the rest is for fragmentation and the libraries themselves
 HOST_BASE_BYTES = 2_000_000_000  # Python, torch, transformers
-REROUTE_WIDTH = 256  # numbers kept of an expert's output on a sampled token: inner products with the others, at most this many projections
+REROUTE_WIDTH = 256
+"""Numbers kept of an expert's output on a sampled token: inner products with the others, at most this many
+projections."""
 REROUTE_CHUNK_BYTES = 512 << 20  # of all experts' outputs held at once
 
 

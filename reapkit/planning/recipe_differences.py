@@ -34,7 +34,7 @@ def compare_recipes(left: LoadedRecipe, right: LoadedRecipe) -> RecipeDifference
         tuple(
             name
             for name in STAGES
-            if keys[0].get(name) != keys[1].get(name) or name in keys[0] and keys[0][name] is None
+            if keys[0].get(name) != keys[1].get(name) or (name in keys[0] and keys[0][name] is None)
         ),
     )
 

@@ -71,7 +71,8 @@ def _quantize(checkpoint: Checkpoint, group: int | None) -> str:
 
 
 _MIX = """    # Weights are shares of samples. Replace these by what the model is for: pruning keeps what it is shown.
-    - {name: code,  source: theblackcat102/evol-codealpaca-v1,    weight: 0.51, format: {prompt: instruction, completion: output}}
+    - {name: code,  source: theblackcat102/evol-codealpaca-v1,    weight: 0.51, \
+format: {prompt: instruction, completion: output}}
     - {name: tools, source: Salesforce/xlam-function-calling-60k, weight: 0.24, format: xlam}
     - {name: agentic, source: SWE-bench/SWE-smith-trajectories, split: tool, weight: 0.25, format: messages}
     # - {name: mine, source: data/*.jsonl, weight: 0.2, format: messages}     # local files, relative to this recipe"""
@@ -106,7 +107,8 @@ prune:
 
 evaluate:
   packs: {{lengths: {lengths}}} # held-out rows are compared at these lengths
-  gates: near-lossless          # strict, near-lossless, size-first, or limits of your own; nothing is written unless they pass
+  gates: near-lossless          # strict, near-lossless, size-first, or limits of your own; \
+nothing is written unless they pass
 
 {quantize}
 """

@@ -306,10 +306,8 @@ def _is_other_weight(name: str) -> bool:
     beside = not folder or folder.split("/")[0] in ("original", "metal", "onnx", "gguf")
     return (
         file.endswith(OTHER_WEIGHTS)
-        or ".index" in file
-        and file.endswith(".json")
-        or beside
-        and file.endswith(".safetensors")
+        or (".index" in file and file.endswith(".json"))
+        or (beside and file.endswith(".safetensors"))
     )
 
 

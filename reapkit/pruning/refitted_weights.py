@@ -117,7 +117,7 @@ def repaired(
         if weights is not None:
             for site in find_experts(model):
                 matrix = site.module.down_proj
-                if site.layer not in weights.layers or layers is not None and site.layer not in layers:
+                if site.layer not in weights.layers or (layers is not None and site.layer not in layers):
                     continue
                 for expert, tensor in weights.down_proj(site.layer).items():
                     place = matrix.data[expert]

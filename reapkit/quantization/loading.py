@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -79,10 +79,8 @@ def _on_disk(path: Path, offload: Path, trust_remote_code: bool) -> tuple[nn.Mod
 def _give_back() -> None:
     """What is free goes back to the system: glibc would keep most of every layer that was taken apart, in pieces that
     fit no other."""
-    try:
+    with suppress(AttributeError, OSError, TypeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError, TypeError):  # another C library
-        pass
 
 
 def _take_apart(layer: nn.Module, model: nn.Module) -> None:

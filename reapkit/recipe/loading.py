@@ -109,12 +109,8 @@ def _place(plain: Any, loc: Sequence[Any]) -> tuple[Any, ...]:
     """The part of a validation location that exists in the data: union tags and missing keys fall away."""
     place: list[Any] = []
     for part in loc:
-        if (
-            isinstance(plain, dict)
-            and part in plain
-            or isinstance(plain, list)
-            and isinstance(part, int)
-            and part < len(plain)
+        if (isinstance(plain, dict) and part in plain) or (
+            isinstance(plain, list) and isinstance(part, int) and part < len(plain)
         ):
             place.append(part)
             plain = plain[part]
@@ -123,10 +119,12 @@ def _place(plain: Any, loc: Sequence[Any]) -> tuple[Any, ...]:
 
 def _drop(plain: Any, place: Sequence[Any]) -> None:
     for part in place[:-1]:
-        if not (isinstance(plain, dict) and part in plain or isinstance(plain, list) and part < len(plain)):
+        if not ((isinstance(plain, dict) and part in plain) or (isinstance(plain, list) and part < len(plain))):
             return
         plain = plain[part]
-    if place and (isinstance(plain, list) and place[-1] < len(plain) or isinstance(plain, dict) and place[-1] in plain):
+    if place and (
+        (isinstance(plain, list) and place[-1] < len(plain)) or (isinstance(plain, dict) and place[-1] in plain)
+    ):
         del plain[place[-1]]
 
 

@@ -20,8 +20,7 @@ def language_page() -> str:
     top = [(name, field) for name, field in Recipe.model_fields.items() if not _models(field.annotation)]
     parts = [_table("Top level", [(name, field) for name, field in top])]
     for name, field in Recipe.model_fields.items():
-        for model in _models(field.annotation):
-            parts.append(_table(f"`{name}:` {_sentence(model)}", list(_rows(model))))
+        parts += [_table(f"`{name}:` {_sentence(model)}", list(_rows(model))) for model in _models(field.annotation)]
     parts.append(
         "`format:` is one of "
         + "; ".join(f"`{_shape(model)}` ({_sentence(model).rstrip('.').lower()})" for model in FORMATS)

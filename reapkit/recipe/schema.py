@@ -6,7 +6,7 @@ Each field's docstring is its description in `reapkit schema`.
 from __future__ import annotations
 
 from decimal import Decimal
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, PrivateAttr, Tag, model_validator
 
@@ -119,13 +119,11 @@ def _format_tag(value: Any) -> str | None:
 
 
 Format = Annotated[
-    Union[
-        Annotated[TextFormat, Tag("TextFormat")],
-        Annotated[PromptFormat, Tag("PromptFormat")],
-        Annotated[MessagesFormat, Tag("MessagesFormat")],
-        Annotated[XlamFormat, Tag("XlamFormat")],
-        Annotated[TokensFormat, Tag("TokensFormat")],
-    ],
+    Annotated[TextFormat, Tag("TextFormat")]
+    | Annotated[PromptFormat, Tag("PromptFormat")]
+    | Annotated[MessagesFormat, Tag("MessagesFormat")]
+    | Annotated[XlamFormat, Tag("XlamFormat")]
+    | Annotated[TokensFormat, Tag("TokensFormat")],
     Discriminator(
         _format_tag,
         custom_error_type="format",
@@ -156,7 +154,8 @@ class MixEntry(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     """The source's name in tables, statistics and `saliency.mix`."""
     source: str
-    """Hub dataset id, local JSONL/JSON/parquet/text file or glob (relative to the recipe), or `builtin:code|tools|prose|math`."""
+    """Hub dataset id, local JSONL/JSON/parquet/text file or glob (relative to the recipe), or
+    `builtin:code|tools|prose|math`."""
     config: str | None = None
     """The hub dataset's configuration."""
     split: str = "train"

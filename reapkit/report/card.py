@@ -18,14 +18,16 @@ from reapkit.report.measures import generated, measured_models, share_with_inter
 
 REAP_CITATION = """@article{lasby2025reap,
   title={REAP the Experts: Why Pruning Prevails for One-Shot MoE Compression},
-  author={Lasby, Mike and Lazarevich, Ivan and Sinnadurai, Nish and Lie, Sean and Ioannou, Yani and Thangarasa, Vithursan},
+  author={Lasby, Mike and Lazarevich, Ivan and Sinnadurai, Nish and Lie, Sean and Ioannou, Yani and \
+Thangarasa, Vithursan},
   journal={arXiv preprint arXiv:2510.13999},
   year={2025},
   url={https://arxiv.org/abs/2510.13999}
 }"""
 EAFT_CITATION = """@article{diao2026eaft,
   title={Entropy-Adaptive Fine-Tuning: Resolving Confident Conflicts to Mitigate Forgetting},
-  author={Diao, Muxi and Yang, Lele and Gong, Wuxuan and Zhang, Yutong and Yan, Zhonghao and Han, Yufei and Liang, Kongming and Xu, Weiran and Ma, Zhanyu},
+  author={Diao, Muxi and Yang, Lele and Gong, Wuxuan and Zhang, Yutong and Yan, Zhonghao and Han, Yufei and \
+Liang, Kongming and Xu, Weiran and Ma, Zhanyu},
   journal={arXiv preprint arXiv:2601.02151},
   year={2026},
   url={https://arxiv.org/abs/2601.02151}
@@ -146,11 +148,14 @@ def _opening(facts: RunFacts, sizes: Sizes, scheme: str | None) -> str:
         if facts.model.hub
         else f"`{facts.model.source}`"
     )
-    return f"{text} with {_removed(facts, sizes)} of its routed experts removed{quantized}. {facts.recipe.description}".strip()
+    removed = f"{_removed(facts, sizes)} of its routed experts removed{quantized}"
+    return f"{text} with {removed}. {facts.recipe.description}".strip()
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    cell = lambda value: str(value).replace("|", "\\|").replace("\n", " ")  # noqa: E731
+    def cell(value: Any) -> str:
+        return str(value).replace("|", "\\|").replace("\n", " ")
+
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(map(cell, line)) + " |" for line in lines)
 
@@ -241,6 +246,9 @@ def _method(facts: RunFacts, sizes: Sizes, which: str) -> str:
     criterion = selection.criterion if selection else facts.recipe.saliency.criterion
     details = selection.details if selection else {}
     formula = f" (`{details['formula']}`)" if details.get("formula") else ""
+    least = "In each layer the least salient experts"
+    if details.get("allocation") == "global":
+        least = "The least salient experts of all layers together"
     steps = [
         (
             "The calibration ran through the base model once; for every scored token the routing the model really used"
@@ -251,8 +259,7 @@ def _method(facts: RunFacts, sizes: Sizes, which: str) -> str:
             f" {CRITERIA.get(criterion, 'a criterion of its own')}."
         ),
         (
-            f"{'The least salient experts of all layers together' if details.get('allocation') == 'global' else 'In each layer the least salient experts'}"
-            f" went; {human_experts(sizes.experts)} of {human_experts(facts.base.experts)} stay."
+            f"{least} went; {human_experts(sizes.experts)} of {human_experts(facts.base.experts)} stay."
             f" {_protected(details)}Router rows were removed with their experts."
         ),
     ]

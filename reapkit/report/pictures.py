@@ -24,7 +24,7 @@ PICTURES = """scale => Promise.all([...document.querySelectorAll('.chart')].map(
   id: chart.id, title: chart.closest('figure').querySelector('h3').textContent,
   sentence: chart.closest('figure').querySelector('figcaption').textContent,
   png: await Plotly.toImage({data: chart.data, layout: {...chart.layout, paper_bgcolor: '#fff', plot_bgcolor: '#fff'}},
-                            {format: 'png', width: chart.clientWidth, height: Number(chart.dataset.height), scale})})))"""
+    {format: 'png', width: chart.clientWidth, height: Number(chart.dataset.height), scale})})))"""
 
 
 @contextmanager

@@ -74,7 +74,8 @@ class LayerRanking:
 
     @cached_property
     def normalised(self) -> list[float] | None:
-        """S_e / Σ|S| over the routed experts, signed, -inf for those never routed; None where Σ|S| = 0. `costs` where there are."""
+        """S_e / Σ|S| over the routed experts, signed, -inf for those never routed; None where Σ|S| = 0. `costs` where
+        there are."""
         if self.costs is not None:
             return list(self.costs)
         scale = sum(abs(value) for value in self.saliency if value != NEVER_ROUTED)

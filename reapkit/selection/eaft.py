@@ -238,7 +238,8 @@ def _borders(p: list[ndarray], h: list[ndarray], alphas: Sequence[Fraction], spe
 
 
 def quantile(values: Sequence[ndarray], alphas: Sequence[Fraction], level: Decimal) -> float:
-    """The least value v with Σ_s α_s·|{x ≤ v}| ≥ level·Σ_s α_s·n_s; with equal α the ⌈level·n⌉-th smallest, no interpolation.
+    """The least value v with Σ_s α_s·|{x ≤ v}| ≥ level·Σ_s α_s·n_s; with equal α the ⌈level·n⌉-th smallest, no
+    interpolation.
 
     `values`: one ascending float32 tensor per source. Exact: counts are integers and α, level fractions. A level of 0
     gives the smallest value; no position at all gives NaN.

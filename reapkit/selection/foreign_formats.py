@@ -107,7 +107,7 @@ def _observation(file: Path, data: Mapping[Any, Mapping[str, Any]], architecture
     by_layer = dict(sorted((_layer(file, name), entry) for name, entry in data.items()))
     counts = {layer: _column(file, layer, entry, "expert_frequency") for layer, entry in by_layer.items()}
     sizes = {len(column) for column in counts.values()}
-    if len(sizes) > 1 or architecture is not None and sizes != {architecture.num_experts}:
+    if len(sizes) > 1 or (architecture is not None and sizes != {architecture.num_experts}):
         allowed = "one number for all layers" if architecture is None else f"{architecture.num_experts}, as the model"
         raise UnusableError(
             f"{file}: its layers have {', '.join(map(str, sorted(sizes)))} experts, needed is {allowed}."
@@ -151,7 +151,7 @@ def _column(file: Path, layer: int, entry: Mapping[str, Any], name: str, length:
         column = torch.as_tensor(entry[name]).to(torch.float64).cpu().numpy()
     except (TypeError, ValueError, RuntimeError) as error:
         raise UnusableError(f"{file}: {name} of layer {layer} holds no numbers ({error}).") from None
-    if column.ndim != 1 or length is not None and len(column) != length:
+    if column.ndim != 1 or (length is not None and len(column) != length):
         raise UnusableError(
             f"{file}: {name} of layer {layer} has shape {list(column.shape)}, needed is one number per expert."
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from decimal import Decimal
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import pytest
 
@@ -122,11 +122,11 @@ def test_groups_cover_all_rows_and_snapshots_stand_at_their_shares(rows: int) ->
     lengths = [1000 + row % 7 for row in range(rows)]
     bounds, snapshots = group_bounds(lengths)
     assert (bounds[0], bounds[-1]) == (0, rows)
-    assert all(a < b for a, b in zip(bounds, bounds[1:]))
+    assert all(a < b for a, b in pairwise(bounds))
     assert [bounds[groups] for groups in snapshots] == [rows // 16, rows // 8, rows // 4, rows // 2]
     assert len(bounds) - 1 >= min(rows, 16)
     ends = [0, *accumulate(lengths)]
-    assert all(ends[b] - ends[a] <= GROUP_TOKENS for a, b in zip(bounds, bounds[1:]))
+    assert all(ends[b] - ends[a] <= GROUP_TOKENS for a, b in pairwise(bounds))
 
 
 def test_a_row_longer_than_a_group_is_a_group() -> None:

@@ -24,7 +24,7 @@ from reapkit.recipe.schema import CalibrationSpec, EvaluateSpec
 from tests.support.paths import ROOT
 from tests.support.words import CHATML, all_shown, spec, word_tokenizer, write_lines
 
-LETTERS = "a b c d e f g h i j k l m n o p q r s t u v w x y z".split()
+LETTERS = list("abcdefghijklmnopqrstuvwxyz")
 
 
 def sequence(name: str, length: int) -> str:
@@ -170,7 +170,8 @@ class TestBudget:
 
     def test_too_few_tokens(self, home: Path) -> None:
         with pytest.raises(
-            UnusableError, match="source 'data' yields 12 of 100 tokens: 2 rows were read. .* lower calibration.tokens"
+            UnusableError,
+            match=r"source 'data' yields 12 of 100 tokens: 2 rows were read\. .* lower calibration\.tokens",
         ):
             made(home, spec(source(home, "data", [sequence("a", 5), sequence("b", 5)]), tokens=100))
 
@@ -305,7 +306,7 @@ class TestTokenIds:
         (tmp_path / "config.json").write_text('{"vocab_size": 50}')
         write_lines(tmp_path / "ids.jsonl", [{"input_ids": [1, 2, 50]}])
         with pytest.raises(
-            UnusableError, match="source 'ids', ids.jsonl:1: token id 50, but the model knows ids below 50."
+            UnusableError, match=r"source 'ids', ids\.jsonl:1: token id 50, but the model knows ids below 50\."
         ):
             prepare(spec({"name": "ids", "source": "ids.jsonl"}), tmp_path, tmp_path, tmp_path / "out")
 
@@ -315,7 +316,9 @@ def test_concat_without_an_end_token_is_refused(tmp_path: Path) -> None:
     tokenizer.eos_token = None
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     write_lines(tmp_path / "data.jsonl", [{"text": "a b c a b c a b"}])
-    with pytest.raises(UnusableError, match="the tokenizer has no end token .* Choose `packing: none` or `isolated`."):
+    with pytest.raises(
+        UnusableError, match=r"the tokenizer has no end token .* Choose `packing: none` or `isolated`\."
+    ):
         prepare(spec({"name": "data", "source": "data.jsonl"}), tmp_path / "tokenizer", tmp_path, tmp_path / "out")
 
 
@@ -494,7 +497,7 @@ class TestPacks:
 
     def test_extra_pack_with_a_taken_name_is_refused(self, home: Path) -> None:
         made(home, big_mix(home))
-        with pytest.raises(RecipeError, match="evaluate.extra_packs: the name 'one' is taken"):
+        with pytest.raises(RecipeError, match=r"evaluate\.extra_packs: the name 'one' is taken"):
             self.packs(home, big_mix(home), self.evaluate(extra_packs=[{"name": "one", "source": "builtin:math"}]))
 
     def test_a_source_that_the_calibration_used_up_is_named(self, home: Path) -> None:

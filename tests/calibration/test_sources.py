@@ -35,7 +35,7 @@ def texts(walk: Walk) -> list[str]:
 
 
 def in_order(walk: Walk) -> list[str]:
-    return [text for _, text in sorted(zip(walk.numbers.tolist(), texts(walk)))]
+    return [text for _, text in sorted(zip(walk.numbers.tolist(), texts(walk), strict=True))]
 
 
 def test_jsonl_lines_blank_ones_apart(tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_filter_keeps_rows_by_value_or_list_of_values(tmp_path: Path) -> None:
         open_walk(entry("data.jsonl", filter={"domain": "math"}), tmp_path, seed=1)
     with pytest.raises(
         UnusableError,
-        match="source 'data', data.jsonl:1: the filter's column 'topic' is missing; the row has text, domain",
+        match=r"source 'data', data\.jsonl:1: the filter's column 'topic' is missing; the row has text, domain",
     ):
         open_walk(entry("data.jsonl", filter={"topic": "math"}), tmp_path, seed=1)
 
@@ -195,7 +195,7 @@ class TestBadData:
     def test_a_missing_column(self, tmp_path: Path) -> None:
         write_lines(tmp_path / "data.jsonl", [*ROWS[:19], {"body": "x"}])
         with pytest.raises(
-            UnusableError, match="^source 'data', data.jsonl:20: column 'text' is missing; the row has body.$"
+            UnusableError, match=r"^source 'data', data\.jsonl:20: column 'text' is missing; the row has body\.$"
         ):
             prepared(tmp_path, "data.jsonl")
 
@@ -204,15 +204,15 @@ class TestBadData:
         with pytest.raises(
             UnusableError,
             match=(
-                "^source 'data', data.jsonl:20: one sample of more than 8,388,608 bytes; at most 8,388,608 are read. "
-                "Split it into several rows.$"
+                r"^source 'data', data\.jsonl:20: one sample of more than 8,388,608 bytes; at most 8,388,608 are"
+                r" read\. Split it into several rows\.$"
             ),
         ):
             prepared(tmp_path, "data.jsonl")
 
     def test_a_huge_document(self, tmp_path: Path) -> None:
         (tmp_path / "book.md").write_text("word " * (2 << 20))
-        with pytest.raises(UnusableError, match="^source 'data', book.md: one sample of 10,485,760 bytes"):
+        with pytest.raises(UnusableError, match=r"^source 'data', book\.md: one sample of 10,485,760 bytes"):
             prepared(tmp_path, "book.md")
 
     def test_invalid_utf8(self, tmp_path: Path) -> None:
@@ -228,13 +228,15 @@ class TestBadData:
     def test_messages_without_roles(self, tmp_path: Path) -> None:
         good = [{"messages": [{"role": "user", "content": f"row number {number}"}]} for number in range(19)]
         write_lines(tmp_path / "data.jsonl", [*good, {"messages": [{"content": "row"}]}])
-        with pytest.raises(UnusableError, match="^source 'data', data.jsonl:20: turn 1 has no role; it has content.$"):
+        with pytest.raises(
+            UnusableError, match=r"^source 'data', data\.jsonl:20: turn 1 has no role; it has content\.$"
+        ):
             (tmp_path / "chat.jinja").write_text("{{ messages[0].content }}")
             prepared(tmp_path, "data.jsonl", chat_template="chat.jinja")
 
     def test_half_a_surrogate_pair(self, tmp_path: Path) -> None:
         write_lines(tmp_path / "data.jsonl", [*ROWS[:19], '{"text": "broken emoji \\ud83d"}'])
-        with pytest.raises(UnusableError, match="^source 'data', data.jsonl:20: half of a surrogate pair"):
+        with pytest.raises(UnusableError, match=r"^source 'data', data\.jsonl:20: half of a surrogate pair"):
             prepared(tmp_path, "data.jsonl")
 
     def test_no_file(self, tmp_path: Path) -> None:
@@ -243,7 +245,7 @@ class TestBadData:
 
     def test_an_empty_file(self, tmp_path: Path) -> None:
         (tmp_path / "data.jsonl").write_text("")
-        with pytest.raises(UnusableError, match="^source 'data': data.jsonl holds no rows.$"):
+        with pytest.raises(UnusableError, match=r"^source 'data': data\.jsonl holds no rows\.$"):
             prepared(tmp_path, "data.jsonl")
 
     def test_a_template_that_refuses(self, tmp_path: Path) -> None:

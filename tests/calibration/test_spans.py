@@ -291,7 +291,7 @@ class TestOwnTemplate:
     def test_missing_altogether(self, tmp_path: Path) -> None:
         with pytest.raises(
             UnusableError,
-            match="source 'chat', data.jsonl:1: the model ships no chat template. Give calibration.chat_template",
+            match=r"source 'chat', data\.jsonl:1: the model ships no chat template\. Give calibration\.chat_template",
         ):
             prepared(tmp_path, None, [chat(("user", "hello"), ("assistant", "good"))])
 
@@ -321,7 +321,7 @@ class TestWhatIsScored:
         assert not (tmp_path / "out" / "calibration.json").exists()
 
     def test_cut_away_answers_name_the_window(self, tmp_path: Path) -> None:
-        with pytest.raises(UnusableError, match="1 samples were cut; try calibration.overflow: window"):
+        with pytest.raises(UnusableError, match=r"1 samples were cut; try calibration\.overflow: window"):
             prepared(tmp_path, PLAIN_CHATML, [chat(("user", "hello " * 20), ("assistant", "good"))], max_length=8)
 
     def test_less_than_a_twentieth_warns_with_numbers(self, tmp_path: Path) -> None:

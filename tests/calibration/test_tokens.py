@@ -59,7 +59,7 @@ def test_rows(tmp_path: Path) -> None:
         [5, 4, 1],
         ("a", "b"),
     )
-    assert tokens.groups == (range(0, 2), range(2, 3))
+    assert tokens.groups == (range(2), range(2, 3))
     row = tokens.row(0)
     assert row.input_ids.tolist() == [10, 11, 12, 13, 14]
     assert row.input_ids.dtype == torch.int64 and row.sample.dtype == torch.int32
@@ -117,7 +117,7 @@ def test_empty_tensors_are_written_too(tmp_path: Path) -> None:
 
 
 def test_missing_calibration_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UnusableError, match="holds no calibration.json, so it is no finished calibration"):
+    with pytest.raises(UnusableError, match=r"holds no calibration\.json, so it is no finished calibration"):
         CalibrationTokens.load(tmp_path)
 
 

@@ -45,8 +45,8 @@ def test_a_header_longer_than_the_first_read_is_read_whole(tmp_path: Path) -> No
         header(("a", entry(0)), ("a", entry(0))),
         header(("a", entry(0)), ("b", entry(8)), ("a", entry(0))),
         '{"a": {"dtype": "F32", "shape": [2], "dtype": "F32", "data_offsets": [0, 8]}}',
-        '{"\\u0061": %s, "a": %s}' % (entry(0), entry(0)),
-        '{"__metadata__": {"x": "1", "x": "1"}, "a": %s}' % entry(0),
+        f'{{"\\u0061": {entry(0)}, "a": {entry(0)}}}',
+        f'{{"__metadata__": {{"x": "1", "x": "1"}}, "a": {entry(0)}}}',
     ],
 )
 def test_a_name_given_twice_is_refused(tmp_path: Path, text: str) -> None:

@@ -172,7 +172,7 @@ def test_a_hole_in_the_experts_is_named():
 
 
 def test_config_and_tensors_must_agree():
-    with pytest.raises(UnusableError, match="layer 0 holds 4 experts where config.json says 8"):
+    with pytest.raises(UnusableError, match=r"layer 0 holds 4 experts where config\.json says 8"):
         read_layout(checkpoint(PER_EXPERT, num_experts=8))
 
 

@@ -223,7 +223,9 @@ def test_a_tensor_in_two_shards_needs_an_index(directory):
     (directory / "secret.safetensors").unlink()
     write(directory, json.dumps(good_header()).encode(), bytes(192))
     (directory / "other.safetensors").write_bytes((directory / "model.safetensors").read_bytes())
-    with pytest.raises(UnusableError, match="lies in model.safetensors and in other.safetensors. Remove the stale one"):
+    with pytest.raises(
+        UnusableError, match=r"lies in model\.safetensors and in other\.safetensors\. Remove the stale one"
+    ):
         Checkpoint.open(directory)
     (directory / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": dict.fromkeys(NAMES, "other.safetensors")})

@@ -113,7 +113,7 @@ def test_a_published_model_is_planned_from_its_headers(hub: Hub, tmp_path: Path)
     plan = make_plan(load("r.yaml"))
     local = Checkpoint.open(model)
     assert plan.checkpoint.tensors == local.tensors and plan.base.nbytes == local.nbytes > 60e9
-    assert plan.base.experts == {layer: 128 for layer in range(48)}
+    assert plan.base.experts == dict.fromkeys(range(48), 128)
     headers = {
         shard: min(tensor.begin for tensor in local.tensors.values() if tensor.shard == shard) for shard in local.shards
     }

@@ -82,12 +82,10 @@ def test_what_it_holds_of_re_routing_counts_not_what_the_recipe_would_collect(
 
 
 def test_other_content_is_another_key(observed: Path, tmp_path: Path) -> None:
-    keys = lambda place, *overrides: {  # noqa: E731
-        stage.name: stage.key
-        for stage in make_plan(
-            load(DEMO, [f"runtime.store={tmp_path / 'store'}", *overrides]), observation=place
-        ).stages
-    }
+    def keys(place: Path, *overrides: str) -> dict[str, str]:
+        recipe = load(DEMO, [f"runtime.store={tmp_path / 'store'}", *overrides])
+        return {stage.name: stage.key for stage in make_plan(recipe, observation=place).stages}
+
     other = observe_routing(
         random_routing(4, layers=4, experts=32, tokens=200), experts=32, trace=False, coactivation=False
     )

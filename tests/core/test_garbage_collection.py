@@ -83,7 +83,7 @@ def test_nothing_goes_where_a_run_cannot_be_read(store: Store) -> None:
     damaged.parent.mkdir()
     damaged.write_text("{")
     with pytest.raises(
-        UnusableError, match="says which artifacts a run uses and cannot be read .* nothing was removed"
+        UnusableError, match=r"says which artifacts a run uses and cannot be read .* nothing was removed"
     ):
         collect(store)
     assert names(store) == {f"select-{'a' * 12}"}

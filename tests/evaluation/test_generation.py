@@ -48,7 +48,7 @@ def test_greedy_continuations_equal_a_naive_loop_whatever_the_batch(model):
     written = write(model, prompts, max_new_tokens=6)
     alone = write(model, prompts, max_new_tokens=6, batch_tokens=1)
     assert [each.tokens for each in alone["greedy"]] == [each.tokens for each in written["greedy"]]
-    for prompt, found in zip(prompts, written["greedy"]):
+    for prompt, found in zip(prompts, written["greedy"], strict=True):
         ids = list(prompt.tokens)
         while len(ids) < len(prompt.tokens) + 6 and ids[-1] != 2:
             ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))

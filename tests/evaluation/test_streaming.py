@@ -72,7 +72,7 @@ def assert_close(found, expected):
             assert_close(found[key], expected[key])
     elif isinstance(expected, list):
         assert len(found) == len(expected)
-        for one, other in zip(found, expected):
+        for one, other in zip(found, expected, strict=True):
             assert_close(one, other)
     else:
         assert found == (pytest.approx(expected, rel=1e-4, abs=1e-6) if isinstance(expected, float) else expected)

@@ -103,5 +103,5 @@ def test_its_failure_is_told_with_its_last_words(tmp_path):
 
 def test_without_the_package_the_user_is_told_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setattr(task_benchmarks.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UnusableError, match="needs the package lm-eval, which is not installed. Run: pip install"):
+    with pytest.raises(UnusableError, match=r"needs the package lm-eval, which is not installed\. Run: pip install"):
         run_benchmarks(MODEL_DIRECTORY, ["arc_easy"], tmp_path)

@@ -67,7 +67,7 @@ def test_memory_of_the_process_that_started_it_is_not_counted():
 def test_a_failing_process_is_reported_with_its_last_words(tmp_path, monkeypatch):
     ended = subprocess.CompletedProcess([], 1, stdout="", stderr="Traceback\nMemoryError: no more")
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: ended)
-    with pytest.raises(StageFailed, match="throughput of .* ended with 1: MemoryError: no more"):
+    with pytest.raises(StageFailed, match=r"throughput of .* ended with 1: MemoryError: no more"):
         throughput_of(tmp_path)
 
 

@@ -68,18 +68,17 @@ def naive(path: Path, selection: Selection, tokens, scale: float) -> dict[int, d
     for site in find_experts(pruned):
         calls, outputs = [], []
 
-        def watch(here, hidden, index, gates, inner):
+        def watch(here, hidden, index, gates, inner, site=site, calls=calls):
             if here.layer == site.layer:
                 calls.append((hidden.clone(), index.clone(), gates.clone()))
             return inner(hidden, index, gates)
 
         with intercepted(find_experts(pruned), watch), masked(pruned, selection.keep):
-            for row in rows:
-                outputs.append(layer_outputs(pruned, row)[site.layer])
+            outputs += [layer_outputs(pruned, row)[site.layer] for row in rows]
         target = torch.cat([each[site.layer] for each in targets])
         error, weight = (target - torch.cat(outputs)) / scale, 1 / target.square().sum(1)
         held_out = torch.cat([torch.full((len(row.input_ids),), number in judging) for number, row in enumerate(rows)])
-        hidden, index, gates = (torch.cat(parts) for parts in zip(*calls))
+        hidden, index, gates = (torch.cat(parts) for parts in zip(*calls, strict=True))
         experts, diagonal = {}, []
         for expert in selection.keep[site.layer]:
             pairs = [(t, k) for t in range(len(index)) for k in range(index.shape[1]) if index[t, k] == expert]

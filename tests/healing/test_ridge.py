@@ -87,7 +87,7 @@ def test_held_out_rows_judge_and_are_not_fitted() -> None:
 
 def test_noise_is_not_learnt() -> None:
     draw = torch.Generator().manual_seed(7)
-    experts, _, weight, _ = problem(7)
+    _, _, weight, _ = problem(7)
     error = torch.randn(TOKENS, HIDDEN, generator=draw)
     held_out = torch.arange(TOKENS) % 2 == 1
     error[held_out] = -error[~held_out]  # whatever the fit learns is wrong there

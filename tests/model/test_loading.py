@@ -45,7 +45,7 @@ def test_missing_tensors_are_refused(tmp_path: Path):
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
         UnusableError,
-        match="1 tensors that Qwen3MoeForCausalLM needs are missing, such as model.layers.1.mlp.gate.weight",
+        match=r"1 tensors that Qwen3MoeForCausalLM needs are missing, such as model\.layers\.1\.mlp\.gate\.weight",
     ):
         load_model(tmp_path)
 

@@ -63,13 +63,14 @@ def test_both_ways_of_adding_equal_a_loop_over_pairs(seed: int, way: str, monkey
     calls = [one_call(10 * seed + call) for call in range(2)]
     layer = LayerSums(SOURCES, EXPERTS, torch.device("cpu"))
     if way == "_add_by_row":  # what runs on a GPU, here on the CPU
+        waiting = iter(calls)
 
         def by_row(key, *arguments):
-            pairs, positions = calls[done]
+            pairs, positions = next(waiting)
             layer._add_by_row(pairs.order // TOP_K * EXPERTS + pairs.expert, *arguments, positions)
 
         monkeypatch.setattr(layer, "_add_by_bin", by_row)
-    for done, (pairs, positions) in enumerate(calls):  # `by_row` reads `done`
+    for pairs, positions in calls:
         layer.add(pairs, positions)
     found, expected = layer.tensors(), looped(calls)
     for name, values in expected.items():

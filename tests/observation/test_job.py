@@ -39,8 +39,10 @@ def killing(owner, name):
         original(*args, **kwargs)
         count[0] += 1
         if count[0] == kill_after:
-            others = [team._get(f"who/{rank}")["pid"] for rank in range(team.world) if rank != team.rank] if team.world > 1 else []
-            for process in (os.getppid(), *others) if others else ():  # the launcher first; what the ranks know of each other goes with it
+            beside = [rank for rank in range(team.world) if rank != team.rank]
+            others = [team._get(f"who/{rank}")["pid"] for rank in beside]
+            # The launcher first: what the ranks know of each other goes with it.
+            for process in (os.getppid(), *others) if others else ():
                 os.kill(process, signal.SIGKILL)
             os.kill(os.getpid(), signal.SIGKILL)
     setattr(owner, name, counted)
@@ -188,7 +190,7 @@ def test_eaft_material_in_cells_is_that_of_one_process_killed_or_not(tmp_path: P
     assert saved(one) == saved(two)
 
 
-COST = {group: 10 for group in range(8)}
+COST = dict.fromkeys(range(8), 10)
 
 
 def left_by(root: Path, groups: tuple[int, ...], *, layers: int, inputs: int | None = None, done: bool = False) -> None:
@@ -231,7 +233,7 @@ def test_earlier_work_is_gone_on_from_and_never_joined(tmp_path: Path) -> None:
 def test_files_of_split_waves_cover_every_group_once(tmp_path: Path) -> None:
     left_by(tmp_path, (0, 1, 2, 3), layers=3)
     left_by(tmp_path, (0, 1), layers=4)
-    with pytest.raises(FileNotFoundError, match="no wave left layer-0003.safetensors of row group 2"):
+    with pytest.raises(FileNotFoundError, match=r"no wave left layer-0003\.safetensors of row group 2"):
         covering(tmp_path, "layer-0003.safetensors", 4)
     left_by(tmp_path, (2, 3), layers=4)
     assert [file.parent.name for file in covering(tmp_path, "layer-0002.safetensors", 4)] == [Wave((0, 1, 2, 3)).name]

@@ -272,7 +272,8 @@ def fatal(self, group, tensors):
     if group == 1:
         os.kill(os.getpid(), signal.SIGKILL)
 Partials.write = fatal
-observe(load_model({str(path)!r}), CalibrationTokens.load({str(tmp_path / "calibration")!r}), ObserveSpec(), batch_tokens=48,
+tokens = CalibrationTokens.load({str(tmp_path / "calibration")!r})
+observe(load_model({str(path)!r}), tokens, ObserveSpec(), batch_tokens=48,
         work_directory=Path({str(tmp_path / "work")!r}), mtp=(3,))
 """
     assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == -9

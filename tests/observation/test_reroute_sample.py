@@ -75,9 +75,9 @@ def test_paths_are_those_of_what_the_layers_see_at_the_sampled_positions(tmp_pat
     for number, site in enumerate(find_experts(model)):
         read, left, source, seen = [], [], [], {}
         handles = [
-            site.block.register_forward_pre_hook(lambda block, args: seen.update(read=args[0][0])),
+            site.block.register_forward_pre_hook(lambda block, args, seen=seen: seen.update(read=args[0][0])),
             model.model.layers[site.layer].register_forward_hook(
-                lambda layer, args, output: seen.update(left=output[0])
+                lambda layer, args, output, seen=seen: seen.update(left=output[0])
             ),
         ]
         for row in (row for group in tokens.groups for row in group if row in sampled):

@@ -66,7 +66,7 @@ class Layer:
 
     @torch.no_grad()
     def load(self, alive, weight: torch.Tensor) -> dict[int, float]:
-        found = {e: 0.0 for e in alive}
+        found = dict.fromkeys(alive, 0.0)
 
         def keep(site, hidden, index, gates, inner):
             pairs = observed_forward(site, hidden, index, gates)[1]

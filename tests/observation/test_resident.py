@@ -81,11 +81,11 @@ def naive(model, tokens, batch_tokens):
                                 math.sqrt(float((f * f).sum())),
                                 float(f.abs().max()),
                             )
-                            for name, value in zip(MAXIMA[:3], (n, g * n, peak)):
+                            for name, value in zip(MAXIMA[:3], (n, g * n, peak), strict=True):
                                 for key in (name, name + "_scored") if scored else (name,):
                                     maxima[key][layer, s, e] = max(maxima[key][layer, s, e], value)
                             if scored:
-                                for name, value in zip(SUMS, (1, g, n, g * n, (g * n) ** 2)):
+                                for name, value in zip(SUMS, (1, g, n, g * n, (g * n) ** 2), strict=True):
                                     sums[name][layer, s, e] += value
                                 coactivation[layer, s, e, experts] += 1
     return sums, maxima, coactivation
@@ -122,7 +122,7 @@ def test_llama4_counts_what_each_pair_adds(tmp_path: Path):
         inputs = {}
         hooks = [
             layer.feed_forward.register_forward_pre_hook(
-                lambda module, args, i=i: inputs.__setitem__(i, (module, args[0]))
+                lambda module, args, i=i, inputs=inputs: inputs.__setitem__(i, (module, args[0]))
             )
             for i, layer in enumerate(model.model.layers)
         ]
@@ -252,9 +252,9 @@ def test_nan_names_layer_and_expert(tmp_path: Path):
 
 
 def test_a_model_without_observable_experts_is_refused():
-    config = transformers.AutoConfig.for_model("llama", **{**tiny.COMMON})
+    config = transformers.AutoConfig.for_model("llama", **tiny.COMMON)
     model = transformers.AutoModelForCausalLM.from_config(config)
-    with pytest.raises(UnusableError, match="model_type 'llama' hides its experts .* Known to work: .*qwen3_moe"):
+    with pytest.raises(UnusableError, match=r"model_type 'llama' hides its experts .* Known to work: .*qwen3_moe"):
         find_experts(model)
 
 

@@ -204,6 +204,6 @@ def test_a_missing_tensor_is_named(tmp_path: Path):
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
         UnusableError,
-        match="1 tensors that Qwen3MoeForCausalLM needs are missing, such as model.layers.1.mlp.gate.weight",
+        match=r"1 tensors that Qwen3MoeForCausalLM needs are missing, such as model\.layers\.1\.mlp\.gate\.weight",
     ):
         observe_streaming(path, tokens, ObserveSpec(), batch_tokens=48, work_directory=tmp_path / "work")

@@ -17,9 +17,15 @@ from tests.support import tiny
 RECIPE = """version: 1
 name: repaired
 model: {{source: model}}
-calibration: {{samples: 60, max_length: 64, packing: none, score: all, mix: [{{name: ids, source: ids.jsonl, format: tokens}}]}}
+calibration:
+  {{samples: 60, max_length: 64, packing: none, score: all, mix: [{{name: ids, source: ids.jsonl, format: tokens}}]}}
 prune: {{candidates: {{ratio: [0.5, 0.25]}}, repair: ridge}}
-evaluate: {{packs: {{samples: 16, lengths: [64]}}, gates: {{kl_mean: {{max: 9}}}}, generation: null, throughput: null, controls: [random]}}
+evaluate:
+  packs: {{samples: 16, lengths: [64]}}
+  gates: {{kl_mean: {{max: 9}}}}
+  generation: null
+  throughput: null
+  controls: [random]
 quantize: {{scheme: null}}
 output: {{directory: {root}/run, keep: [pruned]}}
 runtime: {{store: {root}/store{placement}}}

@@ -174,7 +174,7 @@ def test_a_rejected_candidate_writes_no_model_and_says_what_would_pass(finished:
     limit = finished.summary("verify")["rows"][1]["kl_mean"] / 4
     strict = recipe(root, f"evaluate.gates={{kl_mean: {{max: {limit}}}}}", f"output.directory={root / 'rejected'}")
     with pytest.raises(
-        RejectedByGates, match="kl_mean(.|\n)*No weight was written. All numbers: .*report.html"
+        RejectedByGates, match=r"kl_mean(.|\n)*No weight was written\. All numbers: .*report\.html"
     ) as rejected:
         apply(strict)
     assert not (root / "rejected" / "pruned").exists()
@@ -291,7 +291,7 @@ def test_a_directory_whose_proof_fails_is_not_published(
 
     monkeypatch.setattr("reapkit.pipeline.stages.quantize.quantize_checkpoint", swapped)
     with pytest.raises(
-        StageFailed, match="1 of 10 proofs do not hold, first quantized, dequantized: .*proj.weight"
+        StageFailed, match=r"1 of 10 proofs do not hold, first quantized, dequantized: .*proj\.weight"
     ) as failure:
         apply(recipe(root, "quantize.group_size=32", f"output.directory={root / 'unproven'}"))
     assert failure.value.exit_code == 4
@@ -382,7 +382,7 @@ def test_a_missing_lm_eval_is_told_before_anything_runs(
 ) -> None:
     monkeypatch.setattr("reapkit.evaluation.task_benchmarks.importlib.util.find_spec", lambda name: None)
     asked = recipe(tmp_path, "evaluate.lm_eval={tasks: [arc_easy]}")
-    with pytest.raises(UnusableError, match="evaluate.lm_eval needs the package lm-eval, which is not installed"):
+    with pytest.raises(UnusableError, match=r"evaluate\.lm_eval needs the package lm-eval, which is not installed"):
         apply(asked)
     assert not list((tmp_path / "store").glob("calibrate-*"))
     assert apply(asked, until="calibrate").executed == ["calibrate"]  # which needs none
@@ -427,7 +427,9 @@ def test_a_full_disk_fails_the_stage_and_can_be_resumed(
     changed = recipe(root, "saliency.prior_count=2", f"output.directory={root / 'full'}")
     with monkeypatch.context() as patched:
         patched.setattr(stage, "run", full)
-        with pytest.raises(StageFailed, match="select: no space left on device.*Free some.*Run the same command again"):
+        with pytest.raises(
+            StageFailed, match=r"select: no space left on device.*Free some.*Run the same command again"
+        ):
             apply(changed, until="select")
     assert make_plan(changed).stage("select").artifact is None
     assert apply(changed, until="select").executed == ["select"]

@@ -286,7 +286,7 @@ def imported_both_ways(root: Path) -> None:
     assert make_plan(loaded, observation=held).mtp == (3,) and make_plan(loaded, observation=without).mtp == ()
     assert any("imported observation does not hold" in note for note in make_plan(loaded, observation=without).notes)
     wanted = load(root / "recipe.yaml", ["prune.mtp=observe"])
-    with pytest.raises(RecipeError, match="does not hold the multi-token-prediction layers 3. Choose drop or auto"):
+    with pytest.raises(RecipeError, match=r"does not hold the multi-token-prediction layers 3\. Choose drop or auto"):
         make_plan(wanted, observation=without)
     assert make_plan(load(root / "recipe.yaml", ["prune.mtp=drop"]), observation=held).mtp == ()
 
@@ -309,9 +309,9 @@ def halved(source: Checkpoint, layout: str) -> Selection:
     all others."""
     found, quarters = read_layout(source), [range(first, 16, 4) for first in range(4)]
     most = 2 if layout == "uniform" else 3
-    kept = {layer: quarters[: 2 if layer == 1 else most] for layer in found.layers} | {
-        layer: quarters[4 - most :] for layer in found.mtp
-    }
+    kept = {layer: quarters[: 2 if layer == 1 else most] for layer in found.layers} | dict.fromkeys(
+        found.mtp, quarters[4 - most :]
+    )
     chosen = {layer: {expert for quarter in taken for expert in quarter} for layer, taken in kept.items()}
     return Selection(
         "x",

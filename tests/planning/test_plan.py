@@ -87,9 +87,7 @@ def test_a_local_source_enters_the_key_by_its_bytes(tmp_path: Path) -> None:
 def test_integers_and_bytes_of_the_demo() -> None:
     plan = make_plan(load(ROOT / "recipes/demo.yaml"))
     pruned = plan.pruned(plan.candidates[0])
-    assert plan.base.experts == {layer: 32 for layer in range(4)} and pruned.experts == {
-        layer: 16 for layer in range(4)
-    }
+    assert plan.base.experts == dict.fromkeys(range(4), 32) and pruned.experts == dict.fromkeys(range(4), 16)
     removed = 4 * 16 * (3 * 64 * 128 + 128)  # three matrices and a router row for each of 16 experts in 4 layers
     assert plan.base.parameters - pruned.parameters == removed
     assert plan.base.nbytes - pruned.nbytes == 2 * removed
@@ -125,6 +123,6 @@ def test_reroute_takes_the_weights_that_paths_are_measured_for(mix: str, has_pat
     with (
         nullcontext()
         if has_path
-        else pytest.raises(RecipeError, match="saliency.mix=.*: reroute follows paths that were measured for")
+        else pytest.raises(RecipeError, match=r"saliency\.mix=.*: reroute follows paths that were measured for")
     ):
         make_plan(load(ROOT / "recipes/demo.yaml", (*overrides, "saliency.criterion=reroute")))

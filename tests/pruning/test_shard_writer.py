@@ -153,7 +153,7 @@ def test_a_failing_disk_leaves_finished_shards_and_nothing_half_written(
 
 
 def test_a_source_that_vanishes_or_shrinks_is_named(source, out):
-    with pytest.raises(StageFailed, match="c vanished while .*source was read"):
+    with pytest.raises(StageFailed, match=r"c vanished while .*source was read"):
         written(source, out, [shard(1, "c")])
     os.truncate(source / "a", 250_000)
     with pytest.raises(StageFailed, match="ends at byte 250000, before its last tensor: it changed while it was read"):

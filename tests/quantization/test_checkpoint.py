@@ -293,7 +293,7 @@ def test_block_fp8_sources_are_dequantized_first(saved, tokens, tmp_path: Path) 
 
 
 def test_a_spec_that_does_not_fit_is_refused_before_anything_is_written(saved, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="quantize.group_size: 64 does not divide the input width 32"):
+    with pytest.raises(RecipeError, match=r"quantize\.group_size: 64 does not divide the input width 32"):
         quantize_checkpoint(saved("qwen3_moe"), tmp_path / "out", spec_of(group_size=64))
     with pytest.raises(RecipeError, match="leaves no matrix to quantize"):
         quantize_checkpoint(saved("qwen3_moe"), tmp_path / "out", spec_of(ignore=("re:.*",)))

@@ -84,9 +84,11 @@ from reapkit.recipe.schema import QuantizeSpec
 import reapkit.quantization.calibrated
 work, offload = Path(sys.argv[1]), sys.argv[2] == "disk"
 spec = QuantizeSpec(scheme="W4A16", method="gptq", group_size=64, ignore=("re:.*layers[.](?!0[.]).*",))
-quantize_checkpoint(work / "model", work / sys.argv[2], spec, calibration=CalibrationTokens.load(work / "tokens"), batch_tokens=256,
+tokens = CalibrationTokens.load(work / "tokens")
+quantize_checkpoint(work / "model", work / sys.argv[2], spec, calibration=tokens, batch_tokens=256,
                     max_shard_bytes=20_000_000, offload=work / "offload" if offload else None)
-print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM:")))  # ru_maxrss would count who started us
+status = Path("/proc/self/status").read_text().splitlines()  # ru_maxrss would count who started us
+print(next(line.split()[1] for line in status if line.startswith("VmHWM:")))
 """
 
 

@@ -150,7 +150,7 @@ def naive_quantized_bytes(facts: str, kept: int, bytes_per_weight: float, bytes_
     depth, total = published_models.facts(facts)["config"]["num_hidden_layers"], 0.0
     for name, dtype, shape in published_models.expand(published_models.facts(facts)["tensors"]):
         expert = re.search(r"\.experts\.(\d+)\.", name)
-        if f"layers.{depth}." in name or name.endswith("_scale_inv") or expert and int(expert[1]) >= kept:
+        if f"layers.{depth}." in name or name.endswith("_scale_inv") or (expert and int(expert[1]) >= kept):
             continue
         if ".mlp.gate." in name:
             shape = (kept, *shape[1:])

@@ -54,7 +54,7 @@ def test_without_a_chromium_it_says_what_to_install(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(pictures, "COMMANDS", ("no-such-browser",))
     monkeypatch.setenv("PLAYWRIGHT_BROWSERS_PATH", str(tmp_path / "none"))
     with pytest.raises(
-        UnusableError, match="No Chromium could be started .*Looked for no-such-browser. Install one, such as with"
+        UnusableError, match=r"No Chromium could be started .*Looked for no-such-browser\. Install one, such as with"
     ):
         pictures.write_pictures(tmp_path / "page.html", tmp_path)
     synthetic.observation().save(tmp_path / "observation")

@@ -64,7 +64,8 @@ def test_groups_keep_the_same_number_each() -> None:
 
 @pytest.mark.parametrize("ties", [False, True])
 def test_global_is_one_ranking_over_all_layers(ties: bool) -> None:
-    """Against sorting every expert of every layer by S / sum|S|, dropping from the worst, stopping at each layer's least."""
+    """Against sorting every expert of every layer by S / sum|S|, dropping from the worst, stopping at each layer's
+    least."""
     for seed in range(60):
         rankings = random_rankings(seed, ties=ties)
         least, kept = 3, 7
@@ -107,8 +108,8 @@ def test_larger_ratios_drop_what_smaller_ones_drop(groups: int, unit: int) -> No
     for seed in range(20):
         rankings = random_rankings(seed, groups=groups, ties=seed % 2 == 0)
         for counts_of in (
-            lambda kept: uniform_counts(rankings, budgets_for(rankings, kept)),
-            lambda kept: global_counts(rankings, budgets_for(rankings, kept, unit), unit),
+            lambda kept, rankings=rankings: uniform_counts(rankings, budgets_for(rankings, kept)),
+            lambda kept, rankings=rankings: global_counts(rankings, budgets_for(rankings, kept, unit), unit),
         ):
             previous = None
             for kept in range(12 - unit, unit - 1, -unit):

@@ -113,7 +113,7 @@ def test_grids_that_cannot_be(spec: dict, says: str) -> None:
 
 
 def test_an_unknown_criterion_is_found_without_a_model() -> None:
-    with pytest.raises(RecipeError, match="saliency.criterion: found 'frequencies'.*Did you mean 'frequency'"):
+    with pytest.raises(RecipeError, match=r"saliency\.criterion: found 'frequencies'.*Did you mean 'frequency'"):
         candidates(prune(ratio=0.5), saliency_spec("frequencies"))
 
 

@@ -57,14 +57,14 @@ def test_an_unknown_name_lists_the_known_ones(installed: Path) -> None:
         " ean-mean, reroute, reroute-single, random, number, steady, or your own as module:function. Did you mean"
         " 'steady'?"
     )
-    with pytest.raises(RecipeError, match="found 'nothing like it'. Known: reap, .* as module:function.$"):
+    with pytest.raises(RecipeError, match=r"found 'nothing like it'\. Known: reap, .* as module:function\.$"):
         user_criterion("nothing like it")
 
 
 def test_a_name_is_checked_without_importing() -> None:
     assert criterion_problem("module_that_is_not_there:function") is None
     with pytest.raises(
-        RecipeError, match="cannot be imported .*Put the folder that holds module_that_is_not_there on PYTHONPATH"
+        RecipeError, match=r"cannot be imported .*Put the folder that holds module_that_is_not_there on PYTHONPATH"
     ):
         user_criterion("module_that_is_not_there:function")
 

@@ -205,12 +205,12 @@ def test_summary_states_shares_of_the_mix() -> None:
 
 
 def test_without_signals_it_says_what_to_set() -> None:
-    with pytest.raises(UnusableError, match="Set observe.eaft: true and observe again"):
+    with pytest.raises(UnusableError, match=r"Set observe\.eaft: true and observe again"):
         saliency(observe_routing(random_routing(9, tokens=10), trace=False), saliency_spec("eaft-reap"))
 
 
 def test_signals_that_are_not_finite_are_refused() -> None:
     routing = random_routing(10)
     routing.p[routing.signal.nonzero()[0]] = math.nan
-    with pytest.raises(UnusableError, match="the EAFT signals of 1 of .* positions are not finite"):
+    with pytest.raises(UnusableError, match=r"the EAFT signals of 1 of .* positions are not finite"):
         saliency(observe_routing(routing), saliency_spec("eaft-reap"))

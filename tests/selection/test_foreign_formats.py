@@ -83,7 +83,9 @@ def test_what_is_lacking_is_named_by_what_needs_it(tmp_path: Path) -> None:
     assert saliency(observation, SaliencySpec(criterion="reap"))[0].tolist() == pytest.approx([0.5, 0.25, 0.5, 0.1])
     with pytest.raises(UnusableError, match="this observation has no gate_sum"):
         saliency(observation, SaliencySpec(criterion="weighted-frequency"))
-    with pytest.raises(UnusableError, match="protect.super_experts: this observation has no activation_max, by which"):
+    with pytest.raises(
+        UnusableError, match=r"protect\.super_experts: this observation has no activation_max, by which"
+    ):
         select(observation, SaliencySpec(), prune(ratio=0.5), MODEL)
     with pytest.raises(UnusableError, match="eaft"):
         saliency(observation, SaliencySpec(criterion="eaft-reap"))
@@ -106,7 +108,7 @@ def test_a_report_becomes_a_selection(tmp_path: Path) -> None:
     read_foreign(tmp_path / "report.json", MODEL).save(tmp_path / "selection")
     selection = Selection.load(tmp_path / "selection")
     assert selection.keep == {0: (1, 2), 1: (0, 3)} and selection.layers[1].drop == (1, 2)
-    with pytest.raises(UnusableError, match="not how many there were. Add --model"):
+    with pytest.raises(UnusableError, match=r"not how many there were\. Add --model"):
         read_foreign(tmp_path / "report.json")
 
 
@@ -129,5 +131,5 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "some.pt").write_text("no")
     with pytest.raises(UnusableError, match="is neither a llm-compressor REAP report"):
         read_foreign(tmp_path / "some.json", MODEL)
-    with pytest.raises(UnusableError, match="some.pt"):
+    with pytest.raises(UnusableError, match=r"some\.pt"):
         read_foreign(tmp_path / "some.pt")

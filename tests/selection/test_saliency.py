@@ -134,7 +134,7 @@ def test_mixes_that_cannot_be(mix: dict, says: str) -> None:
 def test_a_source_without_scored_tokens_cannot_carry_weight() -> None:
     observation = observe_routing(random_routing(8, tokens=20, sources=1))
     with pytest.raises(
-        RecipeError, match="saliency.mix.tools: weighs 0.5, but the observation has no scored token of it."
+        RecipeError, match=r"saliency\.mix\.tools: weighs 0\.5, but the observation has no scored token of it\."
     ):
         saliency(observation, saliency_spec(mix={"code": 0.5, "tools": 0.5}))
 

@@ -23,37 +23,48 @@ FLAWS = """() => {
   for (const link of document.querySelectorAll('nav a')) {
     const section = document.querySelector(link.hash);
     if (!section) flaws.push(`no section ${link.hash}`);
-    else if (!section.querySelector('h2').textContent.trim() || section.innerText.trim().split('\\n').length < 2) flaws.push(`section ${link.hash} is empty`);
+    else if (!section.querySelector('h2').textContent.trim() || section.innerText.trim().split('\\n').length < 2)
+      flaws.push(`section ${link.hash} is empty`);
   }
   for (const chart of document.querySelectorAll('.chart')) {
     const box = far(chart), say = (what) => flaws.push(`${chart.id}: ${what}`);
-    if (!/\\d.*\\.$/s.test(chart.closest('figure').querySelector('figcaption').textContent)) say('its sentence holds no number');
+    const sentence = chart.closest('figure').querySelector('figcaption').textContent;
+    if (!/\\d.*\\.$/s.test(sentence)) say('its sentence holds no number');
     if (!chart.data || !chart.querySelector('.main-svg')) { say('not drawn'); continue; }
-    const values = (trace) => (trace.type === 'heatmap' ? trace.z.flat() : [...(typeof trace.y[0] === 'string' ? trace.x : trace.y)]);
-    if (!chart.data.some((trace) => values(trace).some((value) => value !== null && Number.isFinite(Number(value))))) say('holds no number');
+    const lengths = (trace) => (typeof trace.y[0] === 'string' ? trace.x : trace.y);
+    const values = (trace) => (trace.type === 'heatmap' ? trace.z.flat() : [...lengths(trace)]);
+    const isNumber = (value) => value !== null && Number.isFinite(Number(value));
+    if (!chart.data.some((trace) => values(trace).some(isNumber))) say('holds no number');
     const marks = [...chart.querySelectorAll('.mlayer path, .mlayer image')].map(far);
     if (!marks.some((mark) => mark.width + mark.height > 2)) say('shows no mark');
     for (const text of chart.querySelectorAll('svg text')) {
       const at = far(text);
-      if (at.width && (at.left < box.left - 1 || at.right > box.right + 1 || at.top < box.top - 1 || at.bottom > box.bottom + 1)) say(`clips '${text.textContent}'`);
+      const beside = at.left < box.left - 1 || at.right > box.right + 1;
+      const aboveOrBelow = at.top < box.top - 1 || at.bottom > box.bottom + 1;
+      if (at.width && (beside || aboveOrBelow)) say(`clips '${text.textContent}'`);
     }
     for (const axis of ['xtick', 'ytick']) {
       const ticks = [...chart.querySelectorAll(`.${axis} text`)].map((text) => [text.textContent, far(text)]);
       const names = ticks.map(([name]) => name);
       if (new Set(names).size < names.length) say(`${axis} labels repeat: ${names.join(', ')}`);
       ticks.forEach(([one, a], i) => ticks.slice(i + 1).forEach(([other, b]) => {
-        if (Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1 && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 3) say(`'${one}' lies on '${other}'`);
+        const across = Math.min(a.right, b.right) - Math.max(a.left, b.left);
+        const down = Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top);
+        if (across > 1 && down > 3) say(`'${one}' lies on '${other}'`);
       }));
     }
   }
   for (const text of document.querySelectorAll('h1, h2, h3, p, td, th, dd, figcaption, summary, button')) {
-    if (/\\b(NaN|undefined|null|None)\\b/.test(text.textContent) && !text.closest('pre')) flaws.push(`says '${text.textContent}'`);
+    const isUnsaid = /\\b(NaN|undefined|null|None)\\b/.test(text.textContent);
+    if (isUnsaid && !text.closest('pre')) flaws.push(`says '${text.textContent}'`);
     const at = far(text);
-    if (at.right > innerWidth + 1 && !text.closest('.links, .table')) flaws.push(`'${text.textContent.slice(0, 40)}' leaves the page`);
+    if (at.right > innerWidth + 1 && !text.closest('.links, .table'))
+      flaws.push(`'${text.textContent.slice(0, 40)}' leaves the page`);
   }
   for (const table of document.querySelectorAll('.table')) {
     const beyond = table.scrollWidth - table.clientWidth;
-    if (beyond > 0) flaws.push(`the table under '${table.closest('section').querySelector('h2').textContent}' scrolls sideways by ${beyond} px`);
+    const title = table.closest('section').querySelector('h2').textContent;
+    if (beyond > 0) flaws.push(`the table under '${title}' scrolls sideways by ${beyond} px`);
   }
   const beyond = document.documentElement.scrollWidth - document.documentElement.clientWidth;
   if (beyond > 0) flaws.push(`scrolls sideways by ${beyond} px`);

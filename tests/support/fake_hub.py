@@ -98,7 +98,7 @@ class _Handler(BaseHTTPRequestHandler):
         parts = unquote(urlsplit(self.path).path).strip("/").split("/")
         is_api = parts[:2] == ["api", "models"]
         is_elsewhere = parts[0] == "elsewhere"
-        owner, name, *rest = parts[2 * is_api + is_elsewhere :] + ["", ""]
+        owner, name, *rest = [*parts[2 * is_api + is_elsewhere :], "", ""]
         repository = self.server.hub.repositories.get(f"{owner}/{name}")
         what, revision, file, *_ = [*rest, "", "", ""]
         if repository is None:

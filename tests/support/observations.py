@@ -86,7 +86,10 @@ def observe_routing(
         getattr(routing, name).tolist() for name in ("expert", "gate", "norm", "peak")
     )
     source_of, scored = routing.source.tolist(), routing.scored.tolist()
-    cells = lambda: [[[0.0] * experts for _ in sources] for _ in range(depth)]  # noqa: E731
+
+    def cells() -> list[list[list[float]]]:
+        return [[[0.0] * experts for _ in sources] for _ in range(depth)]
+
     added, largest = {name: cells() for name in SUMS}, {name: cells() for name in MAXIMA}
     for layer in range(depth):
         for t in range(tokens):
@@ -113,7 +116,10 @@ def observe_routing(
     sums = {name: torch.tensor(values, dtype=torch.float64) for name, values in added.items()}
     maxima = {name: torch.tensor(values, dtype=torch.float32) for name, values in largest.items()}
     names = tuple(range(depth)) if layers is None else layers
-    count = lambda mask: torch.bincount(routing.source[mask], minlength=len(sources))  # noqa: E731
+
+    def count(mask: torch.Tensor) -> torch.Tensor:
+        return torch.bincount(routing.source[mask], minlength=len(sources))
+
     return Observation(
         model_type="toy_moe",
         layers=names,

@@ -29,7 +29,10 @@ def observation(
     """Experts that prefer a source, late layers with larger outputs, and two experts of the first layer never
     routed."""
     generator = torch.Generator().manual_seed(seed)
-    random = lambda *shape: torch.rand(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.rand(*shape, generator=generator, dtype=torch.float64)
+
     scored = torch.tensor([tokens * (index + 2) // 2 for index in range(sources)])
     preference = random(layers, sources, experts).pow(4) * 4 + 0.1
     rate = (random(layers, 1, experts).pow(2) + 0.05) * preference
@@ -391,9 +394,9 @@ def facts(
     """A finished run, or one that its gates stopped."""
     observed = observed or observation()
     spec, half = recipe(observed.sources), observed.num_experts // 2
-    experts = {layer: observed.num_experts for layer in observed.layers}
+    experts = dict.fromkeys(observed.layers, observed.num_experts)
     base = Sizes(experts, 3_620_000, 1_200_000, 7_300_000)
-    pruned = Sizes({layer: half for layer in experts}, 2_100_000, 1_150_000, 4_250_000)
+    pruned = Sizes(dict.fromkeys(experts, half), 2_100_000, 1_150_000, 4_250_000)
     quantized = Sizes(pruned.experts, pruned.parameters, pruned.active_parameters, 1_900_000)
     losses = losses or ({"ratio-0.5": 0.3} if rejected else {"ratio-0.5": 0.03})
     evaluated = evaluation(losses, observed.sources)
@@ -415,7 +418,7 @@ def facts(
             "9f" * 32,
         ),
         base=base,
-        planned={name: pruned for name in losses},
+        planned=dict.fromkeys(losses, pruned),
         chosen=evaluated["chosen"],
         pruned=None if rejected else pruned,
         quantized=None if rejected else quantized,

@@ -34,7 +34,7 @@ def tiny_tokens(
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     boundaries = sorted(
         {int(start) for start in offsets}
-        | {int(start + length // 2) for start, length in zip(offsets, lengths) if length > 8}
+        | {int(start + length // 2) for start, length in zip(offsets[:-1], lengths, strict=True) if length > 8}
     )
     shapes = {
         "input_ids": ("int32", int(offsets[-1])),

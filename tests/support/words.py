@@ -63,7 +63,8 @@ GLM = """<s>{%- if tools %}<|system|> tools {% for t in tools %}{{ t.function.na
 removed."""
 
 HARMONY = """{%- for m in messages %}
-{%- if m.role == 'tool' %}{{ '<|start|> functions to assistant <|channel|> commentary <|message|> ' + m.content + ' <|end|> ' }}
+{%- if m.role == 'tool' %}
+{{- '<|start|> functions to assistant <|channel|> commentary <|message|> ' + m.content + ' <|end|> ' }}
 {%- elif m.role == 'assistant' and m.tool_calls %}
 {%- if m.thinking %}{{ '<|start|> assistant <|channel|> analysis <|message|> ' + m.thinking + ' <|end|> ' }}{% endif %}
 {{- '<|start|> assistant to ' + m.tool_calls[0].function.name + ' <|channel|> commentary <|message|> ' }}

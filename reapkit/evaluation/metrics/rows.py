@@ -141,7 +141,7 @@ def summarize_candidate(
     result = {}
     for group, rows in index.groups().items():
         own = {name: each[rows] for name, each in sums.items()}
-        own |= {name: each[rows] for name, each in zip(("base_cells", "cells"), histograms)}
+        own |= {name: each[rows] for name, each in zip(("base_cells", "cells"), histograms, strict=True)}
         weights = bootstrap_weights(index.source[rows], resamples)
         members = torch.isin(row_of_position, rows)
         local_row = torch.searchsorted(rows, row_of_position[members])

@@ -87,7 +87,7 @@ def prove_pruned(
             further=lambda model: blocks.prove(model, rows),
         )
     except Exception as error:  # whatever the loader dies of is the finding
-        return proofs + [Proof("loads", False, f"{type(error).__name__}: {str(error)[:500]}")]
+        return [*proofs, Proof("loads", False, f"{type(error).__name__}: {str(error)[:500]}")]
 
 
 def _masked(

@@ -69,7 +69,8 @@ def prove_quantized(
         expected = _reference_logits(old, new, plan, rows, device, trust_remote_code)
         if unread := _unread(plan, spec):
             finite = bool(torch.isfinite(expected).all())
-            return proofs + [
+            return [
+                *proofs,
                 not_measured("loads", unread),
                 not_measured("generates", unread),
                 Proof(
@@ -86,7 +87,7 @@ def prove_quantized(
             weights_only=preset(spec).input_activations is not None,
         )
     except Exception as error:  # whatever the loader dies of is the finding
-        return proofs + [Proof("loads", False, f"{type(error).__name__}: {str(error)[:500]}")]
+        return [*proofs, Proof("loads", False, f"{type(error).__name__}: {str(error)[:500]}")]
 
 
 def _unread(plan: Targets, spec: QuantizeSpec) -> str | None:

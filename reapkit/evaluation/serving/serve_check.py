@@ -233,7 +233,8 @@ def compare(path: Path, mine: Greedy, theirs: Sequence[Sequence[int]]) -> Compar
         if list(expected) == list(got):
             continue
         step = next(
-            (index for index, pair in enumerate(zip(expected, got)) if pair[0] != pair[1]), min(len(expected), len(got))
+            (index for index, pair in enumerate(zip(expected, got, strict=False)) if pair[0] != pair[1]),
+            min(len(expected), len(got)),
         )
         if step >= min(len(expected), len(got)):
             return Comparison(

@@ -1,11 +1,12 @@
 """The process in which vLLM runs: `python vllm_process.py REQUEST.json ANSWER.json`, with vLLM's own Python, which may
 lack reapkit.
 
-REQUEST: {"task": "generate" | "formats" | "throughput", "directories": [...], "prompts": [[ids]], "new_tokens": n, "dtype": "auto", "plugin": file, "options": {}}.
-ANSWER: {"version", "platform", "plugin": "installed" | "from file", "results": [one per directory]}: of `generate` {"tokens": [[ids]]}, of
-`formats` {"parameters", "tensors", "problems": [...]}, of `throughput` {"prefill_tokens_per_s", "decode_tokens_per_s", "peak_bytes",
-"repeats"}, of any {"error": text}. One process serves several directories in turn, up to
-the first error.
+REQUEST: {"task": "generate" | "formats" | "throughput", "directories": [...], "prompts": [[ids]], "new_tokens": n,
+"dtype": "auto", "plugin": file, "options": {}}.
+ANSWER: {"version", "platform", "plugin": "installed" | "from file", "results": [one per directory]}: of `generate`
+{"tokens": [[ids]]}, of `formats` {"parameters", "tensors", "problems": [...]}, of `throughput`
+{"prefill_tokens_per_s", "decode_tokens_per_s", "peak_bytes", "repeats"}, of any {"error": text}. One process serves
+several directories in turn, up to the first error.
 """
 
 import contextlib

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import mmap
 import sys
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -64,7 +65,5 @@ def aligned(nbytes: int) -> int:
 
 def _advise(block: mmap.mmap) -> None:
     """Fewer page faults and TLB misses, where the kernel agrees."""
-    try:
+    with suppress(OSError):
         block.madvise(mmap.MADV_HUGEPAGE)
-    except OSError:
-        pass

@@ -208,7 +208,7 @@ class LayeredModel:
             arena.block[:nbytes].copy_(self._staging[:nbytes], non_blocking=True)
         if stream is not None:
             arena.block.record_stream(torch.cuda.default_stream(self.device))
-            stream.synchronize()  # the staging memory is free for the next layer, and whoever waits for this one may compute
+            stream.synchronize()  # the staging memory is free for the next layer; who waits for this one may compute
         if layer is None:
             self._staging = None
         return {filling.target: arena.tensor(filling.shape, filling.dtype, filling.phase) for filling in fillings}

@@ -23,10 +23,11 @@ def pairs(letters: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def overlap(one: Kept, other: Kept, experts: int) -> dict[str, Any]:
-    """Kept sets of the same layers: by layer `kept` (both counts), `share` |A∩B| / max(|A|,|B|), `jaccard` |A∩B| / |A∪B|.
+    """Kept sets of the same layers: by layer `kept` (both counts), `share` |A∩B| / max(|A|,|B|), `jaccard`
+    |A∩B| / |A∪B|.
 
-    Over the layers mean, min and the layer of the min of both; `contained`: mean of |A∩B| / min(|A|,|B|), 1 where the smaller sets lie in
-    the larger; `chance`: the mean share of random sets, min(a,b)/E.
+    Over the layers mean, min and the layer of the min of both; `contained`: mean of |A∩B| / min(|A|,|B|), 1 where the
+    smaller sets lie in the larger; `chance`: the mean share of random sets, min(a,b)/E.
     """
     layers = {}
     for layer, kept in one.items():

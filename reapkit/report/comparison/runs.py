@@ -70,7 +70,10 @@ def facts(found: Mapping[str, Found], terms: Terms) -> dict[str, Any]:
 def _one(directory: Path) -> dict[str, Any]:
     run = read_json(directory / "run.json", ("name", "model", "stages"))
     stages = run["stages"]
-    summary = lambda stage: stages.get(stage, {}).get("summary", {})
+
+    def summary(stage: str) -> dict[str, Any]:
+        return stages.get(stage, {}).get("summary", {})
+
     verified = (
         read_json(directory / "verify.json") if (directory / "verify.json").is_file() and "verify" in stages else {}
     )

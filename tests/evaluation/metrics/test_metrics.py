@@ -71,7 +71,9 @@ def test_signals_equal_a_naive_loop(logits, reference, pair):
         assert candidate.entropy[t].item() == pytest.approx(-sum(x * math.log(x) for x in top) / math.log(20), rel=1e-5)
         assert candidate.confidence[t].item() == pytest.approx(max(q), rel=1e-5)
         assert candidate.top1[t].item() == q.index(max(q))
-        assert candidate.kl[t].item() == pytest.approx(sum(a * math.log(a / b) for a, b in zip(p, q)), rel=1e-4)
+        assert candidate.kl[t].item() == pytest.approx(
+            sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)), rel=1e-4
+        )
     assert base.kl.abs().max() == 0
 
 
@@ -124,7 +126,10 @@ def test_statistics_equal_naive_sums(pair, index, reference):
     for group, positions in where.items():
         t = list(positions)
         got, n = found[group], len(t)
-        mean = lambda values: sum(float(values[i]) for i in t) / n  # noqa: E731
+
+        def mean(values, t=t):
+            return sum(float(values[i]) for i in t) / len(t)
+
         conflicts = [mean((each.p <= 0.02) & (each.entropy <= 0.6)) for each in (base, candidate)]
         kls = sorted(float(candidate.kl[i]) for i in t)
         expected = {
@@ -192,7 +197,12 @@ def test_intervals_equal_a_naive_resampling_of_whole_rows(pair, index):
     weights = bootstrap_weights(index.source[torch.tensor(rows)]).tolist()
     ratios, kls, p90s = [], [], []
     for drawn in weights:
-        positions = [(t, weight) for weight, (first, last) in zip(drawn, spans) for t in range(first, last) if weight]
+        positions = [
+            (t, weight)
+            for weight, (first, last) in zip(drawn, spans, strict=True)
+            for t in range(first, last)
+            if weight
+        ]
         n = sum(weight for _, weight in positions)
         ratios.append(math.exp(sum(weight * (candidate.nll[t] - base.nll[t]).item() for t, weight in positions) / n))
         kls.append(sum(weight * candidate.kl[t].item() for t, weight in positions) / n)
@@ -247,10 +257,10 @@ def test_confidence_bins_and_histograms_equal_a_naive_count(pair, index):
         for t in range(30):  # the third source is outside
             counts[min(19, int(each.p[t].item() * 20)) * 20 + min(19, int(each.entropy[t].item() * 20))] += 1
     p, q = ([count / 30 for count in counts] for counts in cells)
-    m = [(x + y) / 2 for x, y in zip(p, q)]
+    m = [(x + y) / 2 for x, y in zip(p, q, strict=True)]
     divergence = (
-        sum(x * math.log2(x / z) for x, z in zip(p, m) if x) / 2
-        + sum(y * math.log2(y / z) for y, z in zip(q, m) if y) / 2
+        sum(x * math.log2(x / z) for x, z in zip(p, m, strict=True) if x) / 2
+        + sum(y * math.log2(y / z) for y, z in zip(q, m, strict=True) if y) / 2
     )
     assert measured == pytest.approx(math.sqrt(divergence), rel=1e-6)
 
@@ -270,10 +280,10 @@ def test_differences_of_two_candidates_are_paired(pair, index):
 def test_js_distance_equals_its_definition():
     a, b = [3, 1, 0, 4], [1, 1, 2, 0]
     p, q = [x / 8 for x in a], [x / 4 for x in b]
-    m = [(x + y) / 2 for x, y in zip(p, q)]
+    m = [(x + y) / 2 for x, y in zip(p, q, strict=True)]
     expected = math.sqrt(
-        sum(x * math.log2(x / z) for x, z in zip(p, m) if x) / 2
-        + sum(y * math.log2(y / z) for y, z in zip(q, m) if y) / 2
+        sum(x * math.log2(x / z) for x, z in zip(p, m, strict=True) if x) / 2
+        + sum(y * math.log2(y / z) for y, z in zip(q, m, strict=True) if y) / 2
     )
     assert js_distance(torch.tensor(a), torch.tensor(b)).item() == pytest.approx(expected)
     assert js_distance(torch.tensor([1, 0]), torch.tensor([0, 5])).item() == 1

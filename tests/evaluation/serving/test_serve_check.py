@@ -142,7 +142,7 @@ def test_pythons_without_vllm_are_refused(tmp_path, model, capsys):
         vllm_python(tmp_path / "nothing")
     (tmp_path / "python").write_text("#!/bin/sh\nexit 1\n")
     os.chmod(tmp_path / "python", 0o755)
-    with pytest.raises(UnusableError, match="has no vLLM. Install it there"):
+    with pytest.raises(UnusableError, match=r"has no vLLM\. Install it there"):
         vllm_python(tmp_path / "python")
     (tmp_path / "python").write_text('#!/bin/sh\nif [ "$1" = -c ]; then exit 0; fi\necho broken libc >&2; exit 7\n')
     assert ended(str(model), "--prompts", "1", "--new-tokens", "1", "--vllm-python", str(tmp_path / "python")) == 3

@@ -526,7 +526,7 @@ class TestStore:
     def test_dropped_and_unfinished(self, tmp_path: Path) -> None:
         store = Store(tmp_path)
         (store.begin("prune", "a" * 64, resume=False) / "config.json").write_text("{}")
-        with pytest.raises(UnusableError, match="unfinished, it has no manifest yet. Run its recipe again"):
+        with pytest.raises(UnusableError, match=r"unfinished, it has no manifest yet\. Run its recipe again"):
             inspect(store.directory("prune", "a" * 64))
         made = store.finish(
             "prune",
@@ -537,14 +537,16 @@ class TestStore:
         found = inspect(made.directory)
         assert found.found.kind is None and "payload dropped" in shown(found) and "warning: mind this" in shown(found)
         with pytest.raises(
-            UnusableError, match="a store of 1 artifacts. Inspect one of them, such as .*prune-aaaaaaaaaaaa"
+            UnusableError, match=r"a store of 1 artifacts\. Inspect one of them, such as .*prune-aaaaaaaaaaaa"
         ):
             inspect(tmp_path)
 
 
 class TestRefusals:
     def test_nothing_there(self, tmp_path: Path) -> None:
-        with pytest.raises(RecipeError, match="no such file or directory. Give a recipe .*calibration.json") as error:
+        with pytest.raises(
+            RecipeError, match=r"no such file or directory\. Give a recipe .*calibration\.json"
+        ) as error:
             inspect(tmp_path / "demmo")
         assert "Shipped recipes:" in str(error.value)
 
@@ -579,7 +581,7 @@ class TestRefusals:
 
     def test_a_calibration_without_its_account(self, tmp_path: Path) -> None:
         tiny_tokens(tmp_path)
-        with pytest.raises(UnusableError, match="calibration.json: lacks kind, asked"):
+        with pytest.raises(UnusableError, match=r"calibration\.json: lacks kind, asked"):
             inspect(tmp_path)
 
 
