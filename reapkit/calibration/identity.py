@@ -48,8 +48,9 @@ def source_identity(entry: MixEntry, directory: Path) -> dict[str, Any]:
 
 @cache
 def _generators_identity() -> str:
-    """The packaged generators are code: their files' hashes name what they make."""
-    return digest([digest_file(file) for file in sorted(Path(generators.__file__).parent.glob("*.py"))])
+    """The packaged generators are code and tables: their files' hashes name what they make."""
+    here = Path(generators.__file__).parent
+    return digest([digest_file(file) for file in sorted([*here.glob("*.py"), *here.glob("*.yaml")])])
 
 
 def source_files(entry: MixEntry, directory: Path) -> list[str]:

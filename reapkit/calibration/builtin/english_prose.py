@@ -1,34 +1,27 @@
 """English prose written by a grammar: travel notes, reports, letters, instructions, nature, invented histories."""
 
+from dataclasses import dataclass
+
 from reapkit.calibration.builtin.draw import Draw, expand, sentence
-from reapkit.calibration.builtin.english_words import GENRES, RULES, Genre
+from reapkit.calibration.builtin.tables import table
 
 SHORTEST, LONGEST = 400, 2000
 
-WOMEN = (
-    "Agnes", "Beatrix", "Clara", "Doris", "Edith", "Flora", "Helena", "Ida", "Judith", "Karin", "Lydia", "Magda",
-    "Nell", "Olive", "Rosalind", "Sylvia", "Thea", "Vida",
-)  # fmt: skip
-MEN = (
-    "Albert", "Bruno", "Casper", "Dmitri", "Edmund", "Gregor", "Harold", "Isaac", "Jakob", "Konrad", "Lorenz",
-    "Martin", "Nils", "Otto", "Piet", "Rupert", "Stefan", "Walter",
-)  # fmt: skip
-FAMILIES = (
-    "Aldane", "Birk", "Corran", "Dahl", "Estrick", "Fenn", "Garrow", "Hale", "Imber", "Jory", "Keld", "Lund", "Marr",
-    "Norval", "Orme", "Pell", "Quill", "Rask", "Sorley", "Thorne", "Vance", "Wray",
-)  # fmt: skip
-PLACE_STARTS = (
-    "Alder", "Ash", "Bal", "Bram", "Cal", "Cor", "Dun", "Elm", "Fal", "Glen", "Hart", "Hol", "Ing", "Kirk", "Lang",
-    "Mar", "Nor", "Oak", "Pen", "Raven", "Sel", "Stan", "Thorn", "Ul", "Wes", "Win",
-)  # fmt: skip
-PLACE_ENDINGS = (
-    "bridge", "bury", "combe", "dale", "don", "field", "ford", "gate", "ham", "haven", "holm", "ley", "mere",
-    "minster", "moor", "mouth", "ness", "port", "stead", "ton", "wick", "wold",
-)  # fmt: skip
-SMALL_NUMBERS = (
-    "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "twenty", "thirty",
-    "forty", "sixty",
-)  # fmt: skip
+
+@dataclass(frozen=True)
+class Genre:
+    """Sentence templates of one kind of text; `closes_apart` gives the last sentence a paragraph of its own."""
+
+    titles: list[str]
+    openings: list[str]
+    middles: list[str]
+    closings: list[str]
+    closes_apart: bool
+
+
+NAMES: dict[str, list[str]] = table("english")["names"]
+RULES: dict[str, list[str]] = table("english")["rules"]
+GENRES = [Genre(**genre) for genre in table("english")["genres"].values()]
 
 
 def prose_row(draw: Draw) -> dict:
@@ -48,10 +41,10 @@ def prose_row(draw: Draw) -> dict:
 
 def _setting(draw: Draw) -> dict[str, str]:
     """The names, pronouns and numbers that stay the same within one text."""
-    starts, endings = draw.sample(PLACE_STARTS, 2), draw.sample(PLACE_ENDINGS, 2)
+    starts, endings = draw.sample(NAMES["place_starts"], 2), draw.sample(NAMES["place_endings"], 2)
     place, other_place = (start + ending for start, ending in zip(starts, endings, strict=True))
-    family, other_family = draw.sample(FAMILIES, 2)
-    woman, man = draw.pick(WOMEN), draw.pick(MEN)
+    family, other_family = draw.sample(NAMES["families"], 2)
+    woman, man = draw.pick(NAMES["women"]), draw.pick(NAMES["men"])
     she = {"person": woman, "friend": man, "she": "she", "her": "her", "hers": "her"}
     he = {"person": man, "friend": woman, "she": "he", "her": "him", "hers": "his"}
     year = draw.integer(1480, 1960)
@@ -62,7 +55,7 @@ def _setting(draw: Draw) -> dict[str, str]:
         "other_family": other_family,
         "year": str(year),
         "later_year": str(year + draw.integer(2, 40)),
-        "number": draw.pick(SMALL_NUMBERS),
+        "number": draw.pick(NAMES["small_numbers"]),
         "count": str(draw.integer(12, 980)),
         "percent": str(draw.integer(2, 60)),
     }

@@ -3,29 +3,8 @@
 import json
 
 from reapkit.calibration.builtin.draw import Draw
-from reapkit.calibration.builtin.function_library import MONTHS, TOOLS, Tool
-
-GREETINGS = (
-    ("Hello!", "Hello! What can I do for you?"),
-    ("Good morning.", "Good morning! How can I help?"),
-    ("Thanks, that is all.", "You are welcome. Have a good day!"),
-    ("Great, thank you.", "Glad to help."),
-    ("Who are you?", "I am an assistant that can call the functions I was given."),
-    ("Never mind.", "All right. Just ask when you need something."),
-    ("Are you still there?", "Yes, I am here. What do you need?"),
-    ("Can you wait a moment?", "Of course. Take your time."),
-    ("How many days are in a week?", "A week has seven days."),
-    ("What color is the sky?", "On a clear day the sky is blue."),
-    ("Is a tomato a fruit?", "Yes, botanically a tomato is a fruit."),
-    ("Say something nice.", "You ask very good questions."),
-)
-SYSTEMS = (
-    "You help {name}. Today is {date}.",
-    "Today is {date}. Call a function when it helps.",
-    "You are the assistant of {name}, ticket {number}. Be brief.",
-    "You work for {name}. It is {date}. Ask when something is missing.",
-)
-ERRORS = ("timeout", "not found", "service unavailable", "permission denied", "invalid request")
+from reapkit.calibration.builtin.function_library import TOOLS, WORDS, Tool
+from reapkit.calibration.builtin.tables import table
 
 
 def tools_row(draw: Draw) -> dict:
@@ -68,7 +47,7 @@ def failed_call(draw: Draw, offered: list[Tool]) -> list[dict]:
     """A call that returns an error, which the assistant reports."""
     tool = draw.pick(offered)
     request, arguments = _request(draw, tool)
-    error = draw.pick(ERRORS)
+    error = draw.pick(WORDS["errors"])
     excuse = draw.pick(
         (
             f"Sorry, {tool.name} failed: {error}.",
@@ -126,16 +105,16 @@ def _request(draw: Draw, tool: Tool) -> tuple[str, dict]:
 
 
 def _system(draw: Draw) -> dict:
-    date = f"{draw.integer(1, 28)} {draw.pick(MONTHS)} {draw.integer(2019, 2034)}"
-    name = f"{draw.pick('ABCDEFGHJKLMNPRSTW')}. {draw.pick(SURNAMES)}"
+    date = f"{draw.integer(1, 28)} {draw.pick(WORDS['months'])} {draw.integer(2019, 2034)}"
+    name = f"{draw.pick('ABCDEFGHJKLMNPRSTW')}. {draw.pick(WORDS['surnames'])}"
     return {
         "role": "system",
-        "content": draw.pick(SYSTEMS).format(name=name, date=date, number=draw.integer(1000, 99999)),
+        "content": draw.pick(WORDS["systems"]).format(name=name, date=date, number=draw.integer(1000, 99999)),
     }
 
 
 def _small_talk(draw: Draw) -> list[dict]:
-    question, answer = draw.pick(GREETINGS)
+    question, answer = draw.pick(table("functions")["greetings"])
     return [_user(question), _says(answer)]
 
 
@@ -161,10 +140,3 @@ def _result(result: dict) -> dict:
 def _schema(tool: Tool) -> dict:
     described = {"name": tool.name, "description": tool.description, "parameters": tool.parameters}
     return {"type": "function", "function": described}
-
-
-SURNAMES = (
-    "Abbas", "Adler", "Bakker", "Castro", "Diaz", "Engel", "Fischer", "Garcia", "Hansen", "Ito", "Jensen", "Kaya",
-    "Larsen", "Moreau", "Novak", "Okafor", "Petrov", "Quinn", "Rossi", "Silva", "Tanaka", "Usman", "Varga", "Weber",
-    "Yilmaz", "Zeller",
-)  # fmt: skip

@@ -5,46 +5,13 @@ from dataclasses import dataclass
 from textwrap import indent
 
 from reapkit.calibration.builtin.draw import Draw, sentence, with_article
-from reapkit.calibration.builtin.python_snippets import ALGORITHMS, HELPERS
+from reapkit.calibration.builtin.tables import table
 
 SHORTEST, LONGEST = 400, 2000
 
-NOUNS = (
-    "account", "address", "album", "book", "bundle", "camera", "card", "channel", "claim", "client", "course",
-    "customer", "device", "document", "driver", "event", "field", "filter", "folder", "game", "group", "image",
-    "invoice", "item", "job", "journal", "label", "lesson", "letter", "machine", "member", "message", "meter", "node",
-    "note", "order", "packet", "page", "parcel", "patient", "payment", "player", "point", "printer", "product",
-    "project", "reader", "recipe", "record", "region", "report", "request", "room", "route", "sample", "segment",
-    "sensor", "server", "session", "shelf_item", "signal", "song", "station", "student", "task", "team", "ticket",
-    "token", "train", "user", "vehicle", "visitor", "window", "worker",
-)  # fmt: skip
-FIELDS = (
-    ("name", "str"), ("title", "str"), ("owner", "str"), ("status", "str"), ("color", "str"), ("city", "str"),
-    ("code", "str"), ("kind", "str"), ("email", "str"), ("price", "float"), ("weight", "float"), ("score", "float"),
-    ("ratio", "float"), ("rate", "float"), ("height", "float"), ("duration", "float"), ("count", "int"),
-    ("size", "int"), ("level", "int"), ("priority", "int"), ("age", "int"), ("index", "int"), ("limit", "int"),
-    ("version", "int"), ("active", "bool"), ("closed", "bool"), ("visible", "bool"), ("verified", "bool"),
-    ("tags", "list[str]"), ("lines", "list[str]"), ("notes", "list[str]"), ("values", "list[int]"),
-)  # fmt: skip
-WORDS = (
-    "open", "closed", "draft", "ready", "north", "south", "red", "green", "blue", "daily", "weekly", "main", "spare",
-    "local", "remote", "public", "private", "small", "large", "fast", "slow", "new", "old", "left", "right", "first",
-)  # fmt: skip
-VERBS = (
-    "apply",
-    "check",
-    "collect",
-    "handle",
-    "import",
-    "merge",
-    "prepare",
-    "process",
-    "refresh",
-    "review",
-    "scan",
-    "update",
-)
-ERRORS = ("ValueError", "KeyError", "RuntimeError", "TypeError", "LookupError")
+TABLE = table("python")
+NOUNS, WORDS, VERBS, ERRORS = (TABLE[name] for name in ("nouns", "words", "verbs", "errors"))
+FIELDS = tuple(TABLE["fields"].items())
 
 _SLOT = re.compile(r"\$(\w+)")
 _DEFINITION = re.compile(r"((?:@[^\n]*\n)*(?:async )?(?:def|class) [^\n]*\n)(.*)", re.DOTALL)
@@ -773,17 +740,16 @@ def exception_class(draw: Draw, subject: Subject) -> Piece:
 
 def algorithm(draw: Draw, subject: Subject) -> Piece:
     """A well known small algorithm, its variables renamed."""
-    return _from_template(draw, subject, draw.pick(ALGORITHMS))
+    return _from_template(draw, subject, draw.pick(TABLE["algorithms"]))
 
 
 def helper(draw: Draw, subject: Subject) -> Piece:
     """A small utility: a decorator, a context manager, a retry loop, ...."""
-    return _from_template(draw, subject, draw.pick(HELPERS))
+    return _from_template(draw, subject, draw.pick(TABLE["helpers"]))
 
 
-def _from_template(draw: Draw, subject: Subject, snippet: tuple[str, str, str]) -> Piece:
+def _from_template(draw: Draw, subject: Subject, snippet: dict) -> Piece:
     """A snippet with names drawn for its slots; its type hints and docstring go where the module has none."""
-    imports, doc, template = snippet
     numbers = {f"n{index}": str(draw.integer(2, 60)) for index in range(3)}
     names = {
         "items": draw.pick(("items", "values", "numbers", "data", "sequence")),
@@ -798,12 +764,12 @@ def _from_template(draw: Draw, subject: Subject, snippet: tuple[str, str, str]) 
         "error": draw.pick(ERRORS),
         "word": draw.pick(WORDS),
     }
-    text = _fill(template.strip("\n"), **names, **numbers)
+    text = _fill(snippet["code"].strip("\n"), **names, **numbers)
     text = re.sub(r"~(.*?)~", r"\1" if subject.hints else "", text)
     if subject.documented:
         head, body = _DEFINITION.match(text).groups()
-        text = f'{head}    """{_fill(doc, **names, **numbers)}"""\n{body}'
-    return Piece(text, tuple(imports.split("; ")) if imports else ())
+        text = f'{head}    """{_fill(snippet["docstring"], **names, **numbers)}"""\n{body}'
+    return Piece(text, tuple(snippet.get("imports", ())))
 
 
 def _variable(draw: Draw, subject: Subject) -> str:

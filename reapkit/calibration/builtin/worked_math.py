@@ -3,24 +3,11 @@
 from math import gcd
 
 from reapkit.calibration.builtin.draw import Draw
+from reapkit.calibration.builtin.tables import table
 
-NAMES = (
-    "Ada", "Amir", "Anna", "Ben", "Carla", "Chen", "Dora", "Emil", "Fatima", "Felix", "Gita", "Hana", "Hugo", "Ines",
-    "Ivan", "Jonas", "Kofi", "Lara", "Lena", "Marco", "Mei", "Nadia", "Noah", "Olga", "Omar", "Petra", "Ravi", "Rosa",
-    "Sami", "Sofia", "Tariq", "Theo", "Uma", "Vera", "Yuki", "Zara",
-)  # fmt: skip
-THINGS = (
-    "apples", "beads", "books", "bottles", "bricks", "buttons", "candles", "cards", "coins", "cups", "eggs", "flowers",
-    "jars", "keys", "lamps", "lemons", "marbles", "nails", "pears", "pens", "plates", "ribbons", "seeds", "shells",
-    "stamps", "stickers", "stones", "tickets", "tiles", "toys",
-)  # fmt: skip
-BOXES = ("bags", "baskets", "boxes", "crates", "drawers", "rows", "shelves", "trays")
-VEHICLES = ("bus", "cyclist", "ferry", "lorry", "runner", "ship", "train", "van")
-UNITS = (
-    ("kilometres", "metres", 1000), ("metres", "centimetres", 100), ("hours", "minutes", 60),
-    ("minutes", "seconds", 60), ("kilograms", "grams", 1000), ("days", "hours", 24), ("weeks", "days", 7),
-    ("litres", "millilitres", 1000), ("dozens", "pieces", 12), ("feet", "inches", 12),
-)  # fmt: skip
+NAMES, THINGS, BOXES, VEHICLES, UNITS = (
+    table("math")[name] for name in ("names", "things", "boxes", "vehicles", "units")
+)
 
 Problem = tuple[str, str, str]
 """Question, worked steps, and the answer as text."""
