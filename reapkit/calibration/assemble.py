@@ -21,7 +21,7 @@ from reapkit.calibration.inputs import Inputs
 from reapkit.calibration.packing import Piece, group_bounds, interleave, limit, pack, pieces_of
 from reapkit.calibration.spans import WAYS
 from reapkit.calibration.tokens import PARTS, SUMMARY_FILE, TOKENS_FILE
-from reapkit.core.artifact_store import write_json
+from reapkit.core.atomic_files import replacing, write_json
 from reapkit.core.errors import UnusableError
 from reapkit.core.mapped_safetensors import create_tensors
 from reapkit.recipe.schema import TokensFormat
@@ -67,16 +67,14 @@ def assemble(
     Raises UnusableError naming every source of which nothing would be scored.
     """
     calibration = inputs.calibration
-    out.mkdir(parents=True, exist_ok=True)
     plan = _plan(inputs, streams)
     bounds, snapshots = group_bounds(plan.lengths)
-    temporary = out / f".{TOKENS_FILE}"
-    counts = _write(inputs, gathered, plan, temporary, about["kind"] == "packs")
-    sources = [_source_summary(inputs, source, number, plan, counts) for number, source in enumerate(gathered)]
-    warnings = _check(calibration.score, sources) + _silent_calls(sources, gathered)
-    for warning in warnings:
-        inputs.progress.warn(warning)
-    temporary.replace(out / TOKENS_FILE)
+    with replacing(out / TOKENS_FILE) as partial:
+        counts = _write(inputs, gathered, plan, partial, about["kind"] == "packs")
+        sources = [_source_summary(inputs, source, number, plan, counts) for number, source in enumerate(gathered)]
+        warnings = _check(calibration.score, sources) + _silent_calls(sources, gathered)
+        for warning in warnings:
+            inputs.progress.warn(warning)
     summary = {
         "version": 1,
         **about,

@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from reapkit.calibration.tokens import SUMMARY_FILE, TOKENS_FILE, CalibrationTokens
+from reapkit.core.atomic_files import write_text
 from reapkit.core.errors import UnusableError
 from reapkit.core.mapped_safetensors import create_tensors
 
@@ -95,5 +96,5 @@ def _written(
         "groups": bounds,
         "snapshots": snapshots,
     }
-    (directory / SUMMARY_FILE).write_text(json.dumps(summary))
+    write_text(directory / SUMMARY_FILE, json.dumps(summary))
     return CalibrationTokens.load(directory)

@@ -19,6 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from reapkit.core.atomic_files import write_json
 from reapkit.core.errors import UnusableError
 from reapkit.core.hashing import digest_file
 from reapkit.core.safetensors_header import TensorInfo
@@ -191,10 +192,7 @@ def _load(record: Path) -> dict[str, HashedShard]:
 
 
 def _save(record: Path, shards: Mapping[str, HashedShard]) -> None:
-    record.parent.mkdir(parents=True, exist_ok=True)
-    temporary = record.with_name(f"{record.name}.{os.getpid()}.writing")
-    temporary.write_text(json.dumps({shard: vars(facts) for shard, facts in sorted(shards.items())}, indent=1) + "\n")
-    os.replace(temporary, record)
+    write_json(record, {shard: vars(facts) for shard, facts in sorted(shards.items())})
 
 
 def _changed(path: Path) -> UnusableError:

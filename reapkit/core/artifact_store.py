@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from reapkit.core.atomic_files import remove_unfinished, write_json
+
 KEY_LETTERS = 12
 
 
@@ -100,6 +102,7 @@ class Store:
         if not resume:
             shutil.rmtree(payload, ignore_errors=True)
         payload.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(payload)
         return payload
 
     def finish(self, stage: str, key: str, manifest: Mapping[str, Any]) -> Artifact:
@@ -114,18 +117,6 @@ class Store:
         for path in sorted(self.root.glob("*/manifest.json")):
             manifest = json.loads(path.read_text())
             yield Artifact(manifest["stage"], manifest["key"], path.parent, manifest)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """`value` as indented JSON, whole or not at all: written beside, synced, renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w") as stream:
-        json.dump(value, stream, indent=1)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.rename(path)
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from reapkit.core.artifact_store import KEY_LETTERS, Store, write_json
+from reapkit.core.artifact_store import KEY_LETTERS, Store
+from reapkit.core.atomic_files import write_json
 from reapkit.core.errors import UnusableError
 from reapkit.core.hashing import digest
 

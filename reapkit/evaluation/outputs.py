@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from reapkit.calibration.tokens import CalibrationTokens, batches
+from reapkit.core.atomic_files import replacing, sync, write_text
 from reapkit.core.errors import StageFailed, UnusableError
 from reapkit.core.hashing import digest
 from reapkit.core.progress import SILENT, Progress
@@ -188,11 +189,9 @@ def compare(base: BaseOutputs, candidate: Positions, pack: Pack, eaft: dict[str,
 
 
 def save_positions(positions: Positions, path: Path) -> None:
-    """Writes beside `path`, then renames: a file that is there is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.new")
-    save_file({field.name: getattr(positions, field.name).contiguous() for field in fields(Positions)}, fresh)
-    fresh.rename(path)
+    """A file that is there is complete."""
+    with replacing(path) as partial:
+        save_file({field.name: getattr(positions, field.name).contiguous() for field in fields(Positions)}, partial)
 
 
 def load_positions(path: Path) -> Positions:
@@ -255,7 +254,7 @@ def _hidden_on_disk(model: nn.Module, pack: Pack, batch_tokens: int, directory: 
         at = finished["positions"]
         mapped[at : at + len(hidden)] = hidden.cpu()
         finished = {"batches": finished["batches"] + 1, "positions": at + len(hidden)}
-        state.with_suffix(".new").write_text(json.dumps(finished))
-        state.with_suffix(".new").rename(state)
+        sync(path)
+        write_text(state, json.dumps(finished))
         task.advance(len(hidden))
     return mapped

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from reapkit.calibration.tokens import Batch, CalibrationTokens, batches
+from reapkit.core.atomic_files import replacing
 from reapkit.core.errors import StageFailed, UnusableError
 from reapkit.core.progress import SILENT, Progress
 from reapkit.healing.ridge import ExpertFeatures, Refit, refit
@@ -367,7 +368,6 @@ class _Pass:
     ) -> LayerNames:
         """One file with the layer's re-fitted matrices under the checkpoint's names; experts without tokens keep
         theirs."""
-        directory.mkdir(parents=True, exist_ok=True)
         file = f"layer-{layer:04d}.safetensors"
         matrices = {
             expert: fitted.corrections.get(expert, self._matrix(site, expert)).contiguous().cpu() for expert in keep
@@ -379,10 +379,14 @@ class _Pass:
         stacked, experts = self.layered.sources_of(f"{site.name}.down_proj")
         self._confirm(site, keep[0], stacked, experts)
         if stacked is not None:
-            save_file({stacked: torch.stack([matrices[expert] for expert in keep])}, directory / file)
-            return LayerNames(file, tuple(keep), stacked, {})
-        save_file({experts[expert]: matrices[expert] for expert in keep}, directory / file)
-        return LayerNames(file, tuple(keep), None, {expert: experts[expert] for expert in keep})
+            names = LayerNames(file, tuple(keep), stacked, {})
+            tensors = {stacked: torch.stack([matrices[expert] for expert in keep])}
+        else:
+            names = LayerNames(file, tuple(keep), None, {expert: experts[expert] for expert in keep})
+            tensors = {experts[expert]: matrices[expert] for expert in keep}
+        with replacing(directory / file) as partial:
+            save_file(tensors, partial)
+        return names
 
     def _confirm(self, site: RoutedExperts, expert: int, stacked: str | None, experts: Mapping[int, str]) -> None:
         """Raises UnusableError unless the checkpoint's tensor is the module's matrix as it is, so that ours can take

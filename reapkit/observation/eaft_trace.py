@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from reapkit.core.atomic_files import replacing
 from reapkit.observation.group_sums import trace_header
 
 COPY_BYTES = 64 << 20
@@ -58,13 +59,11 @@ class GroupTraces:
         groups = range(len(self.starts) - 1)
         if not self.file.exists():
             head, header = self._header(self.starts[-1])
-            temporary = self.file.with_suffix(f".{os.getpid()}.writing")
-            with temporary.open("wb") as out:
+            with replacing(self.file) as partial, partial.open("wb") as out:
                 out.write(head)
                 for name in header:
                     for group in groups:
                         self._copy(group, name, out)
-            os.replace(temporary, self.file)
         for group in groups:
             self.part(group).unlink(missing_ok=True)
         return self.file

@@ -11,7 +11,7 @@ from typing import Any
 
 from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.checkpoint.expert_layout import Layout
-from reapkit.core.artifact_store import write_json
+from reapkit.core.atomic_files import write_json
 from reapkit.core.errors import UnusableError
 from reapkit.core.hashing import digest, digest_file
 

@@ -4,7 +4,6 @@ to the same bytes.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from reapkit.core.atomic_files import replacing
 from reapkit.core.dtypes import BITS
 from reapkit.observation.observation import MAXIMA, SNAPSHOTS
 
@@ -55,11 +55,8 @@ class Partials:
 
 def save_by_rename(tensors: Mapping[str, Tensor], file: Path) -> None:
     """A file that exists is complete."""
-    temporary = file.with_suffix(
-        f".{os.getpid()}.writing"
-    )  # of this process: a killed run's last rank may still be at its own
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
-    os.replace(temporary, file)
+    with replacing(file) as partial:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
 
 
 def trace_header(layers: Sequence[int], top_k: int, positions: int) -> dict[str, Any]:

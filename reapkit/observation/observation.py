@@ -16,6 +16,7 @@ import numpy as np
 from numpy import ndarray
 from safetensors.numpy import save_file
 
+from reapkit.core.atomic_files import replacing, write_text
 from reapkit.core.errors import UnusableError
 from reapkit.core.mapped_safetensors import as_arrays, map_tensors
 from reapkit.observation.eaft_table import Table
@@ -90,7 +91,8 @@ class Trace:
 
 
 def _save(tensors: Mapping[str, ndarray], file: Path) -> None:
-    save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, file)
+    with replacing(file) as partial:
+        save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, partial)
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
@@ -195,9 +197,8 @@ class Observation:
             "eaft": isinstance(self.eaft, Trace),
             "meta": dict(self.meta),
         }
-        (directory / "observation.json").write_text(
-            json.dumps(facts, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-        )
+        text = json.dumps(facts, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        write_text(directory / "observation.json", text)
 
     @classmethod
     def load(cls, directory: Path) -> Observation:

@@ -8,7 +8,6 @@ output on the sample is computed.
 from __future__ import annotations
 
 import copy
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from reapkit.calibration.tokens import Batch, CalibrationTokens
 from reapkit.checkpoint.architecture import Architecture
+from reapkit.core.atomic_files import replacing
 from reapkit.core.errors import UnusableError
 from reapkit.core.progress import Progress
 from reapkit.core.ranks import ALONE, Alone
@@ -206,9 +206,8 @@ class Capture:
 
 
 def _save(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    temporary = file.with_suffix(".writing")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
-    os.replace(temporary, file)
+    with replacing(file) as partial:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
 
 
 def refuse_unfit(model: nn.Module, site: RoutedExperts) -> None:

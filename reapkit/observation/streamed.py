@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from reapkit.calibration.tokens import CalibrationTokens, batches
+from reapkit.core.atomic_files import write_text
 from reapkit.core.progress import SILENT, Progress
 from reapkit.core.ranks import ALONE, Alone
 from reapkit.model.loading import final_hidden
@@ -28,7 +29,7 @@ from reapkit.observation.mtp_blocks import MtpBlocks
 from reapkit.observation.observation import Observation
 from reapkit.observation.session import BatchWatch, Session
 from reapkit.observation.wave_sums import WaveSums, assemble
-from reapkit.observation.waves import Wave, covering, drop_inputs, finished, plan_waves, write_by_rename
+from reapkit.observation.waves import Wave, covering, drop_inputs, finished, plan_waves
 from reapkit.recipe.schema import ObserveSpec
 
 
@@ -217,7 +218,7 @@ class _Pass:
         self._through_layers(directory, wave.start, waiting, lockstep, reader, note, advance)
         lockstep.forget([item.forward for item in waiting])
         lockstep.start_at(0, ())
-        write_by_rename(directory / "done", "")
+        write_text(directory / "done", "")
         for inputs in directory.glob("inputs-*"):
             shutil.rmtree(inputs)
 
@@ -335,7 +336,7 @@ class _Pass:
             checksums[item.name] = item.forward.others()
             self._park(item)
         facts = {"returns_tuple": lockstep.output_kinds(layer), "checksums": checksums}
-        write_by_rename(directory / "facts.json", json.dumps(facts))
+        write_text(directory / "facts.json", json.dumps(facts))
         for older in wave.glob("inputs-*"):
             if older != directory:
                 shutil.rmtree(older)

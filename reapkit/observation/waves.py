@@ -14,12 +14,12 @@ exactly.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from reapkit.core.atomic_files import write_text
 from reapkit.core.hashing import digest
 
 
@@ -41,7 +41,7 @@ class Wave:
         directory = root / self.name
         if not (directory / "groups.json").exists():
             directory.mkdir(parents=True, exist_ok=True)
-            write_by_rename(directory / "groups.json", json.dumps(self.groups))
+            write_text(directory / "groups.json", json.dumps(self.groups))
         return directory
 
 
@@ -92,12 +92,6 @@ def drop_inputs(root: Path) -> None:
     """Hidden states that nobody will go on from."""
     for directory in root.glob("wave-*/inputs-*"):
         shutil.rmtree(directory)
-
-
-def write_by_rename(file: Path, text: str) -> None:
-    temporary = file.with_suffix(f".{os.getpid()}.writing")
-    temporary.write_text(text)
-    os.replace(temporary, file)
 
 
 def _waves(root: Path) -> list[tuple[tuple[int, ...], Path]]:

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from reapkit.core.artifact_store import Artifact, link_or_copy, write_json
+from reapkit.core.artifact_store import Artifact, link_or_copy
+from reapkit.core.atomic_files import copy_file, write_json, write_text
 from reapkit.core.errors import ReapkitError, RecipeError, RejectedByGates, StageFailed, UnusableError
 from reapkit.core.garbage_collection import register
 from reapkit.core.progress import SILENT, Progress
@@ -296,18 +297,17 @@ def _link(run: Run, *, proven: bool) -> None:
             shutil.rmtree(target, ignore_errors=True)
             target = target.with_name(f"{target.name}.rejected")
         if name == "report":
-            shutil.copy(artifact.payload / "report.html", run.directory / "report.html")
+            copy_file(artifact.payload / "report.html", run.directory / "report.html")
             continue
         if name == "verify":
-            shutil.copy(artifact.payload / "verify.json", run.directory / "verify.json")
+            copy_file(artifact.payload / "verify.json", run.directory / "verify.json")
             continue
         publish(artifact.payload, target)
         if name in MODEL_STAGES and "report" in run.artifacts and run.artifacts["report"].has_payload:
             card = run.artifacts["report"].payload / f"{LINKS[name]}.md"
             if card.is_file():
-                (target / "README.md").unlink(missing_ok=True)
-                shutil.copy(card, target / "README.md")
-    (run.directory / "recipe.resolved.yaml").write_text(recipe_yaml(run.plan.recipe))
+                copy_file(card, target / "README.md")
+    write_text(run.directory / "recipe.resolved.yaml", recipe_yaml(run.plan.recipe))
     write_json(run.directory / "lock.json", make_lock(run.plan.loaded) | {"drawn": _drawn(run)})
     write_json(run.directory / "run.json", describe(run))
 

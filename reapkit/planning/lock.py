@@ -16,7 +16,7 @@ from typing import Any
 from reapkit.calibration.identity import source_identity, tokenizer_identity
 from reapkit.checkpoint.hub import hub_revision
 from reapkit.checkpoint.locate import is_local, model_checkpoint
-from reapkit.core.artifact_store import write_json
+from reapkit.core.atomic_files import write_json
 from reapkit.core.errors import UnusableError
 from reapkit.core.hashing import digest
 from reapkit.recipe.loading import LoadedRecipe

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from reapkit.checkpoint.architecture import text_config
 from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.checkpoint.expert_layout import Layout, is_mtp_name, read_layout
-from reapkit.core.artifact_store import write_json
+from reapkit.core.atomic_files import copy_file, remove_unfinished, write_bytes, write_json
 from reapkit.core.errors import StageFailed, UnusableError
 from reapkit.core.hashing import digest
 from reapkit.core.progress import SILENT, Progress
@@ -28,7 +28,7 @@ from reapkit.pruning.config_edits import (
     text_section,
 )
 from reapkit.pruning.refitted_weights import RepairedWeights
-from reapkit.pruning.write import copy_file, explained, require_space, write_file, write_shards
+from reapkit.pruning.write import explained, require_space, write_shards
 from reapkit.selection.selection import Selection
 
 MANIFEST = "reapkit.json"
@@ -92,6 +92,7 @@ def prune_checkpoint(
         if out.resolve() == source.path.resolve():
             raise StageFailed(f"{out} is the source itself. Choose another output directory.")
         manifest = _resume(out, _plan_key(source, keep, texts, shards, drop_mtp, repaired))
+        remove_unfinished(out)
         written = dict(manifest["shards"])
         left = [shard for shard in shards if shard.name not in written]
         require_space(out, sum(shard.nbytes for shard in left))
@@ -358,6 +359,6 @@ def _write_small_files(
         copy_file(source.path / name, out / name)
     (out / INDEX).unlink(missing_ok=True)
     if len(shards) > 1:
-        write_file(out, INDEX, encode_index(shards))
+        write_bytes(out / INDEX, encode_index(shards))
     for name in sorted(texts, key=lambda name: name == "config.json"):
-        write_file(out, name, texts[name].encode())
+        write_bytes(out / name, texts[name].encode())

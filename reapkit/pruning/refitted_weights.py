@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reapkit.core.artifact_store import write_json
+from reapkit.core.atomic_files import write_json
 from reapkit.core.errors import UnusableError
 from reapkit.core.safetensors_header import TensorInfo, read_header
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from reapkit.core.atomic_files import sync
 from reapkit.core.errors import StageFailed
 from reapkit.core.progress import Task
 from reapkit.pruning.byte_ranges import Run, Shard
@@ -40,7 +41,7 @@ def write_shards(
         shard, file = unfinished[0]
         sha = file.sha256.result()
         _partial(out, shard).replace(out / shard.name)
-        _sync_directory(out)
+        sync(out)
         unfinished.popleft()
         finished(shard, sha)
 
@@ -60,30 +61,6 @@ def write_shards(
                 file.sha256.exception()
                 _partial(out, shard).unlink(missing_ok=True)
             raise
-
-
-def write_file(out: Path, name: str, content: bytes) -> None:
-    """A small file, whole or not at all."""
-    target, partial = out / name, out / f".{name}.partial"
-    with partial.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(target)
-
-
-def copy_file(source: Path, target: Path) -> None:
-    """A file byte for byte, whole or not at all; links are followed."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        shutil.copyfile(source, partial)
-        with partial.open("rb") as stream:
-            os.fsync(stream.fileno())
-        partial.replace(target)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def require_space(out: Path, nbytes: int) -> None:
@@ -193,11 +170,3 @@ def _copy_in_kernel(source: int, target: int, begin: int, position: int, length:
             break
         done += copied
     return done
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

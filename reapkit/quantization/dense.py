@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from reapkit.checkpoint.checkpoint import Checkpoint
+from reapkit.core.atomic_files import write_text
 from reapkit.core.progress import SILENT, Progress
 from reapkit.quantization.formats import PARTS, decompress, scheme_on_disk
 from reapkit.quantization.targets import Matrix, Targets, expert_prefixes, targets
@@ -102,10 +103,9 @@ def write_dense(source: Path, directory: Path, spec: QuantizeSpec, out: Path, pr
 
         write_shards(old, out, value, progress)
     copy_companions(old, out)
-    (out / "config.json").write_text(
-        json.dumps({key: value for key, value in old.config.items() if key != "quantization_config"}, indent=2)
-    )
     write_index(out)
+    plain = {key: value for key, value in old.config.items() if key != "quantization_config"}
+    write_text(out / "config.json", json.dumps(plain, indent=2))
 
 
 def unblocked(weight: Tensor, scale: Tensor, block: Sequence[int]) -> Tensor:

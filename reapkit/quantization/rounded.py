@@ -11,6 +11,7 @@ from compressed_tensors.quantization import QuantizationScheme
 from torch import Tensor
 
 from reapkit.checkpoint.checkpoint import Checkpoint
+from reapkit.core.atomic_files import write_text
 from reapkit.core.progress import SILENT, Progress
 from reapkit.quantization.dense import unblocked
 from reapkit.quantization.formats import decompress, preset, round_to_nearest
@@ -48,8 +49,8 @@ def write_rounded(
     write_shards(source, out, value, progress)
     copy_companions(source, out)
     plain = {key: value for key, value in source.config.items() if key != "quantization_config"}
-    (out / "config.json").write_text(json.dumps(plain, indent=2))
     write_index(out)
+    write_text(out / "config.json", json.dumps(plain, indent=2))
 
 
 def rounded(tensor: Tensor, scheme: QuantizationScheme, inputs_first: bool = False) -> Tensor:

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from reapkit.checkpoint.checkpoint import Checkpoint
+from reapkit.core.atomic_files import replacing, write_text
 from reapkit.core.progress import Progress
 from reapkit.quantization.dense import unblocked
 from reapkit.quantization.quiet import quiet
@@ -73,11 +74,12 @@ def dequantized_copy(checkpoint: Checkpoint, directory: Path, *, progress: Progr
                 for name, tensor in converter.process(tensors).items()
                 if not name.endswith("_scale_inv") and checkpoint.tensors[name].shard == shard
             }
-            save_file(own, directory / shard, metadata={"format": "pt"})
+            with replacing(directory / shard) as partial:
+                save_file(own, partial, metadata={"format": "pt"})
             task.advance()
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
-    (directory / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     write_index(directory)
+    write_text(directory / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     return Checkpoint.open(directory)
 
 

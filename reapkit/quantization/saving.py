@@ -17,6 +17,7 @@ from torch import nn
 
 from reapkit.checkpoint.architecture import Architecture
 from reapkit.checkpoint.checkpoint import Checkpoint
+from reapkit.core.atomic_files import replacing, write_text
 from reapkit.core.errors import UnusableError
 from reapkit.model.routed_experts import find_experts
 from reapkit.pruning.config_edits import Counts, config_edits, edit_json
@@ -115,7 +116,8 @@ def _respell(directory: Path, spelling: dict[str, str]) -> None:
     for shard in sorted(directory.glob("*.safetensors")):
         with safe_open(shard, "pt") as file:
             tensors = {_spelled(name, spelling): file.get_tensor(name) for name in file.keys()}
-        save_file(tensors, shard, metadata={"format": "pt"})
+        with replacing(shard) as partial:
+            save_file(tensors, partial, metadata={"format": "pt"})
     write_index(directory)
 
 
@@ -138,4 +140,4 @@ def _config(directory: Path, source: Checkpoint, model: nn.Module) -> None:
     written = json.loads((directory / "config.json").read_text())
     if "quantization_config" in written:
         edits[("quantization_config",)] = written["quantization_config"]
-    (directory / "config.json").write_text(edit_json((source.path / "config.json").read_text(), edits))
+    write_text(directory / "config.json", edit_json((source.path / "config.json").read_text(), edits))

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from reapkit.checkpoint.checkpoint import Checkpoint
+from reapkit.core.atomic_files import copy_file, replacing, write_text
 from reapkit.core.dtypes import BITS, FLOATS, torch_dtypes
 from reapkit.core.progress import Progress
 from reapkit.core.safetensors_header import read_header
@@ -70,7 +70,8 @@ class ShardWriter:
     def _save(self, name: str, tensors: dict[str, Tensor]) -> None:
         pieces = self._pieces.setdefault(name, [])
         pieces.append(self.out / f"{name}.{len(pieces)}.part")
-        save_file(tensors, pieces[-1], metadata={"format": "pt"})
+        with replacing(pieces[-1]) as partial:
+            save_file(tensors, partial, metadata={"format": "pt"})
 
 
 def write_shards(
@@ -102,8 +103,8 @@ def finish_directory(
         {"lm_head", *plan.left, *_loaded_names(checkpoint, plan.left, trust_remote_code), *_stacked_patterns(plan)}
     )
     text = (checkpoint.path / "config.json").read_text()
-    (out / "config.json").write_text(edit_json(text, {("quantization_config",): quantization_config(scheme, ignore)}))
     write_index(out)
+    write_text(out / "config.json", edit_json(text, {("quantization_config",): quantization_config(scheme, ignore)}))
 
 
 def _stacked_patterns(plan: Targets) -> set[str]:
@@ -124,7 +125,7 @@ def copy_companions(checkpoint: Checkpoint, out: Path) -> None:
             and file.name not in ABOUT_THE_SOURCE
             and file.suffix != ".safetensors"
         ):
-            shutil.copyfile(file, out / file.name)
+            copy_file(file, out / file.name)
         elif file.suffix != ".safetensors":
             (out / file.name).unlink(missing_ok=True)  # llm-compressor copies everything
 
@@ -139,7 +140,7 @@ def write_index(out: Path) -> None:
             "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors)},
             "weight_map": {tensor.name: tensor.shard for tensor in tensors},
         }
-        (out / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        write_text(out / INDEX, json.dumps(index, indent=2) + "\n")
 
 
 def measure(out: Path, plan: Targets, written: Mapping[str, list[str]]) -> dict[str, Any]:

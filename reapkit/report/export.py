@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy import ndarray
 
+from reapkit.core.atomic_files import replacing, write_text
 from reapkit.observation.observation import MAXIMA, SUMS, Observation
 from reapkit.recipe.schema import SaliencySpec
 from reapkit.selection.saliency import formula, saliency
@@ -40,11 +41,11 @@ def export(
     never guessed.
     """
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     spec = spec or SaliencySpec()
     ranking = ranking_by_layer(observation, saliency(observation, spec))
-    pq.write_table(saliency_table(observation), directory / PARQUET)
-    (directory / RANKING).write_text(json.dumps(ranking, indent=None).replace("], ", "],\n ") + "\n")
+    with replacing(directory / PARQUET) as partial:
+        pq.write_table(saliency_table(observation), partial)
+    write_text(directory / RANKING, json.dumps(ranking, indent=None).replace("], ", "],\n ") + "\n")
     text = profile(
         observation,
         ranking,
@@ -54,7 +55,7 @@ def export(
         tokens_per_second=tokens_per_second,
         reproduce=reproduce,
     )
-    (directory / PROFILE).write_text(text, encoding="utf-8")
+    write_text(directory / PROFILE, text)
     return [directory / name for name in (PARQUET, RANKING, PROFILE)]
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from reapkit.core.atomic_files import write_text
 from reapkit.report.blocks import Page
 
 ASSETS = files("reapkit.report") / "assets"
@@ -23,11 +24,7 @@ ASSETS = files("reapkit.report") / "assets"
 
 def write_page(page: Page, out_html: Path) -> None:
     """Writes the page, whole or not at all; equal pages give equal bytes."""
-    out_html = Path(out_html)
-    out_html.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out_html.with_name(f".{out_html.name}.new")
-    temporary.write_text(render(page), encoding="utf-8")
-    temporary.rename(out_html)
+    write_text(Path(out_html), render(page))
 
 
 def render(page: Page) -> str:

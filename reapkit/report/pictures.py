@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from reapkit.core.atomic_files import write_bytes, write_text
 from reapkit.core.errors import UnusableError
 
 if TYPE_CHECKING:
@@ -69,12 +70,10 @@ def write_pictures(page_html: Path, directory: Path) -> list[Path]:
         if errors := page.evaluate("document.documentElement.dataset.errors"):
             raise UnusableError(f"{page_html}: the page cannot be drawn: {errors}")
         pictures = page.evaluate(PICTURES, SCALE)
-    directory.mkdir(parents=True, exist_ok=True)
     for picture in pictures:
-        (directory / f"{picture['id']}.png").write_bytes(base64.b64decode(picture["png"].split(",", 1)[1]))
+        write_bytes(directory / f"{picture['id']}.png", base64.b64decode(picture["png"].split(",", 1)[1]))
     captions = directory / CAPTIONS
-    captions.write_text(
-        "".join(f"**{each['title']}.** {each['sentence']}\n\n![]({each['id']}.png)\n\n" for each in pictures),
-        encoding="utf-8",
+    write_text(
+        captions, "".join(f"**{each['title']}.** {each['sentence']}\n\n![]({each['id']}.png)\n\n" for each in pictures)
     )
     return [*(directory / f"{picture['id']}.png" for picture in pictures), captions]

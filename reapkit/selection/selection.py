@@ -13,6 +13,7 @@ from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from reapkit.core.atomic_files import write_text
 from reapkit.core.errors import UnusableError
 
 if TYPE_CHECKING:
@@ -106,8 +107,7 @@ class Selection:
 
     def save(self, directory: Path) -> None:
         """Writes selection.json: one line per layer's list, so that it can be read and compared."""
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "selection.json").write_text(_readable(self.to_json()) + "\n", encoding="utf-8")
+        write_text(directory / "selection.json", _readable(self.to_json()) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Selection:

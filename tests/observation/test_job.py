@@ -134,7 +134,7 @@ def test_two_ranks_give_the_bytes_of_one(tmp_path: Path) -> None:
         Job.of_json(fields).run().save(Path(fields["work"]) / "saved")
     work(two, 2)
     assert saved(one) == saved(two) and len(saved(one)) >= 4
-    assert not [*two.rglob("*inputs*"), *two.rglob("*.part"), *two.rglob("*.writing")]
+    assert not [*two.rglob("*inputs*"), *two.rglob("*.part"), *two.rglob(".*.partial")]
     waves = [json.loads(file.read_text()) for file in two.glob("streaming/*/wave-*/groups.json")]
     assert sorted(waves) == [[0, 1, 2], [3, 4, 5]], "both ranks streamed"
     for placement in ("resident", "streaming"):

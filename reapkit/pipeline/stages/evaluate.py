@@ -8,7 +8,7 @@ from typing import Any
 
 from reapkit.calibration.identity import tokenizer_identity
 from reapkit.calibration.tokens import CalibrationTokens
-from reapkit.core.artifact_store import write_json
+from reapkit.core.atomic_files import write_json
 from reapkit.core.errors import RecipeError
 from reapkit.evaluation.bench import Candidate
 from reapkit.evaluation.candidates import SmallerCut, eaft_settings, evaluate

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from reapkit.core.atomic_files import write_text
 from reapkit.pipeline.stages.context import Context
 from reapkit.report.card import model_card
 from reapkit.report.facts import facts_from
@@ -15,5 +16,5 @@ def run(context: Context) -> dict[str, Any]:
     write_run_report(facts, context.payload / "report.html")
     cards = [name for stage, name in (("prune", "pruned"), ("quantize", "quantized")) if stage in context.inputs]
     for name in cards if context.recipe.output.card else ():
-        (context.payload / f"{name}.md").write_text(model_card(facts, name))
+        write_text(context.payload / f"{name}.md", model_card(facts, name))
     return {"cards": cards if context.recipe.output.card else []}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from reapkit.core.artifact_store import write_json
+from reapkit.core.atomic_files import write_json
 from reapkit.observation.observation import Observation
 from reapkit.pipeline.stages.context import Context
 from reapkit.selection.candidates import Candidate

@@ -11,7 +11,7 @@ from typing import Any
 from reapkit.checkpoint.architecture import text_config
 from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.checkpoint.expert_layout import read_layout
-from reapkit.core.artifact_store import write_json
+from reapkit.core.atomic_files import write_json
 from reapkit.core.errors import StageFailed
 from reapkit.core.formatting import human_experts
 from reapkit.evaluation.advice import final_advice

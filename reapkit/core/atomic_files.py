@@ -1,0 +1,87 @@
+"""Files that are whole or not there: written beside their place, synced, renamed. Torch-free."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from safetensors import SafetensorError
+
+UNFINISHED = re.compile(r"\..+\.[0-9a-f]{8}\.partial")
+"""Names of files that a killed writer left beside their place."""
+SYNC_REFUSED = (errno.EINVAL, errno.ENOTSUP)
+"""What file systems say that cannot sync a directory; they keep renames in order by themselves."""
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A path beside `target` to write to: at the block's end it takes the place of `target`, unless the block failed.
+
+    The file is synced before it is renamed, and its directory afterwards: once the block is left, the file outlives a
+    power cut. It has the mode that the umask gives new files, whoever wrote it. Directories above it are made. Raises
+    OSError where the disk refuses (full, read-only), also where safetensors hides that in an error of its own.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{uuid4().hex[:8]}.partial")
+    try:
+        partial.touch()
+        mode = partial.stat().st_mode
+        yield partial
+        partial.chmod(mode)
+        sync(partial)
+        partial.replace(target)
+    except BaseException as error:
+        partial.unlink(missing_ok=True)
+        if isinstance(error, SafetensorError) and (code := re.search(r"\(os error (\d+)\)", str(error))):
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(target)) from error
+        raise
+    sync(target.parent)
+
+
+def write_bytes(target: Path, content: bytes) -> None:
+    """Raises OSError where the disk refuses; then what was there before is still there."""
+    with replacing(target) as partial:
+        partial.write_bytes(content)
+
+
+def write_text(target: Path, text: str) -> None:
+    """UTF-8, line ends as they are in `text`."""
+    write_bytes(target, text.encode())
+
+
+def write_json(target: Path, value: Any) -> None:
+    """`value` as JSON, one level per space of indentation. Raises TypeError for what JSON cannot say."""
+    write_text(target, json.dumps(value, indent=1) + "\n")
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """A file byte for byte; links are followed."""
+    with replacing(target) as partial:
+        shutil.copyfile(source, partial)
+
+
+def remove_unfinished(directory: Path) -> None:
+    """Removes what killed writers left below `directory`, where nobody writes now."""
+    for file in directory.rglob(".*.partial"):
+        if UNFINISHED.fullmatch(file.name):
+            file.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Returns once a file's bytes, or a directory's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in SYNC_REFUSED or not path.is_dir():
+            raise
+    finally:
+        os.close(descriptor)
