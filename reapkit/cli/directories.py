@@ -11,6 +11,7 @@ import typer
 
 from reapkit.cli.app import Json, app, out
 from reapkit.core.errors import RecipeError, UnusableError
+from reapkit.core.formatting import plural
 from reapkit.report.inspection.render import table
 
 
@@ -238,5 +239,5 @@ def gc(
         rows = [(each.artifact, human_bytes(each.nbytes)) for each in found.removed]
         out().print(table("Would be removed" if dry_run else "Removed", ("artifact", "frees"), rows))
     kept = ", ".join(f"{len(names)} ({reason})" for reason, names in found.kept.items()) or "none"
-    many = f"{len(found.removed)} artifact{'' if len(found.removed) == 1 else 's'}"
+    many = plural(len(found.removed), "artifact")
     print(f"{many}, {human_bytes(found.nbytes)} {'would be freed' if dry_run else 'freed'}; kept: {kept}")

@@ -1,4 +1,4 @@
-"""Numbers and lists as people write them."""
+"""Numbers and lists as people write them. Torch-free."""
 
 from __future__ import annotations
 
@@ -12,6 +12,26 @@ def percent(share: float | None, digits: int = 1) -> str:
         return "–"
     least = 10.0**-digits
     return f"< {least:g} %" if 0 < 100 * share < least / 2 else f"{100 * share:.{digits}f} %"
+
+
+def exact_percent(share: float | None, digits: int = 1) -> str:
+    """`0.1234` as `12.3 %`, however small; None as a hyphen."""
+    return "-" if share is None else f"{100 * share:.{digits}f} %"
+
+
+def signed_percent(share: float) -> str:
+    """`0.012` as `+1.2 %`."""
+    return f"{100 * share:+.1f} %"
+
+
+def narrow_percent(share: float | None, digits: int = 1) -> str:
+    """`0.1234` as `12.3%`, as columns of a terminal have it; None as a hyphen."""
+    return "-" if share is None else f"{share:.{digits}%}"
+
+
+def decimal(value: float | None, digits: int = 3) -> str:
+    """So many decimals; None as a hyphen."""
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -36,6 +56,11 @@ def listed(items: Iterable[object], limit: int = 6) -> str:
     if len(items) > limit:
         items = [*items[: limit - 1], f"{len(items) - limit + 1} more"]
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}" if items else "none"
+
+
+def counted(amounts: Mapping[str, int]) -> str:
+    """`14 saliency, 2 cap`; nothing as a hyphen."""
+    return ", ".join(f"{amount:,} {name}" for name, amount in amounts.items()) or "-"
 
 
 def arrow(before: str, after: str) -> str:
@@ -93,6 +118,11 @@ def human_bytes(count: int | None) -> str:
     while value >= 1000 and len(units) > 1:
         value, units = value / 1000, units[1:]
     return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{value:.3g} {units[0]}"
+
+
+def gigabytes(nbytes: int | float, precision: str = ".1f") -> str:
+    """Bytes in 10^9, whatever their size, as one compares what is needed with what is free: `0.3 GB`."""
+    return f"{nbytes / 1e9:{precision}} GB"
 
 
 def human_count(count: int) -> str:

@@ -18,6 +18,7 @@ from reapkit.checkpoint.architecture import text_config
 from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.checkpoint.expert_layout import LAYER, Layout
 from reapkit.core.dtypes import BITS
+from reapkit.core.formatting import gigabytes
 from reapkit.planning.plan import Plan
 from reapkit.quantization.sizes import kept_share
 
@@ -151,8 +152,8 @@ def missing_disk(plan: Plan, until: str | None = None) -> str | None:
     if needed <= free:
         return None
     return (
-        f"{place}: {needed / 1e9:.3g} GB will be written and {free / 1e9:.3g} GB are free. Free some, set runtime.store"
-        " to another disk, or keep less (output.keep)."
+        f"{place}: {gigabytes(needed, '.3g')} will be written and {gigabytes(free, '.3g')} are free. Free some, set"
+        " runtime.store to another disk, or keep less (output.keep)."
     )
 
 

@@ -11,6 +11,7 @@ from reapkit.checkpoint.architecture import text_config
 from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.checkpoint.expert_layout import read_layout
 from reapkit.checkpoint.locate import model_checkpoint
+from reapkit.core.formatting import gigabytes
 from reapkit.quantization.sizes import quantized_widths
 from reapkit.quantization.targets import quantized_already
 from reapkit.recipe.schema import ModelSpec, QuantizeSpec
@@ -33,7 +34,8 @@ def starting_recipe(model: str, directory: Path) -> tuple[str, str]:
     mix = _MIX_BUILTIN if model.startswith("builtin:") else _MIX
     facts = (
         f"{architecture.model_type}: {len(layout.layers)} MoE layers of {architecture.num_hidden_layers}, top-"
-        f"{architecture.num_experts_per_tok} of {architecture.num_experts} experts, {checkpoint.nbytes / 1e9:.3g} GB"
+        f"{architecture.num_experts_per_tok} of {architecture.num_experts} experts, "
+        + gigabytes(checkpoint.nbytes, ".3g")
     )
     quantize = _quantize(checkpoint, group)
     return name, _TEMPLATE.format(

@@ -13,6 +13,7 @@ from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.checkpoint.expert_layout import read_layout
 from reapkit.core.atomic_files import write_json
 from reapkit.core.errors import UnusableError
+from reapkit.core.formatting import plural
 from reapkit.core.hashing import digest_file
 from reapkit.core.progress import SILENT, Progress
 from reapkit.pruning.checkpoint import MANIFEST
@@ -108,8 +109,7 @@ def _tried(name: str, check: Callable[[], str]) -> Finding:
 def _headers(directory: Path) -> str:
     checkpoint = Checkpoint.open(directory)
     return (
-        f"{len(checkpoint.tensors):,} tensors in {len(checkpoint.shards)}"
-        f" {'shard' if len(checkpoint.shards) == 1 else 'shards'}, {checkpoint.nbytes:,} bytes"
+        f"{len(checkpoint.tensors):,} tensors in {plural(len(checkpoint.shards), 'shard')}, {checkpoint.nbytes:,} bytes"
     )
 
 

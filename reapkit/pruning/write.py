@@ -16,6 +16,7 @@ from pathlib import Path
 
 from reapkit.core.atomic_files import sync
 from reapkit.core.errors import StageFailed
+from reapkit.core.formatting import gigabytes
 from reapkit.core.progress import Task
 from reapkit.pruning.byte_ranges import Run, Shard
 from reapkit.pruning.shard_writer import FILES, Machinery, ShardFile
@@ -68,8 +69,8 @@ def require_space(out: Path, nbytes: int) -> None:
     free = shutil.disk_usage(out).free
     if free < nbytes:
         raise StageFailed(
-            f"{out}: {nbytes / 1e9:.1f} GB are to be written, but {free / 1e9:.1f} GB are free there. Free "
-            f"{(nbytes - free) / 1e9:.1f} GB or choose another output.directory, then run again."
+            f"{out}: {gigabytes(nbytes)} are to be written, but {gigabytes(free)} are free there. Free "
+            f"{gigabytes(nbytes - free)} or choose another output.directory, then run again."
         )
 
 

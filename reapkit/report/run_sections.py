@@ -21,6 +21,7 @@ from reapkit.core.formatting import (
     percent,
     plural,
     seconds,
+    signed_percent,
 )
 from reapkit.planning.plan import Sizes
 from reapkit.quantization.schemes import SCHEMES
@@ -108,7 +109,7 @@ def _tiles(facts: RunFacts) -> Tiles:
     measured = verified_rows(facts)
     if len(measured) > 1:
         first, last = measured[0], measured[-1]
-        change = f"{100 * (last['perplexity_ratio'] - 1):+.1f} %"
+        change = signed_percent(last["perplexity_ratio"] - 1)
         items += [
             ("perplexity", arrow(f"{first['perplexity']:.3f}", f"{last['perplexity']:.3f}"), change),
             ("same next token", percent(last["top1_agreement"]), f"KL {last['kl_mean']:.4f}"),
@@ -248,7 +249,7 @@ def _quantization_cost(facts: RunFacts) -> str:
     saved = 1 - quantized["bytes"] / pruned["bytes"]
     return (
         f"Quantizing took {percent(saved, 0)} of the pruned model's bytes and changed perplexity by another"
-        f" {100 * step:+.1f} % (pruning alone: {100 * (pruned['perplexity_ratio'] - 1):+.1f} %)."
+        f" {signed_percent(step)} (pruning alone: {signed_percent(pruned['perplexity_ratio'] - 1)})."
     )
 
 

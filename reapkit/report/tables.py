@@ -10,7 +10,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from reapkit.core.formatting import human_bytes, human_count, human_experts
+from reapkit.core.formatting import human_bytes, human_count, human_experts, plural
 from reapkit.planning.estimates import estimate, missing_disk
 from reapkit.planning.plan import Plan, Sizes
 from reapkit.planning.quantization_memory import quantize_memory
@@ -99,8 +99,8 @@ def _estimate_tables(plan: Plan) -> list[Table | str]:
         )
     elif found.placement == "streaming":
         lines.append(
-            f"streaming: {human_bytes(found.hidden_bytes)} of hidden states wait between layers, {found.waves} "
-            f"{'wave' if found.waves == 1 else 'waves'}"
+            f"streaming: {human_bytes(found.hidden_bytes)} of hidden states wait between layers, "
+            f"{plural(found.waves, 'wave')}"
         )
     lines.append(f"disk: {human_bytes(found.written)} will be written")
     if shortage := missing_disk(plan):

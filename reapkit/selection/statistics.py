@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy import ndarray
 
+from reapkit.core.formatting import exact_percent
 from reapkit.observation.observation import Observation
 from reapkit.recipe.schema import SaliencySpec
 from reapkit.selection.saliency import Totals, add_sources, saliency, source_alphas, totals
@@ -232,8 +233,8 @@ def first_half_sentence(half: Mapping[str, Any]) -> str:
     """`the first half of the rows would have kept 97.3 % of the same experts (lowest: layer 12, 91.0 %; random sets: 50
     %)`."""
     return (
-        f"the first half of the rows would have kept {100 * half['overlap']:.1f} % of the same experts (lowest: layer"
-        f" {half['layer']}, {100 * half['lowest']:.1f} %; random sets: {100 * half['chance']:.0f} %)"
+        f"the first half of the rows would have kept {exact_percent(half['overlap'])} of the same experts (lowest:"
+        f" layer {half['layer']}, {exact_percent(half['lowest'])}; random sets: {exact_percent(half['chance'], 0)})"
     )
 
 

@@ -19,6 +19,7 @@ from reapkit.checkpoint.architecture import text_config
 from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.checkpoint.expert_layout import is_mtp_name, read_layout
 from reapkit.core.errors import ReapkitError
+from reapkit.core.formatting import gigabytes
 from reapkit.model.loading import dequantized, load_config, model_class
 
 LOGITS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
@@ -121,7 +122,7 @@ def too_large(checkpoint: Checkpoint, bits: int, device: str) -> str | None:
     needed = checkpoint.numel * bits // 8
     if needed <= free * MEMORY_SHARE:
         return None
-    return f"the model needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
+    return f"the model needs {gigabytes(needed)} of memory, {gigabytes(free)} are free"
 
 
 def logits_of(model: nn.Module, rows: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from reapkit.core.errors import RecipeError, UnusableError
+from reapkit.core.formatting import plural
 from reapkit.report.comparison.terms import Terms
 from reapkit.report.inspection.recognise import Found, recognise
 from reapkit.report.inspection.render import Block, lines
@@ -56,9 +57,7 @@ def compare(paths: Sequence[str | Path], terms: Terms | None = None) -> Comparis
     """
     terms = terms or Terms()
     if not 2 <= len(paths) <= len(LETTERS):
-        raise RecipeError(
-            f"compare: found {len(paths)} {'path' if len(paths) == 1 else 'paths'}. Give 2 to {len(LETTERS)}."
-        )
+        raise RecipeError(f"compare: found {plural(len(paths), 'path')}. Give 2 to {len(LETTERS)}.")
     found = [recognise(path) for path in paths]
     kind = _one_kind(paths, found)
     places = dict(zip(LETTERS, map(str, paths), strict=False))

@@ -10,6 +10,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from reapkit.core.errors import RecipeError, UnusableError
+from reapkit.core.formatting import exact_percent, narrow_percent
 from reapkit.observation.observation import Observation
 from reapkit.recipe.schema import SaliencySpec
 from reapkit.report.blocks import Note, Page, Section, Tiles
@@ -30,7 +31,7 @@ from reapkit.report.comparison.overlap import (
 )
 from reapkit.report.comparison.terms import Terms
 from reapkit.report.inspection.recognise import Found
-from reapkit.report.inspection.render import Block, lines, percent, table
+from reapkit.report.inspection.render import Block, lines, table
 from reapkit.selection.criteria import criterion_problem
 from reapkit.selection.saliency import saliency
 from reapkit.selection.statistics import first_half, rank_correlation, removal_order
@@ -165,7 +166,7 @@ def blocks(found: Mapping[str, Any]) -> list[Block]:
             letter,
             one["scored_tokens"],
             *(one["sources"].get(name, 0) for name in few),
-            percent((one["first_half"] or {}).get("overlap")),
+            narrow_percent((one["first_half"] or {}).get("overlap")),
         )
         for letter, one in found["observations"].items()
     ]
@@ -187,9 +188,9 @@ def page(found: Mapping[str, Any], places: Mapping[str, str]) -> Page:
     tone = "info" if found["different_models"] else "good" if worst["share"]["mean"] >= SETTLED else "warn"
     tiles = Tiles(
         [
-            ("same kept experts", f"{100 * worst['share']['mean']:.1f} %", "mean over the layers"),
-            ("in the least alike layer", f"{100 * worst['share']['min']:.1f} %", f"layer {worst['share']['layer']}"),
-            ("random sets", f"{100 * worst['chance']:.0f} %", "what chance gives"),
+            ("same kept experts", exact_percent(worst["share"]["mean"]), "mean over the layers"),
+            ("in the least alike layer", exact_percent(worst["share"]["min"]), f"layer {worst['share']['layer']}"),
+            ("random sets", exact_percent(worst["chance"], 0), "what chance gives"),
             ("kept", f"{found['kept']} of {found['experts']}", f"by {found['criterion']}"),
         ]
     )
@@ -200,7 +201,7 @@ def page(found: Mapping[str, Any], places: Mapping[str, str]) -> Page:
             f"{one['tokens']:,}",
             f"{one['scored_tokens']:,}",
             ", ".join(one["sources"]),
-            "–" if not one["first_half"] else f"{100 * one['first_half']['overlap']:.1f} %",
+            "–" if not one["first_half"] else exact_percent(one["first_half"]["overlap"]),
         )
         for letter, one in found["observations"].items()
     ]

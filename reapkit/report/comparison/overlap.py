@@ -7,10 +7,11 @@ from itertools import combinations
 from typing import Any
 
 from reapkit.core.errors import UnusableError
+from reapkit.core.formatting import decimal, exact_percent, narrow_percent
 from reapkit.report.blocks import Chart, Folded
 from reapkit.report.blocks import Table as HtmlTable
 from reapkit.report.charts import Trace, axis, line, reference
-from reapkit.report.inspection.render import Block, percent, table
+from reapkit.report.inspection.render import Block, table
 
 SETTLED, UNSETTLED = 0.97, 0.9  # shares of the kept set, as in the report's section on convergence
 
@@ -79,18 +80,14 @@ def agreement(pair: Mapping[str, Any]) -> str:
     within = (
         ""
         if all(len(set(one["kept"])) == 1 for one in pair["layers"].values())
-        else (f"; of the smaller kept sets {_percent(pair['contained'])} lie in the larger")
+        else (f"; of the smaller kept sets {exact_percent(pair['contained'])} lie in the larger")
     )
     if share["min"] == 1:
-        return f"All kept experts are the same (random sets: {_percent(pair['chance'], 0)})"
+        return f"All kept experts are the same (random sets: {exact_percent(pair['chance'], 0)})"
     return (
-        f"{_percent(share['mean'])} of the kept experts are the same (lowest: layer {share['layer']},"
-        f" {_percent(share['min'])}; random sets: {_percent(pair['chance'], 0)}){within}"
+        f"{exact_percent(share['mean'])} of the kept experts are the same (lowest: layer {share['layer']},"
+        f" {exact_percent(share['min'])}; random sets: {exact_percent(pair['chance'], 0)}){within}"
     )
-
-
-def _percent(share: float | None, digits: int = 1) -> str:
-    return "-" if share is None else f"{100 * share:.{digits}f} %"
 
 
 def pairs_table(found: Mapping[str, Any], *, ranked: bool) -> Block:
@@ -98,11 +95,11 @@ def pairs_table(found: Mapping[str, Any], *, ranked: bool) -> Block:
     rows = [
         (
             name,
-            percent(pair["share"]["mean"]),
-            percent(pair["share"]["min"]),
+            narrow_percent(pair["share"]["mean"]),
+            narrow_percent(pair["share"]["min"]),
             pair["share"]["layer"],
-            percent(pair["jaccard"]["mean"]),
-            *((_number(pair["rank_correlation"]["mean"]), _number(pair["rank_correlation"]["min"])) if ranked else ()),
+            narrow_percent(pair["jaccard"]["mean"]),
+            *((decimal(pair["rank_correlation"]["mean"]), decimal(pair["rank_correlation"]["min"])) if ranked else ()),
         )
         for name, pair in found.items()
     ]
@@ -118,9 +115,9 @@ def layers_table(found: Mapping[str, Any], *, ranked: bool) -> Block:
             (
                 layer,
                 "/".join(str(count) for count in dict.fromkeys(one["kept"])),
-                percent(one["share"]),
-                percent(one["jaccard"]),
-                *((_number(one["rank_correlation"]),) if ranked else ()),
+                narrow_percent(one["share"]),
+                narrow_percent(one["jaccard"]),
+                *((decimal(one["rank_correlation"]),) if ranked else ()),
             )
             for layer, one in pair["layers"].items()
         ]
@@ -128,15 +125,11 @@ def layers_table(found: Mapping[str, Any], *, ranked: bool) -> Block:
         return table("Layer by layer", columns, rows)
     shown = dict(list(found.items())[:8])  # what 80 columns hold
     layers = next(iter(shown.values()))["layers"]
-    rows = [(layer, *(percent(pair["layers"][layer]["share"]) for pair in shown.values())) for layer in layers]
+    rows = [(layer, *(narrow_percent(pair["layers"][layer]["share"]) for pair in shown.values())) for layer in layers]
     title = "Same kept experts, layer by layer" + (
         f" (first {len(shown)} of {len(found)} pairs)" if len(found) > len(shown) else ""
     )
     return table(title, ("layer", *shown), rows)
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
 
 
 # ---------------------------------------------------------------------------------------------- the page
@@ -215,9 +208,9 @@ def overlap_numbers(found: Mapping[str, Any], *, ranked: bool) -> list[Folded]:
                         (
                             layer,
                             " / ".join(map(str, one["kept"])),
-                            _percent(one["share"]),
-                            _percent(one["jaccard"]),
-                            *((_number(one["rank_correlation"]),) if ranked else ()),
+                            exact_percent(one["share"]),
+                            exact_percent(one["jaccard"]),
+                            *((decimal(one["rank_correlation"]),) if ranked else ()),
                         )
                         for layer, one in pair["layers"].items()
                     ],

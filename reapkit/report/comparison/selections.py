@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from reapkit.core.errors import RecipeError
-from reapkit.core.formatting import human_experts
+from reapkit.core.formatting import exact_percent, human_experts, plural
 from reapkit.report.blocks import Chart, Folded, Note, Page, Section, Tiles
 from reapkit.report.blocks import Table as HtmlTable
 from reapkit.report.charts import axis, line
@@ -89,7 +89,7 @@ def _answer(compared: Mapping[str, Any]) -> str:
         return "The selections keep the same experts."
     moved = sum(max(map(len, one["only"])) for one in pair["layers"].values())
     where = f"Least alike are {name}: " if len(compared) > 1 else ""
-    return f"{where}{agreement(pair)}; {moved:,} {'expert differs' if moved == 1 else 'experts differ'}."
+    return f"{where}{agreement(pair)}; {plural(moved, 'expert differs', 'experts differ')}."
 
 
 def how(found: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
@@ -153,9 +153,9 @@ def page(found: Mapping[str, Any], places: Mapping[str, str]) -> Page:
     worst = min(found["pairs"].values(), key=lambda pair: pair["share"]["mean"])
     tiles = Tiles(
         [
-            ("same kept experts", f"{100 * worst['share']['mean']:.1f} %", "mean over the layers"),
-            ("in the least alike layer", f"{100 * worst['share']['min']:.1f} %", f"layer {worst['share']['layer']}"),
-            ("random sets", f"{100 * worst['chance']:.0f} %", "what chance gives"),
+            ("same kept experts", exact_percent(worst["share"]["mean"]), "mean over the layers"),
+            ("in the least alike layer", exact_percent(worst["share"]["min"]), f"layer {worst['share']['layer']}"),
+            ("random sets", exact_percent(worst["chance"], 0), "what chance gives"),
         ]
     )
     rows = [

@@ -7,8 +7,9 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from reapkit.core.formatting import narrow_percent
 from reapkit.report.inspection.recognise import read_json
-from reapkit.report.inspection.render import Block, excerpt, highlighted, lines, notes, percent, table
+from reapkit.report.inspection.render import Block, excerpt, highlighted, lines, notes, table
 
 NEEDED = (
     "kind",
@@ -130,7 +131,7 @@ def _amounts(found: Mapping[str, Any]) -> Block:
             source["rows"],
             source["tokens"],
             source["scored_tokens"],
-            percent(_ratio(source["scored_tokens"], source["tokens"])),
+            narrow_percent(_ratio(source["scored_tokens"], source["tokens"])),
             source["sha256"][:12],
         )
         for source in found["sources"]
@@ -141,7 +142,7 @@ def _amounts(found: Mapping[str, Any]) -> Block:
         found["rows"],
         found["tokens"],
         found["scored_tokens"],
-        percent(_ratio(found["scored_tokens"], found["tokens"])),
+        narrow_percent(_ratio(found["scored_tokens"], found["tokens"])),
         "",
     )
     return table(
@@ -161,8 +162,8 @@ def _shares_table(found: Mapping[str, Any]) -> Block:
         (
             source["name"],
             asked(source),
-            percent(source["shares"]["asked"]),
-            *(percent(source["shares"][unit]) for unit in SHARED),
+            narrow_percent(source["shares"]["asked"]),
+            *(narrow_percent(source["shares"][unit]) for unit in SHARED),
         )
         for source in found["sources"]
     ]

@@ -12,9 +12,9 @@ from reapkit.checkpoint.architecture import text_config
 from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.checkpoint.expert_layout import Layout, MoeLayer, read_layout
 from reapkit.checkpoint.parameter_counts import active_parameters
-from reapkit.core.formatting import human_bytes, human_count, ranges
+from reapkit.core.formatting import human_bytes, human_count, narrow_percent, plural, ranges
 from reapkit.report.inspection.recognise import read_json
-from reapkit.report.inspection.render import Block, lines, percent, table
+from reapkit.report.inspection.render import Block, lines, table
 
 
 def facts(directory: Path) -> dict[str, Any]:
@@ -101,10 +101,10 @@ def blocks(found: Mapping[str, Any], *, colour: bool) -> list[Block]:
             f" top-{found['num_experts_per_tok']} of {found['num_experts']} experts{grouped}",
             f"{human_count(found['parameters'])} parameters, {human_count(found['active_parameters'])} active per"
             " token",
-            f"{human_bytes(found['bytes'])} in {found['tensors']:,} tensors and {found['shards']:,}"
-            f" {'shard' if found['shards'] == 1 else 'shards'}; experts and routers"
+            f"{human_bytes(found['bytes'])} in {found['tensors']:,} tensors and"
+            f" {plural(found['shards'], 'shard')}; experts and routers"
             f" {human_bytes(found['expert_bytes'])}"
-            f" ({percent(found['expert_bytes'] / found['bytes'] if found['bytes'] else None)})",
+            f" ({narrow_percent(found['expert_bytes'] / found['bytes'] if found['bytes'] else None)})",
             f"dtypes: {', '.join(f'{dtype} {human_bytes(size)}' for dtype, size in found['bytes_by_dtype'].items())}",
             f"quantization: {_quantized(found['quantization'])}",
         )

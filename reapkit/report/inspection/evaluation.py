@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from reapkit.core.formatting import human_bytes
+from reapkit.core.formatting import decimal, human_bytes, narrow_percent
 from reapkit.evaluation.advice import summary_rows
 from reapkit.evaluation.gates import UNION, Gate, GateResult
 from reapkit.report.inspection.recognise import read_json
-from reapkit.report.inspection.render import Block, lines, percent, table
+from reapkit.report.inspection.render import Block, lines, table
 
 NEEDED = ("packs", "base", "candidates", "controls", "confirm", "chosen", "verdict", "advice")
 
@@ -48,10 +48,10 @@ def blocks(found: Mapping[str, Any], *, colour: bool) -> list[Block]:
                 (
                     group,
                     row["length"],
-                    _number(row["perplexity"]),
-                    _number(row["perplexity_ratio"]),
-                    _number(row["kl_mean"], 4),
-                    percent(row["top1_agreement"]),
+                    decimal(row["perplexity"]),
+                    decimal(row["perplexity_ratio"]),
+                    decimal(row["kl_mean"], 4),
+                    narrow_percent(row["top1_agreement"]),
                 )
                 for group, row in sources
             ],
@@ -69,9 +69,9 @@ def _rows(title: str, rows: Sequence[Mapping[str, Any]]) -> Block:
             row["length"],
             row["experts"],
             human_bytes(row["bytes"]),
-            _number(row["perplexity"]),
-            _number(row["kl_mean"], 4),
-            percent(row["top1_agreement"]),
+            decimal(row["perplexity"]),
+            decimal(row["kl_mean"], 4),
+            narrow_percent(row["top1_agreement"]),
             row["verdict"] or "-",
         )
         for row in rows
@@ -118,7 +118,3 @@ def _measured(result: GateResult) -> str:
 
 def _limit(gate: Gate) -> str:
     return f"± {gate.max:g}" if gate.min is not None and gate.max == -gate.min else gate.limit
-
-
-def _number(value: float | None, digits: int = 3) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from reapkit.core.formatting import ranges
+from reapkit.core.formatting import narrow_percent, ranges
 from reapkit.observation.observation import Observation
 from reapkit.recipe.schema import EaftSpec, SaliencySpec
 from reapkit.report.export import ranking_by_layer
-from reapkit.report.inspection.render import Block, all_last, lines, notes, percent, table
+from reapkit.report.inspection.render import Block, all_last, lines, notes, table
 from reapkit.selection.eaft import REGIONS, region_positions, summarise
 from reapkit.selection.saliency import saliency, source_alphas, totals
 from reapkit.selection.statistics import balance, concentration, convergence, first_half, first_half_sentence
@@ -125,7 +125,7 @@ def _sources_table(found: Mapping[str, Any]) -> Block:
             source["name"],
             source["tokens"],
             source["scored_tokens"],
-            percent(source["scored_tokens"] / scored if scored else None),
+            narrow_percent(source["scored_tokens"] / scored if scored else None),
             source["never_routed"],
         )
         for source in found["sources"]
@@ -134,7 +134,7 @@ def _sources_table(found: Mapping[str, Any]) -> Block:
         "all",
         sum(source["tokens"] for source in found["sources"]),
         scored,
-        percent(1.0 if scored else None),
+        narrow_percent(1.0 if scored else None),
         sum(map(len, found["never_routed"].values())),
     )
     return table(
@@ -149,7 +149,7 @@ def _layers_table(found: Mapping[str, Any]) -> Block:
     rows = [
         (
             layer,
-            *(percent(found["concentration"][size][row]) for size in sizes),
+            *(narrow_percent(found["concentration"][size][row]) for size in sizes),
             "-" if (spread := found["balance_cv"][row]) is None else f"{spread:.2f}",
             " ".join(map(str, found["ranking"][str(layer)][:TOP])),
         )
@@ -169,11 +169,11 @@ def _unrouted(found: Mapping[str, Any]) -> list[str]:
 
 def _settled(found: Mapping[str, Any]) -> list[Block]:
     steps = [
-        f"after {step['rows']} of the rows: {percent(step['overlap'])} of the kept experts, rank correlation "
+        f"after {step['rows']} of the rows: {narrow_percent(step['overlap'])} of the kept experts, rank correlation "
         f"{'-' if step['rank_correlation'] is None else format(step['rank_correlation'], '.3f')}"
         for step in found["convergence"]
     ]
-    chance = percent(found["convergence"][0]["chance"]) if found["convergence"] else "-"
+    chance = narrow_percent(found["convergence"][0]["chance"]) if found["convergence"] else "-"
     half = found["first_half"]
     if half is not None:
         steps.append(first_half_sentence(half))
@@ -185,11 +185,17 @@ def _regions(found: Mapping[str, Any]) -> list[Block]:
     if eaft is None:
         return [lines("no EAFT trace: eaft-reap needs observe.eaft: true")]
     rows = [
-        (name, *(percent(shares[region], 2) for region in REGIONS[:3])) for name, shares in all_last(eaft["shares"])
+        (name, *(narrow_percent(shares[region], 2) for region in REGIONS[:3]))
+        for name, shares in all_last(eaft["shares"])
     ]
     conflict = eaft["shares"]["all"]["conflict"]
     little = (
-        [lines(f"With {percent(conflict, 2)} of the positions in conflict, their weight can hardly turn a decision.")]
+        [
+            lines(
+                f"With {narrow_percent(conflict, 2)} of the positions in conflict, their weight can hardly turn a"
+                " decision."
+            )
+        ]
         if conflict < SMALL_CONFLICT_SHARE
         else []
     )
@@ -221,7 +227,7 @@ def _paths(found: Mapping[str, Any]) -> list[Block]:
     rows = [
         (
             layer,
-            *("-" if error is None else percent(error, 2) for error in reroute["error"][str(layer)]),
+            *("-" if error is None else narrow_percent(error, 2) for error in reroute["error"][str(layer)]),
             " ".join(map(str, reroute["first"][str(layer)])),
         )
         for layer in found["layers"]
@@ -230,7 +236,7 @@ def _paths(found: Mapping[str, Any]) -> list[Block]:
         table(
             "Removal paths: change of the residual stream once tokens are re-routed (squared, relative; sample:"
             f" {sample})",
-            ("layer", *(f"{percent(share, 1)} gone" for share in reroute["removed"]), "first to go"),
+            ("layer", *(f"{narrow_percent(share, 1)} gone" for share in reroute["removed"]), "first to go"),
             rows,
             left=("first to go",),
         )

@@ -10,10 +10,11 @@ import yaml
 from pydantic import BaseModel
 
 from reapkit.calibration.packing import largest_remainder
+from reapkit.core.formatting import narrow_percent
 from reapkit.recipe.loading import load
 from reapkit.recipe.schema import Recipe
 from reapkit.report.facts import recipe_yaml
-from reapkit.report.inspection.render import Block, lines, percent, table
+from reapkit.report.inspection.render import Block, lines, table
 
 
 def facts(file: Path) -> dict[str, Any]:
@@ -66,7 +67,7 @@ def blocks(found: Mapping[str, Any], *, colour: bool) -> list[Block]:
     recipe = found["recipe"]
     unit = "samples" if recipe["calibration"]["samples"] is not None else "tokens"
     mix = [
-        (entry["name"], entry["source"], entry["weight"], percent(entry["share"]), entry[unit])
+        (entry["name"], entry["source"], entry["weight"], narrow_percent(entry["share"]), entry[unit])
         for entry in found["mix"]
     ]
     fields = [

@@ -60,16 +60,6 @@ def plain(value: Any) -> str:
     return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
-def percent(share: float | None, digits: int = 1) -> str:
-    """`0.1234` as `12.3%`, None as a dash."""
-    return "-" if share is None else f"{share:.{digits}%}"
-
-
-def counted(amounts: Mapping[str, int]) -> str:
-    """`14 saliency, 2 cap`."""
-    return ", ".join(f"{amount:,} {name}" for name, amount in amounts.items()) or "-"
-
-
 def all_last(by_source: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """The items with the one of all sources together at the end, as in every table."""
     return sorted(by_source.items(), key=lambda item: item[0] == "all")

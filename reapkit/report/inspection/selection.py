@@ -8,8 +8,9 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from reapkit.core.formatting import counted, narrow_percent
 from reapkit.report.inspection.recognise import read_json
-from reapkit.report.inspection.render import Block, all_last, counted, lines, notes, percent, table
+from reapkit.report.inspection.render import Block, all_last, lines, notes, table
 from reapkit.selection.selection import LayerSelection, Selection
 
 SHOWN_TIES = 12
@@ -70,7 +71,7 @@ def blocks(found: Mapping[str, Any], *, colour: bool) -> list[Block]:
     """Totals, layers with reasons, protection, near-ties and what the conflict term changed."""
     if "several" in found:
         rows = [
-            (name, one["role"], one["criterion"], one["removed"], one["experts"], percent(_cost(one)))
+            (name, one["role"], one["criterion"], one["removed"], one["experts"], narrow_percent(_cost(one)))
             for name, one in found["several"].items()
         ]
         return [
@@ -100,7 +101,7 @@ def _heading(found: Mapping[str, Any]) -> Block:
     how = f"{found['criterion']} ({found['formula']})" if found["formula"] else found["criterion"]
     name = f"{found['candidate']}: " if found["candidate"] else ""
     allocation = f", {found['allocation']} allocation" if found["allocation"] else ""
-    cost = f", {percent(_cost(found))} of the saliency" if _cost(found) is not None else ""
+    cost = f", {narrow_percent(_cost(found))} of the saliency" if _cost(found) is not None else ""
     top_k = f"; experts per token: {found['experts_per_token']}" if found["experts_per_token"] else ""
     return lines(
         f"selection {name}{how}{allocation}",
@@ -157,7 +158,7 @@ def _conflict(found: Mapping[str, Any]) -> list[Block]:
     if not eaft:
         return []
     rows = [
-        (name, *(percent(shares[region], 2) for region in ("conflict", "uncertain", "good")))
+        (name, *(narrow_percent(shares[region], 2) for region in ("conflict", "uncertain", "good")))
         for name, shares in all_last(eaft["shares"])
     ]
     where = ", ".join(f"layer {layer}: {count}" for layer, count in eaft["changed_by_conflict_by_layer"].items())
