@@ -13,8 +13,9 @@ from numpy import ndarray
 
 from reapkit.core.errors import Problem, ReapkitError, RecipeError, StageFailed, UnusableError
 from reapkit.observation import observation as recorded
+from reapkit.pipeline.planned import plan
 from reapkit.pipeline.run import apply
-from reapkit.planning.plan import Plan, plan
+from reapkit.planning.plan import Plan
 from reapkit.recipe.loading import load_recipe
 from reapkit.recipe.schema import Recipe, SaliencySpec
 from reapkit.selection.decide import select

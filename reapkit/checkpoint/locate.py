@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import Any
 
 from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.checkpoint.hub import cached_snapshot, download_snapshot, hub_checkpoint
@@ -40,34 +38,13 @@ def model_checkpoint(model: ModelSpec, directory: Path, *, download: bool = Fals
     if source.startswith("builtin:"):
         if source != "builtin:demo":
             raise UnusableError(f"model.source: '{source}' is not packaged. The only packaged model is builtin:demo.")
-        return _opened(MODEL_DIRECTORY)
+        return Checkpoint.open(MODEL_DIRECTORY)
     if is_local(source, directory):
         path = local_path(source, directory)
         if not path.is_dir():
             raise UnusableError(
                 f"model.source: {path} is no directory. Give a model directory, a hub id or builtin:demo."
             )
-        return _opened(path)
+        return Checkpoint.open(path)
     path = download_snapshot(source, model.revision) if download else cached_snapshot(source, model.revision)
-    return _opened(path) if path is not None else hub_checkpoint(source, model.revision)
-
-
-_LAST: dict[Path, tuple[Any, Checkpoint]] = {}
-"""The checkpoint that was opened last, and its files as they were: a command plans several times, and a thousand
-headers take a second."""
-
-
-def _opened(path: Path) -> Checkpoint:
-    """`Checkpoint.open`, or what it gave the last time where no file was touched since."""
-    path = Path(path)
-    files = sorted(
-        (entry.name, facts.st_size, facts.st_mtime_ns, facts.st_ino, entry.is_symlink() and os.readlink(entry))
-        for entry in os.scandir(path)
-        if entry.name.endswith((".safetensors", ".json")) and entry.is_file()
-        for facts in (entry.stat(),)
-    )
-    if path not in _LAST or _LAST[path][0] != files:
-        found = Checkpoint.open(path)
-        _LAST.clear()
-        _LAST[path] = (files, found)
-    return _LAST[path][1]
+    return Checkpoint.open(path) if path is not None else hub_checkpoint(source, model.revision)

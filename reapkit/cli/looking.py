@@ -42,10 +42,11 @@ def compare(
 
     Example: reapkit compare monday/observation tuesday/observation --ratio 0.5
     """
+    from reapkit.pipeline.planned import make_plan
     from reapkit.report.comparison.compare import compare as compare_all
     from reapkit.report.comparison.terms import Terms
 
-    found = compare_all(paths, Terms(criterion, _ratio(ratio), different_models))
+    found = compare_all(paths, Terms(criterion, _ratio(ratio), different_models, make_plan))
     if html is not None:
         found.save_page(html)
     if as_json:

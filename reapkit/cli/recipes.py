@@ -11,8 +11,9 @@ import typer
 from reapkit.cli.app import Elsewhere, Json, Overrides, RecipeArgument, app, out, quiet_libraries
 from reapkit.core.errors import RecipeError, UnusableError
 from reapkit.core.ranks import current
+from reapkit.pipeline.planned import load_and_plan
+from reapkit.pipeline.stages.every_stage import STAGE_NAMES
 from reapkit.planning.lock import check_lock, lock_path, read_lock, recipe_digest, revisions, write_lock
-from reapkit.planning.plan import STAGES, load_and_plan
 from reapkit.planning.starting_recipe import starting_recipe
 from reapkit.recipe.json_schema import recipe_schema
 from reapkit.recipe.loading import find_recipe, load
@@ -71,7 +72,7 @@ def apply(
     recipe: RecipeArgument,
     overrides: Overrides,
     until: Annotated[
-        str | None, typer.Option(metavar="STAGE", help=f"Stop after a stage: {', '.join(STAGES)}.")
+        str | None, typer.Option(metavar="STAGE", help=f"Stop after a stage: {', '.join(STAGE_NAMES)}.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
     observation: Elsewhere = None,
@@ -84,8 +85,8 @@ def apply(
 
     Example: reapkit apply demo
     """
-    if until is not None and until not in STAGES:
-        raise RecipeError(f"--until: found '{until}'. Allowed: {', '.join(STAGES)}.")
+    if until is not None and until not in STAGE_NAMES:
+        raise RecipeError(f"--until: found '{until}'. Allowed: {', '.join(STAGE_NAMES)}.")
     if locked:
         overrides = [*overrides, *_pinned(recipe, overrides)]
     if dry_run:
@@ -114,16 +115,13 @@ def _directory_of(observation: str | None) -> Path | None:
 
 
 def _apply(recipe: str, overrides: list[str], until: str | None, as_json: bool, observation: str | None = None) -> None:
-    elsewhere = _directory_of(observation)
-    loaded = load_and_plan(
-        recipe, overrides, observation=elsewhere
-    ).loaded  # every contradiction is found before weights are fetched or torch is imported
+    # every contradiction is found before weights are fetched or torch is imported
+    made = load_and_plan(recipe, overrides, observation=_directory_of(observation))
     quiet_libraries()
     from reapkit.cli.progress_bars import make_progress
-    from reapkit.pipeline.run import apply as run_recipe
-    from reapkit.pipeline.run import describe
+    from reapkit.pipeline.run import describe, walk
 
-    run = run_recipe(loaded, until=until, progress=make_progress(), observation=elsewhere, ranks=current())
+    run = walk(made, until=until, progress=make_progress(), ranks=current())
     if as_json:
         print(json.dumps({**describe(run), "directory": str(run.directory), "executed": run.executed}))
         return

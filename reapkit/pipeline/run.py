@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,29 +17,16 @@ from reapkit.core.garbage_collection import register
 from reapkit.core.progress import SILENT, Progress
 from reapkit.core.ranks import ALONE, Alone
 from reapkit.evaluation.task_benchmarks import require_lm_eval
+from reapkit.pipeline.planned import make_plan
 from reapkit.pipeline.stages.context import Context
 from reapkit.planning.estimates import missing_disk
 from reapkit.planning.lock import make_lock, versions
-from reapkit.planning.plan import STAGES, Plan, Stage, make_plan, store_of
+from reapkit.planning.plan import Plan
+from reapkit.planning.stage_definitions import Stage
 from reapkit.recipe.loading import LoadedRecipe, as_loaded
 from reapkit.recipe.schema import Recipe
 from reapkit.report.facts import recipe_yaml
 from reapkit.report.run_report import write_rejected_report
-
-LINKS = {
-    "calibrate": "calibration",
-    "packs": "packs",
-    "observe": "observation",
-    "select": "selection",
-    "repair": "repair",
-    "evaluate": "evaluation",
-    "prune": "pruned",
-    "quantize": "quantized",
-    "verify": "verification",
-    "report": "report",
-}
-RESUMED_IN_PLACE = ("prune",)  # it knows what an earlier attempt finished; other stages keep partial work in `work`
-MODEL_STAGES = ("prune", "quantize")
 
 
 @dataclass
@@ -53,6 +39,13 @@ class Run:
     executed: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     ranks: Alone = ALONE
+
+    @property
+    def models(self) -> tuple[Stage, ...]:
+        """The stages of this run whose models were made, the final one last."""
+        return tuple(
+            stage for stage in self.plan.stages if stage.definition.makes_model and stage.name in self.artifacts
+        )
 
     def summary(self, stage: str) -> Mapping[str, Any]:
         """What the stage reported, or nothing if it did not come to it."""
@@ -79,11 +72,11 @@ def run_directory(plan: Plan) -> Path:
 
 def _check_raw_recipe(loaded: LoadedRecipe) -> None:
     """llm-compressor's own classes read a raw recipe before any stage runs. Raises RecipeError with its place."""
-    if loaded.recipe.quantize.recipe is not None:
+    if loaded.quantize.recipe is not None:
         from reapkit.quantization.calibrated import raw_modifiers
 
         try:
-            raw_modifiers(loaded.recipe.quantize)
+            raw_modifiers(loaded.quantize)
         except RecipeError as error:
             raise loaded.located(error) from error
 
@@ -103,50 +96,49 @@ def apply(
     Of several `ranks` only rank 0 calls this; the others wait and help to observe.
     Raises RejectedByGates when the verdict stops the run, StageFailed when a stage fails for want of disk or memory.
     """
-    loaded, elsewhere = as_loaded(recipe), None if observation is None else Path(observation)
-    first = make_plan(loaded, observation=elsewhere)
-    if shortage := missing_disk(first, until):
+    made = make_plan(as_loaded(recipe), observation=None if observation is None else Path(observation))
+    return walk(made, until=until, progress=progress, ranks=ranks)
+
+
+def walk(plan: Plan, *, until: str | None = None, progress: Progress = SILENT, ranks: Alone = ALONE) -> Run:
+    """Carries out a plan; else as `apply`."""
+    if shortage := missing_disk(plan, until):
         raise UnusableError(f"disk: {shortage}")
     # entered before the plan that counts looks at the store, so that nobody clears away in between what it found
-    register(
-        store_of(first.recipe),
-        run_directory(first),
-        {stage.name: stage.artifact.directory.name for stage in first.stages if stage.hit},
-    )
-    reads_model = (
-        set(first.leading_to(until)) - {"select"} - ({"observe"} if elsewhere else set())
-    )  # to decide anew takes no weights
-    plan = make_plan(loaded, download=bool(reads_model), observation=elsewhere)
-    _check_raw_recipe(loaded)
-    if loaded.recipe.evaluate.lm_eval is not None and "verify" in plan.leading_to(until):
+    hits = {stage.name: stage.artifact.directory.name for stage in plan.stages if stage.artifact and stage.hit}
+    register(plan.store, run_directory(plan), hits)
+    reads_model = set(plan.leading_to(until)) - {"select"} - ({"observe"} if plan.imported else set())
+    plan = plan.downloaded() if reads_model else replace(plan)  # to decide anew takes no weights
+    _check_raw_recipe(plan.loaded)
+    if plan.recipe.evaluate.lm_eval is not None and "verify" in plan.leading_to(until):
         require_lm_eval()  # now, not after everything else
     run = Run(plan, run_directory(plan), ranks=ranks)
-    ranks.share(store_of(plan.recipe).root)
+    ranks.share(plan.store.root)
     try:
         for name in plan.leading_to(until):
-            stage = run.plan.stage(name)
-            if stage.key is None:
-                run.plan = make_plan(loaded, observation=elsewhere)
-                stage = run.plan.stage(name)
-            run.artifacts[name] = _finished(run, stage, progress)
-            if name == "evaluate" and name != until:
-                _stop_if_rejected(run, progress)
-            if name == until:
-                break
+            _one_stage(run, name, until, progress)
     finally:
-        _link(run, proven="verify" in run.artifacts or until in MODEL_STAGES)
+        _link(run, proven="verify" in run.artifacts or until in {stage.name for stage in run.models})
     _drop_unwanted(run)
     _stop_if_final_rejected(run)
     _push(run, progress)
     return run
 
 
+def _one_stage(run: Run, name: str, until: str | None, progress: Progress) -> None:
+    if run.plan.stage(name).key is None:
+        run.plan = run.plan.decided(run.summary("evaluate")["chosen"])
+    run.artifacts[name] = _finished(run, run.plan.stage(name), progress)
+    if name == "evaluate" and name != until:
+        _stop_if_rejected(run, progress)
+
+
 def _push(run: Run, progress: Progress) -> None:
     """Uploads the final directory, card included, where the recipe says so and the run came to its end."""
     repository = run.plan.recipe.output.push_to_hub
-    final = next((stage for stage in reversed(MODEL_STAGES) if stage in run.artifacts), None)
-    if repository is None or "report" not in run.artifacts or final is None:
+    if repository is None or "report" not in run.artifacts or not run.models:
         return
+    final = run.directory / run.models[-1].definition.directory
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
@@ -154,19 +146,15 @@ def _push(run: Run, progress: Progress) -> None:
     try:
         HfApi().create_repo(repository, exist_ok=True)
         HfApi().upload_folder(
-            repo_id=repository,
-            folder_path=run.directory / LINKS[final],
-            commit_message=f"{run.plan.recipe.name} by reapkit",
+            repo_id=repository, folder_path=final, commit_message=f"{run.plan.recipe.name} by reapkit"
         )
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
-        raise StageFailed(
-            f"upload to {repository}: {error}. The result is in {run.directory / LINKS[final]}; run again to retry."
-        ) from error
+        raise StageFailed(f"upload to {repository}: {error}. The result is in {final}; run again to retry.") from error
 
 
 def _finished(run: Run, stage: Stage, progress: Progress) -> Artifact:
     """The stage's artifact: from the store, or made now."""
-    store = store_of(run.plan.recipe)
+    store = run.plan.store
     register(store, run.directory, {stage.name: store.directory(stage.name, stage.key).name})
     if (
         stage.hit and store.get(stage.name, stage.key) is not None
@@ -184,37 +172,24 @@ def _finished(run: Run, stage: Stage, progress: Progress) -> Artifact:
             return made
         progress.say(f"{stage.name}: running ({stage.reason})")
         artifact = _execute(run, stage, progress)
-    progress.say(f"{stage.name}: done in {artifact.manifest['seconds']:.0f} s{_remark(artifact)}")
+    progress.say(
+        f"{stage.name}: done in {artifact.manifest['seconds']:.0f} s{stage.definition.remark(artifact.summary)}"
+    )
     run.executed.append(stage.name)
     run.warnings += artifact.manifest["warnings"]
     return artifact
 
 
-def _remark(artifact: Artifact) -> str:
-    """What is worth a word at the end of a stage."""
-    summary = artifact.summary
-    if artifact.stage == "observe":
-        speed = "imported" if summary["tokens_per_second"] is None else f"{summary['tokens_per_second']:,} tokens/s"
-        return f", {summary['tokens']:,} tokens, {speed}"
-    if artifact.stage != "evaluate":
-        return ""
-    return (
-        f". {summary['advice']}" if summary["verdict"] == "pass" else f": {summary['verdict']}"
-    )  # the reasons come with the error
-
-
 def _execute(run: Run, stage: Stage, progress: Progress) -> Artifact:
-    store, listening = store_of(run.plan.recipe), _Listening(progress)
-    payload = store.begin(stage.name, stage.key, resume=stage.name in RESUMED_IN_PLACE)
+    store, listening = run.plan.store, _Listening(progress)
+    payload = store.begin(stage.name, stage.key, resume=stage.definition.resumes_in_place)
     work = payload.parent / "work"
     work.mkdir(exist_ok=True)
     inputs = {name: run.artifacts[name] for name in (*stage.inputs, *stage.after)}
-    context = Context(run.plan, inputs, payload, work, listening, stage.spec.get("candidate"), run.ranks)
+    context = Context(run.plan, inputs, payload, work, listening, run.ranks)
     started = time.time()
     try:
-        summary = importlib.import_module(
-            f"reapkit.pipeline.stages.{'imported' if 'imported' in stage.spec else stage.name}"
-        ).run(context)
+        summary = stage.definition.run(context)
     except (OSError, MemoryError) as error:
         if isinstance(error, ReapkitError):
             raise
@@ -262,7 +237,7 @@ def _stop_if_rejected(run: Run, progress: Progress) -> None:
 def _stop_if_final_rejected(run: Run) -> None:
     """A rejected directory is not published; an undecided one is there, and the command says that nobody knows yet."""
     summary, evaluate = run.summary("verify"), run.plan.recipe.evaluate
-    final = next((LINKS[stage] for stage in reversed(MODEL_STAGES) if stage in run.artifacts), "")
+    final = run.models[-1].definition.directory if run.models else ""
     where = {
         "reject": f"It was kept as {run.directory / f'{final}.rejected'}, unpublished.",
         "undecided": f"It was written to {run.directory / final}, and not uploaded.",
@@ -273,12 +248,10 @@ def _stop_if_final_rejected(run: Run) -> None:
 
 def _drop_unwanted(run: Run) -> None:
     """Payloads of models that `output.keep` does not name go once the verified result is there."""
-    keep = run.plan.recipe.output.keep
-    if "report" in run.artifacts:
-        for stage in MODEL_STAGES:
-            if stage in run.artifacts and LINKS[stage] not in keep:
-                run.artifacts[stage].drop_payload()
-                shutil.rmtree(run.directory / LINKS[stage], ignore_errors=True)
+    for stage in run.models if "report" in run.artifacts else ():
+        if stage.definition.directory not in run.plan.recipe.output.keep:
+            run.artifacts[stage.name].drop_payload()
+            shutil.rmtree(run.directory / stage.definition.directory, ignore_errors=True)
 
 
 def _link(run: Run, *, proven: bool) -> None:
@@ -287,29 +260,32 @@ def _link(run: Run, *, proven: bool) -> None:
     Models stay in the store until their proofs hold (`proven`), or nobody asked for proofs.
     """
     run.directory.mkdir(parents=True, exist_ok=True)
-    rejected = run.summary("verify").get("verdict") == "reject"
-    for name, artifact in run.artifacts.items():
-        if not artifact.has_payload or (name in MODEL_STAGES and not proven):
+    for stage in run.plan.stages:
+        artifact = run.artifacts.get(stage.name)
+        if artifact is None or not artifact.has_payload:
             continue
-        target = run.directory / LINKS[name]
-        final = name in MODEL_STAGES and name == next(s for s in reversed(MODEL_STAGES) if s in run.artifacts)
-        if final and rejected:
-            shutil.rmtree(target, ignore_errors=True)
-            target = target.with_name(f"{target.name}.rejected")
-        if name == "report":
-            copy_file(artifact.payload / "report.html", run.directory / "report.html")
-            continue
-        if name == "verify":
-            copy_file(artifact.payload / "verify.json", run.directory / "verify.json")
-            continue
-        publish(artifact.payload, target)
-        if name in MODEL_STAGES and "report" in run.artifacts and run.artifacts["report"].has_payload:
-            card = run.artifacts["report"].payload / f"{LINKS[name]}.md"
-            if card.is_file():
-                copy_file(card, target / "README.md")
+        if stage.definition.makes_model:
+            if proven:
+                _link_model(run, stage)
+        elif stage.definition.file is not None:
+            copy_file(artifact.payload / stage.definition.file, run.directory / stage.definition.file)
+        else:
+            publish(artifact.payload, run.directory / stage.definition.directory)
     write_text(run.directory / "recipe.resolved.yaml", recipe_yaml(run.plan.recipe))
     write_json(run.directory / "lock.json", make_lock(run.plan.loaded) | {"drawn": _drawn(run)})
     write_json(run.directory / "run.json", describe(run))
+
+
+def _link_model(run: Run, stage: Stage) -> None:
+    """A model directory with its card; the final one of a rejected run under a name that nobody takes for a result."""
+    target = run.directory / stage.definition.directory
+    if stage.name == run.models[-1].name and run.summary("verify").get("verdict") == "reject":
+        shutil.rmtree(target, ignore_errors=True)
+        target = target.with_name(f"{target.name}.rejected")
+    publish(run.artifacts[stage.name].payload, target)
+    report = run.artifacts.get("report")
+    if report is not None and (card := report.payload / f"{stage.definition.directory}.md").is_file():
+        copy_file(card, target / "README.md")
 
 
 def _drawn(run: Run) -> dict[str, Any]:
@@ -335,16 +311,14 @@ def publish(payload: Path, target: Path) -> None:
 def describe(run: Run) -> dict[str, Any]:
     """What ran, from what, in which time, with which versions."""
     stages = {}
-    for name in STAGES:
-        if name in run.artifacts:
-            artifact = run.artifacts[name]
-            stages[name] = {
-                "key": artifact.key,
-                "artifact": artifact.directory.name,
-                "executed": name in run.executed,
-                "seconds": artifact.manifest["seconds"],
-                "summary": dict(artifact.summary),
-            }
+    for name, artifact in run.artifacts.items():
+        stages[name] = {
+            "key": artifact.key,
+            "artifact": artifact.directory.name,
+            "executed": name in run.executed,
+            "seconds": artifact.manifest["seconds"],
+            "summary": dict(artifact.summary),
+        }
     return {
         "name": run.plan.recipe.name,
         "recipe": run.plan.loaded.shown,

@@ -25,7 +25,7 @@ def checked_candidates(
     loaded: LoadedRecipe, checkpoint: Checkpoint, layout: Layout, observation: Path | None
 ) -> tuple[Candidate, ...]:
     """The concrete candidates; every contradiction of recipe and checkpoint is raised at once."""
-    recipe, problems, grid = loaded.recipe, [], ()
+    recipe, problems, grid = loaded, [], ()
     names = [entry.name for entry in recipe.calibration.mix]
     try:
         grid = candidates(recipe.prune, recipe.saliency, checkpoint.architecture, tuple(layout.layers))
@@ -155,7 +155,7 @@ def _unmeasured_gates(recipe: Recipe) -> list[Problem]:
 
 def _missing_tasks(loaded: LoadedRecipe) -> list[Problem]:
     """Task files that are not there; names of lm-eval's own tasks only lm-eval knows."""
-    spec = loaded.recipe.evaluate.lm_eval
+    spec = loaded.evaluate.lm_eval
     return [
         Problem(
             f"evaluate.lm_eval.tasks[{i}]",

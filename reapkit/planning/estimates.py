@@ -12,15 +12,17 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from reapkit.checkpoint.architecture import text_config
 from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.checkpoint.expert_layout import LAYER, Layout
 from reapkit.core.dtypes import BITS
 from reapkit.core.formatting import gigabytes
-from reapkit.planning.plan import Plan
 from reapkit.quantization.sizes import kept_share
+
+if TYPE_CHECKING:
+    from reapkit.planning.plan import Plan
 
 COMPUTE_BYTES = 2  # bf16: FP8 and MXFP4 weights are dequantized to it
 LOGITS_BYTES = 256_000_000  # logits are taken in chunks of this size
@@ -89,13 +91,13 @@ class Estimates:
 
 
 def estimate(plan: Plan, share: int = 1) -> Estimates:
-    """The figures of a plan on this machine, or on the `share`-th part of it that one of several processes has."""
+    """The figures of a plan on its machine, or on the `share`-th part of it that one of several processes has."""
     tokens, exact = _tokens(plan)
     footprints, hidden = _footprints(plan, tokens)
     reroute = _reroute(plan, tokens)
     if reroute is not None:
         footprints = {name: Footprint(each.device + reroute.device, each.host) for name, each in footprints.items()}
-    free = machine_memory()
+    free = plan.machine
     machine = Machine(free.device and free.device // share, free.host // share)
     placement = plan.recipe.runtime.placement
     if placement == "auto":

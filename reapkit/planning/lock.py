@@ -52,7 +52,7 @@ def make_lock(loaded: LoadedRecipe) -> dict[str, Any]:
 
     Raises UnusableError where a model, source or hub revision cannot be found.
     """
-    recipe, directory = loaded.recipe, loaded.directory
+    recipe, directory = loaded, loaded.directory
     checkpoint = model_checkpoint(recipe.model, directory)
     entries = {f"calibration.mix.{entry.name}": entry for entry in recipe.calibration.mix}
     entries |= {f"evaluate.extra_packs.{entry.name}": entry for entry in recipe.evaluate.extra_packs}
@@ -81,15 +81,15 @@ def _source(entry: MixEntry, directory: Path) -> dict[str, Any]:
 
 
 def _model_revision(loaded: LoadedRecipe, path: Path) -> str | None:
-    source = loaded.recipe.model.source
+    source = loaded.model.source
     if source.startswith("builtin:") or is_local(source, loaded.directory):
         return None
-    return path.name if path.parent.name == "snapshots" else loaded.recipe.model.revision
+    return path.name if path.parent.name == "snapshots" else loaded.model.revision
 
 
 def lock_path(loaded: LoadedRecipe, recipe_file: Path) -> Path:
     """`NAME.lock.json` beside the recipe."""
-    return recipe_file.with_name(f"{loaded.recipe.name}.lock.json")
+    return recipe_file.with_name(f"{loaded.name}.lock.json")
 
 
 def write_lock(loaded: LoadedRecipe, path: Path) -> dict[str, Any]:
@@ -112,8 +112,8 @@ def read_lock(path: Path) -> dict[str, Any]:
 
 def revisions(lock: Mapping[str, Any], loaded: LoadedRecipe) -> list[str]:
     """The `--set` overrides that pin what the recipe leaves open: hub revisions of the model and of its datasets."""
-    pins = {"model": lock["model"]["revision"]} if loaded.recipe.model.revision is None else {}
-    entries = {f"calibration.mix.{entry.name}": entry for entry in loaded.recipe.calibration.mix}
+    pins = {"model": lock["model"]["revision"]} if loaded.model.revision is None else {}
+    entries = {f"calibration.mix.{entry.name}": entry for entry in loaded.calibration.mix}
     pins |= {
         place: lock["sources"].get(place, {}).get("revision")
         for place, entry in entries.items()
@@ -145,7 +145,7 @@ def check_lock(lock: Mapping[str, Any], loaded: LoadedRecipe, own_digest: str, p
 
 def recipe_digest(loaded: LoadedRecipe) -> str:
     """What names a recipe's own text in its lock; where it runs and where the result goes do not count."""
-    return digest(loaded.recipe.model_dump(mode="json", exclude=set(NOT_LOCKED)))
+    return digest(loaded.model_dump(mode="json", exclude=set(NOT_LOCKED)))
 
 
 def _differences(left: Any, right: Any, place: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -16,7 +16,6 @@ from reapkit.planning.estimates import (
     Machine,
     activation_bytes,
     layer_weights,
-    machine_memory,
 )
 from reapkit.planning.plan import Plan
 from reapkit.quantization.sizes import matrices_by_layer
@@ -72,7 +71,7 @@ def quantize_memory(plan: Plan, machine: Machine | None = None) -> QuantizeMemor
     rest = weights.pop(None)
     layers, largest = sum(weights.values()), max(weights.values())
     device, hidden = _calibrating(plan, found)
-    machine = machine or machine_memory()
+    machine = machine or plan.machine
     base = HOST_BASE_BYTES + rest
     reading = max(LAYERS_WHILE_READ * largest, hidden, written)
     in_memory = Footprint(largest * (machine.device is not None) + device, base + layers + max(hidden, written))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from reapkit.core.errors import UnusableError
-from reapkit.planning.plan import STAGES, make_plan
+from reapkit.planning.plan import Plan
 from reapkit.recipe.loading import LoadedRecipe
 
 
@@ -19,12 +19,15 @@ class RecipeDifference:
     stages: tuple[str, ...] | None
 
 
-def compare_recipes(left: LoadedRecipe, right: LoadedRecipe) -> RecipeDifference:
+def compare_recipes(
+    left: LoadedRecipe, right: LoadedRecipe, make_plan: Callable[[LoadedRecipe], Plan] | None
+) -> RecipeDifference:
     """Raises RecipeError where one of them contradicts its checkpoint."""
     fields = tuple(
-        (path, *values)
-        for path, values in differing_fields([each.recipe.model_dump(mode="json") for each in (left, right)])
+        (path, *values) for path, values in differing_fields([each.model_dump(mode="json") for each in (left, right)])
     )
+    if make_plan is None:
+        return RecipeDifference(fields, None)
     try:
         keys = [{stage.name: stage.key for stage in make_plan(each).stages} for each in (left, right)]
     except UnusableError:
@@ -33,7 +36,7 @@ def compare_recipes(left: LoadedRecipe, right: LoadedRecipe) -> RecipeDifference
         fields,
         tuple(
             name
-            for name in STAGES
+            for name in dict.fromkeys((*keys[0], *keys[1]))
             if keys[0].get(name) != keys[1].get(name) or (name in keys[0] and keys[0][name] is None)
         ),
     )

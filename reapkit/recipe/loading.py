@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import PrivateAttr, ValidationError
 
 from reapkit.core.errors import Problem, RecipeError
 from reapkit.recipe.error_messages import closest, may_be_null, problems_of
@@ -22,14 +22,35 @@ SHIPPED = tuple(
 )
 
 
-@dataclass(frozen=True)
-class LoadedRecipe:
-    """A checked recipe, the folder its relative paths start from, and where each of its values was written."""
+class LoadedRecipe(Recipe):
+    """A checked recipe that knows the folder its relative paths start from, and where each of its values was written.
 
-    recipe: Recipe
-    directory: Path
-    shown: str
-    document: Node
+    `directory`: that folder. `shown`: the recipe's file as messages call it. `document`: the merged text as a tree. A
+    copy with other values (`model_copy`) keeps them.
+    """
+
+    _directory: Path = PrivateAttr()
+    _shown: str = PrivateAttr()
+    _document: Node = PrivateAttr()
+
+    @classmethod
+    def of(cls, recipe: Recipe, directory: Path, shown: str, document: Node) -> LoadedRecipe:
+        """`recipe`, with the place it comes from."""
+        loaded = cls.model_construct(recipe.model_fields_set, **dict(recipe))
+        loaded._directory, loaded._shown, loaded._document = directory, shown, document
+        return loaded
+
+    @property
+    def directory(self) -> Path:
+        return self._directory
+
+    @property
+    def shown(self) -> str:
+        return self._shown
+
+    @property
+    def document(self) -> Node:
+        return self._document
 
     def problem(self, path: str, message: str) -> Problem:
         """A problem at a recipe path such as `prune.caps[0].layers`, with the position of its closest written
@@ -73,14 +94,13 @@ def load(name: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
     for override in overrides:
         _override(document, override, problems)
     recipe, found = _validate(document)
-    loaded = LoadedRecipe(recipe, path.resolve().parent, str(name), document) if recipe else None
+    loaded = LoadedRecipe.of(recipe, path.resolve().parent, str(name), document) if recipe else None
     if any(problem.path == "extends" for problem in problems):
         found = [problem for problem in found if not problem.message.startswith("is missing")]  # the parent may hold it
     if problems + found:
         error = RecipeError(in_file_order(problems + found))
         error.partial = loaded
         raise error
-    recipe._loaded = loaded
     return loaded
 
 
@@ -309,9 +329,12 @@ def _index(node: Node, part: str) -> int | None:
     return next((i for i, item in enumerate(node.value) if _name(item) == part), None)
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The checked recipe at `path`, or of a shipped name. Raises RecipeError with every problem at once."""
-    return load(path, overrides).recipe
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
+    """The checked recipe at `path`, or of a shipped name; `overrides` as `load` takes them.
+
+    Raises RecipeError with every problem at once.
+    """
+    return load(path, overrides)
 
 
 def as_loaded(recipe: Recipe | LoadedRecipe | str | Path) -> LoadedRecipe:
@@ -320,5 +343,5 @@ def as_loaded(recipe: Recipe | LoadedRecipe | str | Path) -> LoadedRecipe:
     if isinstance(recipe, LoadedRecipe):
         return recipe
     if isinstance(recipe, Recipe):
-        return recipe._loaded or LoadedRecipe(recipe, Path.cwd(), "recipe", Node({}, "recipe", 1, 1))
+        return LoadedRecipe.of(recipe, Path.cwd(), "recipe", Node({}, "recipe", 1, 1))
     return load(recipe)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from decimal import Decimal
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, PrivateAttr, Tag, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 
 def _as_fraction(value: Any) -> Any:
@@ -599,9 +599,6 @@ class Recipe(Section):
     """What is kept, and where."""
     runtime: RuntimeSpec = RuntimeSpec()
     """Where it runs."""
-    _loaded: Any = PrivateAttr(
-        default=None
-    )  # where it was written, for paths relative to it and for positions in messages
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Recipe) and self.__dict__ == other.__dict__  # wherever they were written

@@ -15,7 +15,7 @@ import yaml
 
 from reapkit.checkpoint.locate import is_local
 from reapkit.core.artifact_store import Artifact
-from reapkit.planning.plan import Plan, Sizes, store_of
+from reapkit.planning.plan import Plan, Sizes
 from reapkit.recipe.schema import Recipe
 from reapkit.recipe.yaml_tree import walk
 from reapkit.selection.selection import Selection
@@ -238,7 +238,7 @@ def _stages(plan: Plan, artifacts: Mapping[str, Artifact], executed: Collection[
     for stage in plan.stages:
         artifact = artifacts.get(stage.name)
         if artifact is None and stage.name in readers and stage.key:
-            artifact = store_of(plan.recipe).get(stage.name, stage.key)
+            artifact = plan.store.get(stage.name, stage.key)
         if artifact is not None:
             made = not stage.hit if executed is None else stage.name in executed
             rows.append(

@@ -11,7 +11,7 @@ from rich import box
 from rich.table import Table
 
 from reapkit.core.formatting import human_bytes, human_count, human_experts, plural
-from reapkit.planning.estimates import estimate, missing_disk
+from reapkit.planning.estimates import missing_disk
 from reapkit.planning.plan import Plan, Sizes
 from reapkit.planning.quantization_memory import quantize_memory
 from reapkit.planning.recipe_differences import RecipeDifference
@@ -56,7 +56,7 @@ def plan_tables(plan: Plan) -> list[Table | str]:
 
 def _estimate_tables(plan: Plan) -> list[Table | str]:
     """Memory per placement, and what the observation costs."""
-    found = estimate(plan)
+    found = plan.estimates
     memory = _table("memory", [("placement", "left"), ("device", "right"), ("host", "right"), ("", "left")])
     for name, footprint in found.footprints.items():
         memory.add_row(
@@ -143,7 +143,7 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
             }
             for s in plan.stages
         ],
-        "estimates": asdict(estimate(plan)),
+        "estimates": asdict(plan.estimates),
         "quantize_memory": quantizing and asdict(quantizing),
         "disk_shortage": missing_disk(plan),
         "notes": list(plan.notes),

@@ -106,7 +106,7 @@ def candidates(
         try:
             layer_budgets(candidate.prune(prune), architecture, layers)
         except RecipeError as error:
-            problems += [_at_grid(problem, prune) for problem in error.problems]
+            problems += [_at_grid(problem, candidate, prune) for problem in error.problems]
     if problems:
         raise RecipeError(list(dict.fromkeys(problems)))
     return listed
@@ -185,13 +185,10 @@ def _path(prune: PruneSpec, field: str, scalar_path: str, index: int | None = No
     return scalar_path if not values else f"prune.candidates.{field}" + (f"[{index}]" if index is not None else "")
 
 
-def _at_grid(problem: Problem, prune: PruneSpec) -> Problem:
-    """The problem at the place in the grid where its value was written."""
-    for field in ("ratio", "experts_per_token"):
-        values = getattr(prune.candidates, field, None) if prune.candidates else None
-        if values and problem.path == f"prune.{field}":
-            index = next(
-                (i for i, value in enumerate(values) if problem.message.startswith((f"{value} ", f"{value},"))), None
-            )
-            return Problem(_path(prune, field, problem.path, index), problem.message)
-    return problem
+def _at_grid(problem: Problem, candidate: Candidate, prune: PruneSpec) -> Problem:
+    """A candidate's problem at the place in the grid where the value of that candidate was written."""
+    field = problem.path.removeprefix("prune.")
+    values = getattr(prune.candidates, field, None) if field in ("ratio", "experts_per_token") else None
+    if not values:
+        return problem
+    return Problem(_path(prune, field, problem.path, values.index(getattr(candidate, field))), problem.message)

@@ -20,8 +20,8 @@ from reapkit.checkpoint.hub import cached_snapshot, download_snapshot, hub_check
 from reapkit.checkpoint.locate import MODEL_DIRECTORY
 from reapkit.core.errors import RecipeError, UnusableError
 from reapkit.core.safetensors_header import FIRST_READ_BYTES
+from reapkit.pipeline.planned import make_plan
 from reapkit.planning.lock import make_lock
-from reapkit.planning.plan import make_plan
 from reapkit.planning.starting_recipe import starting_recipe
 from reapkit.recipe.loading import load
 from tests.support.fake_hub import COMMIT, Hub, Repository, serve

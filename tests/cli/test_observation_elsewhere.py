@@ -12,7 +12,7 @@ import pytest
 from reapkit.api import Observation
 from reapkit.cli.main import _run
 from reapkit.observation.observation import Reroute
-from reapkit.planning.plan import make_plan
+from reapkit.pipeline.planned import make_plan
 from reapkit.recipe.loading import load
 from reapkit.selection.selection import Selection
 from tests.support.observations import observe_routing, random_routing

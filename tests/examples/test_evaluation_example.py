@@ -6,7 +6,7 @@ import yaml
 
 from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.evaluation.equal_bytes import equal_bytes
-from reapkit.planning.plan import make_plan
+from reapkit.pipeline.planned import make_plan
 from reapkit.recipe.loading import load
 from tests.support.paths import ROOT
 

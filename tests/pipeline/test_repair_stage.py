@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from reapkit.core.errors import RecipeError
+from reapkit.pipeline.planned import plan
 from reapkit.pipeline.run import apply
-from reapkit.planning.plan import plan
 from reapkit.recipe.loading import load
 from tests.support import tiny
 

@@ -23,8 +23,8 @@ from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.cli.main import _run
 from reapkit.core.errors import RejectedByGates, StageFailed, UnusableError
 from reapkit.core.progress import Progress
+from reapkit.pipeline.planned import make_plan
 from reapkit.pipeline.run import Run, apply
-from reapkit.planning.plan import make_plan
 from reapkit.quantization.checkpoint import quantize_checkpoint
 from reapkit.recipe.loading import LoadedRecipe, load
 from tests.support.browser import assert_readable, browser_or_skip

@@ -23,9 +23,9 @@ from reapkit.evaluation.proofs.pruned import prove_pruned
 from reapkit.model.loading import load_model
 from reapkit.observation.mtp_blocks import MtpBlocks
 from reapkit.observation.observation import Observation, Reroute
+from reapkit.pipeline.planned import Plan, make_plan
 from reapkit.pipeline.run import apply
 from reapkit.planning.estimates import estimate
-from reapkit.planning.plan import Plan, make_plan
 from reapkit.pruning.checkpoint import prune_checkpoint
 from reapkit.recipe.loading import load
 from reapkit.selection.decide import select

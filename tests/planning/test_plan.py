@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from reapkit.core.errors import RecipeError
-from reapkit.planning.plan import STAGES, make_plan
+from reapkit.pipeline.planned import make_plan
+from reapkit.pipeline.stages.every_stage import STAGE_NAMES
 from reapkit.recipe.loading import load
 from tests.support.paths import ROOT
 
-ALL = set(STAGES) - {"repair"}  # only where the recipe asks for it
+ALL = set(STAGE_NAMES) - {"repair"}  # only where the recipe asks for it
 FROM_OBSERVE = ALL - {"calibrate", "packs"}
 FROM_SELECT = FROM_OBSERVE - {"observe"}
 FROM_PRUNE = {"prune", "quantize", "verify", "report"}

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from reapkit.pipeline.planned import plan
 from reapkit.planning.estimates import HOST_BASE_BYTES, Machine, activation_bytes
-from reapkit.planning.plan import plan
 from reapkit.planning.quantization_memory import quantize_memory
 from reapkit.recipe.loading import load
 from reapkit.report.tables import plan_as_json

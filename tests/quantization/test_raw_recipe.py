@@ -33,10 +33,10 @@ def written(folder: Path, modifier: str) -> Path:
 
 def test_the_path_starts_from_the_recipe_and_its_text_counts(tmp_path: Path) -> None:
     recipe = written(tmp_path / "here", "GPTQModifier")
-    assert load(recipe).recipe.quantize.recipe == RAW % "GPTQModifier"
+    assert load(recipe).quantize.recipe == RAW % "GPTQModifier"
     (tmp_path / "child").mkdir()
     (tmp_path / "child" / "recipe.yaml").write_text("extends: ../here/recipe.yaml\nname: u\n")
-    assert load(tmp_path / "child" / "recipe.yaml").recipe.quantize.recipe == RAW % "GPTQModifier"
+    assert load(tmp_path / "child" / "recipe.yaml").quantize.recipe == RAW % "GPTQModifier"
     (tmp_path / "here" / "raw" / "mine.yaml").unlink()
     with pytest.raises(
         RecipeError, match=r"recipe.yaml:7:11 quantize.recipe: found 'raw/mine.yaml', but there is no such file"

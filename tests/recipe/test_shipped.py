@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from reapkit.planning.plan import Plan, make_plan
+from reapkit.pipeline.planned import Plan, make_plan
 from reapkit.recipe.loading import load
 from reapkit.recipe.schema import Recipe
 from tests.support import published_models
@@ -60,7 +60,7 @@ def planned(tmp_path_factory: pytest.TempPathFactory):
 
 
 def recipe_of(name: str) -> Recipe:
-    return load(RECIPES / f"{name}.yaml").recipe
+    return load(RECIPES / f"{name}.yaml")
 
 
 # ---------------------------------------------------------------------------------------------- the facts

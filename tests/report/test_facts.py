@@ -7,7 +7,7 @@ import json
 import pytest
 
 from reapkit.core.artifact_store import Artifact
-from reapkit.planning.plan import make_plan
+from reapkit.pipeline.planned import make_plan
 from reapkit.recipe.loading import load
 from reapkit.report.facts import facts_from, license_of, recipe_yaml
 from reapkit.report.run_report import write_rejected_report
@@ -86,9 +86,9 @@ def test_a_rejected_run_gets_its_page(plan, tmp_path):
 
 
 def test_the_resolved_recipe_loads_as_the_same_recipe(tmp_path):
-    recipe = load("demo", ["prune.candidates={ratio: [0.5, 0.25]}", "saliency.mix={code: 0.7, tools: 0.3}"]).recipe
+    recipe = load("demo", ["prune.candidates={ratio: [0.5, 0.25]}", "saliency.mix={code: 0.7, tools: 0.3}"])
     (tmp_path / "resolved.yaml").write_text(recipe_yaml(recipe))
-    assert load(tmp_path / "resolved.yaml").recipe.model_dump() == recipe.model_dump()
+    assert load(tmp_path / "resolved.yaml").model_dump() == recipe.model_dump()
 
 
 @pytest.mark.parametrize(

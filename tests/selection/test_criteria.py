@@ -86,7 +86,7 @@ def test_a_file_that_is_not_there_has_no_fingerprint() -> None:
 def test_the_example_decides_on_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     folder = ROOT / "examples/own_criterion"
     monkeypatch.syspath_prepend(folder)
-    recipe = load(folder / "recipe.yaml").recipe
+    recipe = load(folder / "recipe.yaml")
     observation = observe_routing(random_routing(0, dead=(1,)), trace=False)
     found, mean = saliency(observation, recipe.saliency), saliency(observation, saliency_spec())
     routed = observation.statistics["count"].sum(1) > 0

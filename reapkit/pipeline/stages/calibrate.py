@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from reapkit.calibration.prepare import prepare
 from reapkit.pipeline.stages.context import Context
+from reapkit.planning.plan import Plan
+from reapkit.planning.stage_definitions import StageDefinition
 
 
 def run(context: Context) -> dict[str, Any]:
+    from reapkit.calibration.prepare import prepare
+
     with context.sample_cache() as cache:
         summary = prepare(
             context.recipe.calibration,
@@ -30,3 +33,13 @@ def shares(summary: dict[str, Any]) -> dict[str, Any]:
             for source in summary["sources"]
         }
     }
+
+
+def _content(plan: Plan) -> dict[str, Any]:
+    known = plan.identities
+    return {"sources": known.sources, "tokenizer": known.tokenizer, "chat_template": known.chat_template}
+
+
+STAGE = StageDefinition(
+    name="calibrate", version=1, run=run, directory="calibration", fields=("calibration",), content=_content
+)

@@ -6,15 +6,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from reapkit.core.artifact_store import Artifact
 from reapkit.core.progress import Progress
 from reapkit.core.ranks import ALONE, Alone
-from reapkit.planning.estimates import Estimates, estimate
-from reapkit.planning.plan import Plan, store_of
+from reapkit.planning.plan import Plan
 from reapkit.recipe.schema import Recipe
 
 
@@ -28,7 +26,6 @@ class Context:
     payload: Path
     work: Path
     progress: Progress
-    candidate: str | None = None
     ranks: Alone = ALONE
 
     @property
@@ -47,25 +44,23 @@ class Context:
     @contextmanager
     def sample_cache(self) -> Iterator[Path]:
         """Where tokenized samples stay between runs, by the content of their source; one preparation at a time."""
-        store = store_of(self.recipe)
+        store = self.plan.store
         with store.locked("samples", "cache", lambda: self.progress.say("another run is preparing samples; waiting")):
             yield store.root / "samples"
-
-    @cached_property
-    def estimates(self) -> Estimates:
-        """Memory and placement on this machine."""
-        return estimate(self.plan)
 
     @property
     def streams(self) -> bool:
         """Whether layers go through memory one at a time instead of staying there."""
-        return self.estimates.placement == "streaming"
+        return self.plan.estimates.placement == "streaming"
 
     @property
     def streaming(self) -> dict[str, Any]:
         """Where waiting hidden states go, as the streaming functions take it."""
         directory = self.recipe.runtime.offload_directory
-        return {"hidden_bytes": self.estimates.host_budget, "offload_directory": Path(directory) if directory else None}
+        return {
+            "hidden_bytes": self.plan.estimates.host_budget,
+            "offload_directory": Path(directory) if directory else None,
+        }
 
     @property
     def model_directory(self) -> Path:

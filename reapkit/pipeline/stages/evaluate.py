@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from fractions import Fraction
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from reapkit.calibration.identity import tokenizer_identity
-from reapkit.calibration.tokens import CalibrationTokens
 from reapkit.core.atomic_files import write_json
 from reapkit.core.errors import RecipeError
-from reapkit.evaluation.bench import Candidate
-from reapkit.evaluation.candidates import SmallerCut, eaft_settings, evaluate
 from reapkit.evaluation.gates import Gate, resolve
-from reapkit.evaluation.streaming import evaluate_streaming
-from reapkit.model.loading import load_model, load_tokenizer
-from reapkit.model.streaming.layers import LayeredModel
 from reapkit.observation.observation import Observation
 from reapkit.pipeline.stages.context import Context
 from reapkit.pipeline.stages.repair import load_repaired
 from reapkit.pipeline.stages.select import load_selections
+from reapkit.planning.stage_definitions import StageDefinition
 from reapkit.recipe.schema import Gates
 from reapkit.selection.decide import select_all
 
+if TYPE_CHECKING:
+    from reapkit.calibration.tokens import CalibrationTokens
+    from reapkit.evaluation.bench import Candidate
+    from reapkit.evaluation.candidates import SmallerCut
+
 
 def run(context: Context) -> dict[str, Any]:
+    from reapkit.evaluation.bench import Candidate
+    from reapkit.evaluation.candidates import eaft_settings, evaluate
+    from reapkit.evaluation.streaming import evaluate_streaming
+    from reapkit.model.loading import load_model
+    from reapkit.model.streaming.layers import LayeredModel
+
     recipe, spec = context.recipe, context.recipe.evaluate
     index = context.inputs["select"].summary
     decided = load_selections(context.inputs["select"].payload, [*index["candidates"], *index["controls"]])
@@ -67,6 +74,8 @@ def run(context: Context) -> dict[str, Any]:
 
 def _smaller_cut(context: Context) -> SmallerCut | None:
     """Decides the recipe's candidates anew with fewer removals; None where each would have to be re-fitted first."""
+    from reapkit.evaluation.bench import Candidate
+
     if context.recipe.prune.repair is not None:
         return None
     plan, grid = context.plan, {candidate.name: candidate for candidate in context.plan.candidates}
@@ -92,11 +101,15 @@ def _smaller_cut(context: Context) -> SmallerCut | None:
 
 def _tokenizer(context: Context) -> Any:
     """The model's tokenizer; None where the calibration gave tokens and the model ships none."""
+    from reapkit.model.loading import load_tokenizer
+
     return load_tokenizer(context.model_directory) if tokenizer_identity(context.model_directory) else None
 
 
 def load_packs(context: Context) -> dict[int, CalibrationTokens]:
     """The held-out packs by row length."""
+    from reapkit.calibration.tokens import CalibrationTokens
+
     payload = context.inputs["packs"].payload
     return {length: CalibrationTokens.load(payload / str(length)) for length in context.recipe.evaluate.packs.lengths}
 
@@ -105,3 +118,20 @@ def gates_of(gates: Gates | None, context: Context) -> tuple[Gate, ...]:
     """The recipe's gates with their preset resolved."""
     sources = [entry.name for entry in (*context.recipe.calibration.mix, *context.recipe.evaluate.extra_packs)]
     return resolve(gates if gates is None or isinstance(gates, str) else gates.model_dump(exclude_none=True), sources)
+
+
+def _spoken(summary: Mapping[str, Any]) -> str:
+    """What the end of the stage says; the reasons of a rejection come with the error."""
+    return f". {summary['advice']}" if summary["verdict"] == "pass" else f": {summary['verdict']}"
+
+
+STAGE = StageDefinition(
+    name="evaluate",
+    version=3,
+    run=run,
+    directory="evaluation",
+    fields=("evaluate.packs", "evaluate.extra_packs", "evaluate.gates", "evaluate.controls", "evaluate.generation"),
+    inputs=lambda recipe: ("packs", "select", "repair"),
+    waits_for=("observe",),
+    remark=_spoken,
+)

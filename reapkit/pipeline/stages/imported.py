@@ -6,6 +6,8 @@ from typing import Any
 
 from reapkit.core.artifact_store import link_or_copy
 from reapkit.pipeline.stages.context import Context
+from reapkit.pipeline.stages.observe import spoken
+from reapkit.planning.stage_definitions import StageDefinition
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -26,3 +28,14 @@ def run(context: Context) -> dict[str, Any]:
             "sources": dict(zip(facts["sources"], facts["scored_tokens"], strict=True)),
         },
     }
+
+
+STAGE = StageDefinition(
+    name="observe",
+    version=1,
+    run=run,
+    directory="observation",
+    content=lambda plan: {"imported": plan.imported.content, "model": plan.identities.model},
+    wanted=lambda plan: plan.imported is not None,
+    remark=spoken,
+)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from reapkit.checkpoint.shard_reader import ShardHashes, record_of
-from reapkit.observation.job import Job
 from reapkit.observation.observation import Observation
 from reapkit.pipeline.stages.context import Context
 from reapkit.planning.estimates import estimate
-from reapkit.planning.plan import store_of
+from reapkit.planning.plan import Plan
+from reapkit.planning.stage_definitions import StageDefinition
 from reapkit.selection.statistics import first_half, first_half_sentence
+
+if TYPE_CHECKING:
+    from reapkit.observation.job import Job
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -20,7 +24,7 @@ def run(context: Context) -> dict[str, Any]:
     checkpoint = context.plan.checkpoint
     job = _job(context)
     context.ranks.begin(job.as_json())
-    with ShardHashes(checkpoint.path, record_of(store_of(context.recipe).root, checkpoint.identity)) as hashes:
+    with ShardHashes(checkpoint.path, record_of(context.plan.store.root, checkpoint.identity)) as hashes:
         observation = job.run(context.ranks, progress=context.progress, reading=hashes.begin)
         hashes.begin(checkpoint.shards)  # also those that a resumed run had no need to read
         hashes.keep()
@@ -53,8 +57,10 @@ def _say_how_settled(context: Context, observation: Observation) -> None:
 
 def _job(context: Context) -> Job:
     """What every rank must know. Ranks on one machine share its memory."""
+    from reapkit.observation.job import Job
+
     recipe, share = context.recipe, context.ranks.local_world
-    own = context.estimates if share == 1 else estimate(context.plan, share=share)
+    own = context.plan.estimates if share == 1 else estimate(context.plan, share=share)
     directory = recipe.runtime.offload_directory
     return Job(
         model=str(context.model_directory.resolve()),
@@ -71,3 +77,26 @@ def _job(context: Context) -> Job:
         offload_directory=str(Path(directory).resolve()) if directory else None,
         mtp=context.plan.mtp,
     )
+
+
+def spoken(summary: Mapping[str, Any]) -> str:
+    """What the end of the stage says."""
+    speed = "imported" if summary["tokens_per_second"] is None else f"{summary['tokens_per_second']:,} tokens/s"
+    return f", {summary['tokens']:,} tokens, {speed}"
+
+
+def _content(plan: Plan) -> dict[str, Any]:
+    return {"model": plan.identities.model} | ({"mtp": list(plan.mtp)} if plan.mtp else {})
+
+
+STAGE = StageDefinition(
+    name="observe",
+    version=1,
+    run=run,
+    directory="observation",
+    fields=("observe",),
+    content=_content,
+    inputs=lambda recipe: ("calibrate",),
+    wanted=lambda plan: plan.imported is None,
+    remark=spoken,
+)

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from reapkit.calibration.prepare import prepare_packs
 from reapkit.pipeline.stages.calibrate import shares
 from reapkit.pipeline.stages.context import Context
+from reapkit.planning.stage_definitions import StageDefinition
 
 
 def run(context: Context) -> dict[str, Any]:
+    from reapkit.calibration.prepare import prepare_packs
+
     recipe, found = context.recipe, {}
     for length in recipe.evaluate.packs.lengths:
         with context.sample_cache() as cache:
@@ -28,3 +30,14 @@ def run(context: Context) -> dict[str, Any]:
             )
         found[str(length)] = shares(summary)
     return found
+
+
+STAGE = StageDefinition(
+    name="packs",
+    version=1,
+    run=run,
+    directory="packs",
+    fields=("evaluate.packs", "evaluate.extra_packs"),
+    content=lambda plan: {"extra_sources": plan.identities.extra_sources},
+    inputs=lambda recipe: ("calibrate",),
+)

@@ -8,16 +8,18 @@ from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.checkpoint.shard_reader import confirm_unchanged, record_of
 from reapkit.pipeline.stages.context import Context
 from reapkit.pipeline.stages.repair import load_repaired
-from reapkit.planning.plan import store_of
+from reapkit.planning.plan import Plan
+from reapkit.planning.stage_definitions import StageDefinition
 from reapkit.pruning.checkpoint import prune_checkpoint
-from reapkit.pruning.layout_check import confirm_layout
 from reapkit.selection.selection import Selection
 
 
 def run(context: Context) -> dict[str, Any]:
+    from reapkit.pruning.layout_check import confirm_layout
+
     recipe, source = context.recipe, context.plan.checkpoint
-    confirm_unchanged(source.path, record_of(store_of(recipe).root, source.identity))
-    selection = Selection.load(context.inputs["select"].payload / "candidates" / context.candidate)
+    confirm_unchanged(source.path, record_of(context.plan.store.root, source.identity))
+    selection = Selection.load(context.inputs["select"].payload / "candidates" / context.plan.winner)
     confirm_layout(
         source,
         context.plan.layout,
@@ -33,15 +35,33 @@ def run(context: Context) -> dict[str, Any]:
         max_shard_bytes=recipe.output.max_shard_bytes,
         mtp=recipe.prune.mtp,
         layout=recipe.prune.layout,
-        repaired=load_repaired(context, [context.candidate]).get(context.candidate),
+        repaired=load_repaired(context, [context.plan.winner]).get(context.plan.winner),
         progress=context.progress,
     )
     pruned = Checkpoint.open(context.payload)
     return {
-        "candidate": context.candidate,
+        "candidate": context.plan.winner,
         "bytes": pruned.nbytes,
         "parameters": pruned.numel,
         "experts": {
             str(layer): len(chosen.keep) for layer, chosen in selection.decoder(source.architecture).layers.items()
         },
     }
+
+
+def _content(plan: Plan) -> dict[str, Any] | None:
+    return None if plan.winner is None else {"candidate": plan.winner, "model": plan.identities.model}
+
+
+STAGE = StageDefinition(
+    name="prune",
+    version=1,
+    run=run,
+    directory="pruned",
+    fields=("prune.mtp", "prune.repair", "prune.layout", "output.max_shard_bytes"),
+    content=_content,
+    inputs=lambda recipe: ("select", "repair"),
+    waits_for=("evaluate",),
+    resumes_in_place=True,
+    makes_model=True,
+)

@@ -6,12 +6,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from reapkit.calibration.tokens import CalibrationTokens
 from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.pipeline.stages.context import Context
+from reapkit.planning.plan import Plan
 from reapkit.planning.quantization_memory import quantize_memory
+from reapkit.planning.stage_definitions import StageDefinition
 from reapkit.pruning.manifest import read_manifest, seal
-from reapkit.quantization.checkpoint import quantize_checkpoint
+from reapkit.recipe.schema import Recipe
 
 
 def _offload(context: Context) -> Path | None:
@@ -24,6 +25,9 @@ def _offload(context: Context) -> Path | None:
 
 
 def run(context: Context) -> dict[str, Any]:
+    from reapkit.calibration.tokens import CalibrationTokens
+    from reapkit.quantization.checkpoint import quantize_checkpoint
+
     tokens = context.inputs.get("calibrate")
     facts = quantize_checkpoint(
         context.inputs["prune"].payload,
@@ -47,3 +51,25 @@ def run(context: Context) -> dict[str, Any]:
     )
     quantized = Checkpoint.open(context.payload)
     return {"bytes": quantized.nbytes, **facts}
+
+
+def _wanted(plan: Plan) -> bool:
+    return plan.recipe.quantize.scheme is not None or plan.recipe.quantize.recipe is not None
+
+
+def _inputs(recipe: Recipe) -> tuple[str, ...]:
+    """Rounding to nearest reads no calibration."""
+    calibrated = recipe.quantize.method != "rtn" or recipe.quantize.recipe is not None
+    return ("prune", "calibrate") if calibrated else ("prune",)
+
+
+STAGE = StageDefinition(
+    name="quantize",
+    version=3,
+    run=run,
+    directory="quantized",
+    fields=("quantize", "output.max_shard_bytes"),
+    inputs=_inputs,
+    wanted=_wanted,
+    makes_model=True,
+)

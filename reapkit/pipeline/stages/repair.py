@@ -7,15 +7,17 @@ from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
 
-from reapkit.calibration.tokens import CalibrationTokens
-from reapkit.healing.refit import repair
-from reapkit.model.streaming.layers import LayeredModel
 from reapkit.pipeline.stages.context import Context
 from reapkit.pipeline.stages.select import load_selections
+from reapkit.planning.stage_definitions import StageDefinition
 from reapkit.pruning.refitted_weights import RepairedWeights
 
 
 def run(context: Context) -> dict[str, Any]:
+    from reapkit.calibration.tokens import CalibrationTokens
+    from reapkit.healing.refit import repair
+    from reapkit.model.streaming.layers import LayeredModel
+
     index = context.inputs["select"].summary
     decided = load_selections(context.inputs["select"].payload, [*index["candidates"], *index["controls"]])
     selections = {name: selection.decoder(context.plan.checkpoint.architecture) for name, selection in decided.items()}
@@ -57,3 +59,15 @@ def load_repaired(context: Context, names: list[str]) -> Mapping[str, RepairedWe
     if "repair" not in context.inputs:
         return {}
     return {name: RepairedWeights.load(context.inputs["repair"].payload / name) for name in names}
+
+
+STAGE = StageDefinition(
+    name="repair",
+    version=1,
+    run=run,
+    directory="repair",
+    fields=("prune.repair",),
+    content=lambda plan: {"model": plan.identities.model},
+    inputs=lambda recipe: ("calibrate", "select"),
+    wanted=lambda plan: plan.recipe.prune.repair is not None,
+)

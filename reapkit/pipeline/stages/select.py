@@ -8,6 +8,7 @@ from typing import Any
 from reapkit.core.atomic_files import write_json
 from reapkit.observation.observation import Observation
 from reapkit.pipeline.stages.context import Context
+from reapkit.planning.stage_definitions import StageDefinition
 from reapkit.selection.candidates import Candidate
 from reapkit.selection.decide import select_all
 from reapkit.selection.selection import Selection
@@ -60,3 +61,27 @@ def controls(grid: tuple[Candidate, ...], criteria: tuple[str, ...]) -> dict[Can
 def load_selections(payload: Any, names: list[str]) -> dict[str, Selection]:
     """Selections by name, from the payload of select."""
     return {name: Selection.load(payload / "candidates" / name) for name in names}
+
+
+STAGE = StageDefinition(
+    name="select",
+    version=1,
+    run=run,
+    directory="selection",
+    fields=(
+        "saliency",
+        "evaluate.controls",
+        "prune.ratio",
+        "prune.keep_ratio",
+        "prune.keep_experts",
+        "prune.candidates",
+        "prune.allocation",
+        "prune.layout",
+        "prune.multiple_of",
+        "prune.caps",
+        "prune.protect",
+        "prune.experts_per_token",
+    ),
+    content=lambda plan: {"own_criteria": plan.identities.criteria},
+    inputs=lambda recipe: ("observe",),
+)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from reapkit.checkpoint.architecture import text_config
 from reapkit.checkpoint.checkpoint import Checkpoint
@@ -15,22 +15,18 @@ from reapkit.core.atomic_files import write_json
 from reapkit.core.errors import StageFailed
 from reapkit.core.formatting import human_experts
 from reapkit.evaluation.advice import final_advice
-from reapkit.evaluation.candidates import eaft_settings
-from reapkit.evaluation.directory import Yardstick
 from reapkit.evaluation.equal_bytes import equal_bytes, next_scheme
 from reapkit.evaluation.gates import UNION, judge, overall
-from reapkit.evaluation.proofs.prove import Request, prove
-from reapkit.evaluation.streaming import measure_streaming, yardstick_streaming
 from reapkit.evaluation.task_benchmarks import run_benchmarks
-from reapkit.evaluation.throughput import measure_throughput
-from reapkit.model.loading import load_model
-from reapkit.model.streaming.layers import LayeredModel
 from reapkit.pipeline.stages.context import Context
 from reapkit.pipeline.stages.evaluate import gates_of, load_packs
-from reapkit.quantization.dense import write_dense
-from reapkit.quantization.quiet import quiet
-from reapkit.quantization.rounded import write_rounded
+from reapkit.planning.plan import Plan
+from reapkit.planning.stage_definitions import StageDefinition
 from reapkit.selection.selection import Selection
+
+if TYPE_CHECKING:
+    from reapkit.evaluation.directory import Yardstick
+
 
 PROBE_TOKENS = 64
 HEADLINE = ("perplexity", "perplexity_ratio", "kl_mean", "top1_agreement")
@@ -79,6 +75,12 @@ LABELS = {"prune": "pruned", "quantize": "quantized"}
 
 def _yardstick(context: Context) -> Yardstick:
     """The base on rows that no decision has seen; the model leaves memory before the next one is loaded."""
+    from reapkit.evaluation.candidates import eaft_settings
+    from reapkit.evaluation.directory import Yardstick
+    from reapkit.evaluation.streaming import yardstick_streaming
+    from reapkit.model.loading import load_model
+    from reapkit.model.streaming.layers import LayeredModel
+
     recipe, packs = context.recipe, load_packs(context)
     where = {"device": context.device, "trust_remote_code": recipe.model.trust_remote_code}
     common = {
@@ -94,6 +96,10 @@ def _yardstick(context: Context) -> Yardstick:
 def _measured(context: Context, yardstick: Yardstick, name: str, directory: Path) -> dict[str, Any]:
     """A directory's numbers against the base; a quantized one that no loader here takes apart is unpacked to disk
     first."""
+    from reapkit.evaluation.streaming import measure_streaming
+    from reapkit.model.streaming.layers import LayeredModel
+    from reapkit.quantization.quiet import quiet
+
     where = {"device": context.device, "trust_remote_code": context.recipe.model.trust_remote_code}
     with quiet():  # compressed-tensors draws bars of its own while it unpacks
         directory = _readable(context, name, directory)
@@ -106,6 +112,8 @@ def _measured(context: Context, yardstick: Yardstick, name: str, directory: Path
 
 def _readable(context: Context, name: str, directory: Path) -> Path:
     """The directory itself, or the plain weights that it stands for, written once."""
+    from reapkit.quantization.dense import write_dense
+
     if name != "quantized" or not _needs_dense(context):
         return directory
     plain = context.work / "dense"
@@ -126,6 +134,9 @@ def _needs_dense(context: Context) -> bool:
 def _equal_bytes(context: Context, yardstick: Yardstick, result: Path) -> dict[str, Any]:
     """The unpruned model rounded to about the result's bytes, measured as the result is; without `metrics` where no
     scheme is near."""
+    from reapkit.quantization.quiet import quiet
+    from reapkit.quantization.rounded import write_rounded
+
     base = Checkpoint.open(context.model_directory)
     found = equal_bytes(base, context.recipe.quantize, Checkpoint.open(result).nbytes)
     if found.spec is None:
@@ -154,6 +165,8 @@ def _control_row(control: dict[str, Any], base: dict[str, Any]) -> dict[str, Any
 
 def _throughput(context: Context, directories: dict[str, Path]) -> list[dict[str, Any]]:
     """Speed and memory of base and result, as many tokens as the model has positions for."""
+    from reapkit.evaluation.throughput import measure_throughput
+
     spec = context.recipe.evaluate.throughput
     if spec is None:
         return []
@@ -182,6 +195,8 @@ def _throughput(context: Context, directories: dict[str, Path]) -> list[dict[str
 
 def _prove(context: Context, directories: dict[str, Path]) -> list[dict[str, Any]]:
     """Raises StageFailed naming the first proof that does not hold."""
+    from reapkit.evaluation.proofs.prove import Request, prove
+
     recipe, winner = context.recipe, context.inputs["prune"].summary["candidate"]
     request = Request(
         context.model_directory,
@@ -206,6 +221,8 @@ def _prove(context: Context, directories: dict[str, Path]) -> list[dict[str, Any
 
 def _benchmarks(context: Context, directories: dict[str, Path]) -> dict[str, Any] | None:
     """Task benchmarks of base and result, lm-eval's own output kept beside verify.json."""
+    from reapkit.quantization.quiet import quiet
+
     spec, recipe = context.recipe.evaluate.lm_eval, context.recipe
     if spec is None:
         return None
@@ -290,3 +307,25 @@ def _removed(context: Context) -> float:
     """The share of routed experts that the pruning took."""
     before = sum(context.plan.base.experts.values())
     return 1 - sum(map(int, context.inputs["prune"].summary["experts"].values())) / before
+
+
+def _content(plan: Plan) -> dict[str, Any]:
+    return {"task_files": plan.identities.task_files} if plan.identities.task_files else {}
+
+
+STAGE = StageDefinition(
+    name="verify",
+    version=4,
+    run=run,
+    file="verify.json",
+    fields=(
+        "evaluate.gates_quantized",
+        "evaluate.lm_eval",
+        "evaluate.throughput",
+        "evaluate.equal_bytes",
+        "quantize.group_size",
+        "quantize.ignore",
+    ),
+    content=_content,
+    inputs=lambda recipe: ("packs", "select", "repair", "prune", "quantize"),
+)

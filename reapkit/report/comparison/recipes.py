@@ -23,7 +23,7 @@ def facts(found: Mapping[str, Found], terms: Terms) -> dict[str, Any]:
     if len(found) != 2:
         raise RecipeError(f"compare: found {len(found)} recipes. Recipes are compared two at a time.")
     left, right = (load(str(each.place)) for each in found.values())
-    difference = compare_recipes(left, right)
+    difference = compare_recipes(left, right, terms.make_plan)
     return {
         "fields": [{"path": path, "left": a, "right": b} for path, a, b in difference.fields],
         "stages": None if difference.stages is None else list(difference.stages),

@@ -98,10 +98,7 @@ def _of_run(file: Path) -> dict[str, Any]:
 def _command(recipe: str, resolved: Path) -> str | None:
     """What makes the observation again; None where the recipe is gone, or differs from the run's in what shapes it."""
     try:
-        now, then = (
-            yaml.safe_load(recipe_yaml(load(recipe).recipe)),
-            yaml.safe_load(resolved.read_text(encoding="utf-8")),
-        )
+        now, then = (yaml.safe_load(recipe_yaml(load(recipe))), yaml.safe_load(resolved.read_text(encoding="utf-8")))
     except (RecipeError, OSError):
         return None
     return (

@@ -19,7 +19,7 @@ from reapkit.report.inspection.render import Block, lines, table
 
 def facts(file: Path) -> dict[str, Any]:
     """Every value that is in force, which of them the recipe says itself, and the mix in numbers. Raises as `load`."""
-    recipe = load(file).recipe
+    recipe = load(file)
     plain = yaml.safe_load(recipe_yaml(recipe))
     fields = [{"path": path, "value": value, "default": default} for path, value, default in _fields(recipe, plain)]
     return {"recipe": plain, "fields": fields, "mix": _mix(recipe)}

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from reapkit.core.formatting import human_bytes
-from reapkit.planning.plan import STAGES
 from reapkit.report.inspection.recognise import read_json
 from reapkit.report.inspection.render import Block, lines, notes, table
 from reapkit.report.tables import result_table
@@ -18,9 +17,8 @@ def facts(directory: Path) -> dict[str, Any]:
     """run.json in short, and the samples that calibration and packs share by content: `leaked`, which must be empty."""
     run = read_json(directory / "run.json", ("name", "recipe", "model", "stages", "warnings", "versions"))
     stages = {
-        name: {key: run["stages"][name][key] for key in ("key", "artifact", "executed", "seconds", "summary")}
-        for name in STAGES
-        if name in run["stages"]
+        name: {key: stage[key] for key in ("key", "artifact", "executed", "seconds", "summary")}
+        for name, stage in run["stages"].items()
     }
     return {
         **{name: run[name] for name in ("name", "recipe", "model", "warnings", "versions")},

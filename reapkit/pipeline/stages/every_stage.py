@@ -1,0 +1,24 @@
+"""The stages, each after those that it reads. Torch-free."""
+
+from __future__ import annotations
+
+from reapkit.pipeline.stages import (
+    calibrate,
+    evaluate,
+    imported,
+    observe,
+    packs,
+    prune,
+    quantize,
+    repair,
+    report,
+    select,
+    verify,
+)
+from reapkit.planning.stage_definitions import StageDefinition
+
+STAGES: tuple[StageDefinition, ...] = tuple(
+    module.STAGE
+    for module in (calibrate, packs, observe, imported, select, repair, evaluate, prune, quantize, verify, report)
+)
+STAGE_NAMES = tuple(dict.fromkeys(stage.name for stage in STAGES))

@@ -1,0 +1,174 @@
+"""What a stage is to the plan: what it reads, what its key is made of, where its result appears. Torch-free.
+
+A stage's key names what it reads, by inclusion: the stage, its version, the recipe fields that it lists, the content
+that it looks at beside them, and its inputs' keys. Nothing else enters, so a new recipe field changes no key until a
+stage lists it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from reapkit.core.artifact_store import Artifact
+from reapkit.core.hashing import digest
+from reapkit.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from reapkit.planning.plan import Plan
+
+NEVER_KEYED = (
+    "version",
+    "model.source",
+    "model.revision",
+    "evaluate.on_reject",
+    "evaluate.on_undecided",
+    "output.directory",
+    "output.keep",
+    "output.push_to_hub",
+    "runtime",
+)
+"""Recipe fields that change no stage's bytes: where things are and go (the model enters by its content), what follows
+from a verdict, and how the work is done."""
+
+
+def nothing(plan: Plan) -> Mapping[str, Any]:
+    """No content beside the recipe's fields."""
+    return {}
+
+
+def always(plan: Plan) -> bool:
+    """In every run."""
+    return True
+
+
+def no_inputs(recipe: Recipe) -> tuple[str, ...]:
+    """It reads no artifact."""
+    return ()
+
+
+def no_remark(summary: Mapping[str, Any]) -> str:
+    """Nothing to add."""
+    return ""
+
+
+@dataclass(frozen=True)
+class StageDefinition:
+    """One step of a run. `run(context)` reads its inputs, writes its payload and returns a small summary (JSON data).
+
+    `version`: raised by one whenever the stage's code gives other bytes for the same key. `fields`: the recipe fields
+    that it reads, as dotted paths; a section stands for all its fields. `content`: what else decides its bytes, such
+    as hashes of files; None while that waits for an earlier verdict. `inputs`: stages whose artifacts it reads;
+    those that the run does not have fall away. `waits_for`: stages that must be finished first and do not enter the
+    key. `directory`: where its payload is published in the run directory; `file`: of its payload only this file is,
+    beside the directories. `remark`: what is worth a word when it is done.
+    """
+
+    name: str
+    version: int
+    run: Callable[[Any], dict[str, Any]]
+    directory: str | None = None
+    file: str | None = None
+    fields: tuple[str, ...] = ()
+    content: Callable[[Plan], Mapping[str, Any] | None] = nothing
+    inputs: Callable[[Recipe], tuple[str, ...]] = no_inputs
+    waits_for: tuple[str, ...] = ()
+    wanted: Callable[[Plan], bool] = always
+    resumes_in_place: bool = False
+    makes_model: bool = False
+    remark: Callable[[Mapping[str, Any]], str] = no_remark
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of one plan: its key (None while an earlier verdict decides what it works on) and whether it is in the
+    store."""
+
+    definition: StageDefinition
+    key: str | None
+    spec: Mapping[str, Any]
+    inputs: tuple[str, ...]
+    after: tuple[str, ...]
+    artifact: Artifact | None
+    reason: str
+    must_run: bool
+
+    @property
+    def name(self) -> str:
+        return self.definition.name
+
+    @property
+    def hit(self) -> bool:
+        return self.artifact is not None and not self.must_run
+
+
+def fields_of(recipe: Recipe, paths: Sequence[str]) -> dict[str, Any]:
+    """The values at dotted paths of a recipe, as JSON data. Raises KeyError for a path that the schema lacks."""
+    dumped = recipe.model_dump(mode="json")
+    return {path: _at(dumped, path) for path in paths}
+
+
+def _at(value: Any, path: str) -> Any:
+    for part in path.split("."):
+        value = value[part]
+    return value
+
+
+def resolve_stages(plan: Plan) -> tuple[Stage, ...]:
+    """The plan's stages: keys forwards, then what must run backwards from the outputs that are wanted."""
+    wanted = [definition for definition in plan.definitions if definition.wanted(plan)]
+    names = {definition.name for definition in wanted}
+    keys: dict[str, str | None] = {}
+    specs: dict[str, Mapping[str, Any]] = {}
+    inputs: dict[str, tuple[str, ...]] = {}
+    for stage in wanted:
+        content = stage.content(plan)
+        specs[stage.name] = fields_of(plan.recipe, stage.fields) | dict(content or {})
+        inputs[stage.name] = tuple(name for name in stage.inputs(plan.recipe) if name in names)
+        parents = {name: keys[name] for name in inputs[stage.name]}
+        known = content is not None and all(parents.values())
+        keys[stage.name] = _key(stage, specs[stage.name], parents) if known else None
+    artifacts = {name: plan.store.get(name, key) if key else None for name, key in keys.items()}
+    verdicts = _must_run(wanted, keys, inputs, artifacts, plan.recipe.output.keep)
+    return tuple(
+        Stage(
+            stage,
+            keys[stage.name],
+            specs[stage.name],
+            inputs[stage.name],
+            tuple(name for name in stage.waits_for if name in names),
+            artifacts[stage.name],
+            *verdicts[stage.name],
+        )
+        for stage in wanted
+    )
+
+
+def _key(stage: StageDefinition, spec: Mapping[str, Any], parents: Mapping[str, str | None]) -> str:
+    return digest({"stage": stage.name, "version": stage.version, "spec": spec, "inputs": parents})
+
+
+def _must_run(
+    stages: Sequence[StageDefinition],
+    keys: Mapping[str, str | None],
+    inputs: Mapping[str, tuple[str, ...]],
+    artifacts: Mapping[str, Artifact | None],
+    keep: Sequence[str],
+) -> dict[str, tuple[str, bool]]:
+    """(reason, whether it runs) by stage: it was never made, or its files are gone and something that runs, or the
+    user, needs them."""
+    found: dict[str, tuple[str, bool]] = {}
+    for stage in reversed(stages):
+        artifact = artifacts[stage.name]
+        readers = [name for name, (_, runs) in found.items() if runs and stage.name in inputs[name]]
+        if artifact is None:
+            waits = keys[stage.name] is None
+            reason = "waits for the verdict of evaluate" if waits else "new, or something it depends on changed"
+            found[stage.name] = (reason, True)
+        elif not artifact.has_payload and (readers or (stage.makes_model and stage.directory in keep)):
+            reader = readers[-1] if readers else "output.keep"
+            found[stage.name] = (f"its files were dropped and {reader} needs them", True)
+        else:
+            found[stage.name] = ("in the store", False)
+    return found
