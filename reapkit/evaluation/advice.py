@@ -8,10 +8,10 @@ from textwrap import wrap
 from typing import Any
 
 from reapkit.core.formatting import human_bytes
-from reapkit.evaluation.gates import GENERATION_METRICS, PRESETS, UNION, Gate, GateResult, judge, overall, resolve
+from reapkit.evaluation.gates import PRESETS, UNION, Gate, GateResult, judge, overall, resolve
+from reapkit.evaluation.metrics.table import in_view, is_generation, metric_of
 
 WIDTH = 80
-SHOWN = ("perplexity", "perplexity_ratio", "kl_mean", "top1_agreement", "conflict_rate_delta", "js_distance")
 
 
 def summary_rows(evaluation: Mapping[str, Any], group: str = UNION) -> Iterator[dict[str, Any]]:
@@ -19,8 +19,8 @@ def summary_rows(evaluation: Mapping[str, Any], group: str = UNION) -> Iterator[
     choice, each at every length.
 
     `{"name", "role": "base" | "candidate" | "searched" | "control" | "confirm", "length", "experts", "bytes", "rows",
-    "verdict"}` and, for each of `SHOWN`, the value with its interval as `NAME_interval`; None where there is none.
-    `group`: `all` or a source.
+    "verdict"}` and, for each metric of the view `summary`, the value with its interval as `NAME_interval`; None where
+    there is none. `group`: `all` or a source.
     """
     yield from _rows({"name": "base", "metrics": evaluation["base"]}, "base", group)
     for role, entries in (
@@ -48,19 +48,10 @@ def _rows(entry: Mapping[str, Any], role: str, group: str) -> Iterator[dict[str,
             "rows": found.get("rows"),
             "verdict": entry.get("verdict"),
         }
-        for metric in SHOWN:
-            measurement = found.get(metric) or {"value": None, "interval": None}
-            row |= {metric: measurement["value"], f"{metric}_interval": measurement["interval"]}
+        for metric in in_view("summary"):
+            measurement = found.get(metric.name) or {"value": None, "interval": None}
+            row |= {metric.name: measurement["value"], f"{metric.name}_interval": measurement["interval"]}
         yield row
-
-
-MEANING = {
-    "perplexity_ratio": "how much worse it predicts the text; 1 is as good as the base",
-    "kl_mean": "how far its predictions are from the base's, in nats; 0 is the same",
-    "top1_agreement": "share of tokens on which it would say what the base says",
-    "conflict_rate_delta": "change in the share of tokens on which it is sure and wrong",
-    "loop_share_delta": "change in the share of continuations that repeat themselves",
-}
 
 
 def advice(evaluation: Mapping[str, Any]) -> str:
@@ -99,9 +90,9 @@ def gate_lines(results: Sequence[Mapping[str, Any]], verdict: str) -> list[str]:
         "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     ]
     return table + [
-        f"  {metric}: {MEANING[metric]}"
+        f"  {metric}: {meaning}"
         for metric in dict.fromkeys(entry["metric"] for entry in found)
-        if metric in MEANING
+        if (meaning := metric_of(metric).meaning)
     ]
 
 
@@ -233,7 +224,7 @@ def _better_criterion(chosen: Mapping[str, Any], evaluation: Mapping[str, Any]) 
     if not better:
         return []
     name = min(better)[1]
-    gates = [Gate(**gate) for gate in evaluation["gates"] if gate["metric"] not in GENERATION_METRICS]
+    gates = [Gate(**gate) for gate in evaluation["gates"] if not is_generation(gate["metric"])]
     measured = next(entry["metrics"] for entry in evaluation["controls"] if entry["criterion"] == name)
     said = {"pass": " and passes", "reject": ", but is rejected too"}.get(overall(judge(measured, gates)), "")
     return [(f"saliency.criterion={name}", f"{name} loses less than {chosen['criterion']} at the same budget{said}")]
@@ -278,7 +269,7 @@ def _more_samples(judged: Mapping[str, Any], evaluation: Mapping[str, Any]) -> l
     known = [entry for entry in undecided if entry["more_rows"] is not None]
     samples = evaluation.get("pack_samples")
     unmeasured = dict.fromkeys(
-        entry["metric"] for entry in undecided if entry["value"] is None and entry["metric"] in GENERATION_METRICS
+        entry["metric"] for entry in undecided if entry["value"] is None and is_generation(entry["metric"])
     )
     if unmeasured:
         return [

@@ -17,7 +17,8 @@ from reapkit.core.errors import UnusableError
 from reapkit.core.progress import SILENT, Progress
 from reapkit.evaluation.advice import advice
 from reapkit.evaluation.bench import Bench, Candidate, MaskedBench
-from reapkit.evaluation.gates import GENERATION_METRICS, UNION, Gate, judge, overall
+from reapkit.evaluation.gates import UNION, Gate, judge, overall
+from reapkit.evaluation.metrics.table import is_generation
 from reapkit.evaluation.outputs import EAFT
 from reapkit.recipe.schema import GenerationSpec, ObserveSpec, SaliencySpec
 
@@ -224,4 +225,4 @@ def _confirm(bench: Bench, candidate: Candidate, gates: Sequence[Gate]) -> dict[
 
 def _of_packs(gates: Sequence[Gate]) -> list[Gate]:
     """The gates that rows alone can answer."""
-    return [gate for gate in gates if gate.metric not in GENERATION_METRICS]
+    return [gate for gate in gates if not is_generation(gate.metric)]

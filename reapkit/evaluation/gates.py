@@ -13,6 +13,7 @@ from math import ceil
 from typing import Any, Literal
 
 from reapkit.core.errors import Problem, RecipeError
+from reapkit.evaluation.metrics.table import is_generation, metric_of
 from reapkit.recipe.schema import GatesSpec
 
 Verdict = Literal["pass", "reject", "undecided", "not measured"]
@@ -38,13 +39,6 @@ PRESETS: dict[str, dict[str, dict[str, float]]] = {
     "size-first": {"perplexity_ratio": {"max": 1.5}, "kl_mean": {"max": 0.5}, "top1_agreement": {"min": 0.7}},
 }
 """Limits by preset and metric, against the base, over the union of the sources, at every pack length."""
-
-GENERATION_METRICS = frozenset({"loop_share_delta"})
-"""Measured on continuations instead of packs."""
-
-SIGNIFICANCE_METRICS = frozenset({"loop_share_delta"})
-"""Rejected only where the whole interval lies beyond the limit, else passed: a share of few prompts has wide
-intervals."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +117,7 @@ def resolve(gates: str | GatesSpec | Mapping[str, Any] | None, sources: Iterable
         return ()
     if isinstance(gates, str):
         return tuple(
-            Gate(metric, required=metric not in GENERATION_METRICS, **limit) for metric, limit in _preset(gates).items()
+            Gate(metric, required=not is_generation(metric), **limit) for metric, limit in _preset(gates).items()
         )
     limits = dict(gates if isinstance(gates, Mapping) else gates.model_dump(exclude_none=True))
     resolved = {(gate.metric, gate.source): gate for gate in resolve(limits.pop("preset", None))}
@@ -161,11 +155,12 @@ def judge(measured: Mapping[str, Mapping[str, Mapping[str, Any]]], gates: Sequen
 
     `measured[pack][source][metric]` is a measurement; packs are lengths as text and `generation`. A gate passes where
     the interval lies inside its limit, rejects where it lies outside, else it is undecided; without an interval (fewer
-    than two rows) it is undecided. A metric that was not measured is undecided where the gate is required.
+    than two rows) it is undecided. A metric with `only_significant` passes unless it rejects. A metric that was not
+    measured is undecided where the gate is required.
     """
     results = []
     for gate in gates:
-        packs = [name for name in measured if (name == "generation") == (gate.metric in GENERATION_METRICS)]
+        packs = [name for name in measured if (name == "generation") == is_generation(gate.metric)]
         found = [(name, measured[name].get(gate.source)) for name in packs]
         found = [(name, group) for name, group in found if group is not None and group.get(gate.metric) is not None]
         if not found:
@@ -183,7 +178,7 @@ def _judge(gate: Gate, pack: str, measurement: Mapping[str, Any], rows: int | No
     verdict: Verdict = "undecided"
     if low > most or high < least:
         verdict = "reject"
-    elif (least <= low and high <= most) or (interval is not None and gate.metric in SIGNIFICANCE_METRICS):
+    elif (least <= low and high <= most) or (interval is not None and metric_of(gate.metric).only_significant):
         verdict = "pass"
     more = _more_rows(value, interval, gate, rows) if verdict == "undecided" else None
     return GateResult(gate, pack, value, None if interval is None else (low, high), verdict, excess, rows, more)

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.core.errors import ReapkitError, StageFailed
+from reapkit.evaluation.metrics.table import METRICS
 from reapkit.evaluation.serving.serve_check import ask_vllm, vllm_python
 from reapkit.model.loading import load_model
 from reapkit.recipe.schema import ThroughputSpec
 
 REPEATS = 3
 DEFAULT = ThroughputSpec()
-NUMBERS = ("prefill_tokens_per_s", "decode_tokens_per_s", "peak_bytes")
+NUMBERS = tuple(metric.name for metric in METRICS.values() if metric.kind == "throughput")
 
 
 def measure_throughput(

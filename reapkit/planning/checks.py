@@ -11,7 +11,8 @@ from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.checkpoint.expert_layout import Layout
 from reapkit.checkpoint.mtp_support import why_unobserved
 from reapkit.core.errors import Problem, RecipeError
-from reapkit.evaluation.gates import GENERATION_METRICS, resolve
+from reapkit.evaluation.gates import resolve
+from reapkit.evaluation.metrics.table import is_generation
 from reapkit.observation.removal_paths import NO_PATH
 from reapkit.quantization.checks import check_quantize
 from reapkit.recipe.error_messages import closest
@@ -147,7 +148,7 @@ def _unmeasured_gates(recipe: Recipe) -> list[Problem]:
         written = set() if limits is None or isinstance(limits, str) else set(limits.model_dump(exclude_none=True))
         problems += [
             Problem(f"evaluate.{field}.{metric}", f"is a limit on generated text, and none would be written. {instead}")
-            for metric in sorted(written & GENERATION_METRICS)
+            for metric in sorted(filter(is_generation, written))
             if instead
         ]
     return problems

@@ -10,9 +10,10 @@ import yaml
 
 from reapkit.core.formatting import count, human_bytes, human_count, human_experts, listed, percent, plural
 from reapkit.evaluation.gates import UNION
+from reapkit.evaluation.metrics.table import in_view
 from reapkit.planning.plan import Sizes
 from reapkit.quantization.engines import ENGINES
-from reapkit.report.comparison_sections import benchmark_rows, speed_lead, speed_rows, verdict_of_equal_bytes
+from reapkit.report.comparison_sections import SPEEDS, benchmark_rows, speed_lead, speed_rows, verdict_of_equal_bytes
 from reapkit.report.facts import RunFacts
 from reapkit.report.measures import generated, measured_models, share_with_interval, verified_rows, with_interval
 
@@ -301,15 +302,12 @@ def _results(facts: RunFacts, which: str) -> str:
 
 def _verified_results(facts: RunFacts, rows: Sequence[Mapping[str, Any]], which: str) -> str:
     table = _table(
-        ("Model", "Size", "Perplexity", "Against base", "Mean KL", "Same most likely token"),
+        ("Model", "Size", *(metric.heading for metric in in_view("final"))),
         [
             (
                 row["name"],
                 human_bytes(row["bytes"]),
-                f"{row['perplexity']:.3f}",
-                f"{row['perplexity_ratio']:.3f}",
-                f"{row['kl_mean']:.4f}",
-                percent(row["top1_agreement"]),
+                *(metric.show(row.get(metric.name)) for metric in in_view("final")),
             )
             for row in rows
         ],
@@ -342,7 +340,7 @@ def _speed(facts: RunFacts, which: str) -> str:
     found = [row for row in (facts.verification or {}).get("throughput") or () if row["model"] in ("base", which)]
     if {row["model"] for row in found} != {"base", which} or all(row["not_measured"] for row in found):
         return ""
-    table = _table(("Model", "Engine", "Prefill", "Decode", "Peak memory", "Remark"), list(speed_rows(found)))
+    table = _table(("Model", "Engine", *(metric.heading for metric in SPEEDS), "Remark"), list(speed_rows(found)))
     return f"### Speed and memory\n\n{speed_lead(found)}\n\n{table}"
 
 
@@ -374,13 +372,16 @@ def _mask_results(facts: RunFacts) -> str:
 
 def _by_source(metrics: Mapping[str, Any]) -> str:
     pack = max(metrics, key=int)
-    shown = ("perplexity_ratio", "kl_mean", "top1_agreement")
+    shown = in_view("distances")
     rows = [
-        ("all of the mix" if group == UNION else group, *(with_interval(metric, found.get(metric)) for metric in shown))
+        (
+            "all of the mix" if group == UNION else group,
+            *(with_interval(metric.name, found.get(metric.name)) for metric in shown),
+        )
         for group, found in metrics[pack].items()
     ]
     return f"By source, rows of {pack} tokens, 95 % intervals in parentheses:\n\n" + _table(
-        ("Source", "Perplexity against base", "Mean KL", "Same most likely token"), rows
+        ("Source", *(metric.heading for metric in shown)), rows
     )
 
 

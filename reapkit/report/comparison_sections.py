@@ -7,12 +7,14 @@ from typing import Any
 
 from reapkit.core.formatting import count, human_bytes
 from reapkit.evaluation.gates import UNION
+from reapkit.evaluation.metrics.table import METRICS, in_view
 from reapkit.quantization.engines import ENGINES
 from reapkit.report.blocks import Note, Section, Table
 from reapkit.report.facts import RunFacts
 from reapkit.report.measures import shown, verified_rows, with_interval
 
 LEFT, RIGHT = "left", "right"
+SPEEDS = tuple(metric for metric in METRICS.values() if metric.kind == "throughput")
 
 
 def equal_bytes(facts: RunFacts) -> Section | None:
@@ -29,18 +31,16 @@ def equal_bytes(facts: RunFacts) -> Section | None:
             (f"the result ({final['name']})", final["bytes"], own),
             (f"the base in {control['scheme']}", control["bytes"], control["metrics"][pack][UNION]),
         )
-        columns = [
-            ("", LEFT),
-            ("size", RIGHT),
-            ("perplexity against base", RIGHT),
-            ("KL", RIGHT),
-            ("same top-1", RIGHT),
-        ]
+        columns = [("", LEFT), ("size", RIGHT), *((metric.label, RIGHT) for metric in in_view("distances"))]
         blocks.append(
             Table(
                 columns,
                 [
-                    (name, human_bytes(nbytes), *(with_interval(metric, found.get(metric)) for metric in HEADLINE))
+                    (
+                        name,
+                        human_bytes(nbytes),
+                        *(with_interval(metric.name, found.get(metric.name)) for metric in in_view("distances")),
+                    )
                     for name, nbytes, found in both
                 ],
             )
@@ -52,9 +52,6 @@ def equal_bytes(facts: RunFacts) -> Section | None:
         "What quantizing the whole model to about the same size would have cost, on the same rows.",
         "Same bytes",
     )
-
-
-HEADLINE = ("perplexity_ratio", "kl_mean", "top1_agreement")
 
 
 def verdict_of_equal_bytes(facts: RunFacts) -> tuple[str, str]:
@@ -84,14 +81,7 @@ def speed(facts: RunFacts) -> Section | None:
     found = (facts.verification or {}).get("throughput")
     if not found:
         return None
-    columns = [
-        ("model", LEFT),
-        ("engine", LEFT),
-        ("prefill", RIGHT),
-        ("decode", RIGHT),
-        ("peak memory", RIGHT),
-        ("", LEFT),
-    ]
+    columns = [("model", LEFT), ("engine", LEFT), *((metric.label, RIGHT) for metric in SPEEDS), ("", LEFT)]
     return Section("speed", "Speed and memory", [Table(columns, list(speed_rows(found)))], speed_lead(found), "Speed")
 
 
@@ -112,17 +102,14 @@ def speed_rows(found: list[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
     for row in found:
         engine = f"{ENGINES[row['engine']].name} {row.get('version', '')}".strip()
         if row["not_measured"]:
-            yield row["model"], engine, "–", "–", "–", f"not measured: {row['not_measured'].splitlines()[0]}"
+            why = f"not measured: {row['not_measured'].splitlines()[0]}"
+            yield row["model"], engine, *("–" for _ in SPEEDS), why
             continue
         idle = f"{human_bytes(row['idle_bytes'])} of it before the model" if row["idle_bytes"] else ""
         yield (
             row["model"],
             engine,
-            *(
-                f"{count(round(row[name]))} tokens/s" if row[name] else "–"
-                for name in ("prefill_tokens_per_s", "decode_tokens_per_s")
-            ),
-            human_bytes(row["peak_bytes"]),
+            *(metric.show(row[metric.name] or None) for metric in SPEEDS),
             "; ".join(filter(None, [idle, row["note"]])),
         )
 

@@ -8,32 +8,21 @@ from typing import Any
 from markupsafe import Markup
 
 from reapkit.core.formatting import percent
+from reapkit.evaluation.metrics.metric import Metric
+from reapkit.evaluation.metrics.table import metric_of
 from reapkit.report.facts import RunFacts
 
-METRICS = {
-    "perplexity_ratio": "perplexity against the base",
-    "kl_mean": "mean KL from the base",
-    "top1_agreement": "same most likely token",
-    "conflict_rate_delta": "change of confident conflicts",
-    "loop_share_delta": "change of looping continuations",
-}
-SHARES = ("top1_agreement", "conflict_rate_delta", "loop_share_delta")
 TONES = {"pass": "good", "reject": "bad", "undecided": "warn"}
-
-
-def heading(metric: str) -> str:
-    """A metric's name as a title."""
-    name = METRICS.get(metric, metric)
-    return name[0].upper() + name[1:]
 
 
 def shown(metric: str, value: float | None) -> str:
     """A metric's value: shares in percent, ratios and KL as numbers."""
-    if value is None:
-        return "–"
-    if metric in SHARES:
-        return percent(value, 2 if "delta" in metric else 1)
-    return f"{value:.4f}" if metric == "kl_mean" else f"{value:.3f}"
+    return metric_of(metric).show(value)
+
+
+def axis_form(metric: Metric) -> str:
+    """How an axis writes a metric's values, in d3's notation: shares in percent, a digit less than tables show."""
+    return f".{metric.digits - 1}%" if metric.is_share else ""
 
 
 def with_interval(metric: str, measurement: Mapping[str, Any] | None) -> str:

@@ -9,16 +9,16 @@ from markupsafe import Markup
 
 from reapkit.core.formatting import extreme, human_bytes, listed
 from reapkit.evaluation.gates import UNION
+from reapkit.evaluation.metrics.metric import Metric
+from reapkit.evaluation.metrics.table import METRICS, in_view, metric_of
 from reapkit.report.blocks import Chart, Folded, Grid, Note, Section, Table
 from reapkit.report.charts import axis, names_axis, upright, whiskers
 from reapkit.report.facts import RunFacts
 from reapkit.report.measures import (
-    METRICS,
-    SHARES,
     TONES,
+    axis_form,
     badge,
     generated,
-    heading,
     limit,
     measured_models,
     share_with_interval,
@@ -27,7 +27,6 @@ from reapkit.report.measures import (
 )
 
 LEFT, RIGHT = "left", "right"
-SAME_AS_BASE = {"perplexity_ratio": 1.0, "kl_mean": 0.0, "top1_agreement": 1.0}
 
 
 # ---------------------------------------------------------------------------------------------- gates
@@ -39,7 +38,7 @@ def gates(facts: RunFacts) -> Section | None:
     if not evaluation or not evaluation.get("gates"):
         return None
     metrics = [metric for metric in dict.fromkeys(gate["metric"] for gate in evaluation["gates"]) if metric in METRICS]
-    charts = [chart for metric in metrics for chart in _gate_charts(evaluation, metric)]
+    charts = [chart for metric in metrics for chart in _gate_charts(evaluation, METRICS[metric])]
     blocks: list[Any] = [Grid(charts, wide=True)] if charts else []
     if bought := _bought(evaluation):
         blocks.append(bought)
@@ -103,11 +102,13 @@ def _gain(control: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return against[max(against, key=int)][UNION]["kl_mean_delta"] if against else None
 
 
-def _gate_charts(evaluation: Mapping[str, Any], metric: str) -> Iterator[Chart]:
+def _gate_charts(evaluation: Mapping[str, Any], metric: Metric) -> Iterator[Chart]:
     """Candidates and controls on one metric over the mix, with its limits; nothing where it was not measured."""
-    gate = next((gate for gate in evaluation["gates"] if gate["metric"] == metric and gate["source"] == UNION), None)
+    gate = next(
+        (gate for gate in evaluation["gates"] if gate["metric"] == metric.name and gate["source"] == UNION), None
+    )
     entries = [
-        (entry, _of_mix(entry, metric)) for entry in (*evaluation["candidates"], *evaluation.get("controls", ()))
+        (entry, _of_mix(entry, metric.name)) for entry in (*evaluation["candidates"], *evaluation.get("controls", ()))
     ]
     entries = [(entry, measured) for entry, measured in entries if measured]
     if not entries or gate is None:
@@ -122,17 +123,16 @@ def _gate_charts(evaluation: Mapping[str, Any], metric: str) -> Iterator[Chart]:
         f"--{TONES.get(entry.get('verdict', ''), 'accent')}" if ours else "--neutral"
         for (entry, _), ours in zip(entries, judged, strict=True)
     ]
-    data = [whiskers(names, found, [with_interval(metric, measured) for measured in found], colors)]
-    form = (".1%" if "delta" in metric else ".0%") if metric in SHARES else ""
+    data = [whiskers(names, found, [with_interval(metric.name, measured) for measured in found], colors)]
     limits = [gate[side] for side in ("min", "max") if gate.get(side) is not None]
     layout = {
         "shapes": [upright(value, color="--text", width=1.5, dash="dash") for value in limits],
         "margin": {"l": 20, "b": 28},
-        "xaxis": axis(form=form, nticks=5, zeroline=False),
+        "xaxis": axis(form=axis_form(metric), nticks=5, zeroline=False),
         "yaxis": names_axis(showgrid=False),
     }
-    sentence = _gate_sentence(metric, gate, names, found, max(evaluation["base"], key=int, default="–"))
-    yield Chart(f"gate-{metric.replace('_', '-')}", heading(metric), sentence, data, layout, 56 + 32 * len(names))
+    sentence = _gate_sentence(metric.name, gate, names, found, max(evaluation["base"], key=int, default="–"))
+    yield Chart(f"gate-{metric.name.replace('_', '-')}", metric.heading, sentence, data, layout, 56 + 32 * len(names))
 
 
 def _gate_sentence(
@@ -164,7 +164,7 @@ def results_table(title: str, results: Sequence[Mapping[str, Any]]) -> Table:
         value = with_interval(metric, entry) if entry.get("value") is not None else "not measured"
         rows.append(
             (
-                METRICS.get(metric, metric),
+                metric_of(metric).title,
                 entry["source"],
                 entry["pack"] or "–",
                 limit(metric, entry),
@@ -225,32 +225,25 @@ def quality(facts: RunFacts) -> Section | None:
         return None
     length = max(next(iter(models.values())), key=int)
     found = {name: metrics[length] for name, metrics in models.items()}
-    charts = [_source_chart(found, metric) for metric in SAME_AS_BASE]
-    metrics = ("perplexity", *SAME_AS_BASE)
+    charts = [_source_chart(found, metric) for metric in in_view("distances")]
+    metrics = in_view("final")
     rows = [
         (
             "all of the mix" if group == UNION else group,
             name,
-            *(with_interval(metric, groups[group].get(metric)) for metric in metrics),
+            *(with_interval(metric.name, groups[group].get(metric.name)) for metric in metrics),
         )
         for group in next(iter(found.values()))
         for name, groups in found.items()
         if group in groups
     ]
-    columns = [
-        ("source", LEFT),
-        ("model", LEFT),
-        ("perplexity", RIGHT),
-        ("against base", RIGHT),
-        ("KL", RIGHT),
-        ("same top-1", RIGHT),
-    ]
+    columns = [("source", LEFT), ("model", LEFT), *((metric.label, RIGHT) for metric in metrics)]
     lead = f"Held-out rows of {length} tokens; whiskers are 95 % intervals." + (
         " These rows took no part in any decision."
         if facts.verification and facts.recipe.evaluate.packs.confirm
         else ""
     )
-    blocks: list[Any] = [Grid(charts[:2], wide=True), charts[2], Folded("All numbers", [Table(columns, rows)])]
+    blocks: list[Any] = [Grid(charts[:2], wide=True), *charts[2:], Folded("All numbers", [Table(columns, rows)])]
     if written := generated(facts):
         union = [each for each in written if each[0] == UNION]
         by_source = [each for each in written if each[0] != UNION]
@@ -266,7 +259,7 @@ def _generation_table(facts: RunFacts, written: Sequence[tuple[str, str, Any, An
     rows = [
         (
             "all of the mix" if group == UNION else group,
-            metric.replace("_share", "").replace("_", " "),
+            metric_of(metric).label,
             share_with_interval(base),
             share_with_interval(found),
         )
@@ -289,12 +282,12 @@ def _examples(facts: RunFacts) -> list[Folded]:
     return [Folded("What they wrote", [Table(columns, rows)])]
 
 
-def _source_chart(found: Mapping[str, Mapping[str, Any]], metric: str) -> Chart:
+def _source_chart(found: Mapping[str, Mapping[str, Any]], metric: Metric) -> Chart:
     """Every group of every model on one metric; `found`: {model: {group: metrics}}."""
     data = []
     for index, (name, groups) in enumerate(found.items()):
-        measured = {group: metrics[metric] for group, metrics in groups.items() if metric in metrics}
-        labels = [with_interval(metric, each) for each in measured.values()]
+        measured = {group: each[metric.name] for group, each in groups.items() if metric.name in each}
+        labels = [with_interval(metric.name, each) for each in measured.values()]
         names = ["all" if group == UNION else group for group in measured]
         color = f"--c{index + 1}"
         data.append(
@@ -310,14 +303,14 @@ def _source_chart(found: Mapping[str, Mapping[str, Any]], metric: str) -> Chart:
         )
     last, groups = list(found.items())[-1]
     layout = {
-        "shapes": [upright(SAME_AS_BASE[metric], color="--muted", width=1, dash="dot")],
+        "shapes": [upright(metric.same_as_base, color="--muted", width=1, dash="dot")],
         "margin": {"l": 20, "b": 28},
-        "xaxis": axis(form=".0%" if metric in SHARES else "", nticks=6, zeroline=False),
+        "xaxis": axis(form=axis_form(metric), nticks=6, zeroline=False),
         "yaxis": names_axis(),
     }
     return Chart(
-        f"source-{metric.replace('_', '-')}",
-        heading(metric),
+        f"source-{metric.name.replace('_', '-')}",
+        metric.heading,
         _source_sentence(last, groups, metric),
         data,
         layout,
@@ -325,16 +318,15 @@ def _source_chart(found: Mapping[str, Mapping[str, Any]], metric: str) -> Chart:
     )
 
 
-def _source_sentence(model: str, groups: Mapping[str, Any], metric: str) -> str:
-    sources = [group for group in groups if group != UNION and metric in groups[group]]
-    worst = extreme([groups[group][metric]["value"] for group in sources], sources, largest=metric != "top1_agreement")
+def _source_sentence(model: str, groups: Mapping[str, Any], metric: Metric) -> str:
+    name = metric.name
+    sources = [group for group in groups if group != UNION and name in groups[group]]
+    worst = extreme([groups[group][name]["value"] for group in sources], sources, largest=metric.better != "higher")
     over = (
-        f"{model}: {shown(metric, groups[UNION][metric]['value'])} over the mix"
-        if metric in groups.get(UNION, {})
-        else model
+        f"{model}: {metric.show(groups[UNION][name]['value'])} over the mix" if name in groups.get(UNION, {}) else model
     )
     return (
-        f"{over}; {worst[0]} suffers most with {with_interval(metric, groups[worst[0]][metric])}."
+        f"{over}; {worst[0]} suffers most with {with_interval(name, groups[worst[0]][name])}."
         if len(sources) > 1
         else f"{over}."
     )

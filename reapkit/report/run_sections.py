@@ -23,13 +23,14 @@ from reapkit.core.formatting import (
     seconds,
     signed_percent,
 )
+from reapkit.evaluation.metrics.table import in_view
 from reapkit.planning.plan import Sizes
 from reapkit.quantization.schemes import SCHEMES
 from reapkit.report.blocks import Chart, Code, Folded, Note, Section, Table, Text, Tiles
 from reapkit.report.charts import axis, bars
 from reapkit.report.charts import rows as lying_bars
 from reapkit.report.facts import RunFacts, StageRow
-from reapkit.report.measures import TONES, badge, shown, verified_rows
+from reapkit.report.measures import TONES, badge, verified_rows
 from reapkit.report.quality_sections import results_table
 
 LEFT, RIGHT = "left", "right"
@@ -121,7 +122,7 @@ def _before_after(facts: RunFacts) -> Table:
     measured = {row["name"]: row for row in verified_rows(facts)}
     columns = [("", LEFT), ("experts", RIGHT), ("parameters", RIGHT), ("active", RIGHT), ("size", RIGHT)]
     if measured:
-        columns += [("perplexity", RIGHT), ("against base", RIGHT), ("KL", RIGHT), ("same top-1", RIGHT)]
+        columns += [(metric.label, RIGHT) for metric in in_view("final")]
     rows = []
     for name, sizes in _written(facts).items():
         row = [
@@ -133,12 +134,7 @@ def _before_after(facts: RunFacts) -> Table:
         ]
         if measured:
             found = measured.get(name, {})
-            row += [
-                number(found.get("perplexity"), 4),
-                number(found.get("perplexity_ratio"), 4),
-                shown("kl_mean", found.get("kl_mean")),
-                shown("top1_agreement", found.get("top1_agreement")),
-            ]
+            row += [metric.show(found.get(metric.name)) for metric in in_view("final")]
         rows.append(row)
     return Table(columns, rows)
 

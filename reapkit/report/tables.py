@@ -11,6 +11,7 @@ from rich import box
 from rich.table import Table
 
 from reapkit.core.formatting import human_bytes, human_count, human_experts, plural
+from reapkit.evaluation.metrics.table import in_view
 from reapkit.planning.estimates import missing_disk
 from reapkit.planning.plan import Plan, Sizes
 from reapkit.planning.quantization_memory import quantize_memory
@@ -174,16 +175,14 @@ def difference_tables(difference: RecipeDifference) -> list[Table | str]:
 
 
 def result_table(verification: Mapping[str, Any]) -> Table:
-    """Base, pruned and quantized side by side: experts, bytes, perplexity and KL on the confirm rows."""
+    """Base, pruned and quantized side by side: experts, bytes and the narrow view of metrics on the confirm rows."""
     table = _table(
         "Measured on held-out rows kept for the final numbers",
         [
             ("", "left"),
             ("experts", "right"),
             ("size", "right"),
-            ("perplexity", "right"),
-            ("KL", "right"),
-            ("top-1 same", "right"),
+            *((metric.label, "right") for metric in in_view("narrow")),
         ],
     )
     for row in (*verification["rows"], *filter(None, [verification.get("equal_bytes")])):
@@ -191,8 +190,6 @@ def result_table(verification: Mapping[str, Any]) -> Table:
             row["name"],
             str(row["experts"]),
             human_bytes(row["bytes"]),
-            f"{row['perplexity']:.3f}",
-            f"{row['kl_mean']:.4f}",
-            f"{row['top1_agreement']:.1%}",
+            *(metric.show_plain(row.get(metric.name)) for metric in in_view("narrow")),
         )
     return table

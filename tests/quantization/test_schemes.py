@@ -9,7 +9,7 @@ import pytest
 
 from reapkit.core.errors import RecipeError
 from reapkit.evaluation.equal_bytes import next_scheme
-from reapkit.planning.plan import plan
+from reapkit.pipeline.planned import plan
 from reapkit.quantization.checks import check_quantize
 from reapkit.quantization.engines import ENGINES, serving_table
 from reapkit.quantization.schemes import SCHEMES, Scheme, scheme_of, schemes_table

@@ -1,2 +1,2 @@
-"""How far a candidate is from its base: signals of logits, bootstrap intervals, statistics over rows. Pure tensor
-maths."""
+"""How far a candidate is from its base: signals of logits, bootstrap intervals, statistics over rows; and the table of
+all metrics."""

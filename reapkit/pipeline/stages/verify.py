@@ -17,6 +17,7 @@ from reapkit.core.formatting import human_experts
 from reapkit.evaluation.advice import final_advice
 from reapkit.evaluation.equal_bytes import equal_bytes, next_scheme
 from reapkit.evaluation.gates import UNION, judge, overall
+from reapkit.evaluation.metrics.table import in_view
 from reapkit.evaluation.task_benchmarks import run_benchmarks
 from reapkit.pipeline.stages.context import Context
 from reapkit.pipeline.stages.evaluate import gates_of, load_packs
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
 
 PROBE_TOKENS = 64
-HEADLINE = ("perplexity", "perplexity_ratio", "kl_mean", "top1_agreement")
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -159,7 +159,7 @@ def _control_row(control: dict[str, Any], base: dict[str, Any]) -> dict[str, Any
         "name": f"unpruned, {control['scheme']}",
         "experts": base["experts"],
         "bytes": control["bytes"],
-        **{metric: union[metric]["value"] for metric in HEADLINE},
+        **{metric.name: union[metric.name]["value"] for metric in in_view("final")},
     }
 
 
@@ -255,9 +255,11 @@ def _probe(context: Context) -> list[list[int]]:
 def _row(name: str, directory: Path, metrics: dict[str, Any]) -> dict[str, Any]:
     """A line of the final table, from the longest rows; the base is its own reference."""
     checkpoint, groups = Checkpoint.open(directory), metrics[max(metrics, key=int)]
-    same = {"perplexity_ratio": 1.0, "kl_mean": 0.0, "top1_agreement": 1.0}
     values = {
-        group: {metric: found[metric]["value"] if metric in found else same[metric] for metric in HEADLINE}
+        group: {
+            metric.name: found[metric.name]["value"] if metric.name in found else metric.same_as_base
+            for metric in in_view("final")
+        }
         for group, found in groups.items()
     }
     experts = {index: layer.num_experts for index, layer in read_layout(checkpoint).layers.items()}

@@ -12,6 +12,8 @@ import yaml
 from reapkit.core.errors import UnusableError
 from reapkit.core.formatting import human_bytes
 from reapkit.evaluation.gates import UNION
+from reapkit.evaluation.metrics.metric import Metric
+from reapkit.evaluation.metrics.table import METRICS, in_view
 from reapkit.planning.recipe_differences import differing_fields
 from reapkit.report.blocks import Chart, Folded, Grid, Note, Page, Section
 from reapkit.report.blocks import Table as HtmlTable
@@ -22,11 +24,9 @@ from reapkit.report.comparison.selections import compare_selections, layers_sect
 from reapkit.report.comparison.terms import Terms
 from reapkit.report.inspection.recognise import Found, read_json
 from reapkit.report.inspection.render import Block, lines, table
-from reapkit.report.measures import SHARES, TONES, badge, heading, with_interval
+from reapkit.report.measures import TONES, axis_form, badge, with_interval
 from reapkit.selection.selection import Selection
 
-METRICS = ("perplexity_ratio", "kl_mean", "top1_agreement")
-TITLES = {"perplexity_ratio": "perplexity ratio", "kl_mean": "KL", "top1_agreement": "same top-1"}
 KINDS = {
     "mask": "a mask on its base before any quantization",
     "pruned": "the pruned directory",
@@ -123,7 +123,7 @@ def _quality(
         {
             group: {
                 metric: {"value": found[metric]["value"], "interval": found[metric].get("interval")}
-                for metric in ("perplexity", *METRICS)
+                for metric in dict.fromkeys(metric.name for metric in (*in_view("final"), *in_view("distances")))
                 if metric in found
             }
             for group, found in by_length[length].items()
@@ -200,12 +200,18 @@ def blocks(found: Mapping[str, Any]) -> list[Block]:
     rows = [
         (
             f"{letter} {run['measured']}",
-            *(_brief(metric, run["quality"].get(UNION, {}).get(metric)) for metric in METRICS),
+            *(_brief(metric, run["quality"].get(UNION, {}).get(metric.name)) for metric in in_view("distances")),
         )
         for letter, run in measured.items()
     ]
     if rows:
-        shown.append(table("Against the base, over the mix (95% intervals)", ("", *TITLES.values()), rows))
+        shown.append(
+            table(
+                "Against the base, over the mix (95% intervals)",
+                ("", *(metric.label for metric in in_view("distances"))),
+                rows,
+            )
+        )
         shown.append(_sources(measured))
     if found["fields"]:
         differing = [(each["path"], *(said(value) for value in each["values"].values())) for each in found["fields"]]
@@ -221,11 +227,11 @@ def _with_last(rows: list[Any]) -> list[tuple[bool, Any]]:
     return [(index == len(rows) - 1, row) for index, row in enumerate(rows)]
 
 
-def _brief(metric: str, measured: Mapping[str, Any] | None, *, interval: bool = True) -> str:
+def _brief(metric: Metric, measured: Mapping[str, Any] | None, *, interval: bool = True) -> str:
     """`0.341 [0.32, 0.36]`, shares in percent."""
     if measured is None:
         return "-"
-    scale, digits, unit = (100, 1, "%") if metric in SHARES else (1, 3, "")
+    scale, digits, unit = (100, 1, "%") if metric.is_share else (1, 3, "")
     ends = measured["interval"] if interval else None
     return f"{scale * measured['value']:.{digits}f}{unit}" + (
         f" [{scale * ends[0]:.{digits}f}, {scale * ends[1]:.{digits}f}]" if ends else ""
@@ -238,7 +244,7 @@ def _sources(measured: Mapping[str, Any]) -> Block:
         (
             group,
             *(
-                _brief("kl_mean", run["quality"].get(group, {}).get("kl_mean"), interval=len(measured) <= 3)
+                _brief(METRICS["kl_mean"], run["quality"].get(group, {}).get("kl_mean"), interval=len(measured) <= 3)
                 for run in measured.values()
             ),
         )
@@ -315,14 +321,14 @@ def page(found: Mapping[str, Any], places: Mapping[str, str]) -> Page:
 
 
 def _quality_section(measured: Mapping[str, Any]) -> Section:
-    charts = [_chart(measured, metric) for metric in METRICS]
-    columns = [("source", "left"), ("run", "left"), *((TITLES[metric], "right") for metric in METRICS)]
+    charts = [_chart(measured, metric) for metric in in_view("distances")]
+    columns = [("source", "left"), ("run", "left"), *((metric.label, "right") for metric in in_view("distances"))]
     groups = list(dict.fromkeys(group for run in measured.values() for group in run["quality"]))
     rows = [
         (
             "all of the mix" if group == UNION else group,
             letter,
-            *(with_interval(metric, run["quality"][group].get(metric)) for metric in METRICS),
+            *(with_interval(metric.name, run["quality"][group].get(metric.name)) for metric in in_view("distances")),
         )
         for group in groups
         for letter, run in measured.items()
@@ -332,23 +338,23 @@ def _quality_section(measured: Mapping[str, Any]) -> Section:
     return Section(
         "quality",
         "Quality side by side",
-        [Grid(charts[:2], wide=True), charts[2], Folded("All numbers", [HtmlTable(columns, rows)])],
+        [Grid(charts[:2], wide=True), *charts[2:], Folded("All numbers", [HtmlTable(columns, rows)])],
         f"Held-out rows of {lengths} tokens, each run against its own base.",
         "Quality",
     )
 
 
-def _chart(measured: Mapping[str, Any], metric: str) -> Chart:
+def _chart(measured: Mapping[str, Any], metric: Metric) -> Chart:
     data, values = [], {}
     for index, (letter, run) in enumerate(measured.items()):
-        found = {group: metrics[metric] for group, metrics in run["quality"].items() if metric in metrics}
+        found = {group: each[metric.name] for group, each in run["quality"].items() if metric.name in each}
         names = ["all" if group == UNION else group for group in found]
         values[letter] = found.get(UNION, {}).get("value")
         data.append(
             whiskers(
                 names,
                 list(found.values()),
-                [with_interval(metric, each) for each in found.values()],
+                [with_interval(metric.name, each) for each in found.values()],
                 f"--c{index % 8 + 1}",
                 name=f"{letter} {run['measured']}",
                 symbol=("circle", "diamond", "square")[index % 3],
@@ -356,18 +362,18 @@ def _chart(measured: Mapping[str, Any], metric: str) -> Chart:
             )
         )
     told = "; ".join(
-        f"{letter} {with_interval(metric, run['quality'].get(UNION, {}).get(metric))}"
+        f"{letter} {with_interval(metric.name, run['quality'].get(UNION, {}).get(metric.name))}"
         for letter, run in measured.items()
     )
     layout = {
         "margin": {"l": 20, "b": 28},
-        "xaxis": axis(form=".0%" if metric in SHARES else "", nticks=6, zeroline=False),
+        "xaxis": axis(form=axis_form(metric), nticks=6, zeroline=False),
         "yaxis": names_axis(),
     }
     rows = max(len(run["quality"]) for run in measured.values())
     return Chart(
-        f"compare-{metric.replace('_', '-')}",
-        heading(metric),
+        f"compare-{metric.name.replace('_', '-')}",
+        metric.heading,
         f"Over the mix: {told}.",
         data,
         layout,

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from reapkit.core.formatting import decimal, human_bytes, narrow_percent
+from reapkit.core.formatting import human_bytes
 from reapkit.evaluation.advice import summary_rows
 from reapkit.evaluation.gates import UNION, Gate, GateResult
+from reapkit.evaluation.metrics.table import in_view
 from reapkit.report.inspection.recognise import read_json
 from reapkit.report.inspection.render import Block, lines, table
 
@@ -43,16 +44,9 @@ def blocks(found: Mapping[str, Any], *, colour: bool) -> list[Block]:
         *([_rows("On the rows kept to confirm", confirm)] if confirm else []),
         table(
             f"{found['chosen']} by source",
-            ("source", "tokens", "perplexity", "ratio", "KL", "top-1 same"),
+            ("source", "tokens", *(metric.label for metric in in_view("final"))),
             [
-                (
-                    group,
-                    row["length"],
-                    decimal(row["perplexity"]),
-                    decimal(row["perplexity_ratio"]),
-                    decimal(row["kl_mean"], 4),
-                    narrow_percent(row["top1_agreement"]),
-                )
+                (group, row["length"], *(metric.show_plain(row.get(metric.name)) for metric in in_view("final")))
                 for group, row in sources
             ],
         ),
@@ -69,14 +63,14 @@ def _rows(title: str, rows: Sequence[Mapping[str, Any]]) -> Block:
             row["length"],
             row["experts"],
             human_bytes(row["bytes"]),
-            decimal(row["perplexity"]),
-            decimal(row["kl_mean"], 4),
-            narrow_percent(row["top1_agreement"]),
+            *(metric.show_plain(row.get(metric.name)) for metric in in_view("narrow")),
             row["verdict"] or "-",
         )
         for row in rows
     ]
-    return table(title, ("", "tokens", "experts", "size", "perplexity", "KL", "same", "verdict"), cells)
+    return table(
+        title, ("", "tokens", "experts", "size", *(metric.label for metric in in_view("narrow")), "verdict"), cells
+    )
 
 
 def gate_table(title: str, gates: Sequence[Mapping[str, Any]]) -> list[Block]:
