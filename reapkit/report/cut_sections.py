@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from reapkit.core.formatting import extreme, mean, number, percent
 from reapkit.report.blocks import Chart, Grid, Section, Slider
 from reapkit.report.charts import axis, bars, grid, line, reference, rows, shade
+from reapkit.report.positions import distribution_sentence
 from reapkit.report.view import View, decided_label
 from reapkit.selection import statistics
 
@@ -340,30 +339,11 @@ def _distribution(view: View, row: int, name: str) -> Chart:
     return Chart(
         f"distribution-{row}",
         f"{name}: layer {view.layers[row]}",
-        _distribution_sentence(view, row),
+        distribution_sentence(view, row),
         [],
         layout,
         250,
         "distribution",
         choices,
         {"layer": row},
-    )
-
-
-def _distribution_sentence(view: View, row: int) -> str:
-    values = view.saliency[row][np.isfinite(view.saliency[row])]
-    if not values.size:
-        return "0 experts of this layer were routed to."
-    ordered = np.sort(values)
-    median, top = (
-        float(ordered[(len(ordered) - 1) // 2]),
-        float(ordered[-1]),
-    )  # of two in the middle the lower, as the page's script has it
-    floor = statistics.floors(view.saliency[row : row + 1], view.dropped[row : row + 1])[0]
-    if floor is None or top <= 0:
-        return f"Median {number(median)}, highest {number(top)}; nothing that was routed goes here."
-    lost = statistics.share_deleted(view.summed.gate_norm_sum[row], view.dropped[row])
-    return (
-        f"Median {number(median)}, highest {number(top)}; the cut lies at {number(floor)}, {percent(floor / top, 0)} of"
-        f" the highest. What goes holds {percent(lost, 0)} of the layer's mass."
     )

@@ -10,6 +10,7 @@ from reapkit.report.blocks import Page
 from reapkit.report.cut_sections import slider
 from reapkit.report.observation_sections import observation_sections
 from reapkit.report.page import write_page
+from reapkit.report.positions import page_data
 from reapkit.report.view import View
 from reapkit.selection.selection import Selection
 
@@ -40,7 +41,7 @@ def observation_page(observation: Observation, selection: Selection | None = Non
         "reapkit observation",
         observation_sections(view),
         subtitle,
-        data=view.page_data(),
+        data=page_data(view),
         slider=slider(view),
         footer=(
             "Curves are cheap forecasts from routing statistics: they say where to spend evaluations, they do not"

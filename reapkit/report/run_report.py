@@ -14,6 +14,7 @@ from reapkit.report.cut_sections import slider
 from reapkit.report.facts import RunFacts, facts_from
 from reapkit.report.observation_sections import observation_sections
 from reapkit.report.page import write_page
+from reapkit.report.positions import page_data
 from reapkit.report.view import View
 
 BADGES = {
@@ -59,7 +60,7 @@ def run_page(facts: RunFacts) -> Page:
         _subtitle(facts),
         BADGES.get(facts.verdict),
         FOOTER,
-        view.page_data() if view else {},
+        page_data(view) if view else {},
         slider(view) if view else None,
     )
 

@@ -1,13 +1,11 @@
-"""An observation under one cut: what the report's sections and its live charts compute from."""
+"""An observation under one cut: what the report's sections compute from."""
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from numpy import ndarray
@@ -114,41 +112,6 @@ class View:
             dropped[row, order[row, :size]] = True
         return dropped
 
-    def page_data(self) -> dict[str, Any]:
-        """Matrices and labels for the page's script."""
-        specialised = statistics.specialisation(self.observation)
-        lifts = specialised * len(self.observation.sources)
-        dominant = np.where(self.observation.statistics["count"].sum(1) > 0, specialised.argmax(1), 255)
-        peak = self.summed.gate_norm_max > _top_quarter(self.summed.gate_norm_max)
-        matrices = {
-            "saliency": packed(self.saliency, "f4"),
-            "rank": packed(_rank(self.saliency), "i2"),
-            "count": packed(self.summed.count, "f4"),
-            "mass": packed(self.summed.gate_norm_sum, "f4"),
-            "peak": packed(peak, "u1"),
-            "dominant": packed(dominant, "u1"),
-            **{f"lift{index}": packed(lifts[:, index], "f4") for index in range(len(self.observation.sources))},
-        }
-        data: dict[str, Any] = {
-            "layers": list(self.layers),
-            "experts": self.experts,
-            "sources": list(self.observation.sources),
-            "routed": np.maximum(self.summed.count.sum(1), 1).tolist(),
-            "hasCoverage": self.coactivation is not None,
-        }
-        if self.coactivation is not None:
-            matrices["coverage"] = packed(
-                coverage_curves(self.coactivation, statistics.removal_order(self.saliency)), "f4"
-            )
-        if self.selection is not None:
-            matrices["decided"] = packed(self.dropped, "u1")
-            data |= {
-                "decidedLabel": decided_label(self),
-                "decidedRemoved": round(self.removed_share * self.experts),
-                "decidedCoverage": statistics.redundancy_coverage(self.coactivation, self.dropped),
-            }
-        return data | {"matrices": matrices}
-
 
 def decided_label(view: View) -> str:
     """How many experts per layer the selection drops."""
@@ -157,40 +120,11 @@ def decided_label(view: View) -> str:
     return f"{each} of {view.experts} ({percent(view.removed_share, 0)}), as decided"
 
 
-def coverage_curves(coactivation: ndarray, order: ndarray) -> ndarray:
-    """Redundancy coverage of each layer when its k least salient experts go, k = 0 … E - 1: float64 [L, E], NaN where
-    undefined.
-
-    `coactivation` [L, E, E], `order` int64 [L, E], first to go first. One cumulative sum per layer gives all k.
-    """
-    layers, experts = order.shape
-    curves = np.full((layers, experts), np.nan)
-    for layer in range(layers):
-        pairs = coactivation[layer][np.ix_(order[layer], order[layer])].astype(np.float64)
-        np.fill_diagonal(pairs, 0)
-        beside = pairs.sum(1).cumsum()
-        among = pairs.cumsum(0).cumsum(1).diagonal()
-        with np.errstate(invalid="ignore"):
-            curves[layer, 1:] = ((beside - among) / beside)[: experts - 1]
-    return curves
-
-
-def _rank(values: ndarray) -> ndarray:
+def removal_rank(values: ndarray) -> ndarray:
     """Each expert's place in the order of removal, 0 for the first to go."""
     order = statistics.removal_order(values)
     return np.argsort(order, axis=1)
 
 
 def _lowest(values: ndarray, size: int) -> ndarray:
-    return _rank(values) < size
-
-
-def _top_quarter(values: ndarray) -> float:
-    ordered = np.sort(values, axis=None)
-    return float(ordered[-(-3 * len(ordered) // 4) - 1])
-
-
-def packed(matrix: ndarray, dtype: str) -> dict[str, Any]:
-    """A matrix as little-endian bytes in base64: `f4`, `i2` or `u1`; a quarter of its size as JSON text."""
-    values = np.ascontiguousarray(matrix, f"<{dtype}")
-    return {"shape": list(matrix.shape), "dtype": dtype, "base64": base64.b64encode(values.tobytes()).decode()}
+    return removal_rank(values) < size

@@ -7,7 +7,9 @@ import base64
 import numpy as np
 import pytest
 
-from reapkit.report.view import View, coverage_curves
+from reapkit.core.formatting import percent
+from reapkit.report.positions import coverage_curves, page_data, positions
+from reapkit.report.view import View
 from reapkit.selection import statistics
 from tests.support import synthetic_report as synthetic
 
@@ -24,7 +26,7 @@ def unpack(packed: dict) -> np.ndarray:
 def test_coverage_curves_equal_the_statistic_at_every_cut(observed):
     view = View.of(observed, None)
     order = statistics.removal_order(view.saliency)
-    curves = coverage_curves(view.coactivation, order)
+    curves = coverage_curves(view)
     for k in range(1, observed.num_experts):
         dropped = np.zeros_like(view.dropped)
         np.put_along_axis(dropped, order[:, :k], True, 1)
@@ -46,24 +48,57 @@ def test_a_selection_is_shown_as_it_was_decided(observed):
     assert {
         layer: tuple(np.flatnonzero(row).tolist()) for layer, row in zip(view.layers, view.dropped, strict=True)
     } == {layer: chosen.drop for layer, chosen in selection.layers.items()}
-    data = view.page_data()
+    data = page_data(view)
     assert np.array_equal(unpack(data["matrices"]["decided"]), view.dropped)
-    assert data["decidedLabel"] == "6 of 16 (38 %), as decided" and data["decidedRemoved"] == 6
+    assert data["positions"]["label"][-1] == "6 of 16 (38 %), as decided" and data["decidedRemoved"] == 6
 
 
 def test_matrices_hold_what_the_live_charts_need(observed):
     view = View.of(observed, synthetic.selection(observed, 8))
-    data = view.page_data()
+    data = page_data(view)
     matrices = {name: unpack(packed) for name, packed in data["matrices"].items()}
     assert np.allclose(matrices["saliency"], view.saliency, rtol=1e-6) and matrices["saliency"][0, 1] == -np.inf
     assert (np.sort(matrices["rank"], axis=1) == np.arange(16)).all() and matrices["rank"][0, 5] < 2
-    risks = [
-        float((matrices["peak"][row].astype(bool) & gone).sum()) / int(gone.sum())
-        for row, gone in enumerate(view.dropped)
-    ]
-    assert risks == pytest.approx(statistics.tail_risks(view.summed.gate_norm_max, view.dropped))
     lifts = np.stack([matrices[f"lift{index}"] for index in range(3)])
     assert np.allclose(lifts.sum(0), 3.0) and matrices["dominant"][0, 1] == 255
+
+
+def test_every_position_says_what_the_statistics_say(observed):
+    view = View.of(observed, synthetic.selection(observed, 6))
+    data = page_data(view)
+    matrices = {name: unpack(packed) for name, packed in data["matrices"].items()}
+    order = statistics.removal_order(view.saliency)
+    assert len(data["positions"]["label"]) == 17 and data["positions"]["readout"][0] == "Nothing removed."
+    for place in range(17):
+        dropped = np.zeros_like(view.dropped)
+        np.put_along_axis(dropped, order[:, :place], True, 1)
+        dropped = view.dropped if place == 16 else dropped
+        for name, expected in (
+            ("floors", statistics.floors(view.saliency, dropped)),
+            ("tail_risks", statistics.tail_risks(view.summed.gate_norm_max, dropped)),
+            ("coverage", statistics.redundancy_coverage(view.coactivation, dropped)),
+            ("chance", statistics.chance_coverage(dropped) if place else [None] * 4),
+        ):
+            known = [np.nan if value is None else value for value in expected]
+            assert matrices[name][:, place] == pytest.approx(known, rel=1e-6, nan_ok=True), (name, place)
+        lost = statistics.share_deleted(view.summed.gate_norm_sum[2], dropped[2])
+        said = data["distribution"]["lost"][2][place]
+        assert (
+            said is None if matrices["floors"][2, place] != matrices["floors"][2, place] else said == percent(lost, 0)
+        )
+    assert data["positions"]["traffic"][:16] == pytest.approx(
+        statistics.cut_curve(view.summed, view.saliency).traffic[:16]
+    )
+
+
+def test_the_readout_tells_what_goes(observed):
+    view = View.of(observed, synthetic.selection(observed, 6))
+    decided = list(positions(view))[-1]
+    traffic = statistics.share_deleted(view.summed.count, view.dropped)
+    covered = statistics.redundancy_coverage(view.coactivation, view.dropped)
+    assert decided.readout.startswith(f"Deletes {percent(traffic)} of the routed traffic and ")
+    assert decided.readout.endswith(f", redundancy coverage {percent(sum(covered) / 4, 0)}.")
+    assert "; random: 37.5 %. Tail risk " in decided.readout
 
 
 def test_leaving_a_source_out_prunes_what_an_observation_without_it_would(observed):

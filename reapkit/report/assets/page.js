@@ -61,49 +61,19 @@
     if (value === 0) return "0";
     return Math.abs(value) >= 1e4 || Math.abs(value) < 1e-3 ? value.toExponential(2) : String(Number(value.toPrecision(3)));
   };
-  const sumOver = (matrix, wanted) => {
-    let total = 0;
-    for (let layer = 0; layer < layers.length; layer++) for (let e = 0; e < experts; e++) if (wanted(layer, e)) total += matrix.at(layer, e);
-    return total;
-  };
-  const deleted = (matrix) => sumOver(matrix, isDropped) / (sumOver(matrix, () => true) || 1);
-  const removedShare = () => (state.decided ? sumOver(matrices.decided, () => true) / (layers.length * experts) : state.removed / experts);
+  const at = () => (state.decided ? experts : state.removed);  // the position, of which Python has said everything
 
   // ------------------------------------------------------------------------------------------ live charts
 
-  const floorOf = (layer) => {
-    let floor = null;
-    for (let e = 0; e < experts; e++) {
-      const value = matrices.saliency.at(layer, e);
-      if (isDropped(layer, e) && Number.isFinite(value) && (floor === null || value > floor)) floor = value;
-    }
-    return floor;
-  };
-  const tailRiskOf = (layer) => {
-    let dropped = 0, peaks = 0;
-    for (let e = 0; e < experts; e++) if (isDropped(layer, e)) { dropped += 1; peaks += matrices.peak.at(layer, e); }
-    return dropped ? peaks / dropped : null;
-  };
-  const coverageOf = (layer) => {
-    const value = state.decided ? page.decidedCoverage[layer] : matrices.coverage.at(layer, state.removed);
-    return value === null || Number.isNaN(value) ? null : value;
-  };
+  const known = (name, layer) => { const value = matrices[name].at(layer, at()); return Number.isNaN(value) ? null : value; };
   const overLayers = (compute) => layers.map((_, index) => compute(index));
   const markAt = (x) => ({ type: "line", x0: x, x1: x, y0: 0, y1: 1, yref: "paper", line: { color: "--text", width: 1.5, dash: "dot" } });
 
-  const number = (value) => {
-    if (value === 0) return "0";
-    const size = Math.abs(value);
-    return size < 1e-3 || size >= 1e6 ? value.toExponential(2).replace(/e([+-])(\d)$/, "e$10$2")
-      : size >= 1e3 ? Math.round(value).toLocaleString("en-US") : value.toPrecision(3);
-  };
-  const distributionSentence = (layer, numbers, floor) => {  // as the page says it before the slider moves
-    if (!numbers.length) return "0 experts of this layer were routed to.";
-    const top = numbers[numbers.length - 1], shape = `Median ${number(numbers[Math.floor((numbers.length - 1) / 2)])}, highest ${number(top)}`;
-    if (floor === null || top <= 0) return `${shape}; nothing that was routed goes here.`;
-    const mass = matrices.mass.row(layer), whole = mass.reduce((a, b) => a + b, 0);
-    const lost = mass.reduce((a, b, e) => (isDropped(layer, e) ? a + b : a), 0) / whole;
-    return `${shape}; the cut lies at ${number(floor)}, ${percent(floor / top, 0)} of the highest. What goes holds ${percent(lost, 0)} of the layer's mass.`;
+  const distributionSentence = (layer) => {
+    const { sentences, shape, floor, share, lost } = page.distribution;
+    if (shape[layer] === null) return sentences.nobody;
+    const words = { shape: shape[layer], floor: floor[layer][at()], share: share[layer][at()], lost: lost[layer][at()] };
+    return (words.floor === null ? sentences.nothing : sentences.cut).replace(/\{(\w+)\}/g, (_, name) => words[name]);
   };
 
   const roundStep = (rough) => {
@@ -115,29 +85,23 @@
   const options = {};
   const live = {
     cut(spec) {
-      spec.layout.shapes = [markAt(removedShare())];
+      const { removed, traffic, mass } = page.positions;
+      spec.layout.shapes = [markAt(removed[at()])];
       if (state.decided) {
-        const marker = (y, color, name) => ({ x: [removedShare()], y: [y], mode: "markers", showlegend: false, name,
+        const marker = (y, color, name) => ({ x: [removed[at()]], y: [y], mode: "markers", showlegend: false, name,
           marker: { color, size: 11, line: { color: "--surface", width: 2 } }, hovertemplate: "%{y:.1%} deleted<extra>" + name + "</extra>" });
-        spec.data.push(marker(deleted(matrices.count), "--neutral", "traffic, as decided"),
-                       marker(deleted(matrices.mass), "--drop", "saliency mass, as decided"));
+        spec.data.push(marker(traffic[at()], "--neutral", "traffic, as decided"), marker(mass[at()], "--drop", "saliency mass, as decided"));
       }
       return spec;
     },
     geography(spec) {
-      spec.data[0].y = overLayers(floorOf);
-      spec.data[1].y = overLayers(tailRiskOf);
+      spec.data[0].y = overLayers((layer) => known("floors", layer));
+      spec.data[1].y = overLayers((layer) => known("tail_risks", layer));
       return spec;
     },
     coverage(spec) {
-      spec.data[0].y = overLayers(coverageOf);
-      const share = removedShare();
-      const kept = experts * (1 - share);
-      spec.data[1].y = state.decided ? overLayers((l) => {
-        let dropped = 0;
-        for (let e = 0; e < experts; e++) dropped += isDropped(l, e);
-        return dropped ? (experts - dropped) / (experts - 1) : null;
-      }) : overLayers(() => (state.removed ? kept / (experts - 1) : null));
+      spec.data[0].y = overLayers((layer) => known("coverage", layer));
+      spec.data[1].y = overLayers((layer) => known("chance", layer));
       return spec;
     },
     distribution(spec, chosen) {
@@ -154,10 +118,10 @@
       const bar = (name, y, color) => ({ type: "bar", name, x: centers, y, width: width * 0.94, marker: { color },
         hovertemplate: `%{y} experts around %{x:.3g}<extra>${name}</extra>` });
       spec.data = [bar("dropped", counts[0], "--drop"), bar("kept", counts[1], "--keep")];
-      const floor = floorOf(layer);
+      const floor = known("floors", layer);
       if (floor !== null) spec.layout.shapes = [{ ...markAt(floor), line: { color: "--text", width: 1.5, dash: "dash" } }];
       spec.title = layer === spec.layer ? null : `Layer ${layers[layer]}`;
-      spec.sentence = distributionSentence(layer, numbers, floor);
+      spec.sentence = distributionSentence(layer);
       return spec;
     },
     heat(spec, chosen) {
@@ -260,14 +224,8 @@
 
   const showReadout = () => {
     if (!slider) return;
-    const share = removedShare();
-    document.getElementById("removed-now").textContent = state.decided ? `${page.decidedLabel}` : `${state.removed} of ${experts} (${percent(share, 0)})`;
-    const tail = overLayers(tailRiskOf).filter((value) => value !== null);
-    const covered = page.hasCoverage ? overLayers(coverageOf).filter((value) => value !== null) : [];
-    const mean = (values) => values.reduce((a, b) => a + b, 0) / values.length;
-    document.getElementById("readout").textContent = share === 0 ? "Nothing removed."
-      : `Deletes ${percent(deleted(matrices.count))} of the routed traffic and ${percent(deleted(matrices.mass))} of the saliency mass; random: ${percent(share)}. `
-        + `Tail risk ${percent(mean(tail), 0)}${covered.length ? `, redundancy coverage ${percent(mean(covered), 0)}` : ""}.`;
+    document.getElementById("removed-now").textContent = page.positions.label[at()];
+    document.getElementById("readout").textContent = page.positions.readout[at()];
   };
 
   const PAPER_WIDTH = 640, COLUMN_WIDTH = 290;  // pixels between the margins of an A4 or letter page; of one of two columns
