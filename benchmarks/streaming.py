@@ -49,7 +49,6 @@ from transformers.utils import logging
 
 from reapkit.calibration.tokens import SUMMARY_FILE, TOKENS_FILE, CalibrationTokens
 from reapkit.checkpoint.checkpoint import Checkpoint
-from reapkit.checkpoint.expert_layout import read_layout
 from reapkit.checkpoint.shard_reader import ShardHashes
 from reapkit.core.mapped_safetensors import create_tensors
 from reapkit.model.loading import final_hidden, load_model
@@ -347,7 +346,7 @@ def bound(path: Path, tokens: int, dtype: torch.dtype, place: Place) -> dict[str
     """What the observation may take beside what was resident before it; on a card hidden states and buffers wait on the
     host."""
     checkpoint = Checkpoint.open(path)
-    weights = layer_weights(checkpoint, read_layout(checkpoint))
+    weights = layer_weights(checkpoint, checkpoint.layout)
     rest, wider = weights.pop(None), dtype.itemsize // COMPUTE_BYTES
     batch = (activation_bytes(checkpoint.config, place.batch_tokens) - LOGITS_BYTES) * wider
     on_host = {

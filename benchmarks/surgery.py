@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import Any
 
 from reapkit.checkpoint.checkpoint import Checkpoint
-from reapkit.checkpoint.expert_layout import read_layout
 from reapkit.pruning.checkpoint import prune_checkpoint
 from reapkit.selection.selection import LayerSelection, Selection
 
@@ -142,7 +141,7 @@ def compare(work: Path, gigabytes: float, layout: str, pairs: int, *, warm: bool
         "random",
         {
             layer: LayerSelection(tuple(sorted(draw.sample(range(EXPERTS), EXPERTS // 2))), (), ())
-            for layer in read_layout(checkpoint).layers
+            for layer in checkpoint.layout.layers
         },
     )
     nbytes = prune_checkpoint(checkpoint, selection, kept, max_shard_bytes=SHARD_BYTES).nbytes

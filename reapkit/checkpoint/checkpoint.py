@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from reapkit.checkpoint.architecture import Architecture
+from reapkit.checkpoint.expert_layout import Layout
+from reapkit.checkpoint.layout_reading import read_layout
 from reapkit.core.errors import UnusableError
 from reapkit.core.hashing import digest, digest_file
 from reapkit.core.safetensors_header import TensorInfo, _read_header_text, _tensors_of
@@ -87,6 +89,12 @@ class Checkpoint:
     @cached_property
     def architecture(self) -> Architecture:
         return Architecture.from_config(self.config)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Where the experts are. Raises UnusableError where a tensor might count experts and cannot be decided."""
+        with collector_paused():
+            return read_layout(self.path, self.config, self.tensors)
 
     @cached_property
     def shards(self) -> tuple[str, ...]:

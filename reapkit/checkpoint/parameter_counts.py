@@ -10,14 +10,8 @@ from typing import Any
 
 from reapkit.checkpoint.architecture import text_config
 from reapkit.checkpoint.checkpoint import Checkpoint
-from reapkit.checkpoint.expert_layout import (
-    EXPERTS,
-    QUANTIZER_STATE,
-    STACKED_WITHOUT_EXPERTS,
-    Kind,
-    Layout,
-    read_layout,
-)
+from reapkit.checkpoint.expert_layout import Kind, Layout
+from reapkit.checkpoint.projection_names import QUANTIZER_STATE, Part, part_of
 from reapkit.core.safetensors_header import TensorInfo
 
 
@@ -35,7 +29,7 @@ def pruned_sizes(checkpoint: Checkpoint, kept: Mapping[int, int], layout: Layout
     Multi-token-prediction blocks that route stay only where `kept` names all of them (their index continues the
     decoder's); otherwise the whole block is counted as dropped. Experts of a layer count as equally large.
     """
-    layout = layout or read_layout(checkpoint)
+    layout = layout or checkpoint.layout
     numel, nbytes = checkpoint.numel, checkpoint.nbytes
     mtp_stays = all(index in kept for index in layout.mtp)
     if not mtp_stays:
@@ -78,10 +72,10 @@ def active_parameters(
         experts = router = 0
         for kind in kinds[index]:
             weights = kind.count * _weights(kind.tensor, bits)
-            if kind.axis is None or EXPERTS in kind.tensor.name or STACKED_WITHOUT_EXPERTS.match(kind.tensor.name):
-                experts += weights
-            else:
+            if kind.tensor.name in layer.routers:
                 router += weights * (layer.num_experts - remaining) // kind.experts
+            else:
+                experts += weights
         total -= experts * (layer.num_experts - remaining) // layer.num_experts + router
         active -= experts * (layer.num_experts - min(top_k, remaining)) // layer.num_experts + router
     return Parameters(total, active)
@@ -104,11 +98,11 @@ def _packed_bits(config: Mapping[str, Any]) -> int:
 
 
 def _weights(tensor: TensorInfo, bits: int) -> int:
-    leaf = tensor.name.rsplit(".", 1)[-1]
-    if QUANTIZER_STATE.search(leaf):
+    part = part_of(tensor.name)
+    if part in QUANTIZER_STATE:
         return 0
-    if leaf in ("weight_packed", "qweight") and tensor.dtype == "I32":
+    if part is Part.PACKED and tensor.dtype == "I32":
         return tensor.numel * 32 // bits
-    if leaf.endswith(("_blocks", "weight_packed")) and tensor.dtype == "U8":
+    if part is Part.PACKED and tensor.dtype == "U8":
         return tensor.numel * 2
     return tensor.numel

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from reapkit.calibration.tokens import Batch, CalibrationTokens, batches
+from reapkit.checkpoint.projection_names import Role
 from reapkit.core.atomic_files import replacing
 from reapkit.core.errors import StageFailed, UnusableError
 from reapkit.core.progress import SILENT, Progress
@@ -332,7 +333,7 @@ class _Pass:
         )
 
     def _matrix(self, site: RoutedExperts, expert: int) -> Tensor:
-        return site.module.down_proj.detach()[expert]
+        return site.matrix(Role.DOWN).detach()[expert]
 
     def _go_on(
         self, site: RoutedExperts, corrections: Mapping[int, Tensor], items: Sequence[_Item], scale: float
@@ -376,7 +377,7 @@ class _Pass:
             raise StageFailed(
                 f"repair: layer {layer} got weights that are not finite. Remove prune.repair, or report it."
             )
-        stacked, experts = self.layered.sources_of(f"{site.name}.down_proj")
+        stacked, experts = self.layered.sources_of(site.parameter(Role.DOWN))
         self._confirm(site, keep[0], stacked, experts)
         if stacked is not None:
             names = LayerNames(file, tuple(keep), stacked, {})

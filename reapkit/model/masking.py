@@ -5,7 +5,6 @@ restores everything.
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -13,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reapkit.checkpoint.projection_names import ROUTER_MODULES
 from reapkit.core.errors import UnusableError
 from reapkit.model.routed_experts import Experts, RoutedExperts, find_experts, intercepted
 
-ROUTER_NAMES = re.compile(r"gate|gating|.*router.*|.*statics.*")
 TOP_K_NAMES = (
     "top_k",
     "topk",
@@ -90,7 +89,7 @@ def routing_modules(site: RoutedExperts) -> Iterator[tuple[str, nn.Module]]:
     """
     yield "", site.block
     for child, module in site.block.named_children():
-        if ROUTER_NAMES.fullmatch(child) and "shared" not in child and module is not site.module:
+        if ROUTER_MODULES.fullmatch(child) and "shared" not in child and module is not site.module:
             yield from module.named_modules(prefix=child)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
+from reapkit.checkpoint.projection_names import LOADED, Role
 from reapkit.core.errors import UnusableError
 
 IMPLEMENTATION = "reapkit"
@@ -53,19 +54,27 @@ class RoutedExperts:
             return self.module[expert](hidden)
         inner = self.activation(hidden, expert)
         return (
-            inner @ self.module.down_proj[expert]
+            inner @ self.matrix(Role.DOWN)[expert]
             if self.gate_on_input
-            else _linear(self.module, "down_proj", inner, expert)
+            else _linear(self.module, Role.DOWN, inner, expert)
         )
 
     def activation(self, hidden: Tensor, expert: int) -> Tensor:
         """What one expert's `down_proj` reads, [tokens, intermediate]."""
         module = self.module
         if self.gate_on_input:
-            gate, up = (hidden @ module.gate_up_proj[expert]).chunk(2, dim=-1)
+            gate, up = (hidden @ self.matrix(Role.GATE_UP)[expert]).chunk(2, dim=-1)
             return up * module.act_fn(gate)
-        inner = _linear(module, "gate_up_proj" if module.has_gate else "up_proj", hidden, expert)
+        inner = _linear(module, _first(module), hidden, expert)
         return module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
+
+    def matrix(self, role: Role) -> Tensor:
+        """The experts' matrices of a role, stacked: [experts, rows, columns] as the module holds them."""
+        return getattr(self.module, LOADED.word(role))
+
+    def parameter(self, role: Role) -> str:
+        """The name of `matrix(role)` in the model."""
+        return f"{self.name}.{LOADED.word(role)}"
 
     @property
     def down_proj_is_transposed(self) -> bool:
@@ -73,10 +82,21 @@ class RoutedExperts:
         return self.gate_on_input or bool(self.module.is_transposed)
 
 
-def _linear(module: nn.Module, name: str, hidden: Tensor, expert: int) -> Tensor:
-    weight = getattr(module, name)[expert]
-    out = hidden @ weight if module.is_transposed else nn.functional.linear(hidden, weight)
-    return out + getattr(module, f"{name}_bias")[expert] if module.has_bias else out
+def _first(module: nn.Module) -> Role:
+    """The role of the matrix that reads the hidden states."""
+    return Role.GATE_UP if module.has_gate else Role.UP
+
+
+def _linear(module: nn.Module, role: Role, hidden: Tensor, expert: int) -> Tensor:
+    weight, bias = _weight_and_bias(module, role)
+    out = hidden @ weight[expert] if module.is_transposed else nn.functional.linear(hidden, weight[expert])
+    return out if bias is None else out + bias[expert]
+
+
+def _weight_and_bias(module: nn.Module, role: Role) -> tuple[Tensor, Tensor | None]:
+    """The stacked matrices of a role, [experts, rows, columns], and their biases, [experts, outputs]."""
+    name = LOADED.word(role)
+    return getattr(module, name), getattr(module, f"{name}_bias") if module.has_bias else None
 
 
 def find_experts(model: nn.Module) -> tuple[RoutedExperts, ...]:
@@ -120,7 +140,7 @@ def is_linearised(module: nn.Module) -> bool:
 
 
 def _count(module: nn.Module) -> int:
-    return int(getattr(module, "num_experts", None) or module.down_proj.shape[0])
+    return int(getattr(module, "num_experts", None) or getattr(module, LOADED.word(Role.DOWN)).shape[0])
 
 
 def _text_experts(layer: int, candidates: Sequence[RoutedExperts]) -> RoutedExperts:
@@ -317,9 +337,9 @@ def _grouped(
     else:
         module = site.module
         ends = torch.searchsorted(expert, torch.arange(site.num_experts, device=expert.device), right=True).int()
-        inner = _grouped_linear(module, "gate_up_proj" if module.has_gate else "up_proj", x, expert, ends)
+        inner = _grouped_linear(module, _first(module), x, expert, ends)
         inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
-        y = _grouped_linear(module, "down_proj", inner, expert, ends)
+        y = _grouped_linear(module, Role.DOWN, inner, expert, ends)
     norm, peak = _sizes(y)
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order), device=order.device)
@@ -328,11 +348,11 @@ def _grouped(
     return out, norm / gate.float() if site.gate_on_input else norm, peak
 
 
-def _grouped_linear(module: nn.Module, name: str, rows: Tensor, expert: Tensor, ends: Tensor) -> Tensor:
+def _grouped_linear(module: nn.Module, role: Role, rows: Tensor, expert: Tensor, ends: Tensor) -> Tensor:
     """`_linear` on rows [pairs, in] sorted by expert; `ends` int32 [experts]: where each expert's rows end."""
-    weight = getattr(module, name)
+    weight, bias = _weight_and_bias(module, role)
     out = nn.functional.grouped_mm(rows, weight if module.is_transposed else weight.transpose(-2, -1), offs=ends)
-    return out.add_(getattr(module, f"{name}_bias")[expert]) if module.has_bias else out
+    return out if bias is None else out.add_(bias[expert])
 
 
 def _sizes(y: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from reapkit.calibration.tokens import Batch, CalibrationTokens
 from reapkit.checkpoint.architecture import Architecture
+from reapkit.checkpoint.projection_names import Role
 from reapkit.core.atomic_files import replacing
 from reapkit.core.errors import UnusableError
 from reapkit.core.progress import Progress
@@ -252,7 +253,7 @@ def measure_layer(
     outputs instead of their inner products (default: where there are more experts than dimensions).
     """
     architecture = Architecture.from_config(model.config.to_dict())
-    with Router(site, inputs.to(site.module.down_proj.device)) as router:
+    with Router(site, inputs.to(site.matrix(Role.DOWN).device)) as router:
         read = router.read
         outputs = _outputs(site, read, residual, site.num_experts > PROJECTED if projected is None else projected)
         equally = 1 / torch.bincount(source, minlength=len(scored)).double()[source]

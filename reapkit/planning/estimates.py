@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from reapkit.checkpoint.architecture import text_config
 from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.checkpoint.expert_layout import LAYER, Layout
+from reapkit.checkpoint.projection_names import MXFP4_BLOCKS
 from reapkit.core.dtypes import BITS
 from reapkit.core.formatting import gigabytes
 from reapkit.quantization.sizes import kept_share
@@ -240,7 +241,7 @@ def layer_weights(
 
 
 def _computing_bytes(dtype: str, numel: int, name: str) -> int:
-    if name.endswith("_blocks"):  # MXFP4 packs two weights into a byte
+    if name.endswith(MXFP4_BLOCKS):  # MXFP4 packs two weights into a byte
         return 2 * numel * COMPUTE_BYTES
     if dtype in ("F32", "F64", "I64"):
         return numel * BITS[dtype] // 8

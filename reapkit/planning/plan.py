@@ -15,7 +15,7 @@ from typing import Any
 
 from reapkit.calibration.identity import source_identity, template_identity, tokenizer_identity
 from reapkit.checkpoint.checkpoint import Checkpoint
-from reapkit.checkpoint.expert_layout import Layout, read_layout
+from reapkit.checkpoint.expert_layout import Layout
 from reapkit.checkpoint.locate import model_checkpoint
 from reapkit.checkpoint.mtp_support import mtp_notes, observed_mtp, why_unobserved
 from reapkit.checkpoint.parameter_counts import active_parameters, pruned_sizes
@@ -206,7 +206,7 @@ def make_plan(
     if str(loaded.directory) not in sys.path:
         sys.path.append(str(loaded.directory))  # `saliency.criterion: module:function` finds a module beside its recipe
     checkpoint = model_checkpoint(recipe.model, loaded.directory, download=download)
-    layout = read_layout(checkpoint)
+    layout = checkpoint.layout
     grid = checked_candidates(loaded, checkpoint, layout, observation)
     store, imported = Store(recipe.runtime.store), None
     if observation is not None:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from reapkit.checkpoint.architecture import text_config
 from reapkit.checkpoint.checkpoint import Checkpoint
-from reapkit.checkpoint.expert_layout import read_layout
 from reapkit.checkpoint.locate import model_checkpoint
 from reapkit.core.formatting import gigabytes
 from reapkit.quantization.sizes import quantized_widths
@@ -25,7 +24,7 @@ def starting_recipe(model: str, directory: Path) -> tuple[str, str]:
     Raises UnusableError where there is no such model or it is no MoE.
     """
     checkpoint = model_checkpoint(ModelSpec(source=model), directory)
-    architecture, layout = checkpoint.architecture, read_layout(checkpoint)
+    architecture, layout = checkpoint.architecture, checkpoint.layout
     name = (
         re.sub(r"[^A-Za-z0-9_.-]+", "-", model.removeprefix("builtin:").rstrip("/").split("/")[-1]).strip("-.")
         or "model"

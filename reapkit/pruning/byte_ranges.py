@@ -11,7 +11,7 @@ from math import prod
 from pathlib import Path
 
 from reapkit.checkpoint.checkpoint import Checkpoint
-from reapkit.checkpoint.expert_layout import EXPERTS, Layout, MoeLayer
+from reapkit.checkpoint.expert_layout import Layout, MoeLayer
 from reapkit.core.dtypes import BITS
 from reapkit.core.errors import UnusableError
 from reapkit.core.safetensors_header import TensorInfo
@@ -92,8 +92,7 @@ def cut_tensors(
             if expert not in places:
                 dropped.update(names)
             elif places[expert] != expert:
-                old, new = f"{EXPERTS}{expert}.", f"{EXPERTS}{places[expert]}."
-                renamed.update((name, name.replace(old, new, 1)) for name in names)
+                renamed.update((name, layer.spelling.renumbered(name, expert, places[expert])) for name in names)
         if len(keep[index]) < layer.num_experts:
             sliced.update((name, (layer, axis)) for name, axis in layer.stacked.items())
     cuts = []

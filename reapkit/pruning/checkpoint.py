@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from reapkit.checkpoint.architecture import text_config
 from reapkit.checkpoint.checkpoint import Checkpoint
-from reapkit.checkpoint.expert_layout import Layout, is_mtp_name, read_layout
+from reapkit.checkpoint.expert_layout import Layout, is_mtp_name
 from reapkit.core.atomic_files import copy_file, remove_unfinished, write_bytes, write_json
 from reapkit.core.errors import StageFailed, UnusableError
 from reapkit.core.hashing import digest
@@ -78,7 +78,7 @@ def prune_checkpoint(
     Raises UnusableError for a selection that does not fit, StageFailed where the disk or the source gives way.
     """
     out = Path(out)
-    found = read_layout(source)
+    found = source.layout
     drop_mtp = _drops_mtp(found, selection, mtp, progress)
     keep = _kept(found, selection, source, drop_mtp)
     is_ragged = _is_ragged(source, keep, layout)

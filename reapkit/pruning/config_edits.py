@@ -11,6 +11,7 @@ from json.decoder import scanstring
 from typing import Any
 
 from reapkit.checkpoint.architecture import EXPERT_COUNT_KEYS, TEXT_CONFIG_KEYS, TOP_K_KEYS
+from reapkit.checkpoint.projection_names import expert_modules
 from reapkit.core.errors import UnusableError
 
 Path = tuple[str | int, ...]
@@ -222,12 +223,13 @@ def expert_renamer(
 
     Raises UnusableError for a pattern that names expert numbers, which cannot be renumbered layer by layer.
     """
+    modules = "|".join(map(re.escape, expert_modules()))
     numbered = re.compile(
-        r"(?P<head>(?:^|.*?\.)(?P<layer>[0-9]+)\.(?:.*\.)?experts\.)(?P<expert>[0-9]+)(?P<tail>(?:\..*)?)$"
+        rf"(?P<head>(?:^|.*?\.)(?P<layer>[0-9]+)\.(?:.*\.)?(?:{modules})\.)(?P<expert>[0-9]+)(?P<tail>(?:\..*)?)$"
     )
 
     def rename(name: str) -> str | None:
-        if "experts" in name and re.search(r"experts[\\\[\]().]*\d", name):
+        if re.search(rf"(?:{modules})[\\\[\]().]*\d", name):
             match = numbered.match(name)
             if name.startswith("re:") or not match or re.search(r"[*\\\[\]()|^$+?]", name):
                 raise UnusableError(

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from reapkit.checkpoint.checkpoint import Checkpoint
-from reapkit.checkpoint.expert_layout import read_layout
 from reapkit.core.atomic_files import write_json
 from reapkit.core.errors import UnusableError
 from reapkit.core.formatting import plural
@@ -130,7 +129,7 @@ def _shards(directory: Path, manifest: Mapping[str, Any]) -> str:
 
 def _experts(directory: Path, manifest: Mapping[str, Any]) -> str:
     """Every layer holds as many experts as config.json says and as were kept."""
-    layout = read_layout(Checkpoint.open(directory))
+    layout = Checkpoint.open(directory).layout
     kept = {int(layer): len(experts) for layer, experts in manifest.get("keep", {}).items()}
     held = {index: layer.num_experts for index, layer in {**layout.layers, **layout.mtp}.items()}
     if kept and (odd := sorted(index for index in kept.keys() | held.keys() if kept.get(index) != held.get(index))):

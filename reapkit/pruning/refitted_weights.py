@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from reapkit.checkpoint.projection_names import Role
 from reapkit.core.atomic_files import write_json
 from reapkit.core.errors import UnusableError
 from reapkit.core.safetensors_header import TensorInfo, read_header
@@ -116,7 +117,7 @@ def repaired(
     try:
         if weights is not None:
             for site in find_experts(model):
-                matrix = site.module.down_proj
+                matrix = site.matrix(Role.DOWN)
                 if site.layer not in weights.layers or (layers is not None and site.layer not in layers):
                     continue
                 for expert, tensor in weights.down_proj(site.layer).items():

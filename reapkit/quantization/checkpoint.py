@@ -17,7 +17,6 @@ import torch
 
 from reapkit.calibration.tokens import CalibrationTokens
 from reapkit.checkpoint.checkpoint import Checkpoint
-from reapkit.checkpoint.expert_layout import read_layout
 from reapkit.core.errors import Problem, RecipeError, StageFailed
 from reapkit.core.progress import SILENT, Progress
 from reapkit.quantization.checks import check_quantize
@@ -59,7 +58,7 @@ def quantize_checkpoint(
     if problems := check_quantize(checkpoint, spec):
         raise RecipeError(problems)
     raw = spec.recipe is not None
-    plan = targets(checkpoint, spec, read_layout(checkpoint))
+    plan = targets(checkpoint, spec, checkpoint.layout)
     if not plan.matrices:
         raise RecipeError(
             [Problem("quantize.ignore", "leaves no matrix to quantize. Remove some of it, or set scheme: null.")]

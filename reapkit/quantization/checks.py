@@ -5,7 +5,6 @@ from __future__ import annotations
 from math import gcd
 
 from reapkit.checkpoint.checkpoint import Checkpoint
-from reapkit.checkpoint.expert_layout import read_layout
 from reapkit.core.errors import Problem
 from reapkit.quantization.schemes import Scheme, scheme_of, scheme_problem
 from reapkit.quantization.sizes import quantized_widths
@@ -61,9 +60,7 @@ def _group_problems(checkpoint: Checkpoint, spec: QuantizeSpec, scheme: Scheme) 
     group = scheme.group if scheme.fixed else spec.group_size
     if group is None or scheme.rows_per_scale > 1:
         return []
-    if not any(
-        matrix and matrix.columns % group for _, matrix in decided_kinds(checkpoint, spec, read_layout(checkpoint))
-    ):
+    if not any(matrix and matrix.columns % group for _, matrix in decided_kinds(checkpoint, spec, checkpoint.layout)):
         return []
     widths = quantized_widths(checkpoint, spec)
     misfits = {width: modules for width, modules in widths.items() if width % group}

@@ -14,9 +14,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from reapkit.checkpoint.checkpoint import Checkpoint
+from reapkit.checkpoint.projection_names import BLOCK_SCALE, COMPRESSED_PARTS
 from reapkit.core.atomic_files import write_text
 from reapkit.core.progress import SILENT, Progress
-from reapkit.quantization.formats import PARTS, decompress, scheme_on_disk
+from reapkit.quantization.formats import decompress, scheme_on_disk
 from reapkit.quantization.targets import Matrix, Targets, expert_prefixes, targets
 from reapkit.quantization.writing import copy_companions, write_index, write_shards
 from reapkit.recipe.schema import QuantizeSpec
@@ -46,7 +47,7 @@ class PackedDirectory:
 
     def parts(self, prefix: str) -> dict[str, Tensor]:
         """The stored parts of one matrix, empty where there are none."""
-        names = {part: f"{prefix}.{part}" for part in PARTS if f"{prefix}.{part}" in self.directory.tensors}
+        names = {part: f"{prefix}.{part}" for part in COMPRESSED_PARTS if f"{prefix}.{part}" in self.directory.tensors}
         return {part: self.read(self.directory, name) for part, name in names.items()}
 
     def expected(self, name: str) -> list[str]:
@@ -63,7 +64,7 @@ class PackedDirectory:
     def source_dense(self, name: str) -> Tensor:
         """The source tensor itself, block FP8 multiplied out."""
         source = self.read(self.source, name)
-        scale = f"{name}_scale_inv"
+        scale = f"{name}{BLOCK_SCALE}"
         if scale not in self.source.tensors:
             return source
         block = (self.source.config.get("quantization_config") or {}).get("weight_block_size") or (128, 128)
@@ -72,7 +73,7 @@ class PackedDirectory:
     def state_dict(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the source, the quantized ones dequantized, the others as the directory holds them."""
         for name in self.source.tensors:
-            if name.endswith("_scale_inv"):
+            if name.endswith(BLOCK_SCALE):
                 continue
             if name in self.plan.matrices:
                 yield name, self.dense(name)
@@ -95,7 +96,7 @@ def write_dense(source: Path, directory: Path, spec: QuantizeSpec, out: Path, pr
     with PackedDirectory(old, new, plan) as packed:
 
         def value(name: str) -> dict[str, Tensor]:
-            if name.endswith("_scale_inv"):
+            if name.endswith(BLOCK_SCALE):
                 return {}
             if name in plan.matrices:
                 return {name: packed.dense(name)}

@@ -18,21 +18,12 @@ from compressed_tensors.quantization import (
 )
 from torch import Tensor, nn
 
+from reapkit.checkpoint.projection_names import COMPRESSED_PARTS
 from reapkit.core.errors import UnusableError
 from reapkit.quantization.schemes import SCHEMES, scheme_of
 from reapkit.recipe.schema import QuantizeSpec
 
 Tensors = dict[str, Tensor]
-PARTS = (
-    "weight_packed",
-    "weight_scale",
-    "weight_shape",
-    "weight_zero_point",
-    "weight_global_scale",
-    "weight_g_idx",
-    "weight",
-)
-"""What a compressed matrix may consist of, by the last part of the names."""
 
 
 def preset(spec: QuantizeSpec) -> QuantizationScheme:
@@ -96,7 +87,9 @@ def compress(tensors: Mapping[str, Tensor], scheme: QuantizationScheme) -> Tenso
     stored = BaseCompressor.get_value_from_registry(CompressionFormat(scheme.format).value).compress(
         dict(tensors), scheme
     )
-    return {name: tensor.contiguous() for name, tensor in stored.items() if tensor is not None and name in PARTS}
+    return {
+        name: tensor.contiguous() for name, tensor in stored.items() if tensor is not None and name in COMPRESSED_PARTS
+    }
 
 
 def decompress(stored: Mapping[str, Tensor], scheme: QuantizationScheme) -> Tensor:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from reapkit.checkpoint.checkpoint import Checkpoint
+from reapkit.checkpoint.projection_names import LINEARISED, expert_tensor
 from reapkit.core.errors import UnusableError
 from reapkit.quantization.names import LoadedNames
-from reapkit.quantization.targets import Matrix, Targets, expert_prefixes
+from reapkit.quantization.targets import Matrix, Targets, expert_pieces
 from reapkit.quantization.writing import read_tensor
-
-EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
 def place_matrices(
@@ -35,41 +33,35 @@ def place_matrices(
             continue
         module = modules.get(parameter.removesuffix(".weight"))
         if not isinstance(module, nn.Linear):
-            found = EXPERT.search(name)
-            expert = modules.get(f"{parameter.rpartition('.')[0]}.{found[1]}") if found else None
+            found = expert_tensor(name)
+            expert = modules.get(f"{parameter.rpartition('.')[0]}.{found.expert}") if found else None
             if expert is None:
                 raise UnusableError(
                     f"{checkpoint.path}: {name} becomes {parameter} in {type(model).__name__}, which is no linear"
                     f" layer. Add {matrix.module} to quantize.ignore."
                 )
-            module = _by_value(expert, read_tensor(checkpoint, name), name, checkpoint)
+            module = _by_value(expert, read_tensor(checkpoint, name), matrix, checkpoint)
         places[name] = {matrix.module: module}
     return places
 
 
-def _by_value(expert: nn.Module, weight: Tensor, name: str, checkpoint: Checkpoint) -> nn.Linear:
-    """The linear that holds these values; the one that is spelled alike is looked at first, and wins where several
-    do."""
-    alike = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
-    leaf = name.split(".")[-2]
-    named = getattr(expert, alike.get(leaf, leaf), None)
+def _by_value(expert: nn.Module, weight: Tensor, matrix: Matrix, checkpoint: Checkpoint) -> nn.Linear:
+    """The linear that holds these values; the one of the same role is looked at first, and wins where several do."""
+    named = None if matrix.role is None else getattr(expert, LINEARISED.word(matrix.role), None)
     linears = [module for module in expert.modules() if isinstance(module, nn.Linear)]
     for module in sorted(linears, key=lambda module: module is not named):
         held = module.weight
         if held.shape == weight.shape and torch.equal(held.cpu(), weight.to(held.dtype)):
             return module
     raise UnusableError(
-        f"{checkpoint.path}: no linear layer of the loaded expert holds {name}. transformers converts this "
-        "architecture's experts on loading; quantize it with method: rtn."
+        f"{checkpoint.path}: no linear layer of the loaded expert holds {matrix.tensor.name}. transformers converts"
+        " this architecture's experts on loading; quantize it with method: rtn."
     )
 
 
 def _stack(matrix: Matrix, modules: Mapping[str, nn.Module], parameter: str) -> dict[str, nn.Linear]:
     """The linears of a stacked expert tensor under the names they are written by."""
-    spelled = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
     experts = modules[parameter.rpartition(".")[0]]
-    pieces: dict[str, nn.Linear] = {}
-    for prefix in expert_prefixes(matrix):
-        index, projection = prefix.split(".")[-2:]
-        pieces[prefix] = getattr(experts[int(index)], spelled.get(projection, projection))
-    return pieces
+    return {
+        piece.prefix: getattr(experts[piece.expert], LINEARISED.word(piece.role)) for piece in expert_pieces(matrix)
+    }

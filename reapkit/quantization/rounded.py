@@ -11,6 +11,7 @@ from compressed_tensors.quantization import QuantizationScheme
 from torch import Tensor
 
 from reapkit.checkpoint.checkpoint import Checkpoint
+from reapkit.checkpoint.projection_names import BLOCK_SCALE
 from reapkit.core.atomic_files import write_text
 from reapkit.core.progress import SILENT, Progress
 from reapkit.quantization.dense import unblocked
@@ -37,9 +38,9 @@ def write_rounded(
     out.mkdir(parents=True, exist_ok=True)
 
     def value(name: str) -> dict[str, Tensor] | None:
-        if name.endswith("_scale_inv"):
+        if name.endswith(BLOCK_SCALE):
             return {}
-        scale = f"{name}_scale_inv"
+        scale = f"{name}{BLOCK_SCALE}"
         if name not in plan.matrices and scale not in source.tensors:
             return None
         tensor = read_tensor(source, name)

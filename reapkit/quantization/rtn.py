@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from reapkit.checkpoint.checkpoint import Checkpoint
+from reapkit.checkpoint.projection_names import BLOCK_SCALE
 from reapkit.core.atomic_files import replacing, write_text
 from reapkit.core.progress import Progress
 from reapkit.quantization.dense import unblocked
@@ -72,7 +73,7 @@ def dequantized_copy(checkpoint: Checkpoint, directory: Path, *, progress: Progr
             own = {
                 name: tensor
                 for name, tensor in converter.process(tensors).items()
-                if not name.endswith("_scale_inv") and checkpoint.tensors[name].shard == shard
+                if not name.endswith(BLOCK_SCALE) and checkpoint.tensors[name].shard == shard
             }
             with replacing(directory / shard) as partial:
                 save_file(own, partial, metadata={"format": "pt"})
@@ -91,12 +92,12 @@ class BlockFp8(Converter):
         self.block = tuple((checkpoint.config.get("quantization_config") or {}).get("weight_block_size") or (128, 128))
 
     def get_dependencies(self, weight_name: str) -> set[str]:
-        scale = f"{weight_name}_scale_inv"
+        scale = f"{weight_name}{BLOCK_SCALE}"
         return {scale} if scale in self.checkpoint.tensors else set()
 
     def process(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        for name in [name for name in tensors if f"{name}_scale_inv" in tensors]:
-            scale = tensors.pop(f"{name}_scale_inv")
+        for name in [name for name in tensors if f"{name}{BLOCK_SCALE}" in tensors]:
+            scale = tensors.pop(f"{name}{BLOCK_SCALE}")
             if scale.device.type == "meta":
                 tensors[name] = torch.empty(tensors[name].shape, dtype=torch.bfloat16, device="meta")
                 continue

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +16,15 @@ from torch import nn
 
 from reapkit.checkpoint.architecture import Architecture
 from reapkit.checkpoint.checkpoint import Checkpoint
+from reapkit.checkpoint.projection_names import LINEARISED, SPELLINGS, Role, expert_tensor
 from reapkit.core.atomic_files import replacing, write_text
 from reapkit.core.errors import UnusableError
 from reapkit.model.routed_experts import find_experts
 from reapkit.pruning.config_edits import Counts, config_edits, edit_json
 from reapkit.quantization.writing import write_index
 
-EXPERT_TENSOR = re.compile(r"(?P<before>.*\.experts\.)(?P<expert>\d+)\.(?P<projection>\w+)\.(?P<part>\w+)")
-SPELLINGS = {frozenset(("w1", "w2", "w3")): {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}}
-"""How checkpoints spell an expert's projections where llm-compressor says gate_proj, up_proj and down_proj."""
-LIKE_OURS = (frozenset(("gate_proj", "up_proj", "down_proj")), frozenset(("up_proj", "down_proj")))
+COMPLETE = ({Role.GATE, Role.UP, Role.DOWN}, {Role.UP, Role.DOWN})
+"""What one expert's matrices do together, with and without a gate."""
 
 
 def save_as_the_source(model: nn.Module) -> None:
@@ -39,7 +37,7 @@ def save_as_the_source(model: nn.Module) -> None:
     """
     source = Checkpoint.open(_source_of(model))
     spelling = _spelling(source)
-    stacked = not any(EXPERT_TENSOR.fullmatch(name) for name in source.tensors)
+    stacked = not any(map(expert_tensor, source.tensors))
     save = model.save_pretrained
 
     @functools.wraps(save)
@@ -68,15 +66,19 @@ def _source_of(model: nn.Module) -> Path:
 
 
 def _spelling(source: Checkpoint) -> dict[str, str]:
-    found = frozenset(match["projection"] for name in source.tensors if (match := EXPERT_TENSOR.fullmatch(name)))
-    if not found or found in LIKE_OURS:
+    """llm-compressor's names of an expert's matrices -> the source's; empty where they are the same."""
+    words = {found.matrix for name in source.tensors if (found := expert_tensor(name))}
+    if not words:
         return {}
-    if found not in SPELLINGS:
-        raise UnusableError(
-            f"{source.path}: its experts are called {', '.join(sorted(found))}; which of them is gate_proj, up_proj and"
-            " down_proj is not known. Prune with `reapkit prune`, which keeps names as they are."
-        )
-    return SPELLINGS[found]
+    for row in SPELLINGS.values():
+        if row.expert_axis is None and {row.matrices.get(word) for word in words} in COMPLETE:
+            ours = {LINEARISED.word(role): word for word, role in row.matrices.items()}
+            return {} if all(word == its_own for word, its_own in ours.items()) else ours
+    raise UnusableError(
+        f"{source.path}: its experts are called {', '.join(sorted(words))}; which of them is"
+        f" {', '.join(list(LINEARISED.matrices)[:-1])} and {list(LINEARISED.matrices)[-1]} is not known. Prune with"
+        " `reapkit prune`, which keeps names as they are."
+    )
 
 
 def _quantized_experts(model: nn.Module) -> bool:
@@ -122,10 +124,10 @@ def _respell(directory: Path, spelling: dict[str, str]) -> None:
 
 
 def _spelled(name: str, spelling: dict[str, str]) -> str:
-    match = EXPERT_TENSOR.fullmatch(name)
-    if match is None or match["projection"] not in spelling:
+    found = expert_tensor(name)
+    if found is None or found.matrix not in spelling:
         return name
-    return f"{match['before']}{match['expert']}.{spelling[match['projection']]}.{match['part']}"
+    return f"{found.before}{found.expert}.{spelling[found.matrix]}.{found.part}"
 
 
 def _config(directory: Path, source: Checkpoint, model: nn.Module) -> None:

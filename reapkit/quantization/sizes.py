@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from fractions import Fraction
 
 from reapkit.checkpoint.checkpoint import Checkpoint
-from reapkit.checkpoint.expert_layout import Kind, read_layout
+from reapkit.checkpoint.expert_layout import Kind
+from reapkit.checkpoint.projection_names import BLOCK_SCALE
 from reapkit.core.dtypes import BITS
 from reapkit.quantization.schemes import scheme_of
 from reapkit.quantization.targets import Matrix, decided_kinds, is_fp8, targets
@@ -28,7 +29,7 @@ def quantized_bytes(checkpoint: Checkpoint, spec: QuantizeSpec, kept: Mapping[in
     Multi-token-prediction blocks that route stay only where `kept` names them, as in `layout.pruned_sizes`; without
     `kept` all stay. A raw llm-compressor recipe is not predicted: the bytes as they are.
     """
-    layout = read_layout(checkpoint)
+    layout = checkpoint.layout
     kept = (
         {index: layer.num_experts for index, layer in {**layout.layers, **layout.mtp}.items()} if kept is None else kept
     )
@@ -37,7 +38,7 @@ def quantized_bytes(checkpoint: Checkpoint, spec: QuantizeSpec, kept: Mapping[in
     total = Fraction(0)
     for kind, matrix in decided_kinds(checkpoint, spec, layout):
         tensor = kind.tensor
-        if tensor.name in dropped or (dequantized and tensor.name.endswith("_scale_inv")):
+        if tensor.name in dropped or (dequantized and tensor.name.endswith(BLOCK_SCALE)):
             continue
         if matrix is not None:
             weight_bits = 16 if dequantized else BITS[tensor.dtype]
@@ -60,7 +61,7 @@ def matrices_by_layer(
     possible = (
         spec if spec.recipe is None else spec.model_copy(update={"recipe": None, "scheme": spec.scheme or "W4A16"})
     )
-    for kind, matrix in decided_kinds(checkpoint, possible, read_layout(checkpoint)):
+    for kind, matrix in decided_kinds(checkpoint, possible, checkpoint.layout):
         if matrix is not None:
             found[matrix.layer].append((matrix, round(kind.count * matrix.count * kept_share(kind, kept))))
     return dict(found)

@@ -9,12 +9,14 @@ convolutions.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from reapkit.checkpoint.architecture import text_config
 from reapkit.checkpoint.checkpoint import Checkpoint
-from reapkit.checkpoint.expert_layout import LAYER, Kind, Layout, read_layout
+from reapkit.checkpoint.expert_layout import LAYER, Kind, Layout, MoeLayer
+from reapkit.checkpoint.projection_names import SPELLINGS, Part, Role, Spelling, part_of
 from reapkit.core.dtypes import FLOATS
 from reapkit.core.safetensors_header import TensorInfo
 from reapkit.recipe.schema import QuantizeSpec
@@ -25,7 +27,10 @@ FP8_METHODS = ("fp8",)
 
 @dataclass(frozen=True)
 class Matrix:
-    """A tensor that will be quantized: `count` matrices [rows, columns] (a stack of experts counts each projection)."""
+    """A tensor that will be quantized: `count` matrices [rows, columns] (a stack of experts counts each projection).
+
+    `role`: what a matrix of routed experts does, where that is known. `spelling`: how a stack of them is spelled.
+    """
 
     tensor: TensorInfo
     count: int
@@ -33,6 +38,8 @@ class Matrix:
     columns: int
     layer: int
     routed: bool
+    role: Role | None = None
+    spelling: Spelling | None = None
 
     @property
     def module(self) -> str:
@@ -53,26 +60,28 @@ class Targets:
         return any(len(matrix.tensor.shape) == 3 for matrix in self.matrices.values())
 
 
-def expert_prefixes(matrix: Matrix) -> list[str]:
-    """The names under which a stack of experts is written: one module per expert and projection, as engines with such
-    modules spell it.
+class ExpertPiece(NamedTuple):
+    """One expert's projection out of a stack: the module it is written as, whose it is, and what it does."""
 
-    Expert by expert, gate before up; w1 and w3 where the source speaks mixtral's dialect (`input_linear`,
-    `output_linear`).
-    """
-    mixtral = "input_linear" in matrix.module or "output_linear" in matrix.module
-    site = re.sub(r"\.(?:experts\.)?[^.]+$", "", matrix.module)
-    if "down" in matrix.module or "output_linear" in matrix.module:
-        projections = ("w2",) if mixtral else ("down_proj",)
-    elif matrix.count == matrix.tensor.shape[0]:
-        projections = ("up_proj",)
-    else:
-        projections = ("w1", "w3") if mixtral else ("gate_proj", "up_proj")
+    prefix: str
+    expert: int
+    role: Role
+
+
+def expert_pieces(matrix: Matrix) -> list[ExpertPiece]:
+    """What a stack of experts is written as: one module per expert and projection, as engines with such modules spell
+    it, expert by expert, gate before up."""
+    block, split = matrix.spelling.block_of(matrix.tensor.name), SPELLINGS[matrix.spelling.split]
     return [
-        f"{site}.experts.{expert}.{projection}"
+        ExpertPiece(f"{block}.{split.experts}.{expert}.{split.word(role)}", expert, role)
         for expert in range(matrix.tensor.shape[0])
-        for projection in projections
+        for role in matrix.role.projections
     ]
+
+
+def expert_prefixes(matrix: Matrix) -> list[str]:
+    """The modules of `expert_pieces`."""
+    return [piece.prefix for piece in expert_pieces(matrix)]
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
@@ -82,15 +91,20 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
 
 def targets(checkpoint: Checkpoint, spec: QuantizeSpec, layout: Layout | None = None) -> Targets:
     """Decides for every matrix of the checkpoint whether it is quantized, and says why not where it is not."""
-    layout = layout or read_layout(checkpoint)
-    routed = {name for layer in layout.layers.values() for names in layer.parts.values() for name in names.values()}
+    layout = layout or checkpoint.layout
+    routed = {
+        name: layer.roles.get(part)
+        for layer in layout.layers.values()
+        for part, names in layer.parts.items()
+        for name in names.values()
+    }
     decide = _decider(checkpoint, spec, layout)
     matrices: dict[str, Matrix] = {}
     left: dict[str, str] = {}
     for name, tensor in checkpoint.tensors.items():
         decided = decide(tensor)
         if isinstance(decided, Matrix):
-            matrices[name] = replace(decided, routed=True) if name in routed else decided
+            matrices[name] = replace(decided, routed=True, role=routed[name]) if name in routed else decided
         elif decided is not None:
             left[name.removesuffix(".weight")] = decided
     return Targets(matrices, left)
@@ -99,12 +113,12 @@ def targets(checkpoint: Checkpoint, spec: QuantizeSpec, layout: Layout | None = 
 def _decider(checkpoint: Checkpoint, spec: QuantizeSpec, layout: Layout) -> Callable[[TensorInfo], Matrix | str | None]:
     """What becomes of a tensor: a matrix that is quantized, the reason why not, or None for what is no matrix at
     all."""
-    stacked = {name: index for index, layer in layout.layers.items() for name in layer.stacked}
+    stacked = {name: layer for layer in layout.layers.values() for name in layer.stacked}
     decoder = _decoder(layout)
 
     def decide(tensor: TensorInfo) -> Matrix | str | None:
         name = tensor.name
-        if name in stacked and len(tensor.shape) == 3:
+        if name in stacked and len(tensor.shape) == 3 and part_of(name) is Part.WEIGHT:
             return _left_by_user(name, spec) or _stacked_experts(tensor, stacked[name], checkpoint)
         if name.endswith(".weight") and len(tensor.shape) == 2 and tensor.dtype in (*FLOATS, "F8_E4M3"):
             match = LAYER.match(name)
@@ -156,10 +170,10 @@ def _left_by_user(name: str, spec: QuantizeSpec) -> str | None:
 def _decoder(layout: Layout) -> str:
     """The prefix of the decoder layers' names, such as `model.layers.`."""
     name = next(iter(next(iter(layout.layers.values())).names))
-    return LAYER.match(name)["stack"]  # read_layout accepts experts in numbered layers only
+    return LAYER.match(name)["stack"]  # a layout has experts in numbered layers only
 
 
-def _why_left(name: str, tensor: TensorInfo, stacked: Mapping[str, int], layout: Layout, decoder: str) -> str | None:
+def _why_left(name: str, tensor: TensorInfo, stacked: Collection[str], layout: Layout, decoder: str) -> str | None:
     if name in layout.mtp_tensors:
         return "multi-token prediction"
     if not name.startswith(decoder) or not LAYER.match(name):
@@ -173,14 +187,17 @@ def _why_left(name: str, tensor: TensorInfo, stacked: Mapping[str, int], layout:
     return None
 
 
-def _stacked_experts(tensor: TensorInfo, layer: int, checkpoint: Checkpoint) -> Matrix:
-    """The stack as its projections: into the hidden width and out of it, whichever way round the file stores them."""
+def _stacked_experts(tensor: TensorInfo, layer: MoeLayer, checkpoint: Checkpoint) -> Matrix | str:
+    """The stack as its projections: into the hidden width and out of it, whichever way round the file stores them. Or
+    why it is left alone."""
+    role = layer.roles.get(tensor.name)
+    if role is None or tensor.name in layer.routers:
+        return "a stack whose part in the experts is not known"
+    if layer.stacked[tensor.name] != 0:
+        return "a stack whose first axis does not count the experts"
     experts, first, second = tensor.shape
     hidden = text_config(checkpoint.config).get("hidden_size")
-    down = "down" in tensor.name or "output_linear" in tensor.name
-    inputs_first = first != second and (second if down else first) == hidden
+    inputs_first = first != second and (second if role is Role.DOWN else first) == hidden
     rows, columns = (second, first) if inputs_first else (first, second)
-    if down:
-        return Matrix(tensor, experts, rows, columns, layer, routed=True)
-    parts = 2 if "gate_up" in tensor.name or "input_linear" in tensor.name else 1
-    return Matrix(tensor, experts * parts, rows // parts, columns, layer, routed=True)
+    parts = len(role.projections)
+    return Matrix(tensor, experts * parts, rows // parts, columns, layer.index, True, role, layer.spelling)

@@ -17,12 +17,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from reapkit.checkpoint.checkpoint import Checkpoint
+from reapkit.checkpoint.projection_names import COMPRESSED_PARTS, CONSTANT_PARTS, expert_modules
 from reapkit.core.atomic_files import copy_file, replacing, write_text
 from reapkit.core.dtypes import BITS, FLOATS, torch_dtypes
 from reapkit.core.progress import Progress
 from reapkit.core.safetensors_header import read_header
 from reapkit.pruning.config_edits import edit_json
-from reapkit.quantization.formats import PARTS, quantization_config
+from reapkit.quantization.formats import quantization_config
 from reapkit.quantization.targets import Targets
 
 INDEX = "model.safetensors.index.json"
@@ -110,7 +111,8 @@ def finish_directory(
 def _stacked_patterns(plan: Targets) -> set[str]:
     """Patterns for experts that stay stacked: engines ask for each expert's matrix by a name that no such checkpoint
     holds."""
-    sites = {match[1] for name in plan.left if (match := re.fullmatch(r"(.*\.experts)\.[a-z_]+", name))}
+    modules = "|".join(map(re.escape, expert_modules()))
+    sites = {match[1] for name in plan.left if (match := re.fullmatch(rf"(.*\.(?:{modules}))\.[a-z_]+", name))}
     touched = {site for site in sites if any(matrix.module.startswith(f"{site}.") for matrix in plan.matrices.values())}
     return {f"re:{re.escape(site)}\\..*" for site in sites - touched}
 
@@ -152,9 +154,9 @@ def measure(out: Path, plan: Targets, written: Mapping[str, list[str]]) -> dict[
         matrix = plan.matrices[name]
         weights += matrix.count * matrix.rows * matrix.columns
         for prefix in prefixes:
-            for part in PARTS:
+            for part in COMPRESSED_PARTS:
                 tensor = directory.tensors.get(f"{prefix}.{part}")
-                if tensor is not None and part in ("weight_shape", "weight_global_scale"):
+                if tensor is not None and part in CONSTANT_PARTS:
                     constants += tensor.nbytes
                 elif tensor is not None:
                     bits += tensor.numel * BITS[tensor.dtype]

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from reapkit.checkpoint.checkpoint import Checkpoint
-from reapkit.checkpoint.expert_layout import read_layout
 from reapkit.checkpoint.parameter_counts import active_parameters, pruned_sizes
 from reapkit.core.errors import UnusableError
 from reapkit.core.safetensors_header import TensorInfo
@@ -55,7 +54,7 @@ PER_EXPERT = {
 
 
 def test_per_expert_tensors_and_router_rows_are_found_and_shared_experts_left():
-    layer = read_layout(checkpoint(PER_EXPERT)).layers[1]
+    layer = checkpoint(PER_EXPERT).layout.layers[1]
     assert layer.num_experts == EXPERTS
     assert layer.per_expert[2] == (
         "model.layers.1.mlp.experts.2.up_proj.weight",
@@ -89,7 +88,7 @@ def test_router_tensors_are_found_under_every_published_name(router, shape, axis
         "model.layers.%.mlp.gate.weight": (EXPERTS, HIDDEN),
         f"model.layers.%.{router}": shape,
     }
-    assert read_layout(checkpoint(tensors)).layers[0].stacked[f"model.layers.0.{router}"] == axis
+    assert checkpoint(tensors).layout.layers[0].stacked[f"model.layers.0.{router}"] == axis
 
 
 @pytest.mark.parametrize(
@@ -116,7 +115,7 @@ def test_router_tensors_are_found_under_every_published_name(router, shape, axis
 )
 def test_stacked_experts_are_found_with_their_scales_and_biases(names):
     site = next(iter(names)).split(".experts")[0].rsplit(".input_linear", 1)[0].rsplit(".gate_proj", 1)[0]
-    layer = read_layout(checkpoint({**names, f"{site}.router.weight": (EXPERTS, HIDDEN)})).layers[1]
+    layer = checkpoint({**names, f"{site}.router.weight": (EXPERTS, HIDDEN)}).layout.layers[1]
     assert layer.stacked == {name.replace("%", "1"): 0 for name in [*names, f"{site}.router.weight"]}
 
 
@@ -127,7 +126,7 @@ def test_a_scale_for_all_experts_together_carries_no_axis():
         "model.layers.%.mlp.router.weight": (EXPERTS, HIDDEN),
         "model.layers.%.mlp.router.scale": (HIDDEN,),
     }
-    assert set(read_layout(checkpoint(tensors)).layers[0].stacked) == {
+    assert set(checkpoint(tensors).layout.layers[0].stacked) == {
         "model.layers.0.mlp.experts.down_proj",
         "model.layers.0.mlp.router.weight",
     }
@@ -139,7 +138,7 @@ def test_rows_that_belong_to_no_routed_expert_stay():
         "model.layers.%.mlp.router.classifier.weight": (EXPERTS + 3, HIDDEN),
     }
     source = checkpoint(tensors, zero_expert_num=3)
-    assert read_layout(source).layers[0].stacked == {"model.layers.0.mlp.router.classifier.weight": 0}
+    assert source.layout.layers[0].stacked == {"model.layers.0.mlp.router.classifier.weight": 0}
     expected = source.numel - 2 * 2 * (INNER * HIDDEN + HIDDEN)
     assert pruned_sizes(source, {0: 2, 1: 2}) == (expected, 2 * expected)
 
@@ -155,12 +154,12 @@ def test_rows_that_belong_to_no_routed_expert_stay():
 )
 def test_what_cannot_be_decided_is_an_error_that_names_the_tensor(name, shape, words):
     with pytest.raises(UnusableError) as error:
-        read_layout(checkpoint({**PER_EXPERT, name: shape}))
+        _ = checkpoint({**PER_EXPERT, name: shape}).layout
     assert words in str(error.value) and name.replace("%", "0") in str(error.value)
 
 
 def test_a_token_to_expert_table_is_no_router_row():
-    layer = read_layout(checkpoint({**PER_EXPERT, "model.layers.%.mlp.gate.tid2eid": (50, TOP_K)})).layers[1]
+    layer = checkpoint({**PER_EXPERT, "model.layers.%.mlp.gate.tid2eid": (50, TOP_K)}).layout.layers[1]
     assert layer.table == "model.layers.1.mlp.gate.tid2eid" and layer.table not in layer.stacked
 
 
@@ -168,18 +167,18 @@ def test_a_hole_in_the_experts_is_named():
     source = checkpoint(PER_EXPERT)
     tensors = {name: info for name, info in source.tensors.items() if ".experts.1." not in name}
     with pytest.raises(UnusableError, match="has experts up to 3 but no expert 1"):
-        read_layout(Checkpoint(source.path, source.config, tensors))
+        _ = Checkpoint(source.path, source.config, tensors).layout
 
 
 def test_config_and_tensors_must_agree():
     with pytest.raises(UnusableError, match=r"layer 0 holds 4 experts where config\.json says 8"):
-        read_layout(checkpoint(PER_EXPERT, num_experts=8))
+        _ = checkpoint(PER_EXPERT, num_experts=8).layout
 
 
 def test_dense_layers_hold_no_experts():
     dense = {name: info for name, info in checkpoint(PER_EXPERT).tensors.items() if "layers.0.mlp" not in name}
     dense |= checkpoint({"model.layers.0.mlp.gate_proj.weight": (EXPERTS, HIDDEN)}).tensors
-    assert list(read_layout(Checkpoint(Path("x"), CONFIG, dense)).layers) == [1]
+    assert list(Checkpoint(Path("x"), CONFIG, dense).layout.layers) == [1]
 
 
 @pytest.mark.parametrize(
@@ -194,7 +193,7 @@ def test_multi_token_prediction_is_kept_apart(block, index):
         f"{block}.eh_proj.weight": (HIDDEN, 2 * HIDDEN),
     }
     source = checkpoint(tensors)
-    layout = read_layout(source)
+    layout = source.layout
     assert list(layout.layers) == [0, 1] and list(layout.mtp) == [index]
     assert layout.mtp_tensors == {name for name in source.tensors if name.startswith(f"{block}.")}
     block_numel = EXPERTS * INNER * HIDDEN + EXPERTS * HIDDEN + 2 * HIDDEN * HIDDEN
@@ -206,17 +205,17 @@ def test_multi_token_prediction_is_kept_apart(block, index):
 
 def test_layers_of_a_vision_tower_are_no_multi_token_prediction():
     tensors = {name.replace("model.", "model.language_model."): shape for name, shape in PER_EXPERT.items()}
-    layout = read_layout(checkpoint({**tensors, "model.visual.blocks.7.attn.weight": (4, 4)}))
+    layout = checkpoint({**tensors, "model.visual.blocks.7.attn.weight": (4, 4)}).layout
     assert not layout.mtp_tensors and layout.stack == "model.language_model.layers."
 
 
 def test_active_parameters_count_the_experts_of_one_token():
     source = checkpoint(PER_EXPERT)
     expert = 2 * INNER * HIDDEN
-    counted = active_parameters(source, read_layout(source))
+    counted = active_parameters(source, source.layout)
     assert counted.total == source.numel
     assert counted.active == source.numel - 2 * (EXPERTS - TOP_K) * expert
-    pruned = active_parameters(source, read_layout(source), kept={0: 3, 1: 3}, experts_per_token=1)
+    pruned = active_parameters(source, source.layout, kept={0: 3, 1: 3}, experts_per_token=1)
     assert pruned.total == source.numel - 2 * (expert + HIDDEN) and pruned.active == pruned.total - 2 * 2 * expert
 
 
@@ -232,7 +231,7 @@ def test_packed_weights_count_as_what_they_stand_for():
         {"model.layers.%.mlp.experts.*.up_proj.weight_packed": "I32"},
         quantization_config={"config_groups": {"group_0": {"weights": {"num_bits": 8}}}},
     )
-    assert active_parameters(source, read_layout(source)).total == 2 * (EXPERTS * INNER * HIDDEN + EXPERTS * HIDDEN)
+    assert active_parameters(source, source.layout).total == 2 * (EXPERTS * INNER * HIDDEN + EXPERTS * HIDDEN)
 
 
 def test_a_trillion_parameters_are_laid_out_at_once():
@@ -255,7 +254,7 @@ def test_a_trillion_parameters_are_laid_out_at_once():
         Path("x"), {**CONFIG, "num_hidden_layers": layers, "num_experts": experts, "hidden_size": 7168}, infos
     )
     begin = time.process_time()
-    layout = read_layout(source)
+    layout = source.layout
     assert time.process_time() - begin < 1 and len(layout.layers) == layers
 
 

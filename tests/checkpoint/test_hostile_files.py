@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from reapkit.checkpoint.checkpoint import Checkpoint
-from reapkit.checkpoint.expert_layout import read_layout
 from reapkit.core.errors import ReapkitError, UnusableError
 from reapkit.pruning.checkpoint import prune_checkpoint
 from reapkit.selection.selection import LayerSelection, Selection
@@ -108,7 +107,7 @@ def attempt(directory: Path, out: Path) -> bool:
             source = Checkpoint.open(directory)
             layers = {
                 index: LayerSelection(tuple(range(layer.num_experts - 1)), (), ())
-                for index, layer in read_layout(source).layers.items()
+                for index, layer in source.layout.layers.items()
             }
             prune_checkpoint(source, Selection("x", layers), out)
             Checkpoint.open(out)

@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 
 from reapkit.checkpoint.architecture import Architecture
 from reapkit.checkpoint.checkpoint import Checkpoint
-from reapkit.checkpoint.expert_layout import read_layout
 from reapkit.checkpoint.mtp_support import why_unobserved
 from reapkit.cli.main import _run
 from reapkit.core.errors import RecipeError
@@ -126,7 +125,7 @@ def test_blocks_that_do_not_fit_what_the_config_says(recipe, change: dict, said:
     config = path.parent / "model/config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | change))
     checkpoint = Checkpoint.open(path.parent / "model")
-    assert said in why_unobserved(checkpoint, read_layout(checkpoint))
+    assert said in why_unobserved(checkpoint, checkpoint.layout)
 
 
 def test_own_modelling_code_loads_no_block(recipe) -> None:
@@ -136,8 +135,8 @@ def test_own_modelling_code_loads_no_block(recipe) -> None:
         json.dumps(json.loads(config.read_text()) | {"auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}})
     )
     checkpoint = Checkpoint.open(path.parent / "model")
-    assert why_unobserved(checkpoint, read_layout(checkpoint)) is None
-    assert "code of its own" in why_unobserved(checkpoint, read_layout(checkpoint), trust_remote_code=True)
+    assert why_unobserved(checkpoint, checkpoint.layout) is None
+    assert "code of its own" in why_unobserved(checkpoint, checkpoint.layout, trust_remote_code=True)
 
 
 # ---------------------------------------------------------------------------------------------- the decision
@@ -219,7 +218,7 @@ def test_observed_pruned_proven_and_quantized(recipe, tmp_path: Path, capsys: py
     run = apply(load(recipe()))
     pruned = Checkpoint.open(tmp_path / "run/pruned")
     assert (
-        read_layout(pruned).mtp[3].num_experts == pruned.config["n_routed_experts"] == 8
+        pruned.layout.mtp[3].num_experts == pruned.config["n_routed_experts"] == 8
         and pruned.config["num_nextn_predict_layers"] == 1
     )
     selection = Selection.load(tmp_path / "run/selection")
@@ -241,7 +240,7 @@ def test_observed_pruned_proven_and_quantized(recipe, tmp_path: Path, capsys: py
     assert rounded["bytes"] < cut["bytes"] < base["bytes"] and 0 <= cut["kl_mean"] < rounded["kl_mean"] < 1
     assert pruned.nbytes == run.plan.pruned(run.plan.candidates[0]).nbytes
     quantized = Checkpoint.open(tmp_path / "run/quantized")
-    assert read_layout(quantized).mtp[3].num_experts == 8 and quantized.nbytes == pytest.approx(
+    assert quantized.layout.mtp[3].num_experts == 8 and quantized.nbytes == pytest.approx(
         run.plan.quantized_nbytes(run.plan.candidates[0]), rel=0.01
     )
     assert (
@@ -255,7 +254,7 @@ def test_observed_pruned_proven_and_quantized(recipe, tmp_path: Path, capsys: py
     )
     assert {"observe", "select", "evaluate", "prune"} <= set(dropped.executed) and "calibrate" not in dropped.executed
     without = Checkpoint.open(tmp_path / "other/pruned")
-    assert not read_layout(without).mtp_tensors and without.config["num_nextn_predict_layers"] == 0
+    assert not without.layout.mtp_tensors and without.config["num_nextn_predict_layers"] == 0
     other = Selection.load(tmp_path / "other/selection")
     assert other.keep == {layer: selection.keep[layer] for layer in (1, 2)}, "the decoder is pruned as it was"
     imported_both_ways(tmp_path)
@@ -294,7 +293,7 @@ def imported_both_ways(root: Path) -> None:
 def test_an_unloadable_block_is_dropped_with_a_warning(recipe, tmp_path: Path) -> None:
     run = apply(load(recipe("qwen3_moe")), until="prune")
     assert any("speculative decoding with them is lost" in warning for warning in run.warnings)
-    assert not read_layout(Checkpoint.open(tmp_path / "run/pruned")).mtp_tensors
+    assert not Checkpoint.open(tmp_path / "run/pruned").layout.mtp_tensors
 
 
 def tensors(directory: Path) -> dict[str, torch.Tensor]:
@@ -307,7 +306,7 @@ def tensors(directory: Path) -> dict[str, torch.Tensor]:
 def halved(source: Checkpoint, layout: str) -> Selection:
     """Other experts in the blocks than in the decoder, groups kept even; with a ragged layout layer 1 keeps fewer than
     all others."""
-    found, quarters = read_layout(source), [range(first, 16, 4) for first in range(4)]
+    found, quarters = source.layout, [range(first, 16, 4) for first in range(4)]
     most = 2 if layout == "uniform" else 3
     kept = {layer: quarters[: 2 if layer == 1 else most] for layer in found.layers} | dict.fromkeys(
         found.mtp, quarters[4 - most :]

@@ -21,7 +21,6 @@ from safetensors.torch import load_file, save_file
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from reapkit.checkpoint.checkpoint import Checkpoint
-from reapkit.checkpoint.expert_layout import read_layout
 from reapkit.checkpoint.parameter_counts import pruned_sizes
 from reapkit.core.errors import StageFailed, UnusableError
 from reapkit.model.masking import masked
@@ -40,7 +39,7 @@ def select(
     source: Checkpoint, ratio: float = 0.5, experts_per_token: int | None = None, seed: int = 0, mtp: bool = False
 ) -> Selection:
     """Random experts kept, as many in every group of a grouped router."""
-    draw, architecture, layout = random.Random(seed), source.architecture, read_layout(source)
+    draw, architecture, layout = random.Random(seed), source.architecture, source.layout
     layers = {}
     for index, layer in {**layout.layers, **(layout.mtp if mtp else {})}.items():
         group = layer.num_experts // architecture.n_group
@@ -74,7 +73,7 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
 def assert_bit_equal(source: Checkpoint, out: Path, selection: Selection) -> None:
     """Every tensor of the result equals its slice of the source, and nothing else is there."""
     before, after, axes = tensors(source.path), tensors(out), {}
-    for layer in read_layout(source).layers.values():
+    for layer in source.layout.layers.values():
         axes |= {name: (axis, selection.layers[layer.index].keep) for name, axis in layer.stacked.items()}
     expected = {}
     for name, tensor in before.items():
@@ -163,7 +162,7 @@ def test_pruned_checkpoints_are_proven(tmp_path, checkpoints, tmp_path_factory, 
     pruned = Checkpoint.open(tmp_path / "out")
     kept = len(next(iter(selection.keep.values())))
     assert pruned.architecture.num_experts == kept and {
-        layer.num_experts for layer in read_layout(pruned).layers.values()
+        layer.num_experts for layer in pruned.layout.layers.values()
     } == {kept}
     assert (pruned.numel, pruned.nbytes) == pruned_sizes(source, written.kept)
     original = load(source.path, model_type)
@@ -171,7 +170,7 @@ def test_pruned_checkpoints_are_proven(tmp_path, checkpoints, tmp_path_factory, 
         expected = logits(original)
     assert (logits(load(tmp_path / "out", model_type)) - expected).abs().max() < 1e-5
     assert (logits(original) - expected).abs().max() > 1e-3
-    assert confirm_layout(source, read_layout(source), selection.keep)
+    assert confirm_layout(source, source.layout, selection.keep)
 
 
 FUSED = [
@@ -188,7 +187,7 @@ def test_stacked_experts_hold_the_same_weights_as_per_expert_ones(tmp_path, chec
         load(path, model_type).save_pretrained(tmp_path / "fused", save_original_format=False)
     shutil.copy(path / "config.json", tmp_path / "fused" / "config.json")
     fused, source = Checkpoint.open(tmp_path / "fused"), Checkpoint.open(path)
-    assert any(not layer.per_expert for layer in read_layout(fused).layers.values())
+    assert any(not layer.per_expert for layer in fused.layout.layers.values())
     selection = select(source)
     for checkpoint, out in ((fused, "a"), (source, "b")):
         prune_checkpoint(checkpoint, selection, tmp_path / out)
@@ -324,7 +323,7 @@ def test_a_correction_bias_of_shape_one_by_experts_is_sliced_on_its_second_axis(
     tmp_path, checkpoints, tmp_path_factory
 ):
     source = Checkpoint.open(saved("ernie4_5_moe", checkpoints, tmp_path_factory))
-    layer = read_layout(source).layers[1]
+    layer = source.layout.layers[1]
     assert layer.stacked == {
         "model.layers.1.mlp.gate.weight": 0,
         "model.layers.1.mlp.moe_statics.e_score_correction_bias": 1,
@@ -355,7 +354,7 @@ def test_multi_token_prediction_that_was_observed_is_pruned_like_a_layer(tmp_pat
     written = prune_checkpoint(with_mtp, selection, tmp_path / "out", mtp="observe")
     pruned = Checkpoint.open(tmp_path / "out")
     assert not written.mtp_dropped and pruned.config["num_nextn_predict_layers"] == 1
-    assert read_layout(pruned).mtp[3].num_experts == 8
+    assert pruned.layout.mtp[3].num_experts == 8
     before, after = tensors(with_mtp.path), tensors(tmp_path / "out")
     for new, old in enumerate(selection.layers[3].keep):
         name = "model.layers.3.mlp.experts.{}.up_proj.weight"

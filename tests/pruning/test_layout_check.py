@@ -9,7 +9,7 @@ import shutil
 import pytest
 
 from reapkit.checkpoint.checkpoint import Checkpoint
-from reapkit.checkpoint.expert_layout import Layout, read_layout
+from reapkit.checkpoint.expert_layout import Layout
 from reapkit.core.errors import UnusableError
 from reapkit.pruning.checkpoint import prune_checkpoint
 from reapkit.pruning.layout_check import confirm_layout
@@ -24,7 +24,7 @@ def half(layout: Layout) -> dict[int, tuple[int, ...]]:
 
 def test_a_row_that_was_overlooked_is_noticed(tmp_path):
     source = Checkpoint.open(save_hub_layout(build("minimax_m2"), tmp_path / "source"))
-    layout = read_layout(source)
+    layout = source.layout
     stacked = {name: axis for name, axis in layout.layers[1].stacked.items() if "bias" not in name}
     wrong = dataclasses.replace(
         layout, layers={**layout.layers, 1: dataclasses.replace(layout.layers[1], stacked=stacked)}
@@ -36,12 +36,12 @@ def test_a_row_that_was_overlooked_is_noticed(tmp_path):
 def test_what_transformers_does_not_know_cannot_be_confirmed(tmp_path):
     source = Checkpoint.open(save_hub_layout(build("mixtral"), tmp_path / "source"))
     strange = Checkpoint(source.path, {**source.config, "architectures": ["HomemadeForCausalLM"]}, source.tensors)
-    assert not confirm_layout(strange, read_layout(source), half(read_layout(source)))
+    assert not confirm_layout(strange, source.layout, half(source.layout))
 
 
 def pruned(tmp_path):
     source, out = Checkpoint.open(save_hub_layout(build("mixtral"), tmp_path / "source")), tmp_path / "out"
-    keep = half(read_layout(source))
+    keep = half(source.layout)
     return (
         prune_checkpoint(
             source,

@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from reapkit.checkpoint.checkpoint import Checkpoint
-from reapkit.checkpoint.expert_layout import read_layout
 from reapkit.model.loading import load_model
 from reapkit.model.masking import masked
 from reapkit.pruning.checkpoint import prune_checkpoint
@@ -37,7 +36,7 @@ def rewrite(path: Path, tensors: dict[str, torch.Tensor], quantization: dict) ->
 
 @torch.no_grad()
 def assert_proven(source: Checkpoint, out: Path) -> None:
-    layers = read_layout(source).layers
+    layers = source.layout.layers
     groups = source.architecture.n_group
     keep = {
         index: tuple(e for e in range(layer.num_experts) if e % (layer.num_experts // groups) % 2 == index % 2)

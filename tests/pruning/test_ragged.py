@@ -12,7 +12,6 @@ import torch
 import transformers
 
 from reapkit.checkpoint.checkpoint import Checkpoint
-from reapkit.checkpoint.expert_layout import read_layout
 from reapkit.checkpoint.parameter_counts import pruned_sizes
 from reapkit.core.errors import UnusableError
 from reapkit.model.masking import masked
@@ -28,7 +27,7 @@ IDS = torch.randint(0, 250, (2, 20), generator=torch.Generator().manual_seed(1))
 
 def uneven(source: Checkpoint, *, mtp: bool = False) -> Selection:
     """Every layer keeps another number of experts, as many in every group."""
-    draw, architecture, layout = random.Random(0), source.architecture, read_layout(source)
+    draw, architecture, layout = random.Random(0), source.architecture, source.layout
     layers = {}
     for number, (index, layer) in enumerate({**layout.layers, **(layout.mtp if mtp else {})}.items()):
         group = layer.num_experts // architecture.n_group
@@ -57,7 +56,7 @@ def test_ragged_checkpoints_load_in_transformers_and_equal_the_masked_original(t
     selection = uneven(source)
     written = prune_checkpoint(source, selection, tmp_path / "out", layout="ragged")
     pruned = Checkpoint.open(tmp_path / "out")
-    assert {index: layer.num_experts for index, layer in read_layout(pruned).layers.items()} == written.kept
+    assert {index: layer.num_experts for index, layer in pruned.layout.layers.items()} == written.kept
     assert pruned.numel == pruned_sizes(source, written.kept)[0] and pruned.architecture.num_experts == max(
         written.kept.values()
     )

@@ -135,7 +135,33 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         ),
     ),
 }
-MULTIMODAL = {"qwen3_vl_moe": transformers.Qwen3VLMoeForConditionalGeneration}
+NOT_OBSERVED: dict[str, dict[str, Any]] = {  # transformers dispatches their experts itself, so only their files are cut
+    "step3p7": dict(
+        text_config=dict(
+            COMMON,
+            n_routed_experts=16,
+            num_experts_per_tok=4,
+            moe_intermediate_size=32,
+            share_expert_dim=32,
+            num_sliding_attention_heads=4,
+            layer_types=["full_attention"] * 3,
+            mlp_layer_types=["dense", "sparse", "sparse"],
+        ),
+        vision_config=dict(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            patch_size=4,
+            image_size=16,
+        ),
+        image_token_id=255,
+    )
+}
+MULTIMODAL = {
+    "qwen3_vl_moe": transformers.Qwen3VLMoeForConditionalGeneration,
+    "step3p7": transformers.Step3p7ForConditionalGeneration,
+}
 PUBLISHED_KEYS = {  # what transformers renames when it saves, and the hub still spells the old way
     "qwen3_moe": {"num_local_experts": "num_experts"},
     "qwen3_vl_moe_text": {"num_local_experts": "num_experts"},
@@ -150,7 +176,9 @@ def build(model_type: str, dtype: torch.dtype = torch.float32, seed: int = 0, **
     are drawn too.
     """
     common = {} if model_type in MULTIMODAL else COMMON
-    config = AutoConfig.for_model(model_type, **{**common, **ARCHITECTURES[model_type], **overrides})
+    config = AutoConfig.for_model(
+        model_type, **{**common, **{**ARCHITECTURES, **NOT_OBSERVED}[model_type], **overrides}
+    )
     torch.manual_seed(seed)
     auto = MULTIMODAL.get(model_type)
     model = auto(config) if auto else transformers.AutoModelForCausalLM.from_config(config)

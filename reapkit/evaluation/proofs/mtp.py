@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from reapkit.calibration.tokens import Batch
 from reapkit.checkpoint.checkpoint import Checkpoint
-from reapkit.checkpoint.expert_layout import read_layout
 from reapkit.checkpoint.mtp_support import why_unobserved
 from reapkit.evaluation.proofs.proof import Proof, attempt, equal_logits, not_measured
 from reapkit.model.loading import final_hidden
@@ -39,8 +38,8 @@ class MtpPair:
 
     @classmethod
     def of(cls, old: Checkpoint, new: Checkpoint, selection: Selection, *, trust_remote_code: bool) -> MtpPair:
-        whys = [why_unobserved(one, read_layout(one), trust_remote_code=trust_remote_code) for one in (old, new)]
-        return cls(old.path, new.path, tuple(read_layout(new).mtp), selection, next(filter(None, whys), None))
+        whys = [why_unobserved(one, one.layout, trust_remote_code=trust_remote_code) for one in (old, new)]
+        return cls(old.path, new.path, tuple(new.layout.mtp), selection, next(filter(None, whys), None))
 
     def expect(self, model: nn.Module, rows: Tensor) -> None:
         """Takes down what the original's blocks predict behind `model`, both with the dropped experts masked."""

@@ -17,7 +17,7 @@ from transformers import CompressedTensorsConfig
 
 from reapkit.checkpoint.architecture import text_config
 from reapkit.checkpoint.checkpoint import Checkpoint
-from reapkit.checkpoint.expert_layout import is_mtp_name, read_layout
+from reapkit.checkpoint.expert_layout import is_mtp_name
 from reapkit.core.errors import ReapkitError
 from reapkit.core.formatting import gigabytes
 from reapkit.model.loading import dequantized, load_config, model_class
@@ -195,7 +195,7 @@ def equal_logits(got: Tensor, expected: Tensor, reference: str) -> Proof:
 
 def unexpected(info: dict[str, Any], checkpoint: Checkpoint) -> list[str]:
     """Tensors that the loaded class had no place for, multi-token-prediction blocks aside."""
-    stack, depth = read_layout(checkpoint).stack, checkpoint.architecture.num_hidden_layers
+    stack, depth = checkpoint.layout.stack, checkpoint.architecture.num_hidden_layers
     return sorted(name for name in map(str, info.get("unexpected_keys") or ()) if not is_mtp_name(name, stack, depth))
 
 

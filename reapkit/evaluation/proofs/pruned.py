@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from reapkit.checkpoint.checkpoint import Checkpoint
-from reapkit.checkpoint.expert_layout import Layout, read_layout
+from reapkit.checkpoint.expert_layout import Layout
 from reapkit.evaluation.proofs.mtp import MtpPair
 from reapkit.evaluation.proofs.proof import (
     Proof,
@@ -60,7 +60,7 @@ def prove_pruned(
     `repaired`: the directory of re-fitted expert weights; then those are what tensors and masked original are made of.
     """
     old, new = Checkpoint.open(source), Checkpoint.open(directory)
-    layout = read_layout(old)
+    layout = old.layout
     rows = probe_rows(old, probe)
     weights = RepairedWeights.load(repaired) if repaired else None
     proofs = [
@@ -159,11 +159,7 @@ def _cuts(old: Checkpoint, layout: Layout, selection: Selection) -> Iterator[tup
         position = {expert: place for place, expert in enumerate(keep)}
         for expert, names in layer.per_expert.items():
             for name in names:
-                new = (
-                    name.replace(f".experts.{expert}.", f".experts.{position[expert]}.", 1)
-                    if expert in position
-                    else None
-                )
+                new = layer.spelling.renumbered(name, expert, position[expert]) if expert in position else None
                 yield name, _Cut(new)
         for name, axis in layer.stacked.items():
             beyond = range(layer.num_experts, old.tensors[name].shape[axis])  # rows of no routed expert stay
@@ -171,7 +167,7 @@ def _cuts(old: Checkpoint, layout: Layout, selection: Selection) -> Iterator[tup
 
 
 def _config(new: Checkpoint, old_layout: Layout, selection: Selection) -> Proof:
-    layout = read_layout(new)  # raises where config.json and the tensors count differently
+    layout = new.layout  # raises where config.json and the tensors count differently
     for index, chosen in selection.layers.items():
         found = {**layout.layers, **layout.mtp}.get(index)
         if found is None and index in old_layout.mtp:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from reapkit.checkpoint.checkpoint import Checkpoint
+from reapkit.checkpoint.projection_names import BLOCK_SCALE, COMPRESSED_PARTS, CONSTANT_PARTS
 from reapkit.core.dtypes import BITS, torch_dtypes
 from reapkit.core.errors import UnusableError
 from reapkit.core.safetensors_header import TensorInfo
@@ -29,12 +30,12 @@ from reapkit.evaluation.proofs.proof import (
 )
 from reapkit.model.loading import load_config, model_class
 from reapkit.quantization.dense import PackedDirectory, relative_error
-from reapkit.quantization.formats import PARTS, preset, round_to_nearest, spec_on_disk
+from reapkit.quantization.formats import preset, round_to_nearest, spec_on_disk
 from reapkit.quantization.schemes import scheme_of
 from reapkit.quantization.targets import Matrix, Targets, expert_prefixes, is_fp8, targets
 from reapkit.recipe.schema import QuantizeSpec
 
-CONSTANTS = (".weight_shape", ".weight_global_scale")
+CONSTANTS = tuple(f".{part}" for part in CONSTANT_PARTS)
 WORST_ERROR = 0.99
 """A matrix that has nothing of its source left, or another matrix in its place, is further away than this."""
 
@@ -124,7 +125,7 @@ def _tensors(old: Checkpoint, new: Checkpoint, plan: Targets, spec: QuantizeSpec
     """Names, shapes and dtypes of every packed matrix are the format's, what is not quantized is the source's, nothing
     else is there."""
     expected = _format(plan, spec, old)
-    others = {name for name in old.tensors if name not in plan.matrices and not name.endswith("_scale_inv")}
+    others = {name for name in old.tensors if name not in plan.matrices and not name.endswith(BLOCK_SCALE)}
     if difference := names_differ(set(expected) | others, set(new.tensors)):
         return Proof("tensors", False, difference)
     for name, (shape, dtype) in expected.items():
@@ -178,7 +179,12 @@ def _bits_per_weight(new: Checkpoint, matrix: Matrix) -> float:
 
 def _parts(new: Checkpoint, matrix: Matrix) -> list[TensorInfo]:
     prefixes = [matrix.module] if len(matrix.tensor.shape) == 2 else expert_prefixes(matrix)
-    return [new.tensors[name] for prefix in prefixes for part in PARTS if (name := f"{prefix}.{part}") in new.tensors]
+    return [
+        new.tensors[name]
+        for prefix in prefixes
+        for part in COMPRESSED_PARTS
+        if (name := f"{prefix}.{part}") in new.tensors
+    ]
 
 
 def _format(plan: Targets, spec: QuantizeSpec, old: Checkpoint) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

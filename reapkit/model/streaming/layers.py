@@ -23,6 +23,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.quantizers.auto import get_hf_quantizer
 
 from reapkit.checkpoint.checkpoint import Checkpoint
+from reapkit.checkpoint.projection_names import expert_tensor
 from reapkit.checkpoint.shard_reader import ShardReader
 from reapkit.core.errors import UnusableError
 from reapkit.model.loading import dequantized, load_config, model_class, widened
@@ -147,7 +148,7 @@ class LayeredModel:
         names = [key for key, (target, _) in self._targets.items() if target == parameter]
         if len(names) == 1:
             return names[0], {}
-        return None, {int(match.group(1)): name for name in names if (match := re.search(r"\.experts\.(\d+)\.", name))}
+        return None, {found.expert: name for name in names if (found := expert_tensor(name))}
 
     def read(self, name: str, entry: int | None = None) -> torch.Tensor:
         """A checkpoint tensor, or one entry of its first axis, as it is stored."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.core_model_loading import WeightConverter, dot_natural_key
 
+from reapkit.checkpoint.projection_names import BLOCK_SCALE
 from reapkit.checkpoint.shard_reader import ShardReader
 from reapkit.core.dtypes import torch_dtypes
 from reapkit.core.safetensors_header import TensorInfo
@@ -134,7 +135,7 @@ class Fillings:
         if kinds == [("Transpose", None)] and not self._quantized and sum(map(len, ordered.values())) == 1:
             return self._transposed(target, ordered[first][0], converter)
         if kinds[:1] == [("Fp8Dequantize", None)] and kinds[1:] in STACKINGS:
-            scales = {pattern: found for pattern, found in ordered.items() if "weight_scale_inv" in pattern}
+            scales = {pattern: found for pattern, found in ordered.items() if f"weight{BLOCK_SCALE}" in pattern}
             weights = {pattern: found for pattern, found in ordered.items() if pattern not in scales}
             return self._stacked(target, weights, scales, converter)
         if kinds == [("Mxfp4Dequantize", None)]:
@@ -275,5 +276,5 @@ def bytes_of(tensor: Tensor) -> memoryview:
 
 
 def _scales_of(pattern: str, scales: Mapping[str, list[str]]) -> list[tuple[str, list[str]]]:
-    wanted = pattern.removesuffix("$") + "_scale_inv"
+    wanted = pattern.removesuffix("$") + BLOCK_SCALE
     return [(name, keys) for name, keys in scales.items() if name.removesuffix("$") == wanted]

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from reapkit.checkpoint.architecture import text_config
 from reapkit.checkpoint.checkpoint import Checkpoint
-from reapkit.checkpoint.expert_layout import read_layout
 from reapkit.core.atomic_files import write_json
 from reapkit.core.errors import StageFailed
 from reapkit.core.formatting import human_experts
@@ -262,7 +261,7 @@ def _row(name: str, directory: Path, metrics: dict[str, Any]) -> dict[str, Any]:
         }
         for group, found in groups.items()
     }
-    experts = {index: layer.num_experts for index, layer in read_layout(checkpoint).layers.items()}
+    experts = {index: layer.num_experts for index, layer in checkpoint.layout.layers.items()}
     return {
         "name": name,
         "experts": human_experts(experts),

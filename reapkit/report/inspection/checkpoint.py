@@ -10,7 +10,7 @@ from typing import Any
 
 from reapkit.checkpoint.architecture import text_config
 from reapkit.checkpoint.checkpoint import Checkpoint
-from reapkit.checkpoint.expert_layout import Layout, MoeLayer, read_layout
+from reapkit.checkpoint.expert_layout import Layout, MoeLayer
 from reapkit.checkpoint.parameter_counts import active_parameters
 from reapkit.core.formatting import human_bytes, human_count, narrow_percent, plural, ranges
 from reapkit.report.inspection.recognise import read_json
@@ -20,7 +20,7 @@ from reapkit.report.inspection.render import Block, lines, table
 def facts(directory: Path) -> dict[str, Any]:
     """What config.json and the safetensors headers say. Raises UnusableError for a model without routed experts."""
     checkpoint = Checkpoint.open(directory)
-    architecture, layout = checkpoint.architecture, read_layout(checkpoint)
+    architecture, layout = checkpoint.architecture, checkpoint.layout
     weights = active_parameters(checkpoint, layout)
     by_dtype: Counter[str] = Counter()
     for tensor in checkpoint.tensors.values():

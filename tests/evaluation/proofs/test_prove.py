@@ -12,7 +12,6 @@ from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_in
 from safetensors.torch import load_file, save_file
 
 from reapkit.checkpoint.checkpoint import Checkpoint
-from reapkit.checkpoint.expert_layout import read_layout
 from reapkit.core.errors import StageFailed
 from reapkit.evaluation.proofs.proof import Proof
 from reapkit.evaluation.proofs.prove import Request, prove
@@ -35,7 +34,7 @@ def halved(source: Path, out: Path) -> Selection:
     experts = checkpoint.architecture.num_experts
     keep, drop = tuple(range(0, experts, 2)), tuple(range(1, experts, 2))
     selection = Selection(
-        "reap", {layer: LayerSelection(keep, drop, (0.0,) * experts) for layer in read_layout(checkpoint).layers}
+        "reap", {layer: LayerSelection(keep, drop, (0.0,) * experts) for layer in checkpoint.layout.layers}
     )
     prune_checkpoint(checkpoint, selection, out)
     return selection

@@ -17,7 +17,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from reapkit.checkpoint.checkpoint import Checkpoint
-from reapkit.checkpoint.expert_layout import read_layout
 from reapkit.evaluation.serving.reference import Greedy, greedy
 from reapkit.evaluation.serving.serve_check import VARIABLE, ask_vllm, compare, serve_check
 from reapkit.model.loading import load_model
@@ -68,7 +67,7 @@ def dtype_of(model_type: str, kind: str) -> str:
 def keeping(source: Checkpoint, *counts: int) -> Selection:
     """Layer by layer in turn, so many of the experts, not the first ones."""
     layers = {}
-    for number, (index, layer) in enumerate(read_layout(source).layers.items()):
+    for number, (index, layer) in enumerate(source.layout.layers.items()):
         keep = tuple(sorted((5 * expert + 3) % layer.num_experts for expert in range(counts[number % len(counts)])))
         layers[index] = LayerSelection(keep, (), ())
     return Selection("fixed", layers)
@@ -209,9 +208,7 @@ def quantized(tmp_path_factory) -> dict[tuple[str, str], Path]:
             prune_checkpoint(source, keeping(source, kept), root / "pruned")
         else:
             keep = LayerSelection(tuple(expert for expert in range(16) if expert % 4), (), ())
-            prune_checkpoint(
-                source, Selection("fixed", dict.fromkeys(read_layout(source).layers, keep)), root / "pruned"
-            )
+            prune_checkpoint(source, Selection("fixed", dict.fromkeys(source.layout.layers, keep)), root / "pruned")
         for scheme in ("W3A16", "W4A16"):
             quantize_checkpoint(
                 root / "pruned", root / scheme, QuantizeSpec(scheme=scheme, method="rtn", group_size=32)
