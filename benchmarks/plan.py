@@ -136,8 +136,8 @@ def measure(directory: Path) -> tuple[float, float, dict[str, Any]]:
 def imports_torch(directory: Path) -> bool:
     """Whether planning this checkpoint loads torch."""
     code = (
-        "import sys; from reapkit.cli.main import _run; _run(['plan', 'recipe.yaml', '--json'], False);"
-        " sys.exit('torch' in sys.modules)"
+        "import atexit, os, sys; from reapkit.cli.main import main;"
+        " atexit.register(lambda: os._exit('torch' in sys.modules)); main(['plan', 'recipe.yaml', '--json'])"
     )
     return bool(subprocess.run([sys.executable, "-c", code], cwd=directory, stdout=subprocess.DEVNULL).returncode)
 

@@ -81,4 +81,10 @@ def test_a_hub_blob_must_hold_what_its_name_says(tmp_path: Path):
 
 
 def test_without_a_record_there_is_nothing_to_confirm(tmp_path: Path):
-    confirm_unchanged(tmp_path, tmp_path / "none.json")
+    path = shard(tmp_path)
+    record = observed(tmp_path)
+    path.unlink()
+    with pytest.raises(UnusableError, match=r"model\.safetensors: shard is missing\. Download it again\."):
+        confirm_unchanged(tmp_path, record)
+    record.unlink()  # as of an observation made elsewhere
+    assert confirm_unchanged(tmp_path, record) is None and not record.exists()

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from reapkit.cli.main import _run
 from reapkit.selection.selection import LayerSelection, Selection
 from tests.support.browser import assert_readable, chromium
+from tests.support.command import command
 from tests.support.observations import observe_routing, random_routing
 from tests.support.paths import ROOT
 
@@ -83,13 +83,14 @@ def _write_run(directory: Path, ratio: float, kl: float, interval: tuple[float, 
     )
 
 
-def compared(capsys: pytest.CaptureFixture, *arguments: object) -> dict:
-    assert _run(["compare", *map(str, arguments), "--json"], debug=False) == 0
-    return json.loads(capsys.readouterr().out)
+def compared(*arguments: object) -> dict:
+    done = command("compare", *arguments, "--json")
+    assert done.code == 0, done.stderr
+    return done.json()
 
 
-def test_observations_say_whether_the_calibration_is_large_enough(root: Path, capsys: pytest.CaptureFixture) -> None:
-    found = compared(capsys, root / "small", root / "large", "--ratio", "0.5")
+def test_observations_say_whether_the_calibration_is_large_enough(root: Path) -> None:
+    found = compared(root / "small", root / "large", "--ratio", "0.5")
     pair = found["pairs"]["A-B"]
     kept = {
         name: [set(sorted(range(8), key=lambda e: (-row[e], e))[:4]) for row in _reap(root / name)]
@@ -104,11 +105,9 @@ def test_observations_say_whether_the_calibration_is_large_enough(root: Path, ca
     assert (
         "not large enough, the decision depends on which rows were read. Raise calibration.samples." in found["answer"]
     )
-    assert "of other rows, or of fewer" in compared(capsys, root / "large", root / "large")["answer"]
-    assert (
-        "The sources differ" in compared(capsys, root / "large", root / "sources", "--criterion", "frequency")["answer"]
-    )
-    assert list(compared(capsys, root / "small", root / "large", root / "sources")["pairs"]) == ["A-B", "A-C", "B-C"]
+    assert "of other rows, or of fewer" in compared(root / "large", root / "large")["answer"]
+    assert "The sources differ" in compared(root / "large", root / "sources", "--criterion", "frequency")["answer"]
+    assert list(compared(root / "small", root / "large", root / "sources")["pairs"]) == ["A-B", "A-C", "B-C"]
 
 
 def _reap(directory: Path) -> list[list[float]]:
@@ -121,28 +120,29 @@ def _reap(directory: Path) -> list[list[float]]:
     return np.nan_to_num(mean, nan=-1.0).tolist()
 
 
-def test_other_models_are_refused_unless_told(root: Path, capsys: pytest.CaptureFixture) -> None:
-    assert _run(["compare", str(root / "large"), str(root / "other")], debug=False) == 3
+def test_other_models_are_refused_unless_told(root: Path) -> None:
+    done = command("compare", root / "large", root / "other")
+    assert done.code == 3
     assert (
         "Experts of different models need not correspond; compare them all the same with --different-models."
-        in capsys.readouterr().err
+        in done.stderr
     )
-    found = compared(capsys, root / "large", root / "other", "--different-models")
+    found = compared(root / "large", root / "other", "--different-models")
     assert found["different_models"] and found["pairs"]["A-B"]["share"]["mean"] == 1
 
 
-def test_selections_name_the_experts_that_differ(root: Path, capsys: pytest.CaptureFixture) -> None:
-    found = compared(capsys, root / "first", root / "second" / "selection.json")
+def test_selections_name_the_experts_that_differ(root: Path) -> None:
+    found = compared(root / "first", root / "second" / "selection.json")
     assert found["pairs"]["A-B"]["layers"]["0"] == {"kept": [4, 4], "share": 0.75, "jaccard": 0.6, "only": [[3], [4]]}
     assert (
         found["answer"]
         == "87.5 % of the kept experts are the same (lowest: layer 0, 75.0 %; random sets: 50 %); 1 expert differs."
     )
-    assert compared(capsys, root / "first", root / "first")["answer"] == "The selections keep the same experts."
+    assert compared(root / "first", root / "first")["answer"] == "The selections keep the same experts."
 
 
-def test_runs_are_ranked_only_where_their_numbers_can_be(root: Path, capsys: pytest.CaptureFixture) -> None:
-    found = compared(capsys, root / "run-a", root / "run-b")
+def test_runs_are_ranked_only_where_their_numbers_can_be(root: Path) -> None:
+    found = compared(root / "run-a", root / "run-b")
     assert (
         found["answer"]
         == "B is closest to the base: KL 0.0500 (0.0400 to 0.0600), next A with 0.2000 (0.1800 to 0.2200); the"
@@ -151,15 +151,13 @@ def test_runs_are_ranked_only_where_their_numbers_can_be(root: Path, capsys: pyt
     assert found["fields"] == [{"path": "prune.ratio", "values": {"A": 0.5, "B": 0.25}}]
     shutil.rmtree(root / "run-c", ignore_errors=True)
     _write_run(root / "run-c", 0.5, 0.21, (0.19, 0.3))
-    assert "the intervals touch, so this may be noise" in compared(capsys, root / "run-a", root / "run-c")["answer"]
+    assert "the intervals touch, so this may be noise" in compared(root / "run-a", root / "run-c")["answer"]
     shutil.rmtree(root / "run-c")
     _write_run(root / "run-c", 0.5, 0.21, (0.19, 0.3), packs="others")
-    assert "different held-out rows" in compared(capsys, root / "run-a", root / "run-c")["answer"]
+    assert "different held-out rows" in compared(root / "run-a", root / "run-c")["answer"]
 
 
-def test_a_mask_is_not_ranked_as_if_it_were_a_written_model(
-    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_mask_is_not_ranked_as_if_it_were_a_written_model(root: Path, tmp_path: Path) -> None:
     stopped = Path(shutil.copytree(root / "run-b", tmp_path / "stopped"))
     metrics = json.loads((stopped / "verify.json").read_text())["metrics"]["pruned"]
     (stopped / "verify.json").unlink()
@@ -169,7 +167,7 @@ def test_a_mask_is_not_ranked_as_if_it_were_a_written_model(
             {"verdict": "reject", "chosen": "c", "confirm": None, "candidates": [{"name": "c", "metrics": metrics}]}
         )
     )
-    assert compared(capsys, root / "run-a", stopped)["answer"].endswith(
+    assert compared(root / "run-a", stopped)["answer"].endswith(
         "but B was measured as a mask on its base before any quantization, A as the pruned directory."
     )
 
@@ -189,12 +187,10 @@ def test_a_mask_is_not_ranked_as_if_it_were_a_written_model(
         (("large", "large", "--criterion", "reep"), 2, "--criterion: found 'reep'. Known: "),
     ],
 )
-def test_what_cannot_be_compared_is_named(
-    root: Path, names: tuple[str, ...], code: int, said: str, capsys: pytest.CaptureFixture
-) -> None:
+def test_what_cannot_be_compared_is_named(root: Path, names: tuple[str, ...], code: int, said: str) -> None:
     places = [str(root / name) if (root / name).exists() or name == "nowhere" else name for name in names]
-    assert _run(["compare", *places], debug=False) == code
-    assert said.format(root=root) in capsys.readouterr().err
+    done = command("compare", *places)
+    assert done.code == code and said.format(root=root) in done.stderr
 
 
 @pytest.mark.parametrize("names", [("small", "large", "sources"), ("first", "second"), ("run-a", "run-b")])
@@ -216,5 +212,5 @@ def test_tables_fit_and_pages_stand_alone(root: Path, names: tuple[str, ...], tm
 @pytest.mark.parametrize("names", [("small", "large"), ("first", "second"), ("run-a", "run-b")])
 def test_the_pages_can_be_read_in_a_browser(chromium, root: Path, names: tuple[str, ...], tmp_path: Path) -> None:
     page = tmp_path / "page.html"
-    assert _run(["compare", *(str(root / name) for name in names), "--html", str(page), "--json"], debug=False) == 0
+    assert command("compare", *(root / name for name in names), "--html", page, "--json").code == 0
     assert_readable(chromium, page)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from reapkit.cli.main import _run
+from tests.support.command import command
 from tests.support.paths import ROOT
 
 DEMO = str(ROOT / "recipes" / "demo.yaml")
@@ -89,9 +89,10 @@ def test_nothing_is_wider_than_the_terminal(arguments: list[str]) -> None:
     assert max(len(line) for line in done.stdout.splitlines()) <= 80 or arguments[0] == "validate"
 
 
-def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture) -> None:
-    assert _run(["--help"], debug=False) == 0
-    listing = capsys.readouterr().out
+def test_every_command_has_help_with_an_example() -> None:
+    listed = command("--help")
+    assert listed.code == 0
+    listing = listed.stdout
     commands = [
         line.split()[0]
         for line in listing.split("Commands:")[1].splitlines()
@@ -115,25 +116,24 @@ def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture) -
         "prune",
         "quantize",
     } <= set(commands)
-    for command in commands:
-        assert _run([command, "--help"], debug=False) == 0
-        assert "Example: reapkit " in capsys.readouterr().out, command
+    for name in commands:
+        done = command(name, "--help")
+        assert done.code == 0 and "Example: reapkit " in done.stdout, name
 
 
 def test_init_writes_a_recipe_that_is_valid_and_never_overwrites(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert _run(["init", "builtin:demo", "-o", "mine.yaml"], debug=False) == 0
-    assert _run(["validate", "mine.yaml"], debug=False) == 0
+    assert command("init", "builtin:demo", "-o", "mine.yaml").code == 0
+    assert command("validate", "mine.yaml").code == 0
     before = Path("mine.yaml").read_text()
-    assert _run(["init", "builtin:demo", "-o", "mine.yaml"], debug=False) == 2
-    assert Path("mine.yaml").read_text() == before and "is there already" in capsys.readouterr().err
+    done = command("init", "builtin:demo", "-o", "mine.yaml")
+    assert done.code == 2 and "is there already" in done.stderr
+    assert Path("mine.yaml").read_text() == before
 
 
-def test_a_lock_is_kept_or_says_what_differs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_lock_is_kept_or_says_what_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("data.jsonl").write_text(json.dumps({"text": "one two three"}) + "\n")
     recipe = Path("mine.yaml")
@@ -141,23 +141,24 @@ def test_a_lock_is_kept_or_says_what_differs(
         "version: 1\nname: mine\nmodel: {source: 'builtin:demo'}\ncalibration: {samples: 4, mix: [{name: d, source:"
         " data.jsonl}]}\nprune: {ratio: 0.5}\nquantize: {group_size: 64}\n"
     )
-    assert _run(["lock", "mine.yaml"], debug=False) == 0
-    assert _run(["apply", "mine.yaml", "--locked", "--dry-run"], debug=False) == 0
-    assert _run(["apply", "mine.yaml", "--locked", "--dry-run", "--set", "runtime.batch_tokens=64"], debug=False) == 0
-    capsys.readouterr()
+    locked = ("apply", "mine.yaml", "--locked", "--dry-run")
+    assert command("lock", "mine.yaml").code == 0
+    assert command(*locked).code == 0
+    assert command(*locked, "--set", "runtime.batch_tokens=64").code == 0
     Path("data.jsonl").write_text(json.dumps({"text": "one two four"}) + "\n")
-    assert _run(["apply", "mine.yaml", "--locked", "--dry-run"], debug=False) == 3
-    assert "sources.calibration.mix.d.files.data.jsonl: locked" in capsys.readouterr().err
-    assert _run(["apply", "mine.yaml", "--locked", "--dry-run", "--set", "prune.ratio=0.25"], debug=False) == 3
-    assert "  recipe: locked" in capsys.readouterr().err
+    done = command(*locked)
+    assert done.code == 3 and "sources.calibration.mix.d.files.data.jsonl: locked" in done.stderr
+    done = command(*locked, "--set", "prune.ratio=0.25")
+    assert done.code == 3 and "  recipe: locked" in done.stderr
 
 
-def test_compare_names_fields_and_stages(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_compare_names_fields_and_stages(tmp_path: Path) -> None:
     other = tmp_path / "other.yaml"
     other.write_text(
         Path(DEMO).read_text().replace("ratio: 0.5", "ratio: 0.25").replace("weight: 0.3}", "weight: 0.3}", 1)
     )
-    assert _run(["compare", DEMO, str(other), "--json"], debug=False) == 0
-    found = json.loads(capsys.readouterr().out)
+    done = command("compare", DEMO, other, "--json")
+    assert done.code == 0
+    found = done.json()
     assert found["fields"] == [{"path": "prune.ratio", "left": "0.5", "right": "0.25"}]
     assert found["stages"] == ["select", "evaluate", "prune", "quantize", "verify", "report"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,11 +9,11 @@ import numpy as np
 import pytest
 
 from reapkit.api import Observation
-from reapkit.cli.main import _run
 from reapkit.observation.observation import Reroute
 from reapkit.pipeline.planned import make_plan
 from reapkit.recipe.loading import load
 from reapkit.selection.selection import Selection
+from tests.support.command import Finished, command
 from tests.support.observations import observe_routing, random_routing
 from tests.support.paths import ROOT
 
@@ -32,52 +31,39 @@ def observed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def decide(tmp_path: Path, observation: Path, *overrides: str, command: str = "select") -> int:
+def decide(tmp_path: Path, observation: Path, *overrides: str, name: str = "select") -> Finished:
     where = (f"runtime.store={tmp_path / 'store'}", f"output.directory={tmp_path / 'run'}", *overrides)
-    return _run(
-        [command, str(DEMO), *(f"--set={text}" for text in where), "--observation", str(observation), "--json"],
-        debug=False,
-    )
+    return command(name, DEMO, *(f"--set={text}" for text in where), "--observation", observation, "--json")
 
 
-def test_it_decides_without_reading_a_token(observed: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
-    assert decide(tmp_path, observed, "prune.ratio=0.25") == 0
-    said = capfd.readouterr()
-    found = json.loads(said.out)
+def test_it_decides_without_reading_a_token(observed: Path, tmp_path: Path) -> None:
+    done = decide(tmp_path, observed, "prune.ratio=0.25")
+    assert done.code == 0, done.stderr
+    found = done.json()
     assert found["executed"] == ["observe", "select"]  # neither calibrate nor packs
     assert (
-        "warning: observe: the observation was imported from" in said.err
-        and "scored tokens of code, tools, while calibration.mix names" in said.err
+        "warning: observe: the observation was imported from" in done.stderr
+        and "scored tokens of code, tools, while calibration.mix names" in done.stderr
     )
     recorded = found["stages"]["observe"]["summary"]["imported"]
     assert recorded["directory"] == str(observed) and recorded["sources"].keys() == {"code", "tools"}
     expected = np.argsort(-Observation.load(observed).saliency("reap"), axis=1, kind="stable")[:, :24]
     chosen = Selection.load(tmp_path / "run" / "selection")
     assert [sorted(row) for row in expected.tolist()] == [list(kept) for kept in chosen.keep.values()]
-    assert decide(tmp_path, observed, "prune.ratio=0.25", "calibration.samples=9") == 0
-    assert json.loads(capfd.readouterr().out)["executed"] == []  # the recipe's calibration does not enter
-    assert decide(tmp_path, tmp_path / "run", "prune.ratio=0.5") == 0
-    assert json.loads(capfd.readouterr().out)["executed"] == ["select"]  # the same content, from another place
+    done = decide(tmp_path, observed, "prune.ratio=0.25", "calibration.samples=9")
+    assert done.code == 0 and done.json()["executed"] == []  # the recipe's calibration does not enter
+    done = decide(tmp_path, tmp_path / "run", "prune.ratio=0.5")
+    assert done.code == 0 and done.json()["executed"] == ["select"]  # the same content, from another place
 
 
-def test_what_it_holds_of_re_routing_counts_not_what_the_recipe_would_collect(
-    observed: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    assert decide(tmp_path, observed, "saliency.criterion=reroute") == 3
-    assert "reroute needs removal paths, and this observation holds none" in capsys.readouterr().err
+def test_what_it_holds_of_re_routing_counts_not_what_the_recipe_would_collect(observed: Path, tmp_path: Path) -> None:
+    done = decide(tmp_path, observed, "saliency.criterion=reroute")
+    assert done.code == 3 and "reroute needs removal paths, and this observation holds none" in done.stderr
     order, error = (np.tile(row, (4, 4, 1)) for row in (np.arange(32)[::-1], np.linspace(0, 1, 32)))
     measured = Reroute(np.array([9, 9]), order, error, np.ones((4, 2, 32)))
     replace(Observation.load(observed), reroute=measured).save(tmp_path / "observation")
-    assert (
-        decide(
-            tmp_path,
-            tmp_path / "observation",
-            "saliency.criterion=reroute",
-            "prune.ratio=0.25",
-            "prune.protect={super_experts: false}",
-        )
-        == 0
-    )
+    wanted = ("saliency.criterion=reroute", "prune.ratio=0.25", "prune.protect={super_experts: false}")
+    assert decide(tmp_path, tmp_path / "observation", *wanted).code == 0
     assert all(kept == tuple(range(24)) for kept in Selection.load(tmp_path / "run" / "selection").keep.values())
 
 
@@ -109,19 +95,17 @@ def test_other_content_is_another_key(observed: Path, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_another_model_is_refused(
-    observed: Path, tmp_path: Path, change: dict, said: str, capsys: pytest.CaptureFixture
-) -> None:
+def test_another_model_is_refused(observed: Path, tmp_path: Path, change: dict, said: str) -> None:
     replace(Observation.load(observed), **change).save(tmp_path / "observation")
-    assert decide(tmp_path, tmp_path / "observation") == 3
-    assert said in capsys.readouterr().err
+    done = decide(tmp_path, tmp_path / "observation")
+    assert done.code == 3 and said in done.stderr
     assert not (tmp_path / "run").exists()
 
 
-def test_what_is_no_observation_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert decide(tmp_path, DEMO.parent / "nowhere", command="apply") == 2
-    assert decide(tmp_path, DEMO) == 3
-    assert "no observation there. Give an observation's directory" in capsys.readouterr().err
+def test_what_is_no_observation_is_refused(tmp_path: Path) -> None:
+    assert decide(tmp_path, DEMO.parent / "nowhere", name="apply").code == 2
+    done = decide(tmp_path, DEMO)
+    assert done.code == 3 and "no observation there. Give an observation's directory" in done.stderr
 
 
 def test_only_what_the_end_needs_is_run() -> None:

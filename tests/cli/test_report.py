@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from reapkit.cli.main import _run
 from tests.support import synthetic_report as synthetic
+from tests.support.command import command
 
 
 @pytest.fixture(scope="module")
@@ -24,43 +24,38 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def test_a_run_has_its_own_page(run, tmp_path, capsys):
-    assert _run(["report", str(run)], debug=False) == 0
-    assert capsys.readouterr().out.strip() == str(run / "report.html")
-    assert _run(["report", str(run), "-o", str(tmp_path / "new" / "page.html"), "--json"], debug=False) == 0
-    assert json.loads(capsys.readouterr().out) == {"file": str(tmp_path / "new" / "page.html")}
+def test_a_run_has_its_own_page(run, tmp_path):
+    done = command("report", run)
+    assert done.code == 0 and done.stdout.strip() == str(run / "report.html")
+    done = command("report", run, "-o", tmp_path / "new" / "page.html", "--json")
+    assert done.code == 0 and done.json() == {"file": str(tmp_path / "new" / "page.html")}
     assert (tmp_path / "new" / "page.html").read_text() == "the run's own page"
 
 
-def test_an_observation_is_drawn_under_its_models_name(run, tmp_path, monkeypatch, capsys):
+def test_an_observation_is_drawn_under_its_models_name(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert _run(["report", str(run / "observation")], debug=False) == 0
-    assert capsys.readouterr().out.strip() == "observation.html"
+    done = command("report", run / "observation")
+    assert done.code == 0 and done.stdout.strip() == "observation.html"
     assert "What some-lab/Small-MoE showed" in (tmp_path / "observation.html").read_text()
 
 
-def test_a_selection_is_marked_on_the_page(run, tmp_path, capsys):
+def test_a_selection_is_marked_on_the_page(run, tmp_path):
     synthetic.selection(synthetic.observation(), 4).save(tmp_path / "selection")
-    assert (
-        _run(
-            ["report", str(run), "--selection", str(tmp_path / "selection"), "-o", str(tmp_path / "page.html")],
-            debug=False,
-        )
-        == 0
-    )
+    assert command("report", run, "--selection", tmp_path / "selection", "-o", tmp_path / "page.html").code == 0
     assert "4 of 16 (25 %), as decided" in (tmp_path / "page.html").read_text()
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_the_page_opens_in_a_browser(run, there, monkeypatch, capsys):
+def test_the_page_opens_in_a_browser(run, there, monkeypatch):
     asked = []
     monkeypatch.setattr(webbrowser, "open", lambda url: asked.append(url) or there)
-    assert _run(["report", str(run), "--open"], debug=False) == 0
+    done = command("report", run, "--open")
+    assert done.code == 0
     assert asked == [(run / "report.html").resolve().as_uri()]
-    assert ("No browser could be started" in capsys.readouterr().err) == (not there)
+    assert ("No browser could be started" in done.stderr) == (not there)
 
 
-def test_without_run_or_observation_there_is_no_page(tmp_path, capsys):
+def test_without_run_or_observation_there_is_no_page(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    assert _run(["report", str(tmp_path)], debug=False) == 3
-    assert "no observation there" in capsys.readouterr().err
+    done = command("report", tmp_path)
+    assert done.code == 3 and "no observation there" in done.stderr

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from reapkit.cli.main import _run
 from reapkit.core.artifact_store import Artifact, Store
 from reapkit.core.errors import UnusableError
 from reapkit.core.garbage_collection import collect, register
+from tests.support.command import command
 
 
 def made(store: Store, stage: str, letter: str, size: int = 1000) -> Artifact:
@@ -89,16 +89,18 @@ def test_nothing_goes_where_a_run_cannot_be_read(store: Store) -> None:
     assert names(store) == {f"select-{'a' * 12}"}
 
 
-def test_the_command_says_what_it_frees(store: Store, capsys: pytest.CaptureFixture) -> None:
+def test_the_command_says_what_it_frees(store: Store) -> None:
     made(store, "select", "a", 2_000_000)
-    assert _run(["gc", "--store", str(store.root), "--dry-run"], debug=False) == 0
-    assert "1 artifact, 2 MB would be freed; kept: none" in capsys.readouterr().out
-    assert _run(["gc", "--store", str(store.root), "--json"], debug=False) == 0
-    found = json.loads(capsys.readouterr().out)
+    done = command("gc", "--store", store.root, "--dry-run")
+    assert done.code == 0 and "1 artifact, 2 MB would be freed; kept: none" in done.stdout
+    done = command("gc", "--store", store.root, "--json")
+    assert done.code == 0
+    found = done.json()
     assert (
         [each["artifact"] for each in found["removed"]] == [f"select-{'a' * 12}"]
         and found["bytes"] > 2_000_000
         and not names(store)
     )
-    assert _run(["gc", "--store", str(store.root / "nowhere")], debug=False) == 3
-    assert "no store there. Give the runtime.store of your recipes with --store." in capsys.readouterr().err
+    done = command("gc", "--store", store.root / "nowhere")
+    assert done.code == 3
+    assert "no store there. Give the runtime.store of your recipes with --store." in done.stderr

@@ -3,7 +3,6 @@ elsewhere."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -11,38 +10,12 @@ import numpy as np
 import pytest
 
 from reapkit.core.errors import UnusableError
-from reapkit.observation.eaft_table import H_CELLS, H_EXACT, H_LEVELS, P_CELLS, P_EXACT, P_LEVELS, Table, cell_edges
+from reapkit.observation.eaft_table import Table
 from reapkit.observation.observation import Observation
 from reapkit.selection.eaft import measure_regions, summarise
 from reapkit.selection.saliency import saliency
-from tests.selection.test_eaft import variants
-from tests.support.observations import observe_routing, random_routing
+from tests.support.observations import in_cells, observe_routing, random_routing, variants
 from tests.support.specs import saliency_spec
-
-
-def in_cells(observation: Observation) -> Observation:
-    """The same observation with its trace put into cells, position by position."""
-    trace, sources, experts = observation.eaft, len(observation.sources), observation.num_experts
-    p_edges = cell_edges(trace.p, trace.source, sources, P_EXACT, P_LEVELS)
-    h_edges = cell_edges(trace.h, trace.source, sources, H_EXACT, H_LEVELS)
-    assert p_edges.shape == (sources, P_CELLS - 1) and h_edges.shape == (sources, H_CELLS - 1)
-    positions = np.zeros((sources, P_CELLS, H_CELLS), np.int64)
-    count = np.zeros((len(observation.layers), sources, P_CELLS, H_CELLS, experts))
-    mass = np.zeros_like(count)
-    routed = [trace.routed(layer) for layer in observation.layers]
-    for t in range(len(trace)):
-        s = int(trace.source[t])
-        cell = (
-            s,
-            sum(float(e) < float(trace.p[t]) for e in p_edges[s]),
-            sum(float(e) < float(trace.h[t]) for e in h_edges[s]),
-        )
-        positions[cell] += 1
-        for layer, (expert, gate_norm) in enumerate(routed):
-            for e, gn in zip(expert[t].tolist(), gate_norm[t].tolist(), strict=True):
-                count[(layer, *cell, e)] += 1
-                mass[(layer, *cell, e)] += gn
-    return replace(observation, eaft=Table(p_edges, h_edges, positions, count, mass))
 
 
 @pytest.mark.parametrize("seed", range(2))

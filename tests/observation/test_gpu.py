@@ -17,8 +17,9 @@ from reapkit.observation.observation import MAXIMA, SUMS, Observation
 from reapkit.observation.resident import observe
 from reapkit.observation.streamed import observe_streaming
 from reapkit.recipe.schema import ObserveSpec
-from tests.observation.test_resident import DISPATCHED, KILLED, QUICK, naive
 from tests.support import tiny
+from tests.support.killed_observations import KILLED_RESIDENT
+from tests.support.naive_statistics import DISPATCHED, QUICK, naive
 from tests.support.paths import ROOT
 from tests.support.tiny_tokens import tiny_tokens
 
@@ -122,7 +123,7 @@ def test_gpu_and_cpu_see_the_same_routing(tmp_path: Path):
 
 def test_killed_and_run_again_gives_the_same_bytes(tmp_path: Path):
     tokens = tiny_tokens(tmp_path / "calibration")
-    script = KILLED.replace('tiny.build("qwen3_moe")', 'tiny.build("qwen3_moe").cuda()').format(
+    script = KILLED_RESIDENT.replace('tiny.build("qwen3_moe")', 'tiny.build("qwen3_moe").cuda()').format(
         root=str(ROOT), steps=5, calibration=str(tmp_path / "calibration"), work=str(tmp_path / "killed")
     )
     assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == -9

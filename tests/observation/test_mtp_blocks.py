@@ -26,9 +26,10 @@ from reapkit.observation.observation import MAXIMA, SUMS, Observation
 from reapkit.observation.resident import observe
 from reapkit.observation.streamed import observe_streaming
 from reapkit.recipe.schema import ObserveSpec
-from tests.observation.test_resident import expert_outputs
-from tests.observation.test_streamed import KILLED, assert_equal
 from tests.support import tiny
+from tests.support.killed_observations import KILLED_STREAMED
+from tests.support.naive_statistics import expert_outputs
+from tests.support.observations import assert_equal
 from tests.support.paths import ROOT
 from tests.support.tiny_tokens import tiny_tokens
 
@@ -290,7 +291,7 @@ observe(load_model({str(path)!r}), tokens, ObserveSpec(), batch_tokens=48,
 def test_streaming_killed_before_the_last_layer_gives_the_same_bytes(tmp_path: Path):
     path, tokens = saved("glm4_moe", tmp_path), tiny_tokens(tmp_path / "calibration")
     root = ROOT
-    script = KILLED.format(
+    script = KILLED_STREAMED.format(
         tests=str(root / "tests"),
         root=str(root),
         layers=2,

@@ -210,15 +210,20 @@ def test_ties_go_to_the_lower_index_and_unused_experts_first() -> None:
     assert found["order"][-1][:2].tolist() == [3, 5] and found["error"][-1][:2].tolist() == [0, 0]
 
 
-def test_projections_keep_norms_and_nearly_the_path() -> None:
+def test_all_three_ways_give_the_squared_norm_and_projections_its_known_error() -> None:
     draw = torch.Generator().manual_seed(0)
-    outputs = torch.randn(64, 4, 1024, generator=draw)
-    tokens, experts = torch.arange(64), torch.arange(4).expand(64, 4)
-    coefficients = torch.randn(64, 4, generator=draw)
-    exact = InnerProducts(outputs @ outputs.mT).squared(tokens, experts, coefficients)
-    torch.testing.assert_close(Vectors(outputs).squared(tokens, experts, coefficients), exact, rtol=1e-4, atol=1e-4)
-    near = Vectors(outputs @ projection(1024)).squared(tokens, experts, coefficients)
-    assert ((near / exact - 1).abs() < 0.4).all() and abs(float((near / exact).mean()) - 1) < 0.05
+    outputs, coefficients = torch.randn(1000, 4, 512, generator=draw), torch.randn(1000, 4, generator=draw)
+    tokens, experts = torch.arange(1000), torch.arange(4).expand(1000, 4)
+    weighed = (outputs.double() * coefficients.double()[..., None]).sum(1)
+    exact, matrix = weighed.square().sum(1), projection(512)
+    products = InnerProducts(outputs @ outputs.mT).squared(tokens, experts, coefficients)
+    torch.testing.assert_close(products, exact, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(Vectors(outputs).squared(tokens, experts, coefficients), exact, rtol=1e-5, atol=1e-4)
+    near = Vectors(outputs @ matrix).squared(tokens, experts, coefficients)
+    torch.testing.assert_close(near, (weighed @ matrix.double()).square().sum(1), rtol=1e-4, atol=1e-3)
+    error = near / exact - 1  # of variance 2 / 256 around 0, as of chi-squared with 256 degrees of freedom over 256
+    assert matrix.shape == (512, 256) and abs(float(error.mean())) < 0.015
+    assert float(error.std()) == pytest.approx((2 / 256) ** 0.5, rel=0.15)
 
 
 @pytest.mark.parametrize("name", [name for name in SMALL if name != "deepseek_v3"])

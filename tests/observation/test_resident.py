@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import subprocess
 import sys
@@ -13,86 +12,18 @@ import pytest
 import torch
 import transformers
 
-from reapkit.calibration.tokens import batches
 from reapkit.core.errors import UnusableError
 from reapkit.model.routed_experts import find_experts
 from reapkit.observation.observation import MAXIMA, SUMS
 from reapkit.observation.resident import observe
 from reapkit.recipe.schema import ObserveSpec
 from tests.support import tiny
+from tests.support.killed_observations import KILLED_RESIDENT
+from tests.support.naive_statistics import DISPATCHED, QUICK, naive
 from tests.support.paths import ROOT
 from tests.support.tiny_tokens import tiny_tokens
 
 torch.set_num_threads(1)
-
-
-def captured_calls(model, ids):
-    """What each layer's experts module was called with, by wrapping the modules of the running model."""
-    calls, undo = {}, []
-    for site in find_experts(model):
-
-        def call(*args, site=site, forward=site.module.forward, **kwargs):
-            calls[site.layer] = (site, *args, *kwargs.values())
-            return forward(*args, **kwargs)
-
-        site.module.forward = call
-        undo.append(site.module)
-    with torch.no_grad():
-        logits = model(ids, use_cache=False).logits
-    for module in undo:
-        del module.forward
-    return calls, logits
-
-
-def expert_outputs(site, hidden, index):
-    """{expert: {token: f(x)}}, through the class's own forward with a gate of one, on the tokens the expert was chosen
-    for."""
-    forward = functools.partial(type(site.module).forward.__wrapped__, site.module)
-    outputs = {}
-    for e in index.unique().tolist():
-        chosen = (index == e).any(dim=1).nonzero()[:, 0]
-        ones = torch.ones(len(chosen), 1, dtype=hidden.dtype, device=hidden.device)
-        f = forward(hidden[chosen], torch.full((len(chosen), 1), e, device=hidden.device), ones).cpu()
-        outputs[e] = dict(zip(chosen.tolist(), f.double(), strict=True))
-    return outputs
-
-
-@torch.no_grad()
-def naive(model, tokens, batch_tokens):
-    """Every statistic of the contract by loops over tokens and slots, in Python floats."""
-    sites, sources = find_experts(model), len(tokens.sources)
-    shape = (len(sites), sources, sites[0].num_experts)
-    sums = {name: torch.zeros(shape, dtype=torch.float64) for name in SUMS}
-    maxima = {name: torch.zeros(shape, dtype=torch.float64) for name in MAXIMA}
-    coactivation = torch.zeros(*shape, shape[-1], dtype=torch.int64)
-    for group in tokens.groups:
-        for batch in batches(tokens, group, batch_tokens):
-            calls, _ = captured_calls(model, batch.input_ids.to(model.device))
-            for layer, (site, hidden, index, gates) in enumerate(calls.values()):
-                outputs, index, gates = expert_outputs(site, hidden, index), index.cpu(), gates.cpu()
-                for row, length in enumerate(batch.lengths.tolist()):
-                    for t in range(length):
-                        where, s = row * batch.input_ids.shape[1] + t, int(batch.source[row])
-                        experts, scored = index[where].tolist(), bool(batch.scored[row, t])
-                        for slot, e in enumerate(experts):
-                            f = outputs[e][where]
-                            g, n, peak = (
-                                float(gates[where, slot]),
-                                math.sqrt(float((f * f).sum())),
-                                float(f.abs().max()),
-                            )
-                            for name, value in zip(MAXIMA[:3], (n, g * n, peak), strict=True):
-                                for key in (name, name + "_scored") if scored else (name,):
-                                    maxima[key][layer, s, e] = max(maxima[key][layer, s, e], value)
-                            if scored:
-                                for name, value in zip(SUMS, (1, g, n, g * n, (g * n) ** 2), strict=True):
-                                    sums[name][layer, s, e] += value
-                                coactivation[layer, s, e, experts] += 1
-    return sums, maxima, coactivation
-
-
-DISPATCHED = [name for name in tiny.ARCHITECTURES if name != "llama4_text"]
-QUICK = dict(lengths=(12, 7, 1, 10), groups=2)
 
 
 @pytest.mark.parametrize("model_type", DISPATCHED)
@@ -193,33 +124,6 @@ def test_snapshots_are_the_sums_of_the_first_groups(tmp_path: Path):
         assert not observation.snapshots[name][0].any()
 
 
-KILLED = """
-import os, signal, sys
-sys.path[:0] = [{root!r}]
-import contextlib, torch
-from tests.support import tiny
-torch.set_num_threads(1)
-from pathlib import Path
-from reapkit.calibration.tokens import CalibrationTokens
-from reapkit.observation.resident import observe
-from reapkit.core.progress import Progress
-from reapkit.recipe.schema import ObserveSpec
-
-class Fatal(Progress):
-    @contextlib.contextmanager
-    def task(self, *args, **kwargs):
-        yield self
-    steps = 0
-    def advance(self, units=1):
-        self.steps += 1
-        if self.steps == {steps}:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-observe(tiny.build("qwen3_moe"), CalibrationTokens.load({calibration!r}), ObserveSpec(), batch_tokens=24,
-        work_directory=Path({work!r}), progress=Fatal())
-"""
-
-
 def test_killed_and_run_again_gives_the_same_bytes(tmp_path: Path):
     model = tiny.build("qwen3_moe")
     tokens = tiny_tokens(tmp_path / "calibration")
@@ -230,7 +134,7 @@ def test_killed_and_run_again_gives_the_same_bytes(tmp_path: Path):
         )
         return b"".join(file.read_bytes() for file in sorted((tmp_path / f"{work}-saved").iterdir()))
 
-    script = KILLED.format(
+    script = KILLED_RESIDENT.format(
         root=str(ROOT), steps=5, calibration=str(tmp_path / "calibration"), work=str(tmp_path / "killed")
     )
     assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == -9

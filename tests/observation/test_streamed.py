@@ -7,41 +7,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
 from reapkit.core.errors import UnusableError
 from reapkit.core.progress import Progress
 from reapkit.model.loading import load_model
-from reapkit.observation.observation import MAXIMA, SUMS, Observation
 from reapkit.observation.resident import observe
 from reapkit.observation.streamed import observe_streaming
 from reapkit.recipe.schema import ObserveSpec
 from tests.support import tiny
+from tests.support.killed_observations import KILLED_STREAMED
+from tests.support.observations import assert_equal
 from tests.support.paths import ROOT
 from tests.support.tiny_tokens import tiny_tokens
-
-
-def assert_equal(a: Observation, b: Observation) -> None:
-    assert (a.layers, a.num_experts, a.num_experts_per_tok, a.sources) == (
-        b.layers,
-        b.num_experts,
-        b.num_experts_per_tok,
-        b.sources,
-    )
-    for name in SUMS:
-        assert np.array_equal(a.statistics[name], b.statistics[name]), name
-    for name in MAXIMA:
-        assert np.array_equal(a.maxima[name], b.maxima[name]), name
-    for name in ("count", "gate_norm_sum"):
-        assert np.array_equal(a.snapshots[name], b.snapshots[name]), name
-    for x, y in ((a.coactivation, b.coactivation), (a.tokens, b.tokens), (a.scored_tokens, b.scored_tokens)):
-        assert np.array_equal(x, y)
-    for name in ("source", "p", "h"):
-        assert np.array_equal(getattr(a.eaft, name), getattr(b.eaft, name)), name
-    for layer in a.layers:
-        assert all(np.array_equal(x, y) for x, y in zip(a.eaft.routed(layer), b.eaft.routed(layer), strict=True))
 
 
 def prepared(model_type: str, tmp_path: Path):
@@ -92,7 +71,7 @@ def test_layers_that_leave_more_behind_than_their_output_start_again(tmp_path: P
         resident = load_model(path)
     tokens = tiny_tokens(tmp_path / "calibration")
     expected = observe(resident, tokens, ObserveSpec(), batch_tokens=48, work_directory=tmp_path / "resident")
-    script = KILLED.format(
+    script = KILLED_STREAMED.format(
         root=str(ROOT),
         layers=3,
         minutes=0,
@@ -123,34 +102,6 @@ def test_hidden_states_beyond_the_budget(budget: str, tmp_path: Path):
         assert not list((tmp_path / "spool").iterdir())
 
 
-KILLED = """
-import contextlib, os, signal, sys
-sys.path[:0] = [{root!r}]
-import torch
-torch.set_num_threads(1)
-from pathlib import Path
-from reapkit.calibration.tokens import CalibrationTokens
-from reapkit.observation.streamed import observe_streaming
-from reapkit.core.progress import Progress
-from reapkit.recipe.schema import ObserveSpec
-
-class Fatal(Progress):
-    done = 0
-    @contextlib.contextmanager
-    def task(self, *args, **kwargs):
-        yield self
-    def note(self, text):
-        pass
-    def advance(self, units=1):
-        self.done += units
-        if self.done >= {layers}:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-observe_streaming({model!r}, CalibrationTokens.load({calibration!r}), ObserveSpec(), batch_tokens=48,
-                  work_directory=Path({work!r}), checkpoint_minutes={minutes}, progress=Fatal())
-"""
-
-
 @pytest.mark.parametrize(
     ("model_type", "minutes"),
     [
@@ -162,7 +113,7 @@ observe_streaming({model!r}, CalibrationTokens.load({calibration!r}), ObserveSpe
 )
 def test_killed_between_layers_it_continues_to_the_same_observation(model_type: str, minutes: int, tmp_path: Path):
     path, tokens, expected = prepared(model_type, tmp_path)
-    script = KILLED.format(
+    script = KILLED_STREAMED.format(
         root=str(ROOT),
         layers=2,
         minutes=minutes,

@@ -20,7 +20,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from reapkit.api import Observation
 from reapkit.checkpoint.checkpoint import Checkpoint
-from reapkit.cli.main import _run
 from reapkit.core.errors import RejectedByGates, StageFailed, UnusableError
 from reapkit.core.progress import Progress
 from reapkit.pipeline.planned import make_plan
@@ -28,6 +27,7 @@ from reapkit.pipeline.run import Run, apply
 from reapkit.quantization.checkpoint import quantize_checkpoint
 from reapkit.recipe.loading import LoadedRecipe, load
 from tests.support.browser import assert_readable, browser_or_skip
+from tests.support.command import command
 from tests.support.paths import ROOT
 
 DEMO = ROOT / "recipes" / "demo.yaml"
@@ -449,52 +449,39 @@ def test_a_grid_takes_the_smallest_that_passes(finished: Run, root: Path) -> Non
     }
 
 
-def test_the_command_line_ends_with_the_documented_codes(
-    root: Path, finished: Run, capsys: pytest.CaptureFixture
-) -> None:
+def test_the_command_line_ends_with_the_documented_codes(root: Path, finished: Run) -> None:
     where = [
         f"--set={text}" for text in (*SMALL, f"runtime.store={root / 'store'}", f"output.directory={root / 'run'}")
     ]
-    assert _run(["apply", str(DEMO), *where, "--json"], debug=False) == 0
-    assert json.loads(capsys.readouterr().out)["executed"] == []
-    assert _run(["apply", str(DEMO), *where, "--set", "prune.ratio=2"], debug=False) == 2
-    assert _run(["apply", str(DEMO), *where, "--set", "model.source=./nowhere"], debug=False) == 3
-    assert _run(["apply", str(DEMO), *where, "--set", "evaluate.gates={kl_mean: {max: 0.000001}}"], debug=False) == 5
-    assert "Traceback" not in capsys.readouterr().err
+    done = command("apply", DEMO, *where, "--json")
+    assert done.code == 0 and done.json()["executed"] == []
+    for override, code in (
+        ("prune.ratio=2", 2),
+        ("model.source=./nowhere", 3),
+        ("evaluate.gates={kl_mean: {max: 0.000001}}", 5),
+    ):
+        done = command("apply", DEMO, *where, "--set", override)
+        assert done.code == code and "Traceback" not in done.stderr
 
 
-def test_observations_are_merged_and_drawn(
-    finished: Run, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_observations_are_merged_and_drawn(finished: Run, root: Path, tmp_path: Path) -> None:
     observation = str(root / "run" / "observation")
-    assert _run(["merge", observation, observation, "-o", str(tmp_path / "both")], debug=False) == 0
+    assert command("merge", observation, observation, "-o", tmp_path / "both").code == 0
     once, twice = Observation.load(Path(observation)), Observation.load(tmp_path / "both")
     assert np.array_equal(twice.statistics["gate_norm_sum"], 2 * once.statistics["gate_norm_sum"]) and len(
         twice.eaft
     ) == 2 * len(once.eaft)
     assert np.array_equal(twice.saliency("reap"), once.saliency("reap"))
-    assert _run(["merge", observation, "-o", str(tmp_path / "both")], debug=False) == 2
-    assert (
-        _run(
-            [
-                "report",
-                str(tmp_path / "both"),
-                "-o",
-                str(tmp_path / "page.html"),
-                "--selection",
-                str(root / "run" / "selection"),
-            ],
-            debug=False,
-        )
-        == 0
-    )
+    assert command("merge", observation, "-o", tmp_path / "both").code == 2
+    selection = root / "run" / "selection"
+    assert command("report", tmp_path / "both", "-o", tmp_path / "page.html", "--selection", selection).code == 0
     assert "<html" in (tmp_path / "page.html").read_text()[:500]
 
 
 def test_plan_runs_without_torch() -> None:
     code = (
-        "import sys; sys.modules['torch'] = None; from reapkit.cli.main import _run; "
-        f"sys.exit(_run(['plan', {str(DEMO)!r}, '--json'], False))"
+        "import sys; sys.modules['torch'] = None; from reapkit.cli.main import main; "
+        f"main(['plan', {str(DEMO)!r}, '--json'])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from reapkit.checkpoint.architecture import Architecture
 from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.checkpoint.mtp_support import why_unobserved
-from reapkit.cli.main import _run
 from reapkit.core.errors import RecipeError
 from reapkit.evaluation.proofs.pruned import prove_pruned
 from reapkit.model.loading import load_model
@@ -30,6 +29,7 @@ from reapkit.recipe.loading import load
 from reapkit.selection.decide import select
 from reapkit.selection.selection import LayerSelection, Selection
 from tests.support import tiny
+from tests.support.command import command
 from tests.support.observations import observe_routing, random_routing
 from tests.support.specs import prune, saliency_spec
 
@@ -95,9 +95,7 @@ def test_the_plan_observes_what_transformers_loads(recipe) -> None:
         ("dots1", "not of dots1"),
     ],
 )
-def test_what_transformers_does_not_load_is_dropped_or_refused(
-    recipe, model_type: str, said: str, capsys: pytest.CaptureFixture
-) -> None:
+def test_what_transformers_does_not_load_is_dropped_or_refused(recipe, model_type: str, said: str) -> None:
     path = recipe(model_type)
     auto = planned(path)
     assert auto.mtp == () and "mtp" not in auto.stage("observe").spec
@@ -108,8 +106,9 @@ def test_what_transformers_does_not_load_is_dropped_or_refused(
         match=f"recipe.yaml:5:26 prune.mtp: observe, but .*{said}. Choose drop, or auto, which drops what cannot be",
     ):
         planned(path)
-    assert _run(["apply", str(path)], debug=False) == 2
-    assert "recipe.yaml:5:26 prune.mtp: observe, but" in capsys.readouterr().err and not (path.parent / "run").exists()
+    done = command("apply", path)
+    assert done.code == 2
+    assert "recipe.yaml:5:26 prune.mtp: observe, but" in done.stderr and not (path.parent / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -214,7 +213,7 @@ def test_super_experts_are_looked_for_in_the_decoder() -> None:
 # ---------------------------------------------------------------------------------------------- the run
 
 
-def test_observed_pruned_proven_and_quantized(recipe, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_observed_pruned_proven_and_quantized(recipe, tmp_path: Path) -> None:
     run = apply(load(recipe()))
     pruned = Checkpoint.open(tmp_path / "run/pruned")
     assert (
@@ -247,7 +246,7 @@ def test_observed_pruned_proven_and_quantized(recipe, tmp_path: Path, capsys: py
         "| Multi-token prediction | kept, for speculative decoding |" in (tmp_path / "run/pruned/README.md").read_text()
     )
     assert load_model(tmp_path / "run/pruned") is not None and (tmp_path / "run/report.html").is_file()
-    commands_read_it(tmp_path, capsys)
+    commands_read_it(tmp_path)
     assert apply(load(tmp_path / "recipe.yaml")).executed == []
     dropped = apply(
         load(tmp_path / "recipe.yaml", ["prune.mtp=drop", f"output.directory={tmp_path}/other"]), until="prune"
@@ -260,20 +259,20 @@ def test_observed_pruned_proven_and_quantized(recipe, tmp_path: Path, capsys: py
     imported_both_ways(tmp_path)
 
 
-def commands_read_it(root: Path, capsys: pytest.CaptureFixture) -> None:
+def commands_read_it(root: Path) -> None:
     """Every command that looks at an observation, a selection or a checkpoint copes with the further layer."""
     observation = str(root / "run/observation")
-    for command in (
-        ["inspect", observation],
-        ["inspect", str(root / "run/selection")],
-        ["inspect", str(root / "run/pruned")],
-        ["verify", str(root / "run/pruned")],
-        ["report", observation, "-o", str(root / "page.html")],
-        ["export", observation, str(root / "export")],
+    inspected = command("inspect", observation)
+    assert inspected.code == 0 and "multi-token prediction: layer 3, behind the decoder's" in inspected.stdout
+    for arguments in (
+        ["inspect", root / "run/selection"],
+        ["inspect", root / "run/pruned"],
+        ["verify", root / "run/pruned"],
+        ["report", observation, "-o", root / "page.html"],
+        ["export", observation, root / "export"],
         ["compare", observation, observation],
     ):
-        assert _run(command, debug=False) == 0, command
-    assert "multi-token prediction: layer 3, behind the decoder's" in capsys.readouterr().out
+        assert command(*arguments).code == 0, arguments
     assert "layer_3" in json.loads((root / "export/ranking_by_layer.json").read_text())
 
 

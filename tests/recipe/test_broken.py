@@ -7,22 +7,21 @@ from pathlib import Path
 import pytest
 import yaml
 
-from reapkit.cli.main import _run
+from tests.support.command import command
 
 CASES = yaml.safe_load((Path(__file__).parent / "broken.yaml").read_text())
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case["name"] for case in CASES])
-def test_broken_recipe(
-    case: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_broken_recipe(case: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     files = {"recipe.yaml": case["recipe"], **case.get("files", {})}
     for name, text in files.items():
         Path(name).write_text(text)
     overrides = [argument for text in case.get("set", ()) for argument in ("--set", text)]
-    assert _run(["apply", "recipe.yaml", *overrides], debug=False) == 2
-    assert capsys.readouterr().err.rstrip("\n") == "\n".join(case["expected"])
+    done = command("apply", "recipe.yaml", *overrides)
+    assert done.code == 2
+    assert done.stderr.rstrip("\n") == "\n".join(case["expected"])
     assert sorted(path.name for path in tmp_path.rglob("*")) == sorted(files)
 
 
@@ -30,7 +29,7 @@ def test_there_are_enough_of_them() -> None:
     assert len(CASES) >= 80
 
 
-def test_files_that_are_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_files_that_are_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("latin.yaml").write_bytes("version: 1\nname: caf\xe9\n".encode("latin-1"))
     Path("huge.yaml").write_text("# " + "x" * 1_000_001)
@@ -39,12 +38,12 @@ def test_files_that_are_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         ("latin.yaml", "latin.yaml:2 is not UTF-8 (byte 0xe9). Save it as UTF-8."),
         ("huge.yaml", "huge.yaml is larger than 1,000,000 bytes. A recipe is a short YAML file."),
     ):
-        assert _run(["validate", name], debug=False) == 2
-        assert capsys.readouterr().err.strip() == said
-    assert _run(["validate", "folder.yaml"], debug=False) == 2
-    assert "no such recipe file" in capsys.readouterr().err
+        done = command("validate", name)
+        assert done.code == 2 and done.stderr.strip() == said
+    done = command("validate", "folder.yaml")
+    assert done.code == 2 and "no such recipe file" in done.stderr
 
 
-def test_an_unknown_recipe_names_the_shipped_ones(capsys: pytest.CaptureFixture) -> None:
-    assert _run(["plan", "dmeo"], debug=False) == 2
-    assert "dmeo: no such recipe file. Did you mean 'demo'?" in capsys.readouterr().err
+def test_an_unknown_recipe_names_the_shipped_ones() -> None:
+    done = command("plan", "dmeo")
+    assert done.code == 2 and "dmeo: no such recipe file. Did you mean 'demo'?" in done.stderr

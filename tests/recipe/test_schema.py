@@ -11,7 +11,6 @@ import yaml
 from reapkit.recipe.json_schema import recipe_schema
 from reapkit.recipe.loading import load, load_recipe
 from reapkit.recipe.reference_page import language_page
-from reapkit.recipe.schema import Recipe
 from reapkit.report.facts import recipe_yaml
 from tests.support.paths import ROOT
 
@@ -53,7 +52,7 @@ def test_numbers_are_read_as_written() -> None:
     recipe = load(
         ROOT / "recipes/demo.yaml",
         ["prune.ratio=1e-1", "observe.trace_bytes=20_000_000", "name=no", "model.revision='0123'"],
-    ).recipe
+    )
     assert str(recipe.prune.ratio) == "0.1" and recipe.observe.trace_bytes == 20_000_000
     assert recipe.name == "no" and recipe.model.revision == "0123"  # YAML 1.1 would have made them false and 83
 
@@ -104,6 +103,44 @@ def test_a_parents_paths_start_from_the_parent(tmp_path: Path) -> None:
     assert calibration.mix[0].source == "builtin:code"
 
 
-@pytest.mark.parametrize("name", ["trust_remote_code", "ratio", "mix", "gates"])
-def test_editors_get_types(name: str) -> None:
-    assert f'"{name}"' in json.dumps(Recipe.model_json_schema(mode="validation"))
+@pytest.mark.parametrize(
+    ("field", "types"),
+    [
+        ("model.trust_remote_code", {"type": "boolean", "default": False}),
+        ("calibration.samples", {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "null"}], "default": None}),
+        ("calibration.packing", {"type": "string", "enum": ["none", "concat", "isolated"], "default": "concat"}),
+        ("calibration.mix", {"type": "array", "items": {"$ref": "#/$defs/MixEntry"}, "minItems": 1}),
+        ("calibration.mix.weight", {"type": "number", "exclusiveMinimum": 0}),
+        ("prune.keep_experts", {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "null"}], "default": None}),
+        ("prune.mtp", {"type": "string", "enum": ["auto", "observe", "drop"], "default": "auto"}),
+        (
+            "evaluate.gates",
+            {
+                "oneOf": [
+                    {"type": "string", "enum": ["near-lossless", "strict", "size-first"]},
+                    {"$ref": "#/$defs/GatesSpec"},
+                ],
+                "default": "near-lossless",
+            },
+        ),
+    ],
+)
+def test_editors_get_types(field: str, types: dict) -> None:
+    found = described(field)
+    assert {key: found.get(key) for key in types} == types
+
+
+def described(field: str) -> dict:
+    """The committed schema's entry of a dotted field; of a list, of its entries."""
+    schema = json.loads((ROOT / "recipe.schema.json").read_text())
+    found = schema
+    for name in field.split("."):
+        reference = found.get("items", found).get("$ref", "").removeprefix("#/$defs/")
+        found = (schema["$defs"][reference] if reference else found)["properties"][name]
+    return found
+
+
+def test_editors_refuse_unknown_fields() -> None:
+    schema = recipe_schema()
+    assert schema["additionalProperties"] is False
+    assert [name for name, model in schema["$defs"].items() if model.get("additionalProperties") is not False] == []

@@ -19,6 +19,7 @@ from reapkit.report.reroute_section import reroute_section
 from reapkit.report.run_report import run_page, write_run_report
 from reapkit.report.view import View
 from tests.support import synthetic_report as synthetic
+from tests.support.observations import in_cells
 
 
 def blocks(page):
@@ -301,7 +302,5 @@ def test_an_observation_of_few_rows_says_so(observed) -> None:
 
 
 def test_an_observation_with_a_table_shows_its_cells(observed) -> None:
-    from tests.observation.test_eaft_table import in_cells
-
     page = observation_page(in_cells(observed))
     assert [block.id for block in blocks(page) if isinstance(block, Chart) and block.id == "regions"] == ["regions"]

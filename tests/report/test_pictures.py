@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from reapkit.cli.main import _run
 from reapkit.core.errors import UnusableError
 from reapkit.report import pictures
 from reapkit.report.run_report import write_run_report
 from tests.support import synthetic_report as synthetic
 from tests.support.browser import can_browse
+from tests.support.command import command
 from tests.support.paths import ROOT
 
 __all__ = ["can_browse"]
@@ -42,14 +42,15 @@ def test_every_chart_of_a_run_becomes_a_picture(can_browse, tmp_path):
     assert "**Size on disk.** 5.4 MB of 7.3 MB are gone" in captions
 
 
-def test_export_draws_an_observation_without_its_tables(can_browse, tmp_path, capsys):
+def test_export_draws_an_observation_without_its_tables(can_browse, tmp_path):
     synthetic.observation().save(tmp_path / "observation")
-    assert _run(["export", str(tmp_path / "observation"), "--png", str(tmp_path / "figures")], debug=False) == 0
-    assert str(tmp_path / "figures" / "cut-curve.png") in capsys.readouterr().out.split()
+    done = command("export", tmp_path / "observation", "--png", tmp_path / "figures")
+    assert done.code == 0
+    assert str(tmp_path / "figures" / "cut-curve.png") in done.stdout.split()
     assert {path.suffix for path in (tmp_path / "figures").iterdir()} == {".png", ".md"}
 
 
-def test_without_a_chromium_it_says_what_to_install(tmp_path, monkeypatch, capsys):
+def test_without_a_chromium_it_says_what_to_install(tmp_path, monkeypatch):
     pytest.importorskip("playwright", reason="the message is about playwright's own browser")
     monkeypatch.setattr(pictures, "COMMANDS", ("no-such-browser",))
     monkeypatch.setenv("PLAYWRIGHT_BROWSERS_PATH", str(tmp_path / "none"))
@@ -58,13 +59,15 @@ def test_without_a_chromium_it_says_what_to_install(tmp_path, monkeypatch, capsy
     ):
         pictures.write_pictures(tmp_path / "page.html", tmp_path)
     synthetic.observation().save(tmp_path / "observation")
-    assert _run(["export", str(tmp_path / "observation"), "--png", str(tmp_path / "figures")], debug=False) == 3
-    assert "apt-get install chromium" in capsys.readouterr().err and not (tmp_path / "figures").exists()
+    done = command("export", tmp_path / "observation", "--png", tmp_path / "figures")
+    assert done.code == 3
+    assert "apt-get install chromium" in done.stderr and not (tmp_path / "figures").exists()
 
 
-def test_export_without_a_place_is_a_usage_error(tmp_path, capsys):
-    assert _run(["export", str(tmp_path)], debug=False) == 2
-    assert "Give DIR for the tables, --png DIR for the charts, or both." in capsys.readouterr().err
+def test_export_without_a_place_is_a_usage_error(tmp_path):
+    done = command("export", tmp_path)
+    assert done.code == 2
+    assert "Give DIR for the tables, --png DIR for the charts, or both." in done.stderr
 
 
 def test_the_readme_shows_pictures_that_are_there_and_small():

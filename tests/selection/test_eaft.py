@@ -13,7 +13,7 @@ import torch
 from reapkit.core.errors import UnusableError
 from reapkit.selection.eaft import REGIONS, measure_regions, quantile, summarise
 from reapkit.selection.saliency import saliency, source_alphas
-from tests.support.observations import observe_routing, random_routing, repeated
+from tests.support.observations import observe_routing, random_routing, repeated, variants
 from tests.support.specs import saliency_spec
 
 STRICT = {"good": {"p_high": 0.6, "h_mid": 0.4, "other_weight": 0.1}}
@@ -74,25 +74,6 @@ def two_passes(
                 counts[e] += 1
         rows.append([s / n if n else -math.inf for s, n in zip(sums, counts, strict=True)])
     return np.array(rows), regions
-
-
-def variants(seed: int):
-    """Random positions, and the same with ties, a constant p, a constant H and one-token sources."""
-    routing = random_routing(seed, dead=(seed % 8,))
-    ties = torch.randint(0, 5, (120,), generator=torch.Generator().manual_seed(seed)).float() / 4
-    lonely = torch.zeros(120, dtype=torch.int64)
-    lonely[17] = 1
-    routing.signal[17] = routing.scored[17] = True
-    for change in (
-        {},
-        {"p": ties},
-        {"p": ties, "h": ties.flip(0)},
-        {"p": torch.full((120,), 0.5)},
-        {"h": torch.zeros(120)},
-        {"source": lonely},
-    ):
-        fields = {name: getattr(routing, name) for name in vars(routing)} | change
-        yield type(routing)(**fields)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from numpy import ndarray
 from torch import Tensor
 
+from reapkit.observation.eaft_table import H_CELLS, H_EXACT, H_LEVELS, P_CELLS, P_EXACT, P_LEVELS, Table, cell_edges
 from reapkit.observation.observation import MAXIMA, SUMS, Observation, Trace
 
 
@@ -146,3 +149,68 @@ def trace_of_routing(routing: Routing, layers: tuple[int, ...]) -> Trace:
         return routing.expert[index, keep].to(torch.int16).numpy(), (routing.gate * routing.norm)[index, keep].numpy()
 
     return Trace(routing.source[keep].to(torch.int16), routing.p[keep], routing.h[keep], routed)
+
+
+def variants(seed: int) -> Iterator[Routing]:
+    """Random positions, and the same with ties, a constant p, a constant H and one-token sources."""
+    routing = random_routing(seed, dead=(seed % 8,))
+    ties = torch.randint(0, 5, (120,), generator=torch.Generator().manual_seed(seed)).float() / 4
+    lonely = torch.zeros(120, dtype=torch.int64)
+    lonely[17] = 1
+    routing.signal[17] = routing.scored[17] = True
+    for change in (
+        {},
+        {"p": ties},
+        {"p": ties, "h": ties.flip(0)},
+        {"p": torch.full((120,), 0.5)},
+        {"h": torch.zeros(120)},
+        {"source": lonely},
+    ):
+        fields = {name: getattr(routing, name) for name in vars(routing)} | change
+        yield type(routing)(**fields)
+
+
+def in_cells(observation: Observation) -> Observation:
+    """The same observation with its trace put into cells, position by position."""
+    trace, sources, experts = observation.eaft, len(observation.sources), observation.num_experts
+    p_edges = cell_edges(trace.p, trace.source, sources, P_EXACT, P_LEVELS)
+    h_edges = cell_edges(trace.h, trace.source, sources, H_EXACT, H_LEVELS)
+    assert p_edges.shape == (sources, P_CELLS - 1) and h_edges.shape == (sources, H_CELLS - 1)
+    positions = np.zeros((sources, P_CELLS, H_CELLS), np.int64)
+    count = np.zeros((len(observation.layers), sources, P_CELLS, H_CELLS, experts))
+    mass = np.zeros_like(count)
+    routed = [trace.routed(layer) for layer in observation.layers]
+    for t in range(len(trace)):
+        s = int(trace.source[t])
+        cell = (
+            s,
+            sum(float(e) < float(trace.p[t]) for e in p_edges[s]),
+            sum(float(e) < float(trace.h[t]) for e in h_edges[s]),
+        )
+        positions[cell] += 1
+        for layer, (expert, gate_norm) in enumerate(routed):
+            for e, gn in zip(expert[t].tolist(), gate_norm[t].tolist(), strict=True):
+                count[(layer, *cell, e)] += 1
+                mass[(layer, *cell, e)] += gn
+    return replace(observation, eaft=Table(p_edges, h_edges, positions, count, mass))
+
+
+def assert_equal(a: Observation, b: Observation) -> None:
+    assert (a.layers, a.num_experts, a.num_experts_per_tok, a.sources) == (
+        b.layers,
+        b.num_experts,
+        b.num_experts_per_tok,
+        b.sources,
+    )
+    for name in SUMS:
+        assert np.array_equal(a.statistics[name], b.statistics[name]), name
+    for name in MAXIMA:
+        assert np.array_equal(a.maxima[name], b.maxima[name]), name
+    for name in ("count", "gate_norm_sum"):
+        assert np.array_equal(a.snapshots[name], b.snapshots[name]), name
+    for x, y in ((a.coactivation, b.coactivation), (a.tokens, b.tokens), (a.scored_tokens, b.scored_tokens)):
+        assert np.array_equal(x, y)
+    for name in ("source", "p", "h"):
+        assert np.array_equal(getattr(a.eaft, name), getattr(b.eaft, name)), name
+    for layer in a.layers:
+        assert all(np.array_equal(x, y) for x, y in zip(a.eaft.routed(layer), b.eaft.routed(layer), strict=True))

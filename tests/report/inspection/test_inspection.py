@@ -21,7 +21,6 @@ from reapkit.calibration.prepare import prepare
 from reapkit.calibration.tokens import CalibrationTokens
 from reapkit.checkpoint.architecture import Architecture
 from reapkit.checkpoint.locate import MODEL_DIRECTORY
-from reapkit.cli.main import _run
 from reapkit.core.artifact_store import Store
 from reapkit.core.errors import RecipeError, UnusableError
 from reapkit.observation.observation import Observation
@@ -33,6 +32,7 @@ from reapkit.report.inspection.render import EXCERPT, excerpt, highlighted, line
 from reapkit.selection.decide import select
 from reapkit.selection.eaft import measure_regions, summarise
 from reapkit.selection.saliency import saliency, source_alphas
+from tests.support.command import command
 from tests.support.observations import observe_routing, random_routing
 from tests.support.paths import ROOT
 from tests.support.specs import prune, saliency_spec
@@ -609,7 +609,7 @@ class TestText:
 
 
 class TestCommands:
-    def test_json_is_the_facts(self, directory: Path, capsys: pytest.CaptureFixture) -> None:
+    def test_json_is_the_facts(self, directory: Path) -> None:
         for name in (
             "",
             "calibration",
@@ -620,27 +620,27 @@ class TestCommands:
             "pruned",
             "recipe.resolved.yaml",
         ):
-            assert _run(["inspect", str(directory / name), "--json"], debug=False) == 0
-            printed = json.loads(capsys.readouterr().out)
+            done = command("inspect", directory / name, "--json")
+            assert done.code == 0
+            printed = done.json()
             assert printed == json.loads(json.dumps(inspect(directory / name).to_json())) and printed["kind"]
 
-    def test_exit_codes(self, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-        assert _run(["inspect", str(tmp_path / "nothing")], debug=False) == 2
-        assert _run(["inspect", str(tmp_path)], debug=False) == 3
-        assert _run(["export", str(tmp_path), str(tmp_path / "out")], debug=False) == 3
-        assert "holds nothing" in capsys.readouterr().err
+    def test_exit_codes(self, tmp_path: Path) -> None:
+        assert command("inspect", tmp_path / "nothing").code == 2
+        assert command("inspect", tmp_path).code == 3
+        done = command("export", tmp_path, tmp_path / "out")
+        assert done.code == 3 and "holds nothing" in done.stderr
 
-    def test_export_knows_what_lies_around_the_observation(
-        self, run: Run, directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-    ) -> None:
+    def test_export_knows_what_lies_around_the_observation(self, run: Run, directory: Path, tmp_path: Path) -> None:
         places = {
             "run": directory,
             "observation": directory / "observation",
             "store": run.artifacts["observe"].directory,
         }
         for name, place in places.items():
-            assert _run(["export", str(place), str(tmp_path / name), "--json"], debug=False) == 0
-            files = json.loads(capsys.readouterr().out)["files"]
+            done = command("export", place, tmp_path / name, "--json")
+            assert done.code == 0
+            files = done.json()["files"]
             assert [Path(file).name for file in files] == ["saliency.parquet", "ranking_by_layer.json", "profile.md"]
             assert pq.read_table(files[0]).num_rows == 4 * 32 * 5
             profile = Path(files[2]).read_text()
@@ -653,7 +653,7 @@ class TestCommands:
         shutil.copy(directory / "recipe.resolved.yaml", tmp_path)
         recipe = str(tmp_path / "recipe.resolved.yaml")
         (tmp_path / "run.json").write_text(json.dumps(read(directory / "run.json") | {"recipe": recipe}))
-        assert _run(["export", str(tmp_path), str(tmp_path / "out")], debug=False) == 0
+        assert command("export", tmp_path, tmp_path / "out").code == 0
         assert f"reapkit observe {recipe}" in (tmp_path / "out" / "profile.md").read_text()
 
     @pytest.mark.parametrize(
