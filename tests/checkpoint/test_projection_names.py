@@ -27,7 +27,8 @@ from reapkit.checkpoint.projection_names import (
 )
 from reapkit.core.errors import UnusableError
 from reapkit.model.routed_experts import find_experts
-from reapkit.planning.plan import Plan, make_plan
+from reapkit.pipeline.planned import make_plan
+from reapkit.planning.plan import Plan
 from reapkit.pruning.checkpoint import prune_checkpoint
 from reapkit.pruning.config_edits import expert_renamer
 from reapkit.quantization.sizes import quantized_bytes
