@@ -11,7 +11,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from reapkit.checkpoint.checkpoint import Checkpoint
-from reapkit.core.errors import ReapkitError, StageFailed
+from reapkit.core.errors import ReapkitError, StageFailed, UnusableError
 from reapkit.evaluation.metrics.table import METRICS
 from reapkit.evaluation.serving.serve_check import ask_vllm, vllm_python
 from reapkit.model.loading import load_model
@@ -30,6 +32,20 @@ DEFAULT = ThroughputSpec()
 NUMBERS = tuple(metric.name for metric in METRICS.values() if metric.kind == "throughput")
 
 
+@dataclass(frozen=True)
+class SpeedTest:
+    """How one engine, by its key in `quantization.engines`, measures a model directory: the numbers of `throughput_of`.
+
+    `run` raises a ReapkitError that says why where it cannot; `skips` and `note` are what transformers alone needs: the
+    models it is not asked for, with the reason, and a remark on how it reads a directory.
+    """
+
+    engine: str
+    run: Callable[[Path], dict[str, Any]]
+    skips: Mapping[str, str] = field(default_factory=dict)
+    note: Callable[[Path], str] = lambda path: ""
+
+
 def measure_throughput(
     directories: Mapping[str, Path],
     spec: ThroughputSpec,
@@ -37,49 +53,55 @@ def measure_throughput(
     device: str = "cpu",
     trust_remote_code: bool = False,
     skip: Mapping[str, str] | None = None,
+    tests: Sequence[SpeedTest] | None = None,
 ) -> list[dict[str, Any]]:
-    """A row per model and engine, transformers first, then vLLM where there is one; a speed that cannot be had never
+    """A row per engine and model, transformers first, then vLLM where there is one; a speed that cannot be had never
     stops a run.
 
     A row: `{model, engine, version, device, prompt_tokens, new_tokens, repeats, prefill_tokens_per_s,
     decode_tokens_per_s, peak_bytes, idle_bytes, not_measured: why | None, note}`; numbers are None where `not_measured`
-    says why. `skip`: models that transformers is not asked for, with the reason.
+    says why. `skip`: models that transformers is not asked for, with the reason. `tests` None: of the engines found
+    here.
     """
-    rows = []
-    for name, path in directories.items():
-        found = _attempt(
-            name,
-            "transformers",
-            lambda path=path: throughput_of(path, device, trust_remote_code, spec=spec),
-            (skip or {}).get(name),
-        )
-        rows.append(found | {"note": _note(path)})
+    tests = speed_tests(spec, device, trust_remote_code, skip or {}) if tests is None else tests
+    return [_attempt(test, name, path) for test in tests for name, path in directories.items()]
+
+
+def speed_tests(
+    spec: ThroughputSpec, device: str, trust_remote_code: bool, skip: Mapping[str, str]
+) -> tuple[SpeedTest, ...]:
+    """The engines found here: transformers, and vLLM where `vllm_python` names a Python or says what is wrong with
+    it."""
+    by_transformers = SpeedTest(
+        "transformers", lambda path: throughput_of(path, device, trust_remote_code, spec=spec), skip, _note
+    )
     try:
         python = vllm_python()
     except ReapkitError as error:
-        return rows + [_row(name, "vllm", str(error)) for name in directories]
-    for name, path in directories.items() if python else ():
-        rows.append(_attempt(name, "vllm", lambda path=path: _by_vllm(python, path, spec, trust_remote_code)))
-    return rows
+        return by_transformers, SpeedTest("vllm", partial(_refuse, str(error)))
+    if python is None:
+        return (by_transformers,)
+    return by_transformers, SpeedTest("vllm", lambda path: _by_vllm(python, path, spec, trust_remote_code))
 
 
-def _attempt(name: str, engine: str, run: Callable[[], dict[str, Any]], skipped: str | None = None) -> dict[str, Any]:
-    if skipped is not None:
-        return _row(name, engine, skipped)
-    try:
-        return _row(name, engine) | run()
-    except ReapkitError as error:
-        return _row(name, engine, str(error)[:500])
+def _refuse(why: str, path: Path) -> dict[str, Any]:
+    raise UnusableError(why)
 
 
-def _row(name: str, engine: str, not_measured: str | None = None) -> dict[str, Any]:
-    return {
+def _attempt(test: SpeedTest, name: str, path: Path) -> dict[str, Any]:
+    row = {
         "model": name,
-        "engine": engine,
+        "engine": test.engine,
         **dict.fromkeys((*NUMBERS, "idle_bytes")),
-        "not_measured": not_measured,
+        "not_measured": test.skips.get(name),
         "note": "",
     }
+    if row["not_measured"] is None:
+        try:
+            row |= test.run(path)
+        except ReapkitError as error:
+            row["not_measured"] = str(error)[:500]
+    return row | {"note": test.note(path)}
 
 
 def _note(path: Path) -> str:
@@ -132,17 +154,21 @@ def throughput_of(
 
 
 @torch.no_grad()
-def measure(model: nn.Module, spec: ThroughputSpec = DEFAULT, idle_bytes: int = 0) -> dict[str, Any]:
-    """The numbers of `throughput_of` for a loaded model, peak memory of this process included."""
+def measure(
+    model: nn.Module,
+    spec: ThroughputSpec = DEFAULT,
+    idle_bytes: int = 0,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Any]:
+    """The numbers of `throughput_of` for a loaded model, peak memory of this process included. `clock`: seconds."""
     import transformers
 
     device = model.get_input_embeddings().weight.device
     prompt = _prompt(model.get_input_embeddings().weight.shape[0], spec.prompt_tokens).to(device)
-    _timed(model, prompt, spec.new_tokens)
-    prefill, decode = (
-        statistics.median(seconds)
-        for seconds in zip(*(_timed(model, prompt, spec.new_tokens) for _ in range(REPEATS)), strict=True)
-    )
+    _timed(model, prompt, spec.new_tokens, clock)
+    repeats = [_timed(model, prompt, spec.new_tokens, clock) for _ in range(REPEATS)]
+    prefill, decode = map(statistics.median, zip(*repeats, strict=True))
     return {
         "engine": "transformers",
         "version": transformers.__version__,
@@ -157,16 +183,16 @@ def measure(model: nn.Module, spec: ThroughputSpec = DEFAULT, idle_bytes: int = 
     }
 
 
-def _timed(model: nn.Module, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
-    """Seconds of the prompt, and of `new_tokens` single tokens on its cache."""
-    device, started = prompt.device, time.perf_counter()
+def _timed(model: nn.Module, prompt: Tensor, new_tokens: int, clock: Callable[[], float]) -> tuple[float, float]:
+    """Seconds of the prompt `[1, tokens]` int64, and of `new_tokens` single tokens on its cache."""
+    device, started = prompt.device, clock()
     out = model(input_ids=prompt, use_cache=True)
     _wait(device)
-    prefilled = time.perf_counter()
+    prefilled = clock()
     for _ in range(new_tokens):
         out = model(input_ids=out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values, use_cache=True)
     _wait(device)
-    return prefilled - started, time.perf_counter() - prefilled
+    return prefilled - started, clock() - prefilled
 
 
 def _wait(device: torch.device) -> None:
@@ -175,7 +201,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _prompt(vocabulary: int, tokens: int) -> Tensor:
-    """Random ids `[1, tokens]`, the same every time."""
+    """Random ids `[1, tokens]` int64, the same every time."""
     return torch.randint(vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0))
 
 

@@ -129,8 +129,13 @@ def test_another_models_head_is_not_taken_for_the_bases(model, pack, base):
 @pytest.mark.parametrize("model_type", ["gemma4_text", "granitemoe", "gpt_oss", "phimoe", "nemotron_h", "qwen3_vl_moe"])
 def test_logits_of_kept_hidden_states_are_the_models_own(model_type):
     """Softcapping, scaled logits, biased heads, other decoder names, text inside a multimodal model."""
+    model, ids = tiny.build(model_type), torch.arange(3, 19)
     with torch.no_grad():
-        head.check_head(tiny.build(model_type), torch.arange(3, 19))
+        head.check_head(model, ids)
+        own = model(input_ids=ids[None], use_cache=False).logits[0].float()
+        made = head.logits(model, head.hidden_states(model, ids[None])[0])
+    assert made.dtype == torch.float32 and made.shape == (16, own.shape[-1])
+    assert torch.allclose(made, own, rtol=0, atol=1e-4 * max(1.0, own.abs().max().item()))
 
 
 def test_a_head_that_reads_more_than_hidden_states_is_refused(model, monkeypatch):
