@@ -21,7 +21,7 @@ class Progress:
     @contextmanager
     def task(self, title: str, total: float | None = None, unit: str = "") -> Iterator[Task]:
         """A bar of `total` units that lives for the block."""
-        yield _SILENT
+        yield SILENT_TASK
 
     def say(self, text: str) -> None:
         """A lasting line."""
@@ -38,5 +38,5 @@ class _SilentTask:
         pass
 
 
-_SILENT = _SilentTask()
+SILENT_TASK: Task = _SilentTask()
 SILENT = Progress()

@@ -4,7 +4,6 @@ pass."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,8 +33,9 @@ from reapkit.evaluation.outputs import (
     refuse_broken,
 )
 from reapkit.model.loading import final_hidden, head_logits
+from reapkit.model.streaming.layer_pass import LayerPass
 from reapkit.model.streaming.layers import LayeredModel
-from reapkit.model.streaming.lockstep import Forward, Lockstep, Spool
+from reapkit.model.streaming.lockstep import Forward
 
 PROBE_TOKENS = 16
 Place = tuple[str, int]
@@ -78,8 +78,10 @@ def evaluate_streaming(
     by_part = {part: packs_of_part(packs, part) for part in PARTS}
     places = {(part, length): pack for part, of_part in by_part.items() for length, pack in of_part.items()}
     tried = {each.name: each for each in (*candidates, *controls)}
-    spool = Spool(layered.device, hidden_bytes, offload_directory)
-    bases, found = _Pass(layered, places, tried, batch_tokens, eaft["top_k"], spool, offload_directory).run(progress)
+    layer_pass = LayerPass(layered, hidden_bytes, offload_directory)
+    bases, found = _Pass(layered, layer_pass, places, tried, batch_tokens, eaft["top_k"], offload_directory).run(
+        progress
+    )
     benches = [
         StreamedBench(
             by_part[part],
@@ -104,14 +106,13 @@ def yardstick_streaming(
 ) -> Yardstick:
     """As `Yardstick.of`, of a base that never is in memory as a whole."""
     final = final_packs(packs)
-    spool = Spool(layered.device, hidden_bytes, offload_directory)
     bases, _ = _Pass(
         layered,
+        LayerPass(layered, hidden_bytes, offload_directory),
         {("final", length): pack for length, pack in final.items()},
         {},
         batch_tokens,
         eaft["top_k"],
-        spool,
         offload_directory,
     ).run(progress)
     return Yardstick(final, {length: bases["final", length] for length in final}, eaft, batch_tokens)
@@ -164,15 +165,15 @@ class _Pass:
     def __init__(
         self,
         layered: LayeredModel,
+        layer_pass: LayerPass,
         places: Mapping[Place, Pack],
         candidates: Mapping[str, Candidate],
         batch_tokens: int,
         top_k: int,
-        spool: Spool,
         directory: Path | None,
     ):
-        self.layered, self.places, self.candidates = layered, places, candidates
-        self.top_k, self.spool, self.directory = top_k, spool, directory
+        self.layered, self.layer_pass, self.places, self.candidates = layered, layer_pass, places, candidates
+        self.top_k, self.directory = top_k, directory
         self.variants: dict[str | None, list[_Item]] = {
             name: list(self._items(name, batch_tokens)) for name in (None, *candidates)
         }
@@ -190,29 +191,21 @@ class _Pass:
         bases: dict[Place, BaseOutputs] = {}
         found: dict[tuple[str, Place], Positions] = {}
         with (
-            Lockstep(layered.layers) as lockstep,
-            ThreadPoolExecutor(1, thread_name_prefix="layer-reader") as reader,
+            self.layer_pass as layer_pass,
             progress.task("evaluate", total=last + 1, unit="layers") as task,
             fast_linear(layered.model),
         ):
-            probe = _Probe(lockstep, layered.model, self._probe_ids())
+            probe = _Probe(layer_pass, layered.model, self._probe_ids())
             for item in (item for items in self.variants.values() for item in items):
-                item.forward = lockstep.forward(lambda item=item: self._finish(item))
-                self._advance(item)
-            coming = reader.submit(layered.load, 0)
-            for layer in range(last + 1):
-                coming.result()
-                if layer < last:
-                    coming = reader.submit(layered.load, layer + 1)
+                item.forward = layer_pass.begin(lambda item=item: self._finish(item))
+            for layer in layer_pass.through(range(last + 1), task):
                 probe.advance()
                 for name, items in self.variants.items():
                     with self._as_candidate(name, layer):
                         for item in items:
-                            self._advance(item)
+                            layer_pass.advance(item.forward)
                     if layer == last:
                         self._collect(name, items, bases, found)
-                layered.drop(layer)
-                task.advance(1)
         return bases, found
 
     def _probe_ids(self) -> Tensor:
@@ -224,13 +217,6 @@ class _Pass:
         if name is None:
             return nullcontext()
         return self.candidates[name].on(self.layered.model, (layer,))
-
-    def _advance(self, item: _Item) -> None:
-        if item.forward.hidden is not None:
-            self.spool.unpark(item.forward)
-        item.forward.advance()
-        if not item.forward.finished:
-            self.spool.park(item.forward, f"{id(item):x}")
 
     def _finish(self, item: _Item) -> None:
         """A batch's own forward: pauses before every layer, then leaves the hidden states of its measured positions."""
@@ -274,19 +260,20 @@ class _Probe:
     """A few tokens whose logits the model makes itself, beside those made of their hidden states: proof that they
     suffice."""
 
-    def __init__(self, lockstep: Lockstep, model: nn.Module, input_ids: Tensor):
-        self.model, self.made = model, {}
-        self.forwards = [
-            lockstep.forward(
-                lambda: self.made.update(logits=model(input_ids=input_ids, use_cache=False).logits[0].float())
-            ),
-            lockstep.forward(lambda: self.made.update(hidden=final_hidden(model, input_ids)[0])),
-        ]
-        self.advance()
+    def __init__(self, layer_pass: LayerPass, model: nn.Module, input_ids: Tensor):
+        self.layer_pass, self.model, self.made = layer_pass, model, {}
+
+        def logits() -> None:
+            self.made["logits"] = model(input_ids=input_ids, use_cache=False).logits[0].float()
+
+        def hidden() -> None:
+            self.made["hidden"] = final_hidden(model, input_ids)[0]
+
+        self.forwards = [layer_pass.begin(run, park=False) for run in (logits, hidden)]
 
     def advance(self) -> None:
         """Through the next layer; after the last one raises UnusableError where the two disagree."""
         for forward in self.forwards:
-            forward.advance()
+            self.layer_pass.advance(forward, park=False)
         if len(self.made) == 2:
             require_same_logits(self.model, self.made["logits"], head_logits(self.model, self.made["hidden"]))

@@ -5,7 +5,6 @@ fitted to what the original's residual stream says, and the pruned model goes on
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,8 +23,9 @@ from reapkit.healing.ridge import ExpertFeatures, Refit, refit
 from reapkit.model.loading import final_hidden
 from reapkit.model.masking import masked
 from reapkit.model.routed_experts import Experts, RoutedExperts, find_experts, intercepted
+from reapkit.model.streaming.layer_pass import LayerPass
 from reapkit.model.streaming.layers import LayeredModel
-from reapkit.model.streaming.lockstep import Forward, Lockstep, Spool
+from reapkit.model.streaming.lockstep import Forward
 from reapkit.pruning.refitted_weights import LayerNames, RepairedWeights
 from reapkit.selection.selection import Selection
 
@@ -66,9 +66,8 @@ def repair(
         )
     width = layered.model.config.get_text_config().hidden_size
     rows = _rows(tokens, max_tokens or min(TOKENS, ERROR_ENTRIES // width))
-    return _Pass(
-        layered, tokens, rows, selections, batch_tokens, Spool(layered.device, hidden_bytes, offload_directory)
-    ).run(out, progress)
+    layer_pass = LayerPass(layered, hidden_bytes, offload_directory)
+    return _Pass(layered, layer_pass, tokens, rows, selections, batch_tokens).run(out, progress)
 
 
 def _rows(tokens: CalibrationTokens, max_tokens: int) -> list[int]:
@@ -100,7 +99,6 @@ class _Item:
     layer."""
 
     name: str | None
-    number: int
     batch: Batch
     forward: Forward | None = None
     output: Tensor | None = None
@@ -122,47 +120,39 @@ class _Pass:
     """Every batch through the original and every pruned model, layer by layer."""
 
     layered: LayeredModel
+    layer_pass: LayerPass
     tokens: CalibrationTokens
     rows: Sequence[int]
     selections: Mapping[str, Selection]
     batch_tokens: int
-    spool: Spool
     seen: _Layer = field(default_factory=_Layer)
 
     def __post_init__(self) -> None:
         self.judging = _judging_rows(self.tokens, self.rows)
 
     def run(self, out: Path, progress: Progress) -> dict[str, RepairedWeights]:
-        layered, last = self.layered, len(self.layered.layers) - 1
+        layered, count = self.layered, len(self.layered.layers)
         layered.load_rest()
         sites = {site.layer: site for site in find_experts(layered.model)}
         items = {
-            name: [
-                _Item(name, number, batch)
-                for number, batch in enumerate(batches(self.tokens, self.rows, self.batch_tokens))
-            ]
+            name: [_Item(name, batch) for batch in batches(self.tokens, self.rows, self.batch_tokens)]
             for name in (None, *self.selections)
         }
         found: dict[str, dict[int, LayerNames]] = {name: {} for name in self.selections}
         facts: dict[str, dict[str, Any]] = {name: {} for name in self.selections}
         with (
-            Lockstep(layered.layers) as lockstep,
+            self.layer_pass as layer_pass,
             self._watched(),
-            ThreadPoolExecutor(1, thread_name_prefix="layer-reader") as reader,
             intercepted(tuple(sites.values()), self._on_experts),
-            progress.task("repair", total=last + 1, unit="layers") as task,
+            progress.task("repair", total=count, unit="layers") as task,
         ):
             for item in (item for each in items.values() for item in each):
-                item.forward = lockstep.forward(lambda item=item: self._forward(item.batch))
-                self._advance(item)
-            coming = reader.submit(layered.load, 0)
-            for layer in range(last + 1):
-                coming.result()
-                if layer < last:
-                    coming = reader.submit(layered.load, layer + 1)
+                item.forward = layer_pass.begin(lambda item=item: self._forward(item.batch))
+            for layer in layer_pass.through(range(count), task):
                 for item in items[None]:
-                    self._advance(item)
+                    layer_pass.advance(item.forward, park=False)
                     item.output = self._output(item)
+                    layer_pass.park(item.forward)
                 for name, selection in self.selections.items():
                     fitted = self._pruned(layer, sites.get(layer), selection, items[name], items[None])
                     if fitted is not None:
@@ -178,8 +168,6 @@ class _Pass:
                 for item in (item for each in items.values() for item in each):
                     item.output = item.call = None
                 self.seen = _Layer()
-                layered.drop(layer)
-                task.advance(1)
         return {name: self._finished(out / name, found[name], facts[name]) for name in self.selections}
 
     def _finished(self, directory: Path, layers: Mapping[int, LayerNames], facts: Mapping[str, Any]) -> RepairedWeights:
@@ -195,16 +183,6 @@ class _Pass:
             batch.input_ids.to(device),
             None if batch.position_ids is None else batch.position_ids.to(device),
         )
-
-    def _advance(self, item: _Item) -> None:
-        if item.forward.hidden is not None:
-            self.spool.unpark(item.forward)
-        item.forward.advance()
-        if not item.forward.finished and item.name is None:
-            self._park(item)
-
-    def _park(self, item: _Item) -> None:
-        self.spool.park(item.forward, f"{item.name or 'base'}-{item.number}")
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
@@ -261,12 +239,11 @@ class _Pass:
         scale = 1.0
         with masked(self.layered.model, keep, selection.experts_per_token):
             for item in items:
-                self._advance(item)
+                self.layer_pass.advance(item.forward, park=False)
                 if fits:
                     item.output, item.call = self._output(item), self._call_of(item)
                     scale = self._added_share(layer) if item is items[0] else scale
-                if not item.forward.finished:
-                    self._park(item)
+                self.layer_pass.park(item.forward)
         if not fits:
             return None
         fitted = refit(*self._problem(site, selection.keep[layer], items, base, scale))
@@ -349,12 +326,10 @@ class _Pass:
                 seen = _features(site, expert, *item.call)
                 if len(seen.rows):
                     change.index_add_(0, seen.rows, seen.features() @ correction.T)
-            self.spool.unpark(item.forward)
-            hidden = item.forward.hidden
-            flat = hidden.view(-1, hidden.shape[-1])
-            valid = self._valid(item)
-            flat[valid] = (flat[valid].float() + scale * change).to(hidden.dtype)
-            self._park(item)
+            with self.layer_pass.at_hand(item.forward) as hidden:
+                flat = hidden.view(-1, hidden.shape[-1])
+                valid = self._valid(item)
+                flat[valid] = (flat[valid].float() + scale * change).to(hidden.dtype)
 
     # ------------------------------------------------------------------------------------------ what is written
 

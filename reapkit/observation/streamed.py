@@ -7,7 +7,6 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,13 @@ from torch import Tensor
 
 from reapkit.calibration.tokens import CalibrationTokens, batches
 from reapkit.core.atomic_files import write_text
-from reapkit.core.progress import SILENT, Progress
+from reapkit.core.progress import SILENT, Progress, Task
 from reapkit.core.ranks import ALONE, Alone
 from reapkit.model.loading import final_hidden
 from reapkit.model.routed_experts import Experts, Pairs, RoutedExperts, intercepted
+from reapkit.model.streaming.layer_pass import LayerPass, in_turn
 from reapkit.model.streaming.layers import LayeredModel
-from reapkit.model.streaming.lockstep import Forward, Lockstep, Spool
+from reapkit.model.streaming.lockstep import Forward
 from reapkit.observation.accumulate import LayerSums, Positions, refuse_unusable
 from reapkit.observation.mtp_blocks import MtpBlocks
 from reapkit.observation.observation import Observation
@@ -90,18 +90,16 @@ def observe_streaming(
     )
     waves = _my_waves(session, layered, batch_tokens, None if offload_directory else hidden_bytes, ranks)
     layered.load_rest()
-    pass_ = _Pass(
-        layered, session, batch_tokens, hidden_bytes, offload_directory, checkpoint_minutes, alone=ranks.world == 1
-    )
+    layer_pass = LayerPass(layered, hidden_bytes, offload_directory)
+    pass_ = _Pass(layered, layer_pass, session, batch_tokens, checkpoint_minutes, alone=ranks.world == 1)
     with (
-        Lockstep(layered.layers) as lockstep,
+        layer_pass,
         session.sampling(),
-        ThreadPoolExecutor(1, thread_name_prefix="layer-reader") as reader,
         intercepted(session.sites, pass_.on_experts),
         progress.task("observe", total=len(waves) * len(layered.layers), unit="layers") as task,
     ):
         for wave in waves:
-            pass_.run(wave, lockstep, reader, lambda layer: task.note(f"layer {layer}"), task.advance)
+            pass_.run(wave, task)
             if session.table is not None and ranks.rank == 0 and _cut(waves):
                 session.table.set_edges_of(wave.groups)
                 session.table.add_in_order(finished(session.directory).__contains__)
@@ -144,12 +142,12 @@ def _cut(waves: Sequence[Wave]) -> bool:
 def _finish_sample(session: Session, layered: LayeredModel, ranks: Alone) -> None:
     """Paths of the layers that no wave could find alone: its other groups were still to come, or with another rank."""
     unfinished = {site.layer for site in session.sample.unfinished()}
-    for site in session.sample.sites[ranks.rank :: ranks.world]:
-        if site.layer in unfinished:
-            layered.load(site.layer)
-        session.sample.finish(site)
-        if site.layer in unfinished:
-            layered.drop(site.layer)
+    mine = {site.layer: site for site in session.sample.sites[ranks.rank :: ranks.world]}
+    for layer in mine:
+        if layer not in unfinished:
+            session.sample.finish(mine[layer])
+    for layer in in_turn(layered, [layer for layer in mine if layer in unfinished]):
+        session.sample.finish(mine[layer])
 
 
 @dataclass(eq=False)
@@ -172,20 +170,16 @@ class _Pass:
     def __init__(
         self,
         layered: LayeredModel,
+        layer_pass: LayerPass,
         session: Session,
         batch_tokens: int,
-        hidden_bytes: int | None,
-        offload_directory: Path | None,
         checkpoint_minutes: float,
         *,
         alone: bool,
     ):
         self.root, self.alone = session.directory, alone
-        self.layered, self.session, self.batch_tokens = layered, session, batch_tokens
-        self.spool, self.checkpoint_seconds = (
-            Spool(layered.device, hidden_bytes, offload_directory),
-            60 * checkpoint_minutes,
-        )
+        self.layered, self.layer_pass, self.session = layered, layer_pass, session
+        self.batch_tokens, self.checkpoint_seconds = batch_tokens, 60 * checkpoint_minutes
         self.current: BatchWatch | None = None
         self.sums: dict[int, LayerSums] = {}
         self.num_experts = max(site.num_experts for site in session.sites)
@@ -193,62 +187,35 @@ class _Pass:
     def on_experts(self, site: RoutedExperts, hidden: Tensor, index: Tensor, gates: Tensor, inner: Experts) -> Tensor:
         return self.current(site, hidden, index, gates, inner)
 
-    def run(
-        self,
-        wave: Wave,
-        lockstep: Lockstep,
-        reader: ThreadPoolExecutor,
-        note: Callable[[int], None],
-        advance: Callable[[float], None],
-    ) -> None:
+    def run(self, wave: Wave, task: Task) -> None:
         waiting = list(self._batches(wave.groups))
         saved = json.loads((self.root / wave.taken_from / "facts.json").read_text()) if wave.taken_from else None
-        lockstep.start_at(wave.start, saved["returns_tuple"] if saved else ())
-        for item in waiting:
-            item.forward = lockstep.forward(self._forward(item))
-            self.current = item.watch
-            item.forward.advance()
-            if not saved:
-                self._park(item)
+        with self.layer_pass.starting_at(wave.start, saved["returns_tuple"] if saved else ()):
+            for item in waiting:
+                self.current = item.watch
+                item.forward = self.layer_pass.begin(self._forward(item), park=saved is None)
         if saved and not self._restore(wave, saved["checksums"], waiting):
-            lockstep.forget([item.forward for item in waiting])
-            return self.run(Wave(wave.groups), lockstep, reader, note, advance)
-        advance(wave.start)
+            self.layer_pass.forget([item.forward for item in waiting])
+            return self.run(Wave(wave.groups), task)
+        task.advance(wave.start)
         directory = wave.directory(self.root)
-        self._through_layers(directory, wave.start, waiting, lockstep, reader, note, advance)
-        lockstep.forget([item.forward for item in waiting])
-        lockstep.start_at(0, ())
+        self._through_layers(directory, wave.start, waiting, task)
+        self.layer_pass.forget([item.forward for item in waiting])
         write_text(directory / "done", "")
         for inputs in directory.glob("inputs-*"):
             shutil.rmtree(inputs)
 
-    def _through_layers(
-        self,
-        directory: Path,
-        start: int,
-        waiting: list[_Waiting],
-        lockstep: Lockstep,
-        reader: ThreadPoolExecutor,
-        note: Callable[[int], None],
-        advance: Callable[[float], None],
-    ) -> None:
+    def _through_layers(self, directory: Path, start: int, waiting: list[_Waiting], task: Task) -> None:
         count, last_checkpoint = len(self.layered.layers), time.monotonic()
-        coming: Future = reader.submit(self.layered.load, start)
-        for layer in range(start, count):
-            note(layer)
-            coming.result()
-            if layer + 1 < count:
-                coming = reader.submit(self.layered.load, layer + 1)
+        for layer in self.layer_pass.through(range(start, count), task):
             self._one_layer(directory, layer, waiting)
-            self.layered.drop(layer)
             if (
                 layer + 1 < count
-                and lockstep.simple_outputs
+                and self.layer_pass.outputs_are_hidden_states
                 and time.monotonic() - last_checkpoint >= self.checkpoint_seconds
             ):
-                self._save_inputs(directory, layer + 1, waiting, lockstep)
+                self._save_inputs(directory, layer + 1, waiting)
                 last_checkpoint = time.monotonic()
-            advance(1)
 
     def _one_layer(self, directory: Path, layer: int, waiting: list[_Waiting]) -> None:
         """Every batch through one layer, and behind the last one through what follows it; their sums are kept once all
@@ -262,13 +229,10 @@ class _Pass:
             }
             for item in (item for item in waiting if item.group == group):
                 self.current = item.watch
-                self.spool.unpark(item.forward)
-                item.forward.advance()
+                self.layer_pass.advance(item.forward)
                 if self.session.trace is not None:
                     for site in sites:
                         item.watch.write_routed(site.layer)
-                if not item.forward.finished:
-                    self._park(item)
             self.session.keep_sample(group, [layer])
             for site in sites:
                 tensors = self.sums[site.layer].tensors()
@@ -321,21 +285,17 @@ class _Pass:
 
         return run
 
-    def _park(self, item: _Waiting) -> None:
-        self.spool.park(item.forward, item.name)
-
     # -------------------------------------------------------------------------------------- surviving a kill
 
-    def _save_inputs(self, wave: Path, layer: int, waiting: list[_Waiting], lockstep: Lockstep) -> None:
+    def _save_inputs(self, wave: Path, layer: int, waiting: list[_Waiting]) -> None:
         """What every batch will hand to `layer`, complete once its `facts.json` is there."""
         directory, checksums = wave / f"inputs-{layer:04d}", {}
         directory.mkdir(exist_ok=True)
         for item in waiting:
-            self.spool.unpark(item.forward)
-            save_file({"hidden": item.forward.hidden.contiguous()}, directory / f"{item.name}.safetensors")
-            checksums[item.name] = item.forward.others()
-            self._park(item)
-        facts = {"returns_tuple": lockstep.output_kinds(layer), "checksums": checksums}
+            with self.layer_pass.at_hand(item.forward) as hidden:
+                save_file({"hidden": hidden.contiguous()}, directory / f"{item.name}.safetensors")
+                checksums[item.name] = item.forward.others()
+        facts = {"returns_tuple": self.layer_pass.output_kinds(layer), "checksums": checksums}
         write_text(directory / "facts.json", json.dumps(facts))
         for older in wave.glob("inputs-*"):
             if older != directory:
@@ -347,7 +307,6 @@ class _Pass:
             if item.forward.others() != checksums[item.name]:
                 return False
             file = self.root / wave.taken_from / f"{item.name}.safetensors"
-            item.forward.hidden = load_file(file, device=str(self.layered.device))["hidden"]
-            item.forward.replace_hidden(item.forward.hidden)
-            self._park(item)
+            item.forward.replace_hidden(load_file(file, device=str(self.layered.device))["hidden"])
+            self.layer_pass.park(item.forward)
         return True

@@ -72,6 +72,7 @@ def _on_disk(path: Path, offload: Path, trust_remote_code: bool) -> tuple[nn.Mod
             for module in layer.modules():
                 remove_module_offload(module)  # llm-compressor gives every expert an offload of its own, to where it is
                 offload_module(module, "cpu", "disk", offload_dir=str(offload))
+        layered.give_back(index)
         _give_back()
     return layered.model, names
 

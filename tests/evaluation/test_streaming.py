@@ -43,8 +43,8 @@ def test_the_numbers_are_the_resident_ones(model_type, tmp_path, monkeypatch):
     control = [candidate(model, "control", 8, seed=1)]
     resident = evaluate(model, packs, given, GATES, controls=control, batch_tokens=64)
     layered, read = LayeredModel(tmp_path / "model", dtype="float32"), []
-    load = layered.load
-    monkeypatch.setattr(layered, "load", lambda layer: read.append(layer) or load(layer))
+    load = layered.load_ahead
+    monkeypatch.setattr(layered, "load_ahead", lambda layer: read.append(layer) or load(layer))
     streamed = evaluate_streaming(
         layered,
         packs,

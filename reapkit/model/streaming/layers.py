@@ -28,7 +28,8 @@ from reapkit.checkpoint.shard_reader import ShardReader
 from reapkit.core.errors import UnusableError
 from reapkit.model.loading import dequantized, load_config, model_class, widened
 from reapkit.model.routed_experts import find_experts
-from reapkit.model.streaming.layer_memory import Arena, Arenas
+from reapkit.model.streaming.device_copies import Accelerator, StagedCopies, accelerator
+from reapkit.model.streaming.layer_memory import Arena, Arenas, Event, host_memory
 from reapkit.model.streaming.tensor_loading import Filling, Fillings, Stored, place_all
 
 
@@ -38,8 +39,9 @@ class LayeredModel:
     `model`: the whole skeleton. `layers`: its decoder layers. After `load_rest()` everything but the layers is on
     `device`. Names and formats are converted as transformers' own mapping says, FP8 and MXFP4 weights are dequantized.
     Two layers that are in memory at once take two blocks of the largest one's size, filled again and again; beside them
-    only buffers of a few MB. (Weights that must be permuted or interleaved go through transformers' conversion, which
-    holds up to two more copies of theirs meanwhile.) `reading`, where set, is told the shards that are read next.
+    only buffers of a few MB, and for an accelerator two pinned ones of the largest layer's size on the host. (Weights
+    that must be permuted or interleaved go through transformers' conversion, which holds up to two more copies of
+    theirs meanwhile.) `reading`, where set, is told the shards that are read next.
     """
 
     def __init__(
@@ -91,7 +93,14 @@ class LayeredModel:
             mapped=self.device.type == "cpu",
         )
         largest = max(sum(filling.nbytes for filling in self._fillings(layer)) for layer in range(len(self.layers)))
-        self._arenas, self._staging = Arenas(largest, self.device), None
+        self._accelerator = accelerator(self.device)
+        if self._accelerator is None:
+            self._arenas = Arenas(largest, host_memory)
+        else:
+            self._arenas = Arenas(largest, self._accelerator.memory, self._accelerator.mark)
+            self._staged = StagedCopies(self._accelerator, largest)
+        self._in_use: dict[int, Arena] = {}
+        self._copied: dict[int, Event | None] = {}
         self._facts: dict[str, tuple[int, int]] = {}
         self.reading: Callable[[list[str]], None] | None = None
         _rebuild_buffers(self.model, self.device)
@@ -105,19 +114,35 @@ class LayeredModel:
         )
 
     def load(self, layer: int) -> None:
-        """Reads decoder layer `layer`; may run in another thread than the forward. Raises UnusableError where a tensor
-        is missing.
+        """Reads decoder layer `layer`. Raises UnusableError where a tensor is missing."""
+        self.load_ahead(layer)
+        self.use(layer)
+
+    def load_ahead(self, layer: int) -> None:
+        """`load` for another thread than the forward's, which must call `use` before it computes with the layer.
+
+        Raises UnusableError where a tensor is missing, ValueError for a layer that is in memory.
         """
+        if layer in self._in_use:
+            raise ValueError(f"layer {layer} is in memory: drop it before it is read again")
         self._read(layer)
-        widened(self.layers[layer], self.dtype)
+        if self._accelerator is None:
+            widened(self.layers[layer], self.dtype)
         self._refuse_missing((f"{self.prefix}.{layer}.{name}", p) for name, p in self.layers[layer].named_parameters())
 
+    def use(self, layer: int) -> None:
+        """What this thread gives an accelerator from now on waits for the layer's copy; nothing to do on a CPU."""
+        if self._accelerator is not None:
+            self._await_copy(self._accelerator, layer)
+            widened(self.layers[layer], self.dtype)
+
+    def _await_copy(self, accelerator: Accelerator, layer: int) -> None:
+        copied = self._copied.pop(layer, None)
+        if copied is not None:
+            accelerator.wait(copied)
+
     def drop(self, layer: int) -> None:
-        """Frees what `load` read: its memory is the next layer's once no tensor refers to it."""
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(
-                self.device
-            ).synchronize()  # else the next layer would need memory of its own meanwhile
+        """Ends the use of what `load` read: its memory is the next layer's, so nothing of it may be read afterwards."""
         for module in self.layers[layer].modules():
             for name, tensor in list(module._parameters.items()):
                 if tensor is not None:
@@ -125,6 +150,19 @@ class LayeredModel:
             for name, tensor in list(module._buffers.items()):
                 if tensor is not None and name not in module._non_persistent_buffers_set:
                     module._buffers[name] = tensor.to("meta")
+        self.give_back(layer)
+
+    def give_back(self, layer: int) -> None:
+        """The part of `drop` for who has put other tensors in the place of all that `load` read."""
+        if self._accelerator is not None:  # a copy that nobody waited for must not be overtaken by the block's next one
+            self._await_copy(self._accelerator, layer)
+        if layer in self._in_use:
+            self._arenas.give_back(self._in_use.pop(layer))
+
+    def drop_all(self) -> None:
+        """Drops the layers that are in memory, however far their reading came."""
+        for layer in list(self._in_use):
+            self.drop(layer)
 
     def as_source(self) -> nn.Module:
         """`model`, told what transformers tells a model that it loads: where it came from, and how its tensors were
@@ -193,26 +231,27 @@ class LayeredModel:
         return self._plans.of(self._keys.get(layer, []))
 
     def _placed(self, layer: int | None, fillings: list[Filling], reader: ShardReader) -> dict[str, Tensor]:
-        """On the device; an accelerator's arena is filled from pinned memory by a stream of its own, beside the
-        forward's."""
-        arenas = self._arenas if layer is not None else Arenas(sum(filling.nbytes for filling in fillings), self.device)
-        if self.device.type == "cpu":
-            return place_all(fillings, arenas.take(), reader)
+        """The tensors by target, on the device; an accelerator's may still be on their way."""
         nbytes = sum(filling.nbytes for filling in fillings)
-        if self._staging is None or len(self._staging) < nbytes:
-            self._staging = torch.empty(
-                max(nbytes, arenas.nbytes), dtype=torch.uint8, pin_memory=self.device.type == "cuda"
-            )
-        place_all(fillings, Arena(self._staging), reader)
-        with _own_stream(self.device) as stream:
-            arena = arenas.take()
-            arena.block[:nbytes].copy_(self._staging[:nbytes], non_blocking=True)
-        if stream is not None:
-            arena.block.record_stream(torch.cuda.default_stream(self.device))
-            stream.synchronize()  # the staging memory is free for the next layer; who waits for this one may compute
         if layer is None:
-            self._staging = None
-        return {filling.target: arena.tensor(filling.shape, filling.dtype, filling.phase) for filling in fillings}
+            return self._placed_for_good(fillings, nbytes, reader)
+        if self._accelerator is None:
+            self._in_use[layer] = self._arenas.take()
+            return place_all(fillings, self._in_use[layer], reader)
+        place_all(fillings, Arena(self._staged.buffer()), reader)
+        self._in_use[layer] = arena = self._arenas.take()
+        self._copied[layer] = self._staged.send(nbytes, arena)
+        return _cut(arena, fillings)
+
+    def _placed_for_good(self, fillings: list[Filling], nbytes: int, reader: ShardReader) -> dict[str, Tensor]:
+        """In memory of their own."""
+        on_host = host_memory(max(1, nbytes))()
+        placed = place_all(fillings, Arena(on_host), reader)
+        if self._accelerator is None:
+            return placed
+        block = self._accelerator.memory(nbytes)()
+        block.copy_(on_host[:nbytes])
+        return _cut(Arena(block), fillings)
 
     def _dtype_of(self, target: str) -> torch.dtype:
         """As transformers loads it: the skeleton's, except what the class keeps in another."""
@@ -262,15 +301,9 @@ def _put(model: nn.Module, target: str, tensor: Tensor) -> None:
         owner._parameters[name] = nn.Parameter(tensor, requires_grad=False)
 
 
-@contextmanager
-def _own_stream(device: torch.device):
-    """Work inside goes beside what the default stream does; None where the device has no streams that we know."""
-    if device.type != "cuda":
-        yield None
-        return
-    stream = torch.cuda.Stream(device)
-    with torch.cuda.stream(stream):
-        yield stream
+def _cut(arena: Arena, fillings: Iterable[Filling]) -> dict[str, Tensor]:
+    """The tensors by target, where `place_all` would put them."""
+    return {filling.target: arena.tensor(filling.shape, filling.dtype, filling.phase) for filling in fillings}
 
 
 def _resolve(dtype: str | torch.dtype, config: transformers.PretrainedConfig) -> torch.dtype:

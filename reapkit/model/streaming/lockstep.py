@@ -43,7 +43,7 @@ class Forward:
 
     def replace_hidden(self, hidden: Tensor) -> None:
         """The next layer reads `hidden` instead."""
-        self._replacement = hidden
+        self.hidden = self._replacement = hidden
 
     def taken_replacement(self) -> Tensor | None:
         replacement, self._replacement = self._replacement, None
@@ -66,10 +66,6 @@ class Forward:
             raw.to("cpu", copy=True).numpy().tofile(file)  # a copy: numpy would pin the storage's size
             self._parked = file
         storage.resize_(0)
-
-    @property
-    def on_disk(self) -> bool:
-        return isinstance(self._parked, Path)
 
     def unpark(self) -> None:
         if self._parked is None:
@@ -162,24 +158,28 @@ class Spool:
 
     def __init__(self, device: torch.device, host_bytes: int | None, directory: Path | None):
         self._device, self._host_bytes, self._directory = device, host_bytes, directory
-        self._held = 0
+        self._on_host: dict[Forward, int] = {}
+        self.held = 0
+        """Bytes on the host."""
 
-    def park(self, forward: Forward, name: str) -> None:
-        if (
-            self._directory is not None
-            and self._host_bytes is not None
-            and self._held + forward.nbytes > self._host_bytes
-        ):
+    def park(self, forward: Forward) -> None:
+        nbytes = forward.nbytes
+        if self._directory is not None and self._host_bytes is not None and self.held + nbytes > self._host_bytes:
             self._directory.mkdir(parents=True, exist_ok=True)
-            return forward.park(self._directory / f"hidden-{os.getpid()}-{name}.bin")
-        self._held += forward.nbytes
+            return forward.park(self._directory / f"hidden-{os.getpid()}-{id(forward):x}.bin")
+        self._on_host[forward] = nbytes
+        self.held += nbytes
         if self._device.type != "cpu":
             forward.park()
 
     def unpark(self, forward: Forward) -> None:
-        if not forward.on_disk:
-            self._held -= forward.nbytes
+        """Nothing to do for a forward that is not parked."""
+        self.forget(forward)
         forward.unpark()
+
+    def forget(self, forward: Forward) -> None:
+        """No longer counts it."""
+        self.held -= self._on_host.pop(forward, 0)
 
 
 def _pass_on(*args: Any, **kwargs: Any) -> Tensor:
