@@ -3,9 +3,22 @@ start, also where a shell started the tests in the background.
 """
 
 import signal
+from collections.abc import Iterator
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # every child would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def layer_blocks() -> Iterator[None]:
+    """Streamed layers are overwritten when they are dropped, and the test fails if one was still looked at or handed
+    out twice."""
+    from tests.support.layer_blocks import watched_blocks
+
+    with watched_blocks() as blocks:
+        yield
+    assert blocks.most_in_use <= 2 and blocks.left_behind == 0

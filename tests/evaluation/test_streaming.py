@@ -19,6 +19,8 @@ from reapkit.selection.selection import LayerSelection, Selection
 from tests.support import tiny
 from tests.support.held_out import held_out
 
+pytestmark = pytest.mark.usefixtures("layer_blocks")
+
 GATES = (Gate("kl_mean", max=1e3),)
 
 

@@ -21,6 +21,8 @@ from reapkit.selection.selection import LayerSelection, Selection
 from tests.support import tiny
 from tests.support.tiny_tokens import tiny_tokens
 
+pytestmark = pytest.mark.usefixtures("layer_blocks")
+
 LENGTHS = (24, 17, 9, 20, 9, 24, 13, 22, 24, 24, 21, 24, 24, 18, 24, 24, 23, 24)
 
 
@@ -200,6 +202,21 @@ def test_the_mask_with_repaired_weights_is_closer_and_restored(tmp_path: Path) -
     with repaired(model, weights):
         assert distance() < plain
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.named_parameters())
+
+
+def test_hidden_states_on_disk_give_the_same_bytes(tmp_path: Path) -> None:
+    model = tiny.build("qwen3_moe")
+    tiny.save_hub_layout(model, tmp_path / "model")
+    tokens, spool = tiny_tokens(tmp_path / "tokens", lengths=LENGTHS), tmp_path / "spool"
+
+    def written(out: Path, **where: object) -> list[bytes]:
+        selections = {"half": half(model)}
+        repair(LayeredModel(tmp_path / "model"), tokens, selections, out, batch_tokens=64, **where)
+        return [file.read_bytes() for file in sorted((out / "half").glob("*.safetensors"))]
+
+    held = written(tmp_path / "held")
+    assert held and held == written(tmp_path / "parked", hidden_bytes=30_000, offload_directory=spool)
+    assert spool.is_dir() and not list(spool.iterdir())
 
 
 def test_a_norm_behind_the_experts_is_refused(tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ from reapkit.recipe.schema import ObserveSpec
 from tests.support import tiny
 from tests.support.tiny_tokens import tiny_tokens
 
+pytestmark = pytest.mark.usefixtures("layer_blocks")
+
 SPEC = ObserveSpec(eaft=False, reroute_tokens=40)
 
 

@@ -22,6 +22,8 @@ from tests.support.observations import assert_equal
 from tests.support.paths import ROOT
 from tests.support.tiny_tokens import tiny_tokens
 
+pytestmark = pytest.mark.usefixtures("layer_blocks")
+
 
 def prepared(model_type: str, tmp_path: Path):
     with tiny.quiet():

@@ -101,6 +101,11 @@ class LayerPass:
         for forward in forwards:
             self._spool.forget(forward)
 
+    @property
+    def held(self) -> int:
+        """Bytes of parked hidden states that are on the host."""
+        return self._spool.held
+
     # -------------------------------------------------------------------------------- beginning behind the first layer
 
     @contextmanager

@@ -143,13 +143,7 @@ class LayeredModel:
 
     def drop(self, layer: int) -> None:
         """Ends the use of what `load` read: its memory is the next layer's, so nothing of it may be read afterwards."""
-        for module in self.layers[layer].modules():
-            for name, tensor in list(module._parameters.items()):
-                if tensor is not None:
-                    module._parameters[name] = nn.Parameter(tensor.detach().to("meta"), requires_grad=False)
-            for name, tensor in list(module._buffers.items()):
-                if tensor is not None and name not in module._non_persistent_buffers_set:
-                    module._buffers[name] = tensor.to("meta")
+        _empty(self.layers[layer])
         self.give_back(layer)
 
     def give_back(self, layer: int) -> None:
@@ -299,6 +293,17 @@ def _put(model: nn.Module, target: str, tensor: Tensor) -> None:
         owner._buffers[name] = tensor
     else:
         owner._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+
+
+def _empty(layer: nn.Module) -> None:
+    """Puts all that is read from disk on the meta device."""
+    for module in layer.modules():
+        for name, tensor in list(module._parameters.items()):
+            if tensor is not None:
+                module._parameters[name] = nn.Parameter(tensor.detach().to("meta"), requires_grad=False)
+        for name, tensor in list(module._buffers.items()):
+            if tensor is not None and name not in module._non_persistent_buffers_set:
+                module._buffers[name] = tensor.to("meta")
 
 
 def _cut(arena: Arena, fillings: Iterable[Filling]) -> dict[str, Tensor]:
