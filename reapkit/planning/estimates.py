@@ -33,6 +33,7 @@ HIDDEN_COPIES = (
 STREAMED_LAYERS = (
     2  # one computing, one read ahead, each in a block that is filled again (measured by benchmarks/streaming.py)
 )
+STAGED_LAYERS = 2  # pinned host memory on the way to an accelerator; without one, a layer is kept in reserve
 READ_BUFFER_BYTES = 100_000_000  # what is cast or dequantized at once, the hashes' chunks, kernels that torch keeps
 SAFE_SHARE = 0.85  # of what is free; the rest is for fragmentation and the libraries themselves
 HOST_BASE_BYTES = 2_000_000_000  # Python, torch, transformers
@@ -175,13 +176,15 @@ def _footprints(plan: Plan, tokens: int) -> tuple[dict[str, Footprint], int]:
     batch = activation_bytes(text, plan.recipe.runtime.batch_tokens)
     hidden = tokens * int(text["hidden_size"]) * COMPUTE_BYTES
     largest = max(weights.values())
+    staged = 1 if plan.machine.device is None else STAGED_LAYERS
     observed, experts = len(plan.layout.layers) + len(plan.mtp), plan.checkpoint.architecture.num_experts
     statistics = observed * len(plan.recipe.calibration.mix) * experts * 8 * (20 + experts)
     rest += _mtp_weights(plan)
     return {
         "resident": Footprint(rest + sum(weights.values()) + batch, HOST_BASE_BYTES + statistics),
         "streaming": Footprint(
-            rest + STREAMED_LAYERS * largest + READ_BUFFER_BYTES + batch, HOST_BASE_BYTES + statistics + largest
+            rest + STREAMED_LAYERS * largest + READ_BUFFER_BYTES + batch,
+            HOST_BASE_BYTES + statistics + staged * largest,
         ),
     }, hidden
 
