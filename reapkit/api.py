@@ -17,10 +17,11 @@ from reapkit.pipeline.planned import plan
 from reapkit.pipeline.run import apply
 from reapkit.planning.plan import Plan
 from reapkit.recipe.loading import load_recipe
-from reapkit.recipe.schema import Recipe, SaliencySpec
+from reapkit.recipe.schema import DEFAULT_CRITERION, Recipe, SaliencySpec
 from reapkit.selection.decide import select
-from reapkit.selection.saliency import Totals, saliency
+from reapkit.selection.saliency import saliency
 from reapkit.selection.selection import Selection
+from reapkit.selection.totals import Totals
 
 if TYPE_CHECKING:
     from torch import nn
@@ -49,7 +50,7 @@ class Observation(recorded.Observation):
     """What one pass over the calibration recorded about every routed expert, and the criteria that can be computed from
     it."""
 
-    def saliency(self, criterion: str = "reap", **settings: Any) -> ndarray:
+    def saliency(self, criterion: str = DEFAULT_CRITERION, **settings: Any) -> ndarray:
         """Saliency of every expert, float64 [L, E], -inf for those never routed; `settings` as in a recipe's
         `saliency:` section.
 

@@ -28,12 +28,15 @@ from pydantic import Field, PrivateAttr, model_validator
 from reapkit.calibration.loader import tokens_of_loader
 from reapkit.checkpoint.architecture import Architecture
 from reapkit.core.errors import UnusableError
+from reapkit.observation.materials import EAFT_SIGNALS, Material, collecting
 from reapkit.observation.observation import Observation
 from reapkit.observation.resident import observe
 from reapkit.pruning.in_memory import prune_loaded
 from reapkit.quantization.oneshot import causal_tracing
 from reapkit.quantization.saving import save_as_the_source
-from reapkit.recipe.schema import ObserveSpec, PruneSpec, SaliencySpec
+from reapkit.recipe.schema import PruneSpec, SaliencySpec
+from reapkit.selection.criteria.criterion import Criterion
+from reapkit.selection.criteria.registry import criterion
 from reapkit.selection.decide import select
 from reapkit.selection.selection import Selection
 
@@ -124,17 +127,33 @@ class REAPModifier(Modifier):
                 "REAPModifier: no calibration data to observe. Give oneshot a dataset, or the modifier an observation"
                 " or selection."
             )
-        spec = ObserveSpec(eaft=saliency.criterion == "eaft-reap" or bool(prune.protect.core_per_layer))
+        needed = _materials(criterion(saliency.criterion), prune)
         with tempfile.TemporaryDirectory() as work:
             tokens = tokens_of_loader(data, Path(work) / "tokens")
             return select(
                 observe(
-                    state.model, tokens, spec, batch_tokens=self.batch_tokens, work_directory=Path(work) / "observe"
+                    state.model,
+                    tokens,
+                    collecting(*needed),
+                    batch_tokens=self.batch_tokens,
+                    work_directory=Path(work) / "observe",
                 ),
                 saliency,
                 prune,
                 architecture,
             )
+
+
+def _materials(criterion: Criterion, prune: PruneSpec) -> list[Material]:
+    """What to record beyond the sums. Raises UnusableError for what cannot be recorded here."""
+    for material in criterion.materials:
+        if material is not EAFT_SIGNALS:
+            raise UnusableError(
+                f"REAPModifier: {criterion.name} needs {material.what}, which cannot be measured on the experts as"
+                " llm-compressor unfolds them. Give an observation that was made with"
+                f" observe.{material.setting}: {json.dumps(material.on)}, or choose another criterion."
+            )
+    return [EAFT_SIGNALS] if criterion.materials or prune.protect.core_per_layer else []
 
 
 ModifierFactory.register("REAPModifier", REAPModifier)

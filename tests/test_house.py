@@ -107,6 +107,18 @@ def test_modules_without_a_room_are_found(tmp_path: Path) -> None:
     assert {*house.without_a_room()} == {"reapkit.utils", "reapkit.attic", "reapkit.attic.old", "reapkit.recipe"}
 
 
+def test_saliency_is_followed_through_three_rooms() -> None:
+    """From the recipe's section to each expert's number and the experts that stay: recipe, observation, selection."""
+    followed = {"reapkit.selection.saliency", "reapkit.selection.decide", "reapkit.selection.criteria.registry"}
+    waiting = list(followed)
+    while waiting:
+        found = HOUSE.own(waiting.pop()) - followed - {"reapkit"}
+        followed |= found
+        waiting += [module for module in found if room(module) in ("recipe", "observation", "selection")]
+    aside = {"reapkit.checkpoint.architecture"}  # integers of the config, which budgets are checked against
+    assert {room(module) for module in followed - aside} == {"core", "recipe", "observation", "selection"}
+
+
 def main() -> None:
     """Prints the house."""
     arrows = Counter(

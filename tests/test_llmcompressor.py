@@ -139,6 +139,14 @@ def test_it_decides_as_an_observation_of_the_same_tokens_does(saved, tmp_path: P
         )  # bf16: stacked and single experts round apart
 
 
+def test_what_cannot_be_measured_here_is_refused_before_anything_is_observed(saved) -> None:
+    with pytest.raises(
+        UnusableError,
+        match=r"reroute needs removal paths, which .* an observation that was made with observe.reroute_tokens: 8192",
+    ):
+        run(saved("qwen3_moe"), {"REAPModifier": {"ratio": 0.25, "criterion": "reroute"}}, batches=[{"no": "rows"}])
+
+
 def test_padding_is_not_observed(tmp_path: Path) -> None:
     plain, padded = (tokens_of_loader(rows(padded), tmp_path / str(padded)) for padded in (False, True))
     assert plain.num_tokens == padded.num_tokens == 96 and plain.score == "all"

@@ -2,7 +2,7 @@
 
     PYTHONPATH=examples/own_criterion reapkit apply examples/own_criterion/recipe.yaml
 
-A criterion is a function of the totals (`reapkit.selection.saliency.Totals`: sums and maxima, each an array [layers,
+A criterion is a function of the totals (`reapkit.Totals`: sums and maxima, each an array [layers,
 experts] of numpy's) and the recipe's `saliency` section. It returns an array [layers, experts]; higher is kept. Experts
 that received no token are ranked last by reapkit, whatever the function says of them. To share one, offer it from a
 package and name it in recipes like a built-in criterion:
@@ -20,8 +20,8 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy import ndarray
 
+    from reapkit import Totals
     from reapkit.recipe.schema import SaliencySpec
-    from reapkit.selection.saliency import Totals
 
 
 def steady(totals: Totals, spec: SaliencySpec) -> ndarray:

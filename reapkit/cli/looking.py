@@ -13,6 +13,7 @@ import typer
 
 from reapkit.cli.app import Json, app, out
 from reapkit.core.errors import RecipeError
+from reapkit.recipe.schema import DEFAULT_CRITERION
 from reapkit.report.inspection.inspect import inspect as look_into
 
 
@@ -23,7 +24,7 @@ def compare(
     ],
     criterion: Annotated[
         str, typer.Option("--criterion", metavar="NAME", help="Of observations: the saliency that ranks.")
-    ] = "reap",
+    ] = DEFAULT_CRITERION,
     ratio: Annotated[
         str, typer.Option("--ratio", metavar="R", help="Of observations: the share of experts that goes.")
     ] = "0.5",

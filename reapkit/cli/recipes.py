@@ -19,6 +19,7 @@ from reapkit.recipe.json_schema import recipe_schema
 from reapkit.recipe.loading import find_recipe, load
 from reapkit.recipe.reference_page import language_page
 from reapkit.report.tables import plan_as_json, plan_tables, result_table
+from reapkit.selection.criteria.registry import vocabulary
 
 
 @app.command()
@@ -204,7 +205,8 @@ def schema(
 
     Example: reapkit schema > recipe.schema.json
     """
+    names = {"criterion": vocabulary()}
     if markdown:
-        print(language_page(), end="")
+        print(language_page(names), end="")
     else:
-        print(json.dumps(recipe_schema(), indent=2))
+        print(json.dumps(recipe_schema(names), indent=2))

@@ -1,5 +1,4 @@
-"""The reroute criteria: an observation's removal paths as saliency, order of removal and cost, for allocation to
-spend."""
+"""Removal paths as numbers to decide by: saliency, order of removal and cost by expert. Torch-free."""
 
 from __future__ import annotations
 
@@ -10,10 +9,8 @@ from fractions import Fraction
 import numpy as np
 from numpy import ndarray
 
-from reapkit.core.errors import Problem, RecipeError, UnusableError
+from reapkit.core.errors import UnusableError
 from reapkit.observation.observation import Observation, Reroute
-
-REROUTE = ("reroute", "reroute-single")
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,38 +18,22 @@ class Removal:
     """`saliency` float64 [L, E]: the layer's relative error once the expert is gone. `cost` float64 [L, E]: what its
     removal adds.
 
-    `order`: by layer, the experts in the order they go (those that never can are not named), or None where saliency
-    says it. Costs are fractions of the squared residual stream per token, and so compare between layers.
+    `measured` bool [L]: the layers that this says anything about. `order`: by layer, the experts in the order they go
+    (those that never can are not named), or None where saliency says it. Costs are fractions of the squared residual
+    stream per token, and so compare between layers.
     """
 
     saliency: ndarray
     cost: ndarray
+    measured: ndarray
     order: tuple[tuple[int, ...], ...] | None
 
 
-def removal(observation: Observation, criterion: str, alphas: Sequence[Fraction]) -> Removal:
-    """What a reroute criterion says, its sources weighed by `alphas` (see saliency.source_alphas).
-
-    `reroute` follows one path as it was measured: of the mix by its scored tokens, of all sources with equal weights,
-    or of one source. A path under other weights visits other sets of experts, and what they cost is no sum of what was
-    kept: finding it takes every sampled token's router logits and its experts' inner products, 0.5 GB a layer at 128
-    experts and 8,192 tokens.
-
-    Raises UnusableError where nothing was measured, RecipeError for weights that no path was measured for.
-    """
-    found = observation.reroute
-    if found is None:
-        raise UnusableError(
-            f"saliency.criterion: {criterion} needs removal paths, and this observation holds none"
-            " (observe.reroute_tokens was 0, or it is a sum of observations, whose paths do not add up). Observe with"
-            " observe.reroute_tokens: 8192."
-        )
-    if criterion == "reroute-single":
-        return _alone(observation, found, alphas)
-    number = _path_number(observation, found, alphas)
-    rows = [_along(order, error) for order, error in zip(found.order[:, number], found.error[:, number], strict=True)]
+def removal_along(paths: Reroute, number: int) -> Removal:
+    """Experts as path `number` removes them, one after another (see path_number)."""
+    rows = [_along(order, error) for order, error in zip(paths.order[:, number], paths.error[:, number], strict=True)]
     orders, saliency, cost = zip(*rows, strict=True)
-    return Removal(np.stack(saliency), np.stack(cost), orders)
+    return Removal(np.stack(saliency), np.stack(cost), paths.measured, orders)
 
 
 def _along(order: ndarray, error: ndarray) -> tuple[tuple[int, ...], ndarray, ndarray]:
@@ -66,40 +47,40 @@ def _along(order: ndarray, error: ndarray) -> tuple[tuple[int, ...], ndarray, nd
     return tuple(gone.tolist()), saliency, cost
 
 
-def _path_number(observation: Observation, found: Reroute, alphas: Sequence[Fraction]) -> int:
-    weighed = [source for source, alpha in enumerate(alphas) if alpha and observation.scored_tokens[source]]
-    _refuse_unsampled(observation, found, weighed)
+def path_number(observation: Observation, paths: Reroute, alphas: Sequence[Fraction]) -> int | None:
+    """Which path was measured under these weights of the sources (`alphas`, see totals.source_alphas); None: none was.
+
+    There is one for the mix by its scored tokens, one for all sources with equal weights, and one for each source. A
+    path under other weights visits other sets of experts, and what they cost is no sum of what was kept: finding it
+    takes every sampled token's router logits and its experts' inner products, 0.5 GB a layer at 128 experts and 8,192
+    tokens. Raises UnusableError where a source that has weight was not sampled.
+    """
+    weighed = _weighed(observation, paths, alphas)
     if len(set(alphas)) == 1:
         return len(alphas) + 1
     if len({alpha * int(count) for alpha, count in zip(alphas, observation.scored_tokens, strict=True)}) == 1:
         return len(alphas)
-    if len(weighed) > 1:
-        raise RecipeError([Problem("saliency.mix", NO_PATH)])
-    return weighed[0]
+    return weighed[0] if len(weighed) == 1 else None
 
 
-def _alone(observation: Observation, found: Reroute, alphas: Sequence[Fraction]) -> Removal:
-    """Σ_s α_s T_s err_s / Σ_s α_s T_s, with T_s a source's scored tokens and err_s the mean over its sample."""
-    weighed = [source for source, alpha in enumerate(alphas) if alpha and observation.scored_tokens[source]]
-    _refuse_unsampled(observation, found, weighed)
+def removal_alone(observation: Observation, paths: Reroute, alphas: Sequence[Fraction]) -> Removal:
+    """Each expert removed alone: Σ_s α_s T_s err_s / Σ_s α_s T_s, with T_s a source's scored tokens and err_s the mean
+    over its sample. Raises UnusableError where a source that has weight was not sampled."""
+    weighed = _weighed(observation, paths, alphas)
     shares = [float(alphas[source] * int(observation.scored_tokens[source])) for source in weighed]
-    mean = sum(
-        share / sum(shares) * found.single[:, source] / int(found.tokens[source])
-        for share, source in zip(shares, weighed, strict=True)
-    )
-    return Removal(mean, mean, None)
+    mean = np.zeros_like(paths.single[:, 0], dtype=np.float64)
+    for share, source in zip(shares, weighed, strict=True):
+        mean += share / sum(shares) * paths.single[:, source] / int(paths.tokens[source])
+    return Removal(mean, mean, paths.measured, None)
 
 
-def _refuse_unsampled(observation: Observation, found: Reroute, weighed: Sequence[int]) -> None:
-    missing = [observation.sources[source] for source in weighed if not found.tokens[source]]
+def _weighed(observation: Observation, paths: Reroute, alphas: Sequence[Fraction]) -> list[int]:
+    """The sources that have weight and scored tokens. Raises UnusableError where one of them was not sampled."""
+    weighed = [source for source, alpha in enumerate(alphas) if alpha and observation.scored_tokens[source]]
+    missing = [observation.sources[source] for source in weighed if not paths.tokens[source]]
     if missing:
         raise UnusableError(
             f"saliency.criterion: the reroute sample holds no token of {', '.join(missing)}. Raise"
             " observe.reroute_tokens."
         )
-
-
-NO_PATH = (
-    "reroute follows paths that were measured for the mix as it was calibrated, for equal weights of all sources, and"
-    " for each source alone; others are unknown. Choose one of these, change calibration.mix, or choose reroute-single."
-)
+    return weighed

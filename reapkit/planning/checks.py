@@ -13,13 +13,12 @@ from reapkit.checkpoint.mtp_support import why_unobserved
 from reapkit.core.errors import Problem, RecipeError
 from reapkit.evaluation.gates import resolve
 from reapkit.evaluation.metrics.table import is_generation
-from reapkit.observation.removal_paths import NO_PATH
 from reapkit.quantization.checks import check_quantize
 from reapkit.recipe.error_messages import closest
 from reapkit.recipe.loading import LoadedRecipe
 from reapkit.recipe.schema import Recipe
 from reapkit.selection.candidates import Candidate, candidates
-from reapkit.selection.criteria import criterion_problem
+from reapkit.selection.criteria.registry import criterion_problem, described
 
 
 def checked_candidates(
@@ -43,9 +42,7 @@ def checked_candidates(
         if name not in names
     ]
     problems += (
-        ([*_unmeasured(recipe), *_without_path(recipe)] if observation is None else [])
-        + _unmeasured_gates(recipe)
-        + _missing_tasks(loaded)
+        (_unmeasured(recipe) if observation is None else []) + _unmeasured_gates(recipe) + _missing_tasks(loaded)
     )
     problems += [
         problem
@@ -98,29 +95,16 @@ def _source_problems(recipe: Recipe) -> list[Problem]:
 
 
 def _unmeasured(recipe: Recipe) -> list[Problem]:
-    """Criteria that need what the observation would not collect."""
-    if recipe.observe.reroute_tokens:
-        return []
-    return [
-        Problem(path, f"{name} is measured while observing, and observe.reroute_tokens is 0. Set it to 8192.")
-        for path, name in _criteria(recipe).items()
-        if name in ("reroute", "reroute-single")
+    """Criteria that need what the observation would not collect, and what they refuse of the recipe themselves."""
+    named = {path: described(name) for path, name in _criteria(recipe).items()}
+    missing = [
+        Problem(path, material.unmeasured(criterion.name))
+        for path, criterion in named.items()
+        for material in criterion.materials
+        if not material.collected(recipe.observe)
     ]
-
-
-def _without_path(recipe: Recipe) -> list[Problem]:
-    """Weights of sources that `reroute` has no path for, said before anything is observed."""
-    mix = recipe.saliency.mix
-    weighed = {weight for weight in mix.values() if weight} if mix else set()
-    everyone_alike = len(weighed) == 1 and all(mix.get(entry.name) for entry in recipe.calibration.mix)
-    if (
-        mix is None
-        or everyone_alike
-        or sum(1 for weight in mix.values() if weight) <= 1
-        or "reroute" not in _criteria(recipe).values()
-    ):
-        return []
-    return [Problem("saliency.mix", NO_PATH)]
+    refused = [problem for criterion in named.values() if criterion.problems for problem in criterion.problems(recipe)]
+    return missing + list(dict.fromkeys(refused))
 
 
 def _criteria(recipe: Recipe) -> dict[str, str]:

@@ -33,7 +33,7 @@ from reapkit.quantization.targets import targets
 from reapkit.recipe.loading import LoadedRecipe
 from reapkit.recipe.schema import Recipe
 from reapkit.selection.candidates import Candidate, budget_notes
-from reapkit.selection.criteria import criterion_fingerprint
+from reapkit.selection.criteria.registry import criterion_fingerprint
 
 
 @dataclass(frozen=True)

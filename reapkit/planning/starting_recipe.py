@@ -13,7 +13,8 @@ from reapkit.checkpoint.locate import model_checkpoint
 from reapkit.core.formatting import gigabytes
 from reapkit.quantization.sizes import quantized_widths
 from reapkit.quantization.targets import quantized_already
-from reapkit.recipe.schema import ModelSpec, QuantizeSpec
+from reapkit.recipe.schema import DEFAULT_CRITERION, ModelSpec, QuantizeSpec
+from reapkit.selection.criteria.registry import criterion
 
 GROUP_SIZES = (128, 64, 32, 16)
 
@@ -43,6 +44,8 @@ def starting_recipe(model: str, directory: Path) -> tuple[str, str]:
         facts=facts,
         mix=mix,
         quantize=quantize,
+        criterion=DEFAULT_CRITERION,
+        ranked_by=criterion(DEFAULT_CRITERION).summary,
         keep=architecture.num_experts - architecture.num_experts // 2,
         experts=architecture.num_experts,
         top_k=architecture.num_experts_per_tok,
@@ -100,7 +103,7 @@ calibration:
 {mix}
 
 saliency:
-  criterion: reap               # gate x norm of the expert's output, averaged over its tokens
+  criterion: {criterion:<18} # {ranked_by}
 
 prune:
   ratio: 0.5                    # keeps {keep} of {experts} experts; each token is routed to {top_k}

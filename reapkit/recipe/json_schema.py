@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 
-from reapkit.recipe.schema import Recipe
+from reapkit.recipe.schema import NAME_OF, Recipe
+
+Names = Mapping[str, Mapping[str, str]]
+"""Kind of record (see schema.NameOf) -> its names, each with one line of description."""
 
 
 class _Generator(GenerateJsonSchema):
@@ -25,9 +29,11 @@ class _Generator(GenerateJsonSchema):
         return number
 
 
-def recipe_schema() -> dict[str, Any]:
-    """JSON Schema 2020-12 of a recipe file, `extends` and partial children included."""
-    schema = _unwrapped(Recipe.model_json_schema(schema_generator=_Generator))
+def recipe_schema(names: Names) -> dict[str, Any]:
+    """JSON Schema 2020-12 of a recipe file, `extends` and partial children included. `names`: what editors offer
+    where a recipe names a record; other names stay allowed, as users have their own."""
+    schema = _unwrapped(_with_names(Recipe.model_json_schema(schema_generator=_Generator)))
+    schema["$defs"] |= {kind: _choice(known) for kind, known in names.items()}
     schema["properties"] = {
         "extends": {
             "type": "string",
@@ -39,6 +45,23 @@ def recipe_schema() -> dict[str, Any]:
     schema["if"] = {"not": {"required": ["extends"]}}  # a child may leave everything to its parent
     schema["then"] = {"required": required}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "reapkit recipe", **schema}
+
+
+def _with_names(schema: Any) -> Any:
+    """The schema with a reference to its kind's names in place of each marked string."""
+    if isinstance(schema, list):
+        return [_with_names(value) for value in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if NAME_OF not in schema:
+        return {key: _with_names(value) for key, value in schema.items()}
+    rest = {key: value for key, value in schema.items() if key not in (NAME_OF, "type")}
+    return {"$ref": f"#/$defs/{schema[NAME_OF]}", **rest}
+
+
+def _choice(names: Mapping[str, str]) -> dict[str, Any]:
+    known = [{"const": name, "description": line} for name, line in names.items()]
+    return {"anyOf": [*known, {"type": "string"}]}
 
 
 def _unwrapped(schema: Any) -> Any:

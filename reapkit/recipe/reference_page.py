@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from typing import Any, get_args, get_origin
 
@@ -10,17 +10,21 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from reapkit.recipe.schema import MessagesFormat, PromptFormat, Recipe, TextFormat, TokensFormat, XlamFormat
+from reapkit.recipe.json_schema import Names
+from reapkit.recipe.schema import MessagesFormat, NameOf, PromptFormat, Recipe, TextFormat, TokensFormat, XlamFormat
 
 FORMATS = (TextFormat, PromptFormat, MessagesFormat, XlamFormat, TokensFormat)
 
 
-def language_page() -> str:
-    """Markdown tables, one per section of a recipe; fields of nested mappings follow with their dotted names."""
+def language_page(names: Names) -> str:
+    """Markdown tables, one per section of a recipe; fields of nested mappings follow with their dotted names. `names`:
+    what recipes can name, listed in a table behind the section that chooses one."""
     top = [(name, field) for name, field in Recipe.model_fields.items() if not _models(field.annotation)]
     parts = [_table("Top level", [(name, field) for name, field in top])]
     for name, field in Recipe.model_fields.items():
-        parts += [_table(f"`{name}:` {_sentence(model)}", list(_rows(model))) for model in _models(field.annotation)]
+        for model in _models(field.annotation):
+            parts.append(_table(f"`{name}:` {_sentence(model)}", list(_rows(model))))
+            parts += [_names_table(field_name, names[kind]) for field_name, kind in _named(model) if kind in names]
     parts.append(
         "`format:` is one of "
         + "; ".join(f"`{_shape(model)}` ({_sentence(model).rstrip('.').lower()})" for model in FORMATS)
@@ -32,6 +36,17 @@ def language_page() -> str:
 def _table(title: str, rows: list[tuple[str, FieldInfo]]) -> str:
     lines = [f"**{title}**" if title == "Top level" else title, "", "| field | default | meaning |", "|---|---|---|"]
     return "\n".join([*lines, *(f"| `{name}` | {_default(field)} | {_meaning(field)} |" for name, field in rows)])
+
+
+def _named(model: type[BaseModel]) -> Iterator[tuple[str, str]]:
+    """Fields that name one record, with the kind of record."""
+    for name, field in model.model_fields.items():
+        yield from ((name, mark.kind) for mark in field.metadata if isinstance(mark, NameOf))
+
+
+def _names_table(field: str, names: Mapping[str, str]) -> str:
+    rows = [f"| `{name}` | {_escaped(line)} |" for name, line in names.items()]
+    return "\n".join([f"| `{field}:` | meaning |", "|---|---|", *rows])
 
 
 def _rows(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
@@ -82,7 +97,12 @@ def _meaning(field: FieldInfo) -> str:
         if len(choices) > 1 and not all(choice in (field.description or "") for choice in choices)
         else ""
     )
-    return (field.description or "").replace("|", "\\|").replace("\n", " ") + listing
+    return _escaped(field.description or "") + listing
+
+
+def _escaped(text: str) -> str:
+    """As a cell of a Markdown table."""
+    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def _choices(annotation: Any) -> list[str]:

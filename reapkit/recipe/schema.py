@@ -5,10 +5,22 @@ Each field's docstring is its description in `reapkit schema`.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from decimal import Decimal
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    GetJsonSchemaHandler,
+    Tag,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 
 def _as_fraction(value: Any) -> Any:
@@ -20,6 +32,22 @@ def _as_fraction(value: Any) -> Any:
 
 Fraction = Annotated[Decimal, BeforeValidator(_as_fraction)]
 """A number kept as the decimal the user wrote, so that budgets become integers without rounding surprises."""
+
+
+@dataclass(frozen=True)
+class NameOf:
+    """Marks a string that names a record of a room above, such as a criterion. Which names there are is known there:
+    callers of the JSON schema and of the reference page pass them in, and the plan checks them."""
+
+    kind: str
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {**handler(schema), NAME_OF: self.kind}
+
+
+NAME_OF = "x-name-of"
+CriterionName = Annotated[str, NameOf("criterion")]
+DEFAULT_CRITERION = "reap"
 
 
 def _by_shape(value: Any) -> str:
@@ -272,24 +300,11 @@ class EaftSpec(Section):
     """Good is everything else, or a stricter region."""
 
 
-BUILTIN_CRITERIA = (
-    "reap",
-    "eaft-reap",
-    "frequency",
-    "weighted-frequency",
-    "ean",
-    "ean-mean",
-    "reroute",
-    "reroute-single",
-    "random",
-)
-
-
 class SaliencySpec(Section):
     """How much each expert matters."""
 
-    criterion: str = "reap"
-    """reap, eaft-reap, frequency, weighted-frequency, ean, ean-mean, reroute, reroute-single or random."""
+    criterion: CriterionName = DEFAULT_CRITERION
+    """What ranks the experts; or your own, as module:function."""
     reduction: Literal["mean", "sum"] = "mean"
     """Over the positions routed to the expert."""
     prior_count: float = Field(default=0.0, ge=0)
@@ -350,7 +365,7 @@ class CandidatesSpec(Section):
 
     ratio: tuple[Fraction, ...] | None = None
     """Fractions of experts removed."""
-    criterion: tuple[str, ...] | None = None
+    criterion: tuple[CriterionName, ...] | None = None
     """Saliency criteria."""
     allocation: tuple[Literal["uniform", "global"], ...] | None = None
     """Allocations."""
@@ -502,7 +517,7 @@ class EvaluateSpec(Section):
     """stop: exit 5, nothing written."""
     on_undecided: Literal["stop", "warn"] = "stop"
     """An interval that straddles a limit."""
-    controls: tuple[str, ...] = ()
+    controls: tuple[CriterionName, ...] = ()
     """Other criteria at the same budget, for comparison."""
     generation: GenerationSpec | None = GenerationSpec()
     """Generation metrics, or null."""

@@ -16,24 +16,8 @@ from reapkit.quantization.engines import ENGINES
 from reapkit.report.comparison_sections import SPEEDS, benchmark_rows, speed_lead, speed_rows, verdict_of_equal_bytes
 from reapkit.report.facts import RunFacts
 from reapkit.report.measures import generated, measured_models, share_with_interval, verified_rows, with_interval
-
-REAP_CITATION = """@article{lasby2025reap,
-  title={REAP the Experts: Why Pruning Prevails for One-Shot MoE Compression},
-  author={Lasby, Mike and Lazarevich, Ivan and Sinnadurai, Nish and Lie, Sean and Ioannou, Yani and \
-Thangarasa, Vithursan},
-  journal={arXiv preprint arXiv:2510.13999},
-  year={2025},
-  url={https://arxiv.org/abs/2510.13999}
-}"""
-EAFT_CITATION = """@article{diao2026eaft,
-  title={Entropy-Adaptive Fine-Tuning: Resolving Confident Conflicts to Mitigate Forgetting},
-  author={Diao, Muxi and Yang, Lele and Gong, Wuxuan and Zhang, Yutong and Yan, Zhonghao and Han, Yufei and \
-Liang, Kongming and Xu, Weiran and Ma, Zhanyu},
-  journal={arXiv preprint arXiv:2601.02151},
-  year={2026},
-  url={https://arxiv.org/abs/2601.02151}
-}"""
-CITATIONS = {"reap": (REAP_CITATION,), "eaft-reap": (REAP_CITATION, EAFT_CITATION)}
+from reapkit.selection.criteria.criterion import Criterion
+from reapkit.selection.criteria.registry import described
 
 PURPOSES = {
     "theblackcat102/evol-codealpaca-v1": "code generation",
@@ -51,29 +35,6 @@ FORMAT_PURPOSES = {
     "prompt": "instructions",
     "text": "plain text",
     "tokens": "given tokens",
-}
-
-CRITERIA = {
-    "reap": (
-        "g · ‖f(x)‖₂ over the positions routed to the expert, with g the gate weight the model applied and f(x) the"
-        " expert's output"
-    ),
-    "eaft-reap": (
-        "w · g · ‖f(x)‖₂ over the positions routed to the expert, with w by how sure and how right the model was there"
-    ),
-    "frequency": "how many positions were routed to the expert",
-    "weighted-frequency": "the gate weight the expert received",
-    "ean": "the sum of ‖f(x)‖₂ over the positions routed to the expert",
-    "ean-mean": "‖f(x)‖₂ over the positions routed to the expert",
-    "reroute": (
-        "how far the layer's output moves, relative to the residual stream, once the expert is gone and its tokens are"
-        " routed to those left, removing one after another"
-    ),
-    "reroute-single": (
-        "how far the layer's output moves, relative to the residual stream, without the expert alone, its tokens"
-        " re-routed"
-    ),
-    "random": "random numbers, as a control",
 }
 
 
@@ -108,6 +69,10 @@ def _scheme(facts: RunFacts) -> str:
     return str((facts.quantization or {}).get("scheme") or facts.recipe.quantize.scheme or "own recipe")
 
 
+def _criterion(facts: RunFacts) -> Criterion:
+    return described(facts.selection.criterion if facts.selection else facts.recipe.saliency.criterion)
+
+
 def _base_name(facts: RunFacts) -> str:
     return facts.model.source.rstrip("/").rsplit("/", 1)[-1].removeprefix("builtin:")
 
@@ -121,12 +86,12 @@ def _removed(facts: RunFacts, sizes: Sizes) -> str:
 
 
 def _front_matter(facts: RunFacts, scheme: str | None) -> str:
-    criterion = facts.selection.criterion if facts.selection else facts.recipe.saliency.criterion
+    criterion = _criterion(facts)
     tags = [
         "moe",
         "mixture-of-experts",
         "pruning",
-        *([criterion] if criterion in CITATIONS else []),
+        *([criterion.name] if criterion.citations else []),
         "reapkit",
         facts.model.model_type,
         *(["compressed-tensors", scheme.lower()] if scheme else []),
@@ -243,8 +208,7 @@ def _purpose(source: Mapping[str, Any], given: Any) -> str:
 
 
 def _method(facts: RunFacts, sizes: Sizes, which: str) -> str:
-    selection = facts.selection
-    criterion = selection.criterion if selection else facts.recipe.saliency.criterion
+    selection, criterion = facts.selection, _criterion(facts)
     details = selection.details if selection else {}
     formula = f" (`{details['formula']}`)" if details.get("formula") else ""
     least = "In each layer the least salient experts"
@@ -255,10 +219,7 @@ def _method(facts: RunFacts, sizes: Sizes, which: str) -> str:
             "The calibration ran through the base model once; for every scored token the routing the model really used"
             " was recorded: which experts, with which gate weight, and the norm of their outputs."
         ),
-        (
-            f"Each routed expert got a saliency by `{criterion}`{formula}:"
-            f" {CRITERIA.get(criterion, 'a criterion of its own')}."
-        ),
+        (f"Each routed expert got a saliency by `{criterion.name}`{formula}: {criterion.explanation}."),
         (
             f"{least} went; {human_experts(sizes.experts)} of {human_experts(facts.base.experts)} stay."
             f" {_protected(details)}Router rows were removed with their experts."
@@ -510,6 +471,5 @@ def _recipe(facts: RunFacts) -> str:
 
 
 def _citation(facts: RunFacts) -> str:
-    criterion = facts.selection.criterion if facts.selection else facts.recipe.saliency.criterion
-    found = CITATIONS.get(criterion, ())
+    found = _criterion(facts).citations
     return "## Citation\n\n```bibtex\n" + "\n\n".join(found) + "\n```" if found else ""

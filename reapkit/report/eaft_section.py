@@ -17,7 +17,7 @@ from reapkit.report.blocks import Chart, Note, Section, Table
 from reapkit.report.charts import axis, grid, shade
 from reapkit.report.view import View
 from reapkit.selection.eaft import REGIONS, Thresholds, region_positions
-from reapkit.selection.saliency import source_alphas
+from reapkit.selection.totals import source_alphas
 
 BINS = 48
 DECADES = 4

@@ -14,11 +14,10 @@ from reapkit.core.formatting import percent
 from reapkit.observation.observation import Observation
 from reapkit.recipe.schema import SaliencySpec
 from reapkit.selection import statistics
-from reapkit.selection.saliency import Totals, add_sources, formula, saliency, source_alphas, totals
+from reapkit.selection.criteria.registry import described
+from reapkit.selection.saliency import formula, saliency
 from reapkit.selection.selection import Selection
-
-FOLLOWED = ("reap", "frequency", "weighted-frequency", "ean", "ean-mean")
-"""Criteria that can be recomputed for another mix from sums alone."""
+from reapkit.selection.totals import Totals, add_sources, source_alphas, totals
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,8 +66,8 @@ class View:
 
     @cached_property
     def spec(self) -> SaliencySpec:
-        """The selection's criterion where sums alone can follow it, else REAP."""
-        if self.selection is None or self.selection.criterion not in FOLLOWED:
+        """The selection's criterion where it can be computed again from sums alone, else the default one."""
+        if self.selection is None or not described(self.selection.criterion).from_sums:
             return SaliencySpec(mix=self.mix)
         details = self.selection.details
         return SaliencySpec(
@@ -80,7 +79,7 @@ class View:
 
     @property
     def criterion(self) -> str:
-        return "reap" if self.selection is None else self.selection.criterion
+        return SaliencySpec().criterion if self.selection is None else self.selection.criterion
 
     @property
     def formula(self) -> str:

@@ -13,7 +13,7 @@ from reapkit.checkpoint.architecture import Architecture
 from reapkit.core.errors import Problem, RecipeError
 from reapkit.core.formatting import ranges
 from reapkit.recipe.schema import CandidatesSpec, PruneSpec, SaliencySpec
-from reapkit.selection.criteria import criterion_problem
+from reapkit.selection.criteria.registry import criterion_problem
 from reapkit.selection.layer_budget import budget_path, found, layer_budgets, layer_range, unit_reason
 
 

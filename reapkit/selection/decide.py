@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,6 @@ from reapkit.checkpoint.architecture import Architecture
 from reapkit.core.errors import RecipeError, UnusableError
 from reapkit.core.formatting import ranges
 from reapkit.observation.observation import Observation
-from reapkit.observation.removal_paths import REROUTE, removal
 from reapkit.recipe.schema import PruneSpec, SaliencySpec
 from reapkit.selection.allocation import (
     BY_HAND,
@@ -29,39 +27,38 @@ from reapkit.selection.allocation import (
     uniform_counts,
 )
 from reapkit.selection.candidates import Candidate, candidates
-from reapkit.selection.eaft import Regions, measure_regions, summarise, weights_without_conflict
+from reapkit.selection.criteria.criterion import Criterion, Remarks
+from reapkit.selection.criteria.registry import criterion
+from reapkit.selection.evidence import Evidence
 from reapkit.selection.layer_budget import LayerBudget, kept_unit, layer_budgets
-from reapkit.selection.saliency import formula, saliency, source_alphas
 from reapkit.selection.selection import LayerSelection, Selection
 
 NEAR_TIE = 1e-4  # relative: what another device's kernels may turn round
-SMALL_CONFLICT_SHARE = 0.005
 SUPER_QUANTILE, SUPER_FRACTION, SUPER_DEPTH = 0.995, 0.1, 0.75
 
 
 @dataclass(frozen=True, eq=False)
 class Shared:
-    """What all candidates of one decision have in common: the observation, sources' weights, EAFT sums, protected
+    """What all candidates of one decision have in common: the observation and what follows from it, protected
     experts."""
 
-    observation: Observation
+    evidence: Evidence
     architecture: Architecture
-    alphas: tuple[Fraction, ...]
-    regions: Regions | None
     protected: tuple[Mapping[int, str], ...]
 
-    def rankings(self, values: ndarray, spec: SaliencySpec) -> dict[int, LayerRanking]:
-        layers, groups = self.observation.layers, self.architecture.n_group
+    def rankings(self, values: ndarray, criterion: Criterion) -> dict[int, LayerRanking]:
+        """By layer, from saliency [L, E] and the criterion's order and costs of removal, where it has them."""
+        layers, groups = self.evidence.observation.layers, self.architecture.n_group
         rows = zip(layers, values.tolist(), self.protected, strict=True)
         plain = {layer: LayerRanking(tuple(row), kept, groups) for layer, row, kept in rows}
-        if spec.criterion not in REROUTE:
+        if criterion.removal is None:
             return plain
-        found = removal(self.observation, spec.criterion, self.alphas)
+        found = criterion.removal(self.evidence)
         orders = found.order or (None,) * len(layers)
-        measured = self.observation.reroute.measured.tolist()
+        measured = zip(layers, orders, found.cost.tolist(), found.measured.tolist(), strict=True)
         return {
-            layer: replace(plain[layer], path=order, costs=tuple(cost)) if has_path else plain[layer]
-            for layer, order, cost, has_path in zip(layers, orders, found.cost.tolist(), measured, strict=True)
+            layer: replace(plain[layer], path=order, costs=tuple(cost)) if is_measured else plain[layer]
+            for layer, order, cost, is_measured in measured
         }
 
 
@@ -69,6 +66,7 @@ class Shared:
 class Terms:
     """What one candidate asks for: its budget by decoder layer, in steps of `unit` experts, spent by its allocation."""
 
+    criterion: Criterion
     spec: SaliencySpec
     prune: PruneSpec
     budgets: Mapping[int, LayerBudget]
@@ -133,17 +131,10 @@ def select_all(
     decoder = decoder_layers(observation, architecture)
     if chosen is None:
         chosen = candidates(prune, spec, architecture, decoder)
-    alphas = source_alphas(observation, spec.mix)
-    needs_regions = prune.protect.core_per_layer or any(candidate.criterion == "eaft-reap" for candidate in chosen)
-    regions = measure_regions(observation, spec.eaft, alphas) if needs_regions else None
-    shared = Shared(
-        observation, architecture, alphas, regions, _protected(observation, prune, alphas, regions, len(decoder))
-    )
-    specs = {
-        name: spec.model_copy(update={"criterion": name})
-        for name in dict.fromkeys(candidate.criterion for candidate in chosen)
-    }
-    rankings = {name: shared.rankings(saliency(observation, one, regions), one) for name, one in specs.items()}
+    evidence = Evidence.of(observation, spec)
+    shared = Shared(evidence, architecture, _protected(evidence, prune, len(decoder)))
+    criteria = {candidate.criterion: (criterion(candidate.criterion), candidate.saliency(spec)) for candidate in chosen}
+    rankings = {name: shared.rankings(one.saliency(evidence, own), one) for name, (one, own) in criteria.items()}
     return tuple(
         _selection(shared, candidate, _terms(candidate, spec, prune, shared), rankings[candidate.criterion])
         for candidate in chosen
@@ -163,15 +154,14 @@ def super_experts(activation_max: ndarray) -> list[list[int]]:
     return [np.flatnonzero(row > limit).tolist() if layer < deepest else [] for layer, row in enumerate(values)]
 
 
-def _protected(
-    observation: Observation, prune: PruneSpec, alphas: Sequence[Fraction], regions: Regions | None, depth: int
-) -> tuple[dict[int, str], ...]:
+def _protected(evidence: Evidence, prune: PruneSpec, depth: int) -> tuple[dict[int, str], ...]:
     """Expert -> reason by layer; what is protected by hand says so before super expert, and that before core. Super
     experts are looked for in the first `depth` layers, the decoder's.
     """
+    observation = evidence.observation
     protected: tuple[dict[int, str], ...] = tuple({} for _ in observation.layers)
     if prune.protect.core_per_layer:
-        mass = regions.good_mass(alphas)
+        mass = evidence.regions.good_mass(evidence.alphas)
         top = np.argsort(-mass, axis=1, kind="stable")[:, : prune.protect.core_per_layer]
         for layer, experts in enumerate(top.tolist()):
             protected[layer].update({expert: CORE for expert in experts if mass[layer, expert] > 0})
@@ -181,7 +171,7 @@ def _protected(
                 "prune.protect.super_experts: this observation has no activation_max, by which super experts are found."
                 " Set prune.protect.super_experts: false, or observe with reapkit."
             )
-        weighed = [source for source, alpha in enumerate(alphas) if alpha]
+        weighed = [source for source, alpha in enumerate(evidence.alphas) if alpha]
         for layer, experts in enumerate(super_experts(observation.maxima["activation_max"][:depth, weighed].max(1))):
             protected[layer].update(dict.fromkeys(experts, SUPER))
     for layer, experts in prune.protect.experts.items():
@@ -191,8 +181,15 @@ def _protected(
 
 def _terms(candidate: Candidate, spec: SaliencySpec, prune: PruneSpec, shared: Shared) -> Terms:
     applied = candidate.prune(prune)
-    budgets = layer_budgets(applied, shared.architecture, decoder_layers(shared.observation, shared.architecture))
-    return Terms(candidate.saliency(spec), applied, budgets, kept_unit(applied, shared.architecture))
+    decoder = decoder_layers(shared.evidence.observation, shared.architecture)
+    budgets = layer_budgets(applied, shared.architecture, decoder)
+    return Terms(
+        criterion(candidate.criterion),
+        candidate.saliency(spec),
+        applied,
+        budgets,
+        kept_unit(applied, shared.architecture),
+    )
 
 
 def _selection(shared: Shared, candidate: Candidate, terms: Terms, rankings: Mapping[int, LayerRanking]) -> Selection:
@@ -206,11 +203,10 @@ def _selection(shared: Shared, candidate: Candidate, terms: Terms, rankings: Map
         )
         for layer, ranking in rankings.items()
     }
-    details = (
-        _how(candidate, terms.spec) | _outcome(layers, rankings, terms, counts) | {"eaft": _eaft(shared, terms, layers)}
-    )
-    warnings = _unrouted_warnings(details) + _conflict_warnings(shared.observation, details["eaft"])
-    return Selection(terms.spec.criterion, layers, terms.prune.experts_per_token, details | {"warnings": warnings})
+    remarks = _remarks(shared, terms, layers)
+    details = _how(candidate, terms) | _outcome(layers, rankings, terms, counts) | {"eaft": None} | remarks.details
+    warnings = [*_unrouted_warnings(details), *remarks.warnings]
+    return Selection(terms.criterion.name, layers, terms.prune.experts_per_token, details | {"warnings": warnings})
 
 
 def _layer(ranking: LayerRanking, count: int, budget: LayerBudget, cut: float | None) -> LayerSelection:
@@ -222,16 +218,17 @@ def _layer(ranking: LayerRanking, count: int, budget: LayerBudget, cut: float | 
 # ---------------------------------------------------------------------------------------------- details
 
 
-def _how(candidate: Candidate, spec: SaliencySpec) -> dict[str, Any]:
+def _how(candidate: Candidate, terms: Terms) -> dict[str, Any]:
     """What was asked for."""
+    spec = terms.spec
     return {
         "candidate": candidate.name,
         "ratio": None if candidate.ratio is None else str(candidate.ratio),
         "allocation": candidate.allocation,
-        "formula": formula(spec),
+        "formula": terms.criterion.formula(spec),
         "reduction": spec.reduction,
         "prior_count": spec.prior_count,
-        "seed": spec.seed if spec.criterion == "random" else None,
+        "seed": spec.seed if "seed" in terms.criterion.settings else None,
         "mix": None if spec.mix is None else {name: str(weight) for name, weight in spec.mix.items()},
     }
 
@@ -261,21 +258,18 @@ def _outcome(
     }
 
 
-def _eaft(shared: Shared, terms: Terms, layers: Mapping[int, LayerSelection]) -> dict[str, Any] | None:
-    """The regions, and how many kept experts would be others if conflict positions weighed what the rest weighs."""
-    if terms.spec.criterion != "eaft-reap":
-        return None
-    values = saliency(shared.observation, terms.spec, shared.regions, weights_without_conflict(terms.spec.eaft))
-    rankings = shared.rankings(values, terms.spec)
-    counts = terms.counts(rankings)
-    changed = {
-        str(layer): len(set(layers[layer].keep) - set(ranking.keep(counts[layer])))
-        for layer, ranking in rankings.items()
-    }
-    return summarise(shared.regions, shared.observation.sources, shared.alphas) | {
-        "changed_by_conflict": sum(changed.values()),
-        "changed_by_conflict_by_layer": {layer: count for layer, count in changed.items() if count},
-    }
+def _remarks(shared: Shared, terms: Terms, layers: Mapping[int, LayerSelection]) -> Remarks:
+    """What the criterion itself says of this decision."""
+
+    def kept_by(values: ndarray) -> dict[int, tuple[int, ...]]:
+        rankings = shared.rankings(values, terms.criterion)
+        counts = terms.counts(rankings)
+        return {layer: ranking.keep(counts[layer]) for layer, ranking in rankings.items()}
+
+    if terms.criterion.remarks is None:
+        return Remarks({})
+    kept = {layer: chosen.keep for layer, chosen in layers.items()}
+    return terms.criterion.remarks(shared.evidence, terms.spec, kept, kept_by)
 
 
 def _dropped_saliency(
@@ -337,26 +331,6 @@ def _unrouted_warnings(details: Mapping[str, Any]) -> list[str]:
         f"{sum(map(len, unrouted.values()))} of {details['experts']} experts received no token ({where}). Raise "
         "calibration.samples, or accept that they rank last."
     ]
-
-
-def _conflict_warnings(observation: Observation, eaft: Mapping[str, Any] | None) -> list[str]:
-    """A weight that cannot matter must not be believed to."""
-    if eaft is None:
-        return []
-    share, weight = eaft["shares"]["all"]["conflict"], eaft["weights"]["conflict"]
-    pooled = "pooled" in eaft["thresholds"] and len(observation.sources) > 1
-    advice = f"Try {'saliency.eaft.thresholds: per-source, ' if pooled else ''}larger quantiles, or criterion: reap."
-    if eaft["changed_by_conflict"] == 0:
-        return [
-            f"the conflict term of eaft-reap changed no kept expert ({share:.2%} of positions are in conflict)."
-            f" {advice}"
-        ]
-    if share < SMALL_CONFLICT_SHARE:
-        return [
-            f"{share:.2%} of positions are in conflict, so the conflict weight {weight:g} can hardly matter: of the "
-            f"kept experts it changed {eaft['changed_by_conflict']}. {advice}"
-        ]
-    return []
 
 
 def _listed(by_layer: Mapping[int, list[int]]) -> dict[str, list[int]]:

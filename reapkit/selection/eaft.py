@@ -19,6 +19,7 @@ from numpy import ndarray
 
 from reapkit.core.errors import UnusableError
 from reapkit.observation.eaft_table import H_CELLS, P_CELLS, Table, border, cell_bounds
+from reapkit.observation.materials import EAFT_SIGNALS
 from reapkit.observation.observation import Observation, Trace
 from reapkit.recipe.schema import EaftSpec
 
@@ -84,12 +85,7 @@ def weights_without_conflict(spec: EaftSpec) -> tuple[float, ...]:
 def material_of(observation: Observation) -> Trace | Table:
     """The observation's EAFT material. Raises UnusableError where none was collected or it holds numbers that are not
     finite."""
-    trace = observation.eaft
-    if trace is None:
-        raise UnusableError(
-            "the observation holds no EAFT signals, which eaft-reap and prune.protect.core_per_layer need. Set "
-            "observe.eaft: true and observe again, or choose another criterion."
-        )
+    trace = EAFT_SIGNALS.of(observation, "prune.protect.core_per_layer")
     if isinstance(trace, Table):
         return trace
     bad = int((~(np.isfinite(trace.p) & np.isfinite(trace.h))).sum())
@@ -255,15 +251,6 @@ def quantile(values: Sequence[ndarray], alphas: Sequence[Fraction], level: Decim
         reached = sum(alpha * int(np.searchsorted(ordered, pooled[middle], side="right")) for ordered, alpha in weighed)
         low, high = (low, middle) if reached >= needed else (middle + 1, high)
     return float(pooled[low])
-
-
-def eaft_saliency(
-    regions: Regions, alphas: Sequence[Fraction], weights: Sequence[float], *, mean: bool, prior_count: float = 0.0
-) -> ndarray:
-    """Σ w·g·n / (N + λ) by expert, or the bare sum; ndarray[L, E] float64, signed, NaN where N + λ = 0."""
-    sums = regions.sums(alphas, weights)
-    with np.errstate(invalid="ignore"):
-        return sums / (regions.counts(alphas) + prior_count) if mean else sums
 
 
 def summarise(regions: Regions, sources: Sequence[str], alphas: Sequence[Fraction]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from numpy import ndarray
 from reapkit.checkpoint.architecture import Architecture
 from reapkit.core.errors import UnusableError
 from reapkit.observation.observation import Observation
+from reapkit.selection.criteria.reap import REAP
 from reapkit.selection.selection import LayerSelection, Selection
 
 SUMS_THERE = {
@@ -99,7 +100,7 @@ def _selection(file: Path, data: Mapping[str, list[int]], architecture: Architec
             tuple(sorted(kept)), tuple(sorted(set(range(total)) - set(kept))), ()
         )
     return Selection(
-        "reap", dict(sorted(layers.items())), details={"imported": "llm-compressor REAP report", "file": file.name}
+        REAP.name, dict(sorted(layers.items())), details={"imported": "llm-compressor REAP report", "file": file.name}
     )
 
 

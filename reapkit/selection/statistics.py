@@ -19,8 +19,9 @@ from numpy import ndarray
 from reapkit.core.formatting import exact_percent
 from reapkit.observation.observation import Observation
 from reapkit.recipe.schema import SaliencySpec
-from reapkit.selection.saliency import Totals, add_sources, saliency, source_alphas, totals
+from reapkit.selection.saliency import saliency
 from reapkit.selection.selection import Selection
+from reapkit.selection.totals import Totals, add_sources, source_alphas, totals
 
 SNAPSHOT_ROWS = ("1/16", "1/8", "1/4", "1/2")
 TAIL_QUARTER = Fraction(3, 4)

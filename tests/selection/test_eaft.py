@@ -12,7 +12,8 @@ import torch
 
 from reapkit.core.errors import UnusableError
 from reapkit.selection.eaft import REGIONS, measure_regions, quantile, summarise
-from reapkit.selection.saliency import saliency, source_alphas
+from reapkit.selection.saliency import saliency
+from reapkit.selection.totals import source_alphas
 from tests.support.observations import observe_routing, random_routing, repeated, variants
 from tests.support.specs import saliency_spec
 
@@ -186,7 +187,7 @@ def test_summary_states_shares_of_the_mix() -> None:
 
 
 def test_without_signals_it_says_what_to_set() -> None:
-    with pytest.raises(UnusableError, match=r"Set observe\.eaft: true and observe again"):
+    with pytest.raises(UnusableError, match=r"eaft-reap needs EAFT signals, .* Observe with observe\.eaft: true"):
         saliency(observe_routing(random_routing(9, tokens=10), trace=False), saliency_spec("eaft-reap"))
 
 

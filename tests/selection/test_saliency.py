@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from reapkit.core.errors import RecipeError, UnusableError
-from reapkit.selection.saliency import Totals, formula, saliency, totals
+from reapkit.selection.saliency import formula, saliency
+from reapkit.selection.totals import Totals, totals
 from tests.support.observations import observe_routing, random_routing, repeated
 from tests.support.specs import saliency_spec
 

@@ -11,7 +11,7 @@ import pytest
 
 from reapkit.checkpoint.architecture import Architecture
 from reapkit.selection.decide import select
-from reapkit.selection.saliency import saliency, totals
+from reapkit.selection.saliency import saliency
 from reapkit.selection.statistics import (
     balance,
     chance_coverage,
@@ -33,6 +33,7 @@ from reapkit.selection.statistics import (
     specialisation,
     tail_risks,
 )
+from reapkit.selection.totals import totals
 from tests.support.observations import observe_routing, random_routing
 from tests.support.specs import prune, saliency_spec
 

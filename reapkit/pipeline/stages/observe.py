@@ -13,6 +13,7 @@ from reapkit.pipeline.stages.context import Context
 from reapkit.planning.estimates import estimate
 from reapkit.planning.plan import Plan
 from reapkit.planning.stage_definitions import StageDefinition
+from reapkit.selection.criteria.reap import REAP
 from reapkit.selection.statistics import first_half, first_half_sentence
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def _say_how_settled(context: Context, observation: Observation) -> None:
         observation, {layer: kept.get(layer, observation.num_experts // 2) for layer in observation.layers}
     )
     if half is not None:
-        ranked = "" if candidate.criterion == "reap" else "ranked by reap, "  # what snapshots can follow
+        ranked = "" if candidate.criterion == REAP.name else f"ranked by {REAP.name}, "  # what snapshots can follow
         context.progress.say(f"observe: at the budget of {candidate.name}, {ranked}{first_half_sentence(half)}")
 
 

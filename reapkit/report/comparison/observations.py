@@ -32,7 +32,8 @@ from reapkit.report.comparison.overlap import (
 from reapkit.report.comparison.terms import Terms
 from reapkit.report.inspection.recognise import Found
 from reapkit.report.inspection.render import Block, lines, table
-from reapkit.selection.criteria import criterion_problem
+from reapkit.selection.criteria.reap import REAP
+from reapkit.selection.criteria.registry import criterion_problem
 from reapkit.selection.saliency import saliency
 from reapkit.selection.statistics import first_half, rank_correlation, removal_order
 
@@ -172,7 +173,9 @@ def blocks(found: Mapping[str, Any]) -> list[Block]:
     ]
     return [
         lines(found["answer"], ""),
-        table("Scored tokens; reap's kept set after half of the rows", ("", "scored", *few, "1/2 vs all"), rows),
+        table(
+            f"Scored tokens; {REAP.name}'s kept set after half of the rows", ("", "scored", *few, "1/2 vs all"), rows
+        ),
         pairs_table(found["pairs"], ranked=True),
         layers_table(found["pairs"], ranked=True),
         lines(
@@ -213,7 +216,7 @@ def page(found: Mapping[str, Any], places: Mapping[str, str]) -> Page:
         ("sources", "left"),
         ("first half against all", "right"),
     ]
-    note = "First half against all: how much of reap's kept set was there after half of the rows."
+    note = f"First half against all: how much of {REAP.name}'s kept set was there after half of the rows."
     return Page(
         "Would they keep the same experts?",
         "reapkit comparison of observations",

@@ -8,6 +8,7 @@ from decimal import Decimal
 
 from reapkit.planning.plan import Plan
 from reapkit.recipe.loading import LoadedRecipe
+from reapkit.recipe.schema import DEFAULT_CRITERION
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Terms:
     `make_plan`: how recipes are planned, to compare the keys of their stages; None: only their fields are compared.
     """
 
-    criterion: str = "reap"
+    criterion: str = DEFAULT_CRITERION
     ratio: Decimal = Decimal("0.5")
     different_models: bool = False
     make_plan: Callable[[LoadedRecipe], Plan] | None = None

@@ -9,18 +9,22 @@ from typing import Any
 import numpy as np
 
 from reapkit.core.formatting import narrow_percent, ranges
+from reapkit.observation.materials import EAFT_SIGNALS
 from reapkit.observation.observation import Observation
 from reapkit.recipe.schema import EaftSpec, SaliencySpec
 from reapkit.report.export import ranking_by_layer
 from reapkit.report.inspection.render import Block, all_last, lines, notes, table
+from reapkit.selection.criteria.eaft_reap import SMALL_CONFLICT_SHARE
+from reapkit.selection.criteria.reap import REAP
+from reapkit.selection.criteria.registry import reading
 from reapkit.selection.eaft import REGIONS, region_positions, summarise
-from reapkit.selection.saliency import saliency, source_alphas, totals
+from reapkit.selection.saliency import saliency
 from reapkit.selection.statistics import balance, concentration, convergence, first_half, first_half_sentence
+from reapkit.selection.totals import source_alphas, totals
 
 TOP = 6
 REMOVED = (0.25, 0.5, 0.625)  # shares of a layer's experts at which inspect shows a removal path
 SHOWN_SIZES = (4, 8, 16)
-SMALL_CONFLICT_SHARE = 0.005
 
 
 def facts(directory: Path) -> dict[str, Any]:
@@ -28,7 +32,7 @@ def facts(directory: Path) -> dict[str, Any]:
     shares."""
     observation = Observation.load(directory)
     summed = totals(observation)
-    ranking = ranking_by_layer(observation, saliency(observation, SaliencySpec()))
+    ranking = ranking_by_layer(observation, saliency(observation, SaliencySpec(criterion=REAP.name)))
     counts = {layer: max(1, observation.num_experts // 2) for layer in observation.layers}
     return {
         "model_type": observation.model_type,
@@ -145,6 +149,7 @@ def _sources_table(found: Mapping[str, Any]) -> Block:
 
 
 def _layers_table(found: Mapping[str, Any]) -> Block:
+    most_salient = f"most salient ({REAP.name})"
     sizes = [str(size) for size in SHOWN_SIZES if str(size) in found["concentration"]]
     rows = [
         (
@@ -157,9 +162,9 @@ def _layers_table(found: Mapping[str, Any]) -> Block:
     ]
     return table(
         "Share of Σgn in the top experts, std/mean of use, ranking",
-        ("layer", *(f"top {size}" for size in sizes), "spread", "most salient (reap)"),
+        ("layer", *(f"top {size}" for size in sizes), "spread", most_salient),
         rows,
-        left=("most salient (reap)",),
+        left=(most_salient,),
     )
 
 
@@ -177,13 +182,15 @@ def _settled(found: Mapping[str, Any]) -> list[Block]:
     half = found["first_half"]
     if half is not None:
         steps.append(first_half_sentence(half))
-    return notes(f"how settled reap's kept half is, against all rows (chance {chance})", steps)
+    return notes(f"how settled {REAP.name}'s kept half is, against all rows (chance {chance})", steps)
 
 
 def _regions(found: Mapping[str, Any]) -> list[Block]:
     eaft = found["eaft"]
     if eaft is None:
-        return [lines("no EAFT trace: eaft-reap needs observe.eaft: true")]
+        readers = reading(EAFT_SIGNALS)
+        need = "needs" if len(readers) == 1 else "need"
+        return [lines(f"no EAFT trace: {' and '.join(readers)} {need} observe.eaft: true")]
     rows = [
         (name, *(narrow_percent(shares[region], 2) for region in REGIONS[:3]))
         for name, shares in all_last(eaft["shares"])

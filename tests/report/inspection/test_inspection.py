@@ -31,7 +31,8 @@ from reapkit.report.inspection.inspect import Inspection, inspect
 from reapkit.report.inspection.render import EXCERPT, excerpt, highlighted, lines, table
 from reapkit.selection.decide import select
 from reapkit.selection.eaft import measure_regions, summarise
-from reapkit.selection.saliency import saliency, source_alphas
+from reapkit.selection.saliency import saliency
+from reapkit.selection.totals import source_alphas
 from tests.support.command import command
 from tests.support.observations import observe_routing, random_routing
 from tests.support.paths import ROOT

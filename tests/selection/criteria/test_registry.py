@@ -9,12 +9,10 @@ import numpy as np
 import pytest
 
 from reapkit.core.errors import RecipeError
-from reapkit.observation.removal_paths import REROUTE
 from reapkit.recipe.loading import load
-from reapkit.recipe.schema import BUILTIN_CRITERIA
-from reapkit.selection import criteria
-from reapkit.selection.criteria import criterion_fingerprint, criterion_problem, user_criterion
-from reapkit.selection.saliency import CRITERIA, saliency
+from reapkit.selection.criteria import registry
+from reapkit.selection.criteria.registry import BUILTIN, criterion, criterion_fingerprint, criterion_problem, described
+from reapkit.selection.saliency import saliency
 from tests.support.observations import observe_routing, random_routing
 from tests.support.paths import ROOT
 from tests.support.specs import saliency_spec
@@ -25,28 +23,31 @@ def installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     (tmp_path / "offered_criteria.py").write_text("def steady(totals, spec):\n    return totals.count\nnumber = 3\n")
     monkeypatch.syspath_prepend(tmp_path)
     points = [
-        EntryPoint("steady", "offered_criteria:steady", criteria.ENTRY_POINT_GROUP),
-        EntryPoint("number", "offered_criteria:number", criteria.ENTRY_POINT_GROUP),
-        EntryPoint("reap", "offered_criteria:steady", criteria.ENTRY_POINT_GROUP),
+        EntryPoint("steady", "offered_criteria:steady", registry.ENTRY_POINT_GROUP),
+        EntryPoint("number", "offered_criteria:number", registry.ENTRY_POINT_GROUP),
+        EntryPoint("reap", "offered_criteria:steady", registry.ENTRY_POINT_GROUP),
     ]
-    monkeypatch.setattr(criteria, "entry_points", lambda group: [point for point in points if point.group == group])
+    monkeypatch.setattr(registry, "entry_points", lambda group: [point for point in points if point.group == group])
     return tmp_path
 
 
-def test_every_built_in_name_is_computed() -> None:
-    assert set(BUILTIN_CRITERIA) == {*CRITERIA, "eaft-reap", *REROUTE}
-    assert all(criterion_problem(name) is None and criterion_fingerprint(name) is None for name in BUILTIN_CRITERIA)
+def test_built_in_names_are_known_and_have_no_file_of_the_users() -> None:
+    assert all(criterion(name) is described(name) is record for name, record in BUILTIN.items())
+    assert all(criterion_problem(name) is None and criterion_fingerprint(name) is None for name in BUILTIN)
 
 
 def test_an_installed_criterion_goes_by_its_name(installed: Path) -> None:
     assert criterion_problem("steady") is None
-    assert user_criterion("steady").__name__ == "steady"
-    assert "reap" not in criteria.installed_criteria(), "a built-in name cannot be taken over"
+    observation = observe_routing(random_routing(0), trace=False)
+    assert np.array_equal(
+        saliency(observation, saliency_spec("steady")), saliency(observation, saliency_spec("frequency"))
+    )
+    assert "reap" not in registry.installed_criteria(), "a built-in name cannot be taken over"
 
 
 def test_what_is_no_function_is_refused(installed: Path) -> None:
     with pytest.raises(RecipeError, match=r"'number' is a int, not a function of \(totals, spec\)"):
-        user_criterion("number")
+        saliency(observe_routing(random_routing(0), trace=False), saliency_spec("number"))
 
 
 def test_an_unknown_name_lists_the_known_ones(installed: Path) -> None:
@@ -58,15 +59,16 @@ def test_an_unknown_name_lists_the_known_ones(installed: Path) -> None:
         " 'steady'?"
     )
     with pytest.raises(RecipeError, match=r"found 'nothing like it'\. Known: reap, .* as module:function\.$"):
-        user_criterion("nothing like it")
+        criterion("nothing like it")
 
 
 def test_a_name_is_checked_without_importing() -> None:
-    assert criterion_problem("module_that_is_not_there:function") is None
+    record = criterion("module_that_is_not_there:function")
+    assert record.formula(saliency_spec()) == record.name and not record.from_sums
     with pytest.raises(
         RecipeError, match=r"cannot be imported .*Put the folder that holds module_that_is_not_there on PYTHONPATH"
     ):
-        user_criterion("module_that_is_not_there:function")
+        saliency(observe_routing(random_routing(0), trace=False), saliency_spec(record.name))
 
 
 def test_the_fingerprint_follows_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,1 @@
+"""Saliency criteria: one record each, one file each, named in the registry."""
