@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ SYNC_REFUSED = (errno.EINVAL, errno.ENOTSUP)
 
 
 @contextmanager
-def replacing(target: Path) -> Iterator[Path]:
+def replacing(target: Path) -> Generator[Path, None, None]:
     """A path beside `target` to write to: at the block's end it takes the place of `target`, unless the block failed.
 
     The file is synced before it is renamed, and its directory afterwards: once the block is left, the file outlives a

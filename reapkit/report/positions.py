@@ -53,9 +53,11 @@ class Position:
 def positions(view: View) -> Iterator[Position]:
     """Every position, in the slider's order."""
     rank = removal_rank(view.saliency)
-    curves = coverage_curves(view) if view.coactivation is not None else None
+    unknown = np.full(view.saliency.shape, np.nan)
+    together = view.coactivation
+    curves = unknown if together is None else coverage_curves(together, statistics.removal_order(view.saliency))
     for size in range(view.experts):
-        coverage = [None] * len(view.layers) if curves is None else _known(curves[:, size])
+        coverage = _known(curves[:, size])
         yield position(view, rank < size, coverage, f"{size} of {view.experts} ({percent(size / view.experts, 0)})")
     if view.selection is not None:
         coverage = statistics.redundancy_coverage(view.coactivation, view.dropped)
@@ -73,22 +75,21 @@ def position(view: View, dropped: ndarray, coverage: list[float | None], label: 
         statistics.floors(view.saliency, dropped),
         statistics.tail_risks(view.summed.gate_norm_max, dropped),
         coverage,
-        [share if some else None for share, some in zip(chance, dropped.any(1), strict=True)],
+        [share if some else None for share, some in zip(chance, np.any(dropped, 1).tolist(), strict=True)],
         [statistics.share_deleted(*pair) for pair in zip(view.summed.gate_norm_sum, dropped, strict=True)],
     )
 
 
-def coverage_curves(view: View) -> ndarray:
+def coverage_curves(coactivation: ndarray, order: ndarray) -> ndarray:
     """Redundancy coverage of each layer when its k least salient experts go, k = 0 … E - 1: float64 [L, E], NaN where
     undefined.
 
-    One cumulative sum per layer gives all k.
+    `coactivation` [L, E, E], `order` int64 [L, E], first to go first. One cumulative sum per layer gives all k.
     """
-    order = statistics.removal_order(view.saliency)
     layers, experts = order.shape
     curves = np.full((layers, experts), np.nan)
     for layer in range(layers):
-        pairs = view.coactivation[layer][np.ix_(order[layer], order[layer])].astype(np.float64)
+        pairs = coactivation[layer][np.ix_(order[layer], order[layer])].astype(np.float64)
         np.fill_diagonal(pairs, 0)
         beside = pairs.sum(1).cumsum()
         among = pairs.cumsum(0).cumsum(1).diagonal()

@@ -26,7 +26,7 @@ def unpack(packed: dict) -> np.ndarray:
 def test_coverage_curves_equal_the_statistic_at_every_cut(observed):
     view = View.of(observed, None)
     order = statistics.removal_order(view.saliency)
-    curves = coverage_curves(view)
+    curves = coverage_curves(view.coactivation, order)
     for k in range(1, observed.num_experts):
         dropped = np.zeros_like(view.dropped)
         np.put_along_axis(dropped, order[:, :k], True, 1)
