@@ -181,7 +181,7 @@ def test_a_selection_of_another_model_changes_nothing(saved, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "says not how much to remove"),
+        ({}, "does not say how much to remove"),
         ({"ratio": 0.5, "keep_experts": 4}, "say the same thing twice"),
         ({"ratio": 0.5, "selection": "there"}, "a selection is given, which decides already; remove ratio"),
         ({"ratio": 0.5, "prune": {"capz": []}}, "capz"),

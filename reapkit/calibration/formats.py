@@ -81,7 +81,7 @@ class Sample:
             ]
         except UnicodeEncodeError as error:
             raise ValueError(
-                f"half of a surrogate pair ({error.object[error.start]!a}) at character {error.start}, which is no text"
+                f"half of a surrogate pair ({error.object[error.start]!a}) at character {error.start}, which is not text"
             ) from None
         except TypeError as error:
             raise ValueError(f"turns or tools hold what JSON cannot say ({error})") from None
@@ -193,7 +193,7 @@ def _without_nulls(value: Any) -> Any:
 
 def _turns(value: Any, column: str) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not all(isinstance(turn, Mapping) for turn in value):
-        raise ValueError(f"column '{column}' is no list of turns")
+        raise ValueError(f"column '{column}' is not a list of turns")
     return [_turn(turn, number) for number, turn in enumerate(value, 1)]
 
 
@@ -231,7 +231,7 @@ def _content(content: Any, number: int) -> str:
 
 def _call(call: Any, number: int) -> dict[str, Any]:
     if not isinstance(call, Mapping):
-        raise ValueError(f"turn {number} has a tool call that is no mapping")
+        raise ValueError(f"turn {number} has a tool call that is not a mapping")
     function = call.get("function", call)
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise ValueError(f"turn {number} has a tool call without a function name")
@@ -247,10 +247,10 @@ def _tools(value: Any, column: str) -> list[dict[str, Any]] | None:
     if not value:
         return None
     if not isinstance(value, list):
-        raise ValueError(f"column '{column}' is no list of tool schemas")
+        raise ValueError(f"column '{column}' is not a list of tool schemas")
     tools = [_from_json(tool, column) for tool in value]
     if not all(isinstance(tool, Mapping) for tool in tools):
-        raise ValueError(f"column '{column}' holds a tool schema that is no mapping")
+        raise ValueError(f"column '{column}' holds a tool schema that is not a mapping")
     return [dict(tool) if "function" in tool else {"type": "function", "function": dict(tool)} for tool in tools]
 
 
@@ -259,9 +259,9 @@ def _xlam(row: Mapping[str, Any]) -> Sample:
     if not query.strip() or not answers:
         return Sample(text="")
     if not isinstance(answers, list):
-        raise ValueError("column 'answers' is no list of calls")
+        raise ValueError("column 'answers' is not a list of calls")
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) and "name" in tool for tool in tools):
-        raise ValueError("column 'tools' is no list of named tools")
+        raise ValueError("column 'tools' is not a list of named tools")
     return Sample(
         messages=[
             {"role": "user", "content": query},
@@ -293,7 +293,7 @@ def _tokens(row: Mapping[str, Any], column: str, mask_column: str | None) -> Sam
         return Sample(input_ids=[])
     ids = list(ids)
     if not all(isinstance(token, int) and not isinstance(token, bool) and 0 <= token < 1 << 31 for token in ids):
-        raise ValueError(f"column '{column}' is no list of token ids")
+        raise ValueError(f"column '{column}' is not a list of token ids")
     mask = row.get(mask_column) if mask_column else None
     if mask is not None:
         mask = [int(mark) for mark in mask]

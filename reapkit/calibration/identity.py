@@ -28,7 +28,7 @@ def template_identity(template: str | None, directory: Path) -> str | None:
         return None
     path = local_path(template, directory)
     if not path.is_file():
-        raise UnusableError(f"calibration.chat_template: {path} is no file. Paths start from the recipe's folder.")
+        raise UnusableError(f"calibration.chat_template: {path} is not a file. Paths start from the recipe's folder.")
     return digest_file(path)
 
 

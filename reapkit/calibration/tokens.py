@@ -74,7 +74,7 @@ class CalibrationTokens:
             summary = json.loads((directory / SUMMARY_FILE).read_text())
         except FileNotFoundError:
             raise UnusableError(
-                f"{directory} holds no {SUMMARY_FILE}, so it is no finished calibration. Run it again."
+                f"{directory} holds no {SUMMARY_FILE}, so it is not a finished calibration. Run it again."
             ) from None
         return cls(directory, summary)
 

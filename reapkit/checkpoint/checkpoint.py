@@ -40,7 +40,7 @@ def read_index(path: Path) -> dict[str, str]:
         ) from None
     if wrong:
         raise UnusableError(
-            f"{path}: names the shard {wrong[0]!r}, which is no file of this directory. Download it again."
+            f"{path}: names the shard {wrong[0]!r}, which is not a file of this directory. Download it again."
         )
     return weight_map
 

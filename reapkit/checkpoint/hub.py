@@ -67,7 +67,7 @@ def hub_checkpoint(repository: str, revision: str | None) -> Checkpoint:
 def cached_snapshot(repository: str, revision: str | None) -> Path | None:
     """The model's directory in the hub's cache if everything is there that a plan and a run read, else None.
 
-    Raises UnusableError for what is no hub id, or for a broken index.
+    Raises UnusableError for what is not a hub id, or for a broken index.
     """
     path = _cached(repository, revision, PLANNED_FILES)
     if path is None or not (path / "config.json").is_file():
@@ -168,7 +168,7 @@ def _header(repository: str, commit: str, shard: str, size: int) -> bytes:
     length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
     if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
         raise UnusableError(
-            f"model.source: {shard} of {repository} is no safetensors file, or cut short ({size} bytes) on the hub."
+            f"model.source: {shard} of {repository} is not a safetensors file, or cut short ({size} bytes) on the hub."
             " Choose another revision."
         )
     if len(start) < 8 + length:

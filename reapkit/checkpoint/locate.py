@@ -43,7 +43,7 @@ def model_checkpoint(model: ModelSpec, directory: Path, *, download: bool = Fals
         path = local_path(source, directory)
         if not path.is_dir():
             raise UnusableError(
-                f"model.source: {path} is no directory. Give a model directory, a hub id or builtin:demo."
+                f"model.source: {path} is not a directory. Give a model directory, a hub id or builtin:demo."
             )
         return Checkpoint.open(path)
     path = download_snapshot(source, model.revision) if download else cached_snapshot(source, model.revision)

@@ -56,7 +56,7 @@ def _tensors_of(path: Path, size: int, text: bytes) -> dict[str, TensorInfo]:
         found = _parse_entries(header, shard, base)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UnusableError(
-            f"{path}: its header is no safetensors header ({type(error).__name__}: {error}). Download it again."
+            f"{path}: its header is not a safetensors header ({type(error).__name__}: {error}). Download it again."
         ) from None
     if not _tiles(found, base, size):
         found.sort(key=itemgetter(4, 5))  # begin, end

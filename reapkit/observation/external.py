@@ -41,7 +41,7 @@ class ImportedObservation:
             hashes = _hashes([directory / name for name in names], cache)
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise UnusableError(
-                f"--observation {directory}: no readable observation there ({type(error).__name__}: {error}). Give an "
+                f"--observation {directory}: the observation there cannot be read ({type(error).__name__}: {error}). Give an "
                 "observation's directory, or a run that has one."
             ) from None
         return cls(directory, digest(hashes), facts)

@@ -208,7 +208,7 @@ class Observation:
             facts = json.loads((directory / "observation.json").read_text())
         except (OSError, ValueError) as error:
             raise UnusableError(
-                f"{directory}: no readable observation.json there ({error}). Give an observation's directory."
+                f"{directory}: observation.json there cannot be read ({error}). Give an observation's directory."
             ) from None
         if facts.get("format") != FORMAT_VERSION:
             raise UnusableError(

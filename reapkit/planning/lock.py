@@ -104,7 +104,9 @@ def read_lock(path: Path) -> dict[str, Any]:
     try:
         lock = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UnusableError(f"{path}: no readable lock there ({error}). Write one with `reapkit lock`.") from None
+        raise UnusableError(
+            f"{path}: the lock there cannot be read ({error}). Write one with `reapkit lock`."
+        ) from None
     if lock.get("format") != FORMAT:
         raise UnusableError(f"{path}: lock format {lock.get('format')}, this version reads {FORMAT}. Lock again.")
     return lock

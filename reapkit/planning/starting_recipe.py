@@ -22,7 +22,7 @@ GROUP_SIZES = (128, 64, 32, 16)
 def starting_recipe(model: str, directory: Path) -> tuple[str, str]:
     """(name, YAML) of a recipe for the model at a path, hub id or builtin name; relative paths start from `directory`.
 
-    Raises UnusableError where there is no such model or it is no MoE.
+    Raises UnusableError where there is no such model or it is not an MoE.
     """
     checkpoint = model_checkpoint(ModelSpec(source=model), directory)
     architecture, layout = checkpoint.architecture, checkpoint.layout

@@ -37,7 +37,7 @@ def place_matrices(
             expert = modules.get(f"{parameter.rpartition('.')[0]}.{found.expert}") if found else None
             if expert is None:
                 raise UnusableError(
-                    f"{checkpoint.path}: {name} becomes {parameter} in {type(model).__name__}, which is no linear"
+                    f"{checkpoint.path}: {name} becomes {parameter} in {type(model).__name__}, which is not a linear"
                     f" layer. Add {matrix.module} to quantize.ignore."
                 )
             module = _by_value(expert, read_tensor(checkpoint, name), matrix, checkpoint)

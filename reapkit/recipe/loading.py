@@ -193,7 +193,7 @@ def _with_raw_recipe(document: Node, path: Path, problems: list[Problem]) -> Nod
         problems.append(
             node.problem(
                 "quantize.recipe",
-                f"found '{node.value}', but there is no such file that can be read. The path starts from the "
+                f"found '{node.value}', but there is no readable file of that name. The path starts from the "
                 "recipe's own folder.",
             )
         )
@@ -313,7 +313,7 @@ def _override(document: Node, text: str, problems: list[Problem]) -> None:
         else:
             if not isinstance(node.value, dict):
                 problems.append(
-                    Problem(path, f"{'.'.join(parts[:i])} is no mapping, so nothing can be set inside it.", shown)
+                    Problem(path, f"{'.'.join(parts[:i])} is not a mapping, so nothing can be set inside it.", shown)
                 )
                 return
             if last:

@@ -409,7 +409,9 @@ class PruneSpec(Section):
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} say the same thing twice; give one")
         if not given and (self.candidates is None or self.candidates.ratio is None):
-            raise ValueError("says not how much to remove; give ratio, keep_ratio, keep_experts or candidates.ratio")
+            raise ValueError(
+                "does not say how much to remove; give ratio, keep_ratio, keep_experts or candidates.ratio"
+            )
         if self.allocation == "global" and self.layout != "ragged":
             raise ValueError("allocation: global gives layers different expert counts, which needs layout: ragged")
         return self

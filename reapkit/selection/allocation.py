@@ -101,7 +101,7 @@ def global_counts(
 
     Layers shrink in steps of `unit` experts (one without groups and `multiple_of`), each step costing the mean
     normalised saliency of its experts; of equals the lower layer is kept. Experts never routed go first; a layer
-    without any saliency keeps its uniform budget. Where E is no multiple of `unit` the total may fall short of the
+    without any saliency keeps its uniform budget. Where E is not a multiple of `unit` the total may fall short of the
     budget by less than one step.
 
     Raises RecipeError where what is protected does not fit.

@@ -71,7 +71,7 @@ def _pickle(file: Path) -> Any:
             " run any program, so it is refused. Save tensors and plain dicts only."
         ) from None
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise UnusableError(f"{file}: is no file that torch.save wrote ({str(error)[:200]}).") from None
+        raise UnusableError(f"{file}: is not a file that torch.save wrote ({str(error)[:200]}).") from None
 
 
 def _layer(file: Path, name: Any) -> int:

@@ -269,7 +269,7 @@ def _check_protected(
     for layer, protected in prune.protect.experts.items():
         path = f"prune.protect.experts.{layer}"
         if layer not in budgets:
-            problems.append(Problem(path, f"layer {layer} is no MoE layer. MoE layers: {ranges(sorted(budgets))}."))
+            problems.append(Problem(path, f"layer {layer} is not an MoE layer. MoE layers: {ranges(sorted(budgets))}."))
             continue
         if wrong := sorted({expert for expert in protected if not 0 <= expert < experts}):
             named = ", ".join(map(str, wrong))

@@ -118,7 +118,9 @@ class Selection:
         try:
             return cls.from_json(json.loads(file.read_text(encoding="utf-8")))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UnusableError(f"{file}: no readable selection ({error}). Give a selection's directory.") from None
+            raise UnusableError(
+                f"{file}: the selection cannot be read ({error}). Give a selection's directory."
+            ) from None
 
 
 def _readable(data: Mapping[str, Any]) -> str:

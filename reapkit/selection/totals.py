@@ -62,7 +62,7 @@ def source_alphas(observation: Observation, mix: Mapping[str, Decimal] | None) -
         return (Fraction(1),) * len(observation.sources)
     tokens = dict(zip(observation.sources, observation.scored_tokens.tolist(), strict=True))
     problems = [
-        Problem(f"saliency.mix.{name}", f"is no source of the observation. Known: {', '.join(observation.sources)}.")
+        Problem(f"saliency.mix.{name}", f"is not a source of the observation. Known: {', '.join(observation.sources)}.")
         for name in mix
         if name not in tokens
     ]

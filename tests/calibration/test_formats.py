@@ -165,7 +165,7 @@ def test_tokens() -> None:
         ({"a": 1}, TextFormat(text="text"), "column 'text' is missing; the row has a"),
         ({"text": 3}, TextFormat(text="text"), "column 'text' holds int, not text"),
         ({"messages": "[{"}, MESSAGES, "column 'messages' holds broken JSON"),
-        ({"messages": '"hello"'}, MESSAGES, "column 'messages' is no list of turns"),
+        ({"messages": '"hello"'}, MESSAGES, "column 'messages' is not a list of turns"),
         ({"messages": [TURNS[0], {"content": "good"}]}, MESSAGES, "turn 2 has no role; it has content"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
@@ -178,18 +178,18 @@ def test_tokens() -> None:
             "turn 1 has a tool call without a function name",
         ),
         ({"messages": TURNS, "tools": "{}x"}, MESSAGES, "column 'tools' holds broken JSON"),
-        ({"messages": TURNS, "tools": '"search"'}, MESSAGES, "column 'tools' is no list of tool schemas"),
+        ({"messages": TURNS, "tools": '"search"'}, MESSAGES, "column 'tools' is not a list of tool schemas"),
         (
             {"query": "q", "tools": "[1]", "answers": '[{"name": "f"}]'},
             XlamFormat(),
-            "column 'tools' is no list of named tools",
+            "column 'tools' is not a list of named tools",
         ),
         (
             {"query": "q", "tools": "[]", "answers": '{"name": "f"}'},
             XlamFormat(),
-            "column 'answers' is no list of calls",
+            "column 'answers' is not a list of calls",
         ),
-        ({"input_ids": ["a"]}, TokensFormat(), "column 'input_ids' is no list of token ids"),
+        ({"input_ids": ["a"]}, TokensFormat(), "column 'input_ids' is not a list of token ids"),
         ({"input_ids": [1, 2], "assistant_mask": [1]}, TokensFormat(), "column 'assistant_mask' has 1 marks for 2 ids"),
     ],
 )

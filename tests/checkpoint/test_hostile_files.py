@@ -197,7 +197,7 @@ def test_forged_indexes(directory, tmp_path, seed):
 @pytest.mark.parametrize("shard", ["../secret.safetensors", "/etc/passwd", "sub/x.safetensors", 7, None, "a\0b"])
 def test_an_index_reaches_no_file_outside_the_directory(directory, shard):
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": shard}}))
-    with pytest.raises(UnusableError, match="which is no file of this directory"):
+    with pytest.raises(UnusableError, match="which is not a file of this directory"):
         Checkpoint.open(directory)
 
 
@@ -214,7 +214,7 @@ def test_an_index_reaches_no_file_outside_the_directory(directory, shard):
 )
 def test_headers_that_break_parsers(directory, text):
     write(directory, text, b"")
-    with pytest.raises(UnusableError, match="its header is no safetensors header"):
+    with pytest.raises(UnusableError, match="its header is not a safetensors header"):
         Checkpoint.open(directory)
 
 

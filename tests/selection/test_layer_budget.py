@@ -232,7 +232,7 @@ def test_layer_ranges_that_make_no_sense(spec: str, says: str) -> None:
         ),
         (
             {"ratio": 0.5, "protect": {"experts": {"99": [1]}}},
-            "prune.protect.experts.99: layer 99 is no MoE layer. MoE layers: 0-47.",
+            "prune.protect.experts.99: layer 99 is not an MoE layer. MoE layers: 0-47.",
         ),
         (
             {"ratio": 0.5, "protect": {"experts": {"4": [128, 3]}}},

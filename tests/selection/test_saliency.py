@@ -121,7 +121,7 @@ def test_a_mix_of_the_observed_shares_changes_nothing() -> None:
 @pytest.mark.parametrize(
     ("mix", "says"),
     [
-        ({"cod": 1}, "saliency.mix.cod: is no source of the observation. Known: code, tools."),
+        ({"cod": 1}, "saliency.mix.cod: is not a source of the observation. Known: code, tools."),
         ({"code": -1, "tools": 2}, "saliency.mix.code: -1 is negative. Give a share of 0 or more."),
         ({"code": 0}, "saliency.mix: every weight is 0. Give at least one source a share."),
     ],

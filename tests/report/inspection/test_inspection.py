@@ -572,7 +572,7 @@ class TestRefusals:
                 "damaged or of another version",
             ),
             ("observation.json", '{"format": 1}', "damaged or of another version"),
-            ("selection.json", "{}", "no readable selection"),
+            ("selection.json", "{}", "the selection cannot be read"),
         ],
     )
     def test_damaged_files(self, tmp_path: Path, name: str, content: str, message: str) -> None:
