@@ -98,7 +98,8 @@ class Bench(ABC):
 
     @abstractmethod
     def positions(self, candidate: Candidate, length: int) -> Positions:
-        """The candidate's signals at the pack's measured positions."""
+        """The candidate's signals at the measured positions of the pack of this length, each `[n]` as `Positions`
+        says."""
 
     def base_metrics(self) -> dict[str, Any]:
         """The base's own numbers by length and group."""

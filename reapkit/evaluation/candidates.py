@@ -101,7 +101,8 @@ def give_verdict(
     """The evaluation (see `evaluate`) of candidates on benches, wherever they measure."""
     if not decide.packs:
         raise UnusableError(
-            "The packs hold no row to decide on. Raise evaluate.packs.samples or lower evaluate.packs.confirm."
+            "evaluate: the packs hold no row to decide on. Raise evaluate.packs.samples or lower"
+            " evaluate.packs.confirm."
         )
     table = _try_candidates(decide, candidates, gates)
     passed = [entry for entry in table if entry["verdict"] == "pass"]

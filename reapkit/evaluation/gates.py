@@ -136,9 +136,13 @@ def _problems(gates: Iterable[Gate], sources: tuple[str, ...]) -> list[Problem]:
     for gate in gates:
         path = f"evaluate.gates.{gate.metric}" + ("" if gate.source == UNION else f".sources.{gate.source}")
         if sources and gate.source not in (UNION, *sources):
-            problems.append(Problem(path, f"no source has this name. Known: {', '.join(sources)}."))
+            problems.append(
+                Problem(
+                    path, f"'{gate.source}' is not a source of the mix or of extra_packs. Known: {', '.join(sources)}."
+                )
+            )
         if gate.max is None and gate.min is None:
-            problems.append(Problem(path, "says no number. Give max or min."))
+            problems.append(Problem(path, "the limit has no number. Give max or min."))
     return problems
 
 
@@ -146,7 +150,7 @@ def _preset(name: str) -> dict[str, dict[str, float]]:
     if name not in PRESETS:
         close = get_close_matches(name, PRESETS, 1)
         hint = f" Did you mean {close[0]}?" if close else ""
-        raise RecipeError([Problem("evaluate.gates", f"no preset '{name}'. Known: {', '.join(PRESETS)}.{hint}")])
+        raise RecipeError([Problem("evaluate.gates", f"'{name}' is not a preset. Known: {', '.join(PRESETS)}.{hint}")])
     return PRESETS[name]
 
 

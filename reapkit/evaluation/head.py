@@ -18,14 +18,16 @@ LOGIT_BYTES = 1 << 25
 
 
 def hidden_states(model: nn.Module, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-    """Final hidden states `[b, t, hidden]` of ids `[b, t]`, wherever the model's first and last layers are."""
+    """Final hidden states `[b, t, hidden]`, in the model's dtype, of ids `[b, t]` int64 (`position_ids` alike),
+    wherever the model's first and last layers are."""
     device = model.get_input_embeddings().weight.device
     with fast_linear(model):
         return final_hidden(model, input_ids.to(device), None if position_ids is None else position_ids.to(device))
 
 
 def logits(model: nn.Module, hidden: Tensor) -> Tensor:
-    """Float32 logits `[n, vocabulary]` of final hidden states `[n, hidden]`, by the model's own forward."""
+    """Logits `[n, vocabulary]` float32 of final hidden states `[n, hidden]` in the model's dtype, by the model's own
+    forward."""
     with fast_linear(model):
         return head_logits(model, hidden.to(model.get_output_embeddings().weight.device))
 
@@ -36,7 +38,8 @@ def chunk_positions(model: nn.Module) -> int:
 
 
 def check_head(model: nn.Module, input_ids: Tensor) -> None:
-    """Raises UnusableError unless `logits` of `hidden_states` are what the model itself says of `input_ids` `[t]`."""
+    """Raises UnusableError unless `logits` of `hidden_states` are what the model itself says of `input_ids` `[t]` int64
+    (its first 16)."""
     ids = input_ids[:16].unsqueeze(0)
     with fast_linear(model):
         expected = (
@@ -46,7 +49,8 @@ def check_head(model: nn.Module, input_ids: Tensor) -> None:
 
 
 def require_same_logits(model: nn.Module, expected: Tensor, found: Tensor) -> None:
-    """Raises UnusableError where logits made of hidden states differ from the model's own by more than rounding."""
+    """Raises UnusableError where logits `[n, vocabulary]` float32 made of hidden states differ from the model's own by
+    more than rounding: 1e-4 of the largest in float32, else 2e-2."""
     tolerance = 1e-4 if model.get_output_embeddings().weight.dtype == torch.float32 else 2e-2
     gap = (expected - found.to(expected.device)).abs().max().item()
     if not gap <= tolerance * max(1.0, expected.abs().max().item()):
@@ -58,7 +62,8 @@ def require_same_logits(model: nn.Module, expected: Tensor, found: Tensor) -> No
 
 @contextmanager
 def output_embeddings(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
-    """Inside the block the model's output embeddings are `weights` (`weight`, optional `bias`)."""
+    """Inside the block the model's output embeddings are `weights`: `weight` `[vocabulary, hidden]`, optionally `bias`
+    `[vocabulary]`, in the model's dtype."""
     own = model.get_output_embeddings()
     device = next(own.parameters()).device
     head = nn.Linear(*reversed(weights["weight"].shape), bias="bias" in weights, device="meta")
@@ -71,7 +76,7 @@ def output_embeddings(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[
 
 
 def has_embeddings(model: nn.Module, weights: dict[str, Tensor]) -> bool:
-    """Whether the model's output embeddings are exactly `weights`."""
+    """Whether the model's output embeddings are exactly `weights`, dtypes included (see `embedding_weights`)."""
     own = embedding_weights(model)
     return own.keys() == weights.keys() and all(
         own[name].dtype == tensor.dtype and torch.equal(own[name], tensor) for name, tensor in weights.items()
@@ -79,7 +84,8 @@ def has_embeddings(model: nn.Module, weights: dict[str, Tensor]) -> bool:
 
 
 def embedding_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The output embeddings' tensors on the CPU, to measure another model against this one after it is gone."""
+    """The output embeddings on the CPU, to measure another model against this one after it is gone: `weight`
+    `[vocabulary, hidden]` and, where there is one, `bias` `[vocabulary]`, in the model's dtype."""
     module = model.get_output_embeddings()
     return {
         name: tensor.detach().cpu()

@@ -69,7 +69,7 @@ class Pack:
 @dataclass(frozen=True, eq=False)
 class BaseOutputs:
     """The base at a pack's measured positions: final hidden states `[n, hidden]` (in memory or mapped from disk),
-    reference tokens `[n]`, signals, and the output embeddings that turn the hidden states into logits."""
+    reference tokens `[n]` int64, signals, and the output embeddings that turn the hidden states into logits."""
 
     hidden: Tensor
     reference: Tensor
@@ -95,8 +95,8 @@ def base_outputs(
     """
     if pack.num_positions == 0:
         raise UnusableError(
-            f"The pack of {pack.length} tokens measures no position: its {len(pack.rows)} rows hold no scored token. "
-            "Raise evaluate.packs.samples."
+            f"evaluate: the pack of {pack.length} tokens measures no position: its {len(pack.rows)} rows hold no"
+            " scored token. Raise evaluate.packs.samples."
         )
     check_head(model, pack.tokens.row(pack.rows[0]).input_ids)
     return outputs_of(model, pack, _kept_hidden(model, pack, batch_tokens, work_directory, progress), top_k)
@@ -104,7 +104,7 @@ def base_outputs(
 
 @torch.no_grad()
 def outputs_of(model: nn.Module, pack: Pack, hidden: Tensor, top_k: int = 20) -> BaseOutputs:
-    """The base's outputs from its final hidden states `[n, hidden]` at the pack's measured positions."""
+    """The base's outputs from its final hidden states `[n, hidden]`, in its dtype, at the pack's measured positions."""
     reference, step = torch.cat([_reference(pack.tokens.row(row)) for row in pack.rows]), chunk_positions(model)
     described = [
         _to_cpu(
@@ -126,9 +126,10 @@ def base_head(model: nn.Module, base: BaseOutputs) -> Head:
 def compare_hidden(
     model: nn.Module, hidden: Tensor, base: BaseOutputs, start: int, head: Head, top_k: int = 20
 ) -> Positions:
-    """The signals of `model`'s final hidden states `[n, hidden]`, which belong to the base's positions from `start` on.
+    """The signals `[n]` of `model`'s final hidden states `[n, hidden]`, in its dtype, which belong to the base's
+    positions from `start` on.
 
-    `head` comes from `base_head`.
+    `head` comes from `base_head`. The signals lie on the CPU.
     """
     step, parts = chunk_positions(model), []
     for at in range(0, len(hidden), step):
@@ -153,7 +154,8 @@ def measure(
     title: str = "evaluate",
     progress: Progress = SILENT,
 ) -> Positions:
-    """What `model` (masked, or loaded from a directory) says at the pack's measured positions, compared with the base.
+    """What `model` (masked, or loaded from a directory) says at the pack's `n` measured positions, compared with the
+    base: signals `[n]` on the CPU.
 
     Raises StageFailed where its logits are not finite.
     """
@@ -189,12 +191,13 @@ def compare(base: BaseOutputs, candidate: Positions, pack: Pack, eaft: dict[str,
 
 
 def save_positions(positions: Positions, path: Path) -> None:
-    """A file that is there is complete."""
+    """Writes the signals, each `[n]`, as safetensors under their names. A file that is there is complete."""
     with replacing(path) as partial:
         save_file({field.name: getattr(positions, field.name).contiguous() for field in fields(Positions)}, partial)
 
 
 def load_positions(path: Path) -> Positions:
+    """What `save_positions` wrote."""
     return Positions(**load_file(path))
 
 
@@ -228,7 +231,7 @@ def _kept_hidden(
 
 
 def hidden_file(path: Path, positions: int, width: int, dtype: torch.dtype) -> Tensor:
-    """`[positions, width]` that lives in a file instead of in memory."""
+    """`[positions, width]` of `dtype` that lives in a file instead of in memory."""
     return torch.from_file(str(path), shared=True, size=positions * width, dtype=dtype).view(-1, width)
 
 

@@ -175,14 +175,16 @@ def raw_modifiers(spec: QuantizeSpec) -> list[Any]:
                 for scheme in modifier.resolved_config.config_groups.values()
             ]
         except Exception as error:  # pydantic, yaml and lookups: all of them are about the recipe
-            raise RecipeError([Problem("quantize.recipe", f"llm-compressor refuses it: {str(error)[:500]}")]) from error
+            raise RecipeError(
+                [Problem("quantize.recipe", f"llm-compressor refuses the recipe: {str(error)[:500]}")]
+            ) from error
     if not modifiers:
         raise RecipeError(
             [
                 Problem(
                     "quantize.recipe",
-                    "holds no modifier. llm-compressor reads stages whose names end in `_stage` and, in them, "
-                    "groups whose names end in `_modifiers`.",
+                    "the recipe holds no modifier. llm-compressor reads stages whose names end in `_stage` and, in"
+                    " them, groups whose names end in `_modifiers`.",
                 )
             ]
         )
@@ -191,7 +193,8 @@ def raw_modifiers(spec: QuantizeSpec) -> list[Any]:
             [
                 Problem(
                     "quantize.recipe",
-                    "stores zero points, which transformers loses when it loads experts. Set symmetric: true.",
+                    "the recipe stores zero points, which transformers loses when it loads experts. Set"
+                    " symmetric: true.",
                 )
             ]
         )
@@ -210,8 +213,8 @@ def _as_the_recipe_left_it(
             [
                 Problem(
                     "quantize.recipe",
-                    f"quantizes {strange[0]}, which reapkit never does ({len(strange)} such modules: routers, "
-                    "heads, gates). Add them to the recipe's ignore.",
+                    f"the recipe quantizes {strange[0]}, which reapkit never does ({len(strange)} such modules:"
+                    " routers, heads, gates). Add them to the recipe's ignore.",
                 )
             ]
         )
@@ -225,13 +228,17 @@ def _as_the_recipe_left_it(
             [
                 Problem(
                     "quantize.recipe",
-                    "quantizes nothing. Give it a quantizing modifier whose targets fit, such as Linear.",
+                    "the recipe quantizes nothing. Give it a quantizing modifier whose targets fit, such as Linear.",
                 )
             ]
         )
     if any(scheme.weights != found[0].weights for scheme in found):
         raise RecipeError(
-            [Problem("quantize.recipe", "uses several schemes, and reapkit writes one. Use one config group.")]
+            [
+                Problem(
+                    "quantize.recipe", "the recipe uses several schemes, and reapkit writes one. Use one config group."
+                )
+            ]
         )
     scheme = found[0].model_copy(deep=True, update={"targets": ["Linear"]})
     scheme.format = CompressionFormat(infer_module_format(nn.Linear, scheme))

@@ -51,7 +51,7 @@ def quantize_checkpoint(
     dequantized copy of a block-FP8 source may live meanwhile. `offload`: a directory where the decoder layers of a
     model that does not fit into host memory wait for their turn (not with `rtn`, which holds a shard at most); it is
     gone afterwards. Raises RecipeError where spec and checkpoint contradict, StageFailed where a matrix was not
-    written.
+    written, ValueError where a method that calibrates got no calibration.
     """
     source, out = Path(source), Path(out)
     checkpoint = Checkpoint.open(source)
@@ -61,7 +61,12 @@ def quantize_checkpoint(
     plan = targets(checkpoint, spec, checkpoint.layout)
     if not plan.matrices:
         raise RecipeError(
-            [Problem("quantize.ignore", "leaves no matrix to quantize. Remove some of it, or set scheme: null.")]
+            [
+                Problem(
+                    "quantize.ignore",
+                    "the patterns leave no matrix to quantize. Remove some of them, or set scheme: null.",
+                )
+            ]
         )
     out.mkdir(parents=True, exist_ok=True)
     target = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
@@ -76,7 +81,7 @@ def quantize_checkpoint(
         from reapkit.quantization.calibrated import quantize_loaded
 
         if calibration is None and (raw or spec.method != "rtn"):
-            raise ValueError(f"{'a raw recipe' if raw else spec.method} needs calibration tokens")
+            raise ValueError(f"quantize: {'a raw recipe' if raw else spec.method} needs calibration tokens")
         with _in_bf16(checkpoint, (work or out.parent) / f"{out.name}.dequantized", progress) as plain:
             done = quantize_loaded(
                 plain,

@@ -36,7 +36,7 @@ def _method_problems(spec: QuantizeSpec, scheme: Scheme) -> list[Problem]:
         problems.append(
             Problem(
                 "quantize.group_size",
-                f"{spec.group_size}, but {scheme.name} {has}. Remove group_size, or choose W4A16.",
+                f"found {spec.group_size}, but {scheme.name} {has}. Remove group_size, or choose W4A16.",
             )
         )
     return problems

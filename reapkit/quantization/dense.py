@@ -39,14 +39,15 @@ class PackedDirectory:
         self._files.close()
 
     def read(self, checkpoint: Checkpoint, name: str) -> Tensor:
-        """One tensor as it is stored."""
+        """One tensor in the shape and dtype in which it is stored."""
         shard = (str(checkpoint.path), checkpoint.tensors[name].shard)
         if shard not in self._open:
             self._open[shard] = self._files.enter_context(safe_open(checkpoint.path / shard[1], "pt"))
         return self._open[shard].get_tensor(name)
 
     def parts(self, prefix: str) -> dict[str, Tensor]:
-        """The stored parts of one matrix, empty where there are none."""
+        """The stored parts of one matrix by name (`formats.PARTS`), in their stored shapes and dtypes; empty where
+        there are none."""
         names = {part: f"{prefix}.{part}" for part in COMPRESSED_PARTS if f"{prefix}.{part}" in self.directory.tensors}
         return {part: self.read(self.directory, name) for part, name in names.items()}
 
@@ -62,7 +63,7 @@ class PackedDirectory:
         return pieces[0] if len(source.shape) == 2 else _restacked(pieces, self.plan.matrices[name], source)
 
     def source_dense(self, name: str) -> Tensor:
-        """The source tensor itself, block FP8 multiplied out."""
+        """The source tensor itself in its shape and dtype; block FP8 multiplied out, in bf16."""
         source = self.read(self.source, name)
         scale = f"{name}{BLOCK_SCALE}"
         if scale not in self.source.tensors:
@@ -71,7 +72,8 @@ class PackedDirectory:
         return unblocked(source, self.read(self.source, scale), block)
 
     def state_dict(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the source, the quantized ones dequantized, the others as the directory holds them."""
+        """Every tensor of the source in its shape: the quantized ones dequantized to the source's dtype (block FP8:
+        bf16), the others as the directory holds them."""
         for name in self.source.tensors:
             if name.endswith(BLOCK_SCALE):
                 continue
@@ -110,14 +112,15 @@ def write_dense(source: Path, directory: Path, spec: QuantizeSpec, out: Path, pr
 
 
 def unblocked(weight: Tensor, scale: Tensor, block: Sequence[int]) -> Tensor:
-    """A block-scaled FP8 matrix [rows, columns] in bf16; `scale` [ceil(rows / height), ceil(columns / width)]."""
+    """A block-scaled matrix [rows, columns] float8_e4m3fn multiplied out, in bf16; `scale` [ceil(rows / height),
+    ceil(columns / width)] in any float dtype. Multiplied in float32."""
     (rows, columns), (height, width) = weight.shape, block
     whole = scale.float().repeat_interleave(height, 0)[:rows].repeat_interleave(width, 1)[:, :columns]
     return (weight.float() * whole).to(torch.bfloat16)
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:
-    """‖value − reference‖ / ‖reference‖ in float32; 0 for two zeros."""
+    """‖value − reference‖ / ‖reference‖ of two tensors of one shape, in float32; 0 for two zeros."""
     difference, size = (value.float() - reference.float()).norm().item(), reference.float().norm().item()
     return difference / size if size else float(difference > 0)
 

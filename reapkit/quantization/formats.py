@@ -77,13 +77,14 @@ def spec_on_disk(config: Mapping[str, Any]) -> QuantizeSpec:
                 scheme=name, method="rtn", ignore=tuple(config["quantization_config"]["ignore"]), **group
             )
     raise UnusableError(
-        f"config.json: its quantization ({scheme.format}, {weights.num_bits} bits) is none of {', '.join(SCHEMES)}."
+        f"config.json: found quantization {scheme.format} of {weights.num_bits} bits, which is not a scheme of"
+        f" reapkit's. Known: {', '.join(SCHEMES)}."
     )
 
 
 def compress(tensors: Mapping[str, Tensor], scheme: QuantizationScheme) -> Tensors:
-    """The parts of one matrix as they are stored, from its weight and quantization parameters. Contiguous, safe to
-    save."""
+    """The parts of one matrix as they are stored (`PARTS`), from its `weight` [rows, columns] in any float dtype and
+    its quantization parameters (`weight_scale` [rows, groups] and so on). Contiguous, safe to save."""
     stored = BaseCompressor.get_value_from_registry(CompressionFormat(scheme.format).value).compress(
         dict(tensors), scheme
     )
@@ -100,7 +101,8 @@ def decompress(stored: Mapping[str, Tensor], scheme: QuantizationScheme) -> Tens
 
 
 def round_to_nearest(weight: Tensor, scheme: QuantizationScheme) -> Tensors:
-    """One matrix [rows, columns] as llm-compressor's data-free quantization stores it."""
+    """The stored parts of one matrix [rows, columns], in any float dtype, as llm-compressor's data-free quantization
+    makes them."""
     from llmcompressor.entrypoints.model_free.lifecycle import calibrate_weight, initialize_quantized_linear
 
     with torch.no_grad():

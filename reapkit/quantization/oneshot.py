@@ -27,8 +27,11 @@ AWQ_TOLERANCE = 0.1
 
 
 def equal_batches(tokens: CalibrationTokens, batch_tokens: int) -> Iterator[dict[str, Tensor]]:
-    """Every row once, batched with rows of its own length, so nothing is padded and nothing truncated; long rows
-    first."""
+    """Every row once, batched with rows of its own length, so nothing is padded and nothing truncated; long rows first.
+
+    `input_ids` [rows, tokens] int64, of at most `batch_tokens` tokens or one row; `position_ids` alike where the
+    tokens have their own.
+    """
     lengths = tokens.row_lengths
     for length in sorted({int(n) for n in lengths if n > 0}, reverse=True):
         rows = [row for row, n in enumerate(lengths) if n == length]
@@ -89,6 +92,11 @@ def run_oneshot(
     device: torch.device,
     progress: Progress,
 ) -> None:
+    """Runs llm-compressor's calibration on `rows` (see `equal_batches`; none: data-free) with the model's own
+    attention.
+
+    Raises StageFailed where another attention was run.
+    """
     from llmcompressor import oneshot
 
     layers = decoder_layers(model)
@@ -228,7 +236,7 @@ def _proven(model: nn.Module, layers: nn.ModuleList, rows: list[dict[str, Tensor
     coarse = {torch.bfloat16: 2e-2, torch.float16: 5e-3}.get(next(model.parameters()).dtype, ATTENTION_TOLERANCE)
     if not gap <= coarse:
         raise StageFailed(
-            f"quantize: calibration met another attention than the model's own (relative difference {gap:.2g} in the"
+            f"quantize: calibration ran another attention than the model's own (relative difference {gap:.2g} in the"
             " first attention layer), so its statistics would be wrong. Use method: rtn for this architecture, and"
             " please report it."
         )

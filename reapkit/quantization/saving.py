@@ -75,7 +75,7 @@ def _spelling(source: Checkpoint) -> dict[str, str]:
             ours = {LINEARISED.word(role): word for word, role in row.matrices.items()}
             return {} if all(word == its_own for word, its_own in ours.items()) else ours
     raise UnusableError(
-        f"{source.path}: its experts are called {', '.join(sorted(words))}; which of them is"
+        f"{source.path}: the experts' matrices are called {', '.join(sorted(words))}; which of them is"
         f" {', '.join(list(LINEARISED.matrices)[:-1])} and {list(LINEARISED.matrices)[-1]} is not known. Prune with"
         " `reapkit prune`, which keeps names as they are."
     )

@@ -82,8 +82,8 @@ def write_shards(
     progress: Progress,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Writes the source's shards one at a time: what `replacement` gives for a tensor stands in its place, the rest is
-    copied."""
+    """Writes the source's shards one at a time: the named tensors, of any shape and dtype, that `replacement` gives for
+    a tensor's name stand in its place; where it gives None the tensor is copied."""
     writer = ShardWriter(checkpoint, out, max_shard_bytes)
     with progress.task("write weights", total=len(checkpoint.tensors), unit="tensors") as task:
         for shard in checkpoint.shards:
@@ -178,7 +178,7 @@ def _loaded_names(checkpoint: Checkpoint, modules: Mapping[str, str], trust_remo
 
 
 def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
-    """One tensor of the checkpoint, read by itself."""
+    """One tensor of the checkpoint in its stored shape and dtype, read by itself."""
     with safe_open(checkpoint.path / checkpoint.tensors[name].shard, "pt") as file:
         return file.get_tensor(name)
 

@@ -119,14 +119,15 @@ def test_limits_by_metric_replace_a_preset_and_sources_have_their_own():
 def test_unknown_names_are_refused_with_the_known_ones():
     with pytest.raises(
         RecipeError,
-        match=r"no preset 'near-loss'\. Known: strict, near-lossless, size-first\. Did you mean near-lossless",
+        match=r"'near-loss' is not a preset\. Known: strict, near-lossless, size-first\. Did you mean near-lossless",
     ):
         resolve("near-loss")
     with pytest.raises(
-        RecipeError, match=r"evaluate\.gates\.kl_mean\.sources\.tool: no source has this name\. Known: code, tools"
+        RecipeError,
+        match=r"evaluate\.gates\.kl_mean\.sources\.tool: 'tool' is not a source of the mix or of .*Known: code, tools",
     ) as found:
         resolve({"kl_mean": {"sources": {"tool": {"max": 1.0}, "code": {}}}}, ["code", "tools"])
-    assert "evaluate.gates.kl_mean.sources.code: says no number" in str(found.value)
+    assert "evaluate.gates.kl_mean.sources.code: the limit has no number" in str(found.value)
 
 
 def test_gates_import_without_torch():

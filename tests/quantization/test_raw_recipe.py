@@ -39,14 +39,14 @@ def test_the_path_starts_from_the_recipe_and_its_text_counts(tmp_path: Path) -> 
     assert load(tmp_path / "child" / "recipe.yaml").quantize.recipe == RAW % "GPTQModifier"
     (tmp_path / "here" / "raw" / "mine.yaml").unlink()
     with pytest.raises(
-        RecipeError, match=r"recipe.yaml:7:11 quantize.recipe: found 'raw/mine.yaml', but there is no such file"
+        RecipeError, match=r"recipe.yaml:7:11 quantize.recipe: found 'raw/mine.yaml', but there is no readable file of that name"
     ):
         load(recipe)
 
 
 def test_a_modifier_that_llmcompressor_refuses_stops_the_run_at_its_start(tmp_path: Path) -> None:
     with pytest.raises(
-        RecipeError, match=r"recipe.yaml:7:11 quantize.recipe: llm-compressor refuses it: .*GPTQModifierr"
+        RecipeError, match=r"recipe.yaml:7:11 quantize.recipe: llm-compressor refuses the recipe: .*GPTQModifierr"
     ):
         apply(written(tmp_path / "here", "GPTQModifierr"))
     assert not [path for path in (tmp_path / "here").glob("store/*-*") if path.is_dir()]

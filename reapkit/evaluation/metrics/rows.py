@@ -48,10 +48,12 @@ class RowIndex:
 
     @property
     def row_of_position(self) -> Tensor:
+        """The row of each measured position, int64 `[n]`."""
         return torch.repeat_interleave(torch.arange(self.num_rows), self.offsets.diff())
 
     @property
     def source_of_position(self) -> Tensor:
+        """The source of each measured position, int64 `[n]`."""
         return self.source[self.row_of_position]
 
     @property
@@ -65,7 +67,8 @@ class RowIndex:
         return torch.zeros(self.num_rows, dtype=torch.float64).index_add_(0, self.row_of_position, values.double())
 
     def groups(self) -> dict[str, Tensor]:
-        """Row indices of the union and of each source that has measured positions, in the sources' order."""
+        """Row indices, int64 `[rows of the group]`, of the union and of each source that has measured positions, in the
+        sources' order."""
         filled = self.offsets.diff() > 0
         chosen = {UNION: filled & self.in_union} | {
             name: filled & (self.source == i) for i, name in enumerate(self.sources)
@@ -74,13 +77,18 @@ class RowIndex:
 
 
 def regions(positions: Positions, index: RowIndex, eaft: Mapping[str, Any]) -> Thresholds:
-    """The conflict thresholds of `positions`; `eaft` = `{"p_low", "h_low", "thresholds": "pooled" | "per-source"}`."""
+    """The conflict thresholds of `positions`, each `[n]` float32; `eaft` = `{"p_low", "h_low", "thresholds": "pooled" |
+    "per-source"}`."""
     pooled = index.in_union[index.row_of_position] if eaft["thresholds"] == "pooled" else None
     return thresholds(positions, index.source_of_position, pooled, eaft["p_low"], eaft["h_low"])
 
 
 def summarize_base(base: Positions, index: RowIndex, limits: Thresholds, resamples: int = RESAMPLES) -> dict[str, Any]:
-    """Per group (`all` and each source): rows, positions, nll, perplexity, p_mean, entropy_mean, conflict_rate."""
+    """Per group (`all` and each source): rows, positions, nll (nats per position), perplexity, p_mean, entropy_mean,
+    conflict_rate, each a `{"value", "interval"}` but for the counts.
+
+    `base` and `limits` hold the `n` measured positions of `index`, in its order.
+    """
     per_row = {
         "n": torch.ones(len(base)),
         "nll": base.nll,
@@ -120,7 +128,8 @@ def summarize_candidate(
 
     perplexity, perplexity_ratio, nll_delta, kl_mean, kl_median, kl_p90, kl_p99, kl_by_confidence (of the base),
     top1_agreement, p_mean, p_mean_delta, entropy_mean, conflict_rate and conflict_rate_delta (base's thresholds),
-    conflict_rate_own (its own thresholds), js_distance of the (p, entropy) histograms.
+    conflict_rate_own (its own thresholds), js_distance of the (p, entropy) histograms. KL and nll in nats. Everything
+    is `[n]`, over the measured positions of `index` in its order.
     """
     per_row = {
         "n": torch.ones(len(base)),
@@ -160,7 +169,7 @@ def summarize_difference(
     candidate: Positions, other: Positions, index: RowIndex, resamples: int = RESAMPLES
 ) -> dict[str, Any]:
     """Per group by how much `other` loses more than `candidate` at the same positions: kl_mean_delta, nll_delta, each
-    with its paired interval. Positive where the candidate is nearer to the base.
+    in nats with its paired interval. Positive where the candidate is nearer to the base.
     """
     sums = {
         name: index.sum_rows(values)

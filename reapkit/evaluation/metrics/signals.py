@@ -40,6 +40,7 @@ class Positions:
 
     @classmethod
     def concatenate(cls, parts: Sequence[Positions]) -> Positions:
+        """The positions of all parts, one after another."""
         return cls(**{field.name: torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)})
 
     def __getitem__(self, index: Tensor | slice) -> Positions:
@@ -54,14 +55,15 @@ def top_entropy(logits: Tensor, top_k: int = 20) -> Tensor:
 
 
 def kl_divergence(base_log_p: Tensor, log_p: Tensor) -> Tensor:
-    """KL(base‖candidate) `[n]` in nats from log-probabilities `[n, vocabulary]`; tokens the base rules out add
-    nothing."""
+    """KL(base‖candidate) = Σ p_base · (ln p_base − ln p), `[n]` float32 in nats, from log-probabilities `[n,
+    vocabulary]` float32; tokens the base rules out add nothing."""
     base_p = base_log_p.exp()
     return torch.where(base_p > 0, base_p * (base_log_p - log_p), 0.0).sum(-1).clamp_min(0.0)
 
 
 def describe(logits: Tensor, reference: Tensor, base_logits: Tensor | None = None, top_k: int = 20) -> Positions:
-    """The signals of logits `[n, vocabulary]` for reference tokens `[n]`, against the base's logits where given."""
+    """The signals of logits `[n, vocabulary]` (any float, read as float32) for reference tokens `[n]` int64, against
+    the base's logits where given."""
     log_p = logits.float().log_softmax(-1)
     nll = -log_p.gather(-1, reference.unsqueeze(-1)).squeeze(-1)
     confidence, top1 = log_p.max(-1)
@@ -133,8 +135,8 @@ def loops(tokens: Sequence[int]) -> bool:
 
 
 def kl_by_confidence(confidence: Tensor, kl: Tensor) -> list[dict[str, Any]]:
-    """Mean KL by the base's confidence: where a sure base is contradicted. Bins are [low, high), the last one
-    closed."""
+    """Mean KL (nats) by the base's confidence, both `[n]` float32: where a sure base is contradicted. Bins are [low,
+    high), the last one closed; `share` is that of the positions. Sums are float64."""
     bins = torch.bucketize(confidence, torch.tensor(CONFIDENCE_EDGES[1:-1]), right=True)
     count = torch.bincount(bins, minlength=len(CONFIDENCE_EDGES) - 1)
     total = torch.zeros(count.numel(), dtype=torch.float64).index_add_(0, bins, kl.double())

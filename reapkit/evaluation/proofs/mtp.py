@@ -42,7 +42,8 @@ class MtpPair:
         return cls(old.path, new.path, tuple(new.layout.mtp), selection, next(filter(None, whys), None))
 
     def expect(self, model: nn.Module, rows: Tensor) -> None:
-        """Takes down what the original's blocks predict behind `model`, both with the dropped experts masked."""
+        """Takes down what the original's blocks predict for `rows` `[rows, tokens]` int64 behind `model`, both with the
+        dropped experts masked."""
         if self.layers and self.unloadable is None:
             blocks = MtpBlocks(model, self.layers, model.device)
             keep = {layer: chosen for layer, chosen in self.selection.keep.items() if layer in self.layers}
@@ -50,7 +51,7 @@ class MtpPair:
                 self.expected = block_logits(blocks, model, rows)
 
     def prove(self, model: nn.Module, rows: Tensor) -> list[Proof]:
-        """The same of the pruned directory's blocks behind its loaded `model`."""
+        """The same of the pruned directory's blocks behind its loaded `model`, on the same `rows`."""
         if not self.layers:
             return []
         if self.unloadable is not None:

@@ -82,7 +82,7 @@ class Reader:
 
 
 def same_bits(left: Tensor, right: Tensor) -> bool:
-    """Equal dtype, shape and bytes; NaNs with equal bits are equal."""
+    """Equal dtype, shape (any) and bytes; NaNs with equal bits are equal."""
     if left.dtype != right.dtype or left.shape != right.shape:
         return False
     return torch.equal(
@@ -126,7 +126,7 @@ def too_large(checkpoint: Checkpoint, bits: int, device: str) -> str | None:
 
 
 def logits_of(model: nn.Module, rows: Tensor) -> Tensor:
-    """Logits [rows, tokens, vocabulary] on the host."""
+    """Logits [rows, tokens, vocabulary], in the model's dtype, on the host, of rows [rows, tokens] int64."""
     with torch.no_grad():
         return model(rows.to(model.device), use_cache=False).logits.cpu()
 
@@ -147,8 +147,9 @@ def loaded(
     generates; and what `further` proves of the loaded model. Multi-token-prediction blocks, which no model has a place
     for, are not unexpected.
 
-    `expected` None: the logits are only checked to be finite, and `reference` says why. `weights_only`: formats that
-    also round activations are loaded without doing so, since the reference does not.
+    `rows`: [rows, tokens] int64. `expected`: [rows, tokens, vocabulary] in any float dtype; None: the logits are only
+    checked to be finite, and `reference` says why. `weights_only`: formats that also round activations are loaded
+    without doing so, since the reference does not.
     """
     config = load_config(directory, trust_remote_code=trust_remote_code)
     plain = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if weights_only else dequantized(config)
@@ -180,7 +181,10 @@ def loaded(
 
 
 def equal_logits(got: Tensor, expected: Tensor, reference: str) -> Proof:
-    """Finite, and equal to `reference`'s but for rounding in the dtype they were computed in."""
+    """Finite, and equal to `reference`'s but for rounding in the dtype they were computed in; both of one shape.
+
+    Measured is max |got − expected| / std(expected), in float32.
+    """
     if not torch.isfinite(got).all():
         return Proof("logits", False, "some logits are not finite")
     gap = ((got.float() - expected.float()).abs().max() / expected.float().std()).item()

@@ -262,6 +262,7 @@ def dequantized_model(
         )
     if strange := sorted({*info["missing_keys"], *unexpected(info, old)}):
         raise UnusableError(
-            f"{new.path}: {len(strange)} dequantized tensors do not fit {type(model).__name__}, such as {strange[0]}"
+            f"{new.path}: {len(strange)} dequantized tensors do not fit {type(model).__name__}, such as {strange[0]}."
+            " Please report the model."
         )
     return model.eval().to(device)
