@@ -34,7 +34,7 @@ def _num_hidden_layers(config: Mapping[str, Any]) -> int:
         value = len(config.get("layers_block_type") or config.get("layer_types") or ())
     if not isinstance(value, int) or value < 1:
         raise UnusableError(
-            "config.json: num_hidden_layers is missing or no positive number, so the layers cannot be told apart."
+            "config.json: num_hidden_layers is missing or not a positive number, so the layers cannot be told apart."
         )
     return value
 
@@ -63,7 +63,7 @@ class Architecture:
         if experts is None or top_k is None:
             missing = f"none of {', '.join(EXPERT_COUNT_KEYS if experts is None else TOP_K_KEYS)}"
             raise UnusableError(
-                f"config.json: model_type '{model_type}' has {missing}, so it is no Mixture-of-Experts "
+                f"config.json: model_type '{model_type}' has {missing}, so it is not a Mixture-of-Experts "
                 "checkpoint that reapkit knows. Choose a MoE model."
             )
         return cls(

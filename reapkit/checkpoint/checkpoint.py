@@ -36,11 +36,11 @@ def read_index(path: Path) -> dict[str, str]:
         ]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UnusableError(
-            f"{path}: no index of shards ({type(error).__name__}: {error}). Download it again."
+            f"{path}: the index of shards cannot be read ({type(error).__name__}: {error}). Download it again."
         ) from None
     if wrong:
         raise UnusableError(
-            f"{path}: names the shard {wrong[0]!r}, which is not a file of this directory. Download it again."
+            f"{path}: the index names the shard {wrong[0]!r}, which is not a file of this directory. Download it again."
         )
     return weight_map
 
@@ -71,13 +71,15 @@ class Checkpoint:
         missing."""
         path = Path(path)
         if not (path / "config.json").is_file():
-            raise UnusableError(f"{path}: no config.json there. Give a model directory or a hub id.")
+            raise UnusableError(f"{path}: there is no config.json. Give a model directory or a hub id.")
         try:
             config = json.loads((path / "config.json").read_text())
         except (ValueError, RecursionError) as error:
-            raise UnusableError(f"{path / 'config.json'}: not JSON ({error}).") from None
+            raise UnusableError(
+                f"{path / 'config.json'}: the file is not valid JSON ({error}). Download it again."
+            ) from None
         if not isinstance(config, dict):
-            raise UnusableError(f"{path / 'config.json'}: no JSON object. Download it again.")
+            raise UnusableError(f"{path / 'config.json'}: the file does not hold a JSON object. Download it again.")
         with collector_paused():
             return cls(
                 path,
@@ -88,6 +90,7 @@ class Checkpoint:
 
     @cached_property
     def architecture(self) -> Architecture:
+        """What config.json says about the experts. Raises UnusableError where it names none."""
         return Architecture.from_config(self.config)
 
     @cached_property
@@ -98,6 +101,7 @@ class Checkpoint:
 
     @cached_property
     def shards(self) -> tuple[str, ...]:
+        """The files that hold tensors, sorted by name."""
         return tuple(sorted({tensor.shard for tensor in self.tensors.values()}))
 
     @cached_property
@@ -107,6 +111,7 @@ class Checkpoint:
 
     @cached_property
     def numel(self) -> int:
+        """Elements of all tensors; a packed tensor counts as it is stored."""
         return sum(tensor.numel for tensor in self.tensors.values())
 
     @cached_property
@@ -142,7 +147,7 @@ def _read_tensors(path: Path, absent: Mapping[str, AbsentShard]) -> tuple[dict[s
         shards = sorted({file.name for file in path.glob("*.safetensors")} | absent.keys())
     if not shards:
         raise UnusableError(
-            f"{path}: no safetensors weights there. reapkit reads safetensors only; convert .bin files first."
+            f"{path}: there are no safetensors weights. reapkit reads safetensors only; convert .bin files first."
         )
     tensors: dict[str, TensorInfo] = {}
     for shard in shards:
@@ -160,7 +165,9 @@ def _read_tensors(path: Path, absent: Mapping[str, AbsentShard]) -> tuple[dict[s
             )
         tensors.update(found)
     if weight_map is not None and (lost := sorted(weight_map.keys() - tensors.keys())):
-        raise UnusableError(f"{path}: the index names {len(lost)} tensors that no shard holds, such as {lost[0]}.")
+        raise UnusableError(
+            f"{path}: the index names {len(lost)} tensors that no shard holds, such as {lost[0]}. Download it again."
+        )
     return tensors, sha.hexdigest()
 
 

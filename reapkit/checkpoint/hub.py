@@ -111,8 +111,8 @@ def hub_revision(repository: str, kind: str) -> str:
         if cached.is_file():
             return cached.read_text().strip()
         raise UnusableError(
-            f"{repository}: its commit cannot be had ({type(error).__name__}). Go online, or write `revision:` into the"
-            " recipe."
+            f"{repository}: its commit cannot be determined ({type(error).__name__}). Go online, or write"
+            " `revision:` into the recipe."
         ) from None
 
 
@@ -168,8 +168,8 @@ def _header(repository: str, commit: str, shard: str, size: int) -> bytes:
     length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
     if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
         raise UnusableError(
-            f"model.source: {shard} of {repository} is not a safetensors file, or cut short ({size} bytes) on the hub."
-            " Choose another revision."
+            f"model.source: {shard} of {repository} is not a safetensors file, or is cut short ({size} bytes) on the"
+            " hub. Choose another revision."
         )
     if len(start) < 8 + length:
         start += _read(repository, commit, shard, len(start), 8 + length)

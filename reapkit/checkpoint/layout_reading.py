@@ -89,8 +89,8 @@ _Others = dict[tuple[str, int], list[str]]  # (stack, layer) -> names that belon
 def read_layout(path: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Layout:
     """Finds every expert axis of a checkpoint; tensors of multi-token-prediction blocks are kept apart.
 
-    `tensors`: by name, from the headers. Raises UnusableError naming a tensor that might carry an expert axis but
-    cannot be decided, or counts that contradict each other.
+    `tensors`: by name, with dtypes and shapes from the headers; no weight is read. Raises UnusableError naming a tensor
+    that might carry an expert axis but cannot be decided, or counts that contradict each other.
     """
     source = _Source(path, config, tensors)
     depth = source.architecture.num_hidden_layers

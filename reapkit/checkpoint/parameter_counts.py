@@ -23,13 +23,13 @@ class Parameters:
     active: int
 
 
-def pruned_sizes(checkpoint: Checkpoint, kept: Mapping[int, int], layout: Layout | None = None) -> tuple[int, int]:
+def pruned_sizes(checkpoint: Checkpoint, kept: Mapping[int, int]) -> tuple[int, int]:
     """(numel, nbytes) of all tensors once layer `l` keeps `kept[l]` experts; layers that `kept` omits stay whole.
 
     Multi-token-prediction blocks that route stay only where `kept` names all of them (their index continues the
     decoder's); otherwise the whole block is counted as dropped. Experts of a layer count as equally large.
     """
-    layout = layout or checkpoint.layout
+    layout = checkpoint.layout
     numel, nbytes = checkpoint.numel, checkpoint.nbytes
     mtp_stays = all(index in kept for index in layout.mtp)
     if not mtp_stays:

@@ -182,7 +182,7 @@ class ExpertTensor(NamedTuple):
 
 
 def expert_tensor(name: str) -> ExpertTensor | None:
-    """The parts of `….experts.7.w1.weight`; None of what is not a tensor of one expert's matrix."""
+    """The parts of `….experts.7.w1.weight`; None of a name that is not that of one expert's tensor."""
     match = _expert_pattern(expert_modules()).fullmatch(name)
     return None if match is None else ExpertTensor(match[1], int(match[2]), match[3], match[4])
 

@@ -47,19 +47,23 @@ class ShardReader:
             os.close(file)
 
     def announce(self, tensors: Iterable[TensorInfo]) -> None:
-        """Tells the kernel what will be read next, so that a disk works ahead."""
+        """Tells the kernel which tensors will be read next, in any order, so that a disk works ahead; reads nothing."""
         for shard, begin, end in _runs(tensors):
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(self._file(shard), begin, end - begin, os.POSIX_FADV_WILLNEED)
 
     def read_into(self, shard: str, begin: int, place: memoryview) -> None:
-        """Fills `place` (bytes) with the shard's bytes from `begin` on. Raises UnusableError where the shard ends
-        before."""
+        """Fills `place`, uint8 [bytes] and writable, with the shard's bytes from `begin` on, an offset in the file.
+
+        Raises UnusableError where the shard ends before `place` is full.
+        """
         file, done = self._file(shard), 0
         while done < len(place):
             count = os.preadv(file, [place[done : done + READ_BYTES]], begin + done)
             if not count:
-                raise UnusableError(f"{self._directory / shard}: ends before its tensors do. Download it again.")
+                raise UnusableError(
+                    f"{self._directory / shard}: the file ends before its tensors do. Download it again."
+                )
             done += count
 
     def _file(self, shard: str) -> int:
@@ -69,7 +73,7 @@ class ShardReader:
                 try:
                     self._open[shard] = os.open(path, os.O_RDONLY)
                 except FileNotFoundError:
-                    raise UnusableError(f"{path}: shard is missing. Download it again.") from None
+                    raise UnusableError(f"{path}: the shard is missing. Download it again.") from None
                 now = _facts(os.fstat(self._open[shard]))
                 if self._facts.setdefault(shard, now) != now:
                     raise _changed(path)
@@ -133,7 +137,7 @@ def confirm_unchanged(directory: Path, record: Path) -> None:
     for shard, then in _load(record).items():
         path = directory / shard
         if not path.is_file():
-            raise UnusableError(f"{path}: shard is missing. Download it again.")
+            raise UnusableError(f"{path}: the shard is missing. Download it again.")
         if _facts(path.stat()) != (then.nbytes, then.mtime_ns) and _hashed(path).sha256 != then.sha256:
             raise _differs(path, record)
 
@@ -187,7 +191,7 @@ def _load(record: Path) -> dict[str, HashedShard]:
         return {}
     except (ValueError, TypeError, AttributeError):
         raise UnusableError(
-            f"{record}: no record of shards' hashes. Delete it; the next observation writes it anew."
+            f"{record}: the file is not a record of shards' hashes. Delete it; the next observation writes it again."
         ) from None
 
 
@@ -197,12 +201,13 @@ def _save(record: Path, shards: Mapping[str, HashedShard]) -> None:
 
 def _changed(path: Path) -> UnusableError:
     return UnusableError(
-        f"{path}: changed while it was being read (size or mtime). Leave the model alone during a run, and run again."
+        f"{path}: the file changed while it was being read (size or mtime). Leave the model alone during a run, and"
+        " run again."
     )
 
 
 def _differs(path: Path, record: Path) -> UnusableError:
     return UnusableError(
-        f"{path}: differs from what was observed (sha256 in {record}), though the model is called the same. Restore the"
-        f" file, or delete {record} and observe into another runtime.store."
+        f"{path}: the file differs from what was observed (sha256 in {record}), though the model is called the"
+        f" same. Restore the file, or delete {record} and observe into another runtime.store."
     )

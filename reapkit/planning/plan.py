@@ -147,7 +147,7 @@ class Plan:
         )
         notes += mtp_notes(self.recipe.prune.mtp, self.layout, self.mtp, why)
         if self.recipe.quantize.scheme is not None and self.recipe.quantize.recipe is None:
-            found = targets(self.checkpoint, self.recipe.quantize, self.layout)
+            found = targets(self.checkpoint, self.recipe.quantize)
             routed = any(matrix.routed for matrix in found.matrices.values())
             if found.has_stacked_experts or (routed and not scheme_of(self.recipe.quantize).experts_reload):
                 notes.append(
@@ -177,7 +177,7 @@ class Plan:
             {layer: kept[layer] for layer in self.layout.layers},
             weights.total,
             weights.active,
-            pruned_sizes(self.checkpoint, kept, self.layout)[1],
+            pruned_sizes(self.checkpoint, kept)[1],
         )
 
     def quantized_nbytes(self, candidate: Candidate) -> int | None:

@@ -80,7 +80,10 @@ def cut_tensors(
     """The tensors of the result in the source's order: kept experts renumbered from 0, stacked axes sliced, the rest
     whole.
 
-    `replaced`: source tensor name -> the file that holds its new bytes, as they are to be written, and where in it.
+    `keep`: layer -> its kept experts, ascending numbers below the layer's; a stack [experts, ...] becomes [kept, ...]
+    (entries behind the layer's experts stay), in the dtype that it has. `replaced`: source tensor name -> the file that
+    holds its new bytes, as they are to be written, and where in it. Raises UnusableError where an entry of a stack does
+    not end at a whole byte.
     """
     layers = {**layout.layers, **({} if drop_mtp else layout.mtp)}
     dropped = set(layout.mtp_tensors) if drop_mtp else set()
@@ -218,7 +221,8 @@ def _aligned(cuts: Sequence[Cut]) -> tuple[Cut, ...]:
 
 
 def encode_header(cuts: Sequence[Cut], metadata: Mapping[str, str]) -> bytes:
-    """A safetensors header with its length in front, padded so that the payload starts at a multiple of 8."""
+    """A safetensors header with its length in front (8 bytes, little-endian), padded with spaces so that the payload
+    starts at a multiple of 8 bytes; offsets count from the payload's start, in the order of `cuts`."""
     entries: dict[str, object] = {"__metadata__": dict(metadata)}
     position = 0
     for cut in cuts:
@@ -234,7 +238,7 @@ def encode_header(cuts: Sequence[Cut], metadata: Mapping[str, str]) -> bytes:
 
 
 def encode_index(shards: Sequence[Shard]) -> bytes:
-    """The index file: bytes of all tensors, and each tensor's file."""
+    """The index file, UTF-8: bytes of all tensors (headers aside), and each tensor's file."""
     where = {cut.name: shard.name for shard in shards for cut in shard.cuts}
     total = sum(shard.payload_bytes for shard in shards)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}

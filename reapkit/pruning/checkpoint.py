@@ -268,7 +268,9 @@ def _edited_texts(
             try:
                 texts[name] = edit_json(text, renamed(json.loads(text), rename))
             except ValueError as error:
-                raise UnusableError(f"{source.path / name}: not JSON ({error}). Download it again.") from None
+                raise UnusableError(
+                    f"{source.path / name}: the file is not valid JSON ({error}). Download it again."
+                ) from None
     return texts
 
 

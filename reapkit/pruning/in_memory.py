@@ -20,10 +20,11 @@ from reapkit.selection.selection import Selection
 def prune_loaded(model: nn.Module, selection: Selection) -> None:
     """Removes the experts that `selection` drops from `model`, in place; the config says the new number.
 
-    Experts may be stacked tensors, as transformers builds them, or one MLP each, as llm-compressor linearises them;
-    kept ones are renumbered in ascending order. Nothing is changed where an error is raised: UnusableError where the
-    selection is of another model, leaves layers with different numbers, or changes the top-k, which a loaded model's
-    config cannot say for all its layers.
+    Experts may be stacked tensors [experts, ...], as transformers builds them, of which the first axis is cut, or one
+    MLP each, as llm-compressor linearises them; kept ones are renumbered in ascending order. Router tensors lose the
+    rows of the dropped experts. Every tensor keeps its dtype and device. Nothing is changed where an error is raised:
+    UnusableError where the selection is of another model, leaves layers with different numbers, or changes the top-k,
+    which a loaded model's config cannot say for all its layers.
     """
     sites = {site.layer: site for site in find_experts(model)}
     count = _refuse_unfitting(sites, selection)

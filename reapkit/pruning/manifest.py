@@ -55,14 +55,18 @@ def read_manifest(directory: Path) -> dict[str, Any]:
                 raise ValueError(f"shard {name} is not described by bytes and sha256")
     except FileNotFoundError:
         raise UnusableError(
-            f"{directory}: no {MANIFEST} there, so it was not written by reapkit, or by a version that left no record."
+            f"{directory}: there is no {MANIFEST}. Either reapkit did not write this directory, or a version without"
+            " records did."
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise UnusableError(
-            f"{directory / MANIFEST}: unreadable ({type(error).__name__}: {error}). Write the directory again."
+            f"{directory / MANIFEST}: the record cannot be read ({type(error).__name__}: {error}). Write the"
+            " directory again."
         ) from None
     if not complete:
-        raise UnusableError(f"{directory}: writing was not finished there. Run it again, it goes on where it stopped.")
+        raise UnusableError(
+            f"{directory}: writing was not finished there. Run the same command again; it continues where it stopped."
+        )
     return manifest
 
 
@@ -77,7 +81,7 @@ def written_directories(path: Path) -> list[Path]:
     found = [place for place in places if (place / "config.json").is_file() or (place / MANIFEST).is_file()]
     if not found:
         raise UnusableError(
-            f"{path}: no model directory there. Give one that prune or quantize wrote, or a run that has one."
+            f"{path}: there is no model directory. Give one that prune or quantize wrote, or a run that has one."
         )
     return found[:1] if found[0] == path else found
 

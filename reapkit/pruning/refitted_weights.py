@@ -23,8 +23,8 @@ INDEX = "repair.json"
 
 @dataclass(frozen=True)
 class LayerNames:
-    """Where a layer's re-fitted matrices are: `stacked` names one tensor [kept, ...], else `experts` names one tensor
-    each."""
+    """Where a layer's re-fitted matrices are: `stacked` names one tensor [kept, rows, columns], else `experts` names
+    one tensor [rows, columns] each; rows and columns lie as in the source, in its dtype."""
 
     file: str
     keep: tuple[int, ...]
@@ -74,7 +74,9 @@ class RepairedWeights:
         try:
             data = json.loads(path.read_text())
         except (OSError, ValueError) as error:
-            raise UnusableError(f"{path}: no re-fitted weights ({error}). Run the repair stage again.") from None
+            raise UnusableError(
+                f"{path}: the re-fitted weights cannot be read ({error}). Run the repair stage again."
+            ) from None
         return cls(
             path.parent,
             {int(layer): LayerNames.from_json(names) for layer, names in data["layers"].items()},
@@ -91,7 +93,8 @@ class RepairedWeights:
         }
 
     def down_proj(self, layer: int) -> Mapping[int, Tensor]:
-        """Expert -> its re-fitted matrix, as the checkpoint stores it."""
+        """Expert (its number before pruning) -> its re-fitted matrix [rows, columns], on the host, in the orientation
+        and the dtype that the source stores it in."""
         from safetensors.torch import load_file
 
         names = self.layers[layer]
@@ -105,7 +108,8 @@ class RepairedWeights:
 def repaired(
     model: nn.Module, weights: RepairedWeights | None, layers: Collection[int] | None = None
 ) -> Iterator[None]:
-    """Inside the block the kept experts of `model` have their re-fitted matrices; the block's end restores all.
+    """Inside the block the kept experts of `model`, which has all experts of the source in memory, have their re-fitted
+    matrices, rounded to the model's dtype; the block's end restores all to the bit.
 
     `layers`: only these (in streaming, the one that is in memory).
     """

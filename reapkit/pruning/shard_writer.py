@@ -108,7 +108,7 @@ class ShardFile:
                 raise
 
     def write(self, data: bytes) -> None:
-        """Gives these bytes."""
+        """The next bytes of the file, uint8 [bytes] in the host's memory."""
         left = memoryview(data)
         while left:
             room = self._room(len(left))
@@ -122,14 +122,15 @@ class ShardFile:
             got = os.preadv(source, [self._room(length)], begin)
             if not got:
                 raise StageFailed(
-                    f"{name}: ends at byte {begin}, before its last tensor: it changed while it was read. Download "
-                    "it again, then run again."
+                    f"{name}: the file ends at byte {begin}, before its last tensor: it changed while it was read."
+                    " Download it again, then run again."
                 )
             self._filled(got)
             begin, length = begin + got, length - got
 
     def skip(self, nbytes: int) -> None:
-        """The next `nbytes` were written by other means, to `descriptor`; they are hashed as they lie there."""
+        """The next `nbytes` bytes of the file were written by other means, to `descriptor`; they are hashed as they lie
+        there."""
         self._seal()
         self.position += nbytes
         self._given.put(self.position)

@@ -69,7 +69,7 @@ def require_space(out: Path, nbytes: int) -> None:
     free = shutil.disk_usage(out).free
     if free < nbytes:
         raise StageFailed(
-            f"{out}: {gigabytes(nbytes)} are to be written, but {gigabytes(free)} are free there. Free "
+            f"{out}: {gigabytes(nbytes)} must be written, but {gigabytes(free)} are free there. Free "
             f"{gigabytes(nbytes - free)} or choose another output.directory, then run again."
         )
 

@@ -58,7 +58,7 @@ def quantize_checkpoint(
     if problems := check_quantize(checkpoint, spec):
         raise RecipeError(problems)
     raw = spec.recipe is not None
-    plan = targets(checkpoint, spec, checkpoint.layout)
+    plan = targets(checkpoint, spec)
     if not plan.matrices:
         raise RecipeError(
             [

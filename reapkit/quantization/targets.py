@@ -89,9 +89,9 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     return any(re.match(pattern[3:], name) if pattern.startswith("re:") else pattern == name for pattern in patterns)
 
 
-def targets(checkpoint: Checkpoint, spec: QuantizeSpec, layout: Layout | None = None) -> Targets:
+def targets(checkpoint: Checkpoint, spec: QuantizeSpec) -> Targets:
     """Decides for every matrix of the checkpoint whether it is quantized, and says why not where it is not."""
-    layout = layout or checkpoint.layout
+    layout = checkpoint.layout
     routed = {
         name: layer.roles.get(part)
         for layer in layout.layers.values()

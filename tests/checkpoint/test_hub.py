@@ -255,12 +255,12 @@ def test_a_shard_that_is_no_safetensors_file_is_named(hub: Hub, tmp_path: Path) 
     hub.repositories["org/demo"] = Repository(model)
     assert (
         refusal()
-        == "model.source: model-00002-of-00002.safetensors of org/demo is not a safetensors file, or cut short (43 bytes)"
-        " on the hub. Choose another revision."
+        == "model.source: model-00002-of-00002.safetensors of org/demo is not a safetensors file, or is cut short"
+        " (43 bytes) on the hub. Choose another revision."
     )
     index = model / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "../a.safetensors"}}))
     hub.repositories["org/other"] = Repository(model)
-    assert "names the shard '../a.safetensors', which is not a file of this directory" in refusal(
+    assert "the index names the shard '../a.safetensors', which is not a file of this directory" in refusal(
         False, "model.source=org/other"
     )

@@ -35,9 +35,9 @@ def test_bytes_are_read_from_their_place(tmp_path: Path):
         reader.announce([TensorInfo("a", "U8", (4,), "model.safetensors", 3, 7)])
         reader.read_into("model.safetensors", 3, memoryview(place))
         assert bytes(place) == b"3456"
-        with pytest.raises(UnusableError, match=r"ends before its tensors do\. Download it again\."):
+        with pytest.raises(UnusableError, match=r"the file ends before its tensors do\. Download it again\."):
             reader.read_into("model.safetensors", 8, memoryview(place))
-        with pytest.raises(UnusableError, match=r"other\.safetensors: shard is missing"):
+        with pytest.raises(UnusableError, match=r"other\.safetensors: the shard is missing"):
             reader.read_into("other.safetensors", 0, memoryview(place))
 
 
@@ -84,7 +84,7 @@ def test_without_a_record_there_is_nothing_to_confirm(tmp_path: Path):
     path = shard(tmp_path)
     record = observed(tmp_path)
     path.unlink()
-    with pytest.raises(UnusableError, match=r"model\.safetensors: shard is missing\. Download it again\."):
+    with pytest.raises(UnusableError, match=r"model\.safetensors: the shard is missing\. Download it again\."):
         confirm_unchanged(tmp_path, record)
     record.unlink()  # as of an observation made elsewhere
     assert confirm_unchanged(tmp_path, record) is None and not record.exists()

@@ -101,12 +101,12 @@ def test_a_config_that_counts_other_experts_and_a_stray_shard_are_seen(tmp_path)
 
 
 def test_unfinished_and_foreign_directories_are_told_apart(tmp_path):
-    with pytest.raises(UnusableError, match="was not written by reapkit"):
+    with pytest.raises(UnusableError, match="reapkit did not write this directory"):
         check_directory(tmp_path)
     (tmp_path / "reapkit.json").write_text(json.dumps({"complete": False, "shards": {}}))
     with pytest.raises(UnusableError, match="was not finished there"):
         check_directory(tmp_path)
     for damaged in ("[]", '{"complete": true, "shards": {"a": 3}}', '{"complete": true, "shards": []}'):
         (tmp_path / "reapkit.json").write_text(damaged)
-        with pytest.raises(UnusableError, match="unreadable"):
+        with pytest.raises(UnusableError, match="the record cannot be read"):
             check_directory(tmp_path)

@@ -162,5 +162,5 @@ def test_a_source_that_vanishes_or_shrinks_is_named(source, out):
 
 
 def test_too_little_space_is_said_before_the_work(out):
-    with pytest.raises(StageFailed, match=r"1000000000.0 GB are to be written, but .* GB are free"):
+    with pytest.raises(StageFailed, match=r"1000000000.0 GB must be written, but .* GB are free"):
         require_space(out, 10**18)
