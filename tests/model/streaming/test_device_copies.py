@@ -144,3 +144,22 @@ def test_blocks_without_bytes_are_counted_like_others():
         if len(waiting) == 2:
             pool.give_back(waiting.pop(0))
     assert pool.blocks == 2 and waiting[0].tensor(torch.Size([4]), torch.uint8).device.type == "meta"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_all_layers_pass_through_two_blocks_of_a_card(tmp_path: Path):
+    with tiny.quiet():
+        model = tiny.build("qwen3_moe", num_hidden_layers=6, hidden_size=256, moe_intermediate_size=512)
+        path = tiny.save_hub_layout(model, tmp_path / "model")
+        expected = load_model(path).state_dict()
+    layered = LayeredModel(path, device="cuda")
+    layered.load_rest()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before, most = torch.cuda.memory_allocated(), 2 * layered._arenas.nbytes
+    for layer in in_turn(layered, range(6)):
+        own = {name: tensor.cpu() for name, tensor in layered.layers[layer].named_parameters()}
+        assert all(torch.equal(tensor, expected[f"{layered.prefix}.{layer}.{name}"]) for name, tensor in own.items())
+    assert layered._arenas.blocks <= 2
+    assert torch.cuda.max_memory_allocated() - before <= most + (1 << 20)
