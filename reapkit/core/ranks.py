@@ -1,8 +1,10 @@
 """Several processes at one run, started by torchrun: rank 0 runs the recipe, the others help where it asks, all end
-with one code.
+with one code. Torch-free until they join.
 
 What ranks compute goes through files that they all see. torchrun's own key-value store carries the rest: who does what,
-who is alive, how it ended. Nobody waits inside a collective, so none can time out while rank 0 works alone for hours.
+who is alive, how it ended. Nobody waits inside a collective of torch.distributed: it would time out while rank 0 works
+alone for hours, and Python hears no signal in it. torchrun's agent ends the ranks of a machine where one died; who it
+was, one message, one exit code and the other machines are left to us.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from reapkit.core.errors import ReapkitError, RecipeError, RejectedByGates, Stag
 
 BEAT_SECONDS = 2.0
 STALE_SECONDS = 60.0  # of another machine's rank without a beat; on this machine its process is looked up
+QUIET_SECONDS = 3 * BEAT_SECONDS  # the same where something is known to have ended
 SEEING_SECONDS = 60.0  # network file systems show a new file late, up to the time that they keep attributes
 LEAVING_SECONDS = 25.0  # torchrun kills what has not ended 30 s after its SIGTERM
 INTERRUPTED = 130
@@ -73,13 +76,16 @@ class Alone:
 class Team(Alone):
     """This process among those that torchrun started; `join()` makes it."""
 
-    def __init__(self, keys: Any, rank: int, world: int, local_rank: int, local_world: int):
-        self.keys, self.rank, self.world, self.local_rank, self.local_world = keys, rank, world, local_rank, local_world
+    def __init__(self, keys: Any, rank: int, world: int):
+        self.keys, self.rank, self.world = keys, rank, world
+        self.local_rank, self.local_world, self.node = (
+            int(os.environ[name]) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
+        )
         self.trouble: ReapkitError | None = None
         self._job, self._helping = 0, False
         self._heard_at: dict[int, tuple[int, float]] = {}
         self._stop = threading.Event()
-        self._put(f"who/{rank}", {"host": socket.gethostname(), "machine": _machine(), "pid": os.getpid()})
+        self._put(f"who/{rank}", {"host": socket.gethostname(), "node": self.node, "pid": os.getpid()})
         self._watcher = threading.Thread(target=self._watch, name="ranks", daemon=True)
         self._watcher.start()
 
@@ -256,39 +262,25 @@ class Team(Alone):
         return self._died(dead[0]) if dead else _error(**failures[0]) if failures else None
 
     def _dead(self, ranks: Sequence[int], quickly: bool = False) -> list[int]:
-        """By their process on this machine, else by their beats; `quickly` waits for three beats instead of a
-        minute."""
-        here = _machine()
-        who = {
-            rank: self._get(f"who/{rank}")
-            for rank in ranks
-            if self._has(f"who/{rank}") and not self._has(f"left/{rank}")
-        }
-        near = [rank for rank in who if who[rank]["machine"] == here is not None]
-        far = [rank for rank in who if rank not in near]
+        """By their process on this machine, elsewhere by their beats: none for a minute, or, `quickly`, for three
+        beats, which are waited for."""
+        who = {rank: self._get(f"who/{rank}") for rank in ranks if self._has(f"who/{rank}")}
+        who = {rank: facts for rank, facts in who.items() if not self._has(f"left/{rank}")}
+        near = [rank for rank in who if who[rank]["node"] == self.node]
         gone = [rank for rank in near if not _runs(who[rank]["pid"])]
-        return gone + (self._silent(far) if quickly else self._stale(far))
-
-    def _silent(self, ranks: Sequence[int]) -> list[int]:
-        before, deadline = {rank: self._beat(rank) for rank in ranks}, time.monotonic() + 3 * BEAT_SECONDS
-        while before and time.monotonic() < deadline:
+        heard = {rank: self._last_beat(rank) for rank in who if rank not in near}
+        asked, limit = time.monotonic(), QUIET_SECONDS if quickly else STALE_SECONDS
+        while quickly and any(last <= asked and time.monotonic() - last <= limit for last in heard.values()):
             time.sleep(0.2)
-            before = {
-                rank: beat
-                for rank, beat in before.items()
-                if self._beat(rank) == beat and not self._has(f"left/{rank}")
-            }
-        return list(before)
+            heard = {rank: self._last_beat(rank) for rank in heard if not self._has(f"left/{rank}")}
+        return gone + [rank for rank, last in heard.items() if time.monotonic() - last > limit]
 
-    def _stale(self, ranks: Sequence[int]) -> list[int]:
-        now = time.monotonic()
-        for rank in ranks:
-            beat, (last, since) = self._beat(rank), self._heard_at.get(rank, (None, now))
-            self._heard_at[rank] = (beat, since if beat == last else now)
-        return [rank for rank in ranks if now - self._heard_at[rank][1] > STALE_SECONDS]
-
-    def _beat(self, rank: int) -> int:
-        return self._get(f"beat/{rank}") if self._has(f"beat/{rank}") else 0
+    def _last_beat(self, rank: int) -> float:
+        """When a beat of that rank was last new to this one; now, where it never asked before."""
+        beat = self._get(f"beat/{rank}") if self._has(f"beat/{rank}") else 0
+        if self._heard_at.get(rank, (None,))[0] != beat:
+            self._heard_at[rank] = (beat, time.monotonic())
+        return self._heard_at[rank][1]
 
     def _died(self, rank: int) -> StageFailed:
         return StageFailed(
@@ -340,18 +332,11 @@ def launched() -> bool:
 def join() -> Team:
     """The ranks that torchrun started together; from now on `current()` on this process."""
     global _joined
-    from torch.distributed import PrefixStore, TCPStore
+    from torch.distributed import PrefixStore, rendezvous
 
-    env = os.environ
-    rank, world = int(env["RANK"]), int(env["WORLD_SIZE"])
-    serves = (
-        rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    )  # else torchrun does, and outlives every rank
-    store = TCPStore(
-        env["MASTER_ADDR"], int(env["MASTER_PORT"]), None, serves, timedelta(seconds=120), wait_for_workers=False
-    )
-    keys = PrefixStore(f"reapkit/{env.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    _joined = Team(keys, rank, world, int(env["LOCAL_RANK"]), int(env["LOCAL_WORLD_SIZE"]))
+    store, rank, world = next(rendezvous("env://", timeout=timedelta(seconds=120)))
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    _joined = Team(PrefixStore(f"reapkit/{restarts}", store), rank, world)
     return _joined
 
 
@@ -366,14 +351,6 @@ def _error(code: int, text: str) -> ReapkitError:
     error = kinds.get(code, ReapkitError)(text)
     error.exit_code = code
     return error
-
-
-def _machine() -> str | None:
-    """The same for two processes exactly where one can look the other up by its id; None where that cannot be known."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return None
 
 
 def _runs(pid: int) -> bool:
