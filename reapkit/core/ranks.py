@@ -16,13 +16,13 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from datetime import timedelta
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 from reapkit.core.errors import ReapkitError, RecipeError, RejectedByGates, StageFailed, UnusableError
+from reapkit.core.shared_keys import Keys, LostContact, torchrun_keys
 
 BEAT_SECONDS = 2.0
 STALE_SECONDS = 60.0  # of another machine's rank without a beat; on this machine its process is looked up
@@ -30,16 +30,6 @@ QUIET_SECONDS = 3 * BEAT_SECONDS  # the same where something is known to have en
 SEEING_SECONDS = 60.0  # network file systems show a new file late, up to the time that they keep attributes
 LEAVING_SECONDS = 25.0  # torchrun kills what has not ended 30 s after its SIGTERM
 INTERRUPTED = 130
-
-
-class LostContact(StageFailed):
-    """torchrun's key-value store does not answer any more."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            "lost contact with torchrun's rendezvous (torchrun or the machine of rank 0 is gone), so the run ends here."
-            " What was finished is kept; run the same command again to resume."
-        )
 
 
 class Alone:
@@ -76,7 +66,7 @@ class Alone:
 class Team(Alone):
     """This process among those that torchrun started; `join()` makes it."""
 
-    def __init__(self, keys: Any, rank: int, world: int):
+    def __init__(self, keys: Keys, rank: int, world: int):
         self.keys, self.rank, self.world = keys, rank, world
         self.local_rank, self.local_world, self.node = (
             int(os.environ[name]) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
@@ -85,7 +75,7 @@ class Team(Alone):
         self._job, self._helping = 0, False
         self._heard_at: dict[int, tuple[int, float]] = {}
         self._stop = threading.Event()
-        self._put(f"who/{rank}", {"host": socket.gethostname(), "node": self.node, "pid": os.getpid()})
+        self.keys.put(f"who/{rank}", {"host": socket.gethostname(), "node": self.node, "pid": os.getpid()})
         self._watcher = threading.Thread(target=self._watch, name="ranks", daemon=True)
         self._watcher.start()
 
@@ -93,14 +83,14 @@ class Team(Alone):
 
     def begin(self, job: dict[str, Any]) -> None:
         self._job += 1
-        self._put(f"job/{self._job}", job)
+        self.keys.put(f"job/{self._job}", job)
 
     def jobs(self) -> Iterator[dict[str, Any]]:
         """What rank 0 asks for, until it ends the run."""
         while self.outcome() is None:
-            if self._has(f"job/{self._job + 1}"):
+            if self.keys.has(f"job/{self._job + 1}"):
                 self._job += 1
-                job = self._get(f"job/{self._job}")
+                job = self.keys.get(f"job/{self._job}")
                 if "see" in job:
                     self._see(Path(job["see"]))
                 else:
@@ -135,9 +125,9 @@ class Team(Alone):
     def agreed(self, name: str, make: Callable[[], Any]) -> Any:
         key = f"{self._job}/agreed/{name}"
         if self.rank == 0:
-            self._put(key, make())
+            self.keys.put(key, make())
         self._wait([key])
-        return self._get(key)
+        return self.keys.get(key)
 
     def same(self, name: str, facts: dict[str, Any]) -> None:
         theirs, mine = self.agreed(name, lambda: facts), json.loads(json.dumps(facts))
@@ -149,21 +139,21 @@ class Team(Alone):
             )
 
     def claims(self, name: str, count: int) -> Iterator[int]:
-        while (number := self._add(f"{self._job}/claims/{name}", 1) - 1) < count:
+        while (number := self.keys.add(f"{self._job}/claims/{name}", 1) - 1) < count:
             yield number
 
     def add(self, name: str, amount: int) -> int:
-        return self._add(f"{self._job}/sum/{name}", amount)
+        return self.keys.add(f"{self._job}/sum/{name}", amount)
 
     def meet(self, name: str, directory: Path | None = None, waiting: Callable[[], None] = lambda: None) -> None:
-        self._put(f"{self._job}/met/{name}/{self.rank}", True)
+        self.keys.put(f"{self._job}/met/{name}/{self.rank}", True)
         self._wait([f"{self._job}/met/{name}/{rank}" for rank in range(self.world)], waiting)
         if directory is not None:
             os.listdir(directory)  # a network file system forgets what it believed to be missing
 
     def _wait(self, keys: list[str], waiting: Callable[[], None] = lambda: None) -> None:
         pause = 0.005
-        while not self._has(*keys):
+        while not self.keys.has(*keys):
             waiting()
             time.sleep(pause)
             pause = min(0.5, 1.5 * pause)
@@ -173,12 +163,12 @@ class Team(Alone):
     def conclude(self, code: int) -> None:
         """Rank 0: ends the run with `code` on every rank, and waits until those that are alive have heard it."""
         try:
-            self._put("outcome", code)
+            self.keys.put("outcome", code)
             deadline = time.monotonic() + LEAVING_SECONDS
             others = list(range(1, self.world))
             while others and time.monotonic() < deadline:
                 dead = self._dead(others)
-                others = [rank for rank in others if not self._has(f"left/{rank}") and rank not in dead]
+                others = [rank for rank in others if not self.keys.has(f"left/{rank}") and rank not in dead]
                 time.sleep(0.05)
         except LostContact:
             pass  # the keys are gone with torchrun: nobody is left to hear it
@@ -188,16 +178,18 @@ class Team(Alone):
         """Other ranks: the last word before the process ends."""
         self._stop.set()
         with suppress(LostContact):
-            self._put(f"left/{self.rank}", True)
+            self.keys.put(f"left/{self.rank}", True)
 
     def outcome(self) -> int | None:
         """The code that rank 0 ended the run with, if it did."""
-        return self._get("outcome") if self._has("outcome") else None
+        return self.keys.get("outcome") if self.keys.has("outcome") else None
 
     def fail(self, code: int, text: str) -> None:
         """Other ranks: tells rank 0 why this one cannot go on."""
         with suppress(LostContact):
-            self._put(f"failed/{self.rank}", {"code": code, "text": f"{self._name(self.rank)}: {text}" if text else ""})
+            self.keys.put(
+                f"failed/{self.rank}", {"code": code, "text": f"{self._name(self.rank)}: {text}" if text else ""}
+            )
 
     def heard(self) -> int | None:
         """Other ranks: rank 0's last word, which comes soon; None, with `trouble` set, where it cannot come any
@@ -239,7 +231,7 @@ class Team(Alone):
         while not self._stop.wait(BEAT_SECONDS):
             beats += 1
             try:
-                self._put(f"beat/{self.rank}", beats)
+                self.keys.put(f"beat/{self.rank}", beats)
                 ended = self.rank > 0 and self.outcome() is not None
                 ends += ended and self._helping  # twice in a row: who has done its share leaves by itself
                 found = None if ended else self._look()
@@ -254,7 +246,7 @@ class Team(Alone):
 
     def _look(self, quickly: bool = False) -> ReapkitError | None:
         others = list(range(1, self.world)) if self.rank == 0 else [0]
-        failures = [self._get(f"failed/{rank}") for rank in others if self._has(f"failed/{rank}")]
+        failures = [self.keys.get(f"failed/{rank}") for rank in others if self.keys.has(f"failed/{rank}")]
         failures.sort(key=lambda failure: failure["code"] == INTERRUPTED)
         if failures and failures[0]["code"] != INTERRUPTED:
             return _error(**failures[0])
@@ -264,20 +256,20 @@ class Team(Alone):
     def _dead(self, ranks: Sequence[int], quickly: bool = False) -> list[int]:
         """By their process on this machine, elsewhere by their beats: none for a minute, or, `quickly`, for three
         beats, which are waited for."""
-        who = {rank: self._get(f"who/{rank}") for rank in ranks if self._has(f"who/{rank}")}
-        who = {rank: facts for rank, facts in who.items() if not self._has(f"left/{rank}")}
+        who = {rank: self.keys.get(f"who/{rank}") for rank in ranks if self.keys.has(f"who/{rank}")}
+        who = {rank: facts for rank, facts in who.items() if not self.keys.has(f"left/{rank}")}
         near = [rank for rank in who if who[rank]["node"] == self.node]
         gone = [rank for rank in near if not _runs(who[rank]["pid"])]
         heard = {rank: self._last_beat(rank) for rank in who if rank not in near}
         asked, limit = time.monotonic(), QUIET_SECONDS if quickly else STALE_SECONDS
         while quickly and any(last <= asked and time.monotonic() - last <= limit for last in heard.values()):
             time.sleep(0.2)
-            heard = {rank: self._last_beat(rank) for rank in heard if not self._has(f"left/{rank}")}
+            heard = {rank: self._last_beat(rank) for rank in heard if not self.keys.has(f"left/{rank}")}
         return gone + [rank for rank, last in heard.items() if time.monotonic() - last > limit]
 
     def _last_beat(self, rank: int) -> float:
         """When a beat of that rank was last new to this one; now, where it never asked before."""
-        beat = self._get(f"beat/{rank}") if self._has(f"beat/{rank}") else 0
+        beat = self.keys.get(f"beat/{rank}") if self.keys.has(f"beat/{rank}") else 0
         if self._heard_at.get(rank, (None,))[0] != beat:
             self._heard_at[rank] = (beat, time.monotonic())
         return self._heard_at[rank][1]
@@ -289,35 +281,8 @@ class Team(Alone):
         )
 
     def _name(self, rank: int) -> str:
-        who = self._get(f"who/{rank}") if self._has(f"who/{rank}") else None
+        who = self.keys.get(f"who/{rank}") if self.keys.has(f"who/{rank}") else None
         return f"rank {rank}" + (f" ({who['host']}, process {who['pid']})" if who else "")
-
-    # ------------------------------------------------------------------------------------------ keys
-
-    def _put(self, key: str, value: Any) -> None:
-        with _contact():
-            self.keys.set(key, json.dumps(value))
-
-    def _has(self, *keys: str) -> bool:
-        with _contact():
-            return self.keys.check(list(keys))
-
-    def _get(self, key: str) -> Any:
-        with _contact():
-            return json.loads(self.keys.get(key))
-
-    def _add(self, key: str, amount: int) -> int:
-        with _contact():
-            return self.keys.add(key, amount)
-
-
-@contextmanager
-def _contact() -> Iterator[None]:
-    """Raises LostContact for every error of the store's client."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise LostContact from error
 
 
 ALONE = Alone()
@@ -332,11 +297,8 @@ def launched() -> bool:
 def join() -> Team:
     """The ranks that torchrun started together; from now on `current()` on this process."""
     global _joined
-    from torch.distributed import PrefixStore, rendezvous
-
-    store, rank, world = next(rendezvous("env://", timeout=timedelta(seconds=120)))
-    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    _joined = Team(PrefixStore(f"reapkit/{restarts}", store), rank, world)
+    keys, rank, world = torchrun_keys()
+    _joined = Team(keys, rank, world)
     return _joined
 
 

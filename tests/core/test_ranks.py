@@ -12,6 +12,7 @@ from torch.distributed import HashStore
 
 from reapkit.core import ranks
 from reapkit.core.ranks import Team
+from reapkit.core.shared_keys import Keys
 
 BEAT = 0.1
 
@@ -22,7 +23,7 @@ def teams(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Team]]:
     for name, seconds in (("BEAT_SECONDS", BEAT), ("QUIET_SECONDS", 10 * BEAT)):
         monkeypatch.setattr(ranks, name, seconds)
     monkeypatch.setattr(ranks, "_runs", lambda pid: pytest.fail("a process of another machine was looked up"))
-    keys, made = HashStore(), []
+    keys, made = Keys(HashStore()), []
     for rank in range(3):
         for name, value in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1), ("GROUP_RANK", rank)):
             monkeypatch.setenv(name, str(value))

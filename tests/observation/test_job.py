@@ -40,7 +40,7 @@ def killing(owner, name):
         count[0] += 1
         if count[0] == kill_after:
             beside = [rank for rank in range(team.world) if rank != team.rank]
-            others = [team._get(f"who/{rank}")["pid"] for rank in beside]
+            others = [team.keys.get(f"who/{rank}")["pid"] for rank in beside]
             # The launcher first: what the ranks know of each other goes with it.
             for process in (os.getppid(), *others) if others else ():
                 os.kill(process, signal.SIGKILL)
