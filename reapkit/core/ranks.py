@@ -172,11 +172,11 @@ class Team(Alone):
                 time.sleep(0.05)
         except LostContact:
             pass  # the keys are gone with torchrun: nobody is left to hear it
-        self._stop.set()
+        self._stop_watching()
 
     def leave(self) -> None:
         """Other ranks: the last word before the process ends."""
-        self._stop.set()
+        self._stop_watching()
         with suppress(LostContact):
             self.keys.put(f"left/{self.rank}", True)
 
@@ -243,6 +243,11 @@ class Team(Alone):
                 self.trouble = found
                 signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
                 return
+
+    def _stop_watching(self) -> None:
+        """A thread that is inside the store's client when Python ends would take the process down with SIGABRT."""
+        self._stop.set()
+        self._watcher.join(LEAVING_SECONDS / 2)
 
     def _look(self, quickly: bool = False) -> ReapkitError | None:
         others = list(range(1, self.world)) if self.rank == 0 else [0]

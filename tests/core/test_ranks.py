@@ -53,6 +53,25 @@ def test_who_left_is_not_dead(teams: list[Team]) -> None:
     assert teams[0]._dead([1], quickly=True) == []
 
 
+def test_nobody_watches_any_more_once_a_rank_has_ended(teams: list[Team], monkeypatch: pytest.MonkeyPatch) -> None:
+    inside, put = threading.Event(), teams[1].keys.put
+
+    def slow(key: str, value: object) -> None:
+        if threading.current_thread() is teams[1]._watcher:
+            inside.set()
+            time.sleep(5 * BEAT)
+        put(key, value)
+
+    monkeypatch.setattr(teams[1].keys, "put", slow)
+    assert inside.wait(100 * BEAT)
+    teams[1].leave()
+    assert not teams[1]._watcher.is_alive()
+    for rank in (2, 1):
+        teams[0].keys.put(f"left/{rank}", True)
+    teams[0].conclude(0)
+    assert not teams[0]._watcher.is_alive()
+
+
 def test_a_minute_without_a_beat_ends_the_run_of_rank_0(teams: list[Team], monkeypatch: pytest.MonkeyPatch) -> None:
     interrupted = threading.Event()
     monkeypatch.setattr(signal, "pthread_kill", lambda thread, number: interrupted.set())
