@@ -74,7 +74,7 @@ class Team(Alone):
         self.trouble: ReapkitError | None = None
         self._job, self._helping = 0, False
         self._heard_at: dict[int, tuple[int, float]] = {}
-        self._stop = threading.Event()
+        self._main, self._stop = threading.get_ident(), threading.Event()
         self.keys.put(f"who/{rank}", {"host": socket.gethostname(), "node": self.node, "pid": os.getpid()})
         self._watcher = threading.Thread(target=self._watch, name="ranks", daemon=True)
         self._watcher.start()
@@ -241,7 +241,7 @@ class Team(Alone):
                 return
             if found or ends > 1:
                 self.trouble = found
-                signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+                signal.pthread_kill(self._main, signal.SIGTERM)
                 return
 
     def _stop_watching(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -52,7 +52,8 @@ class Keys:
 
 def torchrun_keys() -> tuple[Keys, int, int]:
     """(keys, rank, number of ranks) of this process, as torchrun started it; the keys are those of this restart."""
-    from torch.distributed import PrefixStore, rendezvous
+    # public names, which torch's own __init__ does not list as such
+    from torch.distributed import PrefixStore, rendezvous  # pyright: ignore[reportPrivateImportUsage,reportUnknownVariableType]
 
     store, rank, world = next(rendezvous("env://", timeout=PATIENCE))
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -60,7 +61,7 @@ def torchrun_keys() -> tuple[Keys, int, int]:
 
 
 @contextmanager
-def _contact() -> Iterator[None]:
+def _contact() -> Generator[None, None, None]:
     """Raises LostContact for every error of the store's client."""
     try:
         yield
