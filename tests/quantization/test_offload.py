@@ -30,6 +30,7 @@ from tests.support.tiny_tokens import tiny_tokens
         ),
     ],
 )
+@pytest.mark.usefixtures("layer_blocks")
 def test_layers_on_disk_give_the_same_bytes(tmp_path: Path, model_type: str, method: str) -> None:
     more = {"kv_lora_rank": 32, "q_lora_rank": 32} if model_type == "deepseek_v3" else {}
     source = save_hub_layout(build(model_type, dtype=torch.bfloat16, num_hidden_layers=2, **more), tmp_path / "model")
