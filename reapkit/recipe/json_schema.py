@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 
@@ -50,13 +50,14 @@ def recipe_schema(names: Names) -> dict[str, Any]:
 def _with_names(schema: Any) -> Any:
     """The schema with a reference to its kind's names in place of each marked string."""
     if isinstance(schema, list):
-        return [_with_names(value) for value in schema]
+        return [_with_names(value) for value in cast("list[Any]", schema)]
     if not isinstance(schema, dict):
         return schema
-    if NAME_OF not in schema:
-        return {key: _with_names(value) for key, value in schema.items()}
-    rest = {key: value for key, value in schema.items() if key not in (NAME_OF, "type")}
-    return {"$ref": f"#/$defs/{schema[NAME_OF]}", **rest}
+    fields = cast("dict[str, Any]", schema)
+    if NAME_OF not in fields:
+        return {key: _with_names(value) for key, value in fields.items()}
+    rest = {key: value for key, value in fields.items() if key not in (NAME_OF, "type")}
+    return {"$ref": f"#/$defs/{fields[NAME_OF]}", **rest}
 
 
 def _choice(names: Mapping[str, str]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from reapkit.selection.evidence import Evidence
 def uniform(evidence: Evidence, spec: SaliencySpec) -> ndarray:
     """Numbers in [0, 1) by seed and decoder layer, the same on every platform."""
     experts = evidence.observation.num_experts
-    rows = []
+    rows: list[list[float]] = []
     for layer in evidence.observation.layers:
         draw = random.Random(f"{spec.seed}:{layer}")
         rows.append([draw.random() for _ in range(experts)])
