@@ -81,7 +81,8 @@ class Sample:
             ]
         except UnicodeEncodeError as error:
             raise ValueError(
-                f"half of a surrogate pair ({error.object[error.start]!a}) at character {error.start}, which is not text"
+                f"half of a surrogate pair ({error.object[error.start]!a}) at character {error.start}, which is not"
+                " text"
             ) from None
         except TypeError as error:
             raise ValueError(f"turns or tools hold what JSON cannot say ({error})") from None

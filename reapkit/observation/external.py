@@ -41,8 +41,8 @@ class ImportedObservation:
             hashes = _hashes([directory / name for name in names], cache)
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise UnusableError(
-                f"--observation {directory}: the observation there cannot be read ({type(error).__name__}: {error}). Give an "
-                "observation's directory, or a run that has one."
+                f"--observation {directory}: the observation there cannot be read ({type(error).__name__}: {error})."
+                " Give an observation's directory, or a run that has one."
             ) from None
         return cls(directory, digest(hashes), facts)
 

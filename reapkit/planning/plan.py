@@ -85,7 +85,6 @@ class Plan:
     loaded: LoadedRecipe
     definitions: tuple[StageDefinition, ...]
     checkpoint: Checkpoint
-    layout: Layout
     candidates: tuple[Candidate, ...]
     identities: Identities
     machine: Machine
@@ -117,6 +116,11 @@ class Plan:
     def estimates(self) -> Estimates:
         """What the run takes on `machine`, and the placement chosen for it."""
         return estimate(self)
+
+    @property
+    def layout(self) -> Layout:
+        """Where the checkpoint's experts are."""
+        return self.checkpoint.layout
 
     @property
     def recipe(self) -> Recipe:
@@ -233,9 +237,7 @@ def make_plan(
         )
     identities = Identities.of(loaded, checkpoint, grid)
     winner = grid[0].name if len(grid) == 1 else None
-    made = Plan(
-        loaded, tuple(definitions), checkpoint, layout, grid, identities, machine_memory(), imported, mtp, winner
-    )
+    made = Plan(loaded, tuple(definitions), checkpoint, grid, identities, machine_memory(), imported, mtp, winner)
     return _judged(made)
 
 
