@@ -17,6 +17,9 @@ from tests.support.house import LOOSE, ROOMS, House, room
 from tests.support.paths import ROOT
 
 HOUSE = House(ROOT / "reapkit")
+SHARED_NAMES = {"Observation": ["reapkit.api", "reapkit.observation.observation"]}
+"""Names of two classes that mean one thing: what users import as `reapkit.Observation` is the recorded observation
+itself, with its saliencies."""
 
 
 def test_there_is_no_circle() -> None:
@@ -105,6 +108,22 @@ def test_torch_is_found_behind_other_modules_of_a_torch_free_file(tmp_path: Path
 def test_modules_without_a_room_are_found(tmp_path: Path) -> None:
     house = built(tmp_path, api="", utils="", attic__old="", core__errors="", recipe="")
     assert {*house.without_a_room()} == {"reapkit.utils", "reapkit.attic", "reapkit.attic.old", "reapkit.recipe"}
+
+
+def test_a_name_of_a_class_has_one_meaning() -> None:
+    assert HOUSE.namesakes() == SHARED_NAMES
+
+
+def test_classes_of_one_name_are_found(tmp_path: Path) -> None:
+    house = built(
+        tmp_path,
+        core__errors="class Error(Exception): ...\nclass Reader: ...\n",
+        recipe__loading="class _Reader: ...\ndef load():\n    class Error: ...\n",
+        report__page="class Page: ...\n",
+    )
+    assert house.namesakes() == {
+        name: ["reapkit.core.errors", "reapkit.recipe.loading"] for name in ("Error", "Reader")
+    }
 
 
 def test_saliency_is_followed_through_three_rooms() -> None:

@@ -43,7 +43,7 @@ class Stream:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RowPlan:
     """Rows in their final order: (source, part, pieces)."""
 
     rows: list[tuple[int, int, list[Piece]]]
@@ -106,7 +106,7 @@ def assemble(
     return summary
 
 
-def _plan(inputs: Inputs, streams: Sequence[Stream]) -> Plan:
+def _plan(inputs: Inputs, streams: Sequence[Stream]) -> RowPlan:
     """Every stream's samples packed into rows; parts one after another, the rows of a part interleaved."""
     packed = [_pack_stream(inputs, stream) for stream in streams]
     rows = []
@@ -116,7 +116,7 @@ def _plan(inputs: Inputs, streams: Sequence[Stream]) -> Plan:
             (streams[chosen[stream]].source, part, packed[chosen[stream]][row])
             for stream, row in interleave([len(packed[number]) for number in chosen])
         ]
-    return Plan(rows)
+    return RowPlan(rows)
 
 
 def _pack_stream(inputs: Inputs, stream: Stream) -> list[list[Piece]]:
@@ -143,7 +143,7 @@ def _pack_stream(inputs: Inputs, stream: Stream) -> list[list[Piece]]:
 
 
 def _write(
-    inputs: Inputs, gathered: Sequence[Gathered], plan: Plan, path: Path, is_pack: bool
+    inputs: Inputs, gathered: Sequence[Gathered], plan: RowPlan, path: Path, is_pack: bool
 ) -> dict[str, np.ndarray]:
     """Copies the rows' tokens into the safetensors file, a row at a time; returns `lengths`, `scored`, `signal`:
     tokens, scored positions and those with a signal per row, int64 [rows].
@@ -196,7 +196,7 @@ def _with_end(ids: np.ndarray, marks: np.ndarray, end_token: int | None) -> tupl
 
 
 def _source_summary(
-    inputs: Inputs, source: Gathered, number: int, plan: Plan, counts: Mapping[str, np.ndarray]
+    inputs: Inputs, source: Gathered, number: int, plan: RowPlan, counts: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
     entry, samples, used = source.entry, source.samples, source.used
     rows = [row for row, (owner, _, _) in enumerate(plan.rows) if owner == number]

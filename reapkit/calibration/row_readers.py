@@ -56,7 +56,7 @@ class Generated:
         return f"builtin:{self.name} row {number}"
 
 
-class Lines:
+class LineRows:
     """One row per line that is not blank: JSON objects, or text in a column `text`. Only line offsets are in memory."""
 
     def __init__(self, path: Path, json_lines: bool):
@@ -160,17 +160,17 @@ class Joined:
         return part.place(local)
 
 
-class Table:
+class ArrowRows:
     """A dataset in Arrow files, memory-mapped by `datasets`; `revision` is the hub's commit."""
 
     def __init__(self, dataset: Any, title: str, revision: str | None = None):
         self.dataset, self.title, self.total, self.revision = dataset, title, len(dataset), revision
 
-    def only(self, columns: Sequence[str]) -> Table:
+    def only(self, columns: Sequence[str]) -> ArrowRows:
         """The same rows with these columns alone, where it has them all; reading long texts just to filter takes
         minutes."""
         known = set(columns) <= set(self.dataset.column_names)
-        return Table(self.dataset.select_columns(list(columns)), self.title) if known else self
+        return ArrowRows(self.dataset.select_columns(list(columns)), self.title) if known else self
 
     def read(self, numbers: Sequence[int]) -> list[Mapping[str, Any]]:
         columns = self.dataset[list(map(int, numbers))]
@@ -180,7 +180,7 @@ class Table:
         return f"{self.title} row {number}"
 
 
-class Stream:
+class StreamedRows:
     """A hub dataset read over the network in shuffled order; only forward reads are cheap, earlier rows start it
     again."""
 

@@ -15,7 +15,16 @@ from typing import Any
 import numpy as np
 
 from reapkit.calibration.identity import source_files
-from reapkit.calibration.row_readers import Document, Generated, Joined, Lines, Records, Rows, Stream, Table
+from reapkit.calibration.row_readers import (
+    ArrowRows,
+    Document,
+    Generated,
+    Joined,
+    LineRows,
+    Records,
+    Rows,
+    StreamedRows,
+)
 from reapkit.checkpoint.locate import is_local, local_path
 from reapkit.core.errors import UnusableError
 from reapkit.recipe.schema import MixEntry
@@ -50,7 +59,7 @@ class Walk:
     @property
     def revision(self) -> str | None:
         """The hub's commit that is read, where the source is one of its datasets."""
-        return self.rows.revision if isinstance(self.rows, (Table, Stream)) else None
+        return self.rows.revision if isinstance(self.rows, (ArrowRows, StreamedRows)) else None
 
     def place(self, position: int) -> str:
         return f"source '{self.name}', {self.rows.place(self.number(position))}"
@@ -100,7 +109,7 @@ def _filtered(rows: Rows, entry: MixEntry) -> np.ndarray:
     if not entry.filter:
         return np.arange(rows.total)
     kept = []
-    looked_at = rows.only(tuple(entry.filter)) if isinstance(rows, Table) else rows
+    looked_at = rows.only(tuple(entry.filter)) if isinstance(rows, ArrowRows) else rows
     for chunk in _chunks(rows.total, 1000):
         try:
             read = looked_at.read(chunk)
@@ -147,16 +156,16 @@ def _open_file(path: Path, entry: MixEntry) -> Rows:
     row."""
     suffix = path.suffix.lower()
     if suffix in (".jsonl", ".ndjson"):
-        return Lines(path, json_lines=True)
+        return LineRows(path, json_lines=True)
     if suffix == ".json":
         return _open_json(path, entry)
-    return Lines(path, json_lines=False) if suffix == ".txt" else Document(path)
+    return LineRows(path, json_lines=False) if suffix == ".txt" else Document(path)
 
 
 def _open_json(path: Path, entry: MixEntry) -> Rows:
     with path.open("rb") as stream:
         if not stream.read(64).lstrip().startswith(b"["):
-            return Lines(path, json_lines=True)
+            return LineRows(path, json_lines=True)
     try:
         return Records(path, json.loads(path.read_bytes()))
     except ValueError as error:
@@ -173,7 +182,7 @@ def _open_parquet(files: Sequence[Path], entry: MixEntry) -> Rows:
         raise UnusableError(
             f"source '{entry.name}', {', '.join(file.name for file in files)}: {_reason(error)}"
         ) from None
-    return Table(table, files[0].name if len(files) == 1 else f"{len(files)} parquet files")
+    return ArrowRows(table, files[0].name if len(files) == 1 else f"{len(files)} parquet files")
 
 
 def open_dataset(entry: MixEntry, path: str, seed: int) -> Rows:
@@ -188,11 +197,11 @@ def open_dataset(entry: MixEntry, path: str, seed: int) -> Rows:
             builder = datasets.load_dataset_builder(path, entry.config, revision=entry.revision)
             if _bytes_of(builder, entry) > STREAM_ABOVE_BYTES:
                 stream = builder.as_streaming_dataset(split=entry.split).shuffle(seed=seed, buffer_size=STREAM_BUFFER)
-                return Stream(
+                return StreamedRows(
                     stream, entry.source, lambda row: passes(row, entry, entry.source), _commit(builder, entry)
                 )
             table = datasets.load_dataset(path, entry.config, split=entry.split, revision=entry.revision)
-            return Table(table, entry.source, _commit(builder, entry))
+            return ArrowRows(table, entry.source, _commit(builder, entry))
     except UnusableError:
         raise
     except Exception as error:  # datasets raises about twenty kinds here; all mean that this source cannot be read

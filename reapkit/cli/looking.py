@@ -45,9 +45,9 @@ def compare(
     """
     from reapkit.pipeline.planned import make_plan
     from reapkit.report.comparison.compare import compare as compare_all
-    from reapkit.report.comparison.terms import Terms
+    from reapkit.report.comparison.terms import ComparisonTerms
 
-    found = compare_all(paths, Terms(criterion, _ratio(ratio), different_models, make_plan))
+    found = compare_all(paths, ComparisonTerms(criterion, _ratio(ratio), different_models, make_plan))
     if html is not None:
         found.save_page(html)
     if as_json:

@@ -16,7 +16,7 @@ from reapkit.calibration.tokens import CalibrationTokens
 from reapkit.core.progress import Progress
 from reapkit.evaluation import generation
 from reapkit.evaluation.metrics.rows import summarize_difference
-from reapkit.evaluation.metrics.signals import Positions
+from reapkit.evaluation.metrics.signals import PositionSignals
 from reapkit.evaluation.outputs import (
     BaseOutputs,
     Pack,
@@ -39,7 +39,7 @@ def packs_of_part(tokens: Mapping[int, CalibrationTokens], part: str) -> dict[in
 
 
 @dataclass(frozen=True)
-class Candidate:
+class MaskedCandidate:
     """A selection to try. `nbytes`: the pruned checkpoint's size; `control_of`: the candidate whose budget a control
     shares; `weights`: its re-fitted experts; `ratio`: how a recipe says its budget.
     """
@@ -97,22 +97,22 @@ class Bench(ABC):
     """Whether every candidate has been measured anyway, so that none need be left untried."""
 
     @abstractmethod
-    def positions(self, candidate: Candidate, length: int) -> Positions:
-        """The candidate's signals at the measured positions of the pack of this length, each `[n]` as `Positions`
+    def positions(self, candidate: MaskedCandidate, length: int) -> PositionSignals:
+        """The candidate's signals at the measured positions of the pack of this length, each `[n]` as `PositionSignals`
         says."""
 
     def base_metrics(self) -> dict[str, Any]:
         """The base's own numbers by length and group."""
         return {str(length): describe_base(self.bases[length], pack, self.eaft) for length, pack in self.packs.items()}
 
-    def metrics(self, candidate: Candidate) -> dict[str, Any]:
+    def metrics(self, candidate: MaskedCandidate) -> dict[str, Any]:
         """The candidate's numbers by length and group."""
         return {
             str(length): compare(self.bases[length], self.positions(candidate, length), pack, self.eaft)
             for length, pack in self.packs.items()
         }
 
-    def against(self, candidate: Candidate, other: Candidate) -> dict[str, Any]:
+    def against(self, candidate: MaskedCandidate, other: MaskedCandidate) -> dict[str, Any]:
         """By how much `other` is further from the base than `candidate`, by length and group, paired row by row."""
         return {
             str(length): summarize_difference(
@@ -121,7 +121,7 @@ class Bench(ABC):
             for length, pack in self.packs.items()
         }
 
-    def generation(self, candidate: Candidate | None) -> dict[str, Any]:
+    def generation(self, candidate: MaskedCandidate | None) -> dict[str, Any]:
         """`{"generation": shares over continuations by group | None, "examples": [...]}`; of the base itself for
         None."""
         return {"generation": None, "examples": []}
@@ -171,7 +171,7 @@ class MaskedBench(Bench):
             for length, pack in self.packs.items()
         }
 
-    def positions(self, candidate: Candidate, length: int) -> Positions:
+    def positions(self, candidate: MaskedCandidate, length: int) -> PositionSignals:
         path = None if self.work_directory is None else self.work_directory / f"{candidate.name}-{length}.safetensors"
         if path is not None and path.is_file():
             return load_positions(path)
@@ -213,7 +213,7 @@ class MaskedBench(Bench):
             progress=self.progress,
         )
 
-    def generation(self, candidate: Candidate | None) -> dict[str, Any]:
+    def generation(self, candidate: MaskedCandidate | None) -> dict[str, Any]:
         """As `Bench.generation`; None where no generation was asked for or no prompt exists."""
         if not self.prompts:
             return super().generation(candidate)

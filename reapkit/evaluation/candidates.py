@@ -16,7 +16,7 @@ from reapkit.calibration.tokens import PARTS, CalibrationTokens
 from reapkit.core.errors import UnusableError
 from reapkit.core.progress import SILENT, Progress
 from reapkit.evaluation.advice import advice
-from reapkit.evaluation.bench import Bench, Candidate, MaskedBench
+from reapkit.evaluation.bench import Bench, MaskedBench, MaskedCandidate
 from reapkit.evaluation.gates import UNION, Gate, judge, overall
 from reapkit.evaluation.metrics.table import is_generation
 from reapkit.evaluation.outputs import EAFT
@@ -27,7 +27,7 @@ SEARCH_STEPS = 4
 """Smaller cuts that are measured after a rejection: the nearest that passes is known to a sixteenth of what was to be
 removed."""
 
-SmallerCut = Callable[[str, Fraction], Candidate | None]
+SmallerCut = Callable[[str, Fraction], MaskedCandidate | None]
 """The named candidate with this share of its removals, None where there is no such budget."""
 
 
@@ -44,10 +44,10 @@ def eaft_settings(saliency: SaliencySpec, observe: ObserveSpec) -> dict[str, Any
 def evaluate(
     model: nn.Module,
     packs: Mapping[int, CalibrationTokens],
-    candidates: Sequence[Candidate],
+    candidates: Sequence[MaskedCandidate],
     gates: Sequence[Gate],
     *,
-    controls: Sequence[Candidate] = (),
+    controls: Sequence[MaskedCandidate] = (),
     eaft: Mapping[str, Any] = EAFT,
     generation: GenerationSpec | None = None,
     tokenizer: Any = None,
@@ -91,10 +91,10 @@ def evaluate(
 def give_verdict(
     decide: Bench,
     confirm: Bench,
-    candidates: Sequence[Candidate],
+    candidates: Sequence[MaskedCandidate],
     gates: Sequence[Gate],
     *,
-    controls: Sequence[Candidate] = (),
+    controls: Sequence[MaskedCandidate] = (),
     pack_samples: int | None = None,
     smaller_cut: SmallerCut | None = None,
 ) -> dict[str, Any]:
@@ -149,7 +149,7 @@ def _describe_packs(benches: Mapping[str, Bench]) -> dict[str, Any]:
     }
 
 
-def _try_candidates(bench: Bench, candidates: Sequence[Candidate], gates: Sequence[Gate]) -> list[dict[str, Any]]:
+def _try_candidates(bench: Bench, candidates: Sequence[MaskedCandidate], gates: Sequence[Gate]) -> list[dict[str, Any]]:
     """The table: every candidate, smallest first, those larger than a passing one left untried."""
     table: list[dict[str, Any]] = []
     for _, same_size in groupby(sorted(candidates, key=lambda each: each.size), key=lambda each: each.size):
@@ -158,7 +158,7 @@ def _try_candidates(bench: Bench, candidates: Sequence[Candidate], gates: Sequen
     return table
 
 
-def _untried(candidate: Candidate) -> dict[str, Any]:
+def _untried(candidate: MaskedCandidate) -> dict[str, Any]:
     return candidate.describe() | {
         "metrics": None,
         "generation": None,
@@ -168,7 +168,7 @@ def _untried(candidate: Candidate) -> dict[str, Any]:
     }
 
 
-def _judged(bench: Bench, candidate: Candidate, gates: Sequence[Gate]) -> dict[str, Any]:
+def _judged(bench: Bench, candidate: MaskedCandidate, gates: Sequence[Gate]) -> dict[str, Any]:
     measured, written = bench.metrics(candidate), bench.generation(candidate)
     results = judge(measured | ({"generation": written["generation"]} if written["generation"] else {}), gates)
     return candidate.describe() | {
@@ -185,7 +185,7 @@ def kl_mean(entry: Mapping[str, Any]) -> float:
     return sum(values) / len(values)
 
 
-def _winner(passed: Sequence[dict[str, Any]], by_name: Mapping[str, Candidate]) -> dict[str, Any]:
+def _winner(passed: Sequence[dict[str, Any]], by_name: Mapping[str, MaskedCandidate]) -> dict[str, Any]:
     """The smallest; of equal size the one closest to the base."""
     return min(passed, key=lambda entry: (by_name[entry["name"]].size, kl_mean(entry)))
 
@@ -211,7 +211,7 @@ def _search(bench: Bench, gates: Sequence[Gate], name: str, smaller_cut: Smaller
     return list(tried.values())
 
 
-def _confirm(bench: Bench, candidate: Candidate, gates: Sequence[Gate]) -> dict[str, Any]:
+def _confirm(bench: Bench, candidate: MaskedCandidate, gates: Sequence[Gate]) -> dict[str, Any]:
     """The chosen candidate on the confirm rows; generation has been judged on the decide rows' prompts."""
     found = bench.metrics(candidate)
     results = judge(found, _of_packs(gates))

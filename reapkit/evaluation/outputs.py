@@ -30,7 +30,7 @@ from reapkit.evaluation.head import (
 )
 from reapkit.evaluation.metrics import rows, signals
 from reapkit.evaluation.metrics.rows import RowIndex
-from reapkit.evaluation.metrics.signals import Positions
+from reapkit.evaluation.metrics.signals import PositionSignals
 
 Head = Callable[[], AbstractContextManager]
 EAFT = {"p_low": "0.15", "h_low": "0.15", "thresholds": "pooled", "top_k": 20}
@@ -73,7 +73,7 @@ class BaseOutputs:
 
     hidden: Tensor
     reference: Tensor
-    positions: Positions
+    positions: PositionSignals
     embeddings: dict[str, Tensor]
 
 
@@ -114,7 +114,7 @@ def outputs_of(model: nn.Module, pack: Pack, hidden: Tensor, top_k: int = 20) ->
         )
         for at in range(0, len(reference), step)
     ]
-    return BaseOutputs(hidden, reference, Positions.concatenate(described), embedding_weights(model))
+    return BaseOutputs(hidden, reference, PositionSignals.concatenate(described), embedding_weights(model))
 
 
 def base_head(model: nn.Module, base: BaseOutputs) -> Head:
@@ -125,7 +125,7 @@ def base_head(model: nn.Module, base: BaseOutputs) -> Head:
 @torch.no_grad()
 def compare_hidden(
     model: nn.Module, hidden: Tensor, base: BaseOutputs, start: int, head: Head, top_k: int = 20
-) -> Positions:
+) -> PositionSignals:
     """The signals `[n]` of `model`'s final hidden states `[n, hidden]`, in its dtype, which belong to the base's
     positions from `start` on.
 
@@ -140,7 +140,7 @@ def compare_hidden(
         parts.append(
             _to_cpu(signals.describe(found, base.reference[of_base].to(found.device), expected.to(found.device), top_k))
         )
-    return Positions.concatenate(parts)
+    return PositionSignals.concatenate(parts)
 
 
 @torch.no_grad()
@@ -153,7 +153,7 @@ def measure(
     top_k: int = 20,
     title: str = "evaluate",
     progress: Progress = SILENT,
-) -> Positions:
+) -> PositionSignals:
     """What `model` (masked, or loaded from a directory) says at the pack's `n` measured positions, compared with the
     base: signals `[n]` on the CPU.
 
@@ -166,10 +166,10 @@ def measure(
                 parts.append(compare_hidden(model, hidden, base, done, head, top_k))
             done += len(hidden)
             task.advance(len(hidden))
-    return refuse_broken(Positions.concatenate(parts), title)
+    return refuse_broken(PositionSignals.concatenate(parts), title)
 
 
-def refuse_broken(found: Positions, title: str) -> Positions:
+def refuse_broken(found: PositionSignals, title: str) -> PositionSignals:
     """`found` itself. Raises StageFailed where it holds numbers that are not finite."""
     if broken := int((~found.nll.isfinite() | ~found.kl.isfinite()).sum()):
         raise StageFailed(
@@ -184,29 +184,31 @@ def describe_base(base: BaseOutputs, pack: Pack, eaft: dict[str, Any] = EAFT) ->
     return rows.summarize_base(base.positions, pack.index, rows.regions(base.positions, pack.index, eaft))
 
 
-def compare(base: BaseOutputs, candidate: Positions, pack: Pack, eaft: dict[str, Any] = EAFT) -> dict[str, Any]:
+def compare(base: BaseOutputs, candidate: PositionSignals, pack: Pack, eaft: dict[str, Any] = EAFT) -> dict[str, Any]:
     """The candidate's numbers and distances per group, with paired intervals (`rows.summarize_candidate`)."""
     own, of_base = (rows.regions(positions, pack.index, eaft) for positions in (candidate, base.positions))
     return rows.summarize_candidate(base.positions, candidate, pack.index, of_base, own)
 
 
-def save_positions(positions: Positions, path: Path) -> None:
+def save_positions(positions: PositionSignals, path: Path) -> None:
     """Writes the signals, each `[n]`, as safetensors under their names. A file that is there is complete."""
     with replacing(path) as partial:
-        save_file({field.name: getattr(positions, field.name).contiguous() for field in fields(Positions)}, partial)
+        save_file(
+            {field.name: getattr(positions, field.name).contiguous() for field in fields(PositionSignals)}, partial
+        )
 
 
-def load_positions(path: Path) -> Positions:
+def load_positions(path: Path) -> PositionSignals:
     """What `save_positions` wrote."""
-    return Positions(**load_file(path))
+    return PositionSignals(**load_file(path))
 
 
 def _reference(row: Any) -> Tensor:
     return row.input_ids.roll(-1)[row.signal]
 
 
-def _to_cpu(positions: Positions) -> Positions:
-    return Positions(**{field.name: getattr(positions, field.name).cpu() for field in fields(Positions)})
+def _to_cpu(positions: PositionSignals) -> PositionSignals:
+    return PositionSignals(**{field.name: getattr(positions, field.name).cpu() for field in fields(PositionSignals)})
 
 
 def _hidden(model: nn.Module, pack: Pack, batch_tokens: int, skip_batches: int = 0) -> Iterator[Tensor]:

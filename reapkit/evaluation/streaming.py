@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from reapkit.calibration.tokens import PARTS, Batch, CalibrationTokens, batches
 from reapkit.core.progress import SILENT, Progress
-from reapkit.evaluation.bench import Bench, Candidate, packs_of_part
+from reapkit.evaluation.bench import Bench, MaskedCandidate, packs_of_part
 from reapkit.evaluation.candidates import give_verdict
 from reapkit.evaluation.directory import Yardstick, final_packs
 from reapkit.evaluation.gates import Gate
 from reapkit.evaluation.head import require_same_logits
 from reapkit.evaluation.linear import fast_linear
-from reapkit.evaluation.metrics.signals import Positions
+from reapkit.evaluation.metrics.signals import PositionSignals
 from reapkit.evaluation.outputs import (
     EAFT,
     BaseOutputs,
@@ -49,20 +49,20 @@ class StreamedBench(Bench):
     packs: Mapping[int, Pack]
     eaft: Mapping[str, Any]
     bases: Mapping[int, BaseOutputs]
-    found: Mapping[tuple[str, int], Positions]
+    found: Mapping[tuple[str, int], PositionSignals]
     measures_all = True
 
-    def positions(self, candidate: Candidate, length: int) -> Positions:
+    def positions(self, candidate: MaskedCandidate, length: int) -> PositionSignals:
         return self.found[candidate.name, length]
 
 
 def evaluate_streaming(
     layered: LayeredModel,
     packs: Mapping[int, CalibrationTokens],
-    candidates: Sequence[Candidate],
+    candidates: Sequence[MaskedCandidate],
     gates: Sequence[Gate],
     *,
-    controls: Sequence[Candidate] = (),
+    controls: Sequence[MaskedCandidate] = (),
     eaft: Mapping[str, Any] = EAFT,
     pack_samples: int | None = None,
     batch_tokens: int = 16384,
@@ -79,7 +79,7 @@ def evaluate_streaming(
     places = {(part, length): pack for part, of_part in by_part.items() for length, pack in of_part.items()}
     tried = {each.name: each for each in (*candidates, *controls)}
     layer_pass = LayerPass(layered, hidden_bytes, offload_directory)
-    bases, found = _Pass(layered, layer_pass, places, tried, batch_tokens, eaft["top_k"], offload_directory).run(
+    bases, found = _PackPass(layered, layer_pass, places, tried, batch_tokens, eaft["top_k"], offload_directory).run(
         progress
     )
     benches = [
@@ -106,7 +106,7 @@ def yardstick_streaming(
 ) -> Yardstick:
     """As `Yardstick.of`, of a base that never is in memory as a whole."""
     final = final_packs(packs)
-    bases, _ = _Pass(
+    bases, _ = _PackPass(
         layered,
         LayerPass(layered, hidden_bytes, offload_directory),
         {("final", length): pack for length, pack in final.items()},
@@ -149,7 +149,7 @@ def measure_streaming(
 
 
 @dataclass(eq=False)
-class _Item:
+class _PackBatch:
     """One batch of a pack, on its way through the base (`name` None) or a candidate."""
 
     name: str | None
@@ -159,7 +159,7 @@ class _Item:
     hidden: Tensor | None = None
 
 
-class _Pass:
+class _PackPass:
     """Every batch of every pack through the base and all candidates, layer by layer."""
 
     def __init__(
@@ -167,29 +167,29 @@ class _Pass:
         layered: LayeredModel,
         layer_pass: LayerPass,
         places: Mapping[Place, Pack],
-        candidates: Mapping[str, Candidate],
+        candidates: Mapping[str, MaskedCandidate],
         batch_tokens: int,
         top_k: int,
         directory: Path | None,
     ):
         self.layered, self.layer_pass, self.places, self.candidates = layered, layer_pass, places, candidates
         self.top_k, self.directory = top_k, directory
-        self.variants: dict[str | None, list[_Item]] = {
+        self.variants: dict[str | None, list[_PackBatch]] = {
             name: list(self._items(name, batch_tokens)) for name in (None, *candidates)
         }
 
-    def _items(self, name: str | None, batch_tokens: int) -> Iterator[_Item]:
+    def _items(self, name: str | None, batch_tokens: int) -> Iterator[_PackBatch]:
         for place, pack in self.places.items():
             for batch in batches(pack.tokens, pack.rows, batch_tokens):
-                yield _Item(name, place, batch)
+                yield _PackBatch(name, place, batch)
 
     @torch.no_grad()
-    def run(self, progress: Progress) -> tuple[dict[Place, BaseOutputs], dict[tuple[str, Place], Positions]]:
+    def run(self, progress: Progress) -> tuple[dict[Place, BaseOutputs], dict[tuple[str, Place], PositionSignals]]:
         """The base's outputs by pack, each candidate's signals by name and pack."""
         layered, last = self.layered, len(self.layered.layers) - 1
         layered.load_rest()
         bases: dict[Place, BaseOutputs] = {}
-        found: dict[tuple[str, Place], Positions] = {}
+        found: dict[tuple[str, Place], PositionSignals] = {}
         with (
             self.layer_pass as layer_pass,
             progress.task("evaluate", total=last + 1, unit="layers") as task,
@@ -218,7 +218,7 @@ class _Pass:
             return nullcontext()
         return self.candidates[name].on(self.layered.model, (layer,))
 
-    def _finish(self, item: _Item) -> None:
+    def _finish(self, item: _PackBatch) -> None:
         """A batch's own forward: pauses before every layer, then leaves the hidden states of its measured positions."""
         batch, device = item.batch, self.layered.device
         positions = None if batch.position_ids is None else batch.position_ids.to(device)
@@ -228,9 +228,9 @@ class _Pass:
     def _collect(
         self,
         name: str | None,
-        items: Sequence[_Item],
+        items: Sequence[_PackBatch],
         bases: dict[Place, BaseOutputs],
-        found: dict[tuple[str, Place], Positions],
+        found: dict[tuple[str, Place], PositionSignals],
     ) -> None:
         for place, pack in self.places.items():
             hidden = torch.cat([item.hidden for item in items if item.place == place])

@@ -67,7 +67,7 @@ def repair(
     width = layered.model.config.get_text_config().hidden_size
     rows = _rows(tokens, max_tokens or min(TOKENS, ERROR_ENTRIES // width))
     layer_pass = LayerPass(layered, hidden_bytes, offload_directory)
-    return _Pass(layered, layer_pass, tokens, rows, selections, batch_tokens).run(out, progress)
+    return _RefitPass(layered, layer_pass, tokens, rows, selections, batch_tokens).run(out, progress)
 
 
 def _rows(tokens: CalibrationTokens, max_tokens: int) -> list[int]:
@@ -94,7 +94,7 @@ def _judging_rows(tokens: CalibrationTokens, rows: Sequence[int]) -> set[int]:
 
 
 @dataclass(eq=False)
-class _Item:
+class _RefitBatch:
     """One batch on its way through the original (`name` None) or a pruned model, and what it left in the present
     layer."""
 
@@ -116,7 +116,7 @@ class _Layer:
 
 
 @dataclass(eq=False)
-class _Pass:
+class _RefitPass:
     """Every batch through the original and every pruned model, layer by layer."""
 
     layered: LayeredModel
@@ -135,7 +135,7 @@ class _Pass:
         layered.load_rest()
         sites = {site.layer: site for site in find_experts(layered.model)}
         items = {
-            name: [_Item(name, batch) for batch in batches(self.tokens, self.rows, self.batch_tokens)]
+            name: [_RefitBatch(name, batch) for batch in batches(self.tokens, self.rows, self.batch_tokens)]
             for name in (None, *self.selections)
         }
         found: dict[str, dict[int, LayerNames]] = {name: {} for name in self.selections}
@@ -214,12 +214,12 @@ class _Pass:
         out = inner(hidden, index, gates)
         return out if self.seen.shift is None else out + self.seen.shift.to(out.dtype)
 
-    def _output(self, item: _Item) -> Tensor:
+    def _output(self, item: _RefitBatch) -> Tensor:
         """The residual stream behind the layer at the batch's positions, padding aside: [positions, hidden] on the
         host."""
         return self.seen.output.reshape(-1, self.seen.output.shape[-1])[self._valid(item)].to("cpu", copy=True)
 
-    def _valid(self, item: _Item) -> Tensor:
+    def _valid(self, item: _RefitBatch) -> Tensor:
         return item.batch.valid.reshape(-1).nonzero()[:, 0].to(self.layered.device)
 
     # ------------------------------------------------------------------------------------------ a pruned model's layer
@@ -229,8 +229,8 @@ class _Pass:
         layer: int,
         site: RoutedExperts | None,
         selection: Selection,
-        items: Sequence[_Item],
-        base: Sequence[_Item],
+        items: Sequence[_RefitBatch],
+        base: Sequence[_RefitBatch],
     ) -> Refit | None:
         """All batches of one pruned model through a layer that is fitted on the way; None where there is nothing to
         fit."""
@@ -260,7 +260,7 @@ class _Pass:
         )
         return Refit(rounded, fitted.strength, fitted.fitted, fitted.held_out)
 
-    def _call_of(self, item: _Item) -> tuple[Tensor, Tensor, Tensor]:
+    def _call_of(self, item: _RefitBatch) -> tuple[Tensor, Tensor, Tensor]:
         """What the experts were called with, at positions that are not padding."""
         return tuple(part[self._valid(item)].clone() for part in self.seen.experts)
 
@@ -288,7 +288,12 @@ class _Pass:
         return share
 
     def _problem(
-        self, site: RoutedExperts, keep: Sequence[int], items: Sequence[_Item], base: Sequence[_Item], scale: float
+        self,
+        site: RoutedExperts,
+        keep: Sequence[int],
+        items: Sequence[_RefitBatch],
+        base: Sequence[_RefitBatch],
+        scale: float,
     ) -> tuple[dict[int, ExpertFeatures], Tensor, Tensor, Tensor]:
         """What `refit` takes, over all batches."""
         device = self.layered.device
@@ -313,7 +318,7 @@ class _Pass:
         return site.matrix(Role.DOWN).detach()[expert]
 
     def _go_on(
-        self, site: RoutedExperts, corrections: Mapping[int, Tensor], items: Sequence[_Item], scale: float
+        self, site: RoutedExperts, corrections: Mapping[int, Tensor], items: Sequence[_RefitBatch], scale: float
     ) -> None:
         """Adds what the rounded corrections change to the hidden states that wait for the next layer."""
         for item in items:
@@ -339,7 +344,7 @@ class _Pass:
         site: RoutedExperts,
         keep: Sequence[int],
         fitted: Refit,
-        items: Sequence[_Item],
+        items: Sequence[_RefitBatch],
         directory: Path,
     ) -> LayerNames:
         """One file with the layer's re-fitted matrices under the checkpoint's names; experts without tokens keep

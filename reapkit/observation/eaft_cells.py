@@ -22,7 +22,7 @@ from reapkit.observation.eaft_table import (
     P_CELLS,
     P_EXACT,
     P_LEVELS,
-    Table,
+    EaftTable,
     cell_edges,
     cells_of,
 )
@@ -121,9 +121,9 @@ class TableSums:
             mass += np.bincount(key, weights=gate_norm[part].ravel(), minlength=bins + 1)
         return count[:-1], mass[:-1]
 
-    def result(self, total: dict[str, Tensor]) -> Table:
+    def result(self, total: dict[str, Tensor]) -> EaftTable:
         """The table that these sums over all groups make."""
-        return Table(**load_file(self._edges_file), **{name: total[f"table.{name}"] for name in COLUMNS})
+        return EaftTable(**load_file(self._edges_file), **{name: total[f"table.{name}"] for name in COLUMNS})
 
     def add_in_order(self, passed: Callable[[int], bool]) -> None:
         """Adds the groups that follow those added so far, up to the first that has not `passed` all layers."""

@@ -54,7 +54,7 @@ COLUMNS = ("positions", "count", "gate_norm_sum")
 
 
 @dataclass(frozen=True, eq=False)
-class Table:
+class EaftTable:
     """Sums by cell. `p_edges` float32 [S, 31], `h_edges` float32 [S, 15]: ascending, equal ones leave the cell between
     them empty. `positions` int64 [S, 32, 16]: positions with a signal. `count`, `gate_norm_sum` float64 [L, S, 32, 16,
     E]: N and Σgn of those routed to the expert.
@@ -77,7 +77,7 @@ class Table:
         return {f"eaft_table.{name}": tensor for name, tensor in vars(self).items()}
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, ndarray]) -> Table | None:
+    def from_tensors(cls, tensors: Mapping[str, ndarray]) -> EaftTable | None:
         """The inverse of `tensors`; None where there is no table among them."""
         if "eaft_table.positions" not in tensors:
             return None

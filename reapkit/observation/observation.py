@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from reapkit.core.atomic_files import replacing, write_text
 from reapkit.core.errors import UnusableError
 from reapkit.core.mapped_safetensors import as_arrays, map_tensors
-from reapkit.observation.eaft_table import Table
+from reapkit.observation.eaft_table import EaftTable
 
 SUMS = ("count", "gate_sum", "norm_sum", "gate_norm_sum", "gate_norm_sq_sum")
 MAXIMA = (
@@ -167,7 +167,7 @@ class Observation:
     maxima: Mapping[str, ndarray]
     coactivation: ndarray | None
     snapshots: Mapping[str, ndarray]
-    eaft: Trace | Table | None = None
+    eaft: Trace | EaftTable | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
     reroute: Reroute | None = None
 
@@ -216,7 +216,7 @@ class Observation:
                 "Observe again, or use the version of reapkit that wrote it."
             )
         tensors = map_tensors(directory / "observation.safetensors")
-        trace = Trace.load(directory / "trace.safetensors") if facts["eaft"] else Table.from_tensors(tensors)
+        trace = Trace.load(directory / "trace.safetensors") if facts["eaft"] else EaftTable.from_tensors(tensors)
         return cls(
             model_type=facts["model_type"],
             layers=tuple(facts["layers"]),
@@ -237,7 +237,7 @@ class Observation:
     def _tensors(self) -> dict[str, ndarray]:
         tensors = {"tokens": self.tokens, "scored_tokens": self.scored_tokens, **self.statistics, **self.maxima}
         tensors |= {f"snapshots.{name}": tensor for name, tensor in self.snapshots.items()}
-        if isinstance(self.eaft, Table):
+        if isinstance(self.eaft, EaftTable):
             tensors |= self.eaft.tensors()
         if self.reroute is not None:
             tensors |= {f"reroute.{name}": tensor for name, tensor in vars(self.reroute).items()}
@@ -268,7 +268,7 @@ class Observation:
         a, b = self.with_sources(sources), other.with_sources(sources)
         coactivation = None if a.coactivation is None or b.coactivation is None else a.coactivation + b.coactivation
         trace = None
-        if isinstance(self.eaft, Table) or isinstance(other.eaft, Table):
+        if isinstance(self.eaft, EaftTable) or isinstance(other.eaft, EaftTable):
             if self.eaft is not None and other.eaft is not None:
                 raise UnusableError(
                     "EAFT tables of p and H have edges of their own and cannot be added. Observe with a larger "

@@ -139,7 +139,7 @@ def single(sampled: Sampled, num_sources: int) -> Tensor:
     """
     found = torch.zeros(num_sources, sampled.num_experts, dtype=torch.float64)
     if sampled.local and sampled.groups == 1:
-        pairs = _Pairs.first(sampled)
+        pairs = _ReroutedPairs.first(sampled)
         bins = sampled.source[:, None] * sampled.num_experts + pairs.index
         return found.view(-1).index_add_(0, bins.flatten(), pairs.other_error.flatten()).view(found.shape)
     everyone = list(range(sampled.num_experts))
@@ -158,7 +158,7 @@ def single(sampled: Sampled, num_sources: int) -> Tensor:
 
 
 @dataclass(eq=False)
-class _Pairs:
+class _ReroutedPairs:
     """For every (token, slot): where the token would go if that slot's expert were gone, and its error then; all on the
     host.
 
@@ -177,7 +177,7 @@ class _Pairs:
     other_error: Tensor
 
     @classmethod
-    def first(cls, sampled: Sampled) -> _Pairs:
+    def first(cls, sampled: Sampled) -> _ReroutedPairs:
         """Before anything is removed."""
         alive = list(range(sampled.num_experts))
         base = sampled.route(alive, torch.arange(len(sampled.source)))
@@ -234,7 +234,7 @@ def _runs(values: Tensor) -> tuple[list[int], list[slice]]:
 
 
 def _incremental(sampled: Sampled) -> list[tuple[int, float]]:
-    pairs, alive, steps = _Pairs.first(sampled), list(range(sampled.num_experts)), []
+    pairs, alive, steps = _ReroutedPairs.first(sampled), list(range(sampled.num_experts)), []
     while len(alive) > sampled.least:
         costs = pairs.costs()[alive].numpy()
         expert = alive.pop(int(costs.argmin()))  # numpy's argmin is the first, so the lowest index

@@ -21,7 +21,7 @@ from reapkit.model.routed_experts import Experts, Pairs, RoutedExperts, find_exp
 from reapkit.observation.accumulate import Positions
 from reapkit.observation.eaft_cells import TableSums
 from reapkit.observation.eaft_signals import signals_of_hidden
-from reapkit.observation.eaft_table import Table
+from reapkit.observation.eaft_table import EaftTable
 from reapkit.observation.eaft_trace import GroupTraces
 from reapkit.observation.group_sums import trace_nbytes
 from reapkit.observation.mtp_blocks import MtpBlocks, Slots
@@ -142,7 +142,7 @@ class Session:
         """Where the EAFT material goes if not into an exact trace."""
         return self.trace if isinstance(self.trace, TableSums) else None
 
-    def _eaft(self, total: Mapping[str, Tensor]) -> Trace | Table | None:
+    def _eaft(self, total: Mapping[str, Tensor]) -> Trace | EaftTable | None:
         if self.trace is None:
             return None
         return Trace.load(self.trace.join()) if self.table is None else self.table.result(total)

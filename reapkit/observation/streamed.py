@@ -91,7 +91,7 @@ def observe_streaming(
     waves = _my_waves(session, layered, batch_tokens, None if offload_directory else hidden_bytes, ranks)
     layered.load_rest()
     layer_pass = LayerPass(layered, hidden_bytes, offload_directory)
-    pass_ = _Pass(layered, layer_pass, session, batch_tokens, checkpoint_minutes, alone=ranks.world == 1)
+    pass_ = _WavePass(layered, layer_pass, session, batch_tokens, checkpoint_minutes, alone=ranks.world == 1)
     with (
         layer_pass,
         session.sampling(),
@@ -164,7 +164,7 @@ class _Waiting:
         return f"{self.group:05d}-{self.number:04d}"
 
 
-class _Pass:
+class _WavePass:
     """One wave of row groups through all layers."""
 
     def __init__(

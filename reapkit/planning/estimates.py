@@ -61,7 +61,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Reroute:
+class RerouteCost:
     """The reroute sample: tokens, FLOPs of all experts on it in all layers, bytes on the device while one layer's path
     is found, and bytes of block inputs that wait on disk."""
 
@@ -89,7 +89,7 @@ class Estimates:
     fits: bool
     waves: int
     host_budget: int
-    reroute: Reroute | None = None
+    reroute: RerouteCost | None = None
 
 
 def estimate(plan: Plan, share: int = 1) -> Estimates:
@@ -189,7 +189,7 @@ def _footprints(plan: Plan, tokens: int) -> tuple[dict[str, Footprint], int]:
     }, hidden
 
 
-def _reroute(plan: Plan, tokens: int) -> Reroute | None:
+def _reroute(plan: Plan, tokens: int) -> RerouteCost | None:
     """Every expert computes every sampled token once: two FLOPs per weight of its three matrices, and the inner
     products."""
     sampled = min(plan.recipe.observe.reroute_tokens, tokens)
@@ -205,7 +205,7 @@ def _reroute(plan: Plan, tokens: int) -> Reroute | None:
     flops = 2.0 * layers * sampled * experts * hidden * (3 * inner + kept)
     waiting = sampled * hidden * COMPUTE_BYTES * (layers if plan.recipe.runtime.placement != "streaming" else 1)
     chunk = min(REROUTE_CHUNK_BYTES, 4 * sampled * experts * hidden)
-    return Reroute(sampled, flops, 4 * sampled * experts * kept + 2 * chunk, waiting)
+    return RerouteCost(sampled, flops, 4 * sampled * experts * kept + 2 * chunk, waiting)
 
 
 def _mtp_weights(plan: Plan) -> int:

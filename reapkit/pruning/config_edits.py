@@ -135,12 +135,12 @@ def renamed(section: Any, rename: Renumber) -> dict[Path, Any]:
 
 
 @dataclass(frozen=True)
-class _Node:
+class _JsonNode:
     """A JSON value's place in the text, and its members'."""
 
     begin: int
     end: int
-    members: Mapping[str | int, _Node]
+    members: Mapping[str | int, _JsonNode]
 
 
 def edit_json(text: str, edits: Mapping[Path, Any]) -> str:
@@ -165,11 +165,11 @@ def edit_json(text: str, edits: Mapping[Path, Any]) -> str:
     return text
 
 
-def _locate(text: str, at: int) -> _Node:
+def _locate(text: str, at: int) -> _JsonNode:
     opening = text[at]
     if opening not in "{[":
-        return _Node(at, json.JSONDecoder().raw_decode(text, at)[1], {})
-    members: dict[str | int, _Node] = {}
+        return _JsonNode(at, json.JSONDecoder().raw_decode(text, at)[1], {})
+    members: dict[str | int, _JsonNode] = {}
     position = _SPACE.match(text, at + 1).end()
     while text[position] not in "}]":
         if text[position] == ",":
@@ -180,7 +180,7 @@ def _locate(text: str, at: int) -> _Node:
             position = _SPACE.match(text, text.index(":", position) + 1).end()
         members[key] = _locate(text, position)
         position = _SPACE.match(text, members[key].end).end()
-    return _Node(at, position + 1, members)
+    return _JsonNode(at, position + 1, members)
 
 
 def _line_indent(text: str, at: int) -> str:
@@ -188,7 +188,7 @@ def _line_indent(text: str, at: int) -> str:
     return line[: len(line) - len(line.lstrip())]
 
 
-def _dump(value: Any, text: str, old: _Node) -> str:
+def _dump(value: Any, text: str, old: _JsonNode) -> str:
     """`value` in the manner of the value it replaces: on one line if that was, else indented alike."""
     if "\n" not in text[old.begin : old.end] or not value:
         return json.dumps(value, ensure_ascii=False)
@@ -197,12 +197,12 @@ def _dump(value: Any, text: str, old: _Node) -> str:
     return json.dumps(value, indent=step, ensure_ascii=False).replace("\n", f"\n{indent}")
 
 
-def _step(text: str, node: _Node, indent: str) -> str:
+def _step(text: str, node: _JsonNode, indent: str) -> str:
     first = next(iter(node.members.values()), None)
     return (_line_indent(text, first.begin)[len(indent) :] if first else "") or "  "
 
 
-def _inserted(text: str, parent: _Node, key: str, value: Any) -> tuple[int, int, str]:
+def _inserted(text: str, parent: _JsonNode, key: str, value: Any) -> tuple[int, int, str]:
     entry = f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}"
     if not parent.members:
         return parent.begin, parent.end, "{" + entry + "}"

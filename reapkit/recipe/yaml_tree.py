@@ -140,7 +140,7 @@ def parse_document(text: str, shown: str) -> Node:
             ]
         )
     problems: list[Problem] = []
-    node = _Reader(shown, problems).read(root, "", 0)
+    node = _NodeReader(shown, problems).read(root, "", 0)
     if problems:
         raise RecipeError(problems)
     return node
@@ -154,7 +154,7 @@ def _syntax_message(error: yaml.MarkedYAMLError, text: str, mark: Any) -> str:
     return f"not YAML: {error.problem or error.context}. Check indentation, quotes and brackets here."
 
 
-class _Reader:
+class _NodeReader:
     """Walks composed nodes once, counting what aliases repeat."""
 
     def __init__(self, shown: str, problems: list[Problem]):

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 
 @dataclass(frozen=True)
-class Table:
+class PageTable:
     """Rows of cells under columns of (name, "left" | "right")."""
 
     kind: ClassVar[str] = "table"
@@ -116,7 +116,7 @@ class Slider:
 
 
 @dataclass(frozen=True)
-class Section:
+class PageSection:
     """A heading, a lead sentence and blocks; `short` is its name in the navigation. `follows`: its charts obey the
     page's slider."""
 
@@ -135,7 +135,7 @@ class Page:
 
     title: str
     eyebrow: str
-    sections: Sequence[Section]
+    sections: Sequence[PageSection]
     subtitle: str = ""
     badge: tuple[str, str] | None = None
     footer: str = ""
@@ -143,7 +143,7 @@ class Page:
     slider: Slider | None = None
 
     @property
-    def groups(self) -> list[tuple[bool, list[Section]]]:
+    def groups(self) -> list[tuple[bool, list[PageSection]]]:
         """Sections in order, those that follow the slider together."""
         return [
             (follows, list(group)) for follows, group in groupby(self.sections, key=lambda section: section.follows)

@@ -9,7 +9,7 @@ from reapkit.core.formatting import count, human_bytes
 from reapkit.evaluation.gates import UNION
 from reapkit.evaluation.metrics.table import METRICS, in_view
 from reapkit.quantization.engines import ENGINES
-from reapkit.report.blocks import Note, Section, Table
+from reapkit.report.blocks import Note, PageSection, PageTable
 from reapkit.report.facts import RunFacts
 from reapkit.report.measures import shown, verified_rows, with_interval
 
@@ -17,7 +17,7 @@ LEFT, RIGHT = "left", "right"
 SPEEDS = tuple(metric for metric in METRICS.values() if metric.kind == "throughput")
 
 
-def equal_bytes(facts: RunFacts) -> Section | None:
+def equal_bytes(facts: RunFacts) -> PageSection | None:
     """The unpruned model quantized alone to about the result's bytes, beside the result."""
     control = (facts.verification or {}).get("equal_bytes")
     if not control:
@@ -33,7 +33,7 @@ def equal_bytes(facts: RunFacts) -> Section | None:
         )
         columns = [("", LEFT), ("size", RIGHT), *((metric.label, RIGHT) for metric in in_view("distances"))]
         blocks.append(
-            Table(
+            PageTable(
                 columns,
                 [
                     (
@@ -45,7 +45,7 @@ def equal_bytes(facts: RunFacts) -> Section | None:
                 ],
             )
         )
-    return Section(
+    return PageSection(
         "equal-bytes",
         "The same bytes, spent otherwise",
         blocks,
@@ -76,13 +76,15 @@ def verdict_of_equal_bytes(facts: RunFacts) -> tuple[str, str]:
     return "info", f"{control['note']} The two cannot be told apart on these rows: {numbers}."
 
 
-def speed(facts: RunFacts) -> Section | None:
+def speed(facts: RunFacts) -> PageSection | None:
     """Prefill and decode speed and peak memory of base and result, by each engine that was there."""
     found = (facts.verification or {}).get("throughput")
     if not found:
         return None
     columns = [("model", LEFT), ("engine", LEFT), *((metric.label, RIGHT) for metric in SPEEDS), ("", LEFT)]
-    return Section("speed", "Speed and memory", [Table(columns, list(speed_rows(found)))], speed_lead(found), "Speed")
+    return PageSection(
+        "speed", "Speed and memory", [PageTable(columns, list(speed_rows(found)))], speed_lead(found), "Speed"
+    )
 
 
 def speed_lead(found: list[Mapping[str, Any]]) -> str:
@@ -114,7 +116,7 @@ def speed_rows(found: list[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
         )
 
 
-def benchmarks(facts: RunFacts) -> Section | None:
+def benchmarks(facts: RunFacts) -> PageSection | None:
     """lm-eval's own metrics of base and result."""
     found = (facts.verification or {}).get("lm_eval")
     if not found:
@@ -126,7 +128,9 @@ def benchmarks(facts: RunFacts) -> Section | None:
         f"By lm-eval {first['lm_eval']} on {limit}, at most {count(first['max_new_tokens'])} new tokens; its own output"
         " lies beside verify.json."
     )
-    return Section("benchmarks", "Task benchmarks", [Table(columns, list(benchmark_rows(found)))], lead, "Tasks")
+    return PageSection(
+        "benchmarks", "Task benchmarks", [PageTable(columns, list(benchmark_rows(found)))], lead, "Tasks"
+    )
 
 
 def benchmark_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from reapkit.core.formatting import extreme, mean, number, percent
-from reapkit.report.blocks import Chart, Grid, Section, Slider
+from reapkit.report.blocks import Chart, Grid, PageSection, Slider
 from reapkit.report.charts import axis, bars, grid, line, reference, rows, shade
 from reapkit.report.positions import distribution_sentence
 from reapkit.report.view import View, decided_label
@@ -21,7 +21,7 @@ DRIVER_SYMBOLS = {"count": "N", "gate_mean": "Σg/N", "norm_mean": "Σn/N", "nor
 CONCENTRATION_COLORS = ("--c1", "--c3", "--c4", "--c5", "--c6")
 
 
-def cut_sections(view: View) -> list[Section]:
+def cut_sections(view: View) -> list[PageSection]:
     """All of them, in the order of the page."""
     return [cut(view), heat_map(view), drivers(view), geography(view), distributions(view)]
 
@@ -35,7 +35,7 @@ def slider(view: View) -> Slider:
 # ---------------------------------------------------------------------------------------------- the cut
 
 
-def cut(view: View) -> Section:
+def cut(view: View) -> PageSection:
     """Traffic and saliency mass deleted, over every ratio."""
     curve = statistics.cut_curve(view.summed, view.saliency)
     traffic = statistics.share_deleted(view.summed.count, view.dropped)
@@ -59,7 +59,7 @@ def cut(view: View) -> Section:
     if view.selection is not None:
         lead += f" It starts where the recipe decided: {decided_label(view).removesuffix(', as decided')}."
     chart = Chart("cut-curve", "What a cut deletes", sentence, data, layout, 360, "cut")
-    return Section("cut", "The cut trade-off", [chart], lead, "Cut", True)
+    return PageSection("cut", "The cut trade-off", [chart], lead, "Cut", True)
 
 
 def _steepens(curve: statistics.CutCurve) -> str:
@@ -74,7 +74,7 @@ def _steepens(curve: statistics.CutCurve) -> str:
 # ---------------------------------------------------------------------------------------------- heat map
 
 
-def heat_map(view: View) -> Section:
+def heat_map(view: View) -> PageSection:
     """Layers by experts, dropped ones in another colour."""
     lost = [statistics.share_deleted(*pair) for pair in zip(view.summed.gate_norm_sum, view.dropped, strict=True)]
     most, least = extreme(lost, view.layers), extreme(lost, view.layers, largest=False)
@@ -105,7 +105,7 @@ def heat_map(view: View) -> Section:
         "heat",
         choices,
     )
-    return Section("experts", "Every expert, kept or dropped", [chart], "", "Experts", True)
+    return PageSection("experts", "Every expert, kept or dropped", [chart], "", "Experts", True)
 
 
 def grid_layout() -> dict[str, Any]:
@@ -124,7 +124,7 @@ def grid_height(view: View) -> int:
 # ---------------------------------------------------------------------------------------------- drivers
 
 
-def drivers(view: View) -> Section:
+def drivers(view: View) -> PageSection:
     """Correlation with each candidate driver, and how few experts hold how much."""
     found = statistics.drivers(view.summed, view.saliency)
     names = [f"{DRIVER_NAMES[name]}<br>{DRIVER_SYMBOLS[name]}" for name in found]
@@ -146,7 +146,7 @@ def drivers(view: View) -> Section:
     }
     title = "Correlation with each candidate driver, mean over layers"
     blocks = [Chart("drivers", title, _driver_sentence(found), data, layout, 290), *_concentration(view)]
-    return Section(
+    return PageSection(
         "drivers",
         "What drives saliency",
         blocks,
@@ -202,10 +202,10 @@ def _concentration(view: View) -> list[Chart]:
 # ---------------------------------------------------------------------------------------------- geography
 
 
-def geography(view: View) -> Section:
+def geography(view: View) -> PageSection:
     """Floor and tail risk, balance, redundancy coverage: layer by layer."""
     side = [_balance(view), *([_coverage(view)] if view.coactivation is not None else [])]
-    return Section(
+    return PageSection(
         "layers",
         "Layer geography",
         [_floor(view), Grid(side, wide=True)],
@@ -318,13 +318,13 @@ def _coverage_sentence(view: View, covered: list[float | None], chance: list[flo
 # ---------------------------------------------------------------------------------------------- distributions
 
 
-def distributions(view: View) -> Section:
+def distributions(view: View) -> PageSection:
     """The saliency of an early, a middle and a late layer with the cut."""
     last = len(view.layers) - 1
     picks = dict.fromkeys((round(0.08 * last), round(0.5 * last), round(0.9 * last)))
     charts = [_distribution(view, row, name) for row, name in zip(picks, ("Early", "Middle", "Late"), strict=False)]
     lead = "The shape of the expert pool. The dashed line is the cut: the highest saliency that goes."
-    return Section("distributions", "Saliency distributions", [Grid(charts)], lead, "Distributions", True)
+    return PageSection("distributions", "Saliency distributions", [Grid(charts)], lead, "Distributions", True)
 
 
 def _distribution(view: View, row: int, name: str) -> Chart:

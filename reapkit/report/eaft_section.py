@@ -9,14 +9,13 @@ import numpy as np
 from numpy import ndarray
 
 from reapkit.core.formatting import number, percent, plural
-from reapkit.observation.eaft_table import Table as EaftTable
-from reapkit.observation.eaft_table import cell_bounds
+from reapkit.observation.eaft_table import EaftTable, cell_bounds
 from reapkit.observation.observation import Trace
 from reapkit.recipe.schema import EaftSpec
-from reapkit.report.blocks import Chart, Note, Section, Table
+from reapkit.report.blocks import Chart, Note, PageSection, PageTable
 from reapkit.report.charts import axis, grid, shade
 from reapkit.report.view import View
-from reapkit.selection.eaft import REGIONS, Thresholds, region_positions
+from reapkit.selection.eaft import REGIONS, RegionBorders, region_positions
 from reapkit.selection.totals import source_alphas
 
 BINS = 48
@@ -25,7 +24,7 @@ LEAST_P = 10.0**-DECADES
 SMALL_CONFLICT_SHARE = 0.005
 
 
-def eaft_section(view: View) -> Section:
+def eaft_section(view: View) -> PageSection:
     """Where positions lie in (p, H), the borders, each region's share, and what the conflict term changed if it was
     used."""
     used = (view.selection.details.get("eaft") if view.selection else None) or {}
@@ -57,17 +56,17 @@ def eaft_section(view: View) -> Section:
     lead = "p is the probability of the reference token, H the entropy over the top logits divided by its maximum. " + (
         "These regions weighed the saliency." if used else "Default quantiles; this cut did not use them."
     )
-    return Section("eaft", "EAFT regions", blocks, lead, "EAFT")
+    return PageSection("eaft", "EAFT regions", blocks, lead, "EAFT")
 
 
-def _shares_table(borders: dict[str, Thresholds], shares: dict[str, dict[str, float]]) -> Table:
+def _shares_table(borders: dict[str, RegionBorders], shares: dict[str, dict[str, float]]) -> PageTable:
     """Each source's share of every region; its own borders where they differ by source, else the common ones below."""
     regions = REGIONS if any(row["other"] for row in shares.values()) else REGIONS[:3]
     columns = [("source", "left"), *((region, "right") for region in regions)]
     rows = [(name, *(percent(row[region], 2) for region in regions)) for name, row in shares.items()]
     if len(borders) == 1:
         [one] = borders.values()
-        return Table(
+        return PageTable(
             columns,
             rows,
             note=(
@@ -77,7 +76,7 @@ def _shares_table(borders: dict[str, Thresholds], shares: dict[str, dict[str, fl
             narrow=True,
         )
     own = {name: (number(one.p_low), number(one.h_low), number(one.h_high)) for name, one in borders.items()}
-    return Table(
+    return PageTable(
         [*columns, ("p low up to", "right"), ("H low up to", "right"), ("H high from", "right")],
         [(*row, *own.get(row[0], ("–",) * 3)) for row in rows],
     )
@@ -101,7 +100,7 @@ def _weight_matters(share: float) -> str:
     )
 
 
-def _measured(view: View) -> tuple[dict[str, Thresholds], dict[str, dict[str, float]]]:
+def _measured(view: View) -> tuple[dict[str, RegionBorders], dict[str, dict[str, float]]]:
     observation = view.observation
     mix = (
         None if isinstance(observation.eaft, EaftTable) else view.mix
@@ -118,9 +117,9 @@ def _measured(view: View) -> tuple[dict[str, Thresholds], dict[str, dict[str, fl
     return {"pooled": found.thresholds[0]}, {name: dict(zip(REGIONS, row, strict=True)) for name, row in shares.items()}
 
 
-def _borders_of(used: dict[str, Any]) -> dict[str, Thresholds]:
+def _borders_of(used: dict[str, Any]) -> dict[str, RegionBorders]:
     """By source, or the pooled ones; sources without a position have none."""
-    known = {name: Thresholds(**borders) for name, borders in used["thresholds"].items()}
+    known = {name: RegionBorders(**borders) for name, borders in used["thresholds"].items()}
     return {name: one for name, one in known.items() if None not in (one.p_low, one.h_low, one.h_high)}
 
 
@@ -154,7 +153,7 @@ def _points(material: Trace | EaftTable) -> tuple[ndarray, ndarray, ndarray]:
     )
 
 
-def _layout(borders: list[Thresholds]) -> dict[str, Any]:
+def _layout(borders: list[RegionBorders]) -> dict[str, Any]:
     """Axes, and the regions of each set of borders."""
     shapes, notes = [], []
     for one in borders:

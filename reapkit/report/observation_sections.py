@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from reapkit.core.formatting import count, extreme, listed, number, percent, plural
-from reapkit.report.blocks import Chart, Folded, Note, Section, Table, Text, Tiles
+from reapkit.report.blocks import Chart, Folded, Note, PageSection, PageTable, Text, Tiles
 from reapkit.report.charts import axis, grid, line, reference, shade
 from reapkit.report.cut_sections import cut_sections, grid_height, grid_layout
 from reapkit.report.eaft_section import eaft_section
@@ -31,7 +31,7 @@ VARIABLES = (
 )
 
 
-def observation_sections(view: View) -> list[Section]:
+def observation_sections(view: View) -> list[PageSection]:
     """Every section that this observation can fill."""
     several, traced = len(view.observation.sources) > 1, view.observation.eaft is not None
     return [
@@ -48,7 +48,7 @@ def observation_sections(view: View) -> list[Section]:
 # ---------------------------------------------------------------------------------------------- what was recorded
 
 
-def recorded(view: View) -> Section:
+def recorded(view: View) -> PageSection:
     """Sizes, tokens by source, what each statistic means, how it was measured."""
     observation = view.observation
     tokens, scored = int(observation.tokens.sum()), int(observation.scored_tokens.sum())
@@ -72,7 +72,7 @@ def recorded(view: View) -> Section:
     ]
     by_source = zip(observation.sources, observation.tokens.tolist(), observation.scored_tokens.tolist(), strict=True)
     note = _identity(observation.meta)
-    sources = Table(
+    sources = PageTable(
         columns,
         [(name, count(read), count(seen), _share(seen, read), _share(seen, scored)) for name, read, seen in by_source],
         note=note,
@@ -80,16 +80,16 @@ def recorded(view: View) -> Section:
     folded = [
         Folded(
             "What each statistic means",
-            [Table([("statistic", "left"), ("symbol", "left"), ("meaning", "left")], VARIABLES)],
+            [PageTable([("statistic", "left"), ("symbol", "left"), ("meaning", "left")], VARIABLES)],
         )
     ]
     if facts := [(key, _shown(value)) for key, value in sorted(observation.meta.items())]:
-        folded.append(Folded("How it was measured", [Table([("fact", "left"), ("value", "left")], facts)]))
+        folded.append(Folded("How it was measured", [PageTable([("fact", "left"), ("value", "left")], facts)]))
     lead = (
         "Every routed token was watched with the gate weights the model really used. Nothing here is tied to a ratio, a"
         " criterion or a mix: those are applied afterwards."
     )
-    return Section("recorded", "What was recorded", [tiles, sources, *folded], lead, "Recorded")
+    return PageSection("recorded", "What was recorded", [tiles, sources, *folded], lead, "Recorded")
 
 
 def _identity(meta: Mapping[str, Any]) -> str:
@@ -112,7 +112,7 @@ def _shown(value: Any) -> str:
 # ---------------------------------------------------------------------------------------------- sources
 
 
-def specialisation(view: View) -> Section:
+def specialisation(view: View) -> PageSection:
     """Which source each expert serves, and what leaving a source out of the mix would cost it."""
     observation = view.observation
     shares = statistics.specialisation(observation)
@@ -140,7 +140,7 @@ def specialisation(view: View) -> Section:
         [("source", "Show", views)],
     )
     lead = "Rates are per scored token of the source, so that a large source does not look special."
-    return Section("sources", "Who serves what", [chart, *_without_each(view)], lead, "Sources")
+    return PageSection("sources", "Who serves what", [chart, *_without_each(view)], lead, "Sources")
 
 
 def _without_each(view: View) -> list[Any]:
@@ -172,12 +172,12 @@ def _without_each(view: View) -> list[Any]:
         for layer, experts in zip(view.layers, each, strict=True)
         if experts.any()
     ]
-    blocks: list[Any] = [_losses(sources, lost, before, after), Table(columns, rows)]
+    blocks: list[Any] = [_losses(sources, lost, before, after), PageTable(columns, rows)]
     if named:
         blocks.append(
             Folded(
                 "Which experts would go that stay now",
-                [Table([("left out", "left"), ("layer", "right"), ("experts", "left")], named)],
+                [PageTable([("left out", "left"), ("layer", "right"), ("experts", "left")], named)],
             )
         )
     if view.spec.criterion != view.criterion:
@@ -226,12 +226,12 @@ def _losses(
 # routed
 
 
-def convergence(view: View) -> Section:
+def convergence(view: View) -> PageSection:
     """Whether more calibration would have decided otherwise."""
     steps = [step for step in statistics.convergence(view.observation, view.counts, view.mix) if step["by_layer"]]
     if not steps or steps[-1]["rows"] != statistics.SNAPSHOT_ROWS[-1]:
         few = Note("warn", "Too few rows were read to say what half of them would have decided. Calibrate longer.")
-        return Section(
+        return PageSection(
             "convergence",
             "Was it enough?",
             [few],
@@ -268,10 +268,10 @@ def convergence(view: View) -> Section:
     }
     lead = "REAP's kept set after part of the calibration, compared with the final one."
     chart = Chart("convergence", "Convergence of the decision", sentence, data, layout, 300)
-    return Section("convergence", "Was it enough?", [chart], lead, "Convergence")
+    return PageSection("convergence", "Was it enough?", [chart], lead, "Convergence")
 
 
-def never_routed(view: View) -> Section:
+def never_routed(view: View) -> PageSection:
     """Experts that no scored position was routed to."""
     silent = {
         layer: np.flatnonzero(row == 0).tolist() for layer, row in zip(view.layers, view.summed.count, strict=True)
@@ -282,7 +282,7 @@ def never_routed(view: View) -> Section:
         rare = int((view.summed.count < 10).sum())
         text = f"Every one of the {count(whole)} experts received at least one scored token"
         text += f"; {plural(rare, 'expert')} fewer than ten." if rare else ", and none fewer than ten."
-        return Section("never", "Experts never routed", [Note("good", text)], "", "Never routed")
+        return PageSection("never", "Experts never routed", [Note("good", text)], "", "Never routed")
     note = Note(
         "warn",
         f"{count(total)} of {count(whole)} experts ({percent(total / whole)}) received no scored token, in"
@@ -290,6 +290,6 @@ def never_routed(view: View) -> Section:
         " source.",
     )
     rows = [(layer, len(experts), listed(experts, 24)) for layer, experts in silent.items()]
-    table = Table([("layer", "right"), ("how many", "right"), ("experts", "left")], rows)
+    table = PageTable([("layer", "right"), ("how many", "right"), ("experts", "left")], rows)
     blocks = [note, Folded("Layer by layer", [table]) if len(silent) > 12 else table]
-    return Section("never", "Experts never routed", blocks, "", "Never routed")
+    return PageSection("never", "Experts never routed", blocks, "", "Never routed")

@@ -11,7 +11,7 @@ from reapkit.core.formatting import extreme, human_bytes, listed
 from reapkit.evaluation.gates import UNION
 from reapkit.evaluation.metrics.metric import Metric
 from reapkit.evaluation.metrics.table import METRICS, in_view, metric_of
-from reapkit.report.blocks import Chart, Folded, Grid, Note, Section, Table
+from reapkit.report.blocks import Chart, Folded, Grid, Note, PageSection, PageTable
 from reapkit.report.charts import axis, names_axis, upright, whiskers
 from reapkit.report.facts import RunFacts
 from reapkit.report.measures import (
@@ -32,7 +32,7 @@ LEFT, RIGHT = "left", "right"
 # ---------------------------------------------------------------------------------------------- gates
 
 
-def gates(facts: RunFacts) -> Section | None:
+def gates(facts: RunFacts) -> PageSection | None:
     """Every candidate against every gate."""
     evaluation = facts.evaluation
     if not evaluation or not evaluation.get("gates"):
@@ -56,7 +56,7 @@ def gates(facts: RunFacts) -> Section | None:
         "Candidates were measured as masks on the loaded model, before any weight was written. Whiskers are 95 %"
         " intervals over resampled rows."
     )
-    return Section("gates", "Candidates against the gates", blocks, lead, "Gates")
+    return PageSection("gates", "Candidates against the gates", blocks, lead, "Gates")
 
 
 def _chosen(evaluation: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -155,7 +155,7 @@ def _gate_sentence(
     return f"Limit {limit(metric, gate)} over all sources, {length} tokens per row. {within}. {last}"
 
 
-def results_table(title: str, results: Sequence[Mapping[str, Any]]) -> Table:
+def results_table(title: str, results: Sequence[Mapping[str, Any]]) -> PageTable:
     """Each gate's limit, what was measured, and the room left or lacking."""
     rows = []
     for entry in results:
@@ -182,10 +182,10 @@ def results_table(title: str, results: Sequence[Mapping[str, Any]]) -> Table:
         ("room", RIGHT),
         ("", LEFT),
     ]
-    return Table(columns, rows, title)
+    return PageTable(columns, rows, title)
 
 
-def _candidate_table(facts: RunFacts, evaluation: Mapping[str, Any]) -> Table:
+def _candidate_table(facts: RunFacts, evaluation: Mapping[str, Any]) -> PageTable:
     rows, searched = [], sorted(evaluation.get("search") or (), key=lambda entry: -entry["removed"])
     for entry in (*evaluation["candidates"], *searched):
         sizes = facts.planned.get(entry["name"])
@@ -212,13 +212,13 @@ def _candidate_table(facts: RunFacts, evaluation: Mapping[str, Any]) -> Table:
             )
         )
     columns = [("candidate", LEFT), ("experts", RIGHT), ("size", RIGHT), ("", LEFT), ("why", LEFT)]
-    return Table(columns, rows, "Every candidate, smallest first")
+    return PageTable(columns, rows, "Every candidate, smallest first")
 
 
 # ---------------------------------------------------------------------------------------------- source by source
 
 
-def quality(facts: RunFacts) -> Section | None:
+def quality(facts: RunFacts) -> PageSection | None:
     """Each source's loss with its interval: what an average over the mix hides."""
     models = measured_models(facts)
     if not models:
@@ -243,7 +243,7 @@ def quality(facts: RunFacts) -> Section | None:
         if facts.verification and facts.recipe.evaluate.packs.confirm
         else ""
     )
-    blocks: list[Any] = [Grid(charts[:2], wide=True), *charts[2:], Folded("All numbers", [Table(columns, rows)])]
+    blocks: list[Any] = [Grid(charts[:2], wide=True), *charts[2:], Folded("All numbers", [PageTable(columns, rows)])]
     if written := generated(facts):
         union = [each for each in written if each[0] == UNION]
         by_source = [each for each in written if each[0] != UNION]
@@ -252,10 +252,10 @@ def quality(facts: RunFacts) -> Section | None:
             Folded("Continuations, source by source", [_generation_table(facts, by_source)]),
             *_examples(facts),
         ]
-    return Section("quality", "Quality, source by source", blocks, lead, "Quality")
+    return PageSection("quality", "Quality, source by source", blocks, lead, "Quality")
 
 
-def _generation_table(facts: RunFacts, written: Sequence[tuple[str, str, Any, Any]], title: str = "") -> Table:
+def _generation_table(facts: RunFacts, written: Sequence[tuple[str, str, Any, Any]], title: str = "") -> PageTable:
     rows = [
         (
             "all of the mix" if group == UNION else group,
@@ -266,7 +266,7 @@ def _generation_table(facts: RunFacts, written: Sequence[tuple[str, str, Any, An
         for group, metric, base, found in written
     ]
     columns = [("source", LEFT), ("share of continuations", LEFT), ("base", RIGHT), (f"{facts.chosen} (mask)", RIGHT)]
-    return Table(columns, rows, title)
+    return PageTable(columns, rows, title)
 
 
 def _examples(facts: RunFacts) -> list[Folded]:
@@ -279,7 +279,7 @@ def _examples(facts: RunFacts) -> list[Folded]:
         for each in examples
     ]
     columns = [("source", LEFT), ("prompt", LEFT), ("base", LEFT), (f"{facts.chosen} (mask)", LEFT)]
-    return [Folded("What they wrote", [Table(columns, rows)])]
+    return [Folded("What they wrote", [PageTable(columns, rows)])]
 
 
 def _source_chart(found: Mapping[str, Mapping[str, Any]], metric: Metric) -> Chart:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from reapkit.core.formatting import count, extreme, listed, percent
-from reapkit.report.blocks import Chart, Folded, Section, Table
+from reapkit.report.blocks import Chart, Folded, PageSection, PageTable
 from reapkit.report.charts import axis, line
 from reapkit.report.view import View
 
 
-def reroute_section(view: View) -> Section:
+def reroute_section(view: View) -> PageSection:
     """The error along the mix's removal paths, layer by layer."""
     found = view.observation.reroute
     measured = found.measured
@@ -37,7 +37,7 @@ def reroute_section(view: View) -> Section:
     ]
     folded = Folded(
         "Layer by layer",
-        [Table([("layer", "right"), (f"error, {at + 1} gone", "right"), ("first to go", "left")], rows)],
+        [PageTable([("layer", "right"), (f"error, {at + 1} gone", "right"), ("first to go", "left")], rows)],
     )
     sample = listed(
         (
@@ -50,7 +50,7 @@ def reroute_section(view: View) -> Section:
         f"Every expert was run on a sample of tokens ({sample}), then removed one after another, tokens going to the"
         " next best that were left."
     )
-    return Section(
+    return PageSection(
         "reroute",
         "What removal costs after re-routing",
         [Chart("reroute", "Error along the removal path", sentence, data, layout, 300), folded],

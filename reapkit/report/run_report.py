@@ -9,7 +9,7 @@ from reapkit.core.artifact_store import Artifact
 from reapkit.core.formatting import human_bytes, human_experts, percent
 from reapkit.planning.plan import Plan
 from reapkit.report import comparison_sections, quality_sections, run_sections
-from reapkit.report.blocks import Page, Section
+from reapkit.report.blocks import Page, PageSection
 from reapkit.report.cut_sections import slider
 from reapkit.report.facts import RunFacts, facts_from
 from reapkit.report.observation_sections import observation_sections
@@ -38,7 +38,7 @@ def write_run_report(facts: RunFacts, out_html: Path) -> None:
 def run_page(facts: RunFacts) -> Page:
     """The page as data."""
     view = View.of(facts.observation, facts.selection) if facts.observation is not None else None
-    parts: list[Section | None] = [
+    parts: list[PageSection | None] = [
         run_sections.result(facts),
         quality_sections.gates(facts),
         quality_sections.quality(facts),

@@ -26,7 +26,7 @@ from reapkit.core.formatting import (
 from reapkit.evaluation.metrics.table import in_view
 from reapkit.planning.plan import Sizes
 from reapkit.quantization.schemes import SCHEMES
-from reapkit.report.blocks import Chart, Code, Folded, Note, Section, Table, Text, Tiles
+from reapkit.report.blocks import Chart, Code, Folded, Note, PageSection, PageTable, Text, Tiles
 from reapkit.report.charts import axis, bars
 from reapkit.report.charts import rows as lying_bars
 from reapkit.report.facts import RunFacts, StageRow
@@ -40,11 +40,11 @@ FACTS = [("", LEFT), ("", LEFT)]
 # ---------------------------------------------------------------------------------------------- result
 
 
-def result(facts: RunFacts) -> Section:
+def result(facts: RunFacts) -> PageSection:
     """Before and after, in one table and one chart; of a stopped run why it stopped."""
     if facts.stopped:
         lead = "No weight was written: this is what the candidates would have been."
-        return Section(
+        return PageSection(
             "result", "Before and after", [*rejection(facts), _tiles(facts), _before_after(facts)], lead, "Result"
         )
     unseen = facts.verification and facts.recipe.evaluate.packs.confirm
@@ -55,7 +55,7 @@ def result(facts: RunFacts) -> Section:
         if facts.verification
         else ""
     )
-    return Section(
+    return PageSection(
         "result", "Before and after", [_tiles(facts), _before_after(facts), _size_chart(facts)], lead, "Result"
     )
 
@@ -118,7 +118,7 @@ def _tiles(facts: RunFacts) -> Tiles:
     return Tiles(items)
 
 
-def _before_after(facts: RunFacts) -> Table:
+def _before_after(facts: RunFacts) -> PageTable:
     measured = {row["name"]: row for row in verified_rows(facts)}
     columns = [("", LEFT), ("experts", RIGHT), ("parameters", RIGHT), ("active", RIGHT), ("size", RIGHT)]
     if measured:
@@ -136,7 +136,7 @@ def _before_after(facts: RunFacts) -> Table:
             found = measured.get(name, {})
             row += [metric.show(found.get(metric.name)) for metric in in_view("final")]
         rows.append(row)
-    return Table(columns, rows)
+    return PageTable(columns, rows)
 
 
 def _size_chart(facts: RunFacts) -> Chart:
@@ -161,7 +161,7 @@ def _size_chart(facts: RunFacts) -> Chart:
 # ---------------------------------------------------------------------------------------------- decision
 
 
-def decision(facts: RunFacts) -> Section | None:
+def decision(facts: RunFacts) -> PageSection | None:
     """How experts were chosen, who was protected and what was close."""
     selection = facts.selection
     if selection is None:
@@ -196,15 +196,15 @@ def decision(facts: RunFacts) -> Section | None:
         (layer, f"{len(chosen.keep)} of {len(chosen.keep) + len(chosen.drop)}", listed(chosen.drop, 1000))
         for layer, chosen in selection.layers.items()
     ]
-    every = Table([("layer", RIGHT), ("kept", RIGHT), ("dropped", LEFT)], by_layer)
-    blocks = [Table(FACTS, rows, narrow=True), Folded("Every dropped expert, layer by layer", [every])]
-    return Section("decision", "What was decided", blocks, "", "Decision")
+    every = PageTable([("layer", RIGHT), ("kept", RIGHT), ("dropped", LEFT)], by_layer)
+    blocks = [PageTable(FACTS, rows, narrow=True), Folded("Every dropped expert, layer by layer", [every])]
+    return PageSection("decision", "What was decided", blocks, "", "Decision")
 
 
 # ---------------------------------------------------------------------------------------------- quantization
 
 
-def quantization(facts: RunFacts) -> Section | None:
+def quantization(facts: RunFacts) -> PageSection | None:
     """Scheme, bits per weight, what stayed in full precision, which experts the calibration hardly reached."""
     found = facts.quantization
     if not found:
@@ -224,11 +224,11 @@ def quantization(facts: RunFacts) -> Section | None:
     blocks += _error_by_layer(facts)
     if left := found.get("left"):
         rows = [(reason, count(len(modules)), listed(modules, 4)) for reason, modules in left.items()]
-        table = Table([("reason", LEFT), ("modules", RIGHT), ("such as", LEFT)], rows)
+        table = PageTable([("reason", LEFT), ("modules", RIGHT), ("such as", LEFT)], rows)
         blocks.append(Folded("What was left in full precision, and why", [table]))
     if note := _hardly_reached(found):
         blocks.append(Note("warn", note))
-    return Section("quantization", "Quantization", blocks, _stored(str(found.get("scheme"))), "Quantization")
+    return PageSection("quantization", "Quantization", blocks, _stored(str(found.get("scheme"))), "Quantization")
 
 
 def _stored(scheme: str) -> str:
@@ -292,7 +292,7 @@ def _error_by_layer(facts: RunFacts) -> list[Any]:
 # ---------------------------------------------------------------------------------------------- calibration
 
 
-def calibration(facts: RunFacts) -> Section | None:
+def calibration(facts: RunFacts) -> PageSection | None:
     """What the model read: each source's share, hash and one sample with its scored stretches marked."""
     found = facts.calibration
     if not found:
@@ -317,11 +317,11 @@ def calibration(facts: RunFacts) -> Section | None:
         ("scored", RIGHT),
         ("share", RIGHT),
     ]
-    hashes = Table(
+    hashes = PageTable(
         [("source", LEFT), ("assistant spans found by", LEFT), ("sha256 of its samples", LEFT)],
         [(source["name"], source.get("spans_text") or "–", _code(source["sha256"])) for source in sources],
     )
-    blocks: list[Any] = [Table(columns, rows), Folded("Hashes and spans", [hashes])]
+    blocks: list[Any] = [PageTable(columns, rows), Folded("Hashes and spans", [hashes])]
     if examples := [
         Code(_marked(source["example"]), f"{source['name']}: what is scored is highlighted")
         for source in sources
@@ -332,7 +332,7 @@ def calibration(facts: RunFacts) -> Section | None:
         f"Rows of up to {found.get('max_length', '–')} tokens, packing {found.get('packing', '–')}, scored:"
         f" {found.get('score', '–')}, seed {found.get('seed', '–')}."
     )
-    return Section("calibration", "Calibration mix", blocks, lead, "Calibration")
+    return PageSection("calibration", "Calibration mix", blocks, lead, "Calibration")
 
 
 def _marked(example: Sequence[Sequence[Any]]) -> Markup:
@@ -348,7 +348,7 @@ def _code(text: str) -> Markup:
 # reproduce
 
 
-def proofs(facts: RunFacts) -> Section | None:
+def proofs(facts: RunFacts) -> PageSection | None:
     """What the verify stage checked on the written directories in a fresh process."""
     found = (facts.verification or {}).get("proofs")
     if not found:
@@ -367,15 +367,15 @@ def proofs(facts: RunFacts) -> Section | None:
         )
         for proof in found
     ]
-    table = Table([("directory", LEFT), ("proof", LEFT), ("", LEFT), ("detail", LEFT)], rows)
+    table = PageTable([("directory", LEFT), ("proof", LEFT), ("", LEFT), ("detail", LEFT)], rows)
     blocks: list[Any] = [Note("good" if held == len(tested) else "bad", said), table]
     if results := (facts.verification or {}).get("gates"):
         blocks.append(results_table("The final directory against its own gates", results))
     lead = "The directories were loaded from disk in a fresh process."
-    return Section("proofs", "Proofs of what was written", blocks, lead, "Proofs")
+    return PageSection("proofs", "Proofs of what was written", blocks, lead, "Proofs")
 
 
-def stages(facts: RunFacts) -> Section:
+def stages(facts: RunFacts) -> PageSection:
     """Times, hits and keys, then every warning."""
     rows = [(stage.name, stage.state, seconds(stage.seconds), _code((stage.key or "–")[:12])) for stage in facts.stages]
     timed = [stage for stage in facts.stages if stage.seconds]
@@ -384,8 +384,8 @@ def stages(facts: RunFacts) -> Section:
         if facts.warnings
         else Note("good", "No warning was given.")
     )
-    table = Table([("stage", LEFT), ("state", LEFT), ("time", RIGHT), ("key", LEFT)], rows)
-    return Section(
+    table = PageTable([("stage", LEFT), ("state", LEFT), ("time", RIGHT), ("key", LEFT)], rows)
+    return PageSection(
         "stages", "Stages and warnings", [*([_time_chart(timed)] if timed else []), table, warnings], "", "Stages"
     )
 
@@ -410,9 +410,9 @@ def _time_chart(timed: Sequence[StageRow]) -> Chart:
     return Chart("times", "Where the time went", sentence, data, layout, 80 + 26 * len(timed))
 
 
-def reproduce(facts: RunFacts) -> Section:
+def reproduce(facts: RunFacts) -> PageSection:
     """The command, the model's identity, the versions, the resolved recipe."""
-    identity = Table(
+    identity = PageTable(
         FACTS,
         [
             ("model", facts.model.source),
@@ -420,11 +420,11 @@ def reproduce(facts: RunFacts) -> Section:
             ("identity", _code(facts.model.identity)),
         ],
     )
-    versions = Table([("package", LEFT), ("version", LEFT)], list(facts.versions.items()), narrow=True)
+    versions = PageTable([("package", LEFT), ("version", LEFT)], list(facts.versions.items()), narrow=True)
     blocks = [
         Code(facts.command, "The command"),
         identity,
         Folded("Versions", [versions]),
         Code(facts.recipe_yaml, "The recipe with every default written out"),
     ]
-    return Section("reproduce", "Reproduce it", blocks, "", "Reproduce")
+    return PageSection("reproduce", "Reproduce it", blocks, "", "Reproduce")

@@ -63,7 +63,7 @@ class Shared:
 
 
 @dataclass(frozen=True, eq=False)
-class Terms:
+class CandidateTerms:
     """What one candidate asks for: its budget by decoder layer, in steps of `unit` experts, spent by its allocation."""
 
     criterion: Criterion
@@ -179,11 +179,11 @@ def _protected(evidence: Evidence, prune: PruneSpec, depth: int) -> tuple[dict[i
     return protected
 
 
-def _terms(candidate: Candidate, spec: SaliencySpec, prune: PruneSpec, shared: Shared) -> Terms:
+def _terms(candidate: Candidate, spec: SaliencySpec, prune: PruneSpec, shared: Shared) -> CandidateTerms:
     applied = candidate.prune(prune)
     decoder = decoder_layers(shared.evidence.observation, shared.architecture)
     budgets = layer_budgets(applied, shared.architecture, decoder)
-    return Terms(
+    return CandidateTerms(
         criterion(candidate.criterion),
         candidate.saliency(spec),
         applied,
@@ -192,7 +192,9 @@ def _terms(candidate: Candidate, spec: SaliencySpec, prune: PruneSpec, shared: S
     )
 
 
-def _selection(shared: Shared, candidate: Candidate, terms: Terms, rankings: Mapping[int, LayerRanking]) -> Selection:
+def _selection(
+    shared: Shared, candidate: Candidate, terms: CandidateTerms, rankings: Mapping[int, LayerRanking]
+) -> Selection:
     counts = terms.counts(rankings)
     cut = global_cut(terms.decoder(rankings), counts) if terms.prune.allocation == "global" else None
     layers = {
@@ -218,7 +220,7 @@ def _layer(ranking: LayerRanking, count: int, budget: LayerBudget, cut: float | 
 # ---------------------------------------------------------------------------------------------- details
 
 
-def _how(candidate: Candidate, terms: Terms) -> dict[str, Any]:
+def _how(candidate: Candidate, terms: CandidateTerms) -> dict[str, Any]:
     """What was asked for."""
     spec = terms.spec
     return {
@@ -234,7 +236,10 @@ def _how(candidate: Candidate, terms: Terms) -> dict[str, Any]:
 
 
 def _outcome(
-    layers: Mapping[int, LayerSelection], rankings: Mapping[int, LayerRanking], terms: Terms, counts: Mapping[int, int]
+    layers: Mapping[int, LayerSelection],
+    rankings: Mapping[int, LayerRanking],
+    terms: CandidateTerms,
+    counts: Mapping[int, int],
 ) -> dict[str, Any]:
     """What came of it, layers by their decoder index."""
     unrouted = {
@@ -258,7 +263,7 @@ def _outcome(
     }
 
 
-def _remarks(shared: Shared, terms: Terms, layers: Mapping[int, LayerSelection]) -> Remarks:
+def _remarks(shared: Shared, terms: CandidateTerms, layers: Mapping[int, LayerSelection]) -> Remarks:
     """What the criterion itself says of this decision."""
 
     def kept_by(values: ndarray) -> dict[int, tuple[int, ...]]:
@@ -273,7 +278,7 @@ def _remarks(shared: Shared, terms: Terms, layers: Mapping[int, LayerSelection])
 
 
 def _dropped_saliency(
-    rankings: Mapping[int, LayerRanking], terms: Terms, counts: Mapping[int, int]
+    rankings: Mapping[int, LayerRanking], terms: CandidateTerms, counts: Mapping[int, int]
 ) -> dict[str, float | None]:
     """Σ over dropped experts of S_e / Σ|S|, averaged over the layers, under the chosen allocation and the other one.
 

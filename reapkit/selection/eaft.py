@@ -18,7 +18,7 @@ import numpy as np
 from numpy import ndarray
 
 from reapkit.core.errors import UnusableError
-from reapkit.observation.eaft_table import H_CELLS, P_CELLS, Table, border, cell_bounds
+from reapkit.observation.eaft_table import H_CELLS, P_CELLS, EaftTable, border, cell_bounds
 from reapkit.observation.materials import EAFT_SIGNALS
 from reapkit.observation.observation import Observation, Trace
 from reapkit.recipe.schema import EaftSpec
@@ -29,7 +29,7 @@ CHUNK_POSITIONS = 1 << 19  # bounds the index arrays at about 100 MB, whatever t
 
 
 @dataclass(frozen=True)
-class Thresholds:
+class RegionBorders:
     """Region borders, float32 values; `p_high` and `h_mid` only with a stricter good region. NaN: no position."""
 
     p_low: float
@@ -49,7 +49,7 @@ class Regions:
     """
 
     spec: EaftSpec
-    thresholds: tuple[Thresholds, ...]
+    thresholds: tuple[RegionBorders, ...]
     positions: ndarray
     count: ndarray
     gate_norm_sum: ndarray
@@ -82,11 +82,11 @@ def weights_without_conflict(spec: EaftSpec) -> tuple[float, ...]:
     return (weights[OTHER], *weights[1:])
 
 
-def material_of(observation: Observation) -> Trace | Table:
+def material_of(observation: Observation) -> Trace | EaftTable:
     """The observation's EAFT material. Raises UnusableError where none was collected or it holds numbers that are not
     finite."""
     trace = EAFT_SIGNALS.of(observation, "prune.protect.core_per_layer")
-    if isinstance(trace, Table):
+    if isinstance(trace, EaftTable):
         return trace
     bad = int((~(np.isfinite(trace.p) & np.isfinite(trace.h))).sum())
     if bad:
@@ -105,7 +105,7 @@ def measure_regions(observation: Observation, spec: EaftSpec, alphas: Sequence[F
     cannot be cut at the quantiles.
     """
     trace = material_of(observation)
-    if isinstance(trace, Table):
+    if isinstance(trace, EaftTable):
         return _regions_of_table(trace, spec, alphas)
     sources, experts = len(observation.sources), observation.num_experts
     source = trace.source.astype(np.int64)
@@ -126,7 +126,7 @@ def measure_regions(observation: Observation, spec: EaftSpec, alphas: Sequence[F
 def region_positions(observation: Observation, spec: EaftSpec, alphas: Sequence[Fraction]) -> Regions:
     """As `measure_regions`, without the sums: the layers' part of a trace, gigabytes of a large one, is not read."""
     trace = material_of(observation)
-    if isinstance(trace, Table):
+    if isinstance(trace, EaftTable):
         return _regions_of_table(trace, spec, alphas)
     thresholds = source_thresholds(trace, len(observation.sources), spec, alphas)
     positions = np.zeros((len(observation.sources), len(REGIONS)), np.int64)
@@ -136,7 +136,7 @@ def region_positions(observation: Observation, spec: EaftSpec, alphas: Sequence[
     return Regions(spec, thresholds, positions, np.empty(0), np.empty(0))
 
 
-def _regions_of_table(table: Table, spec: EaftSpec, alphas: Sequence[Fraction]) -> Regions:
+def _regions_of_table(table: EaftTable, spec: EaftSpec, alphas: Sequence[Fraction]) -> Regions:
     sources = range(len(table.positions))
     if spec.thresholds == "pooled":
         cuts = [_table_borders(table, list(sources), alphas, spec)] * len(sources)
@@ -160,8 +160,8 @@ def _regions_of_table(table: Table, spec: EaftSpec, alphas: Sequence[Fraction]) 
 
 
 def _table_borders(
-    table: Table, sources: list[int], alphas: Sequence[Fraction], spec: EaftSpec
-) -> tuple[Thresholds, dict[str, float]]:
+    table: EaftTable, sources: list[int], alphas: Sequence[Fraction], spec: EaftSpec
+) -> tuple[RegionBorders, dict[str, float]]:
     by_p = (table.p_edges[sources], table.positions[sources].sum(2))
     by_h = (table.h_edges[sources], table.positions[sources].sum(1))
     quantiles, good = spec.quantiles, spec.good
@@ -175,7 +175,7 @@ def _table_borders(
             "p_high": border(*by_p, alphas, good.p_high, "good.p_high", upward=True),
             "h_mid": border(*by_h, alphas, good.h_mid, "good.h_mid"),
         }
-    return Thresholds(**{name: each.value for name, each in found.items()}), {
+    return RegionBorders(**{name: each.value for name, each in found.items()}), {
         name: each.realised for name, each in found.items()
     }
 
@@ -196,7 +196,7 @@ def _layer_sums(
 
 
 def region_of(
-    p: ndarray, h: ndarray, borders: Thresholds, *, p_from: ndarray | None = None, h_from: ndarray | None = None
+    p: ndarray, h: ndarray, borders: RegionBorders, *, p_from: ndarray | None = None, h_from: ndarray | None = None
 ) -> ndarray:
     """The region of each position, int64: conflict first, then uncertain, then good, then other. Of cells: `p`, `h` are
     the greatest values they can hold, `p_from`, `h_from` the least.
@@ -209,7 +209,9 @@ def region_of(
     return np.where(wrong & (h <= borders.h_low), CONFLICT, region)
 
 
-def source_thresholds(trace: Trace, sources: int, spec: EaftSpec, alphas: Sequence[Fraction]) -> tuple[Thresholds, ...]:
+def source_thresholds(
+    trace: Trace, sources: int, spec: EaftSpec, alphas: Sequence[Fraction]
+) -> tuple[RegionBorders, ...]:
     """Region borders for each source: over all positions, weighed by α (pooled), or over the source's own
     (per-source)."""
     split = [trace.source == source for source in range(sources)]
@@ -220,12 +222,12 @@ def source_thresholds(trace: Trace, sources: int, spec: EaftSpec, alphas: Sequen
     return tuple(_borders([p[source]], [h[source]], (Fraction(1),), spec) for source in range(sources))
 
 
-def _borders(p: list[ndarray], h: list[ndarray], alphas: Sequence[Fraction], spec: EaftSpec) -> Thresholds:
+def _borders(p: list[ndarray], h: list[ndarray], alphas: Sequence[Fraction], spec: EaftSpec) -> RegionBorders:
     quantiles, good = spec.quantiles, spec.good
     strict = (
         {} if good == "rest" else {"p_high": quantile(p, alphas, good.p_high), "h_mid": quantile(h, alphas, good.h_mid)}
     )
-    return Thresholds(
+    return RegionBorders(
         p_low=quantile(p, alphas, quantiles.p_low),
         h_low=quantile(h, alphas, quantiles.h_low),
         h_high=quantile(h, alphas, quantiles.h_high),
@@ -278,5 +280,5 @@ def _shares(positions: Sequence[Fraction | int]) -> dict[str, float]:
     return {name: float(count / total) if total else 0.0 for name, count in zip(REGIONS, positions, strict=True)}
 
 
-def _finite(borders: Thresholds) -> dict[str, float | None]:
+def _finite(borders: RegionBorders) -> dict[str, float | None]:
     return {name: None if value is None or math.isnan(value) else value for name, value in vars(borders).items()}

@@ -13,7 +13,7 @@ from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.evaluation import bench
 from reapkit.evaluation import candidates as module
 from reapkit.evaluation.advice import summary_rows
-from reapkit.evaluation.bench import Bench, Candidate, MaskedBench, packs_of_part
+from reapkit.evaluation.bench import Bench, MaskedBench, MaskedCandidate, packs_of_part
 from reapkit.evaluation.candidates import eaft_settings, evaluate, give_verdict
 from reapkit.evaluation.directory import Yardstick
 from reapkit.evaluation.gates import Gate, resolve
@@ -30,13 +30,15 @@ LOOSE = (Gate("perplexity_ratio", max=1e6), Gate("kl_mean", max=1e3))
 TIGHT = (Gate("kl_mean", max=1e-6),)
 
 
-def candidate(kept: int, name: str | None = None, seed: int = 0, **more) -> Candidate:
+def candidate(kept: int, name: str | None = None, seed: int = 0, **more) -> MaskedCandidate:
     draw = random.Random(seed)
     layers = {}
     for layer in range(3):
         keep = tuple(sorted(draw.sample(range(16), kept)))
         layers[layer] = LayerSelection(keep, tuple(sorted(set(range(16)) - set(keep))), (0.0,) * 16)
-    return Candidate(name or f"keep{kept}", Selection("random", layers, more.pop("experts_per_token", None)), **more)
+    return MaskedCandidate(
+        name or f"keep{kept}", Selection("random", layers, more.pop("experts_per_token", None)), **more
+    )
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from reapkit.checkpoint.checkpoint import Checkpoint
-from reapkit.evaluation.bench import Candidate
+from reapkit.evaluation.bench import MaskedCandidate
 from reapkit.evaluation.candidates import evaluate
 from reapkit.evaluation.directory import Yardstick
 from reapkit.evaluation.gates import Gate
@@ -30,7 +30,7 @@ def candidate(model, name, kept, seed=0, experts_per_token=None):
         keep = tuple(sorted(draw.sample(range(site.num_experts), kept)))
         drop = tuple(e for e in range(site.num_experts) if e not in keep)
         layers[site.layer] = LayerSelection(keep, drop, (0.0,) * site.num_experts)
-    return Candidate(name, Selection("random", layers, experts_per_token))
+    return MaskedCandidate(name, Selection("random", layers, experts_per_token))
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "glm4_moe", "gpt_oss", "qwen3_next", "gemma4_text"])

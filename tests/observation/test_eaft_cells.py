@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from reapkit.model.loading import load_model
-from reapkit.observation.eaft_table import Table, cells_of
+from reapkit.observation.eaft_table import EaftTable, cells_of
 from reapkit.observation.observation import Observation
 from reapkit.observation.resident import observe
 from reapkit.observation.streamed import observe_streaming
@@ -52,7 +52,7 @@ def rig(tmp_path: Path) -> Rig:
     return Rig(tmp_path)
 
 
-def assert_sums_of(table: Table, exact: Observation) -> None:
+def assert_sums_of(table: EaftTable, exact: Observation) -> None:
     """Every cell against the exact trace's positions that belong to it."""
     trace = exact.eaft
     cell = cells_of(trace.p, trace.h, trace.source, table.p_edges, table.h_edges)
@@ -69,7 +69,7 @@ def test_its_sums_are_the_traces_in_every_placement(rig: Rig) -> None:
     exact, resident, streamed = rig.resident(10**9, "a"), rig.resident(0, "b"), rig.streaming(0, "c")
     waves = rig.streaming(0, "d", hidden_bytes=6000)
     for found in (resident, streamed, waves):
-        assert isinstance(found.eaft, Table) and np.array_equal(
+        assert isinstance(found.eaft, EaftTable) and np.array_equal(
             found.statistics["gate_norm_sum"], exact.statistics["gate_norm_sum"]
         )
         assert_sums_of(found.eaft, exact)

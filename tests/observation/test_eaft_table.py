@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from reapkit.core.errors import UnusableError
-from reapkit.observation.eaft_table import Table
+from reapkit.observation.eaft_table import EaftTable
 from reapkit.observation.observation import Observation
 from reapkit.selection.eaft import measure_regions, summarise
 from reapkit.selection.saliency import saliency
@@ -80,6 +80,6 @@ def test_it_is_saved_and_two_do_not_add_up(tmp_path: Path) -> None:
     table = in_cells(observe_routing(random_routing(1)))
     table.save(tmp_path)
     loaded = Observation.load(tmp_path)
-    assert isinstance(loaded.eaft, Table) and np.array_equal(loaded.eaft.gate_norm_sum, table.eaft.gate_norm_sum)
+    assert isinstance(loaded.eaft, EaftTable) and np.array_equal(loaded.eaft.gate_norm_sum, table.eaft.gate_norm_sum)
     with pytest.raises(UnusableError, match="EAFT tables of p and H have edges of their own and cannot be added"):
         _ = loaded + table

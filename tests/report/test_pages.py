@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from reapkit.observation.observation import Reroute
-from reapkit.report.blocks import Chart, Table
+from reapkit.report.blocks import Chart, PageTable
 from reapkit.report.card import model_card
 from reapkit.report.observation_report import observation_page, write_observation_report
 from reapkit.report.page import as_json, render
@@ -205,7 +205,7 @@ def test_a_rejected_run_names_gate_source_amount_and_what_to_change(observed):
     table = next(
         block
         for block in blocks(page)
-        if isinstance(block, Table) and block.title.startswith("ratio-0.5, gate by gate")
+        if isinstance(block, PageTable) and block.title.startswith("ratio-0.5, gate by gate")
     )
     assert table.rows[0][:6] == (
         "perplexity against the base",
@@ -232,7 +232,7 @@ def test_what_was_tried_after_a_rejection_stands_in_the_table_and_its_advice_can
     }
     page = run_page(dataclasses.replace(rejected, evaluation=found))
     table = next(
-        block for block in blocks(page) if isinstance(block, Table) and block.title.startswith("Every candidate")
+        block for block in blocks(page) if isinstance(block, PageTable) and block.title.startswith("Every candidate")
     )
     assert [(row[0], row[4].split(":")[0]) for row in table.rows[1:]] == [
         ("ratio-0.25", "tried after the rejection"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections import defaultdict
 from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -128,3 +129,12 @@ class House:
     def heavy(self, module: str) -> set[str]:
         """The heavy packages that importing a module loads."""
         return self.loaded_by(module) & HEAVY
+
+    def namesakes(self) -> dict[str, list[str]]:
+        """Names that classes of several modules bear, private ones without their underscore: the modules."""
+        modules: defaultdict[str, list[str]] = defaultdict(list)
+        for name, path in self.modules.items():
+            classes = (node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef))
+            for each in {found.lstrip("_") for found in classes}:
+                modules[each].append(name)
+        return {name: found for name, found in modules.items() if len(found) > 1}

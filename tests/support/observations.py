@@ -10,7 +10,7 @@ import torch
 from numpy import ndarray
 from torch import Tensor
 
-from reapkit.observation.eaft_table import H_CELLS, H_EXACT, H_LEVELS, P_CELLS, P_EXACT, P_LEVELS, Table, cell_edges
+from reapkit.observation.eaft_table import H_CELLS, H_EXACT, H_LEVELS, P_CELLS, P_EXACT, P_LEVELS, EaftTable, cell_edges
 from reapkit.observation.observation import MAXIMA, SUMS, Observation, Trace
 
 
@@ -192,7 +192,7 @@ def in_cells(observation: Observation) -> Observation:
             for e, gn in zip(expert[t].tolist(), gate_norm[t].tolist(), strict=True):
                 count[(layer, *cell, e)] += 1
                 mass[(layer, *cell, e)] += gn
-    return replace(observation, eaft=Table(p_edges, h_edges, positions, count, mass))
+    return replace(observation, eaft=EaftTable(p_edges, h_edges, positions, count, mass))
 
 
 def assert_equal(a: Observation, b: Observation) -> None:

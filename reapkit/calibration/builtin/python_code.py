@@ -52,7 +52,7 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Piece:
+class Definition:
     """A definition at the top level of a module, and the imports it needs."""
 
     text: str
@@ -105,7 +105,7 @@ def _mixed_fields(draw: Draw) -> tuple[tuple[str, str], ...]:
     return tuple(chosen + draw.sample(others, draw.integer(1, 2)))
 
 
-def _module(opening: str, pieces: list[Piece]) -> str:
+def _module(opening: str, pieces: list[Definition]) -> str:
     """The module's text: docstring, sorted imports, definitions two lines apart, what runs as a script last."""
     pieces = sorted(pieces, key=lambda piece: "__main__" in piece.text)
     imports = sorted(
@@ -218,7 +218,7 @@ def _any_condition(draw: Draw, subject: Subject, variable: str) -> str:
     return draw.pick((" and ", " or ")).join(tests)
 
 
-def _constants(draw: Draw, subject: Subject) -> Piece:
+def _constants(draw: Draw, subject: Subject) -> Definition:
     lines = []
     for name, kind in draw.sample(subject.fields, draw.integer(1, 3)):
         prefix = draw.pick(("DEFAULT", "MAX", "MIN", "BASE")) if kind in ("int", "float") else "DEFAULT"
@@ -226,14 +226,14 @@ def _constants(draw: Draw, subject: Subject) -> Piece:
     if draw.chance(0.4):
         words = draw.sample(WORDS, draw.integer(2, 4))
         lines.append(f"{draw.pick(('KINDS', 'STATES', 'ALLOWED', 'NAMES'))} = ({', '.join(map(_quoted, words))})")
-    return Piece("\n".join(lines))
+    return Definition("\n".join(lines))
 
 
 def _quoted(word: str) -> str:
     return f'"{word}"'
 
 
-def data_class(draw: Draw, subject: Subject) -> Piece:
+def data_class(draw: Draw, subject: Subject) -> Definition:
     """A dataclass with a method or two."""
     lines = [f"    {name}: {kind}" for name, kind in subject.fields]
     imports = ["from dataclasses import dataclass"]
@@ -244,10 +244,10 @@ def data_class(draw: Draw, subject: Subject) -> Piece:
     doc = [f'    """One {subject.noun} and its {subject.fields[0][0]}."""', ""] if subject.documented else []
     methods = [_method(draw, subject) for _ in range(draw.integer(0, 2))]
     body = "\n".join(doc + lines) + "".join(f"\n\n{method}" for method in dict.fromkeys(methods))
-    return Piece(f"{decorator}\nclass {subject.type_name}:\n{body}", tuple(imports))
+    return Definition(f"{decorator}\nclass {subject.type_name}:\n{body}", tuple(imports))
 
 
-def plain_class(draw: Draw, subject: Subject) -> Piece:
+def plain_class(draw: Draw, subject: Subject) -> Definition:
     """A class with an explicit constructor and a few methods."""
     fields = subject.fields[:3]
     parameters = ", ".join(f"{name}{subject.hint(kind)}" for name, kind in fields)
@@ -261,7 +261,7 @@ def plain_class(draw: Draw, subject: Subject) -> Piece:
     fewer = Subject(**{**vars(subject), "fields": fields})
     methods = [_method(draw, fewer), _representation(fewer)]
     body = "\n".join(doc + constructor) + "".join(f"\n\n{method}" for method in draw.shuffled(methods))
-    return Piece(f"class {subject.type_name}:\n{body}")
+    return Definition(f"class {subject.type_name}:\n{body}")
 
 
 def _representation(subject: Subject) -> str:
@@ -283,7 +283,7 @@ def _method(draw: Draw, subject: Subject) -> str:
     return f"    def has_{draw.pick(WORDS)}_{name}(self){subject.returns('bool')}:\n        return {test}"
 
 
-def filtering(draw: Draw, subject: Subject) -> Piece:
+def filtering(draw: Draw, subject: Subject) -> Definition:
     """Select the items that pass a test, by comprehension, loop or generator."""
     item, items = _variable(draw, subject), subject.plural
     test, word = _any_condition(draw, subject, item), draw.pick(WORDS)
@@ -300,10 +300,10 @@ def filtering(draw: Draw, subject: Subject) -> Piece:
         kept = draw.pick(("kept", "found", "result", "chosen"))
         body = [f"{kept} = []\nfor {item} in {items}:\n    if {test}:\n        {kept}.append({item})\nreturn {kept}"]
     imports = ("from collections.abc import Iterator",) if style == "generator" and subject.hints else ()
-    return Piece(_function(subject, signature, f"{doc} the {word} {items}.", *body), imports)
+    return Definition(_function(subject, signature, f"{doc} the {word} {items}.", *body), imports)
 
 
-def totalling(draw: Draw, subject: Subject) -> Piece:
+def totalling(draw: Draw, subject: Subject) -> Definition:
     """Add up, average, or take the extreme of a numeric field."""
     name, kind = draw.pick(subject.fields_of("int", "float"))
     item, items = _variable(draw, subject), subject.plural
@@ -324,10 +324,10 @@ def totalling(draw: Draw, subject: Subject) -> Piece:
         function = "max" if how == "largest" else "min"
         body = f"return {function}(({value} for {item} in {items}), default={_literal(draw, kind)})"
     signature = f"{how}_{name}({items}{given}){subject.returns('float')}"
-    return Piece(_function(subject, signature, f"Return the {how} {name} of all {items}.", body))
+    return Definition(_function(subject, signature, f"Return the {how} {name} of all {items}.", body))
 
 
-def grouping(draw: Draw, subject: Subject) -> Piece:
+def grouping(draw: Draw, subject: Subject) -> Definition:
     """Group or count items by a field."""
     name, kind = draw.pick(subject.fields_of("str", "int"))
     item, items = _variable(draw, subject), subject.plural
@@ -337,13 +337,13 @@ def grouping(draw: Draw, subject: Subject) -> Piece:
     if style == "counter":
         signature = f"count_by_{name}({items}{given}){subject.returns('Counter')}"
         doc = f"Count {items} by their {name}."
-        return Piece(
+        return Definition(
             _function(subject, signature, doc, f"return Counter({key} for {item} in {items})"),
             ("from collections import Counter",),
         )
     if style == "index":
         signature = f"index_by_{name}({items}{given}){subject.returns(f'dict[{kind}, {subject.item_type}]')}"
-        return Piece(
+        return Definition(
             _function(
                 subject,
                 signature,
@@ -371,10 +371,10 @@ def grouping(draw: Draw, subject: Subject) -> Piece:
             f"    {groups}[{key}].append({item})\n"
             f"return dict({groups})"
         )
-    return Piece(_function(subject, signature, f"Group {items} by their {name}.", body), imports)
+    return Definition(_function(subject, signature, f"Group {items} by their {name}.", body), imports)
 
 
-def ordering(draw: Draw, subject: Subject) -> Piece:
+def ordering(draw: Draw, subject: Subject) -> Definition:
     """Sort items by one or two fields."""
     chosen = draw.sample(subject.fields_of("str", "int", "float"), draw.integer(1, 2))
     item, items = _variable(draw, subject), subject.plural
@@ -387,7 +387,7 @@ def ordering(draw: Draw, subject: Subject) -> Piece:
         signature = (
             f"top_{items}({items}{subject.hint('list')}, limit{subject.hint('int')}={limit}){subject.returns('list')}"
         )
-        return Piece(
+        return Definition(
             _function(
                 subject,
                 signature,
@@ -396,12 +396,12 @@ def ordering(draw: Draw, subject: Subject) -> Piece:
             )
         )
     signature = f"sort_{items}_by_{chosen[0][0]}({items}{subject.hint('list')}){subject.returns('list')}"
-    return Piece(
+    return Definition(
         _function(subject, signature, f"Sort {items} by {' and '.join(name for name, _ in chosen)}.", f"return {call}")
     )
 
 
-def lookup(draw: Draw, subject: Subject) -> Piece:
+def lookup(draw: Draw, subject: Subject) -> Definition:
     """Find one item, or raise or return None."""
     name, kind = draw.pick(subject.fields_of("str", "int", "float"))
     item, items = _variable(draw, subject), subject.plural
@@ -413,10 +413,10 @@ def lookup(draw: Draw, subject: Subject) -> Piece:
     signature = (
         f"find_{subject.noun}({items}{subject.hint('list')}, {name}{subject.hint(kind)}){subject.returns(maybe)}"
     )
-    return Piece(_function(subject, signature, f"Return the first {subject.noun} with this {name}.", loop))
+    return Definition(_function(subject, signature, f"Return the first {subject.noun} with this {name}.", loop))
 
 
-def validation(draw: Draw, subject: Subject) -> Piece:
+def validation(draw: Draw, subject: Subject) -> Definition:
     """Check an item's fields one after another."""
     variable, error = _variable(draw, subject), draw.pick(ERRORS)
     checks = []
@@ -436,12 +436,12 @@ def validation(draw: Draw, subject: Subject) -> Piece:
     signature = (
         f"{draw.pick(('validate', 'check', 'verify'))}_{subject.noun}({variable}{subject.hint(subject.item_type)})"
     )
-    return Piece(
+    return Definition(
         _function(subject, signature, f"Raise {error} when the {subject.noun} is not usable.", *checks, ending)
     )
 
 
-def classifying(draw: Draw, subject: Subject) -> Piece:
+def classifying(draw: Draw, subject: Subject) -> Definition:
     """An if / elif / else chain that returns a word."""
     variable = _variable(draw, subject)
     name, kind = draw.pick(subject.fields)
@@ -455,12 +455,12 @@ def classifying(draw: Draw, subject: Subject) -> Piece:
     ending = draw.pick((f'else:\n    return "{words[3]}"', f'return "{words[3]}"'))
     name = f"{draw.pick(('classify', 'grade', 'label', 'describe'))}_{subject.noun}"
     signature = f"{name}({variable}{subject.hint(subject.item_type)}){subject.returns('str')}"
-    return Piece(
+    return Definition(
         _function(subject, signature, f"Say in one word what kind of {subject.noun} this is.", *branches, ending)
     )
 
 
-def parsing(draw: Draw, subject: Subject) -> Piece:
+def parsing(draw: Draw, subject: Subject) -> Definition:
     """Split a line of text into typed fields."""
     fields = [field for field in subject.fields if not field[1].startswith("list")][:3]
     separator = draw.pick((",", ";", ":", "|", "\\t"))
@@ -485,14 +485,14 @@ def parsing(draw: Draw, subject: Subject) -> Piece:
     signature = (
         f"parse_{subject.noun}(line{subject.hint('str')}){subject.returns('dict' if subject.subscripts else 'tuple')}"
     )
-    return Piece(_function(subject, signature, f"Read one {subject.noun} from a line of text.", body))
+    return Definition(_function(subject, signature, f"Read one {subject.noun} from a line of text.", body))
 
 
 def _converted(name: str, kind: str) -> str:
     return f'{name} == "{"yes"}"' if kind == "bool" else f"{kind}({name})"
 
 
-def formatting(draw: Draw, subject: Subject) -> Piece:
+def formatting(draw: Draw, subject: Subject) -> Definition:
     """Turn an item into a line of text."""
     variable = _variable(draw, subject)
     fields = draw.sample(subject.fields, 2)
@@ -508,10 +508,10 @@ def formatting(draw: Draw, subject: Subject) -> Piece:
         )
     )
     signature = f"format_{subject.noun}({variable}{subject.hint(subject.item_type)}){subject.returns('str')}"
-    return Piece(_function(subject, signature, f"Show {with_article(subject.noun)} as text.", body))
+    return Definition(_function(subject, signature, f"Show {with_article(subject.noun)} as text.", body))
 
 
-def testing(draw: Draw, subject: Subject) -> Piece:
+def testing(draw: Draw, subject: Subject) -> Definition:
     """A test function with plain asserts."""
     item, items = subject.noun, subject.plural
     name, kind = draw.pick(subject.fields)
@@ -523,7 +523,7 @@ def testing(draw: Draw, subject: Subject) -> Piece:
         checks += [f"{items} = [{item}] * {draw.integer(2, 9)}", f"assert len({items}) > 1"]
     doc = _docstring(subject, f"{sentence(with_article(item))} keeps its {name}.") if draw.chance(0.3) else ""
     lines = _block(doc, f"{item} = {made}", *checks)
-    return Piece(f"def test_{item}_{draw.pick(('keeps', 'has', 'shows', 'changes'))}_{name}():\n{lines}")
+    return Definition(f"def test_{item}_{draw.pick(('keeps', 'has', 'shows', 'changes'))}_{name}():\n{lines}")
 
 
 def _accessed(draw: Draw, subject: Subject, variable: str) -> tuple[str, str]:
@@ -538,19 +538,19 @@ def _made(draw: Draw, subject: Subject) -> str:
     return f"{subject.type_name}(" + ", ".join(f"{name}={_literal(draw, kind)}" for name, kind in subject.fields) + ")"
 
 
-def raising_test(draw: Draw, subject: Subject) -> Piece:
+def raising_test(draw: Draw, subject: Subject) -> Definition:
     """A test that expects an error."""
     error = draw.pick(ERRORS)
     function = draw.pick(("parse", "validate", "load", "check"))
     argument = draw.pick((_literal(draw, "str"), _literal(draw, "int"), "None", "[]", '""'))
     name = f"test_{function}_{draw.pick(('rejects', 'refuses'))}_{draw.pick(WORDS)}_{subject.noun}"
-    return Piece(
+    return Definition(
         f"def {name}():\n    with pytest.raises({error}):\n        {function}_{subject.noun}({argument})",
         ("import pytest",),
     )
 
 
-def collection_class(draw: Draw, subject: Subject) -> Piece:
+def collection_class(draw: Draw, subject: Subject) -> Definition:
     """A container of items with a few of its usual methods."""
     item, items = subject.noun, subject.plural
     name = f"{subject.type_name}{draw.pick(('List', 'Store', 'Queue', 'Registry', 'Box'))}"
@@ -576,10 +576,10 @@ def collection_class(draw: Draw, subject: Subject) -> Piece:
     )
     doc = f'    """Holds {items} in the order they were added."""\n\n' if subject.documented else ""
     constructor = f"    def __init__(self){subject.returns('None')}:\n        {storage} = []"
-    return Piece(f"class {name}:\n{doc}" + "\n\n".join([constructor, *methods]))
+    return Definition(f"class {name}:\n{doc}" + "\n\n".join([constructor, *methods]))
 
 
-def loading(draw: Draw, subject: Subject) -> Piece:
+def loading(draw: Draw, subject: Subject) -> Definition:
     """Read items from a JSON, CSV or text file."""
     items, item = subject.plural, _variable(draw, subject)
     signature = f"{draw.pick(('load', 'read'))}_{items}(path{subject.hint('str')}){subject.returns('list')}"
@@ -613,10 +613,10 @@ def loading(draw: Draw, subject: Subject) -> Piece:
             f"    {draw.pick(('return []', 'raise', 'print(path, file=sys.stderr)'))}"
         )
         imports += ("import sys",) if "sys." in body else ()
-    return Piece(_function(subject, signature, f"Read all {items} from a {style} file.", body), imports)
+    return Definition(_function(subject, signature, f"Read all {items} from a {style} file.", body), imports)
 
 
-def saving(draw: Draw, subject: Subject) -> Piece:
+def saving(draw: Draw, subject: Subject) -> Definition:
     """Write items to a file."""
     items, item = subject.plural, _variable(draw, subject)
     name = f"{draw.pick(('save', 'write', 'store'))}_{items}"
@@ -636,10 +636,10 @@ def saving(draw: Draw, subject: Subject) -> Piece:
         )
     if subject.hints:
         imports += ("from pathlib import Path",)
-    return Piece(_function(subject, signature, f"Write {items} to a {style} file.", body), imports)
+    return Definition(_function(subject, signature, f"Write {items} to a {style} file.", body), imports)
 
 
-def processing(draw: Draw, subject: Subject) -> Piece:
+def processing(draw: Draw, subject: Subject) -> Definition:
     """A loop with nested tests, counters and early exits."""
     item, items, verb = _variable(draw, subject), subject.plural, draw.pick(VERBS)
     counter = draw.pick(("count", "skipped", "changed", "errors", "total"))
@@ -671,12 +671,12 @@ def processing(draw: Draw, subject: Subject) -> Piece:
         )
     ending = draw.pick((f"return result, {counter}", "return result", f"return {counter}"))
     signature = f"{verb}_{items}({items}{subject.hint('list')})"
-    return Piece(
+    return Definition(
         _function(subject, signature, f"{sentence(verb)} all {items}.", f"result = []\n{counter} = 0", loop, ending)
     )
 
 
-def script(draw: Draw, subject: Subject) -> Piece:
+def script(draw: Draw, subject: Subject) -> Definition:
     """A command line with argparse."""
     items, verb = subject.plural, draw.pick(VERBS)
     options = []
@@ -705,10 +705,10 @@ def script(draw: Draw, subject: Subject) -> Piece:
     text = _function(
         subject, f"main(){subject.returns('None')}", f"{sentence(verb)} {items} from the command line.", *body
     )
-    return Piece(f'{text}\n\n\nif __name__ == "__main__":\n    main()', ("import argparse",))
+    return Definition(f'{text}\n\n\nif __name__ == "__main__":\n    main()', ("import argparse",))
 
 
-def enumeration(draw: Draw, subject: Subject) -> Piece:
+def enumeration(draw: Draw, subject: Subject) -> Definition:
     """An Enum with a few members."""
     words = draw.sample(WORDS, draw.integer(3, 5))
     name = f"{subject.type_name}{draw.pick(('Kind', 'State', 'Mode', 'Level'))}"
@@ -717,10 +717,10 @@ def enumeration(draw: Draw, subject: Subject) -> Piece:
     else:
         members = "\n".join(f"    {word.upper()} = {number}" for number, word in enumerate(words, 1))
     doc = f'    """What {with_article(subject.noun)} can be."""\n\n' if subject.documented else ""
-    return Piece(f"class {name}(Enum):\n{doc}{members}", ("from enum import Enum",))
+    return Definition(f"class {name}(Enum):\n{doc}{members}", ("from enum import Enum",))
 
 
-def exception_class(draw: Draw, subject: Subject) -> Piece:
+def exception_class(draw: Draw, subject: Subject) -> Definition:
     """An exception of the module's own."""
     name = f"{draw.pick(WORDS).title()}{subject.type_name}Error"
     body = (
@@ -735,20 +735,20 @@ def exception_class(draw: Draw, subject: Subject) -> Piece:
             f'    super().__init__(f"{subject.noun}: {{{field}}}")\n'
             f"    self.{field} = {field}"
         )
-    return Piece(f"class {name}({draw.pick(('Exception', *ERRORS))}):\n{indent(body, '    ')}")
+    return Definition(f"class {name}({draw.pick(('Exception', *ERRORS))}):\n{indent(body, '    ')}")
 
 
-def algorithm(draw: Draw, subject: Subject) -> Piece:
+def algorithm(draw: Draw, subject: Subject) -> Definition:
     """A well known small algorithm, its variables renamed."""
     return _from_template(draw, subject, draw.pick(TABLE["algorithms"]))
 
 
-def helper(draw: Draw, subject: Subject) -> Piece:
+def helper(draw: Draw, subject: Subject) -> Definition:
     """A small utility: a decorator, a context manager, a retry loop, ...."""
     return _from_template(draw, subject, draw.pick(TABLE["helpers"]))
 
 
-def _from_template(draw: Draw, subject: Subject, snippet: dict) -> Piece:
+def _from_template(draw: Draw, subject: Subject, snippet: dict) -> Definition:
     """A snippet with names drawn for its slots; its type hints and docstring go where the module has none."""
     numbers = {f"n{index}": str(draw.integer(2, 60)) for index in range(3)}
     names = {
@@ -769,7 +769,7 @@ def _from_template(draw: Draw, subject: Subject, snippet: dict) -> Piece:
     if subject.documented:
         head, body = _DEFINITION.match(text).groups()
         text = f'{head}    """{_fill(snippet["docstring"], **names, **numbers)}"""\n{body}'
-    return Piece(text, tuple(snippet.get("imports", ())))
+    return Definition(text, tuple(snippet.get("imports", ())))
 
 
 def _variable(draw: Draw, subject: Subject) -> str:

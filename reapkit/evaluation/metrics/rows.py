@@ -16,7 +16,7 @@ from reapkit.evaluation.gates import UNION
 from reapkit.evaluation.metrics.bootstrap import RESAMPLES, Sums, bootstrap_weights, measurement, measurements
 from reapkit.evaluation.metrics.signals import (
     HISTOGRAM_BINS,
-    Positions,
+    PositionSignals,
     Thresholds,
     histogram_cell,
     js_distance,
@@ -76,14 +76,16 @@ class RowIndex:
         return {name: rows.nonzero().squeeze(1) for name, rows in chosen.items() if rows.any()}
 
 
-def regions(positions: Positions, index: RowIndex, eaft: Mapping[str, Any]) -> Thresholds:
+def regions(positions: PositionSignals, index: RowIndex, eaft: Mapping[str, Any]) -> Thresholds:
     """The conflict thresholds of `positions`, each `[n]` float32; `eaft` = `{"p_low", "h_low", "thresholds": "pooled" |
     "per-source"}`."""
     pooled = index.in_union[index.row_of_position] if eaft["thresholds"] == "pooled" else None
     return thresholds(positions, index.source_of_position, pooled, eaft["p_low"], eaft["h_low"])
 
 
-def summarize_base(base: Positions, index: RowIndex, limits: Thresholds, resamples: int = RESAMPLES) -> dict[str, Any]:
+def summarize_base(
+    base: PositionSignals, index: RowIndex, limits: Thresholds, resamples: int = RESAMPLES
+) -> dict[str, Any]:
     """Per group (`all` and each source): rows, positions, nll (nats per position), perplexity, p_mean, entropy_mean,
     conflict_rate, each a `{"value", "interval"}` but for the counts.
 
@@ -117,8 +119,8 @@ def _of_base(s: Sums) -> dict[str, Tensor]:
 
 
 def summarize_candidate(
-    base: Positions,
-    candidate: Positions,
+    base: PositionSignals,
+    candidate: PositionSignals,
     index: RowIndex,
     base_limits: Thresholds,
     own_limits: Thresholds,
@@ -166,7 +168,7 @@ def summarize_candidate(
 
 
 def summarize_difference(
-    candidate: Positions, other: Positions, index: RowIndex, resamples: int = RESAMPLES
+    candidate: PositionSignals, other: PositionSignals, index: RowIndex, resamples: int = RESAMPLES
 ) -> dict[str, Any]:
     """Per group by how much `other` loses more than `candidate` at the same positions: kl_mean_delta, nll_delta, each
     in nats with its paired interval. Positive where the candidate is nearer to the base.
@@ -220,7 +222,7 @@ def _js_measurement(sums: Sums, weights: Tensor | None) -> dict[str, Any]:
     return measurement(value, (resampled - (resampled.mean() - value)).clamp(0.0, 1.0))
 
 
-def _row_histograms(positions: Positions, index: RowIndex) -> Tensor:
+def _row_histograms(positions: PositionSignals, index: RowIndex) -> Tensor:
     cells = HISTOGRAM_BINS**2
     flat = index.row_of_position * cells + histogram_cell(positions)
     return torch.bincount(flat, minlength=index.num_rows * cells).reshape(index.num_rows, cells).double()

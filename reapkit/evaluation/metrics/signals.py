@@ -20,7 +20,7 @@ LOOP_DISTINCT_4 = 0.55
 
 
 @dataclass(frozen=True, eq=False)
-class Positions:
+class PositionSignals:
     """What one model said at each measured position, each `[n]`.
 
     `nll` = −ln p(y), `p` = full-vocabulary probability of y, `entropy` = of the softmax over the top-k logits / ln k,
@@ -39,12 +39,12 @@ class Positions:
         return self.nll.numel()
 
     @classmethod
-    def concatenate(cls, parts: Sequence[Positions]) -> Positions:
+    def concatenate(cls, parts: Sequence[PositionSignals]) -> PositionSignals:
         """The positions of all parts, one after another."""
         return cls(**{field.name: torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)})
 
-    def __getitem__(self, index: Tensor | slice) -> Positions:
-        return Positions(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
+    def __getitem__(self, index: Tensor | slice) -> PositionSignals:
+        return PositionSignals(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
 
 
 def top_entropy(logits: Tensor, top_k: int = 20) -> Tensor:
@@ -61,14 +61,14 @@ def kl_divergence(base_log_p: Tensor, log_p: Tensor) -> Tensor:
     return torch.where(base_p > 0, base_p * (base_log_p - log_p), 0.0).sum(-1).clamp_min(0.0)
 
 
-def describe(logits: Tensor, reference: Tensor, base_logits: Tensor | None = None, top_k: int = 20) -> Positions:
+def describe(logits: Tensor, reference: Tensor, base_logits: Tensor | None = None, top_k: int = 20) -> PositionSignals:
     """The signals of logits `[n, vocabulary]` (any float, read as float32) for reference tokens `[n]` int64, against
     the base's logits where given."""
     log_p = logits.float().log_softmax(-1)
     nll = -log_p.gather(-1, reference.unsqueeze(-1)).squeeze(-1)
     confidence, top1 = log_p.max(-1)
     kl = torch.zeros_like(nll) if base_logits is None else kl_divergence(base_logits.float().log_softmax(-1), log_p)
-    return Positions(nll, (-nll).exp(), top_entropy(logits, top_k), confidence.exp(), top1, kl)
+    return PositionSignals(nll, (-nll).exp(), top_entropy(logits, top_k), confidence.exp(), top1, kl)
 
 
 def quantile(values: Tensor, share: Any) -> Tensor:
@@ -84,12 +84,12 @@ class Thresholds:
     p: Tensor
     entropy: Tensor
 
-    def conflict(self, positions: Positions) -> Tensor:
+    def conflict(self, positions: PositionSignals) -> Tensor:
         """Confidently wrong positions, bool `[n]`."""
         return (positions.p <= self.p) & (positions.entropy <= self.entropy)
 
 
-def thresholds(positions: Positions, source: Tensor, pooled: Tensor | None, p_low: Any, h_low: Any) -> Thresholds:
+def thresholds(positions: PositionSignals, source: Tensor, pooled: Tensor | None, p_low: Any, h_low: Any) -> Thresholds:
     """Quantiles q(p_low) and q(h_low) for each position: over those where `pooled` is true, or of each source if None.
 
     `source` `[n]` int64 is each position's source, `pooled` `[n]` bool. Where `pooled` holds nothing all positions
@@ -108,7 +108,7 @@ def thresholds(positions: Positions, source: Tensor, pooled: Tensor | None, p_lo
     return Thresholds(p, entropy)
 
 
-def histogram_cell(positions: Positions, bins: int = HISTOGRAM_BINS) -> Tensor:
+def histogram_cell(positions: PositionSignals, bins: int = HISTOGRAM_BINS) -> Tensor:
     """The cell of each position in a `bins` x `bins` histogram of (p, entropy) over the unit square, int64 `[n]`."""
     row, column = ((value * bins).long().clamp(0, bins - 1) for value in (positions.p, positions.entropy))
     return row * bins + column

@@ -35,7 +35,7 @@ from reapkit.selection.selection import Selection
 
 
 @dataclass(frozen=True)
-class _Cut:
+class _PrunedTensor:
     """How a source tensor appears in the pruned directory: under which name (None: not at all), cut along which
     axis."""
 
@@ -117,9 +117,9 @@ def _tensors(
 ) -> Proof:
     """Every tensor against the bytes it was cut from; no name missing, none too many; multi-token prediction is there
     whole or not at all."""
-    cuts = {name: _Cut(name) for name in old.tensors} | dict(_cuts(old, layout, selection))
+    cuts = {name: _PrunedTensor(name) for name in old.tensors} | dict(_cuts(old, layout, selection))
     if not layout.mtp_tensors & set(new.tensors):
-        cuts |= dict.fromkeys(layout.mtp_tensors, _Cut(None))
+        cuts |= dict.fromkeys(layout.mtp_tensors, _PrunedTensor(None))
     if difference := names_differ({cut.name for cut in cuts.values() if cut.name is not None}, set(new.tensors)):
         return Proof("tensors", False, difference)
     compared, refitted = 0, weights.tensors() if weights else {}
@@ -151,7 +151,7 @@ def _refitted(file: Path, name: str) -> Tensor:
         return opened.get_tensor(name)
 
 
-def _cuts(old: Checkpoint, layout: Layout, selection: Selection) -> Iterator[tuple[str, _Cut]]:
+def _cuts(old: Checkpoint, layout: Layout, selection: Selection) -> Iterator[tuple[str, _PrunedTensor]]:
     for index, layer in {**layout.layers, **layout.mtp}.items():
         if index not in selection.layers:
             continue
@@ -160,10 +160,10 @@ def _cuts(old: Checkpoint, layout: Layout, selection: Selection) -> Iterator[tup
         for expert, names in layer.per_expert.items():
             for name in names:
                 new = layer.spelling.renumbered(name, expert, position[expert]) if expert in position else None
-                yield name, _Cut(new)
+                yield name, _PrunedTensor(new)
         for name, axis in layer.stacked.items():
             beyond = range(layer.num_experts, old.tensors[name].shape[axis])  # rows of no routed expert stay
-            yield name, _Cut(name, axis, (*keep, *beyond))
+            yield name, _PrunedTensor(name, axis, (*keep, *beyond))
 
 
 def _config(new: Checkpoint, old_layout: Layout, selection: Selection) -> Proof:

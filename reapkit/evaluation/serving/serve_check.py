@@ -19,7 +19,7 @@ from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.core.errors import StageFailed, UnusableError
 from reapkit.evaluation.serving.reference import Greedy, greedy, prompts_for
 
-__all__ = ["Comparison", "ServeCheck", "ask_vllm", "serve_check", "vllm_python"]
+__all__ = ["EngineComparison", "ServeCheck", "ask_vllm", "serve_check", "vllm_python"]
 
 VARIABLE = "REAPKIT_VLLM_PYTHON"
 HERE = Path(__file__).parent
@@ -27,7 +27,7 @@ PLUGIN = HERE.parents[1] / "model" / "ragged_vllm.py"
 
 
 @dataclass(frozen=True)
-class Comparison:
+class EngineComparison:
     """vLLM against transformers on one directory.
 
     `outcome`: "equal", "differs", "format fits" and "format differs" (vLLM has no kernel here, so its loaders were
@@ -53,7 +53,7 @@ class ServeCheck:
     prompts: int
     new_tokens: int
     engines: Mapping[str, str]
-    comparisons: Sequence[Comparison]
+    comparisons: Sequence[EngineComparison]
     notes: Sequence[str] = field(default=())
 
     @property
@@ -105,7 +105,11 @@ def serve_check(
     if python is None:
         why = f"no vLLM in this environment. Name a Python that has it: --vllm-python PATH, or {VARIABLE}"
         return ServeCheck(
-            len(rows), new_tokens, engines, [Comparison(str(path), "not measured", why) for path in directories], notes
+            len(rows),
+            new_tokens,
+            engines,
+            [EngineComparison(str(path), "not measured", why) for path in directories],
+            notes,
         )
     options = {"tensor_parallel_size": tensor_parallel} if tensor_parallel > 1 else {}
     options |= {"trust_remote_code": True} if trust_remote_code else {}
@@ -202,23 +206,25 @@ def _compared(
     engine: str,
     dtype: str,
     options: Mapping[str, Any],
-) -> Comparison:
+) -> EngineComparison:
     if "error" not in result:
         return compare(path, mine, result["tokens"])
     if not _is_quantized(path):
-        return Comparison(str(path), "refused", f"vLLM {engine} does not serve it: {result['error']}")
+        return EngineComparison(str(path), "refused", f"vLLM {engine} does not serve it: {result['error']}")
     form = ask_vllm(python, [path], task="formats", dtype=dtype, options=options)["results"][0]
     lacking = f"generation not measured, vLLM {engine} cannot run this format here ({result['error'][:200]})"
     if "error" in form:
-        return Comparison(str(path), "format differs", f"{lacking}; its loaders refuse the tensors: {form['error']}")
+        return EngineComparison(
+            str(path), "format differs", f"{lacking}; its loaders refuse the tensors: {form['error']}"
+        )
     if form["problems"]:
-        return Comparison(
+        return EngineComparison(
             str(path),
             "format differs",
             f"{lacking}; its loaders find {len(form['problems'])} gaps, first {form['problems'][0]}",
             problems=tuple(form["problems"]),
         )
-    return Comparison(
+    return EngineComparison(
         str(path),
         "format fits",
         f"{lacking}; instead its own loaders took all {form['tensors']} tensors and filled all "
@@ -226,7 +232,7 @@ def _compared(
     )
 
 
-def compare(path: Path, mine: Greedy, theirs: Sequence[Sequence[int]]) -> Comparison:
+def compare(path: Path, mine: Greedy, theirs: Sequence[Sequence[int]]) -> EngineComparison:
     """Token by token; at the first difference, how far apart transformers' logits of the two tokens are."""
     total = sum(map(len, mine.tokens))
     for row, (expected, got) in enumerate(zip(mine.tokens, theirs, strict=True)):
@@ -237,12 +243,12 @@ def compare(path: Path, mine: Greedy, theirs: Sequence[Sequence[int]]) -> Compar
             min(len(expected), len(got)),
         )
         if step >= min(len(expected), len(got)):
-            return Comparison(
+            return EngineComparison(
                 str(path), "differs", f"prompt {row}: {len(got)} tokens where transformers made {len(expected)}", total
             )
         gap, near = mine.gap(row, step, got[step])
         kind = "a near-tie, within rounding: compare in float32 (--dtype float32) to be sure" if near else "not a tie"
-        return Comparison(
+        return EngineComparison(
             str(path),
             "differs",
             f"prompt {row}, token {step}: transformers says {expected[step]}, vLLM {got[step]}; "
@@ -251,7 +257,7 @@ def compare(path: Path, mine: Greedy, theirs: Sequence[Sequence[int]]) -> Compar
             near,
             gap,
         )
-    return Comparison(str(path), "equal", f"all {total} greedy tokens are equal", total)
+    return EngineComparison(str(path), "equal", f"all {total} greedy tokens are equal", total)
 
 
 def _against_base(mine: Greedy, base: Greedy) -> str:

@@ -21,12 +21,12 @@ from reapkit.selection.decide import select_all
 
 if TYPE_CHECKING:
     from reapkit.calibration.tokens import CalibrationTokens
-    from reapkit.evaluation.bench import Candidate
+    from reapkit.evaluation.bench import MaskedCandidate
     from reapkit.evaluation.candidates import SmallerCut
 
 
 def run(context: Context) -> dict[str, Any]:
-    from reapkit.evaluation.bench import Candidate
+    from reapkit.evaluation.bench import MaskedCandidate
     from reapkit.evaluation.candidates import eaft_settings, evaluate
     from reapkit.evaluation.streaming import evaluate_streaming
     from reapkit.model.loading import load_model
@@ -38,10 +38,12 @@ def run(context: Context) -> dict[str, Any]:
     selections = {name: selection.decoder(context.plan.checkpoint.architecture) for name, selection in decided.items()}
     nbytes = {candidate.name: context.plan.pruned(candidate).nbytes for candidate in context.plan.candidates}
     weights = load_repaired(context, list(selections))
-    tried = [Candidate(name, selections[name], nbytes[name], weights=weights.get(name)) for name in index["candidates"]]
+    tried = [
+        MaskedCandidate(name, selections[name], nbytes[name], weights=weights.get(name)) for name in index["candidates"]
+    ]
     compared = {
         "controls": [
-            Candidate(name, selections[name], control_of=candidate, weights=weights.get(name))
+            MaskedCandidate(name, selections[name], control_of=candidate, weights=weights.get(name))
             for name, candidate in index["controls"].items()
         ],
         "eaft": eaft_settings(recipe.saliency, recipe.observe),
@@ -74,7 +76,7 @@ def run(context: Context) -> dict[str, Any]:
 
 def _smaller_cut(context: Context) -> SmallerCut | None:
     """Decides the recipe's candidates anew with fewer removals; None where each would have to be re-fitted first."""
-    from reapkit.evaluation.bench import Candidate
+    from reapkit.evaluation.bench import MaskedCandidate
 
     if context.recipe.prune.repair is not None:
         return None
@@ -85,7 +87,7 @@ def _smaller_cut(context: Context) -> SmallerCut | None:
     def observation() -> Observation:
         return Observation.load(context.inputs["observe"].payload)
 
-    def smaller_cut(name: str, share: Fraction) -> Candidate | None:
+    def smaller_cut(name: str, share: Fraction) -> MaskedCandidate | None:
         removed = int(max(plan.base.experts[layer] - kept for layer, kept in plan.kept(grid[name]).items()) * share)
         smaller = grid[name].removing(removed, num_experts)
         try:
@@ -94,7 +96,9 @@ def _smaller_cut(context: Context) -> SmallerCut | None:
             )
         except RecipeError:  # nothing would be removed, or the caps leave no room
             return None
-        return Candidate(smaller.name, selection, plan.pruned(smaller).nbytes, ratio=f"{smaller.ratio.normalize():f}")
+        return MaskedCandidate(
+            smaller.name, selection, plan.pruned(smaller).nbytes, ratio=f"{smaller.ratio.normalize():f}"
+        )
 
     return smaller_cut
 

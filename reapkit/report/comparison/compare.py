@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from reapkit.core.errors import RecipeError, UnusableError
 from reapkit.core.formatting import plural
-from reapkit.report.comparison.terms import Terms
+from reapkit.report.comparison.terms import ComparisonTerms
 from reapkit.report.inspection.recognise import Found, recognise
 from reapkit.report.inspection.render import Block, lines
 
@@ -49,13 +49,13 @@ class Comparison:
         write_page(_module(self.kind).page(self.facts, self.places), out_html)
 
 
-def compare(paths: Sequence[str | Path], terms: Terms | None = None) -> Comparison:
+def compare(paths: Sequence[str | Path], terms: ComparisonTerms | None = None) -> Comparison:
     """Compares recipes, observations, selections or runs, told apart by what lies at the paths.
 
     Raises RecipeError for fewer than two, kinds that cannot be compared, or kinds mixed; UnusableError where one cannot
     be read or does not belong to the others' model.
     """
-    terms = terms or Terms()
+    terms = terms or ComparisonTerms()
     if not 2 <= len(paths) <= len(LETTERS):
         raise RecipeError(f"compare: found {plural(len(paths), 'path')}. Give 2 to {len(LETTERS)}.")
     found = [recognise(path) for path in paths]

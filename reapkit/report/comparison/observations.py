@@ -13,8 +13,7 @@ from reapkit.core.errors import RecipeError, UnusableError
 from reapkit.core.formatting import exact_percent, narrow_percent
 from reapkit.observation.observation import Observation
 from reapkit.recipe.schema import SaliencySpec
-from reapkit.report.blocks import Note, Page, Section, Tiles
-from reapkit.report.blocks import Table as HtmlTable
+from reapkit.report.blocks import Note, Page, PageSection, PageTable, Tiles
 from reapkit.report.comparison.overlap import (
     SETTLED,
     UNSETTLED,
@@ -29,7 +28,7 @@ from reapkit.report.comparison.overlap import (
     same_layers,
     summary,
 )
-from reapkit.report.comparison.terms import Terms
+from reapkit.report.comparison.terms import ComparisonTerms
 from reapkit.report.inspection.recognise import Found
 from reapkit.report.inspection.render import Block, lines, table
 from reapkit.selection.criteria.reap import REAP
@@ -40,7 +39,7 @@ from reapkit.selection.statistics import first_half, rank_correlation, removal_o
 SAME = "The observations hold the same sums, so comparing them says nothing: give one of other rows, or of fewer."
 
 
-def facts(found: Mapping[str, Found], terms: Terms) -> dict[str, Any]:
+def facts(found: Mapping[str, Found], terms: ComparisonTerms) -> dict[str, Any]:
     """Every pair's kept sets and rank correlations; of each observation its tokens and what its first half would have
     kept.
 
@@ -87,7 +86,7 @@ def facts(found: Mapping[str, Found], terms: Terms) -> dict[str, Any]:
     }
 
 
-def _spec(terms: Terms) -> SaliencySpec:
+def _spec(terms: ComparisonTerms) -> SaliencySpec:
     if problem := criterion_problem(terms.criterion, "--criterion"):
         raise RecipeError([problem])
     try:
@@ -96,7 +95,7 @@ def _spec(terms: Terms) -> SaliencySpec:
         raise RecipeError(f"--criterion: {error.errors()[0]['msg']}") from None
 
 
-def _different_models(observed: Mapping[str, Observation], found: Mapping[str, Found], terms: Terms) -> bool:
+def _different_models(observed: Mapping[str, Observation], found: Mapping[str, Found], terms: ComparisonTerms) -> bool:
     names = {
         letter: (one.meta.get("model"), one.model_type, one.num_experts_per_tok) for letter, one in observed.items()
     }
@@ -221,14 +220,14 @@ def page(found: Mapping[str, Any], places: Mapping[str, str]) -> Page:
         "Would they keep the same experts?",
         "reapkit comparison of observations",
         [
-            Section(
+            PageSection(
                 "answer",
                 "The answer",
-                [tiles, Note(tone, found["answer"]), HtmlTable(columns, rows, note=note)],
+                [tiles, Note(tone, found["answer"]), PageTable(columns, rows, note=note)],
                 "",
                 "Answer",
             ),
-            Section(
+            PageSection(
                 "layers",
                 "Layer by layer",
                 [

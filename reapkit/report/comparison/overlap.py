@@ -8,8 +8,7 @@ from typing import Any
 
 from reapkit.core.errors import UnusableError
 from reapkit.core.formatting import decimal, exact_percent, narrow_percent
-from reapkit.report.blocks import Chart, Folded
-from reapkit.report.blocks import Table as HtmlTable
+from reapkit.report.blocks import Chart, Folded, PageTable
 from reapkit.report.charts import Trace, axis, line, reference
 from reapkit.report.inspection.render import Block, table
 
@@ -202,7 +201,7 @@ def overlap_numbers(found: Mapping[str, Any], *, ranked: bool) -> list[Folded]:
         Folded(
             f"{name}, layer by layer",
             [
-                HtmlTable(
+                PageTable(
                     columns,
                     [
                         (

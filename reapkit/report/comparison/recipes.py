@@ -9,15 +9,14 @@ from typing import Any
 from reapkit.core.errors import RecipeError
 from reapkit.planning.recipe_differences import RecipeDifference, compare_recipes
 from reapkit.recipe.loading import load
-from reapkit.report.blocks import Note, Page, Section
-from reapkit.report.blocks import Table as HtmlTable
-from reapkit.report.comparison.terms import Terms
+from reapkit.report.blocks import Note, Page, PageSection, PageTable
+from reapkit.report.comparison.terms import ComparisonTerms
 from reapkit.report.inspection.recognise import Found
 from reapkit.report.inspection.render import Block
 from reapkit.report.tables import difference_tables
 
 
-def facts(found: Mapping[str, Found], terms: Terms) -> dict[str, Any]:
+def facts(found: Mapping[str, Found], terms: ComparisonTerms) -> dict[str, Any]:
     """`fields` that differ and `stages` that the second runs anew after the first; None where a model is not at
     hand."""
     if len(found) != 2:
@@ -47,12 +46,12 @@ def page(found: Mapping[str, Any], places: Mapping[str, str]) -> Page:
     )
     inner: list[Any] = [
         Note("info", note),
-        HtmlTable([("field", "left"), *((place, "left") for place in places.values())], rows),
+        PageTable([("field", "left"), *((place, "left") for place in places.values())], rows),
     ]
     return Page(
         "What the recipes say differently",
         "reapkit comparison of recipes",
-        [Section("fields", "Fields that differ" if rows else "The recipes say the same", inner, "", "Fields")],
+        [PageSection("fields", "Fields that differ" if rows else "The recipes say the same", inner, "", "Fields")],
     )
 
 

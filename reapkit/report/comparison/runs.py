@@ -15,13 +15,12 @@ from reapkit.evaluation.gates import UNION
 from reapkit.evaluation.metrics.metric import Metric
 from reapkit.evaluation.metrics.table import METRICS, in_view
 from reapkit.planning.recipe_differences import differing_fields
-from reapkit.report.blocks import Chart, Folded, Grid, Note, Page, Section
-from reapkit.report.blocks import Table as HtmlTable
+from reapkit.report.blocks import Chart, Folded, Grid, Note, Page, PageSection, PageTable
 from reapkit.report.charts import axis, names_axis, whiskers
 from reapkit.report.comparison.overlap import agreement
 from reapkit.report.comparison.recipes import said
 from reapkit.report.comparison.selections import compare_selections, layers_section
-from reapkit.report.comparison.terms import Terms
+from reapkit.report.comparison.terms import ComparisonTerms
 from reapkit.report.inspection.recognise import Found, read_json
 from reapkit.report.inspection.render import Block, lines, table
 from reapkit.report.measures import TONES, axis_form, badge, with_interval
@@ -35,7 +34,7 @@ KINDS = {
 WHERE_IT_RAN = ("runtime", "output", "name", "description")
 
 
-def facts(found: Mapping[str, Found], terms: Terms) -> dict[str, Any]:
+def facts(found: Mapping[str, Found], terms: ComparisonTerms) -> dict[str, Any]:
     """Per run its verdict, sizes and final quality; the fields that differ; the kept sets, where the runs decided on
     one model's experts."""
     runs = {letter: _one(each.place) for letter, each in found.items()}
@@ -288,10 +287,10 @@ def page(found: Mapping[str, Any], places: Mapping[str, str]) -> Page:
         if not run["sizes"]
     ]
     sections = [
-        Section(
+        PageSection(
             "answer",
             "The answer",
-            [Note("info" if found["comparable"] else "warn", found["answer"]), HtmlTable(columns, rows)],
+            [Note("info" if found["comparable"] else "warn", found["answer"]), PageTable(columns, rows)],
             "",
             "Answer",
         )
@@ -302,12 +301,12 @@ def page(found: Mapping[str, Any], places: Mapping[str, str]) -> Page:
         sections.append(layers_section(found["selections"]))
     fields = [(each["path"], *(said(value) for value in each["values"].values())) for each in found["fields"]]
     inner = (
-        [HtmlTable([("field", "left"), *((letter, "left") for letter in runs)], fields)]
+        [PageTable([("field", "left"), *((letter, "left") for letter in runs)], fields)]
         if fields
         else [Note("info", "The recipes say the same.")]
     )
     sections.append(
-        Section("recipes", "What the recipes say differently", inner, "Names, output and runtime aside.", "Recipes")
+        PageSection("recipes", "What the recipes say differently", inner, "Names, output and runtime aside.", "Recipes")
     )
     worst = next((run["verdict"] for run in runs.values() if run["verdict"] == "reject"), None)
     return Page(
@@ -320,7 +319,7 @@ def page(found: Mapping[str, Any], places: Mapping[str, str]) -> Page:
     )
 
 
-def _quality_section(measured: Mapping[str, Any]) -> Section:
+def _quality_section(measured: Mapping[str, Any]) -> PageSection:
     charts = [_chart(measured, metric) for metric in in_view("distances")]
     columns = [("source", "left"), ("run", "left"), *((metric.label, "right") for metric in in_view("distances"))]
     groups = list(dict.fromkeys(group for run in measured.values() for group in run["quality"]))
@@ -335,10 +334,10 @@ def _quality_section(measured: Mapping[str, Any]) -> Section:
         if group in run["quality"]
     ]
     lengths = ", ".join(dict.fromkeys(run["length"] for run in measured.values()))
-    return Section(
+    return PageSection(
         "quality",
         "Quality side by side",
-        [Grid(charts[:2], wide=True), *charts[2:], Folded("All numbers", [HtmlTable(columns, rows)])],
+        [Grid(charts[:2], wide=True), *charts[2:], Folded("All numbers", [PageTable(columns, rows)])],
         f"Held-out rows of {lengths} tokens, each run against its own base.",
         "Quality",
     )

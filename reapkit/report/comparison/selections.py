@@ -7,8 +7,7 @@ from typing import Any
 
 from reapkit.core.errors import RecipeError
 from reapkit.core.formatting import exact_percent, human_experts, plural
-from reapkit.report.blocks import Chart, Folded, Note, Page, Section, Tiles
-from reapkit.report.blocks import Table as HtmlTable
+from reapkit.report.blocks import Chart, Folded, Note, Page, PageSection, PageTable, Tiles
 from reapkit.report.charts import axis, line
 from reapkit.report.comparison.overlap import (
     agreement,
@@ -20,7 +19,7 @@ from reapkit.report.comparison.overlap import (
     pairs_table,
     same_layers,
 )
-from reapkit.report.comparison.terms import Terms
+from reapkit.report.comparison.terms import ComparisonTerms
 from reapkit.report.inspection.recognise import Found
 from reapkit.report.inspection.render import Block, lines, table
 from reapkit.selection.selection import Selection
@@ -29,7 +28,7 @@ HOW = ("ratio", "allocation", "formula", "mix", "prior_count", "seed")
 SHOWN = 16  # experts named in a cell of the terminal
 
 
-def facts(found: Mapping[str, Found], terms: Terms) -> dict[str, Any]:
+def facts(found: Mapping[str, Found], terms: ComparisonTerms) -> dict[str, Any]:
     """Per pair the overlap, and in every layer `only`: the experts that only the one, and only the other, keeps."""
     selections = {letter: _load(each) for letter, each in found.items()}
     return compare_selections(selections)
@@ -163,10 +162,10 @@ def page(found: Mapping[str, Any], places: Mapping[str, str]) -> Page:
         for letter, one in found["selections"].items()
     ]
     columns = [("", "left"), ("selection", "left"), ("criterion", "left"), ("ratio", "right"), ("kept", "right")]
-    blocks: list[Any] = [tiles, Note("info", found["answer"]), HtmlTable(columns, rows)]
+    blocks: list[Any] = [tiles, Note("info", found["answer"]), PageTable(columns, rows)]
     if asked := how(found):
         blocks.append(
-            HtmlTable(
+            PageTable(
                 [("setting", "left"), *((letter, "left") for letter in found["selections"])],
                 [(name, *said) for name, said in asked],
                 "Asked for differently",
@@ -175,14 +174,14 @@ def page(found: Mapping[str, Any], places: Mapping[str, str]) -> Page:
     return Page(
         "Which experts differ?",
         "reapkit comparison of selections",
-        [Section("answer", "The answer", blocks, "", "Answer"), layers_section(found)],
+        [PageSection("answer", "The answer", blocks, "", "Answer"), layers_section(found)],
         footer=(
             "Kept sets say which experts differ, not what that costs: measured quality is in the reports of the runs."
         ),
     )
 
 
-def layers_section(found: Mapping[str, Any]) -> Section:
+def layers_section(found: Mapping[str, Any]) -> PageSection:
     """Overlap and counts over the layers, and the experts by name."""
     worst = min(found["pairs"].values(), key=lambda pair: pair["share"]["mean"])
     inner: list[Any] = [overlap_chart(found["pairs"], f"{agreement(worst)}.")]
@@ -203,10 +202,10 @@ def layers_section(found: Mapping[str, Any]) -> Section:
             inner.append(
                 Folded(
                     f"{name}: experts that differ",
-                    [HtmlTable([("layer", "right"), (f"only {a} keeps", "left"), (f"only {b} keeps", "left")], rows)],
+                    [PageTable([("layer", "right"), (f"only {a} keeps", "left"), (f"only {b} keeps", "left")], rows)],
                 )
             )
-    return Section("layers", "Which experts, layer by layer", inner, "", "Experts")
+    return PageSection("layers", "Which experts, layer by layer", inner, "", "Experts")
 
 
 def _counts_chart(counts: Mapping[str, Mapping[str, int]]) -> Chart:

@@ -12,7 +12,7 @@ from reapkit.recipe.schema import DEFAULT_CRITERION
 
 
 @dataclass(frozen=True)
-class Terms:
+class ComparisonTerms:
     """What observations are compared at: the kept set of `criterion` after ⌊E·ratio⌋ experts of each layer went.
 
     `make_plan`: how recipes are planned, to compare the keys of their stages; None: only their fields are compared.

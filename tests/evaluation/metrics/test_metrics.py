@@ -11,7 +11,7 @@ from reapkit.evaluation.metrics.bootstrap import bootstrap_weights, measurement,
 from reapkit.evaluation.metrics.rows import RowIndex, regions, summarize_base, summarize_candidate, summarize_difference
 from reapkit.evaluation.metrics.signals import (
     CONFIDENCE_EDGES,
-    Positions,
+    PositionSignals,
     Thresholds,
     describe,
     distinct_n,
@@ -361,5 +361,5 @@ def test_loops_are_told_by_distinct_four_grams():
 
 def test_positions_slice_and_concatenate(pair):
     base, _ = pair
-    joined = Positions.concatenate([base[:10], base[10:]])
+    joined = PositionSignals.concatenate([base[:10], base[10:]])
     assert torch.equal(joined.nll, base.nll) and len(joined) == 40

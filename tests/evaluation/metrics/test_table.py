@@ -20,7 +20,7 @@ from reapkit.evaluation.metrics.table import METRICS, in_view, metric_of, metric
 from reapkit.evaluation.throughput import NUMBERS
 from reapkit.recipe.schema import GatesSpec
 from reapkit.report import comparison_sections, quality_sections, run_sections
-from reapkit.report.blocks import Table
+from reapkit.report.blocks import PageTable
 from reapkit.report.card import model_card
 from reapkit.report.comparison import runs
 from reapkit.report.inspection import evaluation as inspection
@@ -139,7 +139,7 @@ def _columns(blocks: Any) -> list[list[str]]:
     """The headings of every table in blocks, folded ones included."""
     found = []
     for block in blocks:
-        if isinstance(block, Table):
+        if isinstance(block, PageTable):
             found.append([name for name, _ in block.columns])
         found += _columns(getattr(block, "blocks", ()))
     return found
