@@ -6,8 +6,11 @@ overtake what is said by events: a copy waits for the work that last used its bl
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from reapkit.model.streaming.layer_memory import Arena, Event, Memory
 
@@ -25,7 +28,7 @@ class Accelerator:
         block = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
         if block.device.type == "meta":
             return lambda: torch.empty_like(block)
-        return lambda: torch.from_dlpack(torch.utils.dlpack.to_dlpack(block))
+        return lambda: from_dlpack(to_dlpack(block))
 
     def buffer(self, nbytes: int) -> Tensor:
         """Host memory, uint8 [nbytes], to copy from."""
@@ -58,7 +61,7 @@ class CudaAccelerator(Accelerator):
     def copy(self, source: Tensor, target: Tensor, after: Event | None) -> Event:
         with torch.cuda.stream(self._stream):
             if after is not None:
-                self._stream.wait_event(after)
+                self._stream.wait_event(cast(torch.cuda.Event, after))
             target.copy_(source, non_blocking=True)
             return self._stream.record_event()
 
@@ -66,7 +69,7 @@ class CudaAccelerator(Accelerator):
         return torch.cuda.current_stream(self.device).record_event()
 
     def wait(self, event: Event) -> None:
-        torch.cuda.current_stream(self.device).wait_event(event)
+        torch.cuda.current_stream(self.device).wait_event(cast(torch.cuda.Event, event))
 
 
 def accelerator(device: torch.device) -> Accelerator | None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -92,7 +92,7 @@ class LayerPass:
     def at_hand(self, forward: Forward) -> Iterator[Tensor]:
         """A parked forward's hidden states, to read or to change in place; they are parked again after the block."""
         self._spool.unpark(forward)
-        yield forward.hidden
+        yield cast(Tensor, forward.hidden)
         self._spool.park(forward)
 
     def forget(self, forwards: Sequence[Forward]) -> None:
