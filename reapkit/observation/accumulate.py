@@ -164,7 +164,10 @@ class GroupSums:
 
 
 def refuse_unusable(site: RoutedExperts, tensors: Mapping[str, Tensor]) -> None:
-    """Raises UnusableError naming the layer and the first expert with a statistic that is not finite."""
+    """Raises UnusableError naming the layer and the first expert with a statistic that is not finite.
+
+    `tensors`: the layer's statistics [S, E] by the names of SUMS (float64) and MAXIMA (float32); others are not read.
+    """
     broken = torch.stack([~tensors[name].isfinite().all(dim=0) for name in (*SUMS, *MAXIMA)]).any(dim=0)
     if broken.any():
         dtype = str(next(site.module.parameters()).dtype).removeprefix("torch.")

@@ -46,7 +46,7 @@ class TableSums:
     num_sources: int
 
     def write(self, name: str, at: int, values: Tensor) -> None:
-        """As `GroupTraces.write`."""
+        """Puts `values` [n, ...] at positions at … at + n of tensor `name`, as `GroupTraces.write`."""
         self.spool.write(name, at, values)
 
     def drop(self, group: int) -> None:
@@ -60,7 +60,8 @@ class TableSums:
         return self._edges_file.exists()
 
     def set_edges(self, p: ndarray, h: ndarray, source: ndarray) -> None:
-        """Edges from these positions, once for all. Raises UnusableError where p or H is not finite."""
+        """Edges from these positions, once for all: `p`, `h` float32 [n] and `source` int16 [n] as in a Trace. Raises
+        UnusableError where p or H is not finite."""
         bad = int((~(np.isfinite(p) & np.isfinite(h))).sum())
         if bad:
             raise UnusableError(
@@ -122,7 +123,8 @@ class TableSums:
         return count[:-1], mass[:-1]
 
     def result(self, total: dict[str, Tensor]) -> EaftTable:
-        """The table that these sums over all groups make."""
+        """The table that these sums over all groups make: `total` as `tensors` gives them, `table.positions` [S, P, H]
+        and so on, added up."""
         return EaftTable(**load_file(self._edges_file), **{name: total[f"table.{name}"] for name in COLUMNS})
 
     def add_in_order(self, passed: Callable[[int], bool]) -> None:
@@ -139,7 +141,8 @@ class TableSums:
             self.drop(done)
 
     def added(self) -> dict[str, Tensor]:
-        """The sums so far, and of how many `groups`."""
+        """The sums so far, in the shapes and dtypes of `tensors` ([S, P, H] and [L, S, P, H, E]), and of how many
+        `groups` (int64 scalar); empty before the first."""
         found = load_file(self._added_file) if self._added_file.exists() else {}
         return {name: torch.from_numpy(values) for name, values in found.items()}
 

@@ -73,12 +73,13 @@ class EaftTable:
         return int(self.positions.sum())
 
     def tensors(self) -> dict[str, ndarray]:
-        """As it is saved."""
+        """The fields by the names they are saved under, `eaft_table.positions` [S, 32, 16] and so on."""
         return {f"eaft_table.{name}": tensor for name, tensor in vars(self).items()}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, ndarray]) -> EaftTable | None:
-        """The inverse of `tensors`; None where there is no table among them."""
+        """The inverse of `tensors` (`eaft_table.positions` [S, 32, 16] and so on); None where there is no table among
+        them."""
         if "eaft_table.positions" not in tensors:
             return None
         return cls(**{name: tensors[f"eaft_table.{name}"] for name in cls.__dataclass_fields__})

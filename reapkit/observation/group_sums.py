@@ -29,6 +29,7 @@ class Partials:
         return self._file(group).exists()
 
     def write(self, group: int, tensors: Mapping[str, Tensor]) -> None:
+        """A group's statistics, [L, S, E] and others that add up, are complete on disk or not there."""
         save_by_rename(tensors, self._file(group))
 
     def total(self, groups: Iterable[int], snapshots: Sequence[int]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -54,7 +55,7 @@ class Partials:
 
 
 def save_by_rename(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """A file that exists is complete."""
+    """Writes tensors of any shape and dtype to a safetensors file; a file that exists is complete."""
     with replacing(file) as partial:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
 

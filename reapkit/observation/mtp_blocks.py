@@ -71,8 +71,12 @@ class Slots:
         return cls(at, told, positions, number[signal], int(batch.signal.sum()))
 
     def spread(self, expert: Tensor, gate_norm: Tensor) -> tuple[Tensor, Tensor]:
-        """What the slots with a signal were routed to, one row per signal of the batch: expert -1 and nothing where no
-        slot is."""
+        """What the slots with a signal were routed to, one row per signal of the batch: expert -1 and gate·norm 0 where
+        no slot is.
+
+        `expert` int16 [n, k] and `gate_norm` float32 [n, k] of the slots in `signals`; the result is [num_signals, k]
+        each, in the same dtypes.
+        """
         shape = (self.num_signals, expert.shape[1])
         where = self.signals.to(expert.device)
         return (
@@ -129,7 +133,7 @@ class MtpBlocks:
         )
 
     def logits(self, output: Tensor) -> Tensor:
-        """Float32 logits of a block's output, by the model's own head."""
+        """Logits of a block's output [b, t, hidden], float32 [b, t, vocabulary], by the model's own head."""
         return self.model._project_to_logits(output).float()
 
 

@@ -340,7 +340,8 @@ class Router:
         self._undo.close()
 
     def route(self, alive: Sequence[int], tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """See `reroute.Route`."""
+        """Experts int64 [t, k] by their original numbers and gates float32 [t, k] of the sampled `tokens` (int64 [t])
+        once only `alive` is left, on the host (see `rerouting.Route`)."""
         kept = torch.tensor(alive)
         _, index, gates = self._run(kept if len(alive) < self.site.num_experts else None, tokens)
         return kept[index.cpu()], gates.float().cpu()

@@ -34,7 +34,10 @@ class Outputs(Protocol):
     """All experts' outputs f_te on T tokens, each divided by ‖r_t‖."""
 
     def squared(self, tokens: Tensor, experts: Tensor, coefficients: Tensor) -> Tensor:
-        """‖Σ_i c_ti f_te_i‖² float64 [t], for experts and coefficients [t, m]."""
+        """‖Σ_i c_ti f_te_i‖², float64 [t].
+
+        `tokens`: int64 [t], of the T; `experts`: int64 [t, m]; `coefficients`: float32 [t, m].
+        """
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +47,7 @@ class InnerProducts:
     products: Tensor
 
     def squared(self, tokens: Tensor, experts: Tensor, coefficients: Tensor) -> Tensor:
-        """See Outputs."""
+        """As `Outputs.squared`: float64 [t] for experts and coefficients [t, m]."""
         flat, width = self.products.view(len(self.products), -1), self.products.shape[-1]
         tokens, experts, coefficients = (part.to(flat.device) for part in (tokens, experts, coefficients))
         pairs = (experts[:, :, None] * width + experts[:, None, :]).flatten(1)
@@ -59,7 +62,7 @@ class Vectors:
     vectors: Tensor
 
     def squared(self, tokens: Tensor, experts: Tensor, coefficients: Tensor) -> Tensor:
-        """See Outputs."""
+        """As `Outputs.squared`: float64 [t] for experts and coefficients [t, m]."""
         tokens, experts, coefficients = (part.to(self.vectors.device) for part in (tokens, experts, coefficients))
         found = self.vectors[tokens[:, None], experts]
         return torch.einsum("tid,ti->td", found, coefficients).square().sum(1, dtype=torch.float64)

@@ -183,7 +183,7 @@ class BatchWatch:
 
     def predict_further(self, hidden: Tensor) -> None:
         """Runs the multi-token-prediction blocks that are watched on the batch's final hidden states [batch, tokens,
-        hidden]."""
+        hidden], in the model's dtype."""
         if self.session.mtp is not None:
             self.session.mtp.run(self.batch.input_ids, hidden, self._entering)
 

@@ -29,6 +29,7 @@ class WaveSums:
         self._exact: dict[str, Tensor] = {}
 
     def add(self, group: int, part: dict[str, Tensor]) -> None:
+        """Takes a row group's statistics of the layer, [S, E] each and `coactivation` [S, E, E]."""
         self._groups.append(group)
         for name, tensor in part.items():
             if name in SUMS:

@@ -86,7 +86,10 @@ def _with_all(values: ndarray, reduce: str) -> ndarray:
 
 
 def ranking_by_layer(observation: Observation, values: ndarray) -> dict[str, list[int]]:
-    """`layer_<decoder index>` -> experts, most salient first; ties and experts never routed by index."""
+    """`layer_<decoder index>` -> experts, most salient first; ties and experts never routed by index.
+
+    `values`: float64 [L, E], saliencies; -inf for experts never routed.
+    """
     order = np.argsort(-values, axis=1, kind="stable").tolist()
     return {f"layer_{layer}": row for layer, row in zip(observation.layers, order, strict=True)}
 

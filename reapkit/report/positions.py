@@ -177,7 +177,7 @@ def _known(values: ndarray) -> list[float | None]:
 
 
 def packed(matrix: ndarray, dtype: str) -> dict[str, Any]:
-    """A matrix as little-endian bytes in base64: `f4` (None as NaN), `i2` or `u1`; a quarter of its size as JSON
-    text."""
+    """A matrix [L, n] of numbers as little-endian bytes in base64, rounded to `dtype` (`f4`, `i2` or `u1`): a quarter
+    of its size as JSON text."""
     values = np.ascontiguousarray(matrix, f"<{dtype}")
     return {"shape": list(matrix.shape), "dtype": dtype, "base64": base64.b64encode(values.tobytes()).decode()}

@@ -120,7 +120,8 @@ def decided_label(view: View) -> str:
 
 
 def removal_rank(values: ndarray) -> ndarray:
-    """Each expert's place in the order of removal, 0 for the first to go."""
+    """Each expert's place in the order of removal, int64 [L, E], 0 for the first to go; `values` float64 [L, E], its
+    saliency."""
     order = statistics.removal_order(values)
     return np.argsort(order, axis=1)
 

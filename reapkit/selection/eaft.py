@@ -198,8 +198,12 @@ def _layer_sums(
 def region_of(
     p: ndarray, h: ndarray, borders: RegionBorders, *, p_from: ndarray | None = None, h_from: ndarray | None = None
 ) -> ndarray:
-    """The region of each position, int64: conflict first, then uncertain, then good, then other. Of cells: `p`, `h` are
-    the greatest values they can hold, `p_from`, `h_from` the least.
+    """The region of each position, int64 [n], an index into REGIONS: conflict first, then uncertain, then good, then
+    other.
+
+    `p`: float32 [n], probability of the reference token; `h`: float32 [n], entropy / ln k. Of cells of a table: `p`
+    float32 [P, 1] and `h` [H] are the greatest values they can hold, `p_from` [P, 1] and `h_from` [H] the least; the
+    result is [P, H].
     """
     p_from, h_from = p if p_from is None else p_from, h if h_from is None else h_from
     wrong = p <= borders.p_low
@@ -239,7 +243,7 @@ def quantile(values: Sequence[ndarray], alphas: Sequence[Fraction], level: Decim
     """The least value v with Σ_s α_s·|{x ≤ v}| ≥ level·Σ_s α_s·n_s; with equal α the ⌈level·n⌉-th smallest, no
     interpolation.
 
-    `values`: one ascending float32 tensor per source. Exact: counts are integers and α, level fractions. A level of 0
+    `values`: float32 [n_s] of each source, ascending. Exact: counts are integers and α, level fractions. A level of 0
     gives the smallest value; no position at all gives NaN.
     """
     weighed = [(ordered, alpha) for ordered, alpha in zip(values, alphas, strict=True) if alpha and len(ordered)]

@@ -45,7 +45,7 @@ class CutCurve:
 
 
 def cut_curve(summed: Totals, values: ndarray) -> CutCurve:
-    """The trade-off over every ratio, from one observation."""
+    """The trade-off over every ratio, from one observation; `values` float64 [L, E], its saliency."""
     order = removal_order(values)
     traffic, mass = _deleted(summed.count, order), _deleted(summed.gate_norm_sum, order)
     experts = values.shape[1]
@@ -54,7 +54,10 @@ def cut_curve(summed: Totals, values: ndarray) -> CutCurve:
 
 
 def removal_order(values: ndarray) -> ndarray:
-    """Experts of each layer, least salient first; of equals the higher index goes first. int64 [L, E]."""
+    """Experts of each layer, least salient first, int64 [L, E]; of equals the higher index goes first.
+
+    `values`: float64 [L, E], saliencies; -inf for experts never routed.
+    """
     return np.argsort(-values, axis=1, kind="stable")[:, ::-1]
 
 
@@ -73,19 +76,28 @@ def dropped_mask(selection: Selection, experts: int) -> ndarray:
 
 
 def share_deleted(values: ndarray, dropped: ndarray) -> float | None:
-    """Σ over dropped / Σ over all, for N (traffic) or Σgn (saliency mass); any shape."""
+    """Σ over dropped / Σ over all, for N (traffic) or Σgn (saliency mass); None where the sum over all is 0.
+
+    `values` float64 and `dropped` bool, both of any shape: [L, E], or [E] of one layer.
+    """
     return _ratio(values[dropped].sum(), values.sum())
 
 
 def floors(values: ndarray, dropped: ndarray) -> list[float | None]:
-    """The highest saliency dropped in each layer; None where nothing, or only experts never routed, were dropped."""
+    """The highest saliency dropped in each layer; None where nothing, or only experts never routed, were dropped.
+
+    `values`: float64 [L, E], saliencies; `dropped`: bool [L, E].
+    """
     highest = np.where(dropped, values, -np.inf).max(1)
     return [None if value == -math.inf else value for value in highest.tolist()]
 
 
 def tail_risks(gate_norm_max: ndarray, dropped: ndarray) -> list[float | None]:
-    """Share of each layer's dropped experts whose largest gn lies in the top quarter over all layers: rare but
-    large."""
+    """Share of each layer's dropped experts whose largest gn lies in the top quarter over all layers: rare but large;
+    None where a layer drops none.
+
+    `gate_norm_max`: float32 [L, E]; `dropped`: bool [L, E].
+    """
     ordered = np.sort(gate_norm_max, axis=None)
     limit = ordered[math.ceil(TAIL_QUARTER * len(ordered)) - 1]
     risky = (gate_norm_max > limit) & dropped
@@ -93,13 +105,16 @@ def tail_risks(gate_norm_max: ndarray, dropped: ndarray) -> list[float | None]:
 
 
 def balance(count: ndarray) -> list[float | None]:
-    """CV = std(N) / mean(N) of each layer: 0 where every expert is used equally. std over the population."""
+    """CV = std(N) / mean(N) of each layer, of `count` N float64 [L, E]: 0 where every expert is used equally. std over
+    the population."""
     return [_ratio(*pair) for pair in zip(count.std(1), count.mean(1), strict=True)]
 
 
 def redundancy_coverage(coactivation: ndarray | None, dropped: ndarray) -> list[float | None]:
-    """Σ_{i∈D, j∉D} C_ij / Σ_{i∈D, j≠i} C_ij by layer: how much of what fires beside dropped experts survives. C: [L, E,
-    E]."""
+    """Σ_{i∈D, j∉D} C_ij / Σ_{i∈D, j≠i} C_ij by layer: how much of what fires beside dropped experts survives.
+
+    `coactivation` C: float64 [L, E, E], positions routed to both; None gives None everywhere. `dropped` D: bool [L, E].
+    """
     if coactivation is None:
         return [None] * len(dropped)
     pairs = coactivation * (1 - np.eye(dropped.shape[1]))
@@ -109,7 +124,7 @@ def redundancy_coverage(coactivation: ndarray | None, dropped: ndarray) -> list[
 
 
 def chance_coverage(dropped: ndarray) -> list[float | None]:
-    """kept / (E - 1): the coverage if co-activation were even."""
+    """kept / (E - 1) by layer: the coverage if co-activation were even. `dropped`: bool [L, E]."""
     experts = dropped.shape[1]
     return [kept / (experts - 1) if experts > 1 else None for kept in (~dropped).sum(1).tolist()]
 
@@ -121,7 +136,8 @@ def chance_coverage(dropped: ndarray) -> list[float | None]:
 def drivers(summed: Totals, values: ndarray) -> dict[str, dict[str, float | None]]:
     """Pearson and Spearman correlation of saliency with N, Σg/N, Σn/N and max n, averaged over layers; N = 0 excluded.
 
-    Layers where either side is constant have no correlation and are left out of the average.
+    `values`: float64 [L, E], saliencies. Layers where either side is constant have no correlation and are left out of
+    the average.
     """
     columns = {
         "count": summed.count,
@@ -141,7 +157,7 @@ def drivers(summed: Totals, values: ndarray) -> dict[str, dict[str, float | None
 
 
 def pearson(a: ndarray, b: ndarray) -> float | None:
-    """Pearson correlation of two vectors in float64; None where one is constant or empty."""
+    """Pearson correlation of two vectors [n] of any dtype, in float64; None where one is constant or empty."""
     if not a.size:
         return None
     a, b = (values.astype(np.float64) - values.mean(dtype=np.float64) for values in (a, b))
@@ -150,7 +166,7 @@ def pearson(a: ndarray, b: ndarray) -> float | None:
 
 
 def spearman(a: ndarray, b: ndarray) -> float | None:
-    """Pearson correlation of the ranks, ties sharing their mean rank."""
+    """Pearson correlation of the ranks of two vectors [n], ties sharing their mean rank; None where `pearson` is."""
     return pearson(_ranks(a), _ranks(b))
 
 
@@ -160,7 +176,7 @@ def _ranks(values: ndarray) -> ndarray:
 
 
 def concentration(gate_norm_sum: ndarray) -> dict[int, list[float | None]]:
-    """Share of Σgn in each layer's top 4, 8, 16, … experts (below E), by layer."""
+    """Share of Σgn, float64 [L, E], in each layer's top 4, 8, 16, … experts (below E), by layer."""
     ordered = np.sort(gate_norm_sum, axis=1)[:, ::-1]
     total = ordered.sum(1)
     sizes = [4 << i for i in range(20) if 4 << i < ordered.shape[1]]
@@ -180,7 +196,8 @@ def kept_overlap(one: Mapping[int, Sequence[int]], other: Mapping[int, Sequence[
 
 
 def rank_correlation(one: ndarray, other: ndarray) -> list[float | None]:
-    """Spearman correlation of two saliencies by layer; experts never routed (-inf) share the lowest rank."""
+    """Spearman correlation of two saliencies, float64 [L, E], by layer; experts never routed (-inf) share the lowest
+    rank."""
     return [spearman(a, b) for a, b in zip(one, other, strict=True)]
 
 

@@ -46,8 +46,8 @@ class Totals:
         return Columns()[name] if value is None else value
 
     def mean(self, sums: ndarray, prior_count: float = 0.0) -> ndarray:
-        """Σ / (N + λ) with λ in tokens; an expert without tokens becomes 0/0 = NaN unless λ > 0, and ranks last either
-        way."""
+        """Σ / (N + λ), float64 [L, E], of `sums` Σ [L, E] with `prior_count` λ in tokens; an expert without tokens
+        becomes 0/0 = NaN unless λ > 0, and ranks last either way."""
         with np.errstate(invalid="ignore"):
             return sums / (self.count + prior_count * self.mean_alpha)
 

@@ -84,22 +84,24 @@ class Criterion:
         return self.ranked(self.values(evidence, spec), evidence)
 
     def values(self, evidence: Evidence, spec: SaliencySpec) -> ndarray:
-        """As `saliency`, before experts without positions are put last: NaN may stand where `counts` is 0."""
+        """As `saliency`, float64 [L, E], before experts without positions are put last: NaN may stand where `counts` is
+        0."""
         self._check_held(evidence.observation)
         with np.errstate(divide="ignore", invalid="ignore"):  # what is not finite is masked or refused by `ranked`
             found = _as_array(self.function(evidence, spec), evidence.totals.count.shape, self.name)
         return self.reduced(found, evidence, spec)
 
     def reduced(self, sums: ndarray, evidence: Evidence, spec: SaliencySpec) -> ndarray:
-        """Σ / (N + λ) with N the `counts` and λ in tokens, scaled as the sources are; the bare sums where they are
-        sums by nature or `reduction: sum` asks for them. 0/0 is NaN."""
+        """Σ / (N + λ), float64 [L, E], with `sums` Σ float64 [L, E], N the `counts` and λ in tokens, scaled as the
+        sources are; the bare sums where they are sums by nature or `reduction: sum` asks for them. 0/0 is NaN."""
         if self.reduction != "mean" or spec.reduction == "sum":
             return sums
         with np.errstate(divide="ignore", invalid="ignore"):
             return sums / (self.counts(evidence) + spec.prior_count * evidence.totals.mean_alpha)
 
     def ranked(self, values: ndarray, evidence: Evidence) -> ndarray:
-        """`values` with -inf where `counts` is 0. Raises UnusableError for any other number that is not finite.
+        """`values`, float64 [L, E], with -inf where `counts` is 0. Raises UnusableError for any other number that is
+        not finite.
 
         topk and argsort both rank NaN highest, so an expert without positions must never reach them as NaN.
         """

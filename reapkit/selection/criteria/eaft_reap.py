@@ -27,7 +27,7 @@ Liang, Kongming and Xu, Weiran and Ma, Zhanyu},
 
 
 def weighed_sum(evidence: Evidence, spec: SaliencySpec) -> ndarray:
-    """Σ w·g·n over the positions with a signal that are routed to the expert, signed."""
+    """Σ w·g·n over the positions with a signal that are routed to the expert, signed, float64 [L, E]."""
     return evidence.regions.sums(evidence.alphas, region_weights(spec.eaft))
 
 
@@ -37,7 +37,10 @@ def positions_with_signal(evidence: Evidence) -> ndarray:
 
 
 def remarks(evidence: Evidence, spec: SaliencySpec, kept: Kept, kept_by: Callable[[ndarray], Kept]) -> Remarks:
-    """The regions, and how many kept experts would be others if conflict positions weighed what the rest weighs."""
+    """The regions, and how many kept experts would be others if conflict positions weighed what the rest weighs.
+
+    `kept_by`: the experts that would be kept by other numbers, float64 [L, E].
+    """
     sums = evidence.regions.sums(evidence.alphas, weights_without_conflict(spec.eaft))
     without = kept_by(EAFT_REAP.ranked(EAFT_REAP.reduced(sums, evidence, spec), evidence))
     changed = {str(layer): len(set(kept[layer]) - set(experts)) for layer, experts in without.items()}

@@ -10,7 +10,7 @@ from reapkit.selection.evidence import Evidence
 
 
 def norm_sum(evidence: Evidence, spec: SaliencySpec) -> ndarray:
-    """Σn over the positions routed to the expert."""
+    """Σn over the positions routed to the expert, float64 [L, E]."""
     return evidence.totals.norm_sum
 
 

@@ -10,7 +10,7 @@ from reapkit.selection.evidence import Evidence
 
 
 def count(evidence: Evidence, spec: SaliencySpec) -> ndarray:
-    """N: the positions routed to the expert."""
+    """N, the positions routed to the expert, float64 [L, E]."""
     return evidence.totals.count
 
 

@@ -19,7 +19,7 @@ Thangarasa, Vithursan},
 
 
 def gate_norm_sum(evidence: Evidence, spec: SaliencySpec) -> ndarray:
-    """Σgn over the positions routed to the expert."""
+    """Σgn over the positions routed to the expert, float64 [L, E]."""
     return evidence.totals.gate_norm_sum
 
 

@@ -37,12 +37,12 @@ def each_alone(evidence: Evidence) -> Removal:
 
 
 def path_error(evidence: Evidence, spec: SaliencySpec) -> ndarray:
-    """‖y(A) − y‖² / ‖r‖² once the expert is gone and all that the path removes before it."""
+    """‖y(A) − y‖² / ‖r‖² once the expert is gone and all that the path removes before it, float64 [L, E]."""
     return _or_reap(along_the_path(evidence), evidence, spec)
 
 
 def single_error(evidence: Evidence, spec: SaliencySpec) -> ndarray:
-    """‖y(A) − y‖² / ‖r‖² without the expert alone."""
+    """‖y(A) − y‖² / ‖r‖² without the expert alone, float64 [L, E]."""
     return _or_reap(each_alone(evidence), evidence, spec)
 
 

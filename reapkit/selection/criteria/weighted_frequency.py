@@ -10,7 +10,7 @@ from reapkit.selection.evidence import Evidence
 
 
 def gate_sum(evidence: Evidence, spec: SaliencySpec) -> ndarray:
-    """Σg over the positions routed to the expert."""
+    """Σg over the positions routed to the expert, float64 [L, E]."""
     return evidence.totals.gate_sum
 
 
