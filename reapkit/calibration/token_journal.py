@@ -60,8 +60,8 @@ class Samples:
 
     @contextmanager
     def reader(self) -> Iterator[Callable[[int, int, int], tuple[np.ndarray, np.ndarray]]]:
-        """For the block, a function from (sample, start, stop) to those tokens' ids int32 and marks uint8, read from
-        disk."""
+        """For the block, a function from (sample, start, stop) to those tokens' ids, int32 [stop - start], and marks,
+        uint8 [stop - start] (1: written by the assistant), read from disk."""
         offsets = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
         with (
             (self.directory / "input_ids.bin").open("rb") as ids,

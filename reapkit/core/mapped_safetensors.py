@@ -19,7 +19,7 @@ WRITTEN = {name: code for code in ("F64", "F32", "I64", "I32", "I16", "U8") if (
 
 
 def map_tensors(path: Path) -> dict[str, ndarray]:
-    """Every tensor of a safetensors file as a read-only array.
+    """Every tensor of a safetensors file as a read-only array by name, of any shape, in the file's dtype.
 
     Raises UnusableError where its header is not to be trusted or names another dtype than those of WRITTEN.
     """
@@ -40,8 +40,9 @@ def map_tensors(path: Path) -> dict[str, ndarray]:
 
 
 def create_tensors(path: Path, shapes: Mapping[str, tuple[str, int]]) -> dict[str, ndarray]:
-    """A safetensors file of 1-d tensors (name to dtype and length), allocated at once and returned as writable memory
-    maps.
+    """A safetensors file of 1-d tensors, allocated at once and returned as writable memory maps [length] by name.
+
+    `shapes`: each tensor's dtype, as WRITTEN spells it, and length.
 
     The bytes depend on names, dtypes, lengths and what is written, on nothing else. Wide types come first, which aligns
     all.

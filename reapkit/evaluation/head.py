@@ -76,7 +76,8 @@ def output_embeddings(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[
 
 
 def has_embeddings(model: nn.Module, weights: dict[str, Tensor]) -> bool:
-    """Whether the model's output embeddings are exactly `weights`, dtypes included (see `embedding_weights`)."""
+    """Whether the model's output embeddings are exactly `weights`, dtypes included: `weight` `[vocabulary, hidden]`
+    and, where there is one, `bias` `[vocabulary]`, as `embedding_weights` gives them."""
     own = embedding_weights(model)
     return own.keys() == weights.keys() and all(
         own[name].dtype == tensor.dtype and torch.equal(own[name], tensor) for name, tensor in weights.items()

@@ -95,8 +95,8 @@ def routing_modules(site: RoutedExperts) -> Iterator[tuple[str, nn.Module]]:
 
 @contextmanager
 def sliced_routing(site: RoutedExperts, kept: Tensor) -> Iterator[None]:
-    """Inside the block the router's tensors hold only the rows of `kept` (int64, ascending), and the counts beside them
-    say so."""
+    """Inside the block the router's tensors hold only the rows of `kept` (int64 [kept experts], ascending), and the
+    counts beside them say so."""
     undo: list[tuple[dict[str, Any], str, Any]] = []
     try:
         slice_routing(site, kept, undo)
@@ -107,8 +107,8 @@ def sliced_routing(site: RoutedExperts, kept: Tensor) -> Iterator[None]:
 
 
 def slice_routing(site: RoutedExperts, kept: Tensor, undo: list[tuple[dict[str, Any], str, Any]]) -> None:
-    """Slices the router to the rows of `kept` (int64, ascending); what each (store, key) held before is appended to
-    `undo`.
+    """Slices the router to the rows of `kept` (int64 [kept experts], ascending); what each (store, key) held before is
+    appended to `undo`.
 
     Raises UnusableError where the router cannot route to `kept`, or has no rows to slice.
     """

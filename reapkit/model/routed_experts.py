@@ -288,10 +288,12 @@ class Pairs:
 
 
 def observed_forward(site: RoutedExperts, hidden: Tensor, index: Tensor, gates: Tensor) -> tuple[Tensor, Pairs]:
-    """What the experts module returns, and what each pair put out before its gate.
+    """What the experts module returns, [tokens, hidden] in the dtype of `hidden`, and what each pair put out before its
+    gate.
 
-    Where the gate scales the input (llama4), norm is ‖f(g·x)‖ / g, so that gate times norm is what the pair adds
-    to the output, and the peak is that of f(g·x).
+    `hidden`: [tokens, hidden] in the model's dtype; `index`: int64 [tokens, top_k], experts; `gates`: [tokens, top_k],
+    in the dtype the router hands them over in. Where the gate scales the input (llama4), norm is ‖f(g·x)‖ / g, so that
+    gate times norm is what the pair adds to the output, and the peak is that of f(g·x).
     """
     expert, order = torch.sort(index.reshape(-1), stable=True)
     gate = gates.reshape(-1)[order]

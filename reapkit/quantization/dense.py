@@ -39,15 +39,15 @@ class PackedDirectory:
         self._files.close()
 
     def read(self, checkpoint: Checkpoint, name: str) -> Tensor:
-        """One tensor in the shape and dtype in which it is stored."""
+        """One tensor of any shape, in the shape and dtype in which it is stored."""
         shard = (str(checkpoint.path), checkpoint.tensors[name].shard)
         if shard not in self._open:
             self._open[shard] = self._files.enter_context(safe_open(checkpoint.path / shard[1], "pt"))
         return self._open[shard].get_tensor(name)
 
     def parts(self, prefix: str) -> dict[str, Tensor]:
-        """The stored parts of one matrix by name (`formats.PARTS`), in their stored shapes and dtypes; empty where
-        there are none."""
+        """The stored parts of one matrix [out, in] by name (`formats.PARTS`), in their stored shapes and dtypes; empty
+        where there are none."""
         names = {part: f"{prefix}.{part}" for part in COMPRESSED_PARTS if f"{prefix}.{part}" in self.directory.tensors}
         return {part: self.read(self.directory, name) for part, name in names.items()}
 
@@ -57,13 +57,14 @@ class PackedDirectory:
         return [matrix.module] if len(matrix.tensor.shape) == 2 else expert_prefixes(matrix)
 
     def dense(self, name: str) -> Tensor:
-        """The source tensor `name` as its packed form says, in the source's shape and dtype."""
+        """The source tensor `name` as its packed form says, in the source's dtype and shape: a matrix [out, in], or
+        experts stacked [experts, ...]."""
         source = self.source_dense(name)
         pieces = [decompress(self.parts(prefix), self.scheme).to(source.dtype) for prefix in self.expected(name)]
         return pieces[0] if len(source.shape) == 2 else _restacked(pieces, self.plan.matrices[name], source)
 
     def source_dense(self, name: str) -> Tensor:
-        """The source tensor itself in its shape and dtype; block FP8 multiplied out, in bf16."""
+        """The source tensor itself, of any shape, in its dtype; block FP8 [out, in] multiplied out, in bf16."""
         source = self.read(self.source, name)
         scale = f"{name}{BLOCK_SCALE}"
         if scale not in self.source.tensors:
@@ -72,8 +73,8 @@ class PackedDirectory:
         return unblocked(source, self.read(self.source, scale), block)
 
     def state_dict(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the source in its shape: the quantized ones dequantized to the source's dtype (block FP8:
-        bf16), the others as the directory holds them."""
+        """Every tensor of the source, of any shape, in its shape: the quantized ones dequantized to the source's dtype
+        (block FP8: bf16), the others as the directory holds them."""
         for name in self.source.tensors:
             if name.endswith(BLOCK_SCALE):
                 continue
@@ -120,7 +121,8 @@ def unblocked(weight: Tensor, scale: Tensor, block: Sequence[int]) -> Tensor:
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:
-    """‖value − reference‖ / ‖reference‖ of two tensors of one shape, in float32; 0 for two zeros."""
+    """‖value − reference‖ / ‖reference‖ of two tensors of one shape (any shape and dtype), in float32; 0 for two
+    zeros."""
     difference, size = (value.float() - reference.float()).norm().item(), reference.float().norm().item()
     return difference / size if size else float(difference > 0)
 

@@ -92,10 +92,10 @@ def run_oneshot(
     device: torch.device,
     progress: Progress,
 ) -> None:
-    """Runs llm-compressor's calibration on `rows` (see `equal_batches`; none: data-free) with the model's own
-    attention.
+    """Runs llm-compressor's calibration on `rows` with the model's own attention.
 
-    Raises StageFailed where another attention was run.
+    `rows`: batches as `equal_batches` gives them, `input_ids` int64 [rows, tokens] and perhaps `position_ids` alike;
+    none of them: data-free. Raises StageFailed where another attention was run.
     """
     from llmcompressor import oneshot
 
@@ -244,7 +244,8 @@ def _proven(model: nn.Module, layers: nn.ModuleList, rows: list[dict[str, Tensor
 
 @contextmanager
 def unchanged_without_rounding(model: nn.Module, rows: list[dict[str, Tensor]]) -> Iterator[None]:
-    """Raises StageFailed where the rescaling that awq did changes the model even before anything is rounded.
+    """Raises StageFailed where the rescaling that awq did changes the model even before anything is rounded, on the
+    first of `rows` (`input_ids` int64 [rows, tokens], see `equal_batches`).
 
     It does where a layer reads a rescaled norm and is not told, such as a router or a shared expert that awq's mappings
     do not know.

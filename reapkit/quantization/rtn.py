@@ -96,6 +96,8 @@ class BlockFp8(Converter):
         return {scale} if scale in self.checkpoint.tensors else set()
 
     def process(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """`tensors` without their scales: float8 weights [out, in] multiplied out to bf16, on the meta device their
+        shape alone; the others, of any shape, as they are."""
         for name in [name for name in tensors if f"{name}{BLOCK_SCALE}" in tensors]:
             scale = tensors.pop(f"{name}{BLOCK_SCALE}")
             if scale.device.type == "meta":

@@ -45,7 +45,8 @@ class ShardWriter:
 
     @contextmanager
     def shard(self, name: str) -> Iterator[Callable[[dict[str, Tensor]], None]]:
-        """Takes the tensors that stand for one shard of the source, as they come; no more than one file's are held."""
+        """Takes the tensors that stand for one shard of the source, of any shape and dtype, as they come; no more than
+        one file's are held."""
         held: dict[str, Tensor] = {}
 
         def add(tensors: dict[str, Tensor]) -> None:
@@ -178,7 +179,7 @@ def _loaded_names(checkpoint: Checkpoint, modules: Mapping[str, str], trust_remo
 
 
 def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
-    """One tensor of the checkpoint in its stored shape and dtype, read by itself."""
+    """One tensor of the checkpoint, of any shape, in its stored shape and dtype, read by itself."""
     with safe_open(checkpoint.path / checkpoint.tensors[name].shard, "pt") as file:
         return file.get_tensor(name)
 

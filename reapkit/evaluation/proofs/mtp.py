@@ -51,7 +51,8 @@ class MtpPair:
                 self.expected = block_logits(blocks, model, rows)
 
     def prove(self, model: nn.Module, rows: Tensor) -> list[Proof]:
-        """The same of the pruned directory's blocks behind its loaded `model`, on the same `rows`."""
+        """The same of the pruned directory's blocks behind its loaded `model`, on the same `rows` `[rows, tokens]`
+        int64."""
         if not self.layers:
             return []
         if self.unloadable is not None:

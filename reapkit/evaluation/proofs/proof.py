@@ -82,7 +82,7 @@ class Reader:
 
 
 def same_bits(left: Tensor, right: Tensor) -> bool:
-    """Equal dtype, shape (any) and bytes; NaNs with equal bits are equal."""
+    """Two tensors of any shape and dtype have equal dtype, shape and bytes; NaNs with equal bits are equal."""
     if left.dtype != right.dtype or left.shape != right.shape:
         return False
     return torch.equal(
@@ -181,7 +181,8 @@ def loaded(
 
 
 def equal_logits(got: Tensor, expected: Tensor, reference: str) -> Proof:
-    """Finite, and equal to `reference`'s but for rounding in the dtype they were computed in; both of one shape.
+    """Logits `[..., vocabulary]` are finite, and equal to `reference`'s of the same shape but for rounding in the dtype
+    they were computed in.
 
     Measured is max |got − expected| / std(expected), in float32.
     """

@@ -35,7 +35,8 @@ class Accelerator:
         return torch.empty(nbytes, dtype=torch.uint8)
 
     def copy(self, source: Tensor, target: Tensor, after: Event | None) -> Event | None:
-        """Copies to the device beside the forward, not before `after`; the event of its end."""
+        """Copies `source`, uint8 [nbytes] on the host, to `target`, uint8 [nbytes] on the device, beside the forward,
+        not before `after`; the event of its end."""
         target.copy_(source)
         return None
 
@@ -55,10 +56,12 @@ class CudaAccelerator(Accelerator):
         self._stream = torch.cuda.Stream(device)
 
     def buffer(self, nbytes: int) -> Tensor:
+        """Pinned host memory, uint8 [nbytes], to copy from."""
         with torch.cuda.device(self.device):  # else a rank's reader thread would open a context on the first card
             return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
     def copy(self, source: Tensor, target: Tensor, after: Event | None) -> Event:
+        """Copies uint8 [nbytes] from pinned memory on the stream of its own."""
         with torch.cuda.stream(self._stream):
             if after is not None:
                 self._stream.wait_event(cast(torch.cuda.Event, after))

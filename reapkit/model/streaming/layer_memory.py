@@ -38,8 +38,8 @@ class Arena:
         self.memory, self.after = memory, after
 
     def tensor(self, shape: torch.Size, dtype: torch.dtype, phase: int = 0) -> Tensor:
-        """An uninitialised tensor, `phase` bytes behind a multiple of `ALIGNMENT`. Raises ValueError where the block is
-        full."""
+        """An uninitialised tensor of any shape and dtype, `phase` bytes behind a multiple of `ALIGNMENT`. Raises
+        ValueError where the block is full."""
         begin = self.used + phase
         end = begin + shape.numel() * dtype.itemsize
         if end > len(self.block):

@@ -90,7 +90,8 @@ class LayerPass:
 
     @contextmanager
     def at_hand(self, forward: Forward) -> Iterator[Tensor]:
-        """A parked forward's hidden states, to read or to change in place; they are parked again after the block."""
+        """A parked forward's hidden states [batch, tokens, hidden] in the model's dtype, to read or to change in place;
+        they are parked again after the block."""
         self._spool.unpark(forward)
         yield cast(Tensor, forward.hidden)
         self._spool.park(forward)

@@ -183,7 +183,7 @@ class LayeredModel:
         return None, {found.expert: name for name in names if (found := expert_tensor(name))}
 
     def read(self, name: str, entry: int | None = None) -> torch.Tensor:
-        """A checkpoint tensor, or one entry of its first axis, as it is stored."""
+        """A checkpoint tensor of any shape, or one entry of its first axis, in the dtype it is stored in."""
         with ShardReader(self.path, self._facts) as reader:
             stored = Stored(reader, self._checkpoint.tensors[name])
             return stored[...] if entry is None else stored.entries(entry, entry + 1)[0]

@@ -42,10 +42,11 @@ class Forward:
         return self._greenlet.dead
 
     def replace_hidden(self, hidden: Tensor) -> None:
-        """The next layer reads `hidden` instead."""
+        """The next layer reads `hidden`, [batch, tokens, hidden] in the model's dtype, instead."""
         self.hidden = self._replacement = hidden
 
     def taken_replacement(self) -> Tensor | None:
+        """What `replace_hidden` was given since the last call, [batch, tokens, hidden]; None where nothing was."""
         replacement, self._replacement = self._replacement, None
         return replacement
 

@@ -37,7 +37,7 @@ class Stored:
         return whole[index]
 
     def entries(self, begin: int, end: int) -> Tensor:
-        """Entries [begin, end) of the first axis."""
+        """Entries `begin` to `end` of the first axis, [end - begin, ...] in the stored dtype."""
         part = torch.empty((end - begin, *self.info.shape[1:]), dtype=TORCH_DTYPES[self.info.dtype])
         self._reader.read_into(
             self.info.shard, self.info.begin + begin * (self.info.nbytes // self.info.shape[0]), bytes_of(part)
@@ -249,7 +249,7 @@ STACKINGS = ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 
 
 
 def place_all(fillings: Iterable[Filling], arena: Arena, reader: ShardReader) -> dict[str, Tensor]:
-    """The tensors by target, in `arena`'s memory."""
+    """The tensors by target, in `arena`'s memory: of any shape, each in its filling's dtype."""
     placed = {}
     for filling in fillings:
         placed[filling.target] = arena.tensor(filling.shape, filling.dtype, filling.phase)
@@ -258,7 +258,8 @@ def place_all(fillings: Iterable[Filling], arena: Arena, reader: ShardReader) ->
 
 
 def read_into(place: Tensor, reader: ShardReader, info: TensorInfo) -> None:
-    """Reads a tensor into contiguous `place`, rounded to its dtype as `Tensor.to` rounds."""
+    """Reads a tensor of any shape into contiguous `place` of the same shape, rounded to its dtype as `Tensor.to`
+    rounds."""
     stored = TORCH_DTYPES[info.dtype]
     if stored == place.dtype:
         return reader.read_into(info.shard, info.begin, bytes_of(place))
@@ -271,7 +272,7 @@ def read_into(place: Tensor, reader: ShardReader, info: TensorInfo) -> None:
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous host tensor."""
+    """The memory of a contiguous host tensor of any shape and dtype."""
     return memoryview(tensor.view(-1).view(torch.uint8).numpy())
 
 
