@@ -3,6 +3,7 @@ wrong with it."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -90,11 +91,14 @@ def can_browse() -> None:
 
 @contextmanager
 def browser_or_skip() -> Iterator[Browser]:
-    """One browser for the block; skips the test, with the reason, where none can be started."""
+    """One browser for the block. Where none can be started, the test is skipped with the reason; under continuous
+    integration (`CI` is set) it fails."""
     started = browser()
     try:
         found = started.__enter__()
     except UnusableError as error:
+        if os.environ.get("CI"):
+            pytest.fail(str(error))
         pytest.skip(str(error))
     try:
         yield found
