@@ -39,7 +39,7 @@ class Target:
 
     @property
     def amount(self) -> int:
-        return self.tokens if self.samples is None else self.samples
+        return (self.tokens or 0) if self.samples is None else self.samples
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ class Sample:
             return len(self.text.strip())
         return sum(
             len(turn["content"].strip()) + sum(len(str(call)) for call in turn.get("tool_calls", ()))
-            for turn in self.messages
+            for turn in self.messages or ()
         )
 
     @property

@@ -22,13 +22,16 @@ MAX_SAMPLE_BYTES = 8 << 20
 class Rows(Protocol):
     """Numbered rows. `total` is None where there is no end or it is not known."""
 
-    total: int | None
+    @property
+    def total(self) -> int | None: ...
 
     def read(self, numbers: Sequence[int]) -> list[Mapping[str, Any]]:
         """Rows by number. Raises ValueError beginning with the row's place."""
+        ...
 
     def place(self, number: int) -> str:
         """What a user would call the row, e.g. `data.jsonl:17`."""
+        ...
 
 
 class Generated:

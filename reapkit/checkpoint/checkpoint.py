@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,7 +19,7 @@ from reapkit.checkpoint.expert_layout import Layout
 from reapkit.checkpoint.layout_reading import read_layout
 from reapkit.core.errors import UnusableError
 from reapkit.core.hashing import digest, digest_file
-from reapkit.core.safetensors_header import TensorInfo, _read_header_text, _tensors_of
+from reapkit.core.safetensors_header import TensorInfo, read_header_text, tensors_of
 
 HASHED_SHARD_BYTES = 64_000_000  # a tenth of a second; larger shards are hashed while observe first reads them
 INDEX = "model.safetensors.index.json"
@@ -66,7 +66,7 @@ class Checkpoint:
     """sha256 of the shards that are not on this machine."""
 
     @classmethod
-    def open(cls, path: str | os.PathLike, *, absent: Mapping[str, AbsentShard] | None = None) -> Checkpoint:
+    def open(cls, path: str | os.PathLike[str], *, absent: Mapping[str, AbsentShard] | None = None) -> Checkpoint:
         """Reads config.json and the header of every shard that is not `absent`. Raises UnusableError naming what is
         missing."""
         path = Path(path)
@@ -153,9 +153,9 @@ def _read_tensors(path: Path, absent: Mapping[str, AbsentShard]) -> tuple[dict[s
     for shard in shards:
         if shard not in absent and not (path / shard).is_file():
             raise UnusableError(f"{path}: shard {shard} is missing. Download it again.")
-        size, text = absent[shard][:2] if shard in absent else _read_header_text(path / shard)
+        size, text = absent[shard][:2] if shard in absent else read_header_text(path / shard)
         sha.update(f"{shard}\n{len(text)}\n".encode() + text)
-        found = _tensors_of(path / shard, size, text)
+        found = tensors_of(path / shard, size, text)
         if weight_map is not None and list(map(weight_map.get, found)) != [shard] * len(found):
             found = {name: tensor for name, tensor in found.items() if weight_map.get(name, shard) == shard}
         if not tensors.keys().isdisjoint(found):
@@ -172,7 +172,7 @@ def _read_tensors(path: Path, absent: Mapping[str, AbsentShard]) -> tuple[dict[s
 
 
 @contextmanager
-def collector_paused() -> Iterator[None]:
+def collector_paused() -> Generator[None]:
     """Without the garbage collector, which would walk hundreds of thousands of new and lasting objects again and
     again."""
     was_enabled = gc.isenabled()

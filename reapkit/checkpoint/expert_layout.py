@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 from reapkit.checkpoint.projection_names import Role, Spelling
 from reapkit.core.safetensors_header import TensorInfo
@@ -81,7 +82,9 @@ class Kind:
     @property
     def experts(self) -> int:
         """Experts on the axis: the layer's, or more where an axis has entries of no routed expert."""
-        return self.layer.num_experts if self.axis is None else self.tensor.shape[self.axis]
+        if self.axis is not None:
+            return self.tensor.shape[self.axis]
+        return cast(MoeLayer, self.layer).num_experts
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ weights take.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from reapkit.checkpoint.checkpoint import INDEX, AbsentShard, Checkpoint, read_index
 from reapkit.core.errors import UnusableError
@@ -60,7 +60,9 @@ def hub_checkpoint(repository: str, revision: str | None) -> Checkpoint:
         )
         shards = _indexed(path) or {name for name in files if name.endswith(".safetensors")}
         remote = [files[name] for name in sorted(shards) if name in files and files[name].lfs is not None]
-        absent = {} if cached_snapshot(repository, info.sha) else _absent_shards(repository, info.sha, remote)
+        absent = (
+            {} if cached_snapshot(repository, info.sha) else _absent_shards(repository, cast(str, info.sha), remote)
+        )
     return Checkpoint.open(path, absent=absent)
 
 
@@ -105,7 +107,8 @@ def hub_revision(repository: str, kind: str) -> str:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return HfApi().repo_info(repository, repo_type=kind, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT).sha
+        found = HfApi().repo_info(repository, repo_type=kind, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
+        return cast(str, found.sha)
     except (httpx.HTTPError, HFValidationError, OSError) as error:
         cached = Path(constants.HF_HUB_CACHE) / f"{kind}s--{repository.replace('/', '--')}" / "refs" / "main"
         if cached.is_file():
@@ -204,7 +207,7 @@ def _silent_bar() -> type:
 
 
 @contextmanager
-def _explained(repository: str, revision: str | None, state: str) -> Iterator[None]:
+def _explained(repository: str, revision: str | None, state: str) -> Generator[None]:
     """Raises what goes wrong between us and the hub as UnusableError: what was found, and what would help."""
     import httpx
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError

@@ -321,8 +321,8 @@ def _router_axis(tensor: TensorInfo, own: str, lengths: list[int], source: _Sour
 def _agree_with_config(layers: Mapping[int, MoeLayer], source: _Source) -> None:
     per_layer = text_config(source.config).get("num_routed_experts_per_layer")
     for index, layer in layers.items():
-        listed = isinstance(per_layer, list) and index < len(per_layer)
-        declared = per_layer[index] if listed else source.architecture.num_experts
+        listed = per_layer[index : index + 1] if isinstance(per_layer, list) else []
+        declared = listed[0] if listed else source.architecture.num_experts
         if layer.num_experts != declared:
             raise UnusableError(
                 f"{source.path}: layer {index} holds {layer.num_experts} experts where config.json says "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+from typing import cast
 
 from reapkit.cli.app import quiet_libraries
 from reapkit.core.errors import ReapkitError, StageFailed
@@ -18,7 +19,7 @@ def follow(team: Team, debug: bool) -> int:
             from reapkit.observation.job import help_with
 
             help_with(job, team)
-        return team.outcome()
+        return cast(int, team.outcome())  # the jobs end once it is known
     except KeyboardInterrupt:
         raise
     except Exception as error:

@@ -6,6 +6,7 @@ import gc
 import os
 import sys
 import traceback
+from typing import Any, cast
 
 import typer
 
@@ -24,7 +25,8 @@ COLLECT_AFTER = 200_000
 """Objects made between two runs of Python's garbage collector: at its default of 700 it spends a fifth of what
 importing torch takes."""
 
-UsageError = typer.BadParameter.__mro__[1]  # typer carries its own click, whose errors it re-exports only in part
+UsageError = cast(type[Exception], typer.BadParameter.__mro__[1])
+"""typer carries its own click, whose errors it re-exports only in part."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -91,7 +93,7 @@ def _run(arguments: list[str], debug: bool) -> int:
     except typer.Exit as stop:
         return stop.exit_code
     except UsageError as error:
-        error.show()
+        cast(Any, error).show()
         return RecipeError.exit_code
     except (KeyboardInterrupt, typer.Abort):
         return _interrupted()

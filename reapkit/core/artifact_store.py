@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +54,7 @@ class Artifact:
 class Store:
     """The artifacts below one directory."""
 
-    def __init__(self, root: str | os.PathLike):
+    def __init__(self, root: str | os.PathLike[str]):
         self.root = Path(root)
 
     def directory(self, stage: str, key: str) -> Path:
@@ -70,7 +70,7 @@ class Store:
         return Artifact(stage, key, directory, manifest) if manifest.get("key") == key else None
 
     @contextmanager
-    def locked(self, stage: str, key: str, waiting: Any = None) -> Iterator[None]:
+    def locked(self, stage: str, key: str, waiting: Any = None) -> Generator[None]:
         """Holds the artifact's exclusive lock for the block; `waiting()` is called once if another process holds it."""
         self.root.mkdir(parents=True, exist_ok=True)
         with (self.root / f"{stage}-{key[:KEY_LETTERS]}.lock").open("w") as lock:
@@ -83,7 +83,7 @@ class Store:
             yield
 
     @contextmanager
-    def idle(self, name: str) -> Iterator[bool]:
+    def idle(self, name: str) -> Generator[bool]:
         """True, and then locked for the block, where no process is at the artifact of that directory name; False at
         once otherwise."""
         with (self.root / f"{name}.lock").open("a") as lock:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from reapkit.core.artifact_store import KEY_LETTERS, Store
 from reapkit.core.atomic_files import write_json
@@ -128,7 +129,7 @@ def _artifacts(file: Path) -> dict[str, str]:
     return dict(_read(file)["artifacts"])
 
 
-def _read(file: Path) -> dict:
+def _read(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text())
         if not {"directory", "artifacts"} <= found.keys() and "stages" not in found:
@@ -142,6 +143,6 @@ def _read(file: Path) -> dict:
 
 
 @contextmanager
-def _registry(store: Store) -> Iterator[None]:
+def _registry(store: Store) -> Generator[None]:
     with store.locked("runs", "registry"):
         yield

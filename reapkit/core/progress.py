@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -19,7 +19,7 @@ class Progress:
     """Silent by default; the command line's subclass draws bars on a terminal and prints plain lines elsewhere."""
 
     @contextmanager
-    def task(self, title: str, total: float | None = None, unit: str = "") -> Iterator[Task]:
+    def task(self, title: str, total: float | None = None, unit: str = "") -> Generator[Task]:
         """A bar of `total` units that lives for the block."""
         yield SILENT_TASK
 

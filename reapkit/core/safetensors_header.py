@@ -45,10 +45,10 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
     Raises UnusableError naming the file where it is truncated or inconsistent.
     """
-    return _tensors_of(path, *_read_header_text(path))
+    return tensors_of(path, *read_header_text(path))
 
 
-def _tensors_of(path: Path, size: int, text: bytes) -> dict[str, TensorInfo]:
+def tensors_of(path: Path, size: int, text: bytes) -> dict[str, TensorInfo]:
     shard, base = path.name, 8 + len(text)
     try:
         header = _parse_header(text)
@@ -104,7 +104,7 @@ def _refuse_gaps(path: Path, found: Iterable[TensorInfo], base: int, size: int) 
         raise UnusableError(f"{path}: holds {size} bytes where its header says {position}. Download it again.")
 
 
-def _read_header_text(path: Path) -> tuple[int, bytes]:
+def read_header_text(path: Path) -> tuple[int, bytes]:
     """The file's size and its header, in as few system calls as that takes: shards come by the thousand."""
     file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
     try:

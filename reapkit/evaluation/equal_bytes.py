@@ -28,7 +28,7 @@ class EqualBytes:
     spec: QuantizeSpec | None
 
     def __str__(self) -> str:
-        if self.scheme is None:
+        if self.scheme is None or self.nbytes is None:
             return "No scheme fits the unpruned model, so there is no equal-bytes control."
         share = f"{self.nbytes / self.target_bytes:.0%} of the result's bytes"
         if self.spec is None:
@@ -70,7 +70,7 @@ def next_scheme(checkpoint: Checkpoint, quantize: QuantizeSpec, nbytes: int) -> 
     """The smallest of the suggested schemes in which `checkpoint` takes more than `nbytes`, and by what
     factor, or None."""
     sizes = [
-        (quantized_bytes(checkpoint, spec), spec.scheme)
+        (quantized_bytes(checkpoint, spec), str(spec.scheme))
         for spec in _fitting(checkpoint, quantize, lambda scheme: scheme.suggested)
     ]
     larger = [each for each in sizes if each[0] > nbytes]

@@ -206,4 +206,6 @@ def _more_rows(value: float, interval: Sequence[float] | None, gate: Gate, rows:
 def overall(results: Iterable[GateResult]) -> Verdict:
     """One verdict for a candidate: any rejection rejects, any doubt leaves it undecided, else it passes."""
     verdicts = {result.verdict for result in results}
-    return next((verdict for verdict in ("reject", "undecided") if verdict in verdicts), "pass")
+    if "reject" in verdicts:
+        return "reject"
+    return "undecided" if "undecided" in verdicts else "pass"

@@ -130,7 +130,7 @@ def _left_padded(tokens: Sequence[Sequence[int]], model: nn.Module) -> tuple[Ten
     return ids, attended
 
 
-def _end_tokens(model: nn.Module) -> list[int]:
+def _end_tokens(model: Any) -> list[int]:
     found = model.generation_config.eos_token_id
     if found is None:
         found = model.config.get_text_config().eos_token_id

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -93,6 +93,10 @@ def _judging_rows(tokens: CalibrationTokens, rows: Sequence[int]) -> set[int]:
     return chosen or {rows[-1]}
 
 
+_Call = tuple[Tensor, Tensor, Tensor]
+"""What the experts are called with: hidden [t, hidden], experts int64 [t, k] and gates [t, k]."""
+
+
 @dataclass(eq=False)
 class _RefitBatch:
     """One batch on its way through the original (`name` None) or a pruned model, and what it left in the present
@@ -102,7 +106,7 @@ class _RefitBatch:
     batch: Batch
     forward: Forward | None = None
     output: Tensor | None = None
-    call: tuple[Tensor, Tensor, Tensor] | None = None
+    call: _Call | None = None
 
 
 @dataclass(eq=False)
@@ -111,7 +115,7 @@ class _Layer:
 
     call: tuple[tuple, dict] | None = None
     output: Tensor | None = None
-    experts: tuple[Tensor, Tensor, Tensor] | None = None
+    experts: _Call | None = None
     shift: Tensor | None = None
 
 
@@ -260,16 +264,18 @@ class _RefitPass:
         )
         return Refit(rounded, fitted.strength, fitted.fitted, fitted.held_out)
 
-    def _call_of(self, item: _RefitBatch) -> tuple[Tensor, Tensor, Tensor]:
+    def _call_of(self, item: _RefitBatch) -> _Call:
         """What the experts were called with, at positions that are not padding."""
-        return tuple(part[self._valid(item)].clone() for part in self.seen.experts)
+        hidden, index, gates = cast(_Call, self.seen.experts)
+        valid = self._valid(item)
+        return hidden[valid].clone(), index[valid].clone(), gates[valid].clone()
 
     def _added_share(self, layer: int) -> float:
         """c in 'the layer's output holds c times its experts' output', found by shifting that output.
 
         Raises UnusableError where there is no such c: a norm or a gate stands behind the experts.
         """
-        args, kwargs = self.seen.call
+        args, kwargs = cast(tuple[tuple[Any, ...], dict[str, Any]], self.seen.call)
         plain = self.seen.output.float()
         generator = torch.Generator().manual_seed(layer)
         hidden = self.seen.experts[0]
@@ -328,7 +334,7 @@ class _RefitPass:
                 item.call[0].shape[0], item.forward.hidden.shape[-1], dtype=torch.float32, device=self.layered.device
             )
             for expert, correction in corrections.items():
-                seen = _features(site, expert, *item.call)
+                seen = _features(site, expert, *cast(_Call, item.call))
                 if len(seen.rows):
                     change.index_add_(0, seen.rows, seen.features() @ correction.T)
             with self.layer_pass.at_hand(item.forward) as hidden:

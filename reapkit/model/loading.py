@@ -119,7 +119,7 @@ def final_hidden(model: nn.Module, input_ids: Tensor, position_ids: Tensor | Non
     return decoder(model)(input_ids=input_ids, use_cache=False, **positions)[0]
 
 
-def decoder(model: nn.Module) -> nn.Module:
+def decoder(model: Any) -> nn.Module:
     """The part of a causal LM that its forward calls for the final hidden states."""
     base = model.base_model
     return model.model if base is model else base  # llama4 names a prefix that it does not have

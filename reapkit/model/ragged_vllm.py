@@ -5,6 +5,9 @@ While decoder layer N is built, the shared config says layer N's number of exper
 for transformers. Checkpoints without `num_routed_experts_per_layer` are not touched.
 """
 
+# vLLM is installed where this runs, not where it is checked.
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import contextlib

@@ -37,7 +37,7 @@ class ImportedObservation:
         try:
             facts = json.loads((directory / "observation.json").read_text())
             names = FILES if facts["eaft"] else FILES[:2]
-            facts["layers"], facts["num_experts"], facts["sources"], facts["meta"]  # what is read below
+            _ = (facts["layers"], facts["num_experts"], facts["sources"], facts["meta"])  # what is read below
             hashes = _hashes([directory / name for name in names], cache)
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise UnusableError(

@@ -11,9 +11,10 @@ samples), before which nothing stands.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 import transformers
@@ -107,7 +108,9 @@ class MtpBlocks:
         """
         outputs: list[Tensor] = []
         hidden = hidden.to(self.device)
-        for depth, (block, site) in enumerate(zip(self.model.layers, self.sites, strict=True), start=1):
+        for depth, (block, site) in enumerate(
+            zip(cast(Iterable[nn.Module], self.model.layers), self.sites, strict=True), start=1
+        ):
             slots = entering(site, depth)
             if slots.at.shape[1] == 0:
                 continue

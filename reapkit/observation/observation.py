@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy import ndarray
@@ -79,7 +79,8 @@ class Trace:
         """This trace followed by `other`, whose source s becomes `other_source[s]`."""
 
         def routed(layer: int) -> tuple[ndarray, ndarray]:
-            return tuple(np.concatenate(pair) for pair in zip(self.routed(layer), other.routed(layer), strict=True))
+            (expert, gate_norm), (other_expert, other_gate_norm) = self.routed(layer), other.routed(layer)
+            return np.concatenate((expert, other_expert)), np.concatenate((gate_norm, other_gate_norm))
 
         source = other_source.astype(np.int16)[other.source]
         return Trace(
@@ -127,7 +128,7 @@ class Reroute:
     @property
     def measured(self) -> ndarray:
         """Which layers have paths, bool [L]."""
-        return (self.order >= 0).any(-1).any(-1)
+        return cast(ndarray, (self.order >= 0).any((-2, -1)))
 
 
 class Columns(dict[str, ndarray]):

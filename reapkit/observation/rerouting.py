@@ -38,6 +38,7 @@ class Outputs(Protocol):
 
         `tokens`: int64 [t], of the T; `experts`: int64 [t, m]; `coefficients`: float32 [t, m].
         """
+        ...
 
 
 @dataclass(frozen=True, eq=False)

@@ -110,7 +110,8 @@ def _pilot(
             hidden = final_hidden(model, batch.input_ids.to(device), positions)
         p, h, source = watch.signals(model, hidden)
         seen.append((p.cpu(), h.cpu(), source))
-    return tuple(torch.cat(parts).numpy() for parts in zip(*seen, strict=True))
+    p, h, source = (torch.cat(parts).numpy() for parts in zip(*seen, strict=True))
+    return p, h, source
 
 
 def _unwatched(site: RoutedExperts, hidden: Tensor, index: Tensor, gates: Tensor, inner: Experts) -> Tensor:

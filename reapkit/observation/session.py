@@ -92,8 +92,8 @@ class Session:
         layers = [site.layer for site in sites]
         if spec.reroute_tokens:
             layout |= {"reroute_tokens": spec.reroute_tokens}
-        starts = _signals_before(tokens) if spec.eaft else ()
-        in_cells = spec.eaft and trace_nbytes(len(sites), top_k, starts[-1]) > spec.trace_bytes
+        starts: tuple[int, ...] = _signals_before(tokens) if spec.eaft else ()
+        in_cells = bool(starts and trace_nbytes(len(sites), top_k, starts[-1]) > spec.trace_bytes)
         if in_cells:
             layout |= {"table": True}
         how = digest({"meta": meta, "layers": layers, "top_k": top_k, "eaft": spec.eaft, "files": FILES, **layout})[:12]

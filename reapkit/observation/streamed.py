@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -185,7 +185,7 @@ class _WavePass:
         self.num_experts = max(site.num_experts for site in session.sites)
 
     def on_experts(self, site: RoutedExperts, hidden: Tensor, index: Tensor, gates: Tensor, inner: Experts) -> Tensor:
-        return self.current(site, hidden, index, gates, inner)
+        return cast(BatchWatch, self.current)(site, hidden, index, gates, inner)
 
     def run(self, wave: Wave, task: Task) -> None:
         waiting = list(self._batches(wave.groups))
@@ -306,7 +306,7 @@ class _WavePass:
         for item in waiting:
             if item.forward.others() != checksums[item.name]:
                 return False
-            file = self.root / wave.taken_from / f"{item.name}.safetensors"
+            file = self.root / cast(str, wave.taken_from) / f"{item.name}.safetensors"
             item.forward.replace_hidden(load_file(file, device=str(self.layered.device))["hidden"])
             self.layer_pass.park(item.forward)
         return True

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from reapkit.core.artifact_store import Artifact, link_or_copy
 from reapkit.core.atomic_files import copy_file, write_json, write_text
@@ -138,7 +138,7 @@ def _push(run: Run, progress: Progress) -> None:
     repository = run.plan.recipe.output.push_to_hub
     if repository is None or "report" not in run.artifacts or not run.models:
         return
-    final = run.directory / run.models[-1].definition.directory
+    final = _published(run, run.models[-1])
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
@@ -157,7 +157,7 @@ def _finished(run: Run, stage: Stage, progress: Progress) -> Artifact:
     store = run.plan.store
     register(store, run.directory, {stage.name: store.directory(stage.name, stage.key).name})
     if (
-        stage.hit and store.get(stage.name, stage.key) is not None
+        stage.artifact is not None and stage.hit and store.get(stage.name, stage.key) is not None
     ):  # registered by now, so nobody clears it away any more
         progress.say(f"{stage.name}: in the store ({stage.artifact.directory.name})")
         run.warnings += stage.artifact.manifest.get("warnings", [])
@@ -237,10 +237,10 @@ def _stop_if_rejected(run: Run, progress: Progress) -> None:
 def _stop_if_final_rejected(run: Run) -> None:
     """A rejected directory is not published; an undecided one is there, and the command says that nobody knows yet."""
     summary, evaluate = run.summary("verify"), run.plan.recipe.evaluate
-    final = run.models[-1].definition.directory if run.models else ""
+    final = _published(run, run.models[-1]) if run.models else run.directory
     where = {
-        "reject": f"It was kept as {run.directory / f'{final}.rejected'}, unpublished.",
-        "undecided": f"It was written to {run.directory / final}, and not uploaded.",
+        "reject": f"It was kept as {final}.rejected, unpublished.",
+        "undecided": f"It was written to {final}, and not uploaded.",
     }.get(summary.get("verdict"))
     if where and (summary["verdict"] == "reject" or evaluate.on_undecided == "stop"):
         raise RejectedByGates(f"{summary['advice']}\n{where} All numbers: {run.directory / 'report.html'}")
@@ -251,7 +251,7 @@ def _drop_unwanted(run: Run) -> None:
     for stage in run.models if "report" in run.artifacts else ():
         if stage.definition.directory not in run.plan.recipe.output.keep:
             run.artifacts[stage.name].drop_payload()
-            shutil.rmtree(run.directory / stage.definition.directory, ignore_errors=True)
+            shutil.rmtree(_published(run, stage), ignore_errors=True)
 
 
 def _link(run: Run, *, proven: bool) -> None:
@@ -270,15 +270,20 @@ def _link(run: Run, *, proven: bool) -> None:
         elif stage.definition.file is not None:
             copy_file(artifact.payload / stage.definition.file, run.directory / stage.definition.file)
         else:
-            publish(artifact.payload, run.directory / stage.definition.directory)
+            publish(artifact.payload, _published(run, stage))
     write_text(run.directory / "recipe.resolved.yaml", recipe_yaml(run.plan.recipe))
     write_json(run.directory / "lock.json", make_lock(run.plan.loaded) | {"drawn": _drawn(run)})
     write_json(run.directory / "run.json", describe(run))
 
 
+def _published(run: Run, stage: Stage) -> Path:
+    """Where the run directory shows the payload of a stage that has a directory there."""
+    return run.directory / cast(str, stage.definition.directory)
+
+
 def _link_model(run: Run, stage: Stage) -> None:
     """A model directory with its card; the final one of a rejected run under a name that nobody takes for a result."""
-    target = run.directory / stage.definition.directory
+    target = _published(run, stage)
     if stage.name == run.models[-1].name and run.summary("verify").get("verdict") == "reject":
         shutil.rmtree(target, ignore_errors=True)
         target = target.with_name(f"{target.name}.rejected")

@@ -166,7 +166,7 @@ def _tokens(plan: Plan) -> tuple[int, bool]:
     if calibrate.artifact is not None:
         return sum(source["tokens"] for source in calibrate.artifact.summary["sources"].values()), True
     calibration = plan.recipe.calibration
-    return calibration.tokens or calibration.samples * calibration.max_length, calibration.tokens is not None
+    return calibration.tokens or (calibration.samples or 0) * calibration.max_length, calibration.tokens is not None
 
 
 def _footprints(plan: Plan, tokens: int) -> tuple[dict[str, Footprint], int]:
@@ -295,6 +295,6 @@ def _nvidia_free() -> int | None:
 
         pynvml.nvmlInit()
         handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        return sum(pynvml.nvmlDeviceGetMemoryInfo(handle).free for handle in handles) or None
+        return sum(int(pynvml.nvmlDeviceGetMemoryInfo(handle).free) for handle in handles) or None
     except Exception:  # no driver, no library, no device: all mean that there is no accelerator to plan for
         return None

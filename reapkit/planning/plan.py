@@ -258,7 +258,7 @@ def _task_files(loaded: LoadedRecipe) -> dict[str, str]:
     }
 
 
-def _own_criteria(grid: tuple[Candidate, ...], controls: Sequence[str]) -> dict[str, str]:
+def _own_criteria(grid: Sequence[Candidate], controls: Sequence[str]) -> dict[str, str]:
     """A user's own criteria are code: their files' hashes belong to the decision."""
     names = dict.fromkeys([*(candidate.criterion for candidate in grid), *controls])
     return {name: fingerprint for name in names if (fingerprint := criterion_fingerprint(name))}

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from reapkit.checkpoint.architecture import text_config
 from reapkit.planning.estimates import (
@@ -84,13 +85,13 @@ def quantize_memory(plan: Plan, machine: Machine | None = None) -> QuantizeMemor
     )
 
 
-def _calibrating(plan: Plan, found: Mapping[int, list]) -> tuple[int, int]:
+def _calibrating(plan: Plan, found: Mapping[int, list[Any]]) -> tuple[int, int]:
     """(bytes on the device beside the layer, bytes of hidden states that wait on the host); none of either for rtn."""
     recipe = plan.recipe
     if recipe.quantize.method == "rtn" and recipe.quantize.recipe is None:
         return 0, 0
     text, batch = text_config(plan.checkpoint.config), recipe.runtime.batch_tokens
-    tokens = recipe.calibration.tokens or recipe.calibration.samples * recipe.calibration.max_length
+    tokens = recipe.calibration.tokens or (recipe.calibration.samples or 0) * recipe.calibration.max_length
     heads = int(text.get("num_attention_heads") or 1)
     scores = batch * min(recipe.calibration.max_length, batch) * heads * ATTENTION_BYTES
     logits = batch * int(text.get("vocab_size") or 0) * COMPUTE_BYTES

@@ -4,7 +4,7 @@ back."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from compressed_tensors.compressors import BaseCompressor
@@ -57,7 +57,7 @@ def scheme_on_disk(config: Mapping[str, Any]) -> QuantizationScheme:
     quantization = QuantizationConfig.model_validate(
         {key: value for key, value in config["quantization_config"].items() if key not in ("version",)}
     )
-    return next(iter(quantization.config_groups.values()))
+    return cast(QuantizationScheme, next(iter(quantization.config_groups.values())))
 
 
 def spec_on_disk(config: Mapping[str, Any]) -> QuantizeSpec:
@@ -97,7 +97,7 @@ def decompress(stored: Mapping[str, Tensor], scheme: QuantizationScheme) -> Tens
     """The matrix that stored parts stand for, [rows, columns] in the dtype of its scales (bf16 where those are not
     floats)."""
     compressor = BaseCompressor.get_value_from_registry(CompressionFormat(scheme.format).value)
-    return compressor.decompress(dict(stored), scheme)["weight"]
+    return cast(Tensor, compressor.decompress(dict(stored), scheme)["weight"])
 
 
 def round_to_nearest(weight: Tensor, scheme: QuantizationScheme) -> Tensors:

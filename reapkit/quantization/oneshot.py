@@ -97,7 +97,7 @@ def run_oneshot(
     `rows`: batches as `equal_batches` gives them, `input_ids` int64 [rows, tokens] and perhaps `position_ids` alike;
     none of them: data-free. Raises StageFailed where another attention was run.
     """
-    from llmcompressor import oneshot
+    from llmcompressor import oneshot  # pyright: ignore[reportPrivateImportUsage]
 
     layers = decoder_layers(model)
     passes = 1 if spec.method == "autoround" else 2

@@ -72,4 +72,5 @@ def _there_and_back(weight: Tensor, scheme: QuantizationScheme) -> Tensor:
 
 
 def _block(source: Checkpoint) -> tuple[int, int]:
-    return tuple((source.config.get("quantization_config") or {}).get("weight_block_size") or (128, 128))
+    rows, columns = (source.config.get("quantization_config") or {}).get("weight_block_size") or (128, 128)
+    return rows, columns

@@ -97,7 +97,7 @@ def load(name: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
     loaded = LoadedRecipe.of(recipe, path.resolve().parent, str(name), document) if recipe else None
     if any(problem.path == "extends" for problem in problems):
         found = [problem for problem in found if not problem.message.startswith("is missing")]  # the parent may hold it
-    if problems + found:
+    if problems or found or loaded is None:
         error = RecipeError(in_file_order(problems + found))
         error.partial = loaded
         raise error
@@ -180,7 +180,8 @@ def _with_raw_recipe(document: Node, path: Path, problems: list[Problem]) -> Nod
     section = document.value.get("quantize")
     node = section.value.get("recipe") if section is not None and isinstance(section.value, dict) else None
     if (
-        node is None
+        section is None
+        or node is None
         or not isinstance(node.value, str)
         or "\n" in node.value
         or not node.value.endswith((".yaml", ".yml"))

@@ -163,7 +163,7 @@ class _NodeReader:
 
     def read(self, node: yaml.Node, path: str, depth: int) -> Node:
         self.left -= 1
-        place = dict(file=self.shown, line=node.start_mark.line + 1, column=node.start_mark.column + 1)
+        place: dict[str, Any] = dict(file=self.shown, line=node.start_mark.line + 1, column=node.start_mark.column + 1)
         if self.left < 0:
             raise RecipeError(
                 [
@@ -186,10 +186,10 @@ class _NodeReader:
         if isinstance(node, yaml.ScalarNode):
             return Node(_scalar(node), **place)
         self.open.add(id(node))
-        if isinstance(node, yaml.SequenceNode):
-            value: Any = [self.read(item, f"{path}[{i}]", depth + 1) for i, item in enumerate(node.value)]
+        if isinstance(node, yaml.MappingNode):
+            value: Any = self._mapping(node, path, depth)
         else:
-            value = self._mapping(node, path, depth)
+            value = [self.read(item, f"{path}[{i}]", depth + 1) for i, item in enumerate(node.value)]
         self.open.discard(id(node))
         return Node(value, **place)
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from decimal import ROUND_CEILING, Decimal
 from itertools import product
+from typing import Any
 
 from reapkit.checkpoint.architecture import Architecture
 from reapkit.core.errors import Problem, RecipeError
@@ -102,11 +103,12 @@ def candidates(
                 "prune.layout: ragged. Set it, or drop global.",
             )
         )
-    for candidate in listed if architecture is not None else ():
-        try:
-            layer_budgets(candidate.prune(prune), architecture, layers)
-        except RecipeError as error:
-            problems += [_at_grid(problem, candidate, prune) for problem in error.problems]
+    if architecture is not None:
+        for candidate in listed:
+            try:
+                layer_budgets(candidate.prune(prune), architecture, layers)
+            except RecipeError as error:
+                problems += [_at_grid(problem, candidate, prune) for problem in error.problems]
     if problems:
         raise RecipeError(list(dict.fromkeys(problems)))
     return listed
@@ -167,7 +169,7 @@ def _scalar_ratio(prune: PruneSpec) -> Decimal | None:
     return 1 - prune.keep_ratio if prune.keep_ratio is not None else prune.ratio
 
 
-def _distinct(values: Sequence | None) -> tuple:
+def _distinct(values: Sequence[Any] | None) -> tuple[Any, ...]:
     return tuple(dict.fromkeys(values or ()))
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy import ndarray
@@ -57,13 +57,13 @@ class Regions:
 
     def sums(self, alphas: Sequence[Fraction], weights: Sequence[float]) -> ndarray:
         """Σ w·g·n by expert, ndarray[L, E] float64: regions weighed by `weights`, sources by α."""
-        by_region = sum(weight * self.gate_norm_sum[:, :, region] for region, weight in enumerate(weights))
-        return sum(float(alpha) * by_region[:, source] for source, alpha in enumerate(alphas))
+        by_region = cast(ndarray, sum(weight * self.gate_norm_sum[:, :, i] for i, weight in enumerate(weights)))
+        return cast(ndarray, sum(float(alpha) * by_region[:, source] for source, alpha in enumerate(alphas)))
 
     def counts(self, alphas: Sequence[Fraction]) -> ndarray:
         """N over the positions with a signal, ndarray[L, E] float64, sources weighed by α."""
         by_source = self.count.sum(2)
-        return sum(float(alpha) * by_source[:, source] for source, alpha in enumerate(alphas))
+        return cast(ndarray, sum(float(alpha) * by_source[:, source] for source, alpha in enumerate(alphas)))
 
     def good_mass(self, alphas: Sequence[Fraction]) -> ndarray:
         """Σgn over good positions, ndarray[L, E]: what `core_per_layer` ranks by."""

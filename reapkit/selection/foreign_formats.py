@@ -116,8 +116,9 @@ def _observation(file: Path, data: Mapping[Any, Mapping[str, Any]], architecture
     statistics = {"count": np.stack(list(counts.values()))[:, None]}
     for ours in ("gate_sum", "norm_sum", "gate_norm_sum"):
         columns = [_sum(file, layer, entry, ours, counts[layer]) for layer, entry in by_layer.items()]
-        if all(column is not None for column in columns):
-            statistics[ours] = np.stack(columns)[:, None]
+        there = [column for column in columns if column is not None]
+        if len(there) == len(columns):
+            statistics[ours] = np.stack(there)[:, None]
     tokens = max(int(entry.get("total_tokens", 0)) for entry in by_layer.values())
     top_k = architecture.num_experts_per_tok if architecture else _top_k(file, counts, tokens)
     return Observation(
@@ -144,7 +145,7 @@ def _sum(file: Path, layer: int, entry: Mapping[str, Any], ours: str, count: nda
     if SUMS_THERE[ours] in entry:
         return _column(file, layer, entry, SUMS_THERE[ours], len(count))
     mean = MEANS_THERE.get(ours)
-    return _column(file, layer, entry, mean, len(count)) * count if mean in entry else None
+    return None if mean is None or mean not in entry else _column(file, layer, entry, mean, len(count)) * count
 
 
 def _column(file: Path, layer: int, entry: Mapping[str, Any], name: str, length: int | None = None) -> ndarray:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 from fractions import Fraction
 from math import ceil, floor, lcm
+from typing import cast
 
 from reapkit.checkpoint.architecture import Architecture
 from reapkit.core.errors import Problem, RecipeError
@@ -186,7 +187,11 @@ def _cap_floors(
 def _cap_count(cap: Cap, experts: int) -> int:
     if cap.keep_all:
         return experts
-    return cap.min_experts if cap.min_experts is not None else experts - floor(experts * Fraction(cap.max_ratio))
+    return (
+        cap.min_experts
+        if cap.min_experts is not None
+        else experts - floor(experts * Fraction(cast(Decimal, cap.max_ratio)))
+    )
 
 
 def _check_routing(prune: PruneSpec, architecture: Architecture, rounded: int, problems: list[Problem]) -> None:
@@ -301,7 +306,7 @@ def _check_protected(
 
 
 def _ratio(prune: PruneSpec) -> Fraction:
-    return Fraction(prune.ratio) if prune.ratio is not None else 1 - Fraction(prune.keep_ratio)
+    return Fraction(prune.ratio) if prune.ratio is not None else 1 - Fraction(cast(Decimal, prune.keep_ratio))
 
 
 def budget_path(prune: PruneSpec) -> str:

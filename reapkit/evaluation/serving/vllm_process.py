@@ -9,6 +9,9 @@ ANSWER: {"version", "platform", "plugin": "installed" | "from file", "results": 
 several directories in turn, up to the first error.
 """
 
+# vLLM is installed where this runs, not where it is checked.
+# pyright: reportMissingImports=false
+
 import contextlib
 import gc
 import importlib.metadata

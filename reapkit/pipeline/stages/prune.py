@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.checkpoint.shard_reader import confirm_unchanged, record_of
@@ -19,7 +19,7 @@ def run(context: Context) -> dict[str, Any]:
 
     recipe, source = context.recipe, context.plan.checkpoint
     confirm_unchanged(source.path, record_of(context.plan.store.root, source.identity))
-    selection = Selection.load(context.inputs["select"].payload / "candidates" / context.plan.winner)
+    selection = Selection.load(context.inputs["select"].payload / "candidates" / cast(str, context.plan.winner))
     confirm_layout(
         source,
         context.plan.layout,

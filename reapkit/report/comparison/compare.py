@@ -86,7 +86,7 @@ def _one_kind(paths: Sequence[str | Path], found: Sequence[Found]) -> str:
             else ""
         )
         raise RecipeError(f"compare: different kinds cannot be compared. Found {listed}.{advice}")
-    return kinds[0]
+    return str(kinds[0])
 
 
 def _named(kind: str | None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from reapkit.core.errors import RecipeError
@@ -29,7 +29,7 @@ def facts(found: Mapping[str, Found], terms: ComparisonTerms) -> dict[str, Any]:
     }
 
 
-def blocks(found: Mapping[str, Any]) -> list[Block]:
+def blocks(found: Mapping[str, Any]) -> Sequence[Block | str]:
     """The fields in which they differ, and what that reruns."""
     fields = tuple((each["path"], each["left"], each["right"]) for each in found["fields"])
     return difference_tables(RecipeDifference(fields, None if found["stages"] is None else tuple(found["stages"])))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +172,7 @@ def _unrouted(found: Mapping[str, Any]) -> list[str]:
     return [f"layer {layer}: {' '.join(map(str, experts))}" for layer, experts in found["never_routed"].items()]
 
 
-def _settled(found: Mapping[str, Any]) -> list[Block]:
+def _settled(found: Mapping[str, Any]) -> Sequence[Block]:
     steps = [
         f"after {step['rows']} of the rows: {narrow_percent(step['overlap'])} of the kept experts, rank correlation "
         f"{'-' if step['rank_correlation'] is None else format(step['rank_correlation'], '.3f')}"
