@@ -1,4 +1,4 @@
-"""Public functions that take or return arrays say what shape and dtype these have."""
+"""Docstrings of public functions that take or return arrays say the shapes and dtypes of these."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from tests.support.paths import ROOT
 
 ARRAY = re.compile(r"\b(Tensor|ndarray)\b")
 SHAPE = re.compile(r"\[[\w ,'×+*/.…-]+\]|\bany shape\b|\bscalar\b")
-"""`[tokens, top_k]`, `[]` never: a scalar is called one; what takes every shape says "of any shape"."""
+"""`[tokens, top_k]`; a scalar is called one; what takes every shape says "of any shape"."""
+DTYPE = re.compile(r"\b(float|u?int\d|bool\b|bf16\b|dtype)", re.IGNORECASE)
+"""`int64`, "in the model's dtype", "in the dtypes of `Observation`"."""
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -36,35 +38,41 @@ def takes_or_returns_arrays(function: Function) -> bool:
     return any(ARRAY.search(ast.unparse(annotation)) for annotation in annotations if annotation)
 
 
-def without_a_shape(source: str) -> list[str]:
-    """Public functions on arrays whose docstring names no shape."""
-    return [
-        f"{name} (line {function.lineno})"
-        for name, function in public_functions(ast.parse(source).body)
-        if takes_or_returns_arrays(function) and not SHAPE.search(" ".join((ast.get_docstring(function) or "").split()))
-    ]
+def lacking(source: str) -> dict[str, str]:
+    """Public functions on arrays whose docstring names no shape or no dtype: which of both."""
+    found = {}
+    for name, function in public_functions(ast.parse(source).body):
+        text = " ".join((ast.get_docstring(function) or "").split())
+        lacks = [what for what, pattern in (("shape", SHAPE), ("dtype", DTYPE)) if not pattern.search(text)]
+        if lacks and takes_or_returns_arrays(function):
+            found[name] = " and ".join(lacks)
+    return found
 
 
 MODULES = House(ROOT / "reapkit").modules
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_public_functions_on_arrays_say_shapes(module: str) -> None:
-    silent = without_a_shape(MODULES[module].read_text())
-    assert not silent, f"{module}: say the shapes (`[tokens, top_k]`, or `of any shape`) and dtypes of {silent}"
+def test_public_functions_on_arrays_say_shapes_and_dtypes(module: str) -> None:
+    found = lacking(MODULES[module].read_text())
+    assert not found, (
+        f"{module}: docstrings lack {found}. Write, for example, `float32 [tokens, top_k]` or `of any shape`"
+    )
 
 
-def test_functions_without_a_shape_are_found() -> None:
+def test_functions_that_say_too_little_are_found() -> None:
     source = '''
 def plain(count: int) -> int: ...
 def silent(values: Tensor) -> float: ...
 def range_only() -> np.ndarray:
-    """Numbers in [0, 1)."""
+    """Float64 numbers in [0, 1)."""
+def shape_only(values: Tensor) -> None:
+    """`values`: [tokens, top_k]."""
 def told(values: torch.Tensor | None, *, keep: int = 1) -> None:
     """`values`: float32 [tokens,
     top_k]."""
 def copied(tensors: dict[str, Tensor]) -> None:
-    """Tensors of any shape."""
+    """Tensors of any shape and dtype."""
 def _private(values: Tensor) -> None: ...
 class Table:
     """Sums, float64 [L, E]."""
@@ -73,4 +81,9 @@ class Table:
 class _Hidden:
     def method(self, values: Tensor) -> None: ...
 '''
-    assert without_a_shape(source) == ["silent (line 3)", "range_only (line 4)", "Table.method (line 14)"]
+    assert lacking(source) == {
+        "silent": "shape and dtype",
+        "range_only": "shape",
+        "shape_only": "dtype",
+        "Table.method": "shape and dtype",
+    }

@@ -73,8 +73,11 @@ def refit(
 def descend(
     experts: Mapping[int, ExpertFeatures], error: Tensor, weight: Tensor, ridge: float, sweeps: int = SWEEPS
 ) -> tuple[dict[int, Tensor], Tensor]:
-    """Corrections D [hidden, intermediate] by expert after `sweeps` rounds over the experts in order, and the error
-    left."""
+    """Corrections D float32 [hidden, intermediate] by expert after `sweeps` rounds over the experts in order, and the
+    error left, float32 [tokens, hidden].
+
+    `error` E float32 [tokens, hidden] and `weight` w float32 [tokens] as `refit` takes them; `ridge`: λ itself.
+    """
     left = error.clone()
     found: dict[int, Tensor] = {}
     for _ in range(sweeps):

@@ -113,8 +113,8 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def final_hidden(model: nn.Module, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-    """The hidden states that the head reads, [batch, tokens, hidden]. Right padding needs no mask: nothing looks
-    ahead."""
+    """The hidden states that the head reads, [batch, tokens, hidden] in the model's dtype, of `input_ids` and perhaps
+    `position_ids` int64 [batch, tokens]. Right padding needs no mask: nothing looks ahead."""
     positions = {} if position_ids is None else {"position_ids": position_ids}
     return decoder(model)(input_ids=input_ids, use_cache=False, **positions)[0]
 
@@ -126,7 +126,7 @@ def decoder(model: Any) -> nn.Module:
 
 
 def head_logits(model: nn.Module, hidden: Tensor) -> Tensor:
-    """Float32 logits [positions, vocabulary] of final hidden states [positions, hidden].
+    """Logits, float32 [positions, vocabulary], of final hidden states [positions, hidden] in the model's dtype.
 
     The model's own forward runs with its decoder replaced by `hidden`, so scaling and soft-capping of logits are the
     architecture's.

@@ -48,8 +48,8 @@ class RoutedExperts:
     linearised: bool = False
 
     def expert(self, hidden: Tensor, expert: int) -> Tensor:
-        """f(x) of one expert, [tokens, hidden], by the layout that the class declares to transformers' experts
-        interface."""
+        """f(x) of one expert for `hidden` x, both [tokens, hidden] in the model's dtype, by the layout that the class
+        declares to transformers' experts interface."""
         if self.linearised:
             return self.module[expert](hidden)
         inner = self.activation(hidden, expert)
@@ -60,7 +60,8 @@ class RoutedExperts:
         )
 
     def activation(self, hidden: Tensor, expert: int) -> Tensor:
-        """What one expert's `down_proj` reads, [tokens, intermediate]."""
+        """What one expert's `down_proj` reads, [tokens, intermediate], for `hidden` [tokens, hidden]; both in the
+        model's dtype."""
         module = self.module
         if self.gate_on_input:
             gate, up = (hidden @ self.matrix(Role.GATE_UP)[expert]).chunk(2, dim=-1)
@@ -69,7 +70,8 @@ class RoutedExperts:
         return module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
 
     def matrix(self, role: Role) -> Tensor:
-        """The experts' matrices of a role, stacked: [experts, rows, columns] as the module holds them."""
+        """The experts' matrices of a role, stacked: [experts, rows, columns] in the model's dtype, as the module holds
+        them."""
         return getattr(self.module, LOADED.word(role))
 
     def parameter(self, role: Role) -> str:
@@ -281,7 +283,7 @@ class Pairs:
     top_k: int
 
     def by_slot(self, values: Tensor) -> Tensor:
-        """Per-pair values back as [tokens, top_k]."""
+        """Per-pair `values` [pairs] back as [tokens, top_k], in their dtype."""
         out = torch.empty_like(values)
         out[self.order] = values
         return out.view(-1, self.top_k)

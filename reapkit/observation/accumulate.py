@@ -115,7 +115,8 @@ class LayerSums:
             self.coactivation[source] += (part.t() @ part).long()
 
     def tensors(self) -> dict[str, Tensor]:
-        """The statistics so far as [S, E] tensors on the host."""
+        """The statistics so far, on the host: SUMS float64 [S, E], MAXIMA float32 [S, E], `coactivation` int64 [S, E,
+        E]."""
         out = {name: column.view(self.shape) for name, column in zip(SUMS, self.sums[:-1].cpu().unbind(1), strict=True)}
         out |= {
             name: column.view(self.shape) for name, column in zip(MAXIMA, self.maxima[:-1].cpu().unbind(1), strict=True)
@@ -154,8 +155,8 @@ class GroupSums:
         self.scored_tokens.index_add_(0, batch.source, batch.scored.sum(dim=1))
 
     def tensors(self) -> dict[str, Tensor]:
-        """All statistics, stacked to [L, S, E]. Raises UnusableError naming layer and expert where one is not
-        finite."""
+        """All statistics of `LayerSums.tensors`, stacked to [L, S, E] ([L, S, E, E]), and `tokens`, `scored_tokens`
+        int64 [S]. Raises UnusableError naming layer and expert where one is not finite."""
         layers = [self.layers[site.layer].tensors() for site in self.sites]
         for site, layer in zip(self.sites, layers, strict=True):
             refuse_unusable(site, layer)

@@ -46,7 +46,7 @@ class TableSums:
     num_sources: int
 
     def write(self, name: str, at: int, values: Tensor) -> None:
-        """Puts `values` [n, ...] at positions at … at + n of tensor `name`, as `GroupTraces.write`."""
+        """Puts `values` [n, ...] at positions at … at + n of tensor `name`, in its dtype, as `GroupTraces.write`."""
         self.spool.write(name, at, values)
 
     def drop(self, group: int) -> None:
@@ -123,8 +123,8 @@ class TableSums:
         return count[:-1], mass[:-1]
 
     def result(self, total: dict[str, Tensor]) -> EaftTable:
-        """The table that these sums over all groups make: `total` as `tensors` gives them, `table.positions` [S, P, H]
-        and so on, added up."""
+        """The table that these sums over all groups make: `total` as `tensors` gives them, `table.positions` int64
+        [S, P, H] and so on, added up."""
         return EaftTable(**load_file(self._edges_file), **{name: total[f"table.{name}"] for name in COLUMNS})
 
     def add_in_order(self, passed: Callable[[int], bool]) -> None:

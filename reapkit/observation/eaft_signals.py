@@ -26,8 +26,8 @@ def signals(logits: Tensor, reference: Tensor, entropy_top_k: int) -> tuple[Tens
 
 
 def signals_of_hidden(model: nn.Module, hidden: Tensor, reference: Tensor, entropy_top_k: int) -> tuple[Tensor, Tensor]:
-    """`signals` of final hidden states [positions, hidden], the head applied in chunks of at most CHUNK_BYTES of
-    logits."""
+    """`signals`, float32 [positions] each, of final hidden states [positions, hidden] in the model's dtype and
+    reference tokens int64 [positions], the head applied in chunks of at most CHUNK_BYTES of logits."""
     vocabulary = model.get_output_embeddings().weight.shape[0]
     chunk = max(1, CHUNK_BYTES // (4 * vocabulary))
     parts = [

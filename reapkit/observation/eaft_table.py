@@ -73,13 +73,13 @@ class EaftTable:
         return int(self.positions.sum())
 
     def tensors(self) -> dict[str, ndarray]:
-        """The fields by the names they are saved under, `eaft_table.positions` [S, 32, 16] and so on."""
+        """The fields by the names they are saved under, `eaft_table.positions` int64 [S, 32, 16] and so on."""
         return {f"eaft_table.{name}": tensor for name, tensor in vars(self).items()}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, ndarray]) -> EaftTable | None:
-        """The inverse of `tensors` (`eaft_table.positions` [S, 32, 16] and so on); None where there is no table among
-        them."""
+        """The inverse of `tensors` (`eaft_table.positions` int64 [S, 32, 16] and so on); None where there is no table
+        among them."""
         if "eaft_table.positions" not in tensors:
             return None
         return cls(**{name: tensors[f"eaft_table.{name}"] for name in cls.__dataclass_fields__})
@@ -133,8 +133,8 @@ def border(
     """The threshold nearest to quantile `level` of the sources weighed by α that the cells can cut at: what is not
     above it (`upward`: not below it) are whole cells.
 
-    `edges` [S, n], `counts` [S, n + 1]: positions by source and cell. Raises UnusableError where it is off by more than
-    TOLERANCE.
+    `edges` float32 [S, n], ascending; `counts` int64 [S, n + 1]: positions by source and cell. Raises UnusableError
+    where it is off by more than TOLERANCE.
     """
     used = [index for index, alpha in enumerate(alphas) if alpha and int(counts[index].sum())]
     if not used:

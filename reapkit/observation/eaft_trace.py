@@ -32,7 +32,8 @@ class GroupTraces:
         self._headers: dict[int, tuple[bytes, dict[str, Any]]] = {}
 
     def write(self, name: str, at: int, values: Tensor) -> None:
-        """Puts `values` [n, ...], all of one group, at positions at … at + n of tensor `name`."""
+        """Puts `values`, all of one group, at positions at … at + n of tensor `name`: `p`, `h` float32 [n], `source`
+        int16 [n], `expert.<layer>` int16 [n, top_k] or `gate_norm.<layer>` float32 [n, top_k]."""
         if not len(values):
             return
         group = bisect_right(self.starts, at) - 1

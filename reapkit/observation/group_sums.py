@@ -29,12 +29,13 @@ class Partials:
         return self._file(group).exists()
 
     def write(self, group: int, tensors: Mapping[str, Tensor]) -> None:
-        """A group's statistics, [L, S, E] and others that add up, are complete on disk or not there."""
+        """A group's statistics, as `GroupSums.tensors` gives them (SUMS float64 [L, S, E] and so on), are complete on
+        disk or not there."""
         save_by_rename(tensors, self._file(group))
 
     def total(self, groups: Iterable[int], snapshots: Sequence[int]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """All statistics of the groups, added in the given order; and the SNAPSHOTS [stages, L, S, E] after
-        `snapshots[stage]` groups.
+        """All statistics of the groups in the shapes and dtypes they were written in, added in the given order; and the
+        SNAPSHOTS float64 [stages, L, S, E] after `snapshots[stage]` groups.
         """
         total: dict[str, Tensor] = {}
         taken: dict[int, dict[str, Tensor]] = {}

@@ -101,8 +101,8 @@ class MtpBlocks:
         self.sites = tuple(replace(found[number], layer=layer) for number, layer in enumerate(layers))
 
     def run(self, input_ids: Tensor, hidden: Tensor, entering: Callable[[RoutedExperts, int], Slots]) -> list[Tensor]:
-        """Runs every block on rows whose final hidden states [b, t, hidden] are `hidden`; each one's output at its
-        slots, [b, t', hidden].
+        """Runs every block on rows `input_ids` int64 [b, t] whose final hidden states are `hidden` [b, t, hidden]; each
+        one's output at its slots, [b, t', hidden], in the model's dtype.
 
         `entering(site, depth)`: the slots of the block that comes next; one without slots is not run.
         """

@@ -76,7 +76,7 @@ class Trace:
         return len(self.p)
 
     def then(self, other: Trace, other_source: ndarray) -> Trace:
-        """This trace followed by `other`, whose source s becomes `other_source[s]`."""
+        """This trace followed by `other`, whose source s becomes `other_source[s]`, int64 [S]."""
 
         def routed(layer: int) -> tuple[ndarray, ndarray]:
             (expert, gate_norm), (other_expert, other_gate_norm) = self.routed(layer), other.routed(layer)

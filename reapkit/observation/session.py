@@ -118,7 +118,7 @@ class Session:
 
     def observation(self, total: Mapping[str, Tensor], snapshots: Mapping[str, Tensor]) -> Observation:
         """The observation that these sums, maxima, coactivation, token counts [L, S, ...] and snapshots [stages, L, S,
-        E] make.
+        E] make, in the dtypes of `Observation`.
         """
         return Observation(
             model_type=self.model_type,
@@ -218,12 +218,14 @@ class BatchWatch:
         return len(self._host.signal)
 
     def finish(self, model: nn.Module, hidden: Tensor) -> None:
-        """Writes p and H of the batch's signals, from its final hidden states [batch, tokens, hidden]."""
+        """Writes p and H of the batch's signals, from its final hidden states [batch, tokens, hidden] in the model's
+        dtype."""
         for name, values in zip(("p", "h", "source"), self.signals(model, hidden), strict=True):
             self.session.trace.write(name, self.trace_at, values)
 
     def signals(self, model: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """p, H and the source of the batch's signals, from its final hidden states [batch, tokens, hidden]."""
+        """p and H, float32 [signals], and the source, int16 [signals], of the batch's signals, from its final hidden
+        states [batch, tokens, hidden] in the model's dtype."""
         at_signals = hidden.reshape(-1, hidden.shape[-1])[self.positions_on(hidden.device).signal]
         p, h = signals_of_hidden(
             model, at_signals, self.references().to(hidden.device), self.session.spec.entropy_top_k

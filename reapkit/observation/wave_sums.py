@@ -29,7 +29,8 @@ class WaveSums:
         self._exact: dict[str, Tensor] = {}
 
     def add(self, group: int, part: dict[str, Tensor]) -> None:
-        """Takes a row group's statistics of the layer, [S, E] each and `coactivation` [S, E, E]."""
+        """Takes a row group's statistics of the layer, [S, E] each and `coactivation` [S, E, E], in the dtypes of
+        `LayerSums.tensors`."""
         self._groups.append(group)
         for name, tensor in part.items():
             if name in SUMS:
@@ -43,7 +44,7 @@ class WaveSums:
 
 
 def assemble(session: Session) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The layers' totals stacked to [L, S, ...], the snapshots to [stages, L, S, E]."""
+    """The layers' totals stacked to [L, S, ...] in their dtypes, the snapshots to float64 [stages, L, S, E]."""
     layers = [_layer(session, site.layer) for site in session.sites]
     total = {name: torch.stack([totals[name] for totals, _ in layers]) for name in layers[0][0]}
     snapshots = {name: torch.stack([taken[name] for _, taken in layers], dim=1) for name in SNAPSHOTS}

@@ -47,7 +47,8 @@ class Shared:
     protected: tuple[Mapping[int, str], ...]
 
     def rankings(self, values: ndarray, criterion: Criterion) -> dict[int, LayerRanking]:
-        """By layer, from saliency [L, E] and the criterion's order and costs of removal, where it has them."""
+        """By layer, from saliency `values` float64 [L, E] and the criterion's order and costs of removal, where it has
+        them."""
         layers, groups = self.evidence.observation.layers, self.architecture.n_group
         rows = zip(layers, values.tolist(), self.protected, strict=True)
         plain = {layer: LayerRanking(tuple(row), kept, groups) for layer, row, kept in rows}
@@ -142,8 +143,8 @@ def select_all(
 
 
 def super_experts(activation_max: ndarray) -> list[list[int]]:
-    """Experts with massive activations by layer (arXiv 2507.23279): `activation_max` [L, E] above its limit in early
-    layers.
+    """Experts with massive activations by layer (arXiv 2507.23279): `activation_max` float32 [L, E] above its limit in
+    early layers.
 
     The limit is the larger of the 99.5th percentile over all layers (linear interpolation) and a tenth of the maximum;
     early is the first 75 % of the layers.

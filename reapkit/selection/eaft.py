@@ -56,17 +56,17 @@ class Regions:
     realised: tuple[Mapping[str, float], ...] | None = None
 
     def sums(self, alphas: Sequence[Fraction], weights: Sequence[float]) -> ndarray:
-        """Σ w·g·n by expert, ndarray[L, E] float64: regions weighed by `weights`, sources by α."""
+        """Σ w·g·n by expert, float64 [L, E]: regions weighed by `weights`, sources by α."""
         by_region = cast(ndarray, sum(weight * self.gate_norm_sum[:, :, i] for i, weight in enumerate(weights)))
         return cast(ndarray, sum(float(alpha) * by_region[:, source] for source, alpha in enumerate(alphas)))
 
     def counts(self, alphas: Sequence[Fraction]) -> ndarray:
-        """N over the positions with a signal, ndarray[L, E] float64, sources weighed by α."""
+        """N over the positions with a signal, float64 [L, E], sources weighed by α."""
         by_source = self.count.sum(2)
         return cast(ndarray, sum(float(alpha) * by_source[:, source] for source, alpha in enumerate(alphas)))
 
     def good_mass(self, alphas: Sequence[Fraction]) -> ndarray:
-        """Σgn over good positions, ndarray[L, E]: what `core_per_layer` ranks by."""
+        """Σgn over good positions, float64 [L, E]: what `core_per_layer` ranks by."""
         return self.sums(alphas, [float(region == GOOD) for region in range(len(REGIONS))])
 
 

@@ -166,7 +166,8 @@ def pearson(a: ndarray, b: ndarray) -> float | None:
 
 
 def spearman(a: ndarray, b: ndarray) -> float | None:
-    """Pearson correlation of the ranks of two vectors [n], ties sharing their mean rank; None where `pearson` is."""
+    """Pearson correlation of the ranks of two vectors [n] of any dtype, ties sharing their mean rank; None where one is
+    constant or empty."""
     return pearson(_ranks(a), _ranks(b))
 
 
@@ -267,7 +268,7 @@ def _kept_sets(values: ndarray, layers: Sequence[int], counts: Mapping[int, int]
 
 
 def specialisation(observation: Observation) -> ndarray:
-    """How much more often source s uses an expert than the average source does, as shares: array [L, S, E], sums to 1
+    """How much more often source s uses an expert than the average source does, as shares: float64 [L, S, E], sums to 1
     over s.
 
     The rate is N_s / T_s, so that large sources do not look special; an expert never routed has equal shares.

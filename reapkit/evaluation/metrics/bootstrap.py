@@ -48,15 +48,16 @@ def _usable_strata(strata: Tensor) -> list[Tensor]:
 def measurements(
     sums: Sums, statistics: Callable[[Sums], Mapping[str, Tensor]], weights: Tensor | None
 ) -> dict[str, Any]:
-    """Each statistic of per-row sums `[rows]` (or `[rows, k]`): `{"value", "interval"}` with its 95 % percentile
-    interval."""
+    """Each statistic of per-row `sums` `[rows]` (or `[rows, k]`) float64: `{"value", "interval"}` with its 95 %
+    percentile interval under `weights` `[resamples, rows]` float64 (see `bootstrap_weights`)."""
     values = statistics({name: each.sum(0) for name, each in sums.items()})
     resampled = None if weights is None else statistics({name: weights @ each for name, each in sums.items()})
     return {name: measurement(value, None if resampled is None else resampled[name]) for name, value in values.items()}
 
 
 def measurement(value: Tensor | float, resampled: Tensor | None) -> dict[str, Any]:
-    """`{"value", "interval"}`: the percentile interval of `resampled` `[resamples]`, None without them."""
+    """`{"value", "interval"}`: a scalar and the percentile interval of `resampled` `[resamples]`, any float dtype, None
+    without them."""
     if resampled is None:
         return {"value": float(value), "interval": None}
     low, high = torch.quantile(resampled.double(), torch.tensor(INTERVAL, dtype=torch.float64)).tolist()

@@ -72,7 +72,8 @@ def describe(logits: Tensor, reference: Tensor, base_logits: Tensor | None = Non
 
 
 def quantile(values: Tensor, share: Any) -> Tensor:
-    """The ⌈share·n⌉-th smallest of `values` `[n]`, no interpolation; `share` is read as the decimal it prints as."""
+    """The ⌈share·n⌉-th smallest of `values` `[n]`, a scalar in their dtype, no interpolation; `share` is read as the
+    decimal it prints as."""
     rank = ceil(Fraction(str(share)) * values.numel())
     return values.kthvalue(max(1, rank)).values
 

@@ -46,7 +46,8 @@ class Forward:
         self.hidden = self._replacement = hidden
 
     def taken_replacement(self) -> Tensor | None:
-        """What `replace_hidden` was given since the last call, [batch, tokens, hidden]; None where nothing was."""
+        """What `replace_hidden` was given since the last call, [batch, tokens, hidden] in the model's dtype; None where
+        nothing was."""
         replacement, self._replacement = self._replacement, None
         return replacement
 
