@@ -159,7 +159,7 @@ def test_padding_is_not_observed(tmp_path: Path) -> None:
         tokens_of_loader(
             [{"input_ids": torch.arange(3)[None], "attention_mask": torch.tensor([[1, 0, 1]])}], tmp_path / "hole"
         )
-    with pytest.raises(UnusableError, match=r"has no input_ids \(it has pixel_values\)"):
+    with pytest.raises(UnusableError, match=r"has no input_ids \(found pixel_values\)"):
         tokens_of_loader([{"pixel_values": torch.zeros(1)}], tmp_path / "none")
 
 
@@ -181,8 +181,8 @@ def test_a_selection_of_another_model_changes_nothing(saved, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "does not say how much to remove"),
-        ({"ratio": 0.5, "keep_experts": 4}, "say the same thing twice"),
+        ({}, "the amount to remove is missing"),
+        ({"ratio": 0.5, "keep_experts": 4}, "both set the budget"),
         ({"ratio": 0.5, "selection": "there"}, "a selection is given, which decides already; remove ratio"),
         ({"ratio": 0.5, "prune": {"capz": []}}, "capz"),
         ({"ratios": 0.5}, "ratios"),

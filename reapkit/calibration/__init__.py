@@ -1,1 +1,1 @@
-"""Calibration data: any source, the right tokens, exactly the declared mix."""
+"""Calibration data: reads datasets, tokenizes them and mixes them in exactly the declared shares."""

@@ -1,4 +1,4 @@
-"""Gathered samples become the artifact: rows packed, interleaved, written, and everything counted."""
+"""Packs and interleaves the drawn samples into calibration rows, writes them and counts what was written."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Draws a source's samples along its walk, tokenizes them block by block and keeps the good ones until there are
-enough."""
+"""Draws the samples of a source in its seeded order, tokenizes them block by block and keeps the usable ones until
+there are enough."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A source's rows as tokens: format, chat template, assistant spans, tokenizer, and what is not fit to be a sample."""
+"""Turns the rows of a source into tokens: format, chat template, assistant spans, tokenizer; drops unusable samples."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from reapkit.core.errors import UnusableError
 from reapkit.recipe.schema import CalibrationSpec, MixEntry, TokensFormat
 
 MIN_CHARACTERS = 8
-"""A sample with less content is near-empty: it would teach nothing and still count as a sample."""
+"""A sample with less content is near-empty: it tells nothing about experts, but would count as a sample."""
 MIN_TOKENS = 2
 """A single token predicts nothing."""
 
@@ -110,7 +110,9 @@ def format_of(entry: MixEntry, walk: Walk) -> Format:
         return entry.format
     first = walk.read([0]) if walk.length != 0 else []
     if not first:
-        raise UnusableError(f"source '{entry.name}': {entry.source} holds no rows.")
+        raise UnusableError(
+            f"source '{entry.name}': {entry.source} has no rows. Give a source with rows, or remove this one."
+        )
     try:
         return recognise(first[0])
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""A dataset row becomes a sample: plain text, a conversation or token ids. Torch-free."""
+"""Turns a dataset row into a sample: plain text, a conversation or token ids. Torch-free."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What names the content of a calibration's inputs in keys: tokenizer, chat template and the sources of the mix.
+"""Identifies a calibration's inputs by content, for keys: tokenizer, chat template and the sources of the mix.
 Torch-free."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What every source of one preparation shares: the recipe's calibration, the tokenizer, the folders, who watches."""
+"""The inputs that all sources of one preparation share: the recipe's calibration, tokenizer, directories, progress."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a model keeps the samples of a row apart when only their positions restart."""
+"""Tests whether a model isolates the samples of one row when only their positions restart."""
 
 from __future__ import annotations
 

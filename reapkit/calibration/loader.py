@@ -1,4 +1,4 @@
-"""Batches that somebody else prepared, as llm-compressor's data loader yields them, as a calibration of ours."""
+"""Turns the batches of llm-compressor's data loader into a reapkit calibration."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def tokens_of_loader(
     for batch in batches:
         if "input_ids" not in batch:
             raise UnusableError(
-                f"the calibration data has no input_ids (it has {', '.join(batch) or 'nothing'}), so it cannot be"
-                " observed. Give oneshot a text dataset."
+                f"the calibration data has no input_ids (found {', '.join(batch) or 'nothing'}), so the model cannot"
+                " be observed on it. Give oneshot a text dataset."
             )
         tokens = batch["input_ids"]
         attention, loss = batch.get("attention_mask"), batch.get("loss_mask")
@@ -51,7 +51,7 @@ def tokens_of_loader(
                 )
     if not ids:
         raise UnusableError(
-            "the calibration data holds no token. Give oneshot a dataset with num_calibration_samples above 0."
+            "the calibration data contains no token. Give oneshot a dataset with num_calibration_samples above 0."
         )
     return _written(ids, said, directory, source, "completion" if masked else "all")
 
@@ -60,7 +60,8 @@ def _positions(mask: Tensor) -> np.ndarray:
     real = np.flatnonzero(mask.cpu().numpy())
     if len(real) and real[-1] - real[0] + 1 != len(real):
         raise UnusableError(
-            "a calibration row has padding between its tokens, which no position numbering fits. Pad at one end."
+            "a calibration row has padding between its tokens, which is not supported, since positions could not be"
+            " numbered. Pad at one end."
         )
     return real
 

@@ -1,5 +1,5 @@
-"""Samples become rows: what is kept of a long sample, and which samples share a row. Works on lengths; no token is
-touched."""
+"""Plans how samples are packed into rows: what is kept of a long sample, and which samples share a row. Works on
+lengths only; tokens are not touched."""
 
 from __future__ import annotations
 

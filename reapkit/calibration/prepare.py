@@ -1,4 +1,4 @@
-"""From the recipe's mix to token rows on disk, with an account of what was asked and what came out."""
+"""Prepares the token rows of a recipe's mix on disk, and records what was requested and what was obtained."""
 
 from __future__ import annotations
 
@@ -123,7 +123,10 @@ def _check_names(calibration: CalibrationSpec, evaluate: EvaluateSpec) -> None:
     if doubled := sorted({name for name in names if names.count(name) > 1}):
         raise RecipeError(
             [
-                Problem("evaluate.extra_packs", f"the name '{name}' is taken. Give every source its own name.")
+                Problem(
+                    "evaluate.extra_packs",
+                    f"the name '{name}' is used by another source. Give every source its own name.",
+                )
                 for name in doubled
             ]
         )
@@ -149,8 +152,8 @@ def _shares(samples: int, entries: Sequence[MixEntry], field: str) -> list[int]:
             [
                 Problem(
                     field,
-                    f"{samples} for {len(entries)} sources leave none for {', '.join(without)}. With their weights "
-                    f"{enough} are enough for each to get one.",
+                    f"{samples}, but with {len(entries)} sources and these weights {', '.join(without)} would get no"
+                    f" sample. Choose at least {enough}.",
                 )
             ]
         )

@@ -1,4 +1,4 @@
-"""Numbered rows of every kind of source: generators, lines, JSON arrays, documents, Arrow tables, streams.
+"""Reads numbered rows from every kind of source: generators, lines, JSON arrays, documents, Arrow tables, streams.
 Torch-free."""
 
 from __future__ import annotations
@@ -90,11 +90,11 @@ class LineRows:
             row = json.loads(text)
         except ValueError as error:
             raise ValueError(
-                f"{self.place(number)}: broken JSON ({error}). Every line takes one JSON object."
+                f"{self.place(number)}: invalid JSON ({error}). Every line must hold one JSON object."
             ) from None
         if not isinstance(row, dict):
             raise ValueError(
-                f"{self.place(number)}: a JSON {type(row).__name__}, but every line takes one JSON object."
+                f"{self.place(number)}: found a JSON {type(row).__name__}, but every line must hold one JSON object."
             )
         return row
 
@@ -111,7 +111,7 @@ class Records:
     def read(self, numbers: Sequence[int]) -> list[Mapping[str, Any]]:
         for number in numbers:
             if not isinstance(self.records[number], dict):
-                raise ValueError(f"{self.place(number)}: not a JSON object.")
+                raise ValueError(f"{self.place(number)}: not a JSON object. Every item must be a JSON object.")
         return [self.records[number] for number in numbers]
 
     def place(self, number: int) -> str:
@@ -212,7 +212,7 @@ class StreamedRows:
 def too_long(size: int | None) -> str:
     """The message about a single sample above `MAX_SAMPLE_BYTES`."""
     found = f"{size:,} bytes" if size else f"more than {MAX_SAMPLE_BYTES:,} bytes"
-    return f"one sample of {found}; at most {MAX_SAMPLE_BYTES:,} are read. Split it into several rows."
+    return f"one sample has {found}; the limit is {MAX_SAMPLE_BYTES:,}. Split it into several rows."
 
 
 def _utf8(data: bytes, place: str) -> str:

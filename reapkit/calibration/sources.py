@@ -1,4 +1,4 @@
-"""Where rows come from (generators, local files, datasets of the hub) and the order in which they are tried.
+"""Opens the sources of the mix (generators, local files, hub datasets) and decides the order of their rows.
 Torch-free."""
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ STREAM_ABOVE_BYTES = 2 << 30
 STREAM_BUFFER = 10_000
 """Rows among which a stream is shuffled."""
 PACK_START = 1 << 32
-"""Generated rows of held-out packs begin here, far behind any calibration, and so do not depend on its size."""
+"""The first generated row of held-out packs. No calibration reads so far, so packs do not depend on its size."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,9 @@ def open_walk(entry: MixEntry, recipe_directory: Path, *, seed: int, held_out: b
     if entry.source.startswith("builtin:"):
         rows: Rows = Generated(entry.source.removeprefix("builtin:"), seed)
         if entry.filter:
-            raise UnusableError(f"source '{entry.name}': generated rows have no columns to filter. Remove `filter`.")
+            raise UnusableError(
+                f"source '{entry.name}': generated rows have no columns, so they cannot be filtered. Remove `filter`."
+            )
         return Walk(entry.name, rows, "generated", None, PACK_START if held_out else 0)
     local = is_local(entry.source, recipe_directory)
     rows = _open_files(entry, recipe_directory, seed) if local else open_dataset(entry, entry.source, seed)
@@ -117,7 +119,10 @@ def _filtered(rows: Rows, entry: MixEntry) -> np.ndarray:
             raise UnusableError(f"source '{entry.name}', {error}") from None
         kept += [number for number, row in zip(chunk, read, strict=True) if passes(row, entry, rows.place(number))]
     if not kept:
-        raise UnusableError(f"source '{entry.name}': none of {rows.total} rows passes the filter {entry.filter}.")
+        raise UnusableError(
+            f"source '{entry.name}': none of {rows.total} rows passes the filter {entry.filter}."
+            " Change or remove `filter`."
+        )
     return np.array(kept)
 
 
@@ -130,8 +135,8 @@ def passes(row: Mapping[str, Any], entry: MixEntry, place: str) -> bool:
     for column, wanted in (entry.filter or {}).items():
         if column not in row:
             raise UnusableError(
-                f"source '{entry.name}', {place}: the filter's column '{column}' is missing; "
-                f"the row has {', '.join(row)}."
+                f"source '{entry.name}', {place}: the filter's column '{column}' is missing; the row has"
+                f" {', '.join(row)}. Filter by one of these."
             )
         found = row[column]
         if found != wanted and not (isinstance(wanted, list) and found in wanted):
@@ -169,7 +174,9 @@ def _open_json(path: Path, entry: MixEntry) -> Rows:
     try:
         return Records(path, json.loads(path.read_bytes()))
     except ValueError as error:
-        raise UnusableError(f"source '{entry.name}', {path.name}: broken JSON ({error}).") from None
+        raise UnusableError(
+            f"source '{entry.name}', {path.name}: invalid JSON ({error}). Give a JSON array of objects, or JSON lines."
+        ) from None
 
 
 def _open_parquet(files: Sequence[Path], entry: MixEntry) -> Rows:

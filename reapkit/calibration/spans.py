@@ -1,4 +1,4 @@
-"""Which characters of a rendered sample the assistant wrote, four ways, and which tokens those are."""
+"""Finds the assistant's text in a rendered sample, in one of four ways, and maps it to tokens."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""A source's accepted samples as tokens on disk, appended block by block, so that a killed preparation goes on where it
-was.
+"""Stores the accepted samples of a source as tokens on disk, block by block, so that a killed preparation can resume.
 
 input_ids.bin   int32, samples one after another        assistant.bin   uint8, the same
 journal.jsonl   one line per finished block: walk positions, lengths and hashes of its samples, and what was dropped

@@ -1,4 +1,4 @@
-"""Calibration tokens on disk: ragged rows that are read one at a time, whatever their total size.
+"""Reads and writes calibration tokens on disk: rows of different lengths, read one at a time.
 
     tokens.safetensors   input_ids int32 [tokens], assistant uint8 [tokens], row_offsets int64 [rows + 1],
                          row_source int16 [rows], sample_offsets int64 [parts + 1], part_sample int32 [parts] (the
@@ -74,7 +74,7 @@ class CalibrationTokens:
             summary = json.loads((directory / SUMMARY_FILE).read_text())
         except FileNotFoundError:
             raise UnusableError(
-                f"{directory} holds no {SUMMARY_FILE}, so it is not a finished calibration. Run it again."
+                f"{directory}: {SUMMARY_FILE} is missing, so this is not a finished calibration. Run the recipe again."
             ) from None
         return cls(directory, summary)
 
@@ -94,7 +94,7 @@ class CalibrationTokens:
     def rows(self, part: str) -> list[int]:
         """The rows of a pack's part, "decide" or "confirm", in order."""
         if self.row_part is None:
-            raise ValueError(f"{self.directory} is a calibration, not a pack: its rows have no parts")
+            raise ValueError(f"{self.directory}: this is a calibration, not a pack; its rows are not split into parts")
         return np.flatnonzero(self.row_part == PARTS.index(part)).tolist()
 
     def row(self, index: int) -> Row:

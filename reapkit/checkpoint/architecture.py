@@ -1,4 +1,4 @@
-"""What a `config.json` says about a model's experts, under whichever names it says it. Torch-free."""
+"""Reads the facts about a model's experts from `config.json`, whatever names its fields have. Torch-free."""
 
 from __future__ import annotations
 

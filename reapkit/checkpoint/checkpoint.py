@@ -1,4 +1,4 @@
-"""A checkpoint on disk as its config and safetensors headers describe it; no weight is read. Torch-free."""
+"""Describes a checkpoint on disk by its config and safetensors headers; no weight is read. Torch-free."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint carry an expert axis: the records that `layout_reading` fills. Torch-free."""
+"""Records which tensors of a checkpoint have an expert axis; `layout_reading` fills them. Torch-free."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Hub repositories: a model's checkpoint from its metadata alone, its snapshot in the local cache, its commits.
-Torch-free.
+"""Reads hub repositories: a checkpoint's metadata, its snapshot in the local cache, its commits. Torch-free.
 
 A plan needs config, tokenizer files, index, and of each shard its header and its sha256: megabytes, whatever the
 weights take.

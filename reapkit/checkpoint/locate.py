@@ -1,4 +1,4 @@
-"""Where a recipe's sources are on this machine, and what names their content in keys. Torch-free."""
+"""Finds a recipe's model on this machine, and identifies its content for keys. Torch-free."""
 
 from __future__ import annotations
 

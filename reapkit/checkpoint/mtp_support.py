@@ -1,5 +1,4 @@
-"""Multi-token-prediction blocks: which of them are observed and pruned, decided from config and headers alone.
-Torch-free."""
+"""Decides which multi-token-prediction blocks are observed and pruned, from config and headers alone. Torch-free."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much a checkpoint weighs and computes with, before and after experts go: parameters and bytes, from headers
+"""Counts a checkpoint's parameters and bytes, in total and active per token, before and after pruning, from headers
 alone. Torch-free."""
 
 from __future__ import annotations

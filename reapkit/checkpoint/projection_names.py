@@ -1,4 +1,5 @@
-"""How checkpoints spell the tensors of routed experts: one row per spelling, and the role of every name. Torch-free.
+"""Lists how checkpoints name the tensors of routed experts: one row per spelling, and the role of every name.
+Torch-free.
 
 To teach reapkit another spelling, add a row to SPELLINGS and its tiny model to
 tests/checkpoint/test_projection_names.py. A name that no row knows still lies with its expert and is cut with it;

@@ -1,4 +1,4 @@
-"""The bytes of a checkpoint's shards: read in place, without mapping files, and told by their sha256. Torch-free.
+"""Reads the bytes of a checkpoint's shards without mapping files, and computes their sha256. Torch-free.
 
 Guaranteed: every read of one `ShardReader` sees files of the size and mtime that they had when the checkpoint was
 opened by it; the hashes of `ShardHashes` are of those same files, taken whole by threads of their own while observe

@@ -1,1 +1,1 @@
-"""The command line: parses, calls, formats, exits."""
+"""The command line: parses arguments, calls the package, formats results, exits."""

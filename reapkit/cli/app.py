@@ -1,4 +1,4 @@
-"""The application that the commands register with, and the arguments that they share."""
+"""The typer application that all commands register with, and the arguments that they share."""
 
 from __future__ import annotations
 
@@ -26,14 +26,18 @@ Overrides = Annotated[
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="Override a field: --set prune.ratio=0.25",
+        help="Override a field of the recipe: --set prune.ratio=0.25",
         default_factory=list,
         show_default=False,
     ),
 ]
 Elsewhere = Annotated[
     str | None,
-    typer.Option("--observation", metavar="DIR", help="Decide by this observation of the same model, made elsewhere."),
+    typer.Option(
+        "--observation",
+        metavar="DIR",
+        help=("Use this observation of the same model, made elsewhere, instead of observing."),
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document for machines.")]
 

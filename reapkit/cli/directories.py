@@ -1,4 +1,4 @@
-"""Commands on finished directories: merge, verify, serve-check, import, gc."""
+"""Commands for finished directories: merge, verify, serve-check, import, gc."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ def merge(
     observations: Annotated[
         list[str], typer.Argument(metavar="OBSERVATION...", help="Observations of one model, from any machines.")
     ],
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Where the sum goes.")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="DIR", help="Directory to write the merged observation to.")
+    ],
     as_json: Json = False,
 ) -> None:
-    """Add observations of the same model: other data, other machines, one decision.
+    """Add up observations of one model, from other data or other machines, into one observation.
 
     Example: reapkit merge monday/observation tuesday/observation -o both
     """
@@ -33,7 +35,7 @@ def merge(
     from reapkit.observation.observation import Observation
 
     if output.exists():
-        raise RecipeError(f"{output}: is there already. Choose another directory with -o.")
+        raise RecipeError(f"{output}: the directory exists already. Choose another with -o.")
     merged = reduce(add, (Observation.load(Path(directory)) for directory in observations))
     merged.save(output)
     facts = {"directory": str(output), "tokens": int(merged.tokens.sum()), "sources": list(merged.sources)}
@@ -53,7 +55,7 @@ def verify(
 ) -> None:
     """Check a written model against the record inside it: sha256 of every shard, index, names, shapes, expert counts.
 
-    Works wherever the directory was copied to. Ends with 0 where all holds, else with 3.
+    Works wherever the directory was copied to. Exits with 0 if everything matches, else with 3.
 
     Example: reapkit verify runs/demo/pruned
     """
@@ -79,7 +81,7 @@ def verify(
             rows = [(finding.name, "holds" if finding.passed else "FAILS", finding.detail) for finding in findings]
             out().print(table(str(place), ("checked", "", "found"), rows, left=("", "found")))
         if not passed:
-            print("This is not what was written. Copy the directory again, or write it again.", file=sys.stderr)
+            print("The directory differs from what was written. Copy it again, or write it again.", file=sys.stderr)
     raise typer.Exit(0 if passed else UnusableError.exit_code)
 
 
@@ -87,9 +89,12 @@ def verify(
 def serve_check(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A model directory, as prune or quantize wrote it.")],
     base: Annotated[
-        Path | None, typer.Option("--base", metavar="DIR", help="The model it was made from, served and compared too.")
+        Path | None,
+        typer.Option(
+            "--base", metavar="DIR", help=("The model that DIR was made from; it is served and compared, too.")
+        ),
     ] = None,
-    prompts: Annotated[int, typer.Option("--prompts", metavar="N", min=1, help="How many prompts.")] = 4,
+    prompts: Annotated[int, typer.Option("--prompts", metavar="N", min=1, help="Number of prompts.")] = 4,
     new_tokens: Annotated[
         int, typer.Option("--new-tokens", metavar="N", min=1, help="Greedy tokens after each prompt.")
     ] = 16,
@@ -100,16 +105,18 @@ def serve_check(
         ),
     ] = None,
     dtype: Annotated[
-        str, typer.Option("--dtype", metavar="DTYPE", help="auto, float32, bfloat16 or float16, in both engines.")
+        str,
+        typer.Option("--dtype", metavar="DTYPE", help=("Dtype in both engines: auto, float32, bfloat16 or float16.")),
     ] = "auto",
     device: Annotated[
-        str, typer.Option("--device", metavar="DEVICE", help="Where transformers runs: cpu, cuda:0 or auto.")
+        str, typer.Option("--device", metavar="DEVICE", help="Device of transformers: cpu, cuda:0 or auto.")
     ] = "cpu",
     tensor_parallel: Annotated[
-        int, typer.Option("--tensor-parallel", metavar="N", min=1, help="GPUs that vLLM spreads the model over.")
+        int,
+        typer.Option("--tensor-parallel", metavar="N", min=1, help="Number of GPUs over which vLLM spreads the model."),
     ] = 1,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run modelling code that lies in the directory.")
+        bool, typer.Option("--trust-remote-code", help="Run the Python code of the model directory.")
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -123,7 +130,7 @@ def serve_check(
     """
     dtypes = ("auto", "float32", "bfloat16", "float16")
     if dtype not in dtypes:
-        raise RecipeError(f"--dtype: {dtype!r} is none of {', '.join(dtypes)}.")
+        raise RecipeError(f"--dtype: found {dtype!r}. Allowed: {', '.join(dtypes)}.")
     from reapkit.cli.app import quiet_libraries
 
     quiet_libraries()
@@ -158,14 +165,15 @@ def import_(
         typer.Argument(metavar="FILE", help="A llm-compressor REAP report (.json) or a Cerebras observer state (.pt)."),
     ],
     output: Annotated[
-        Path, typer.Option("-o", "--output", metavar="DIR", help="Where the selection or observation goes.")
+        Path, typer.Option("-o", "--output", metavar="DIR", help="Directory to write the selection or observation to.")
     ],
     model: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="The model before pruning: says what the file does not.")
+        Path | None,
+        typer.Option(metavar="DIR", help=("Directory of the model before pruning, for facts that the file lacks.")),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Turn what another tool measured or decided into an observation or a selection of ours; no code of the file is
+    """Turn another tool's measurements or decision into an observation or a selection. No code in the file is
     run.
 
     Example: reapkit import observations.pt -o observation
@@ -175,7 +183,7 @@ def import_(
     from reapkit.selection.selection import Selection
 
     if output.exists():
-        raise RecipeError(f"{output}: is there already. Choose another directory with -o.")
+        raise RecipeError(f"{output}: the directory exists already. Choose another with -o.")
     found = read_foreign(file, None if model is None else Checkpoint.open(model).architecture)
     found.save(output)
     if isinstance(found, Selection):
@@ -205,15 +213,15 @@ def import_(
 @app.command()
 def gc(
     store: Annotated[
-        Path, typer.Option("--store", metavar="DIR", help="The artifact store, runtime.store of your recipes.")
+        Path, typer.Option("--store", metavar="DIR", help="The artifact store (runtime.store in your recipes).")
     ] = Path("runs/.store"),
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would go.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be removed.")] = False,
     unfinished: Annotated[
-        bool, typer.Option("--unfinished", help="Also remove partial work that nobody is at.")
+        bool, typer.Option("--unfinished", help="Also remove unfinished work that no process is working on.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Remove the artifacts of a store that no run links to. What is in progress stays, and so does what can be resumed.
+    """Remove the artifacts of a store that no run uses. Artifacts in progress are kept, and so are resumable ones.
 
     Example: reapkit gc --dry-run
     """

@@ -1,4 +1,4 @@
-"""Ranks other than 0 under torchrun: silent, they do what rank 0 asks and end with its code."""
+"""Runs the ranks other than 0 under torchrun: they print nothing, do what rank 0 asks and exit with its code."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _described(error: Exception) -> tuple[int, str]:
     return (
         1,
         (
-            f"a defect of reapkit: {type(error).__name__}: {error}. Run again with --debug for the traceback, and"
-            " please report it."
+            f"internal error: {type(error).__name__}: {error}. This is a bug in reapkit. Run again with --debug for"
+            " the traceback, and please report it."
         ),
     )

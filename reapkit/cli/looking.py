@@ -1,4 +1,4 @@
-"""Commands that show what there is: inspect, compare, export, report."""
+"""Commands that show results: inspect, compare, export, report."""
 
 from __future__ import annotations
 
@@ -23,23 +23,24 @@ def compare(
         list[str], typer.Argument(metavar="A B...", help="Recipes, observations, selections or runs, all of one kind.")
     ],
     criterion: Annotated[
-        str, typer.Option("--criterion", metavar="NAME", help="Of observations: the saliency that ranks.")
+        str, typer.Option("--criterion", metavar="NAME", help="For observations: the criterion that ranks experts.")
     ] = DEFAULT_CRITERION,
     ratio: Annotated[
-        str, typer.Option("--ratio", metavar="R", help="Of observations: the share of experts that goes.")
+        str, typer.Option("--ratio", metavar="R", help="For observations: the share of experts to remove.")
     ] = "0.5",
     different_models: Annotated[
-        bool, typer.Option("--different-models", help="Compare observations of different models.")
+        bool, typer.Option("--different-models", help="For observations: compare them even if their models differ.")
     ] = False,
     html: Annotated[
-        Path | None, typer.Option("--html", metavar="FILE", help="Write a page that opens offline, too.")
+        Path | None,
+        typer.Option("--html", metavar="FILE", help=("Also write the comparison as an HTML page that opens offline.")),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show what two or more recipes, observations, selections or runs have in common, and in what they differ.
+    """Compare two or more recipes, observations, selections or runs: what they share and where they differ.
 
-    Of observations it answers whether a calibration is large enough: do two of the same sources keep the same experts?
-    Of runs it sets sizes, quality with its intervals, verdicts and recipes side by side.
+    Observations: is the calibration large enough? It is if two observations of the same sources keep the same experts.
+    Runs: sizes, quality with intervals, verdicts and recipes side by side.
 
     Example: reapkit compare monday/observation tuesday/observation --ratio 0.5
     """
@@ -74,7 +75,7 @@ def inspect(
     path: Annotated[str, typer.Argument(metavar="PATH", help="A recipe, a checkpoint, a run, or an artifact of one.")],
     as_json: Json = False,
 ) -> None:
-    """Show what lies at a path: recipe, checkpoint, calibration, packs, observation, selection, evaluation or run.
+    """Describe a path: a recipe, checkpoint, calibration, packs, observation, selection, evaluation or run.
 
     Example: reapkit inspect runs/demo/calibration
     """
@@ -93,22 +94,25 @@ def export(
         str, typer.Argument(metavar="OBSERVATION", help="Directory of an observation, or of a run.")
     ],
     directory: Annotated[
-        Path | None, typer.Argument(metavar="DIR", help="Where the tables go.", show_default=False)
+        Path | None, typer.Argument(metavar="DIR", help="Directory to write the tables to.", show_default=False)
     ] = None,
     png: Annotated[
-        Path | None, typer.Option("--png", metavar="DIR", help="Where a PNG of every chart goes; takes a Chromium.")
+        Path | None,
+        typer.Option("--png", metavar="DIR", help=("Directory to write a PNG of every chart to; needs Chromium.")),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write an observation as saliency.parquet, ranking_by_layer.json and profile.md; its charts, or a run's, as
-    pictures for papers.
+    """Write an observation as saliency.parquet, ranking_by_layer.json and profile.md, and the charts of an observation
+    or a run as PNG files.
 
     Example: reapkit export runs/demo saliency --png figures
     """
     from reapkit.report.inspection.exporting import export_at, pictures_at
 
     if directory is None and png is None:
-        raise RecipeError("export: nothing to write. Give DIR for the tables, --png DIR for the charts, or both.")
+        raise RecipeError(
+            "export: no output was requested. Give DIR for the tables, --png DIR for the charts, or both."
+        )
     files = export_at(observation, directory) if directory else []
     written = [str(file) for file in (*files, *(pictures_at(observation, png) if png else []))]
     print(json.dumps({"files": written}) if as_json else "\n".join(written))
@@ -123,17 +127,17 @@ def report(
             "-o",
             "--output",
             metavar="FILE",
-            help="The page; default: observation.html, of a run its own.",
+            help="File of the page; default: observation.html, or the run's own page.",
             show_default=False,
         ),
     ] = None,
     selection: Annotated[
-        Path | None, typer.Option("--selection", metavar="DIR", help="Mark what this selection drops.")
+        Path | None, typer.Option("--selection", metavar="DIR", help="Show this selection in the page.")
     ] = None,
     show: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Draw an observation as one HTML page that opens offline. A run has drawn its own: show where, or open it.
+    """Write an observation as one HTML page that opens offline. For a run, print the path of its own page, or open it.
 
     Example: reapkit report runs/demo --open
     """
@@ -142,4 +146,4 @@ def report(
     page = page_at(path, output, selection)
     print(json.dumps({"file": str(page)}) if as_json else page)
     if show and not webbrowser.open(page.resolve().as_uri()):
-        print(f"No browser could be started. Open {page} in one.", file=sys.stderr)
+        print(f"No browser could be started. Open {page} in a browser.", file=sys.stderr)

@@ -1,4 +1,5 @@
-"""The command line: parses, calls, formats, exits. Everything up to the plan runs without importing torch."""
+"""The entry point of the command line: parses, calls, formats, exits. Everything up to the plan runs without importing
+torch."""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ ROOMS = [room.__name__ for room in (recipes, looking, directories)]
 app.registered_commands.sort(key=lambda command: ROOMS.index(command.callback.__module__))  # as --help lists them
 
 COLLECT_AFTER = 200_000
-"""Objects made between two runs of Python's garbage collector: at its default of 700 it spends a fifth of what
-importing torch takes."""
+"""New objects after which Python's garbage collector runs. Its default of 700 costs a fifth of the time of importing
+torch."""
 
 UsageError = cast(type[Exception], typer.BadParameter.__mro__[1])
 """typer carries its own click, whose errors it re-exports only in part."""
@@ -75,7 +76,7 @@ def _interrupted() -> int:
         return follower_code(team, ranks.INTERRUPTED)
     if team.world > 1 and (error := team.cause()) is not None and error.exit_code != ranks.INTERRUPTED:
         return _told(error)
-    print("Interrupted. Finished stages are kept; run the same command again to go on.", file=sys.stderr)
+    print("Interrupted. Finished stages are kept; run the same command again to resume.", file=sys.stderr)
     return 130
 
 
@@ -108,8 +109,8 @@ def _run(arguments: list[str], debug: bool) -> int:
         if debug:
             traceback.print_exc()
         print(
-            f"reapkit: a defect of reapkit: {type(error).__name__}: {error}\n"
-            "Run again with --debug for the traceback, and please report it.",
+            f"reapkit: internal error: {type(error).__name__}: {error}\nThis is a bug in reapkit. Run again with"
+            " --debug for the traceback, and please report it.",
             file=sys.stderr,
         )
         return 1

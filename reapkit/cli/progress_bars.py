@@ -1,4 +1,4 @@
-"""How long work looks: bars on a terminal, plain lines elsewhere. Bars and notes go to stderr, results to stdout.
+"""Shows progress: bars on a terminal, plain lines elsewhere. Bars and notes go to stderr, results to stdout.
 
 Every step of work passes here, so here a request to stop is looked at once more.
 """

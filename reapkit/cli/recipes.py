@@ -1,4 +1,4 @@
-"""Commands on recipes: validate, plan, apply and its stages, lock, init, schema."""
+"""Commands for recipes: validate, plan, apply and its stages, lock, init, schema."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def validate(
     overrides: Overrides,
     as_json: Json = False,
 ) -> None:
-    """Check recipes, against their model where it is local, cached or on the hub; every problem is shown at once.
+    """Check recipes against their models (local, cached or on the hub) and show all problems at once.
 
     Example: reapkit validate recipes/demo.yaml
     """
@@ -40,7 +40,7 @@ def validate(
         except RecipeError as error:
             problems += error.problems
         except UnusableError as error:
-            notes[name] = f"valid in itself; not checked against its model: {error}"
+            notes[name] = f"valid, but not checked against the model: {error}"
     if as_json:
         print(json.dumps({"valid": not problems, "notes": notes, "problems": [vars(problem) for problem in problems]}))
     elif not problems:
@@ -75,10 +75,10 @@ def apply(
     until: Annotated[
         str | None, typer.Option(metavar="STAGE", help=f"Stop after a stage: {', '.join(STAGE_NAMES)}.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and exit.")] = False,
     observation: Elsewhere = None,
     locked: Annotated[
-        bool, typer.Option("--locked", help="Take revisions from the lock; refuse to differ from it.")
+        bool, typer.Option("--locked", help=("Use the revisions of the lock; fail if anything differs from the lock."))
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -130,7 +130,7 @@ def _apply(recipe: str, overrides: list[str], until: str | None, as_json: bool, 
     if "verify" in run.artifacts:
         console.print(result_table(run.summary("verify")))
     console.print(
-        f"{'Nothing to do, all of it was there' if not run.executed else 'Done'}: {run.directory}"
+        f"{'Nothing to do, all results exist' if not run.executed else 'Done'}: {run.directory}"
         + (f"  (open {run.directory / 'report.html'})" if "report" in run.artifacts else ""),
         soft_wrap=True,
         markup=False,
@@ -163,7 +163,7 @@ for _stage, _purpose in (
 
 @app.command()
 def lock(recipe: RecipeArgument, overrides: Overrides, as_json: Json = False) -> None:
-    """Write NAME.lock.json beside the recipe: revisions, file hashes and versions that `apply --locked` insists on.
+    """Write NAME.lock.json beside the recipe: the revisions, file hashes and versions that `apply --locked` requires.
 
     Example: reapkit lock my-recipe.yaml
     """
@@ -181,7 +181,8 @@ def lock(recipe: RecipeArgument, overrides: Overrides, as_json: Json = False) ->
 def init(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, model directory or builtin:demo.")],
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Where to write it; default NAME.yaml.")
+        Path | None,
+        typer.Option("-o", "--output", metavar="FILE", help="File to write the recipe to; default: NAME.yaml."),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -192,14 +193,16 @@ def init(
     name, text = starting_recipe(model, Path.cwd())
     path = output or Path(f"{name}.yaml")
     if path.exists():
-        raise RecipeError(f"{path}: is there already. Choose another name with -o.")
+        raise RecipeError(f"{path}: the file exists already. Choose another name with -o.")
     path.write_text(text)
     print(json.dumps({"path": str(path), "name": name}) if as_json else f"{path}: written. Next: reapkit plan {path}")
 
 
 @app.command()
 def schema(
-    markdown: Annotated[bool, typer.Option("--markdown", help="The language on one page, for people.")] = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the language as one page of Markdown instead.")
+    ] = False,
 ) -> None:
     """Print the recipe language as JSON Schema (2020-12).
 

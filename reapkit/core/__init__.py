@@ -1,1 +1,1 @@
-"""What every room stands on: errors, progress, stopping, ranks, files, hashes, formatting. Torch-free."""
+"""What all other rooms use: errors, progress, stop requests, ranks, files, hashes, formatting. Torch-free."""

@@ -1,4 +1,4 @@
-"""Artifacts by key: a directory whose manifest, written last by rename, says that it is complete. Torch-free.
+"""Stores artifacts by key; a directory is complete once its manifest exists, which is written last. Torch-free.
 
 <store>/<stage>-<key12>/manifest.json     the stage, its whole key, spec, inputs, seconds, versions, summary
 <store>/<stage>-<key12>/payload/          what the stage made; may be dropped later, the manifest stays

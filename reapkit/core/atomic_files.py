@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their place, synced, renamed. Torch-free."""
+"""Writes files atomically: to a temporary file in the same directory, synced, then renamed. Torch-free."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from uuid import uuid4
 from safetensors import SafetensorError
 
 UNFINISHED = re.compile(r"\..+\.[0-9a-f]{8}\.partial")
-"""Names of files that a killed writer left beside their place."""
+"""Matches the temporary files that a killed writer left behind."""
 SYNC_REFUSED = (errno.EINVAL, errno.ENOTSUP)
-"""What file systems say that cannot sync a directory; they keep renames in order by themselves."""
+"""Error numbers of file systems that cannot sync a directory; these keep renames in order by themselves."""
 
 
 @contextmanager

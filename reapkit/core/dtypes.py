@@ -1,4 +1,4 @@
-"""The dtypes of safetensors files: each code with its width and its names in numpy and torch. Torch-free."""
+"""Lists the dtypes of safetensors files: code, width, and the names in numpy and torch. Torch-free."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ DTYPES: Mapping[str, Dtype] = {
 BITS: Mapping[str, int] = {code: dtype.bits for code, dtype in DTYPES.items()}
 """Bits per element, by code."""
 FLOATS = ("F64", "F32", "F16", "BF16")
-"""Codes of the dtypes in which weights are stored as they are, without scales."""
+"""Codes of the dtypes that store weights directly, without scales."""
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Every error reapkit raises on purpose, each with the exit code the command line ends with."""
+"""Defines every error that reapkit raises on purpose, each with the exit code of the command line."""
 
 from __future__ import annotations
 

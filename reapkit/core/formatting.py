@@ -1,4 +1,4 @@
-"""Numbers and lists as people write them. Torch-free."""
+"""Formats numbers and lists for people. Torch-free."""
 
 from __future__ import annotations
 

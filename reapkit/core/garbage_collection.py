@@ -1,4 +1,4 @@
-"""Which artifacts of a store runs still use, and the removal of those that none does. Torch-free.
+"""Finds the artifacts of a store that no run uses any more, and removes them. Torch-free.
 
 A run is entered in `<store>/runs/` before it relies on an artifact, and stays there as long as its directory does. An
 artifact is in use where such a run names it, where the run.json of a run beside the store does, or where its files are
@@ -60,7 +60,9 @@ def register(store: Store, run: Path, artifacts: Mapping[str, str]) -> None:
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UnusableError(f"{run}: cannot be made ({error.strerror}). Choose another output.directory.") from None
+        raise UnusableError(
+            f"{run}: the directory cannot be created ({error.strerror}). Choose another output.directory."
+        ) from None
     with _registry(store):
         file = store.root / "runs" / f"{digest(str(run))[:KEY_LETTERS]}.json"
         known = _artifacts(file) if file.is_file() else {}
@@ -75,7 +77,9 @@ def collect(store: Store, *, unfinished: bool = False, dry_run: bool = False) ->
     Raises UnusableError where there is no store, or where what uses it cannot be read: then nothing is removed.
     """
     if not store.root.is_dir():
-        raise UnusableError(f"{store.root}: no store there. Give the runtime.store of your recipes with --store.")
+        raise UnusableError(
+            f"{store.root}: found no artifact store. Give the runtime.store of your recipes with --store."
+        )
     found = Collected()
     with _registry(store):
         used = _used(store, dry_run)
@@ -133,11 +137,11 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text())
         if not {"directory", "artifacts"} <= found.keys() and "stages" not in found:
-            raise ValueError("it names no artifacts")
+            raise ValueError("the file names no artifacts")
     except (OSError, ValueError, AttributeError) as error:
         raise UnusableError(
-            f"{file}: says which artifacts a run uses and cannot be read ({error}). Remove it if that run is gone;"
-            " nothing was removed from the store."
+            f"{file}: this list of the artifacts that a run uses cannot be read ({error}). Delete the file if that run"
+            " no longer exists, then try again. Nothing was removed from the store."
         ) from None
     return found
 

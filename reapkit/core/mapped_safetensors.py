@@ -1,4 +1,4 @@
-"""Safetensors files as arrays that lie in them: read when they are used, whatever their size. Torch-free."""
+"""Opens safetensors files as memory-mapped arrays, which are read only when they are used. Torch-free."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def map_tensors(path: Path) -> dict[str, ndarray]:
     for name, tensor in read_header(path).items():
         if tensor.dtype not in names:
             raise UnusableError(
-                f"{path}: tensor {name} is {tensor.dtype}, a dtype that reapkit never writes. Make the file again."
+                f"{path}: tensor {name} is {tensor.dtype}, a dtype that reapkit never writes. Run the stage that wrote"
+                " the file again."
             )
         dtype = np.dtype(names[tensor.dtype]).newbyteorder("<")
         tensors[name] = (

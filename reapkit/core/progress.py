@@ -1,4 +1,4 @@
-"""What long work tells whoever watches it. The command line draws it; by default nobody watches."""
+"""The interface through which long work reports progress. The command line draws it; the default shows nothing."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Several processes at one run, started by torchrun: rank 0 runs the recipe, the others help where it asks, all end
-with one code. Torch-free until they join.
+"""Coordinates the processes of one run under torchrun: rank 0 runs the recipe, the other ranks help when asked, and all
+end with the same exit code. Torch-free until they join.
 
 What ranks compute goes through files that they all see. torchrun's own key-value store carries the rest: who does what,
 who is alive, how it ended. Nobody waits inside a collective of torch.distributed: it would time out while rank 0 works
@@ -115,9 +115,9 @@ class Team(Alone):
         while not _listed(file):
             if time.monotonic() > deadline:
                 raise UnusableError(
-                    f"runtime.store: {self._name(self.rank)} does not see {file.parent} as {self._name(0)} does. Ranks"
-                    " share their work through this directory: put it on a file system that all nodes mount at the"
-                    " same path (--set runtime.store=DIR)."
+                    f"runtime.store: {self._name(self.rank)} does not see the same {file.parent} as {self._name(0)}."
+                    " Ranks share their work through this directory. Put it on a file system that all nodes mount at"
+                    " the same path (--set runtime.store=DIR)."
                 )
             time.sleep(0.5)
         self.meet("seen")
@@ -134,8 +134,8 @@ class Team(Alone):
         if different := [key for key in theirs if theirs[key] != mine.get(key)]:
             found = ", ".join(f"{key} {mine.get(key)} instead of {theirs[key]}" for key in different)
             raise UnusableError(
-                f"{self._name(self.rank)} would compute in another way than {self._name(0)}: {found}. Results would"
-                " depend on who computed what; give all ranks the same devices and the same environment."
+                f"{self._name(self.rank)} differs from {self._name(0)}: {found}. Results would depend on which rank"
+                " computed them. Give all ranks the same devices and the same environment."
             )
 
     def claims(self, name: str, count: int) -> Iterator[int]:
@@ -281,8 +281,8 @@ class Team(Alone):
 
     def _died(self, rank: int) -> StageFailed:
         return StageFailed(
-            f"{self._name(rank)} died without a word (killed, out of memory, or its machine is gone), so the run ends"
-            " here. What was finished is kept; run the same command again to resume, with any number of ranks."
+            f"{self._name(rank)} stopped without an error message (killed, out of memory, or its machine failed), so"
+            " the run ends. Finished work is kept; run the same command again to resume, with any number of ranks."
         )
 
     def _name(self, rank: int) -> str:

@@ -1,4 +1,4 @@
-"""The header of a safetensors file, distrusted until it is proven: offsets must tile the file and fit dtypes and
+"""Reads and checks the header of a safetensors file: its offsets must cover the file without gaps and fit dtypes and
 shapes. Torch-free."""
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def tensors_of(path: Path, size: int, text: bytes) -> dict[str, TensorInfo]:
         found = _parse_entries(header, shard, base)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UnusableError(
-            f"{path}: its header is not a safetensors header ({type(error).__name__}: {error}). Download it again."
+            f"{path}: the header is not a valid safetensors header ({type(error).__name__}: {error}). Download it"
+            " again."
         ) from None
     if not _tiles(found, base, size):
         found.sort(key=itemgetter(4, 5))  # begin, end
@@ -101,7 +102,9 @@ def _refuse_gaps(path: Path, found: Iterable[TensorInfo], base: int, size: int) 
             )
         position = end
     if position != size:
-        raise UnusableError(f"{path}: holds {size} bytes where its header says {position}. Download it again.")
+        raise UnusableError(
+            f"{path}: the file has {size} bytes, but its header describes {position}. Download it again."
+        )
 
 
 def read_header_text(path: Path) -> tuple[int, bytes]:
@@ -111,7 +114,7 @@ def read_header_text(path: Path) -> tuple[int, bytes]:
         size, start = os.fstat(file).st_size, os.read(file, FIRST_READ_BYTES)
         length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
         if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-            raise UnusableError(f"{path}: not a safetensors file, or cut short ({size} bytes). Download it again.")
+            raise UnusableError(f"{path}: not a safetensors file, or truncated ({size} bytes). Download it again.")
         while len(start) < 8 + length and (more := os.read(file, 8 + length - len(start))):
             start += more
     finally:

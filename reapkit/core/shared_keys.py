@@ -19,8 +19,8 @@ class LostContact(StageFailed):
 
     def __init__(self) -> None:
         super().__init__(
-            "lost contact with torchrun's rendezvous (torchrun or the machine of rank 0 is gone), so the run ends here."
-            " What was finished is kept; run the same command again to resume."
+            "lost contact with torchrun's rendezvous (torchrun or the machine of rank 0 stopped), so the run ends."
+            " Finished work is kept; run the same command again to resume."
         )
 
 

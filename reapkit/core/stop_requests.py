@@ -1,5 +1,5 @@
-"""A request to stop (Ctrl-C, or Slurm's SIGTERM) that is obeyed even where a library swallows the exception it
-raises."""
+"""Remembers a request to stop (Ctrl-C, or SIGTERM from Slurm), so that the run stops even if a library swallows the
+exception."""
 
 from __future__ import annotations
 

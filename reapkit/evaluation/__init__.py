@@ -1,1 +1,1 @@
-"""Is the result good, and is it what it claims to be: packs, gates, metrics, proofs, serving."""
+"""Evaluation: packs, gates, metrics, proofs, serving. Is the result good, and is it what it claims to be?"""

@@ -1,4 +1,5 @@
-"""What an evaluation tells its reader: the table's rows, and what to change after a rejection. Torch-free."""
+"""Writes what an evaluation tells its reader: the rows of the table, and what to change after a rejection.
+Torch-free."""
 
 from __future__ import annotations
 

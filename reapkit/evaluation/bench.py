@@ -1,4 +1,4 @@
-"""Where candidates are measured: on one part of the packs, as masks on the loaded base."""
+"""Measures candidates on one part of the packs, as masks on the loaded base."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Candidates judged as masks on the loaded model: smallest first, the first that passes wins, confirmed on fresh
+"""Judges candidates as masks on the loaded model: smallest first; the first that passes wins and is confirmed on fresh
 rows."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A model directory as it is on disk, against the base: the numbers that the verify stage publishes."""
+"""Measures a model directory on disk against the base, for the numbers that the verify stage publishes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The control that a sceptic asks for: the unpruned model, quantized alone to about the same bytes. Torch-free."""
+"""Plans the control at equal bytes: the unpruned model, quantized to about the size of the result. Torch-free."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Gates: the limits a candidate must keep against the base, and the verdict on measured intervals. Torch-free.
+"""Defines gates, the limits that a candidate must keep against the base, and judges measured intervals by them.
+Torch-free.
 
 A measurement is `{"value": float, "interval": [low, high] | None}`; the interval is a paired bootstrap interval over
 rows.

@@ -1,4 +1,5 @@
-"""Continuations of held-out prompts: whether a model loops, ends, and still calls functions as their schemas want."""
+"""Generates continuations of held-out prompts, and checks whether they loop, end, and call functions as their schemas
+demand."""
 
 from __future__ import annotations
 

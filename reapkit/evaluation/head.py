@@ -1,5 +1,5 @@
-"""The output head on kept hidden states: proven once per model, in bounded chunks, another model's head where it
-differs."""
+"""Applies the output head to stored hidden states: checked once per model, in bounded chunks, with another model's head
+where it differs."""
 
 from __future__ import annotations
 

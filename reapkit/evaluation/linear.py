@@ -1,5 +1,5 @@
-"""bfloat16 matrix products on CPUs that have no instructions for them: computed in float32 and rounded once, several
-times faster."""
+"""Computes bfloat16 matrix products in float32 with one rounding, on CPUs without bfloat16 instructions; several times
+faster."""
 
 from __future__ import annotations
 

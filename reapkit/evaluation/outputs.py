@@ -1,4 +1,5 @@
-"""What a model says at the measured positions of a pack: the base's kept once, every candidate's compared with it."""
+"""Computes a model's outputs at the measured positions of a pack: stores the base's once, and compares every
+candidate's with them."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Evaluation of a model of any size: base and candidates go through each decoder layer while it is in memory, in one
-pass."""
+"""Evaluates a model of any size in one pass: base and candidates go through each decoder layer while it is in
+memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Task benchmarks of a model directory through the lm-eval package, in a process of its own; its own output is kept."""
+"""Runs task benchmarks of a model directory with lm-eval, in a process of its own, and keeps lm-eval's output."""
 
 from __future__ import annotations
 

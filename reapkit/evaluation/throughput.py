@@ -1,4 +1,4 @@
-"""How fast a model directory runs and how much memory it takes, each in a fresh process so that nothing else counts.
+"""Measures speed and memory of a model directory, each in a fresh process so that nothing else counts.
 
 `python -m reapkit.evaluation.throughput DIRECTORY PROMPT_TOKENS NEW_TOKENS [DEVICE]` prints one JSON object.
 """

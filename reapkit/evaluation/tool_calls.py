@@ -1,4 +1,4 @@
-"""Function calls in generated text, judged by the JSON schemas that the prompt offered. Torch-free.
+"""Checks function calls in generated text against the JSON schemas of the prompt. Torch-free.
 
 Works on text as chat templates of the JSON kind render it: schemas as `{"name", "parameters"}` (maybe under
 `function`), calls as `{"name", "arguments"}`. Templates that write calls otherwise yield no calls, and nothing is

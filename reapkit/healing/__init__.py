@@ -1,1 +1,1 @@
-"""What makes up for the dropped experts."""
+"""Healing: makes up for the dropped experts."""

@@ -1,6 +1,5 @@
-"""The pass that re-fits: the original and the pruned model go through the layers side by side, each layer's experts are
-fitted to what the original's residual stream says, and the pruned model goes on from there.
-"""
+"""Re-fits the kept experts layer by layer: the original and the pruned model run side by side, each layer's experts are
+fitted to the original's residual stream, and the pruned model continues with the result."""
 
 from __future__ import annotations
 
@@ -30,11 +29,11 @@ from reapkit.pruning.refitted_weights import LayerNames, RepairedWeights
 from reapkit.selection.selection import Selection
 
 TOKENS = 131_072
-"""Enough for a few thousand per expert of the largest routed layers; a matrix of 2,048 columns wants no more."""
+"""Enough for a few thousand tokens per expert in the largest routed layers; a matrix of 2,048 columns needs no more."""
 ERROR_ENTRIES = 2**29
 """Most entries of a layer's error, 2 GB in float32; the fit holds a few of that size."""
 HELD_OUT_EVERY = 8
-"""Of each source one row in so many judges the ridge's strength instead of being fitted."""
+"""One row in this many of each source judges the ridge's strength and is not fitted."""
 NOT_ADDED = 0.05
 """Relative deviation from 'the layer adds a multiple of its experts' output' that rounding in bfloat16 explains."""
 
@@ -79,7 +78,8 @@ def _rows(tokens: CalibrationTokens, max_tokens: int) -> list[int]:
         rows.append(row)
     if len(rows) < 2:
         raise UnusableError(
-            "prune.repair: needs at least two calibration rows, one to fit and one to judge. Raise calibration.samples."
+            "prune.repair: ridge needs at least two calibration rows, one to fit and one to judge. Raise"
+            " calibration.samples."
         )
     return rows
 
@@ -361,7 +361,8 @@ class _RefitPass:
         }
         if not all(bool(matrix.isfinite().all()) for matrix in matrices.values()):
             raise StageFailed(
-                f"repair: layer {layer} got weights that are not finite. Remove prune.repair, or report it."
+                f"repair: the re-fitted weights of layer {layer} are not finite. Remove prune.repair, and please"
+                " report this."
             )
         stacked, experts = self.layered.sources_of(site.parameter(Role.DOWN))
         self._confirm(site, keep[0], stacked, experts)

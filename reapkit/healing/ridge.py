@@ -1,4 +1,4 @@
-"""Re-fit of the kept experts' output matrices in closed form, so that they make up for the dropped ones. Pure maths.
+"""Re-fits the kept experts' output matrices in closed form, so that they make up for the dropped experts. Pure maths.
 
 A layer adds Σ_e φ_te W_eᵀ to the residual stream, with φ_te the expert's activation before its last matrix times its
 gate. With E_t = r_t − r̃_t, what the pruned layer lacks of the original's residual stream, the corrections D_e minimise

@@ -1,1 +1,1 @@
-"""A model in memory, or streamed through it layer by layer."""
+"""Models in memory, or streamed layer by layer."""

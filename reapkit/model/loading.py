@@ -1,4 +1,5 @@
-"""Loading a model to look at it, and its two halves: final hidden states, and the head that turns them into logits."""
+"""Loads a model for inference, and splits it into the part that gives final hidden states and the head that gives
+logits."""
 
 from __future__ import annotations
 
@@ -46,8 +47,8 @@ def load_model(
         )
     if missing := sorted(info["missing_keys"]):
         raise UnusableError(
-            f"{path}: {len(missing)} tensors that {type(model).__name__} needs are missing, such as {missing[0]}; "
-            "transformers would fill them at random. Download the checkpoint again."
+            f"{path}: {len(missing)} tensors that {type(model).__name__} needs are missing, such as {missing[0]};"
+            " transformers would initialise them randomly. Download the checkpoint again."
         )
     return widened(model.eval().requires_grad_(False), model.dtype)
 
@@ -73,7 +74,8 @@ def load_config(path: str | Path, *, trust_remote_code: bool = False) -> transfo
     except ValueError as error:
         kind = json.loads((Path(path) / "config.json").read_text()).get("model_type")
         raise UnusableError(
-            f"{path}: transformers {transformers.__version__} cannot read a config of model_type '{kind}': {error}"
+            f"{path}: transformers {transformers.__version__} cannot read a config of model_type '{kind}' ({error})."
+            " Upgrade transformers, or check config.json."
         ) from error
 
 

@@ -1,6 +1,4 @@
-"""A candidate on the loaded model: dropped experts leave the routing, no weight is written, and the block's end
-restores everything.
-"""
+"""Masks dropped experts in the router of a loaded model for the length of a `with` block; no weight changes."""
 
 from __future__ import annotations
 
@@ -128,7 +126,7 @@ def slice_routing(site: RoutedExperts, kept: Tensor, undo: list[tuple[dict[str, 
                 _set(undo, vars(module), key, len(kept))
     if not rows:
         raise UnusableError(
-            f"layer {site.layer}: no tensor with {total} rows beside {site.name}, so its router cannot be masked."
+            f"layer {site.layer}: found no tensor with {total} rows beside {site.name}, so the router cannot be masked."
         )
 
 
@@ -154,16 +152,16 @@ def _refuse_bad_keep(site: RoutedExperts, kept: Tensor) -> None:
             not tensor.is_floating_point() and tensor.numel() > 1 for tensor in module.buffers(recurse=False)
         ):
             raise UnusableError(
-                f"{where}: its router reads expert numbers from a fixed table, so dropping experts is undefined. "
-                "Exclude the layer with a cap {layers: ..., keep_all: true}."
+                f"{where}: the router reads expert numbers from a fixed table, so its experts cannot be dropped."
+                " Exclude the layer with a cap {layers: ..., keep_all: true}."
             )
         groups = next((vars(module)[key] for key in GROUP_NAMES if isinstance(vars(module).get(key), int)), 1)
         if groups > 1:
             per_group = torch.bincount(kept // (site.num_experts // groups), minlength=groups).tolist()
             if len(set(per_group)) > 1:
                 raise UnusableError(
-                    f"{where}: routes in {groups} groups, of which {per_group} experts are kept; group-limited routing "
-                    "needs equal numbers."
+                    f"{where}: the router has {groups} groups, and the groups keep {per_group} experts; group-limited"
+                    " routing needs equal numbers. Keep the same number of experts in every group."
                 )
 
 

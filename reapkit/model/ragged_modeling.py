@@ -1,4 +1,4 @@
-"""Loads a Mixture-of-Experts checkpoint whose layers hold different numbers of experts.
+"""Loads a Mixture-of-Experts checkpoint whose layers have different numbers of experts.
 
 Every model class of transformers is available from here under its own name, as a subclass that builds each decoder
 layer while the config says that layer's number of experts (`num_routed_experts_per_layer` in config.json, by decoder

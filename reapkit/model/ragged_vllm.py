@@ -1,4 +1,4 @@
-"""Lets vLLM serve checkpoints whose layers hold different numbers of experts: its entry point in
+"""Lets vLLM serve checkpoints whose layers have different numbers of experts, through the entry point
 `vllm.general_plugins`.
 
 While decoder layer N is built, the shared config says layer N's number of experts, exactly as `ragged_modeling` does
@@ -42,12 +42,13 @@ def refuse_unservable(vllm_config: Any) -> None:
     for field in ("enable_eplb", "enable_ep_weight_filter"):
         if getattr(parallel, field, False):
             raise ValueError(
-                f"{field} assumes equal numbers of experts in all layers, but this checkpoint's differ. Switch it off."
+                f"{field} needs the same number of experts in all layers, but this checkpoint has different numbers."
+                " Switch it off."
             )
     if getattr(vllm_config.model_config, "quantization", None) in ("mxfp4", "gpt_oss_mxfp4"):
         raise ValueError(
-            "vLLM's mxfp4 experts assume equal numbers in all layers, but this checkpoint's differ. Use a bf16 "
-            "checkpoint."
+            "vLLM's mxfp4 kernels need the same number of experts in all layers, but this checkpoint has different"
+            " numbers. Use a bf16 checkpoint."
         )
 
 

@@ -1,6 +1,5 @@
-"""Where a model's routed experts are, and how their calls are intercepted: whatever the architecture, exactly its own
-routing.
-"""
+"""Finds the routed experts of any model that transformers dispatches, and intercepts their calls with the model's own
+routing."""
 
 from __future__ import annotations
 
@@ -149,8 +148,8 @@ def _text_experts(layer: int, candidates: Sequence[RoutedExperts]) -> RoutedExpe
     text = [site for site in candidates if not any(word in site.name for word in NOT_TEXT)]
     if len(text) != 1:
         raise UnusableError(
-            f"layer {layer} has {len(text)} sets of routed text experts ({', '.join(s.name for s in candidates)}); "
-            "one is supported."
+            f"layer {layer} has {len(text)} sets of routed text experts ({', '.join(s.name for s in candidates)});"
+            " only one is supported."
         )
     return text[0]
 

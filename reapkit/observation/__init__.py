@@ -1,1 +1,1 @@
-"""What one pass over the calibration records about every routed expert, and the pass itself."""
+"""Observation: the pass over the calibration, and the statistics that it records about every routed expert."""

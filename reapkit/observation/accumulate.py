@@ -1,5 +1,5 @@
-"""Sums of what the experts put out, per layer, source and expert: float64, in a fixed order, without waiting for the
-device."""
+"""Sums the statistics of expert outputs per layer, source and expert: float64, in a fixed order, without waiting for
+the device."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def refuse_unusable(site: RoutedExperts, tensors: Mapping[str, Tensor]) -> None:
     if broken.any():
         dtype = str(next(site.module.parameters()).dtype).removeprefix("torch.")
         raise UnusableError(
-            f"observe: NaN or infinity in layer {site.layer}, expert {int(broken.nonzero()[0])} "
-            f"({int(broken.sum())} of its {len(broken)} experts), computed in {dtype}. "
-            "Load the model in bfloat16 or float32, or download the checkpoint again."
+            f"observe: found NaN or infinity in layer {site.layer}, expert {int(broken.nonzero()[0])}"
+            f" ({int(broken.sum())} of {len(broken)} experts of this layer), computed in {dtype}. Load the model in"
+            " bfloat16 or float32, or download the checkpoint again."
         )

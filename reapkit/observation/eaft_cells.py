@@ -1,5 +1,5 @@
-"""EAFT material of a calibration whose exact trace would be too large: kept for a few row groups at a time, then added
-up in cells."""
+"""Collects EAFT signals when the exact trace would be too large: keeps a few row groups at a time, then adds them up in
+cells."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The two numbers EAFT reads at a position: how probable the reference token was, and how sure the model was."""
+"""Computes the two signals of EAFT at each position: the probability of the reference token, and the normalised
+entropy."""
 
 from __future__ import annotations
 

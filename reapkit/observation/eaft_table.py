@@ -1,5 +1,5 @@
-"""EAFT material in cells of (p, H), for calibrations whose exact trace would be too large: every position falls into
-one of 32 x 16.
+"""The EAFT table: every position falls into one of 32 x 16 cells of (p, H), for calibrations whose exact trace would be
+too large.
 
 A cell holds what lies above the edge before it and not above its own. Edges stand at quantiles over the positions of
 all sources and of each source alone; at the levels that recipes use most, two stand side by side, so that the quantile
@@ -152,9 +152,10 @@ def border(
     share, edge = min(candidates, key=lambda each: abs(each[0] - Fraction(level)))
     if abs(share - Fraction(level)) > TOLERANCE:
         raise UnusableError(
-            f"saliency.eaft: {name} {level} cannot be cut in this observation's table of p and H; the nearest it has is"
-            f" {float(share):.3f}, more than {float(TOLERANCE):g} off. Choose {float(share):.3f} or a common level such"
-            " as 0.15, or raise observe.trace_bytes and observe again for the exact trace."
+            f"saliency.eaft: {name} {level} is not available in this observation's table of p and H; the nearest"
+            f" quantile is {float(share):.3f}, which differs by more than {float(TOLERANCE):g}. Choose"
+            f" {float(share):.3f} or a common level such as 0.15, or raise observe.trace_bytes and observe again for"
+            " the exact trace."
         )
     return Border(_next(edge, math.inf) if upward else edge, float(share))
 

@@ -1,5 +1,4 @@
-"""The EAFT trace in the making: one file per row group, written by whoever observes the group, joined to one at the
-end."""
+"""Writes the exact EAFT trace: one file per row group, joined into one file at the end."""
 
 from __future__ import annotations
 

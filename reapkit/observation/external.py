@@ -1,4 +1,4 @@
-"""An observation that was made elsewhere, told by its content and checked against the model it is to decide for.
+"""Reads an observation that was made elsewhere, identifies it by content and checks that it fits the recipe's model.
 Torch-free."""
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class ImportedObservation:
             hashes = _hashes([directory / name for name in names], cache)
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise UnusableError(
-                f"--observation {directory}: the observation there cannot be read ({type(error).__name__}: {error})."
-                " Give an observation's directory, or a run that has one."
+                f"--observation {directory}: the observation cannot be read ({type(error).__name__}: {error}). Give an"
+                " observation's directory, or a run that has one."
             ) from None
         return cls(directory, digest(hashes), facts)
 
@@ -57,17 +57,17 @@ class ImportedObservation:
         theirs = self.facts["meta"].get("model")
         if theirs is not None and theirs != checkpoint.identity:
             raise UnusableError(
-                f"--observation {self.directory}: was made of model {theirs[:12]}, the recipe's is"
-                f" {checkpoint.identity[:12]} ({checkpoint.path}). Give the model that was observed; a copy of local"
-                " files counts as the same only with their times (cp -p, rsync -t)."
+                f"--observation {self.directory}: the observation is of model {theirs[:12]}, but the recipe's model is"
+                f" {checkpoint.identity[:12]} ({checkpoint.path}). Give the model that was observed. A copy of local"
+                " files counts as the same model only if the copy keeps the file times (cp -p, rsync -t)."
             )
         held = {index: layer.num_experts for index, layer in layout.layers.items()}
         observed = dict.fromkeys(self.facts["layers"], self.facts["num_experts"])
         if {index: observed.get(index) for index in held} != held or set(observed) - set(held) - set(layout.mtp):
             raise UnusableError(
-                f"--observation {self.directory}: has {len(observed)} MoE layers of {self.facts['num_experts']}"
-                f" experts, the recipe's model {len(held)} of {' to '.join(map(str, sorted(set(held.values()))))}. Give"
-                " an observation of this model."
+                f"--observation {self.directory}: the observation has {len(observed)} MoE layers of"
+                f" {self.facts['num_experts']} experts, but the recipe's model has {len(held)} of"
+                f" {' to '.join(map(str, sorted(set(held.values()))))}. Give an observation of this model."
             )
 
     def differences(self, mix: list[str]) -> str:
@@ -78,12 +78,12 @@ class ImportedObservation:
         unknown = (
             ""
             if self.facts["meta"].get("model")
-            else " It does not say of which model it was made; only layers and experts were checked."
+            else " The observation does not name its model, so only layers and experts were checked."
         )
         return (
             f"the observation was imported from {self.directory}: {tokens:,} scored tokens of"
-            f" {', '.join(self.facts['sources'])}{other}. Held-out rows are kept apart from this recipe's own"
-            f" calibration, not from what was observed there.{unknown}"
+            f" {', '.join(self.facts['sources'])}{other}. Held-out rows are disjoint from this recipe's own"
+            f" calibration, but perhaps not from the data that was observed there.{unknown}"
         )
 
 

@@ -1,6 +1,5 @@
-"""Row groups' partial sums on disk: written whole or not at all, added in group order, so that a killed run continues
-to the same bytes.
-"""
+"""Stores the partial sums of row groups on disk and adds them in group order, so that a resumed run gives the same
+bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One observation as a job that any number of ranks do together, each with a model of its own."""
+"""Runs one observation on any number of ranks, each with its own model."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ class Job:
         for directory in (self.model, self.calibration, self.work):
             if not Path(directory).is_dir():
                 raise UnusableError(
-                    f"{directory} is not on this machine, but rank 0 reads it. Put the checkpoint (for hub models"
-                    " HF_HOME) and runtime.store on a file system that all nodes mount at the same path."
+                    f"{directory} does not exist on this machine, but rank 0 reads it. Put the checkpoint (for hub"
+                    " models HF_HOME) and runtime.store on a file system that all nodes mount at the same path."
                 )
         tokens = CalibrationTokens.load(self.calibration)
         common = {

@@ -1,4 +1,5 @@
-"""What an observation holds only if the recipe's `observe` section asked for it. Torch-free."""
+"""Lists the optional parts of an observation, which exist only if the recipe's `observe` section asks for them.
+Torch-free."""
 
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ class Material:
         found = getattr(observation, self.field)
         if found is None:
             raise UnusableError(
-                f"{needed_by} needs {self.what}, and this observation holds none ({self.why}). Observe with"
+                f"{needed_by} needs {self.what}, but this observation has none ({self.why}). Observe with"
                 f" observe.{self.setting}: {json.dumps(self.on)}."
             )
         return found
@@ -44,8 +45,8 @@ class Material:
     def unmeasured(self, name: str) -> str:
         """That `name` cannot be computed from a pass that does not record it, and what to set."""
         return (
-            f"{name} is measured while observing, and observe.{self.setting} is {json.dumps(self.off)}. Set it to"
-            f" {json.dumps(self.on)}."
+            f"{name} is measured during the observation, but observe.{self.setting} is {json.dumps(self.off)}. Set it"
+            f" to {json.dumps(self.on)}."
         )
 
 

@@ -1,5 +1,5 @@
-"""Multi-token-prediction blocks: loaded as transformers does, run beside the model on the same batches, watched like
-its layers.
+"""Loads multi-token-prediction blocks as transformers does, runs them on the model's batches and observes them like its
+layers.
 
 Block k = 1, 2, … stands at position p of a row where it reads token p and, from position p - 1, what stood before it:
 the decoder's final hidden state, or the output of block k - 1. There it predicts token p + 1, as the decoder does at p.

@@ -1,6 +1,5 @@
-"""What one pass over the calibration says about every routed expert: additive, per source, complete enough to decide
-anything later.
-"""
+"""The observation: per-source statistics of every routed expert, which can be added up and from which any pruning can
+be decided."""
 
 from __future__ import annotations
 
@@ -137,8 +136,8 @@ class Columns(dict[str, ndarray]):
 
     def __missing__(self, name: str) -> ndarray:
         raise UnusableError(
-            f"this observation has no {name}: whoever made it did not measure it. "
-            "Choose what does without it, or observe with reapkit."
+            f"this observation has no {name}; the tool that made the observation did not measure it. Choose a"
+            " criterion that does not need it, or observe with reapkit."
         )
 
 
@@ -209,12 +208,12 @@ class Observation:
             facts = json.loads((directory / "observation.json").read_text())
         except (OSError, ValueError) as error:
             raise UnusableError(
-                f"{directory}: observation.json there cannot be read ({error}). Give an observation's directory."
+                f"{directory}: observation.json cannot be read ({error}). Give an observation's directory."
             ) from None
         if facts.get("format") != FORMAT_VERSION:
             raise UnusableError(
-                f"{directory}: observation format {facts.get('format')}, this version reads {FORMAT_VERSION}. "
-                "Observe again, or use the version of reapkit that wrote it."
+                f"{directory}: found observation format {facts.get('format')}, but this version of reapkit reads"
+                f" format {FORMAT_VERSION}. Observe again, or use the version of reapkit that wrote it."
             )
         tensors = map_tensors(directory / "observation.safetensors")
         trace = Trace.load(directory / "trace.safetensors") if facts["eaft"] else EaftTable.from_tensors(tensors)
@@ -257,7 +256,7 @@ class Observation:
                 sorted(set(self.layers) & set(other.layers))
             ):
                 raise UnusableError(
-                    "one holds multi-token-prediction layers that the other does not:"
+                    "one observation has multi-token-prediction layers that the other lacks:"
                     f" {', '.join(map(str, sorted(set(self.layers) ^ set(other.layers))))}. Observe both with the same"
                     " prune.mtp."
                 )
@@ -272,8 +271,8 @@ class Observation:
         if isinstance(self.eaft, EaftTable) or isinstance(other.eaft, EaftTable):
             if self.eaft is not None and other.eaft is not None:
                 raise UnusableError(
-                    "EAFT tables of p and H have edges of their own and cannot be added. Observe with a larger "
-                    "observe.trace_bytes, or with observe.eaft: false."
+                    "EAFT tables of p and H cannot be added, since every table has its own edges. Observe with a"
+                    " larger observe.trace_bytes, or with observe.eaft: false."
                 )
         elif self.eaft is not None and other.eaft is not None:
             trace = self.eaft.then(other.eaft, np.array([sources.index(name) for name in other.sources]))

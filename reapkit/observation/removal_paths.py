@@ -1,4 +1,4 @@
-"""Removal paths as numbers to decide by: saliency, order of removal and cost by expert. Torch-free."""
+"""Reads removal paths as numbers for decisions: saliency, order of removal and cost by expert. Torch-free."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sample behind the reroute criterion: which tokens, what each layer saw of them, and the paths that follow.
+"""Collects the token sample for the reroute criteria in each layer, and computes the removal paths from it.
 
 What a layer's block read and how large the residual stream was behind it are kept for the sampled tokens, per row
 group, in files that survive a kill. Once all groups have passed, and while the layer is in memory, every expert's
@@ -215,15 +215,15 @@ def refuse_unfit(model: nn.Module, site: RoutedExperts) -> None:
     """Raises UnusableError where re-routing is not a weighted sum that the block alone computes."""
     model_type = model.config.get_text_config().model_type
     if site.gate_on_input:
-        why = "its gate scales the expert's input, so outputs do not add up by their gates"
+        why = "the gate weight scales the expert's input, so the outputs are not a sum weighted by gates"
     elif site.block is decoder_layer(model, site):
-        why = "its experts have no block of their own, so its router cannot be run again alone"
+        why = "the experts have no block of their own, so the router cannot be run again alone"
     else:
         with sliced_routing(site, torch.arange(site.num_experts)):  # raises where a router has no rows to leave out
             return
     raise UnusableError(
-        f"observe.reroute_tokens: model_type '{model_type}' cannot be re-routed in layer {site.layer}: {why}. "
-        "Set it to 0 and choose another criterion."
+        f"observe.reroute_tokens: layer {site.layer} of model_type '{model_type}' cannot be re-routed: {why}. Set"
+        " observe.reroute_tokens to 0 and choose another criterion."
     )
 
 

@@ -1,4 +1,4 @@
-"""What pruning really does to a layer: tokens go to the next-best experts that are left. Pure maths on a sample of
+"""Computes what pruning does to a layer when tokens go to the next-best remaining experts. Pure maths on a sample of
 tokens.
 
 For token t and alive set A, y_t(A) is the routed output when only A exists, by the model's own router on its sliced

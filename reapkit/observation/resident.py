@@ -1,4 +1,4 @@
-"""Observation of a model that is in memory, on one device or spread over several."""
+"""Observes a model that is in memory, on one device or spread over several."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""One observation in the making: what is watched, where the partial sums go, and the observation that they add up
-to."""
+"""One running observation: what is observed, where partial sums are stored, and how they add up to the observation."""
 
 from __future__ import annotations
 
@@ -30,7 +29,7 @@ from reapkit.observation.reroute_sample import Capture
 from reapkit.recipe.schema import ObserveSpec
 
 FILES = 2
-"""How unfinished work is laid out in files; raise it when that changes, so that older work is not taken for it."""
+"""The file format of unfinished work. Raise it when the format changes, so that older work is not resumed."""
 TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 
 
@@ -169,8 +168,9 @@ class BatchWatch:
         positions = self.positions_on(hidden.device) if slots is None else slots.positions.to(hidden.device)
         if hidden.shape[0] != len(positions.source):
             raise UnusableError(
-                f"{site.name} was called with {hidden.shape[0]} positions for a batch of {len(positions.source)}: this "
-                "architecture regroups tokens before its experts, so they cannot be told apart by source."
+                f"{site.name} was called with {hidden.shape[0]} positions for a batch of {len(positions.source)}: this"
+                " architecture regroups tokens before its experts, so tokens cannot be assigned to their sources."
+                " This model cannot be observed."
             )
         if self.session.sample is not None and slots is None:
             self.session.sample.note(site, self.batch)

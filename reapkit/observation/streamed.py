@@ -1,5 +1,5 @@
-"""Observation of a model of any size: one decoder layer in memory, the next being read, every batch waiting in front of
-it."""
+"""Observes a model of any size: one decoder layer is in memory, the next is being read, and all batches wait in front
+of it."""
 
 from __future__ import annotations
 

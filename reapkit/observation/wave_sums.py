@@ -1,5 +1,4 @@
-"""A streamed pass's sums: one file per wave and layer, added in group order over all waves, stacked to the whole at the
-end."""
+"""Stores the sums of a streamed pass: one file per wave and layer, added in group order over all waves."""
 
 from __future__ import annotations
 

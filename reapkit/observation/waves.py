@@ -1,5 +1,4 @@
-"""Which row groups go through the layers together, and what each such wave has left on disk: sums per layer, hidden
-states, an end.
+"""Plans the waves of a streamed pass (row groups that pass the layers together), and tracks what each wave has on disk.
 
     wave-FFFFF-dddddd/            one set of row groups, named by the first and all of them
         groups.json               the set

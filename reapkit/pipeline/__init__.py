@@ -1,1 +1,1 @@
-"""Walks a plan, stage by stage."""
+"""Runs a plan, stage by stage."""

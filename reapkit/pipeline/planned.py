@@ -1,4 +1,4 @@
-"""Plans of the stages that there are: what the command line and Python users call. Torch-free."""
+"""Makes plans with all stages; the command line and Python users call it. Torch-free."""
 
 from __future__ import annotations
 

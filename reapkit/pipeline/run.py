@@ -1,4 +1,5 @@
-"""Walks a plan: runs what is missing, skips what is there, judges, links the results into the run directory."""
+"""Runs a plan: skips finished stages, runs the others, stops on a failed gate, links the results into the run
+directory."""
 
 from __future__ import annotations
 
@@ -149,7 +150,9 @@ def _push(run: Run, progress: Progress) -> None:
             repo_id=repository, folder_path=final, commit_message=f"{run.plan.recipe.name} by reapkit"
         )
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
-        raise StageFailed(f"upload to {repository}: {error}. The result is in {final}; run again to retry.") from error
+        raise StageFailed(
+            f"upload to {repository} failed: {error}. The result is in {final}; run the same command again to retry."
+        ) from error
 
 
 def _finished(run: Run, stage: Stage, progress: Progress) -> Artifact:
@@ -164,7 +167,7 @@ def _finished(run: Run, stage: Stage, progress: Progress) -> Artifact:
         return stage.artifact
 
     def waiting() -> None:
-        progress.say(f"{stage.name}: another run is making it; waiting")
+        progress.say(f"{stage.name}: another run is working on this stage; waiting")
 
     with store.locked(stage.name, stage.key, waiting):
         made = store.get(stage.name, stage.key)  # by whoever held the lock
@@ -215,8 +218,8 @@ def _explain(error: OSError | MemoryError) -> str:
         return "ran out of memory. Lower runtime.batch_tokens."
     if error.errno == 28:
         return (
-            f"no space left on device{f' ({error.filename})' if error.filename else ''}. Free some, or move"
-            " runtime.store."
+            f"no space left on device{f' ({error.filename})' if error.filename else ''}. Free disk space, or set"
+            " runtime.store to another disk."
         )
     return f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}."
 
@@ -235,12 +238,12 @@ def _stop_if_rejected(run: Run, progress: Progress) -> None:
 
 
 def _stop_if_final_rejected(run: Run) -> None:
-    """A rejected directory is not published; an undecided one is there, and the command says that nobody knows yet."""
+    """A rejected directory is not published; an undecided one is there, and the command says so."""
     summary, evaluate = run.summary("verify"), run.plan.recipe.evaluate
     final = _published(run, run.models[-1]) if run.models else run.directory
     where = {
-        "reject": f"It was kept as {final}.rejected, unpublished.",
-        "undecided": f"It was written to {final}, and not uploaded.",
+        "reject": f"The rejected model was kept as {final}.rejected and was not uploaded.",
+        "undecided": f"The model was written to {final} and was not uploaded.",
     }.get(summary.get("verdict"))
     if where and (summary["verdict"] == "reject" or evaluate.on_undecided == "stop"):
         raise RejectedByGates(f"{summary['advice']}\n{where} All numbers: {run.directory / 'report.html'}")

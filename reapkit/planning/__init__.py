@@ -1,1 +1,1 @@
-"""A recipe against a checkpoint: stages with keys, sizes and costs, before any weight is read. Torch-free."""
+"""Plans a recipe for a checkpoint: stages with keys, sizes and costs, before any weight is read. Torch-free."""

@@ -1,5 +1,4 @@
-"""What a recipe and its checkpoint contradict each other in, found before anything is read: every problem at once.
-Torch-free."""
+"""Finds all contradictions between a recipe and its checkpoint before any weight is read. Torch-free."""
 
 from __future__ import annotations
 
@@ -75,7 +74,7 @@ def _source_problems(recipe: Recipe) -> list[Problem]:
     problems = [
         Problem(
             f"{place}.source",
-            f"found '{entry.source}', which is not packaged.{closest(entry.source, known)} Allowed:"
+            f"found '{entry.source}', which is not built in.{closest(entry.source, known)} Allowed:"
             f" {', '.join(known)}.",
         )
         for place, entry in places
@@ -87,7 +86,7 @@ def _source_problems(recipe: Recipe) -> list[Problem]:
             problems.append(
                 Problem(
                     f"evaluate.extra_packs[{i}].name",
-                    f"'{entry.name}' is the name of another source. Give every source its own.",
+                    f"'{entry.name}' is the name of another source. Give every source its own name.",
                 )
             )
         taken.append(entry.name)
@@ -125,13 +124,16 @@ def _unmeasured_gates(recipe: Recipe) -> list[Problem]:
         ("gates", "Set evaluate.generation, or remove it." if evaluate.generation is None else None),
         (
             "gates_quantized",
-            "Continuations are judged before anything is written: move it to evaluate.gates, or remove it.",
+            "Continuations are judged before the model is written. Move the limit to evaluate.gates, or remove it.",
         ),
     ):
         limits = getattr(evaluate, field)
         written = set() if limits is None or isinstance(limits, str) else set(limits.model_dump(exclude_none=True))
         problems += [
-            Problem(f"evaluate.{field}.{metric}", f"is a limit on generated text, and none would be written. {instead}")
+            Problem(
+                f"evaluate.{field}.{metric}",
+                f"is a limit on generated text, but the recipe generates no text. {instead}",
+            )
             for metric in sorted(filter(is_generation, written))
             if instead
         ]
@@ -144,7 +146,7 @@ def _missing_tasks(loaded: LoadedRecipe) -> list[Problem]:
     return [
         Problem(
             f"evaluate.lm_eval.tasks[{i}]",
-            f"no file '{task}' beside the recipe. Give its path relative to the recipe, or a name that lm-eval knows.",
+            f"the file '{task}' does not exist. Give a path relative to the recipe, or a task name that lm-eval knows.",
         )
         for i, task in enumerate(spec.tasks if spec else ())
         if task.endswith((".yaml", ".yml")) and not (loaded.directory / task).is_file()
@@ -158,14 +160,16 @@ def _unavailable(recipe: Recipe, layout: Layout, checkpoint: Checkpoint, observa
         problems.append(
             Problem(
                 "prune.repair",
-                "ridge re-fits plain weights, but this checkpoint is quantized. Start from its bfloat16 version, "
-                "or remove it.",
+                "ridge re-fits plain weights, but this checkpoint is quantized. Start from the model's bfloat16"
+                " version, or remove prune.repair.",
             )
         )
     why = why_unobserved(checkpoint, layout, trust_remote_code=recipe.model.trust_remote_code)
     if recipe.prune.mtp == "observe" and observation is None and why is not None:
         problems.append(
-            Problem("prune.mtp", f"observe, but {why}. Choose drop, or auto, which drops what cannot be observed.")
+            Problem(
+                "prune.mtp", f"observe, but {why}. Choose drop, or auto, which drops blocks that cannot be observed."
+            )
         )
     return problems
 

@@ -1,5 +1,5 @@
-"""What a run takes: memory per placement, tokens, FLOPs, bytes read and written. From config and headers alone;
-torch-free.
+"""Estimates what a run needs: memory per placement, tokens, FLOPs, bytes read and written. From config and headers
+alone; torch-free.
 
 The figures are bounds to plan with, not measurements: weights are exact, activations are counted from the widths of one
 batch.
@@ -156,8 +156,8 @@ def missing_disk(plan: Plan, until: str | None = None) -> str | None:
     if needed <= free:
         return None
     return (
-        f"{place}: {gigabytes(needed, '.3g')} will be written and {gigabytes(free, '.3g')} are free. Free some, set"
-        " runtime.store to another disk, or keep less (output.keep)."
+        f"{place}: {gigabytes(needed, '.3g')} will be written, but only {gigabytes(free, '.3g')} are free. Free disk"
+        " space, set runtime.store to another disk, or keep less (output.keep)."
     )
 
 

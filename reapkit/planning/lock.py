@@ -1,4 +1,4 @@
-"""What a recipe meant on the day it was locked: revisions, file hashes, versions. Torch-free.
+"""Reads, writes and checks the lock of a recipe: revisions, file hashes, versions. Torch-free.
 
 `reapkit lock` writes it beside the recipe; `apply --locked` takes the hub revisions from it and refuses to differ in
 anything else.
@@ -105,10 +105,13 @@ def read_lock(path: Path) -> dict[str, Any]:
         lock = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UnusableError(
-            f"{path}: the lock there cannot be read ({error}). Write one with `reapkit lock`."
+            f"{path}: the lock cannot be read ({error}). Write a new one with `reapkit lock`."
         ) from None
     if lock.get("format") != FORMAT:
-        raise UnusableError(f"{path}: lock format {lock.get('format')}, this version reads {FORMAT}. Lock again.")
+        raise UnusableError(
+            f"{path}: found lock format {lock.get('format')}, but this version of reapkit reads format"
+            f" {FORMAT}. Write a new one with `reapkit lock`."
+        )
     return lock
 
 
@@ -139,7 +142,7 @@ def check_lock(lock: Mapping[str, Any], loaded: LoadedRecipe, own_digest: str, p
                 [
                     f"{path}: {len(differences)} things differ from the lock:",
                     *differences,
-                    "Restore them, or accept them with `reapkit lock`.",
+                    "Restore the locked state, or accept the differences with `reapkit lock`.",
                 ]
             )
         )

@@ -1,4 +1,4 @@
-"""What a recipe would do to a checkpoint: integers, bytes, and for every stage its key and whether it must run.
+"""Plans what a recipe does to a checkpoint: integers, bytes, and for every stage its key and whether it must run.
 Torch-free.
 
 A stage's key is a hash of (stage, version, spec, input keys); a key that is in the store is never run again.
@@ -147,7 +147,7 @@ class Plan:
         why = (
             why_unobserved(self.checkpoint, self.layout, trust_remote_code=self.recipe.model.trust_remote_code)
             if self.imported is None
-            else ("the imported observation does not hold its layers")
+            else ("the imported observation does not have their layers")
         )
         notes += mtp_notes(self.recipe.prune.mtp, self.layout, self.mtp, why)
         if self.recipe.quantize.scheme is not None and self.recipe.quantize.recipe is None:
@@ -156,7 +156,8 @@ class Plan:
             if found.has_stacked_experts or (routed and not scheme_of(self.recipe.quantize).experts_reload):
                 notes.append(
                     f"transformers cannot read this model's routed experts in {self.recipe.quantize.scheme}; engines"
-                    " with one module per expert, such as vLLM, can. The result is proven without the loader."
+                    " with one module per expert, such as vLLM, can. The proofs of the result do not load the model"
+                    " with transformers."
                 )
         return tuple(notes)
 
@@ -229,8 +230,8 @@ def make_plan(
                 [
                     Problem(
                         "prune.mtp",
-                        f"observe, but --observation {observation} does not hold the multi-token-prediction "
-                        f"layers {ranges(sorted(layout.mtp))}. Choose drop or auto, or give one that does.",
+                        f"observe, but --observation {observation} does not have the multi-token-prediction layers"
+                        f" {ranges(sorted(layout.mtp))}. Choose drop or auto, or give an observation that has them.",
                     )
                 ]
             )

@@ -1,5 +1,5 @@
-"""What quantizing the pruned model takes in memory, and whether its layers wait on disk meanwhile. From headers alone;
-torch-free."""
+"""Estimates the memory that quantizing the pruned model takes, and decides whether its layers wait on disk. From
+headers alone; torch-free."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What two recipes do differently: fields, and the stages that one cannot take from the other. Torch-free."""
+"""Compares two recipes: fields that differ, and stages that cannot be shared. Torch-free."""
 
 from __future__ import annotations
 

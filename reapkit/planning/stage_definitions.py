@@ -1,4 +1,4 @@
-"""What a stage is to the plan: what it reads, what its key is made of, where its result appears. Torch-free.
+"""Defines a stage for the plan: what it reads, what its key consists of, where its result appears. Torch-free.
 
 A stage's key names what it reads, by inclusion: the stage, its version, the recipe fields that it lists, the content
 that it looks at beside them, and its inputs' keys. Nothing else enters, so a new recipe field changes no key until a
@@ -29,8 +29,8 @@ NEVER_KEYED = (
     "output.push_to_hub",
     "runtime",
 )
-"""Recipe fields that change no stage's bytes: where things are and go (the model enters by its content), what follows
-from a verdict, and how the work is done."""
+"""Recipe fields that change no stage's bytes: locations (keys identify the model by its content), what happens after a
+verdict, and how the work is done."""
 
 
 def nothing(plan: Plan) -> Mapping[str, Any]:
@@ -164,11 +164,11 @@ def _must_run(
         readers = [name for name, (_, runs) in found.items() if runs and stage.name in inputs[name]]
         if artifact is None:
             waits = keys[stage.name] is None
-            reason = "waits for the verdict of evaluate" if waits else "new, or something it depends on changed"
+            reason = "waits for the verdict of evaluate" if waits else "no finished result for these settings"
             found[stage.name] = (reason, True)
         elif not artifact.has_payload and (readers or (stage.makes_model and stage.directory in keep)):
             reader = readers[-1] if readers else "output.keep"
-            found[stage.name] = (f"its files were dropped and {reader} needs them", True)
+            found[stage.name] = (f"its files were deleted, but {reader} needs them", True)
         else:
             found[stage.name] = ("in the store", False)
     return found

@@ -1,4 +1,4 @@
-"""A first recipe for a checkpoint: what its config and headers say, with comments where its owner must decide.
+"""Writes a first recipe for a checkpoint from its config and headers, with comments where the user must decide.
 Torch-free."""
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""The smaller checkpoint: the kept experts cut out of the source, byte by byte."""
+"""Pruning: writes the smaller checkpoint, with the kept experts copied byte by byte from the source."""

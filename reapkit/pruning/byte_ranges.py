@@ -1,4 +1,4 @@
-"""Which bytes of the source each tensor of the pruned checkpoint consists of, and how they are laid out in shards.
+"""Plans which source bytes make up each tensor of the pruned checkpoint, and how the tensors are laid out in shards.
 Torch-free."""
 
 from __future__ import annotations

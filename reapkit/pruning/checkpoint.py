@@ -1,4 +1,5 @@
-"""A checkpoint on disk without the experts that a selection drops: files to files, no model is built. Torch-free."""
+"""Writes a checkpoint without the experts that a selection drops: file to file, without building a model.
+Torch-free."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Edits of a checkpoint's own JSON, in place: only the values that change are rewritten, every other byte stays.
-Torch-free."""
+"""Edits a checkpoint's JSON files in place: only the changed values are rewritten, all other bytes stay. Torch-free."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Pruning of a model that is in memory, for those who hold one: the routed experts, the router's rows, every count that
-says how many."""
+"""Prunes a model in memory: the routed experts, the router's rows, and every field that counts experts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What surgery believes against what transformers builds: the expert axes."""
+"""Checks that reapkit and transformers agree on which tensors have an expert axis."""
 
 from __future__ import annotations
 

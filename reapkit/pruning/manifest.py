@@ -1,5 +1,5 @@
-"""The record that travels inside a written model directory, and the directory checked against it, wherever it was
-copied to. Torch-free."""
+"""Writes the record inside a model directory, and checks a directory against it, wherever it was copied to.
+Torch-free."""
 
 from __future__ import annotations
 

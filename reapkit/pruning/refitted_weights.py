@@ -1,5 +1,5 @@
-"""Re-fitted weights on disk: one safetensors file per layer under the checkpoint's own tensor names, and an index.
-Torch-free to read."""
+"""Stores re-fitted weights on disk: one safetensors file per layer with the checkpoint's own tensor names, and an
+index. Torch-free to read."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""A file that is written from its start to its end, hashed and sent to the disk behind whoever gives it its bytes.
-Torch-free.
+"""Writes a file from start to end, and hashes and syncs it in the background. Torch-free.
 
 Blocks of an aligned ring are filled, then hashed by one thread and written by others at the same time, past the page
 cache where the file system can: the bytes are touched three times in all (read, hashed, written), and take no memory

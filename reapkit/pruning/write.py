@@ -1,4 +1,4 @@
-"""Bytes from shards to shards at the disk's speed. Torch-free.
+"""Copies byte ranges from shards to shards at the disk's speed. Torch-free.
 
 The payload is read ahead, and hashed and written behind; the next shard begins before the last one is synced. Shards
 that do not change are left to the kernel (`copy_file_range`: shared blocks where the file system can).

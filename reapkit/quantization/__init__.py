@@ -1,1 +1,1 @@
-"""Fewer bits per weight, through llm-compressor."""
+"""Quantization: fewer bits per weight, with llm-compressor."""

@@ -1,5 +1,5 @@
-"""GPTQ, AWQ and AutoRound of a loaded model, written under the names of the source (see `oneshot.py` for the
-calibration)."""
+"""Runs GPTQ, AWQ and AutoRound on a loaded model and writes the result with the source's names (see `oneshot.py` for
+the calibration)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Quantization through llm-compressor, made safe: causal calibration, the source's tensor names, the source's config.
+"""Quantizes a checkpoint with llm-compressor, safely: causal calibration, the source's tensor names, the source's
+config.
 
 `rtn` goes shard by shard without a model (`rtn.py`); `gptq`, `awq` and `autoround` calibrate a loaded model
 (`calibrated.py`); what they decided is written under the names of the source (`writing.py`). Nothing here needs an

@@ -1,4 +1,4 @@
-"""What contradicts between a recipe's `quantize:` section and a checkpoint, told before anything runs. Torch-free."""
+"""Finds contradictions between a recipe's `quantize:` section and a checkpoint before anything runs. Torch-free."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A quantized directory turned back into plain weights under the source's names: what its packed matrices stand for."""
+"""Dequantizes a quantized directory into plain weights with the source's names."""
 
 from __future__ import annotations
 

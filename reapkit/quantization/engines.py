@@ -1,4 +1,4 @@
-"""Which engine serves which scheme, one record for each engine, as far as it is known. Torch-free.
+"""Lists which engine serves which scheme, one record per engine, as far as known. Torch-free.
 
 The card quotes it, and says what its run did not try; README's serving table is made from it. A scheme that an engine's
 record does not name has not been tried there.

@@ -1,5 +1,5 @@
-"""compressed-tensors' schemes as this package uses them: presets with our group size, and single matrices there and
-back."""
+"""Adapts compressed-tensors' schemes: presets with the recipe's group size, and packing and unpacking of single
+matrices."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""A model as `oneshot` wants it, one linear layer per expert and projection: in host memory, or its decoder layers on
-disk.
+"""Loads a model for `oneshot`, with one linear layer per expert and projection: in host memory, or with its decoder
+layers on disk.
 
 On disk a layer is read when its turn comes and written back as the quantizer leaves it, by compressed-tensors' own
 offloading; what is computed is the same to the bit. The model is never whole in memory: it is read, taken apart and put

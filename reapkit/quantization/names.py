@@ -1,4 +1,4 @@
-"""Which loaded parameter a checkpoint's tensor becomes, by transformers' own conversion mapping."""
+"""Maps a checkpoint's tensors to loaded parameters, by transformers' own conversion mapping."""
 
 from __future__ import annotations
 

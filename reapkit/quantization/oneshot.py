@@ -1,4 +1,5 @@
-"""llm-compressor's `oneshot` on our tokens: equal rows, causal attention, one progress line, proven on the first batch.
+"""Runs llm-compressor's `oneshot` on reapkit's tokens: equal rows, causal attention, one progress line, checked on the
+first batch.
 
 llm-compressor's sequential pipeline rebuilds the model's config while it traces and loses the attention implementation
 with it; the mask function then returns nothing and eager attention looks at the future. `causal_tracing` keeps it, and

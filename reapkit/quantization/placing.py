@@ -1,4 +1,4 @@
-"""Which linear of a loaded model with linearised experts holds which tensor of the source."""
+"""Finds which linear layer of a loaded model with linearised experts holds which tensor of the source."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""llm-compressor works without a log line per matrix and without bars of its own."""
+"""Silences llm-compressor's log lines per matrix and its own progress bars."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checkpoint whose weights are what rounding to nearest in a scheme would store, as plain numbers that any loader
+"""Writes a checkpoint with the weights that rounding to nearest in a scheme gives, as plain numbers that any loader
 reads."""
 
 from __future__ import annotations

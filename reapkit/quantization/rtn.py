@@ -1,4 +1,4 @@
-"""Round to nearest, shard by shard: no model is built and at most one shard is in memory."""
+"""Quantizes by rounding to nearest, shard by shard: no model is built, and at most one shard is in memory."""
 
 from __future__ import annotations
 

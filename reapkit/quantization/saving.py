@@ -1,4 +1,4 @@
-"""What llm-compressor saves of a pruned model, brought under the names and the config that its source has."""
+"""Saves a model that llm-compressor quantized, with the tensor names and the config of its source."""
 
 from __future__ import annotations
 

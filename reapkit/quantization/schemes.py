@@ -1,4 +1,4 @@
-"""Weight-only quantization schemes, one record each. Torch-free.
+"""Lists the weight-only quantization schemes, one record each. Torch-free.
 
 A record in `SCHEMES` is all that a scheme takes: plans, checks, sizes, cards and the README read it there. Which
 engine serves a scheme is said in `engines.py`. Every scheme is symmetric: transformers loses zero points when it loads

@@ -1,4 +1,4 @@
-"""How large a checkpoint will be once it is quantized, to the byte, from its headers alone. Torch-free."""
+"""Computes the exact size of a quantized checkpoint in bytes, from its headers alone. Torch-free."""
 
 from __future__ import annotations
 

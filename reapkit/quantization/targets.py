@@ -1,4 +1,4 @@
-"""What a quantization touches: which matrices of a checkpoint are quantized, and why the others are not. Torch-free.
+"""Decides which matrices of a checkpoint are quantized, and why the others are not. Torch-free.
 
 Quantized are the matrices of the decoder layers: attention, dense and shared MLPs, every routed expert. Never
 quantized, found by what they are and not by one name: everything outside the decoder layers (embeddings, head, vision

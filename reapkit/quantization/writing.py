@@ -1,4 +1,4 @@
-"""The quantized directory: the source's names and config, its tokenizer and templates, and what was measured on
+"""Writes the quantized directory: the source's names and config, its tokenizer and templates, and what was measured on
 disk."""
 
 from __future__ import annotations

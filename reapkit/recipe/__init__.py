@@ -1,1 +1,1 @@
-"""The recipe language: what may be written, where it was written, and what is wrong with it. Torch-free."""
+"""The recipe language: allowed fields and values, positions in the file, error messages. Torch-free."""

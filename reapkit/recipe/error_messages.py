@@ -1,4 +1,4 @@
-"""pydantic's errors as sentences: what was found, what is allowed, what to do, and where it stands in the file."""
+"""Turns pydantic's errors into sentences: where the problem is, what was found, what is allowed, what to do."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def _problem(error: ErrorDetails, root: Node) -> Problem:
         key = path.rsplit(".", 1)[-1]
         if key in allowed:  # a field of another branch of the union
             return node.problem(
-                path, "belongs to another kind than the keys beside it. Keep the keys of one kind.", at_key=True
+                path, "belongs to another kind than its neighbouring keys. Keep the keys of one kind.", at_key=True
             )
         listing = f" Allowed here: {', '.join(allowed)}." if allowed else ""
         return node.problem(path, f"unknown key.{closest(key, allowed)}{listing}", at_key=True)
@@ -136,7 +136,7 @@ def _sentence(kind: str, error: ErrorDetails, value: Any, path: str) -> str:
     if kind == "string_pattern_mismatch":
         return f"found {shown(value)}; {_PATTERNS.get(path.rsplit('.', 1)[-1], 'must match ' + context['pattern'])}."
     if kind in ("too_short", "list_too_short"):
-        return f"is empty; give at least {context.get('min_length', 1)}."
+        return f"is empty. Give at least {context.get('min_length', 1)}."
     return f"found {shown(value)}: {error['msg']}."
 
 

@@ -1,4 +1,4 @@
-"""The recipe language as JSON Schema, for editors."""
+"""Writes the recipe language as JSON Schema, for editors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From files to one checked Recipe: parents merged, overrides applied, every problem reported at once."""
+"""Loads recipe files into one checked Recipe: merges parents, applies overrides, reports all problems at once."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def find_recipe(name: str) -> Path:
         {str(file.relative_to(folder).with_suffix("")) for folder in SHIPPED for file in folder.rglob("*.yaml")}
     )
     raise RecipeError(
-        f"{name}: no such recipe file.{closest(name, known)} Shipped recipes: {', '.join(known) or 'none'}."
+        f"{name}: the recipe file does not exist.{closest(name, known)} Shipped recipes: {', '.join(known) or 'none'}."
     )
 
 
@@ -153,7 +153,7 @@ def _read_with_parents(path: Path, chain: tuple[Path, ...], problems: list[Probl
     resolved = path.resolve()
     if resolved in chain:
         names = " -> ".join(file.name for file in (*chain[chain.index(resolved) :], resolved))
-        raise RecipeError([Problem("extends", f"goes in a circle: {names}. Remove one of them.", str(path))])
+        raise RecipeError([Problem("extends", f"is circular: {names}. Remove one of them.", str(path))])
     document = _with_raw_recipe(read_document(path, _shown(path)), path, problems)
     parent = document.value.pop("extends", None)
     if parent is None or parent.value is None:
@@ -166,7 +166,7 @@ def _read_with_parents(path: Path, chain: tuple[Path, ...], problems: list[Probl
         near = [str(file.relative_to(path.parent)) for file in path.parent.rglob("*.yaml") if file != path]
         problems.append(
             parent.problem(
-                "extends", f"found '{parent.value}', but there is no such file.{closest(parent.value, near)}"
+                "extends", f"found '{parent.value}', but this file does not exist.{closest(parent.value, near)}"
             )
         )
         return document
@@ -194,8 +194,7 @@ def _with_raw_recipe(document: Node, path: Path, problems: list[Problem]) -> Nod
         problems.append(
             node.problem(
                 "quantize.recipe",
-                f"found '{node.value}', but there is no readable file of that name. The path starts from the "
-                "recipe's own folder.",
+                f"found '{node.value}', but this file cannot be read. The path is relative to the recipe's directory.",
             )
         )
         return document

@@ -1,4 +1,4 @@
-"""The recipe language on one page of Markdown, made from the schema: every field, its default and what it means."""
+"""Writes the reference page of the recipe language in Markdown: every field, its default and its meaning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The recipe as types: every field of the language, what it means and what it may be. Imports without torch.
+"""Defines the recipe as types: every field, its meaning and its allowed values. Imports without torch.
 
 Each field's docstring is its description in `reapkit schema`.
 """
@@ -172,8 +172,7 @@ class Spans(Section):
     end: Annotated[
         Annotated[str, Tag("(scalar)")] | Annotated[tuple[str, ...], Tag("(list)")], Discriminator(_by_shape)
     ]
-    """Text (or any of several texts) that closes it; the closing marker itself is scored, so that stopping is
-    learnt."""
+    """Text (or one of several texts) that closes the turn. The closing marker itself is scored, too."""
 
 
 class MixEntry(Section):
@@ -193,7 +192,7 @@ class MixEntry(Section):
     weight: Fraction = Field(default=Decimal(1), gt=0)
     """Share of samples (or of tokens) in the mix, normalised over all entries."""
     format: Format | None = None
-    """How a row becomes a sample; null: recognised from the columns."""
+    """How a row becomes a sample; null: detected from the columns."""
     filter: dict[str, Any] | None = None
     """Keep only rows whose columns have these values."""
 
@@ -208,8 +207,8 @@ class CalibrationSpec(Section):
     max_length: int = Field(default=2048, ge=2)
     """Tokens per row."""
     packing: Literal["none", "concat", "isolated"] = "concat"
-    """none: a row per sample; concat: rows filled across samples of a source, which then see each other; isolated: they
-    do not."""
+    """none: one row per sample; concat: rows are filled with samples of one source, which attend to each other;
+    isolated: as concat, but the samples do not attend to each other."""
     overflow: Literal["truncate", "split", "window"] = "truncate"
     """A sample longer than a row: cut, split into rows, or the last `max_length` tokens that hold an assistant span."""
     score: Literal["all", "completion"] = "completion"
@@ -245,7 +244,7 @@ class ObserveSpec(Section):
     reroute_tokens: int = Field(default=0, ge=0)
     """Tokens on which the reroute criteria are measured in every layer, 8192 for instance; 0: not collected."""
     trace_bytes: int = Field(default=20_000_000_000, ge=0)
-    """Largest exact EAFT trace; a calibration that needs more is summed in a table of 32 x 16 cells of (p, H)
+    """Size limit of the exact EAFT trace. A calibration that needs more is summed in a table of 32 x 16 cells of (p, H)
     instead."""
 
 
@@ -357,7 +356,7 @@ class ProtectSpec(Section):
     core_per_layer: int = Field(default=0, ge=0)
     """Keep the top m of each layer by Σgn over good positions."""
     experts: dict[int, tuple[int, ...]] = {}
-    """By hand: layer to experts."""
+    """Experts chosen by hand: decoder layer to list of experts."""
 
 
 class CandidatesSpec(Section):
@@ -393,24 +392,24 @@ class PruneSpec(Section):
     caps: tuple[Cap, ...] = ()
     """Limits by layer range."""
     protect: ProtectSpec = ProtectSpec()
-    """Experts that stay."""
+    """Experts that are never removed."""
     experts_per_token: int | None = Field(default=None, ge=1)
-    """Top-k of the pruned model; null: as it is."""
+    """Top-k of the pruned model; null: unchanged."""
     repair: Literal["ridge"] | None = None
     """ridge: re-fit the kept experts' output matrices in closed form so that they make up for the dropped ones."""
     mtp: Literal["auto", "observe", "drop"] = "auto"
-    """What becomes of multi-token-prediction blocks: observe runs them on the calibration and prunes them by their own
-    saliency, drop removes them and their config field; auto observes where transformers loads them (deepseek_v3,
-    glm4_moe), else drops with a warning."""
+    """What happens to multi-token-prediction blocks: observe runs them on the calibration and prunes them by their own
+    saliency; drop removes them and their config field; auto observes them where transformers can load them
+    (deepseek_v3, glm4_moe), else drops them with a warning."""
 
     @model_validator(mode="after")
     def _check(self) -> PruneSpec:
         given = [name for name in ("ratio", "keep_ratio", "keep_experts") if getattr(self, name) is not None]
         if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} say the same thing twice; give one")
+            raise ValueError(f"{' and '.join(given)} both set the budget; give only one")
         if not given and (self.candidates is None or self.candidates.ratio is None):
             raise ValueError(
-                "does not say how much to remove; give ratio, keep_ratio, keep_experts or candidates.ratio"
+                "the amount to remove is missing; give ratio, keep_ratio, keep_experts or candidates.ratio"
             )
         if self.allocation == "global" and self.layout != "ragged":
             raise ValueError("allocation: global gives layers different expert counts, which needs layout: ragged")
@@ -428,7 +427,7 @@ class PacksSpec(Section):
     lengths: tuple[int, ...] = Field(default=(1024, 2048), min_length=1)
     """Row lengths in tokens."""
     confirm: Fraction = Field(default=Decimal("0.5"), ge=0, lt=1)
-    """Share kept apart for the final numbers."""
+    """Share of the held-out rows that is reserved for the final numbers."""
 
 
 class Bound(Section):
@@ -510,15 +509,15 @@ class EvaluateSpec(Section):
     packs: PacksSpec = PacksSpec()
     """Held-out rows."""
     extra_packs: tuple[MixEntry, ...] = ()
-    """Sources outside the calibration: what else does the pruning cost?"""
+    """Sources that are not in the calibration, to measure what the pruning costs elsewhere."""
     gates: Gates = "near-lossless"
     """A preset, or limits by metric."""
     gates_quantized: Gates | None = None
-    """The same for the final directory; null: reported, not judged."""
+    """Limits for the final directory; null: measured and reported, but not judged."""
     on_reject: Literal["stop", "warn"] = "stop"
-    """stop: exit 5, nothing written."""
+    """What happens when a gate fails; stop: exit 5, nothing written."""
     on_undecided: Literal["stop", "warn"] = "stop"
-    """An interval that straddles a limit."""
+    """What happens when an interval contains a limit, so that the verdict is undecided."""
     controls: tuple[CriterionName, ...] = ()
     """Other criteria at the same budget, for comparison."""
     generation: GenerationSpec | None = GenerationSpec()
@@ -554,7 +553,7 @@ class QuantizeSpec(Section):
         ]
         | None
     ) = None
-    """Instead: a raw llm-compressor recipe, inline or a path."""
+    """A raw llm-compressor recipe instead of the fields above, inline or as a path."""
 
 
 class OutputSpec(Section):
@@ -582,7 +581,7 @@ class RuntimeSpec(Section):
     batch_tokens: int = Field(default=16384, ge=1)
     """Tokens per forward."""
     offload_directory: str | None = None
-    """Where paused hidden states go, and a model's layers that wait while others are quantized."""
+    """Where hidden states are kept between layers, and the layers that wait while others are quantized."""
     checkpoint_minutes: float = Field(default=10, gt=0)
     """How often a streaming run persists what it needs to resume."""
     store: str = "runs/.store"

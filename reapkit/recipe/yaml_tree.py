@@ -1,4 +1,4 @@
-"""YAML as a tree that remembers where each value stands, with everything hostile refused.
+"""Parses YAML into a tree that keeps the position of every value, and refuses hostile input.
 
 PyYAML composes the nodes; we read them ourselves so that duplicate keys, exploding aliases and odd scalars become
 problems with a position instead of surprises.
@@ -86,7 +86,7 @@ def read_document(path: Path, shown: str) -> Node:
     try:
         raw = path.read_bytes() if path.stat().st_size <= MAX_FILE_BYTES else None
     except OSError as error:
-        raise RecipeError([Problem("", f"cannot be read: {error.strerror}. Check the path.", shown)]) from None
+        raise RecipeError([Problem("", f"cannot be read ({error.strerror}). Check the path.", shown)]) from None
     if raw is None:
         raise RecipeError(
             [Problem("", f"is larger than {MAX_FILE_BYTES:,} bytes. A recipe is a short YAML file.", shown)]
@@ -150,7 +150,7 @@ def _syntax_message(error: yaml.MarkedYAMLError, text: str, mark: Any) -> str:
     lines = text.splitlines()
     line = lines[mark.line] if mark and mark.line < len(lines) else ""
     if "\t" in line[: len(line) - len(line.lstrip())] or "'\\t'" in str(error.problem):
-        return "a tab indents here; YAML allows spaces only. Replace the tab by spaces."
+        return "the line is indented with a tab; YAML allows only spaces. Replace the tab by spaces."
     return f"not YAML: {error.problem or error.context}. Check indentation, quotes and brackets here."
 
 
@@ -169,7 +169,7 @@ class _NodeReader:
                 [
                     Problem(
                         path,
-                        f"aliases repeat this into more than {MAX_NODES:,} values. Write it without aliases.",
+                        f"expands through aliases to more than {MAX_NODES:,} values. Write it without aliases.",
                         **place,
                     )
                 ]
@@ -205,7 +205,13 @@ class _NodeReader:
             if key in result:
                 first = result[key]
                 self.problems.append(
-                    Problem(where, f"given twice, first in line {first.key_line}. Keep one.", self.shown, line, column)
+                    Problem(
+                        where,
+                        f"the key is given twice, first in line {first.key_line}. Keep one.",
+                        self.shown,
+                        line,
+                        column,
+                    )
                 )
                 continue
             result[key] = replace(self.read(value_node, where, depth + 1), key_line=line, key_column=column)

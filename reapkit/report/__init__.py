@@ -1,1 +1,1 @@
-"""Everything people read: pages, cards, tables, inspections, comparisons."""
+"""Reports: pages, cards, tables, inspections and comparisons for people."""

@@ -1,4 +1,4 @@
-"""What a page is made of: sections of blocks, each plain data that the template renders and escapes."""
+"""Defines the parts of a page: sections of blocks, plain data that the template renders and escapes."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The model card: what a directory is, how it was made, what was measured, how to serve it; nothing the run did not
-measure."""
+"""Writes the model card: what a directory is, how it was made, what was measured, how to serve it. The card says
+nothing that the run did not measure."""
 
 from __future__ import annotations
 

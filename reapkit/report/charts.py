@@ -1,4 +1,4 @@
-"""The few kinds of plotly traces and axes that the sections use, as plain data in the stylesheet's colours."""
+"""Builds plotly traces and axes for the sections, as plain data in the stylesheet's colours."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a result is compared with beside its base: the same bytes spent otherwise, speed and memory, task benchmarks."""
+"""The sections that compare the result with more than its base: equal bytes, speed and memory, task benchmarks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sections that follow the page's slider: what a cut deletes, whom, why, where, and from which shape of pool."""
+"""The sections that follow the page's slider: which experts a cut removes, why, and where."""
 
 from __future__ import annotations
 

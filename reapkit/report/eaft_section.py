@@ -1,4 +1,4 @@
-"""The EAFT regions of an observation: where the model was right, unsure, or confidently wrong."""
+"""The section about EAFT regions: where the model was right, uncertain, or confidently wrong."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An observation for other tools and for people: saliency.parquet, ranking_by_layer.json and profile.md."""
+"""Exports an observation for other tools and people: saliency.parquet, ranking_by_layer.json and profile.md."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What a report and a model card are written from: the plan and the artifacts of a run, as one value. Missing parts are
-None."""
+"""Collects the facts for a report and a model card: the plan and the artifacts of a run, as one value. Missing parts
+are None."""
 
 from __future__ import annotations
 

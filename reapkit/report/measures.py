@@ -1,4 +1,4 @@
-"""Measured numbers as people read them, and where a run keeps them."""
+"""Formats measured numbers for people, and finds them in a run."""
 
 from __future__ import annotations
 

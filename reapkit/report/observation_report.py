@@ -1,4 +1,4 @@
-"""The page about one observation, with or without a decision made from it."""
+"""Writes the page about one observation, with or without a decision made from it."""
 
 from __future__ import annotations
 

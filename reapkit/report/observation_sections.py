@@ -1,4 +1,4 @@
-"""The sections that an observation alone can fill, in the order of the page."""
+"""The sections that need only an observation, in the order of the page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The frame of every report: one HTML file with its style, script, data and chart library inside, which opens
+"""Renders every report as one HTML file with its style, script, data and chart library inside, so that it opens
 offline."""
 
 from __future__ import annotations

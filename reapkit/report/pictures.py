@@ -1,5 +1,5 @@
-"""The charts of a page as PNG files for papers: a headless Chromium draws the page itself, so that figure and page
-cannot differ."""
+"""Saves a page's charts as PNG files: a headless Chromium draws the page itself, so that figure and page are
+identical."""
 
 from __future__ import annotations
 

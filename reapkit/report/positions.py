@@ -1,5 +1,5 @@
-"""What the page says and draws at each position of its slider: 0 to E - 1 experts of every layer gone, and last, where
-there is a selection, the cut as it was decided. The page's script only picks."""
+"""Computes what the page shows at each position of its slider: 0 to E - 1 experts of every layer removed and, last, the
+decided cut if there is a selection. The page's script only picks."""
 
 from __future__ import annotations
 

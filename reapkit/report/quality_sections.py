@@ -1,4 +1,4 @@
-"""The sections about what the pruning cost: candidates against gates, then source by source."""
+"""The sections about quality after pruning: candidates against gates, then source by source."""
 
 from __future__ import annotations
 

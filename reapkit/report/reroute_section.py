@@ -1,4 +1,4 @@
-"""What removal costs once tokens are re-routed: the measured paths."""
+"""The section about the measured removal paths: what removal costs after re-routing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page about one run, finished or stopped by its gates."""
+"""Writes the page about one run, finished or stopped by its gates."""
 
 from __future__ import annotations
 

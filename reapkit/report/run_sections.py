@@ -1,4 +1,4 @@
-"""The sections about a run: its result, what was decided, quantized, read, proved, and how to repeat it."""
+"""The sections about a run: result, decisions, quantization, data, proofs, and how to repeat it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plans and results as tables for a terminal of 80 columns, and as JSON. Torch-free."""
+"""Formats plans and results as tables for a terminal of 80 columns, and as JSON. Torch-free."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An observation under one cut: what the report's sections compute from."""
+"""Computes an observation under one cut, for the sections of the report."""
 
 from __future__ import annotations
 

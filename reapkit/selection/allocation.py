@@ -1,4 +1,5 @@
-"""Which experts go, given saliency and budgets: plain lists in, expert sets and reasons out. Torch-free.
+"""Decides which experts are dropped, given saliency and budgets: plain lists in, expert sets and reasons out.
+Torch-free.
 
 Rankings do not depend on how much is removed, so a larger budget always keeps what a smaller one keeps.
 """
@@ -127,9 +128,8 @@ def global_counts(
             [
                 Problem(
                     "prune.protect",
-                    f"the budget removes {budget} experts, but {protected} protected ones, "
-                    f"caps and routing leave {removable} to remove. Protect fewer, loosen prune.caps, or "
-                    "prune less.",
+                    f"the budget removes {budget} experts, but only {removable} can be removed: {protected} are"
+                    " protected, and caps and routing keep others. Protect fewer, loosen prune.caps, or prune less.",
                 )
             ]
         )
@@ -230,8 +230,8 @@ def _too_many_protected(layer: int, ranking: LayerRanking, kept: int) -> Problem
     least = ranking.least_for_protected()
     return Problem(
         "prune.protect",
-        f"layer {layer} protects {len(names)} experts ({parts}), which takes {least} kept experts"
-        f"{groups}, but its budget keeps {kept}. Protect fewer, or prune less.",
+        f"layer {layer} protects {len(names)} experts ({parts}), so it must keep {least} experts{groups}, but its"
+        f" budget keeps {kept}. Protect fewer, or prune less.",
     )
 
 

@@ -1,4 +1,4 @@
-"""What a recipe's prune section asks for, as integers: its grid's candidates, the experts each layer keeps.
+"""Turns a recipe's prune section into integers: the candidates of its grid, and how many experts each layer keeps.
 Torch-free."""
 
 from __future__ import annotations
@@ -99,8 +99,8 @@ def candidates(
         problems.append(
             Problem(
                 "prune.candidates.allocation",
-                "global gives layers different expert counts, which needs "
-                "prune.layout: ragged. Set it, or drop global.",
+                "global gives layers different numbers of experts, which needs prune.layout: ragged. Set"
+                " prune.layout: ragged, or remove global.",
             )
         )
     if architecture is not None:
@@ -134,7 +134,7 @@ def _grid_problems(prune: PruneSpec) -> list[Problem]:
     """Values of the grid that no model could take."""
     spec = prune.candidates or CandidatesSpec()
     problems = [
-        Problem(f"prune.candidates.{name}", "is an empty list. Give values, or leave it out.")
+        Problem(f"prune.candidates.{name}", "is an empty list. Give values, or remove the field.")
         for name in type(spec).model_fields
         if getattr(spec, name) == ()
     ]

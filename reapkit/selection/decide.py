@@ -1,5 +1,4 @@
-"""From an observation to selections: saliency, protection, allocation, and what people must be told about the
-result."""
+"""Makes selections from an observation: saliency, protection, allocation, and warnings about the result."""
 
 from __future__ import annotations
 
@@ -169,8 +168,8 @@ def _protected(evidence: Evidence, prune: PruneSpec, depth: int) -> tuple[dict[i
     if prune.protect.super_experts:
         if "activation_max" not in observation.maxima:
             raise UnusableError(
-                "prune.protect.super_experts: this observation has no activation_max, by which super experts are found."
-                " Set prune.protect.super_experts: false, or observe with reapkit."
+                "prune.protect.super_experts: this observation has no activation_max, which is needed to find super"
+                " experts. Set prune.protect.super_experts: false, or observe with reapkit."
             )
         weighed = [source for source, alpha in enumerate(evidence.alphas) if alpha]
         for layer, experts in enumerate(super_experts(observation.maxima["activation_max"][:depth, weighed].max(1))):

@@ -1,4 +1,4 @@
-"""EAFT-REAP: positions sorted into regions by how sure and how right the model was, experts weighed by region.
+"""Computes EAFT-REAP: sorts positions into regions by probability and entropy, and weighs experts by region.
 
 Signals at position t, which predicts the reference token: p = its probability, H = normalised entropy over the top
 logits. The experts routed to at t made that prediction, so the region of t weighs their contribution g·n (after EAFT,

@@ -1,4 +1,4 @@
-"""What a criterion may look at: an observation under the weights of its sources. Torch-free."""
+"""The data that a criterion may use: an observation with the weights of its sources. Torch-free."""
 
 from __future__ import annotations
 

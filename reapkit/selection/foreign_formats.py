@@ -1,4 +1,4 @@
-"""What other tools measured or decided, as ours: llm-compressor's REAP report, and the state of Cerebras' observer."""
+"""Reads the results of other tools: llm-compressor's REAP report, and the state of Cerebras' observer."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def read_foreign(file: Path, architecture: Architecture | None = None) -> Observ
         if all(isinstance(entry, list) and all(type(expert) is int for expert in entry) for entry in data.values()):
             return _selection(file, data, architecture)
     raise UnusableError(
-        f"{file}: is neither a llm-compressor REAP report (layer names with the experts retained) nor the state of"
-        " Cerebras' observer (layers with expert_frequency, ean_sum, ...). Give one of these."
+        f"{file}: the file is neither a llm-compressor REAP report (layer names with the experts retained) nor the"
+        " state of Cerebras' observer (layers with expert_frequency, ean_sum, ...). Give one of these."
     )
 
 
@@ -58,7 +58,7 @@ def _json(file: Path) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UnusableError(f"{file}: cannot be read as JSON ({error}).") from None
+        raise UnusableError(f"{file}: the file cannot be read as JSON ({error}).") from None
 
 
 def _pickle(file: Path) -> Any:
@@ -67,34 +67,40 @@ def _pickle(file: Path) -> Any:
     except pickle.UnpicklingError as error:
         reason = re.search(r"Unsupported (?:global|operand|class)[^\n.]*|GLOBAL \S+", str(error))
         raise UnusableError(
-            f"{file}: holds more than tensors and plain data ({reason[0] if reason else 'code'}), and reading it could"
-            " run any program, so it is refused. Save tensors and plain dicts only."
+            f"{file}: the file holds more than tensors and plain data ({reason[0] if reason else 'code'}). Reading it"
+            " could run any program, so reapkit refuses it. Save tensors and plain dicts only."
         ) from None
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise UnusableError(f"{file}: is not a file that torch.save wrote ({str(error)[:200]}).") from None
+        raise UnusableError(
+            f"{file}: the file was not written by torch.save ({str(error)[:200]}). Give the file that"
+            " the observer saved."
+        ) from None
 
 
 def _layer(file: Path, name: Any) -> int:
     """`model.layers.3.mlp` -> 3, 3 -> 3."""
     found = re.findall(r"(?<![\w])\d+(?![\w])", str(name))
     if len(found) != 1:
-        raise UnusableError(f"{file}: layer '{name}' does not say its number.")
+        raise UnusableError(
+            f"{file}: the name of layer '{name}' contains no layer number. Names such as"
+            " 'model.layers.3.mlp' are expected."
+        )
     return int(found[0])
 
 
 def _selection(file: Path, data: Mapping[str, list[int]], architecture: Architecture | None) -> Selection:
     if architecture is None:
         raise UnusableError(
-            f"{file}: a llm-compressor report names the experts that stay and not how many there were. Add --model with"
-            " the directory of the model before pruning."
+            f"{file}: a llm-compressor report names the experts that stay, but not how many there were. Add --model"
+            " with the directory of the model before pruning."
         )
     total = architecture.num_experts
     layers = {}
     for name, kept in data.items():
         if len(set(kept)) < len(kept) or not kept or min(kept) < 0 or max(kept) >= total:
             raise UnusableError(
-                f"{file}: {name} retains {kept}, which are not distinct experts from 0 to {total - 1}. Is it of this"
-                " model?"
+                f"{file}: {name} retains {kept}, which are not distinct experts from 0 to {total - 1}. Check that the"
+                " report is of this model."
             )
         layers[_layer(file, name)] = LayerSelection(
             tuple(sorted(kept)), tuple(sorted(set(range(total)) - set(kept))), ()
@@ -111,7 +117,7 @@ def _observation(file: Path, data: Mapping[Any, Mapping[str, Any]], architecture
     if len(sizes) > 1 or (architecture is not None and sizes != {architecture.num_experts}):
         allowed = "one number for all layers" if architecture is None else f"{architecture.num_experts}, as the model"
         raise UnusableError(
-            f"{file}: its layers have {', '.join(map(str, sorted(sizes)))} experts, needed is {allowed}."
+            f"{file}: the layers have {', '.join(map(str, sorted(sizes)))} experts; needed is {allowed}."
         )
     statistics = {"count": np.stack(list(counts.values()))[:, None]}
     for ours in ("gate_sum", "norm_sum", "gate_norm_sum"):
@@ -152,15 +158,14 @@ def _column(file: Path, layer: int, entry: Mapping[str, Any], name: str, length:
     try:
         column = torch.as_tensor(entry[name]).to(torch.float64).cpu().numpy()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise UnusableError(f"{file}: {name} of layer {layer} holds no numbers ({error}).") from None
+        raise UnusableError(f"{file}: {name} of layer {layer} does not hold numbers ({error}).") from None
     if column.ndim != 1 or (length is not None and len(column) != length):
         raise UnusableError(
-            f"{file}: {name} of layer {layer} has shape {list(column.shape)}, needed is one number per expert."
+            f"{file}: {name} of layer {layer} has shape {list(column.shape)}; needed is one number per expert."
         )
     if not bool(np.isfinite(column).all()) or bool((column < 0).any()):
         raise UnusableError(
-            f"{file}: {name} of layer {layer} holds NaN, infinity or a negative number. Observe again without changing"
-            " scores."
+            f"{file}: {name} of layer {layer} holds NaN, infinity or a negative number. Run the observer again."
         )
     return column
 
@@ -170,7 +175,7 @@ def _top_k(file: Path, counts: Mapping[int, ndarray], tokens: int) -> int:
     routed = int(next(iter(counts.values())).sum())
     if tokens < 1 or routed % tokens:
         raise UnusableError(
-            f"{file}: {routed} routed positions of {tokens} tokens do not say how many experts a token is routed to."
-            " Add --model with the model's directory."
+            f"{file}: the number of experts per token cannot be derived from {routed} routed positions of {tokens}"
+            " tokens. Add --model with the model's directory."
         )
     return routed // tokens

@@ -1,4 +1,4 @@
-"""Fractions of the recipe become integers: how many experts each layer keeps, and why. Torch-free.
+"""Turns the recipe's fractions into integers: how many experts each layer keeps, and why. Torch-free.
 
 Every contradiction between the budget, the caps and the model's routing is found here, before any weight is read.
 """
@@ -85,16 +85,19 @@ def layer_range(spec: str | Sequence[int], layers: Sequence[int], num_hidden_lay
     for piece in [spec] if isinstance(spec, str) else map(str, spec):
         begin, dash, end = (part.strip() for part in piece.partition("-"))
         if not begin.isdecimal() or not (end.isdecimal() or (dash and not end) or not dash):
-            raise ValueError(f"found '{piece.strip()}'. Write layers as 7, 0-3, 60- or a list such as [0, 7].")
+            raise ValueError(
+                f"found '{piece.strip()}', which is not a layer range. Write layers as 7, 0-3, 60- or a"
+                " list such as [0, 7]."
+            )
         low, high = int(begin), int(end) if end else (last if dash else int(begin))
         if low > high or high > last:
             raise ValueError(
-                f"found '{piece.strip()}', but the model has layers 0 to {last}. Name layers of that range"
+                f"found '{piece.strip()}', but the model has layers 0 to {last}. Give layers in this range"
                 + (", the lower one first." if high <= last else ".")
             )
         inside = range(low, high + 1)
         if not dash and low not in moe:
-            raise ValueError(f"layer {low} is dense, it has no experts. MoE layers: {ranges(sorted(moe))}.")
+            raise ValueError(f"layer {low} is dense and has no experts. MoE layers: {ranges(sorted(moe))}.")
         named += [layer for layer in inside if layer in moe]
         dense += [layer for layer in inside if layer not in moe]
     if not named:
@@ -112,8 +115,8 @@ def _uniform_count(prune: PruneSpec, architecture: Architecture, problems: list[
         problems.append(
             Problem(
                 "prune.multiple_of",
-                f"{prune.multiple_of}, but no count below {experts} experts is divisible "
-                f"by {unit} ({_unit_factors(prune, architecture)}). Choose a smaller one.",
+                f"{prune.multiple_of}, but no count below {experts} experts is divisible by {unit}"
+                f" ({_unit_factors(prune, architecture)}). Choose a smaller multiple_of.",
             )
         )
         return experts, experts
@@ -127,8 +130,8 @@ def _uniform_count(prune: PruneSpec, architecture: Architecture, problems: list[
         problems.append(
             Problem(
                 budget_path(prune),
-                f"{found(prune)}, which of {experts} experts removes {removed}"
-                + (f" and, rounded {unit_reason(prune, architecture)}, none" if removed else "")
+                f"{found(prune)}, which removes {removed} of {experts} experts"
+                + (f" and none once the kept count is rounded {unit_reason(prune, architecture)}" if removed else "")
                 + f". Choose {_ratio_for(prune, Fraction(fewest, experts))}, which removes {fewest} per "
                 "layer.",
             )
@@ -207,16 +210,16 @@ def _check_routing(prune: PruneSpec, architecture: Architecture, rounded: int, p
         problems.append(
             Problem(
                 "prune.experts_per_token",
-                f"{top_k}, but {needs}, which takes {least} of the "
-                f"{architecture.num_experts} experts. Choose 1 to {most}.",
+                f"{top_k}, but {needs}, which needs {least} of the {architecture.num_experts} experts. Choose 1 to"
+                f" {most}.",
             )
         )
     elif rounded < least == architecture.num_experts:
         problems.append(
             Problem(
                 budget_path(prune),
-                f"{found(prune)}, but {needs}, which takes all {least}, so none can be "
-                "removed. Lower prune.experts_per_token.",
+                f"{found(prune)}, but {needs}, which needs all {least}, so none can be removed. Lower"
+                " prune.experts_per_token.",
             )
         )
     elif rounded < least and prune.keep_experts is not None:
@@ -228,8 +231,8 @@ def _check_routing(prune: PruneSpec, architecture: Architecture, rounded: int, p
         problems.append(
             Problem(
                 budget_path(prune),
-                f"{found(prune)} leaves {rounded} of {architecture.num_experts} experts, "
-                f"but {needs}, which takes {least}. Choose {most}.",
+                f"{found(prune)} leaves {rounded} of {architecture.num_experts} experts, but {needs}, which needs"
+                f" {least}. Choose {most}.",
             )
         )
 
@@ -257,9 +260,9 @@ def _check_layout(
             problems.append(
                 Problem(
                     f"prune.caps[{i}]",
-                    f"keeps {kept} of {experts} experts in layers {ranges(capped)} where "
-                    f"{field} keeps {rounded} elsewhere, and layout: uniform has one count for all. Loosen "
-                    f"the cap to {rounded} experts"
+                    f"keeps {kept} of {experts} experts in layers {ranges(capped)}, but {field} keeps {rounded} in the"
+                    f" others, and layout: uniform allows one number for all layers. Loosen the cap to {rounded}"
+                    " experts"
                     + (f", set {field} to {everywhere}" if everywhere else "")
                     + ", or set prune.layout: ragged.",
                 )

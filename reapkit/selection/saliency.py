@@ -1,4 +1,4 @@
-"""How much each expert matters, by the name of a criterion. Torch-free."""
+"""Computes the saliency of every expert, by the name of a criterion. Torch-free."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Which experts stay and which go, with the reason for each: plain data that a person can read and every later stage
-obeys.
+"""The selection: which experts stay and which are dropped, with a reason for each, as plain data for people and later
+stages.
 
 Neither reading nor deciding one needs torch.
 """
@@ -86,7 +86,8 @@ class Selection:
         """The inverse of `to_json`. Raises UnusableError for a layer that does not name each of its experts once."""
         if data.get("format", FORMAT_VERSION) != FORMAT_VERSION:
             raise UnusableError(
-                f"selection.json: format {data['format']}, this version reads {FORMAT_VERSION}. Select again."
+                f"selection.json: found format {data['format']}, but this version of reapkit reads format"
+                f" {FORMAT_VERSION}. Run select again."
             )
         layers = {}
         for name, entry in data["layers"].items():

@@ -1,4 +1,4 @@
-"""What an observation and a selection say about the model, as numbers for the report, the profile and comparisons.
+"""Computes statistics of an observation and a selection for the report, the profile and comparisons.
 
 Arrays are [L, E] unless said otherwise, L MoE layers in decoder order, E routed experts. A number that cannot be
 computed (0/0, no dropped expert, no co-activation) is None, never NaN.

@@ -1,4 +1,4 @@
-"""An observation's statistics with its sources weighed and added up. Torch-free.
+"""Adds up an observation's statistics over its weighted sources. Torch-free.
 
 Sums are float64 and already taken over the scored positions (see observation); nothing here needs the model.
 """
@@ -67,14 +67,15 @@ def source_alphas(observation: Observation, mix: Mapping[str, Decimal] | None) -
         if name not in tokens
     ]
     problems += [
-        Problem(f"saliency.mix.{name}", f"{weight} is negative. Give a share of 0 or more.")
+        Problem(f"saliency.mix.{name}", f"found {weight}, which is negative. Give a share of 0 or more.")
         for name, weight in mix.items()
         if weight < 0
     ]
     problems += [
         Problem(
             f"saliency.mix.{name}",
-            f"weighs {weight}, but the observation has no scored token of it. Give it 0, or observe it.",
+            f"has weight {weight}, but the observation has no scored token of this source. Set the weight to 0, or"
+            " observe the source.",
         )
         for name, weight in mix.items()
         if weight > 0 and tokens.get(name) == 0

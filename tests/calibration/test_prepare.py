@@ -514,13 +514,19 @@ class TestPacks:
         made(home, big_mix(home))
         with pytest.raises(
             RecipeError,
-            match=r"evaluate.packs.samples: 2 for 3 sources leave none for tools. With their weights 4 are enough",
+            match=(
+                r"evaluate.packs.samples: 2, but with 3 sources and these weights tools would get no sample."
+                r" Choose at least 4."
+            ),
         ):
             self.packs(home, big_mix(home), self.evaluate(2))
         assert [
             source["samples"] for source in self.packs(home, big_mix(home), self.evaluate(4)).summary["sources"]
         ] == [2, 1, 1]
-        with pytest.raises(RecipeError, match=r"calibration.samples: 1 for 3 sources leave none for two, tools"):
+        with pytest.raises(
+            RecipeError,
+            match=(r"calibration.samples: 1, but with 3 sources and these weights two, tools would get no sample"),
+        ):
             made(home, big_mix(home).model_copy(update={"samples": 1}), "one")
         uneven = [
             {"name": name, "source": "builtin:math", "weight": weight}

@@ -174,8 +174,8 @@ class TestBadData:
         with pytest.raises(
             UnusableError,
             match=(
-                r"^source 'data', data.jsonl:17: broken JSON \(Unterminated string .*\). Every line takes one JSON"
-                r" object.$"
+                r"^source 'data', data.jsonl:17: invalid JSON \(Unterminated string .*\). Every line must hold one"
+                r" JSON object.$"
             ),
         ):
             prepared(tmp_path, "data.jsonl")
@@ -204,15 +204,15 @@ class TestBadData:
         with pytest.raises(
             UnusableError,
             match=(
-                r"^source 'data', data\.jsonl:20: one sample of more than 8,388,608 bytes; at most 8,388,608 are"
-                r" read\. Split it into several rows\.$"
+                r"^source 'data', data\.jsonl:20: one sample has more than 8,388,608 bytes; the limit is 8,388,608\."
+                r" Split it into several rows\.$"
             ),
         ):
             prepared(tmp_path, "data.jsonl")
 
     def test_a_huge_document(self, tmp_path: Path) -> None:
         (tmp_path / "book.md").write_text("word " * (2 << 20))
-        with pytest.raises(UnusableError, match=r"^source 'data', book\.md: one sample of 10,485,760 bytes"):
+        with pytest.raises(UnusableError, match=r"^source 'data', book\.md: one sample has 10,485,760 bytes"):
             prepared(tmp_path, "book.md")
 
     def test_invalid_utf8(self, tmp_path: Path) -> None:

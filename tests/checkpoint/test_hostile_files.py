@@ -214,7 +214,7 @@ def test_an_index_reaches_no_file_outside_the_directory(directory, shard):
 )
 def test_headers_that_break_parsers(directory, text):
     write(directory, text, b"")
-    with pytest.raises(UnusableError, match="its header is not a safetensors header"):
+    with pytest.raises(UnusableError, match="the header is not a valid safetensors header"):
         Checkpoint.open(directory)
 
 

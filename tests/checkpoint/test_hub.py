@@ -142,8 +142,8 @@ def test_contradictions_are_found_before_anything_is_downloaded(hub: Hub) -> Non
     assert done.returncode == RecipeError.exit_code, done.stderr
     assert (
         done.stderr
-        == "--set prune.ratio=0.97: 0.97 leaves 1 of 32 experts, but qwen3_moe routes each token to 2 experts "
-        "(num_experts_per_tok), which takes 2. Choose at most 0.9375.\n"
+        == "--set prune.ratio=0.97: 0.97 leaves 1 of 32 experts, but qwen3_moe routes each token to 2 experts"
+        " (num_experts_per_tok), which needs 2. Choose at most 0.9375.\n"
     )
     assert 0 < hub.served_weights() <= FIRST_READ_BYTES
 

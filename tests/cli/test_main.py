@@ -33,7 +33,7 @@ def test_a_signal_saves_and_says_how_to_go_on(number: int, tmp_path: Path) -> No
     process.send_signal(number)
     said = process.communicate(timeout=120)[1]
     assert process.returncode == 130, said
-    assert "Interrupted. Finished stages are kept; run the same command again to go on." in said
+    assert "Interrupted. Finished stages are kept; run the same command again to resume." in said
     assert "Traceback" not in said
 
 
@@ -129,7 +129,7 @@ def test_init_writes_a_recipe_that_is_valid_and_never_overwrites(
     assert command("validate", "mine.yaml").code == 0
     before = Path("mine.yaml").read_text()
     done = command("init", "builtin:demo", "-o", "mine.yaml")
-    assert done.code == 2 and "is there already" in done.stderr
+    assert done.code == 2 and "the file exists already" in done.stderr
     assert Path("mine.yaml").read_text() == before
 
 

@@ -58,7 +58,7 @@ def test_it_decides_without_reading_a_token(observed: Path, tmp_path: Path) -> N
 
 def test_what_it_holds_of_re_routing_counts_not_what_the_recipe_would_collect(observed: Path, tmp_path: Path) -> None:
     done = decide(tmp_path, observed, "saliency.criterion=reroute")
-    assert done.code == 3 and "reroute needs removal paths, and this observation holds none" in done.stderr
+    assert done.code == 3 and "reroute needs removal paths, but this observation has none" in done.stderr
     order, error = (np.tile(row, (4, 4, 1)) for row in (np.arange(32)[::-1], np.linspace(0, 1, 32)))
     measured = Reroute(np.array([9, 9]), order, error, np.ones((4, 2, 32)))
     replace(Observation.load(observed), reroute=measured).save(tmp_path / "observation")
@@ -88,10 +88,11 @@ def test_other_content_is_another_key(observed: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"meta": {"model": "0" * 64}}, "was made of model 000000000000, the recipe's is "),
+        ({"meta": {"model": "0" * 64}}, "the observation is of model 000000000000, but the recipe's model is "),
         (
             {"layers": (0, 1, 2, 7)},
-            "has 4 MoE layers of 32 experts, the recipe's model 4 of 32. Give an observation of this model.",
+            "the observation has 4 MoE layers of 32 experts, but the recipe's model has 4 of 32. Give an observation"
+            " of this model.",
         ),
     ],
 )

@@ -83,7 +83,7 @@ def test_nothing_goes_where_a_run_cannot_be_read(store: Store) -> None:
     damaged.parent.mkdir()
     damaged.write_text("{")
     with pytest.raises(
-        UnusableError, match=r"says which artifacts a run uses and cannot be read .* nothing was removed"
+        UnusableError, match=r"this list of the artifacts that a run uses cannot be read .* Nothing was removed"
     ):
         collect(store)
     assert names(store) == {f"select-{'a' * 12}"}
@@ -103,4 +103,4 @@ def test_the_command_says_what_it_frees(store: Store) -> None:
     )
     done = command("gc", "--store", store.root / "nowhere")
     assert done.code == 3
-    assert "no store there. Give the runtime.store of your recipes with --store." in done.stderr
+    assert "found no artifact store. Give the runtime.store of your recipes with --store." in done.stderr

@@ -79,7 +79,7 @@ def test_a_minute_without_a_beat_ends_the_run_of_rank_0(teams: list[Team], monke
     assert teams[0]._dead([2]) == [] and not interrupted.wait(2 * BEAT)
     monkeypatch.setattr(ranks, "STALE_SECONDS", 4 * BEAT)
     assert interrupted.wait(100 * BEAT)
-    assert "rank 2 (" in str(teams[0].cause()) and "died without a word" in str(teams[0].cause())
+    assert "rank 2 (" in str(teams[0].cause()) and "stopped without an error message" in str(teams[0].cause())
 
 
 def test_a_failure_is_told_with_its_code_and_an_interrupt_only_where_nothing_else_happened(teams: list[Team]) -> None:

@@ -66,8 +66,12 @@ def test_between_its_edges_the_nearest_is_taken_and_said() -> None:
 @pytest.mark.parametrize(
     ("quantiles", "message"),
     [
-        ({"p_low": 0.87}, r"quantiles\.p_low 0\.87 cannot be cut .* nearest it has is 0\.\d+, more than 0\.02 off"),
-        ({"h_low": 0.3}, r"quantiles\.h_low 0\.3 cannot be cut"),
+        (
+            {"p_low": 0.87},
+            r"quantiles\.p_low 0\.87 is not available .* nearest quantile is 0\.\d+, which differs by"
+            r" more than 0\.02",
+        ),
+        ({"h_low": 0.3}, r"quantiles\.h_low 0\.3 is not available"),
         ({"h_high": 0.7}, r"raise observe\.trace_bytes and observe again"),
     ],
 )
@@ -81,5 +85,7 @@ def test_it_is_saved_and_two_do_not_add_up(tmp_path: Path) -> None:
     table.save(tmp_path)
     loaded = Observation.load(tmp_path)
     assert isinstance(loaded.eaft, EaftTable) and np.array_equal(loaded.eaft.gate_norm_sum, table.eaft.gate_norm_sum)
-    with pytest.raises(UnusableError, match="EAFT tables of p and H have edges of their own and cannot be added"):
+    with pytest.raises(
+        UnusableError, match=("EAFT tables of p and H cannot be added, since every table has its own edges")
+    ):
         _ = loaded + table

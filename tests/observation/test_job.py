@@ -352,10 +352,11 @@ def test_a_dead_rank_ends_the_run_with_a_clear_word(dead: int, prepared: Path, t
     assert codes == {1 - dead: 4}, stderr
     assert (
         f"reapkit: rank {dead} (" in stderr
-        and "died without a word (killed, out of memory, or its machine is gone)" in stderr
+        and "stopped without an error message (killed, out of memory, or its machine failed)" in stderr
     )
     assert (
-        "run the same command again to resume, with any number of ranks" in stderr and stderr.count("died without") == 1
+        "run the same command again to resume, with any number of ranks" in stderr
+        and stderr.count("stopped without an error message") == 1
     )
     again = Started(prepared, tmp_path, "nothing")
     assert again.end()[0] == {0: 0, 1: 0}
@@ -370,7 +371,7 @@ def test_an_interrupt_of_torchrun_is_130_everywhere(number: int, prepared: Path,
     started.process.send_signal(number)
     codes, stderr = started.end()
     assert codes == {0: 130, 1: 130}, stderr
-    assert stderr.count("Interrupted. Finished stages are kept; run the same command again to go on.") == 1
+    assert stderr.count("Interrupted. Finished stages are kept; run the same command again to resume.") == 1
     again = Started(prepared, tmp_path, "nothing")
     assert again.end()[0] == {0: 0, 1: 0}
     assert again.observation() == (prepared / "run" / "observation" / "observation.safetensors").read_bytes()

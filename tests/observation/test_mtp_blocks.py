@@ -357,5 +357,5 @@ def test_two_observations_with_blocks_add_up(tmp_path: Path):
     without = observe(
         model, tiny_tokens(tmp_path / "again"), ObserveSpec(), batch_tokens=48, work_directory=tmp_path / "again-work"
     )
-    with pytest.raises(UnusableError, match=r"one holds multi-token-prediction layers"):
+    with pytest.raises(UnusableError, match=r"one observation has multi-token-prediction layers"):
         one + without

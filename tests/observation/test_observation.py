@@ -85,5 +85,5 @@ def test_different_models_do_not_add(observed):
 
 
 def test_a_directory_without_an_observation_is_refused(tmp_path: Path):
-    with pytest.raises(UnusableError, match=r"no readable observation\.json there"):
+    with pytest.raises(UnusableError, match=r"observation\.json cannot be read"):
         Observation.load(tmp_path)

@@ -98,8 +98,8 @@ def test_a_single_source_has_its_own_path_and_other_weights_are_refused() -> Non
     with pytest.raises(
         RecipeError,
         match=(
-            r"saliency\.mix: reroute follows paths that were measured for the mix as it was calibrated,"
-            r" for equal weights"
+            r"saliency\.mix: reroute needs removal paths, and these were measured only for the shares of the"
+            r" calibration, for equal weights"
         ),
     ):
         select(
@@ -142,8 +142,7 @@ def test_what_was_not_measured_is_refused() -> None:
     with pytest.raises(
         UnusableError,
         match=(
-            r"reroute needs removal paths, and this observation holds none .*"
-            r" Observe with observe\.reroute_tokens: 8192"
+            r"reroute needs removal paths, but this observation has none .* Observe with observe\.reroute_tokens: 8192"
         ),
     ):
         select(bare, REROUTE, prune(ratio=0.5, **PLAIN), TOY)

@@ -186,10 +186,10 @@ def test_an_observation_keeps_its_paths_and_a_sum_has_none(tmp_path: Path) -> No
 
 def test_what_cannot_be_rerouted_is_refused_before_it_runs(tmp_path: Path) -> None:
     for model_type, why in {
-        "llama4_text": "its gate scales the expert's input",
-        "gemma4_text": "its experts have no block of their own",
+        "llama4_text": "the gate weight scales the expert's input",
+        "gemma4_text": "the experts have no block of their own",
     }.items():
-        with pytest.raises(UnusableError, match=f"model_type '{model_type}' cannot be re-routed in layer 0: {why}"):
+        with pytest.raises(UnusableError, match=f"layer 0 of model_type '{model_type}' cannot be re-routed: {why}"):
             observe(
                 tiny.build(model_type),
                 tiny_tokens(tmp_path / "c"),

@@ -150,7 +150,10 @@ def test_nan_names_layer_and_expert(tmp_path: Path):
     tokens = tiny_tokens(tmp_path / "calibration")
     with pytest.raises(
         UnusableError,
-        match=r"observe: NaN or infinity in layer 1, expert 5 \(1 of its 16 experts\), computed in float32",
+        match=(
+            r"observe: found NaN or infinity in layer 1, expert 5 \(1 of 16 experts of this layer\), computed in"
+            r" float32"
+        ),
     ):
         observe(model, tokens, ObserveSpec(), batch_tokens=48, work_directory=tmp_path / "work")
 

@@ -250,7 +250,7 @@ def test_an_undecided_quantization_ends_with_5_and_says_how_many_samples_it_take
     )
     with pytest.raises(
         RejectedByGates,
-        match=r"undecided(.|\n)*--set evaluate.packs.samples=\d+(.|\n)*doubtful/quantized, and not uploaded",
+        match=r"undecided(.|\n)*--set evaluate.packs.samples=\d+(.|\n)*doubtful/quantized and was not uploaded",
     ):
         apply(recipe(root, *doubtful))
     assert (root / "doubtful" / "quantized").is_dir() and not (root / "doubtful" / "quantized.rejected").exists()
@@ -290,7 +290,7 @@ def test_a_directory_whose_proof_fails_is_not_published(
 
     monkeypatch.setattr("reapkit.pipeline.stages.quantize.quantize_checkpoint", swapped)
     with pytest.raises(
-        StageFailed, match=r"1 of 10 proofs do not hold, first quantized, dequantized: .*proj\.weight"
+        StageFailed, match=r"1 of 10 proofs failed. The first is dequantized of quantized: .*proj\.weight"
     ) as failure:
         apply(recipe(root, "quantize.group_size=32", f"output.directory={root / 'unproven'}"))
     assert failure.value.exit_code == 4

@@ -103,7 +103,10 @@ def test_what_transformers_does_not_load_is_dropped_or_refused(recipe, model_typ
     path.write_text(path.read_text().replace("{ratio: 0.5}", "{ratio: 0.5, mtp: observe}"))
     with pytest.raises(
         RecipeError,
-        match=f"recipe.yaml:5:26 prune.mtp: observe, but .*{said}. Choose drop, or auto, which drops what cannot be",
+        match=(
+            f"recipe.yaml:5:26 prune.mtp: observe, but .*{said}. Choose drop, or auto, which drops blocks that"
+            " cannot be"
+        ),
     ):
         planned(path)
     done = command("apply", path)
@@ -283,7 +286,7 @@ def imported_both_ways(root: Path) -> None:
     assert make_plan(loaded, observation=held).mtp == (3,) and make_plan(loaded, observation=without).mtp == ()
     assert any("imported observation does not hold" in note for note in make_plan(loaded, observation=without).notes)
     wanted = load(root / "recipe.yaml", ["prune.mtp=observe"])
-    with pytest.raises(RecipeError, match=r"does not hold the multi-token-prediction layers 3\. Choose drop or auto"):
+    with pytest.raises(RecipeError, match=r"does not have the multi-token-prediction layers 3\. Choose drop or auto"):
         make_plan(wanted, observation=without)
     assert make_plan(load(root / "recipe.yaml", ["prune.mtp=drop"]), observation=held).mtp == ()
 

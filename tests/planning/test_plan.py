@@ -124,6 +124,12 @@ def test_reroute_takes_the_weights_that_paths_are_measured_for(mix: str, has_pat
     with (
         nullcontext()
         if has_path
-        else pytest.raises(RecipeError, match=r"saliency\.mix=.*: reroute follows paths that were measured for")
+        else pytest.raises(
+            RecipeError,
+            match=(
+                r"saliency\.mix=.*: reroute needs removal paths, and these were"
+                r" measured only for"
+            ),
+        )
     ):
         make_plan(load(ROOT / "recipes/demo.yaml", (*overrides, "saliency.criterion=reroute")))

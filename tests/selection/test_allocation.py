@@ -160,12 +160,10 @@ def test_too_much_protection_is_refused_with_numbers() -> None:
         uniform_counts(rankings, budgets_for(rankings, 6))
     assert (
         str(error.value)
-        == "prune.protect: layer 4 protects 8 experts (3 protected by hand, 5 super expert), which takes "
-        "8 kept experts, but its budget keeps 6. Protect fewer, or prune less."
+        == "prune.protect: layer 4 protects 8 experts (3 protected by hand, 5 super expert), so it must keep 8"
+        " experts, but its budget keeps 6. Protect fewer, or prune less."
     )
-    with pytest.raises(
-        RecipeError, match="the budget removes 20 experts, but 8 protected ones, caps and routing leave 14 to remove"
-    ):
+    with pytest.raises(RecipeError, match="the budget removes 20 experts, but only 14 can be removed: 8 are protected"):
         global_counts(rankings, budgets_for(rankings, 2), 1)
 
 

@@ -73,8 +73,8 @@ def test_problems_stand_where_the_value_was_written() -> None:
         "prune.candidates.experts_per_token[0]: 500, but qwen3_moe routes each token to 500 experts"
     )
     assert refusal(prune(candidates={"ratio": [0.5, 0.99]})) == [
-        "prune.candidates.ratio[1]: 0.99 leaves 2 of 128 experts, but qwen3_moe routes each token to 8 experts "
-        "(num_experts_per_tok), which takes 8. Choose at most 0.9375."
+        "prune.candidates.ratio[1]: 0.99 leaves 2 of 128 experts, but qwen3_moe routes each token to 8 experts"
+        " (num_experts_per_tok), which needs 8. Choose at most 0.9375."
     ]
     assert refusal(prune(keep_ratio=0.01))[0].startswith("prune.keep_ratio: 0.01 leaves 2 of 128 experts")
 
@@ -85,12 +85,11 @@ def test_problems_stand_where_the_value_was_written() -> None:
         (
             {"ratio": 0.5, "candidates": {"allocation": ["global"]}},
             (
-                "prune.candidates.allocation: global gives layers different "
-                "expert counts, which needs prune.layout: ragged. Set it, or "
-                "drop global."
+                "prune.candidates.allocation: global gives layers different numbers of experts, which needs"
+                " prune.layout: ragged. Set prune.layout: ragged, or remove global."
             ),
         ),
-        ({"candidates": {"ratio": []}}, "prune.candidates.ratio: is an empty list. Give values, or leave it out."),
+        ({"candidates": {"ratio": []}}, "prune.candidates.ratio: is an empty list. Give values, or remove the field."),
         (
             {"candidates": {"ratio": [0.5, 1.5]}},
             "prune.candidates.ratio[1]: found 1.5, must be at least 0 and below 1.",

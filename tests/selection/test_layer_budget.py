@@ -109,13 +109,13 @@ def test_layer_ranges_skip_dense_layers_and_say_so(
 @pytest.mark.parametrize(
     ("spec", "says"),
     [
-        ("1", "layer 1 is dense, it has no experts. MoE layers: 3-60."),
+        ("1", "layer 1 is dense and has no experts. MoE layers: 3-60."),
         ("0-2", "names only dense layers (0-2). MoE layers: 3-60."),
-        ("60-99", "found '60-99', but the model has layers 0 to 60. Name layers of that range."),
-        ("9-4", "found '9-4', but the model has layers 0 to 60. Name layers of that range, the lower one first."),
-        ("x", "found 'x'. Write layers as 7, 0-3, 60- or a list such as [0, 7]."),
-        ("-4", "found '-4'. Write layers as 7, 0-3, 60- or a list such as [0, 7]."),
-        ((61,), "found '61', but the model has layers 0 to 60. Name layers of that range."),
+        ("60-99", "found '60-99', but the model has layers 0 to 60. Give layers in this range."),
+        ("9-4", "found '9-4', but the model has layers 0 to 60. Give layers in this range, the lower one first."),
+        ("x", "found 'x', which is not a layer range. Write layers as 7, 0-3, 60- or a list such as [0, 7]."),
+        ("-4", "found '-4', which is not a layer range. Write layers as 7, 0-3, 60- or a list such as [0, 7]."),
+        ((61,), "found '61', but the model has layers 0 to 60. Give layers in this range."),
     ],
 )
 def test_layer_ranges_that_make_no_sense(spec: str, says: str) -> None:
@@ -148,75 +148,74 @@ def test_layer_ranges_that_make_no_sense(spec: str, says: str) -> None:
         (
             {"ratio": 0.95},
             (
-                "prune.ratio: 0.95 leaves 7 of 128 experts, but qwen3_moe routes each token to 8 experts "
-                "(num_experts_per_tok), which takes 8. Choose at most 0.9375."
+                "prune.ratio: 0.95 leaves 7 of 128 experts, but qwen3_moe routes each token to 8 experts"
+                " (num_experts_per_tok), which needs 8. Choose at most 0.9375."
             ),
         ),
         (
             {"keep_ratio": 0.05},
             (
-                "prune.keep_ratio: 0.05 leaves 7 of 128 experts, but qwen3_moe routes each token to 8 experts "
-                "(num_experts_per_tok), which takes 8. Choose at least 0.0625."
+                "prune.keep_ratio: 0.05 leaves 7 of 128 experts, but qwen3_moe routes each token to 8 experts"
+                " (num_experts_per_tok), which needs 8. Choose at least 0.0625."
             ),
         ),
         (
             {"ratio": 0.5, "experts_per_token": 80},
             (
-                "prune.ratio: 0.5 leaves 64 of 128 experts, but qwen3_moe routes each token to "
-                "80 experts (prune.experts_per_token), which takes 80. Choose at most 0.375."
+                "prune.ratio: 0.5 leaves 64 of 128 experts, but qwen3_moe routes each token to 80 experts"
+                " (prune.experts_per_token), which needs 80. Choose at most 0.375."
             ),
         ),
         (
             {"ratio": 0.5, "experts_per_token": 200},
             (
-                "prune.experts_per_token: 200, but qwen3_moe routes each token to 200 experts "
-                "(prune.experts_per_token), which takes 200 of the 128 experts. Choose 1 to "
-                "128."
+                "prune.experts_per_token: 200, but qwen3_moe routes each token to 200 experts"
+                " (prune.experts_per_token), which needs 200 of the 128 experts. Choose 1 to 128."
             ),
         ),
         (
             {"ratio": 0.001},
-            "prune.ratio: 0.001, which of 128 experts removes 0. Choose at least 0.0079, which removes 1 per layer.",
+            "prune.ratio: 0.001, which removes 0 of 128 experts. Choose at least 0.0079, which removes 1 per layer.",
         ),
         (
             {"keep_ratio": 1},
-            "prune.keep_ratio: 1, which of 128 experts removes 0. Choose at most 0.9921, which removes 1 per layer.",
+            "prune.keep_ratio: 1, which removes 0 of 128 experts. Choose at most 0.9921, which removes 1 per layer.",
         ),
         (
             {"ratio": 0.02, "multiple_of": 8},
             (
-                "prune.ratio: 0.02, which of 128 experts removes 2 and, rounded to a multiple of 8 "
-                "(n_group 1, multiple_of 8), none. Choose at least 0.0625, which removes 8 per layer."
+                "prune.ratio: 0.02, which removes 2 of 128 experts and none once the kept count is rounded to a"
+                " multiple of 8 (n_group 1, multiple_of 8). Choose at least 0.0625, which removes 8 per layer."
             ),
         ),
         (
             {"ratio": 0.5, "multiple_of": 256},
             (
-                "prune.multiple_of: 256, but no count below 128 experts is divisible by 256 (n_group "
-                "1, multiple_of 256). Choose a smaller one."
+                "prune.multiple_of: 256, but no count below 128 experts is divisible by 256 (n_group 1, multiple_of"
+                " 256). Choose a smaller multiple_of."
             ),
         ),
         (
             {"ratio": 0.5, "caps": [{"layers": "0-3", "max_ratio": 0.25}]},
             (
-                "prune.caps[0]: keeps 96 of 128 experts in layers 0-3 where ratio keeps 64 elsewhere, and layout:"
-                " uniform has one count for all. Loosen the cap to 64 experts, set ratio to at most 0.25, or set"
-                " prune.layout: ragged."
+                "prune.caps[0]: keeps 96 of 128 experts in layers 0-3, but ratio keeps 64 in the others, and layout:"
+                " uniform allows one number for all layers. Loosen the cap to 64 experts, set ratio to at most 0.25,"
+                " or set prune.layout: ragged."
             ),
         ),
         (
             {"ratio": 0.5, "caps": [{"layers": "7", "keep_all": True}]},
             (
-                "prune.caps[0]: keeps 128 of 128 experts in layers 7 where ratio keeps 64 elsewhere, and layout:"
-                " uniform has one count for all. Loosen the cap to 64 experts, or set prune.layout: ragged."
+                "prune.caps[0]: keeps 128 of 128 experts in layers 7, but ratio keeps 64 in the others, and layout:"
+                " uniform allows one number for all layers. Loosen the cap to 64 experts, or set prune.layout: ragged."
             ),
         ),
         (
             {"keep_experts": 64, "caps": [{"layers": [0, 2, 3], "min_experts": 80}]},
             (
-                "prune.caps[0]: keeps 80 of 128 experts in layers 0, 2-3 where keep_experts keeps 64 elsewhere, and"
-                " layout: uniform has one count for all. Loosen the cap to 64 experts, set keep_experts to 80, or set"
-                " prune.layout: ragged."
+                "prune.caps[0]: keeps 80 of 128 experts in layers 0, 2-3, but keep_experts keeps 64 in the others,"
+                " and layout: uniform allows one number for all layers. Loosen the cap to 64 experts, set keep_experts"
+                " to 80, or set prune.layout: ragged."
             ),
         ),
         (
@@ -266,7 +265,7 @@ def test_grouped_routers_need_two_experts_in_every_group() -> None:
 def test_a_model_that_routes_to_all_its_experts_cannot_be_pruned_without_a_lower_top_k() -> None:
     dense = Architecture("m", 2, 8, 8)
     assert refusal(dense, (0, 1), ratio=0.5) == [
-        "prune.ratio: 0.5, but m routes each token to 8 experts (num_experts_per_tok), which takes all 8, so none can"
+        "prune.ratio: 0.5, but m routes each token to 8 experts (num_experts_per_tok), which needs all 8, so none can"
         " be removed. Lower prune.experts_per_token."
     ]
     assert kept(dense, (0, 1), ratio=0.5, experts_per_token=4) == {0: 4, 1: 4}

@@ -122,7 +122,7 @@ def test_a_mix_of_the_observed_shares_changes_nothing() -> None:
     ("mix", "says"),
     [
         ({"cod": 1}, "saliency.mix.cod: is not a source of the observation. Known: code, tools."),
-        ({"code": -1, "tools": 2}, "saliency.mix.code: -1 is negative. Give a share of 0 or more."),
+        ({"code": -1, "tools": 2}, "saliency.mix.code: found -1, which is negative. Give a share of 0 or more."),
         ({"code": 0}, "saliency.mix: every weight is 0. Give at least one source a share."),
     ],
 )
@@ -135,7 +135,8 @@ def test_mixes_that_cannot_be(mix: dict, says: str) -> None:
 def test_a_source_without_scored_tokens_cannot_carry_weight() -> None:
     observation = observe_routing(random_routing(8, tokens=20, sources=1))
     with pytest.raises(
-        RecipeError, match=r"saliency\.mix\.tools: weighs 0\.5, but the observation has no scored token of it\."
+        RecipeError,
+        match=r"saliency\.mix\.tools: has weight 0\.5, but the observation has no scored token of this source\.",
     ):
         saliency(observation, saliency_spec(mix={"code": 0.5, "tools": 0.5}))
 

@@ -1,1 +1,1 @@
-"""What ships inside the package: the demo model and endless streams of generated text. Torch-free."""
+"""Data that ships inside the package: the demo model and generators of text. Torch-free."""

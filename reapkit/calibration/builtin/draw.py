@@ -1,4 +1,4 @@
-"""Random choices that are the same on every Python version, and sentences filled from them."""
+"""Draws random choices that are the same on every Python version, and fills sentence templates with them."""
 
 import random
 import re

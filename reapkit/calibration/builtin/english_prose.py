@@ -1,4 +1,4 @@
-"""English prose written by a grammar: travel notes, reports, letters, instructions, nature, invented histories."""
+"""Generates English prose from a grammar: travel notes, reports, letters, instructions, nature, invented histories."""
 
 from dataclasses import dataclass
 

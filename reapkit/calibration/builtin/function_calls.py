@@ -1,4 +1,4 @@
-"""Conversations in which an assistant calls functions that JSON schemas describe."""
+"""Generates conversations in which an assistant calls functions that are described by JSON schemas."""
 
 import json
 

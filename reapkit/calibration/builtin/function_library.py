@@ -1,4 +1,4 @@
-"""The functions that `function_calls` offers: schemas, what users ask, what comes back, how it is told."""
+"""The functions that `function_calls` offers: their schemas, the users' requests, the results and the answers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,4 +1,5 @@
-"""What ships inside the package: the demo model's folder, and endless streams of generated text to calibrate on.
+"""Finds what ships inside the package: the demo model's directory, and endless streams of generated text to calibrate
+on.
 
 This module imports neither torch nor transformers: a recipe that names `builtin:` sources can be planned without them.
 
@@ -51,7 +52,7 @@ def generate(name: str, *, seed: int, start: int = 0, training: bool = False) ->
     """
     _require_source(name)
     if start < 0:
-        raise ValueError(f"start: {start}, but rows are numbered from 0.")
+        raise ValueError(f"start: found {start}, but rows are numbered from 0.")
     if training != (seed == TRAINING_SEED):
         raise ValueError(
             f"seed: {seed} with training={training}, but seed {TRAINING_SEED} is reserved for the rows the demo model"

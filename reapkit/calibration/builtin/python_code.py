@@ -1,4 +1,4 @@
-"""Python modules written by a grammar: always valid syntax, 400 to 2,000 characters, no two alike."""
+"""Generates Python modules from a grammar: always valid syntax, 400 to 2,000 characters, no two equal."""
 
 import re
 from dataclasses import dataclass

@@ -1,4 +1,5 @@
-"""What the generators draw from: words, templates and function descriptions, in YAML files beside them. Torch-free."""
+"""Reads the generators' tables of words, templates and function descriptions from the YAML files beside this module.
+Torch-free."""
 
 from functools import cache
 from importlib.resources import files

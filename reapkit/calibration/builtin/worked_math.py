@@ -1,4 +1,4 @@
-"""Conversations about arithmetic and word problems, answered in small steps."""
+"""Generates conversations about arithmetic and word problems, answered in small steps."""
 
 from math import gcd
 

@@ -1,4 +1,4 @@
-"""Intervals by resampling rows: paired, seeded, the sources' shares kept. float64."""
+"""Computes intervals by resampling rows: paired, seeded, with the sources' shares kept. float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What a metric is: one record of how it is measured, which way is better, and where people read it. Torch-free."""
+"""Defines a metric as one record: how it is measured, which direction is better, and where people read it.
+Torch-free."""
 
 from __future__ import annotations
 

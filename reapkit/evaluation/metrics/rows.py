@@ -1,4 +1,5 @@
-"""Statistics of a base and of a candidate over rows, per source and over the union, each with its paired interval.
+"""Computes statistics of a base and a candidate over rows, per source and over all sources, each with its paired
+interval.
 
 Rows are the unit of resampling, because positions of one row depend on each other. Sums are float64.
 """

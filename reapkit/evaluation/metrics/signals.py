@@ -1,4 +1,5 @@
-"""What logits say at each measured position, and what can be read off many of them: regions, histograms, loops.
+"""Computes the signals of logits at each measured position, and what follows from many of them: regions, histograms,
+loops.
 
 A measured position t predicts the reference token y. Signals are float32.
 """

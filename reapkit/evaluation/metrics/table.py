@@ -1,4 +1,4 @@
-"""Every metric that is measured, one record for each: gates, tables, pages and cards read them here. Torch-free.
+"""Lists every metric, one record each; gates, tables, pages and cards read this table. Torch-free.
 
 `metrics/rows.py` computes what is measured on rows, `generation.py` what on continuations, `throughput.py` the speeds;
 a test demands that they and this table agree.

@@ -1,4 +1,4 @@
-"""`python -m reapkit.evaluation.proofs REQUEST.json PROOFS.json`: the process in which the proofs run."""
+"""`python -m reapkit.evaluation.proofs REQUEST.json PROOFS.json`: runs the proofs in a process of their own."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
-"""The proof of multi-token-prediction blocks that were pruned with the model: they load, and predict as the original's
-with the dropped experts masked.
-"""
+"""Proves multi-token-prediction blocks that were pruned with the model: they load, and predict as the original's with
+the dropped experts masked."""
 
 from __future__ import annotations
 

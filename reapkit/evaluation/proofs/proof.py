@@ -1,4 +1,4 @@
-"""What a proof says, and the parts that every proof shares: reading tensors, loading once, comparing logits."""
+"""Defines a proof's result, and the parts that all proofs share: reading tensors, loading once, comparing logits."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Proofs that a pruned or a quantized directory is what it claims to be, in a fresh process that has seen nothing of
-its making.
+"""Proves in a fresh process that a pruned or quantized directory is what it claims to be.
 
 `prove` starts `python -m reapkit.evaluation.proofs` once for all directories; `pruned.py` and `quantized.py` say what
 is proven.

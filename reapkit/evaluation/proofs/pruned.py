@@ -1,5 +1,5 @@
-"""The proof of a pruned directory: bytes, config, loading, and logits of the original with the dropped experts masked
-out."""
+"""Proves a pruned directory: its bytes, config and loading, and its logits against the original with the dropped
+experts masked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The proof of a quantized directory: format, values, loading, and logits of a model with the dequantized weights."""
+"""Proves a quantized directory: its format, values and loading, and its logits against a model with the dequantized
+weights."""
 
 from __future__ import annotations
 

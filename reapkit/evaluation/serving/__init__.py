@@ -1,1 +1,1 @@
-"""Whether engines serve a finished directory alike."""
+"""Serving checks: whether engines give the same output for a finished directory."""

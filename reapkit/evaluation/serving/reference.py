@@ -1,4 +1,4 @@
-"""What transformers generates greedily, with the logits behind each choice."""
+"""Generates greedily with transformers, and records the logits behind each choice."""
 
 from __future__ import annotations
 

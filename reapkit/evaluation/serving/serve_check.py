@@ -1,4 +1,4 @@
-"""Whether engines serve a finished directory alike: the same greedy tokens from transformers and from vLLM.
+"""Checks that transformers and vLLM generate the same greedy tokens from a finished directory.
 
 `serve_check` compares and says what could not be compared; vLLM runs in a process of its own, with a Python of its own
 if need be.

@@ -1,5 +1,5 @@
-"""The process in which vLLM runs: `python vllm_process.py REQUEST.json ANSWER.json`, with vLLM's own Python, which may
-lack reapkit.
+"""Runs vLLM in a process of its own: `python vllm_process.py REQUEST.json ANSWER.json`, with vLLM's own Python, which
+may lack reapkit.
 
 REQUEST: {"task": "generate" | "formats" | "throughput", "directories": [...], "prompts": [[ids]], "new_tokens": n,
 "dtype": "auto", "plugin": file, "options": {}}.

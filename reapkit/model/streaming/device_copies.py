@@ -1,4 +1,4 @@
-"""Layers on their way to an accelerator: one pinned buffer is read into while the other one's bytes are copied.
+"""Copies layers to an accelerator through two pinned buffers: one is filled while the other is copied.
 
 Nothing here waits for the device but the reader that wants a buffer whose bytes are still being copied. What must not
 overtake what is said by events: a copy waits for the work that last used its block, the forward for the copy.

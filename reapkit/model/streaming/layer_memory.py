@@ -1,5 +1,5 @@
-"""Memory for the tensors of one layer after another: as much as the largest layers that are in use at once, and no
-more."""
+"""Reuses memory blocks for the tensors of one layer after another: no more than the largest layers in use at once
+need."""
 
 from __future__ import annotations
 

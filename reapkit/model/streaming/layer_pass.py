@@ -1,4 +1,4 @@
-"""The one loop that streams layers: each is read while the one before it computes, and dropped when all are through.
+"""Streams the layers of a model in one loop: reads the next layer while the current one computes, then drops it.
 
 Who passes decides what happens while a layer is in memory: which forwards go through it, under which mask, what is
 summed, kept or written. A forward may begin in front of any layer, and the layers may come in any order.

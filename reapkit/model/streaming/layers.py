@@ -1,4 +1,4 @@
-"""A checkpoint of which only the embeddings, the head and one or two decoder layers are ever in memory."""
+"""Streams a checkpoint: only the embeddings, the head and one or two decoder layers are in memory at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Many forwards of one model that advance together, layer by layer, so that each layer's weights are needed once.
+"""Runs many forward passes of one model together, layer by layer, so that each layer's weights are read once.
 
 Every forward is the model's own, run in a greenlet that pauses before each decoder layer; whatever masks, rotary tables
 or extra streams the architecture passes between its layers stay in its frames.

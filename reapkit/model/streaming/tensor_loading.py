@@ -1,5 +1,5 @@
-"""Checkpoint tensors read straight into the place that they have in the model: no mapped pages, no list of experts to
-stack."""
+"""Reads checkpoint tensors straight into the model's parameters, without mapped pages and without stacking lists of
+experts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""calibrate: the mix becomes token rows on disk, exactly in the declared shares."""
+"""calibrate: prepares the mix as token rows on disk, in exactly the declared shares."""
 
 from __future__ import annotations
 

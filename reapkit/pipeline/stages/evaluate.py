@@ -1,4 +1,5 @@
-"""evaluate: base and candidates, the latter as masks on the loaded model, on held-out packs; gates give the verdict."""
+"""evaluate: measures the base and the candidates (as masks on the loaded model) on held-out packs; gates give the
+verdict."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stages, each after those that it reads. Torch-free."""
+"""Lists all stages in the order of their dependencies. Torch-free."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""observe, where the observation was made elsewhere: its files are taken over as they are."""
+"""observe, for an observation that was made elsewhere: copies its files unchanged."""
 
 from __future__ import annotations
 

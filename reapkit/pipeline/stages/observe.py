@@ -1,4 +1,4 @@
-"""observe: the calibration runs through the model once; what every expert contributed is summed per source."""
+"""observe: runs the calibration through the model once and sums every expert's statistics per source."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""packs: held-out rows of the same sources, disjoint from the calibration by content, at every row length of the
-recipe."""
+"""packs: prepares held-out rows of the same sources, disjoint from the calibration by content, at every row length of
+the recipe."""
 
 from __future__ import annotations
 

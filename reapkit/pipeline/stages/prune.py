@@ -1,4 +1,4 @@
-"""prune: the winning selection is cut out of the checkpoint, files to files."""
+"""prune: writes the checkpoint without the experts that the winning selection drops, file to file."""
 
 from __future__ import annotations
 

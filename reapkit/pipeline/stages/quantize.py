@@ -1,4 +1,4 @@
-"""quantize: the pruned checkpoint through llm-compressor, under the source's own tensor names."""
+"""quantize: quantizes the pruned checkpoint with llm-compressor and keeps the source's tensor names."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""repair: the kept experts of every candidate and control are re-fitted, layer by layer, to make up for the dropped
-ones."""
+"""repair: re-fits the kept experts of every candidate and control, layer by layer, to make up for the dropped ones."""
 
 from __future__ import annotations
 
@@ -49,8 +48,8 @@ def _warn(context: Context, name: str, weights: RepairedWeights) -> None:
     unhelped = [layer for layer, facts in weights.facts["layers"].items() if facts["strength"] is None]
     if unhelped:
         context.progress.warn(
-            f"repair: {name}: {len(unhelped)} of {len(weights.facts['layers'])} layers keep their weights, since no fit"
-            " helped on rows kept aside. More calibration would."
+            f"repair: {name}: {len(unhelped)} of {len(weights.facts['layers'])} layers keep their original weights,"
+            " since no fit reduced the error on held-out rows. Raise calibration.samples."
         )
 
 

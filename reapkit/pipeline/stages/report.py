@@ -1,4 +1,4 @@
-"""report: one page that shows the run, and the model cards."""
+"""report: writes one page that shows the run, and the model cards."""
 
 from __future__ import annotations
 

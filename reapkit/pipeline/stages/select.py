@@ -1,4 +1,5 @@
-"""select: from the observation, without the model, which experts stay; one selection per candidate and per control."""
+"""select: decides from the observation which experts stay, without the model; one selection per candidate and
+control."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""verify: the written directories as they are on disk: proofs in a fresh process, then final numbers on rows kept for
-this."""
+"""verify: checks the written directories on disk: proofs in a fresh process, then final numbers on held-out rows
+reserved for them."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def _throughput(context: Context, directories: dict[str, Path]) -> list[dict[str
             update={"new_tokens": new, "prompt_tokens": max(1, min(spec.prompt_tokens, longest - new - 2))}
         )
     skip = (
-        dict.fromkeys(directories, "the model does not fit into memory here, so transformers cannot load it")
+        dict.fromkeys(directories, "the model does not fit into this machine's memory, so transformers cannot load it")
         if context.streams
         else {}
     )
@@ -212,8 +212,8 @@ def _prove(context: Context, directories: dict[str, Path]) -> list[dict[str, Any
     if failed := [proof for proof in proofs if not proof["passed"]]:
         write_json(context.payload / "verify.json", {"proofs": proofs})
         raise StageFailed(
-            f"verify: {len(failed)} of {len(proofs)} proofs do not hold, first {failed[0]['directory']},"
-            f" {failed[0]['name']}: {failed[0]['detail']}"
+            f"verify: {len(failed)} of {len(proofs)} proofs failed. The first is {failed[0]['name']} of"
+            f" {failed[0]['directory']}: {failed[0]['detail']}"
         )
     return proofs
 

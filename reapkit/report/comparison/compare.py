@@ -1,5 +1,4 @@
-"""What several observations, selections, runs or recipes have in common: facts for machines, tables for people, one
-page to look at.
+"""Compares several observations, selections, runs or recipes: facts for machines, tables for people, one page.
 
 Torch only where observations are read.
 """

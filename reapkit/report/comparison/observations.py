@@ -1,5 +1,4 @@
-"""Observations beside each other: would one have kept the experts that the other keeps, and is a calibration of this
-size enough?"""
+"""Compares observations: would they keep the same experts, and is a calibration of this size enough?"""
 
 from __future__ import annotations
 

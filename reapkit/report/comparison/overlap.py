@@ -1,4 +1,4 @@
-"""How alike decisions are, layer by layer, in words, tables and charts. Torch-free."""
+"""Describes how similar decisions are, layer by layer, in words, tables and charts. Torch-free."""
 
 from __future__ import annotations
 

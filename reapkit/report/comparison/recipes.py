@@ -1,4 +1,4 @@
-"""Recipes beside each other: fields, and the stages that one cannot take from the other. Torch-free."""
+"""Compares recipes: fields that differ, and stages that cannot be shared. Torch-free."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Runs beside each other: sizes, quality with its intervals, verdicts, and what their recipes say differently.
-Torch-free."""
+"""Compares runs: sizes, quality with intervals, verdicts, and the fields in which their recipes differ. Torch-free."""
 
 from __future__ import annotations
 

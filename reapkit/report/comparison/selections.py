@@ -1,4 +1,4 @@
-"""Selections beside each other: what each keeps that the other drops. Torch-free."""
+"""Compares selections: what each keeps that the other drops. Torch-free."""
 
 from __future__ import annotations
 

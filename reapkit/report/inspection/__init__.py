@@ -1,1 +1,1 @@
-"""What lies at a path: facts for machines, tables for people."""
+"""Inspection: describes what a path contains, as facts for machines and tables for people."""

@@ -1,4 +1,5 @@
-"""A calibration or a pack: what came out per source, against what was asked, and what is scored. Torch-free."""
+"""Inspects a calibration or a pack: what was obtained per source against what was requested, and what is scored.
+Torch-free."""
 
 from __future__ import annotations
 

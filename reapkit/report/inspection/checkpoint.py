@@ -1,4 +1,4 @@
-"""A checkpoint by its config and headers: architecture, expert layout, bytes, quantization. No weight is read.
+"""Inspects a checkpoint by its config and headers: architecture, expert layout, bytes, quantization. No weight is read.
 Torch-free."""
 
 from __future__ import annotations

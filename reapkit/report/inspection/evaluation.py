@@ -1,4 +1,4 @@
-"""An evaluation: base and candidates side by side, gates, verdict and advice. Torch-free."""
+"""Inspects an evaluation: base and candidates side by side, gates, verdict and advice. Torch-free."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An observation's tables, page and pictures, with all that lies around it: its calibration, its run, its speed."""
+"""Exports an observation's tables, page and charts, with the calibration, run and speed found around it."""
 
 from __future__ import annotations
 

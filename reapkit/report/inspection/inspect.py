@@ -1,4 +1,4 @@
-"""What lies at a path: facts for machines, tables of 80 columns for people. Torch only where an observation is read."""
+"""Inspects a path: facts for machines, tables of 80 columns for people. Torch is needed only to read an observation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""An observation: what was read, which experts matter, how concentrated they are, and where the model was wrong."""
+"""Inspects an observation: what was read, which experts matter, how concentrated they are, and where the model was
+wrong."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Held-out packs of every length, each shown like a calibration. Torch-free."""
+"""Inspects held-out packs of every length, each shown like a calibration. Torch-free."""
 
 from __future__ import annotations
 

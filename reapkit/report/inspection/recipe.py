@@ -1,4 +1,4 @@
-"""A recipe with its parents merged and every default filled in. Torch-free."""
+"""Inspects a recipe, with its parents merged and all defaults filled in. Torch-free."""
 
 from __future__ import annotations
 

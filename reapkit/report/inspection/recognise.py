@@ -1,4 +1,4 @@
-"""Which kind of thing a path is, by the files that only this kind has. Torch-free."""
+"""Recognises what a path is, by the files that only this kind has. Torch-free."""
 
 from __future__ import annotations
 

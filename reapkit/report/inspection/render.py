@@ -1,4 +1,4 @@
-"""Tables, lines and highlighted text for a terminal of 80 columns. Whatever a file says is shown as text, never
+"""Renders tables, lines and highlighted text for a terminal of 80 columns. Control characters in files are shown, not
 obeyed."""
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""A run: stages with times and hits, final numbers, warnings, and that no held-out sample was calibrated on.
-Torch-free."""
+"""Inspects a run: stages with times and hits, final numbers, warnings, and whether held-out samples were also
+calibrated on. Torch-free."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A selection: what is kept and dropped in every layer, and why. Torch-free."""
+"""Inspects a selection: what is kept and dropped in every layer, and why. Torch-free."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What verify proved and measured on the written directories. Torch-free."""
+"""Inspects a verification: what was proved and measured on the written directories. Torch-free."""
 
 from __future__ import annotations
 

@@ -139,6 +139,6 @@ def _check_finite(values: ndarray, counted: ndarray, observation: Observation, n
         raise UnusableError(
             f"saliency: {name} is not a finite number for {len(bad)} of {values.size} experts ({named}"
             + (", …" if len(bad) > 4 else "")
-            + "). The model overflowed while it was observed, or the "
-            "criterion divides by zero. Observe in bfloat16 or float32, or mend the criterion."
+            + "). The model overflowed while it was observed, or the criterion divides by zero. Observe in bfloat16"
+            " or float32, or correct the criterion."
         )

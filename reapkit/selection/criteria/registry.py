@@ -1,4 +1,4 @@
-"""Which saliency criteria there are: the built-in ones, those of installed packages, and `module:function`. Torch-free.
+"""Finds saliency criteria by name: built-in ones, those of installed packages, and `module:function`. Torch-free.
 
 A package offers its own under the entry point group `reapkit.criteria`; a project's own file needs no packaging, only
 to be importable: `saliency.criterion: my_module:my_function`. Both are functions of the totals and the recipe's
@@ -34,7 +34,8 @@ BUILTIN: dict[str, Criterion] = {
     record.name: record
     for record in (REAP, EAFT_REAP, FREQUENCY, WEIGHTED_FREQUENCY, EAN, EAN_MEAN, REROUTE, REROUTE_SINGLE, RANDOM)
 }
-"""By name, in the order in which people read them. A new criterion: its record, in a file beside this one, and here."""
+"""Criteria by name, in the order in which people read them. To add a criterion, write its record in a file beside this
+one and list it here."""
 
 ENTRY_POINT_GROUP = "reapkit.criteria"
 _MODULE_FUNCTION = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")

@@ -1,5 +1,5 @@
-"""What a layer's output loses once an expert's tokens are routed to those left: along a path of removals, or for each
-expert alone. Torch-free."""
+"""The reroute criteria: how much a layer's output changes when an expert's tokens are routed to the remaining experts,
+along a path of removals or for each expert alone. Torch-free."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from reapkit.selection.criteria.reap import REAP
 from reapkit.selection.evidence import Evidence
 
 NO_PATH = (
-    "reroute follows paths that were measured for the mix as it was calibrated, for equal weights of all sources, and"
-    " for each source alone; others are unknown. Choose one of these, change calibration.mix, or choose reroute-single."
+    "reroute needs removal paths, and these were measured only for the shares of the calibration, for equal weights"
+    " of all sources, and for each source alone. Choose one of these weightings, change calibration.mix, or choose"
+    " reroute-single."
 )
 
 

@@ -168,8 +168,8 @@ def test_what_cannot_serve_unequal_layers_is_refused(tmp_path, directories):
         return ask_vllm(python(), [directory], PROMPTS, 1, dtype="float32", options=options)["results"][0]["error"]
 
     assert (
-        "enable_ep_weight_filter assumes equal numbers of experts in all layers, but this checkpoint's differ"
-        in error({"enable_ep_weight_filter": True})
+        "enable_ep_weight_filter needs the same number of experts in all layers, but this checkpoint has different"
+        " numbers" in error({"enable_ep_weight_filter": True})
     )
     source = Checkpoint.open(
         as_mxfp4(
@@ -179,7 +179,8 @@ def test_what_cannot_serve_unequal_layers_is_refused(tmp_path, directories):
     prune_checkpoint(source, keeping(source, 11, 7, 14), tmp_path / "ragged", layout="ragged")
     said = ask_vllm(python(), [tmp_path / "ragged"], PROMPTS, 1, task="formats")["results"][0]["error"]
     assert (
-        "mxfp4 experts assume equal numbers in all layers, but this checkpoint's differ. Use a bf16 checkpoint" in said
+        "mxfp4 kernels need the same number of experts in all layers, but this checkpoint has different numbers. Use"
+        " a bf16 checkpoint" in said
     )
 
 

@@ -85,7 +85,11 @@ def test_a_plan_takes_it_by_name_and_refuses_it_where_the_observation_would_lack
         "prune={{candidates: {{criterion: [{}]}}, ratio: 0.5}}",
     ):
         with pytest.raises(
-            RecipeError, match=rf": {NAME} is measured while observing, and observe.eaft is false. Set it to true.$"
+            RecipeError,
+            match=(
+                rf": {NAME} is measured during the observation, but observe.eaft is false. Set it to"
+                r" true.$"
+            ),
         ):
             make_plan(load(demo, [store, "observe.eaft=false", place.format(NAME)]))
     with pytest.raises(RecipeError, match=f"found 'largest-contributions'.* Known: .*, {NAME}, .* mean '{NAME}'"):
@@ -118,7 +122,7 @@ def test_what_the_observation_lacks_is_said(added: Criterion) -> None:
     untraced = dataclasses.replace(observed, eaft=None)
     without = {name: values for name, values in observed.maxima.items() if name != "gate_norm_max_scored"}
     for lacking, message in (
-        (untraced, f"saliency.criterion: {NAME} needs EAFT signals, and this observation holds none"),
+        (untraced, f"saliency.criterion: {NAME} needs EAFT signals, but this observation has none"),
         (dataclasses.replace(observed, maxima=without), "this observation has no gate_norm_max_scored"),
     ):
         with pytest.raises(UnusableError, match=message):
