@@ -47,9 +47,9 @@ def equal_bytes(facts: RunFacts) -> PageSection | None:
         )
     return PageSection(
         "equal-bytes",
-        "The same bytes, spent otherwise",
+        "The same size by quantizing alone",
         blocks,
-        "What quantizing the whole model to about the same size would have cost, on the same rows.",
+        "What it would have cost to quantize the whole model to about the same size, measured on the same rows.",
         "Same bytes",
     )
 
@@ -69,11 +69,11 @@ def verdict_of_equal_bytes(facts: RunFacts) -> tuple[str, str]:
         return (
             "warn",
             (
-                f"{control['note']} It is nearer to the base than the result: {numbers}. Here quantizing alone serves"
+                f"{control['note']} It is closer to the base than the result: {numbers}. Here quantizing alone is"
                 " better."
             ),
         )
-    return "info", f"{control['note']} The two cannot be told apart on these rows: {numbers}."
+    return "info", f"{control['note']} The two do not differ measurably on these rows: {numbers}."
 
 
 def speed(facts: RunFacts) -> PageSection | None:
@@ -91,11 +91,11 @@ def speed_lead(found: list[Mapping[str, Any]]) -> str:
     """What was run, in a sentence."""
     measured = next((row for row in found if not row["not_measured"]), None)
     if measured is None:
-        return "Asked for, and not measured."
+        return "Requested, but not measured."
     return (
-        f"One row of {measured['prompt_tokens']} random tokens read at once, then {measured['new_tokens']} generated"
-        f" one by one, on {measured['device']}; medians of {measured['repeats']}. Each model in a process of its own,"
-        " one after another: other work on the machine moves these numbers."
+        f"One row of {measured['prompt_tokens']} random tokens was read at once, then {measured['new_tokens']}"
+        f" generated one by one, on {measured['device']}; medians of {measured['repeats']} runs. Each model ran in its"
+        " own process, one after another. Other work on the machine changes these numbers."
     )
 
 

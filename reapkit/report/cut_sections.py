@@ -41,8 +41,8 @@ def cut(view: View) -> PageSection:
     traffic = statistics.share_deleted(view.summed.count, view.dropped)
     mass = statistics.share_deleted(view.summed.gate_norm_sum, view.dropped)
     sentence = (
-        f"With {view.cut}, {percent(traffic)} of the routed traffic and {percent(mass)} of the saliency mass go; "
-        f"random pruning would lose {percent(view.removed_share, 0)} of each. {_steepens(curve)}"
+        f"With {view.cut}, {percent(traffic)} of the routed traffic and {percent(mass)} of the saliency mass are"
+        f" removed; random pruning would remove {percent(view.removed_share, 0)} of each. {_steepens(curve)}"
     )
     at = [k / view.experts for k in range(view.experts + 1)]
     hover = "%{y:.1%} deleted at %{x:.1%}"
@@ -53,21 +53,21 @@ def cut(view: View) -> PageSection:
     ]
     layout = {"xaxis": axis("experts removed", ".0%", range=[0, 1]), "yaxis": axis("deleted", ".0%", range=[0, 1.02])}
     lead = (
-        "Any ratio can be cut from this one observation. Move the slider: the cut, the heat map, the layer charts and"
-        " the distributions follow it."
+        "This one observation allows any pruning ratio. Move the slider to change the cut; the heat map, the layer"
+        " charts and the distributions follow."
     )
     if view.selection is not None:
-        lead += f" It starts where the recipe decided: {decided_label(view).removesuffix(', as decided')}."
-    chart = Chart("cut-curve", "What a cut deletes", sentence, data, layout, 360, "cut")
+        lead += f" The slider starts at the recipe's decision: {decided_label(view).removesuffix(', as decided')}."
+    chart = Chart("cut-curve", "What a cut removes", sentence, data, layout, 360, "cut")
     return PageSection("cut", "The cut trade-off", [chart], lead, "Cut", True)
 
 
 def _steepens(curve: statistics.CutCurve) -> str:
     if curve.steepens_at is None:
-        return "No step of the saliency curve costs more than its even share."
+        return "No step of the saliency curve costs more than an even share."
     return (
-        f"The saliency curve steepens past {percent(curve.steepens_at, 0)}: from there each further expert costs more"
-        " than its even share, the cheap forecast of the quality cliff."
+        f"The saliency curve becomes steeper past {percent(curve.steepens_at, 0)}: each further expert costs more than"
+        " an even share. This is a cheap forecast of where quality drops."
     )
 
 
@@ -79,13 +79,13 @@ def heat_map(view: View) -> PageSection:
     lost = [statistics.share_deleted(*pair) for pair in zip(view.summed.gate_norm_sum, view.dropped, strict=True)]
     most, least = extreme(lost, view.layers), extreme(lost, view.layers, largest=False)
     sentence = (
-        "Blue experts stay, orange ones go; darker (in the dark theme: brighter) means more salient than the layer's"
-        " median."
+        "Blue experts stay, orange experts are removed. Darker (in the dark theme: brighter) means more salient than"
+        " the layer's median."
     )
     if most and least:
         sentence += (
-            f" With {view.cut}, least goes from layer {least[0]} ({percent(least[1])} of its saliency mass) and most"
-            f" from layer {most[0]} ({percent(most[1])})."
+            f" With {view.cut}, layer {least[0]} loses least ({percent(least[1])} of its saliency mass) and layer"
+            f" {most[0]} loses most ({percent(most[1])})."
         )
     data = [
         grid(view.layers, zmin=-1, zmax=1, showlegend=False, colorscale=shade(f"--{name}-low", f"--{name}-high"))
@@ -165,16 +165,16 @@ def _driver_sentence(found: dict[str, dict[str, float | None]]) -> str:
     name, use, strength = best[0], found["count"]["pearson"], found[best[0]]["pearson"]
     if name == "count":
         return (
-            f"Saliency follows how often an expert is used (r = {strength:.2f}): the cut removes the rarely routed"
-            " experts."
+            f"Saliency correlates most with how often an expert is used (r = {strength:.2f}): the cut removes rarely"
+            " routed experts."
         )
-    text = f"Saliency follows {DRIVER_NAMES[name]} most (r = {strength:.2f})"
+    text = f"Saliency correlates most with {DRIVER_NAMES[name]} (r = {strength:.2f})"
     if use is None:
         return f"{text}."
     if abs(use) < 0.3:
         return (
-            f"{text} and hardly the frequency of use (r = {use:.2f}): the cut removes the quiet experts, not the rarely"
-            " routed ones."
+            f"{text} and hardly with the frequency of use (r = {use:.2f}): the cut removes experts with small outputs,"
+            " not rarely routed ones."
         )
     return f"{text}; the frequency of use counts less (r = {use:.2f})."
 
@@ -209,7 +209,7 @@ def geography(view: View) -> PageSection:
         "layers",
         "Layer geography",
         [_floor(view), Grid(side, wide=True)],
-        "Where the prunable slack lies.",
+        "Where experts can be removed cheaply.",
         "Layers",
         True,
     )
@@ -246,7 +246,7 @@ def _floor_sentence(view: View, floors: list[float | None], risks: list[float | 
     early, late = mean(floors[:third]), mean(floors[-third:])
     text = f"With {view.cut}, "
     if early is None or late is None:
-        text += "some layers drop nothing that was routed. "
+        text += "some layers drop no expert that was routed. "
     elif late > 1.5 * early:
         text += (
             f"the best expert dropped has a saliency of {number(early)} in the early layers and {number(late)} in the"
@@ -254,8 +254,8 @@ def _floor_sentence(view: View, floors: list[float | None], risks: list[float | 
         )
     elif early > 1.5 * late:
         text += (
-            f"the floor falls from {number(early)} in the early layers to {number(late)} in the late ones: the slack"
-            " lies late in this model. "
+            f"the floor falls from {number(early)} in the early layers to {number(late)} in the late ones: late layers"
+            " can be pruned more cheaply in this model. "
         )
     else:
         text += f"the floor is much the same early ({number(early)}) and late ({number(late)}). "
@@ -263,9 +263,9 @@ def _floor_sentence(view: View, floors: list[float | None], risks: list[float | 
     if riskiest is None or riskiest[1] == 0:
         return text + "No dropped expert ever reaches the global top quarter of peaks."
     return (
-        text
-        + f"{percent(mean(risks), 0)} of the dropped experts spike now and then (peak in the global top quarter), most"
-        f" in layer {riskiest[0]} ({percent(riskiest[1], 0)}): an average cannot protect them."
+        text + f"{percent(mean(risks), 0)} of the dropped experts have rare large outputs (a peak in the global top"
+        f" quarter), most in layer {riskiest[0]} ({percent(riskiest[1], 0)}). A criterion that averages cannot"
+        " protect them."
     )
 
 
@@ -275,7 +275,7 @@ def _balance(view: View) -> Chart:
     sentence = "0 means that every expert is used equally."
     if hottest and calmest:
         sentence += (
-            f" Layer {hottest[0]} leans most on a few hot experts (CV {hottest[1]:.2f}), layer {calmest[0]} least"
+            f" Layer {hottest[0]} uses its experts most unevenly (CV {hottest[1]:.2f}), layer {calmest[0]} most evenly"
             f" ({calmest[1]:.2f})."
         )
     data = [bars(view.layers, cv, "--c3", "layer %{x}: CV %{y:.2f}")]
@@ -298,20 +298,21 @@ def _coverage(view: View) -> Chart:
 def _coverage_sentence(view: View, covered: list[float | None], chance: list[float | None]) -> str:
     average, even = mean(covered), mean(chance)
     if average is None or even is None:
-        return "Dropped experts fired beside no other: 0 shared positions."
+        return "Dropped experts were never routed together with another expert: 0 shared positions."
     verdict = (
-        "the survivors are the busy partners, so the work is reabsorbed"
+        "dropped experts mostly work together with kept ones, which can take over"
         if average > even + 0.02
         else (
-            "dropped experts fire together, so their work is not reabsorbed"
+            "dropped experts mostly work together, so kept ones cannot take over"
             if average < even - 0.02
             else "no better than chance"
         )
     )
     lowest = extreme(covered, view.layers, largest=False)
     return (
-        f"With {view.cut}, {percent(average, 0)} of what fires beside a dropped expert survives, where chance would"
-        f" give {percent(even, 0)}: {verdict}. Least in layer {lowest[0]} ({percent(lowest[1], 0)})."
+        f"With {view.cut}, {percent(average, 0)} of the experts that are routed together with a dropped expert stay;"
+        f" chance would give {percent(even, 0)}: {verdict}. The lowest value is in layer {lowest[0]}"
+        f" ({percent(lowest[1], 0)})."
     )
 
 
@@ -323,7 +324,7 @@ def distributions(view: View) -> PageSection:
     last = len(view.layers) - 1
     picks = dict.fromkeys((round(0.08 * last), round(0.5 * last), round(0.9 * last)))
     charts = [_distribution(view, row, name) for row, name in zip(picks, ("Early", "Middle", "Late"), strict=False)]
-    lead = "The shape of the expert pool. The dashed line is the cut: the highest saliency that goes."
+    lead = "The distribution of saliency. The dashed line is the cut: the highest saliency that is removed."
     return PageSection("distributions", "Saliency distributions", [Grid(charts)], lead, "Distributions", True)
 
 

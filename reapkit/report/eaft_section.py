@@ -49,12 +49,12 @@ def eaft_section(view: View) -> PageSection:
         blocks.append(
             Note(
                 "info",
-                "The exact trace exceeded observe.trace_bytes: positions were summed in 32 x 16 cells of (p, H)."
-                f" Quantiles realised: {cuts}.",
+                "The exact trace exceeded observe.trace_bytes, so positions were summed in 32 x 16 cells of (p, H)."
+                f" Quantiles used: {cuts}.",
             )
         )
     lead = "p is the probability of the reference token, H the entropy over the top logits divided by its maximum. " + (
-        "These regions weighed the saliency." if used else "Default quantiles; this cut did not use them."
+        "The saliency was weighted by these regions." if used else "Default quantiles; this cut did not use them."
     )
     return PageSection("eaft", "EAFT regions", blocks, lead, "EAFT")
 
@@ -87,16 +87,16 @@ def _effect(changed: int, weight: float) -> Note:
         return Note("warn", "The conflict term changed no kept expert: without it the same experts stay.")
     return Note(
         "info",
-        f"The conflict weight {weight:g} changed {plural(changed, 'kept expert')} against a run that weighs conflict"
-        " positions like the rest.",
+        f"The conflict weight {weight:g} changed {plural(changed, 'kept expert')} compared with a run that weights"
+        " conflict positions like all others.",
     )
 
 
 def _weight_matters(share: float) -> str:
     return (
-        "So few conflicts can hardly turn a decision, whatever their weight."
+        "So few conflicts hardly change the decision, whatever their weight."
         if share < SMALL_CONFLICT_SHARE
-        else "Enough of them for the conflict weight to matter."
+        else "These are enough for the conflict weight to matter."
     )
 
 

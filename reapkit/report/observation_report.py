@@ -33,8 +33,8 @@ def observation_page(observation: Observation, selection: Selection | None = Non
     scored = count(int(observation.scored_tokens.sum()))
     subtitle = (
         f"{observation.model_type}, {plural(len(observation.layers), 'MoE layer')} of {observation.num_experts}"
-        f" experts, {scored} scored positions from {plural(len(observation.sources), 'source')}: the state every"
-        " pruning decision is cut from."
+        f" experts, {scored} scored positions from {plural(len(observation.sources), 'source')}: every pruning decision"
+        " is made from these numbers."
     )
     return Page(
         f"What {model} showed",
@@ -44,7 +44,7 @@ def observation_page(observation: Observation, selection: Selection | None = Non
         data=page_data(view),
         slider=slider(view),
         footer=(
-            "Curves are cheap forecasts from routing statistics: they say where to spend evaluations, they do not"
-            " replace them."
+            "Curves are cheap forecasts from routing statistics: they show where an evaluation is worthwhile, but do"
+            " not replace it."
         ),
     )

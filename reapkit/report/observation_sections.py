@@ -86,15 +86,15 @@ def recorded(view: View) -> PageSection:
     if facts := [(key, _shown(value)) for key, value in sorted(observation.meta.items())]:
         folded.append(Folded("How it was measured", [PageTable([("fact", "left"), ("value", "left")], facts)]))
     lead = (
-        "Every routed token was watched with the gate weights the model really used. Nothing here is tied to a ratio, a"
-        " criterion or a mix: those are applied afterwards."
+        "Every routed token was observed with the gate weights that the model really used. The numbers do not depend"
+        " on a ratio, a criterion or a mix; these are applied afterwards."
     )
     return PageSection("recorded", "What was recorded", [tiles, sources, *folded], lead, "Recorded")
 
 
 def _identity(meta: Mapping[str, Any]) -> str:
     """Which weights were watched, and how they ran."""
-    hashed = f"Model {meta['model']}" if meta.get("model") else "The model's identity is not recorded"
+    hashed = f"Model {meta['model']}" if meta.get("model") else "The model was not recorded"
     ran = [str(meta[name]) for name in ("dtype", "device", "placement") if meta.get(name)]
     return f"{', '.join([hashed, *ran])}."
 
@@ -161,7 +161,7 @@ def _without_each(view: View) -> list[Any]:
     ]
     columns = [
         ("left out of the mix", "left"),
-        ("experts pruned that stay now", "right"),
+        ("kept experts that would be removed", "right"),
         ("share of the cut", "right"),
         ("its mass lost, as calibrated", "right"),
         ("without it", "right"),
@@ -176,15 +176,15 @@ def _without_each(view: View) -> list[Any]:
     if named:
         blocks.append(
             Folded(
-                "Which experts would go that stay now",
+                "Which experts would be removed instead",
                 [PageTable([("left out", "left"), ("layer", "right"), ("experts", "left")], named)],
             )
         )
     if view.spec.criterion != view.criterion:
         blocks.append(
             Text(
-                f"The cuts without a source are by {view.spec.criterion} at the same budget: what {view.criterion}"
-                " would decide cannot be recomputed from sums alone."
+                f"The cuts without a source are by {view.spec.criterion} at the same budget: the decision of"
+                f" {view.criterion} cannot be recomputed from sums alone."
             )
         )
     return blocks
@@ -195,9 +195,9 @@ def _losses(
 ) -> Chart:
     worst = max(range(len(sources)), key=lambda s: (after[s] or 0) - (before[s] or 0))
     sentence = (
-        "Each row is a calibration, each column what its cut would delete of that source's own saliency mass. Leaving"
-        f" {sources[worst]} out would change its loss from {percent(before[worst])} to {percent(after[worst])}, the"
-        " largest rise."
+        "Each row is a calibration. Each column shows how much of that source's saliency mass its cut would remove."
+        f" Leaving {sources[worst]} out would change its loss from {percent(before[worst])} to {percent(after[worst])},"
+        " the largest rise."
     )
     names = list(lost)
     trace = {
@@ -219,7 +219,7 @@ def _losses(
         "yaxis": axis(autorange="reversed", showgrid=False),
         "margin": {"t": 40, "b": 10},
     }
-    return Chart("without", "What leaving a source out would cost it", sentence, [trace], layout, 60 + 38 * len(names))
+    return Chart("without", "What a source loses if it is left out", sentence, [trace], layout, 60 + 38 * len(names))
 
 
 # ---------------------------------------------------------------------------------------------- convergence, never
@@ -230,7 +230,9 @@ def convergence(view: View) -> PageSection:
     """Whether more calibration would have decided otherwise."""
     steps = [step for step in statistics.convergence(view.observation, view.counts, view.mix) if step["by_layer"]]
     if not steps or steps[-1]["rows"] != statistics.SNAPSHOT_ROWS[-1]:
-        few = Note("warn", "Too few rows were read to say what half of them would have decided. Calibrate longer.")
+        few = Note(
+            "warn", "Too few rows were read to compare with the decision after half of them. Raise calibration.samples."
+        )
         return PageSection(
             "convergence",
             "Was it enough?",
@@ -248,14 +250,14 @@ def convergence(view: View) -> PageSection:
         "more calibration would change little"
         if missing < 0.03
         else (
-            "more calibration would still move some experts"
+            "more calibration would still change some experts"
             if missing < 0.1
-            else "the decision still depends on how much was read: calibrate longer"
+            else "the decision still depends on the amount of data: raise calibration.samples"
         )
     )
     sentence = (
         f"After half of the rows {percent(half['overlap'])} of the kept experts were already the final ones (random"
-        f" sets: {percent(chance, 0)}), in layer {slowest[0]} {percent(slowest[1])}; {verdict}."
+        f" sets: {percent(chance, 0)}), and {percent(slowest[1])} in layer {slowest[0]}; {verdict}."
     )
     data = [
         line(at, overlap, "mean over layers", "--accent", "%{y:.1%}"),

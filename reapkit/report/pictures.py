@@ -36,7 +36,8 @@ def browser() -> Iterator[Browser]:
         from playwright.sync_api import Error, sync_playwright
     except ImportError:
         raise UnusableError(
-            "Pictures are drawn by a browser, which takes the package playwright. Run: pip install 'reapkit[png]'"
+            "export --png draws with a browser through the package playwright, which is missing. Run: pip install"
+            " 'reapkit[png]'"
         ) from None
     found = next((path for command in COMMANDS if (path := shutil.which(command))), None)
     with sync_playwright() as playwright:
@@ -45,8 +46,8 @@ def browser() -> Iterator[Browser]:
         except Error as error:
             raise UnusableError(
                 f"No Chromium could be started ({str(error).strip().splitlines()[0]}). Looked for"
-                f" {', '.join(COMMANDS)}. Install one, such as with `apt-get install chromium` or `playwright install"
-                " chromium`."
+                f" {', '.join(COMMANDS)}. Install one, for example with `apt-get install chromium` or `playwright"
+                " install chromium`."
             ) from error
         try:
             yield started
@@ -65,7 +66,7 @@ def write_pictures(page_html: Path, directory: Path) -> list[Path]:
         page.set_default_timeout(PATIENCE_MS)
         page.goto(f"{Path(page_html).resolve().as_uri()}#draw=all&theme=light")
         if not page.locator(".chart").count():
-            raise UnusableError(f"{page_html}: a page without charts.")
+            raise UnusableError(f"{page_html}: the page has no charts.")
         page.wait_for_function(DRAWN)
         if errors := page.evaluate("document.documentElement.dataset.errors"):
             raise UnusableError(f"{page_html}: the page cannot be drawn: {errors}")

@@ -16,9 +16,11 @@ from reapkit.report.view import View, decided_label, removal_rank
 from reapkit.selection import statistics
 
 SENTENCES = {
-    "cut": ("{shape}; the cut lies at {floor}, {share} of the highest. What goes holds {lost} of the layer's mass."),
-    "nothing": "{shape}; nothing that was routed goes here.",
-    "nobody": "0 experts of this layer were routed to.",
+    "cut": (
+        "{shape}; the cut is at {floor}, {share} of the highest. The removed experts hold {lost} of the layer's mass."
+    ),
+    "nothing": "{shape}; no routed expert is removed here.",
+    "nobody": "No token was routed to this layer's experts.",
 }
 """About a layer's saliencies: where the cut lies, where it takes nothing that was routed, where nothing was."""
 

@@ -49,7 +49,7 @@ def gates(facts: RunFacts) -> PageSection | None:
     if confirm := evaluation.get("confirm"):
         blocks.append(
             results_table(
-                f"{confirm['candidate']} again on the confirm rows, which it was not chosen on", confirm["gates"]
+                f"{confirm['candidate']} again on the confirm rows, which took no part in choosing it", confirm["gates"]
             )
         )
     lead = (
@@ -84,13 +84,14 @@ def _bought(evaluation: Mapping[str, Any]) -> Note | None:
         elif high < 0:
             tone = "warn"
             lines.append(
-                f"{said}: it loses less. On this model and mix try saliency.criterion: {control['criterion']}."
+                f"{said}: the other criterion loses less. On this model and mix, try saliency.criterion:"
+                f" {control['criterion']}."
             )
         else:
             tone = "warn" if tone == "warn" else "info"
-            lines.append(f"{said}: not to be told apart on these rows.")
+            lines.append(f"{said}: no measurable difference on these rows.")
     return (
-        Note(tone, title=f"What {chosen['criterion']} bought: the same budget by other criteria", items=lines)
+        Note(tone, title=f"{chosen['criterion']} against other criteria at the same budget", items=lines)
         if lines
         else None
     )
@@ -151,7 +152,7 @@ def _gate_sentence(
         if len(names) > 1
         else f"Measured: {with_interval(metric, found[0])}."
     )
-    within = f"Inside it: {listed(inside)}" if inside else "Nothing measured lies inside it"
+    within = f"Inside it: {listed(inside)}" if inside else "No measured candidate is inside the limit"
     return f"Limit {limit(metric, gate)} over all sources, {length} tokens per row. {within}. {last}"
 
 
@@ -279,7 +280,7 @@ def _examples(facts: RunFacts) -> list[Folded]:
         for each in examples
     ]
     columns = [("source", LEFT), ("prompt", LEFT), ("base", LEFT), (f"{facts.chosen} (mask)", LEFT)]
-    return [Folded("What they wrote", [PageTable(columns, rows)])]
+    return [Folded("What the models wrote", [PageTable(columns, rows)])]
 
 
 def _source_chart(found: Mapping[str, Mapping[str, Any]], metric: Metric) -> Chart:
@@ -326,7 +327,7 @@ def _source_sentence(model: str, groups: Mapping[str, Any], metric: Metric) -> s
         f"{model}: {metric.show(groups[UNION][name]['value'])} over the mix" if name in groups.get(UNION, {}) else model
     )
     return (
-        f"{over}; {worst[0]} suffers most with {with_interval(name, groups[worst[0]][name])}."
+        f"{over}; {worst[0]} loses most with {with_interval(name, groups[worst[0]][name])}."
         if len(sources) > 1
         else f"{over}."
     )

@@ -22,8 +22,8 @@ def reroute_section(view: View) -> PageSection:
     mean = errors.mean(0)
     sentence = (
         f"With {at + 1} of {view.experts} experts gone the residual stream changes by {percent(float(mean[at]), 2)} of"
-        f" its squared length in the mean layer, and by {percent(worst[1], 2)} in layer {worst[0]}. Unequal layers are"
-        " what allocation: global spends its budget on."
+        f" its squared length in the mean layer, and by {percent(worst[1], 2)} in layer {worst[0]}. allocation: global"
+        " uses such differences between layers."
     )
     highest = errors[layers.index(worst[0])]
     data = [
@@ -37,7 +37,7 @@ def reroute_section(view: View) -> PageSection:
     ]
     folded = Folded(
         "Layer by layer",
-        [PageTable([("layer", "right"), (f"error, {at + 1} gone", "right"), ("first to go", "left")], rows)],
+        [PageTable([("layer", "right"), (f"error, {at + 1} gone", "right"), ("first removed", "left")], rows)],
     )
     sample = listed(
         (
@@ -47,8 +47,8 @@ def reroute_section(view: View) -> PageSection:
         12,
     )
     lead = (
-        f"Every expert was run on a sample of tokens ({sample}), then removed one after another, tokens going to the"
-        " next best that were left."
+        f"Every expert was run on a sample of tokens ({sample}), then experts were removed one after another, and"
+        " their tokens went to the next-best remaining experts."
     )
     return PageSection(
         "reroute",

@@ -43,13 +43,13 @@ FACTS = [("", LEFT), ("", LEFT)]
 def result(facts: RunFacts) -> PageSection:
     """Before and after, in one table and one chart; of a stopped run why it stopped."""
     if facts.stopped:
-        lead = "No weight was written: this is what the candidates would have been."
+        lead = "No weight was written. These are the sizes that the candidates would have had."
         return PageSection(
             "result", "Before and after", [*rejection(facts), _tiles(facts), _before_after(facts)], lead, "Result"
         )
     unseen = facts.verification and facts.recipe.evaluate.packs.confirm
     lead = (
-        "Measured on held-out rows that no decision has seen."
+        "Measured on held-out rows that took no part in any decision."
         if unseen
         else "Measured on held-out rows."
         if facts.verification
@@ -142,7 +142,7 @@ def _before_after(facts: RunFacts) -> PageTable:
 def _size_chart(facts: RunFacts) -> Chart:
     sizes = {name: size.nbytes for name, size in _written(facts).items()}
     gone = facts.base.nbytes - list(sizes.values())[-1]
-    sentence = f"{human_bytes(gone)} of {human_bytes(facts.base.nbytes)} are gone"
+    sentence = f"{human_bytes(gone)} of {human_bytes(facts.base.nbytes)} were saved"
     if facts.quantized and gone:
         sentence += (
             f": {percent((facts.base.nbytes - sizes['pruned']) / gone, 0)} of that by pruning, the rest by quantizing"
@@ -183,7 +183,7 @@ def decision(facts: RunFacts) -> PageSection | None:
         ("protected", listed(f"{size} {name}" for name, size in protected.items())),
         (
             "near-ties",
-            f"{plural(len(details.get('near_ties') or ()), 'pair')} that another device might decide otherwise",
+            f"{plural(len(details.get('near_ties') or ()), 'pair')} that may be decided differently on another device",
         ),
     ]
     if details.get("mix"):
@@ -257,9 +257,9 @@ def _hardly_reached(found: Mapping[str, Any]) -> str:
     if not unseen and not few:
         return ""
     return (
-        f"{plural(unseen, 'expert')} saw no calibration token and took plain rounding; {plural(few, 'expert')} saw"
-        f" fewer than {found.get('few_tokens', 'a few')}. Raise calibration.samples if the quantized model loses more"
-        " than the pruned one."
+        f"{plural(unseen, 'expert')} received no calibration token and were rounded to nearest;"
+        f" {plural(few, 'expert')} saw fewer than {found.get('few_tokens', 'a few')}. Raise calibration.samples if the"
+        " quantized model loses more than the pruned one."
     )
 
 
@@ -382,7 +382,7 @@ def stages(facts: RunFacts) -> PageSection:
     warnings = (
         Note("warn", title="Warnings", items=facts.warnings)
         if facts.warnings
-        else Note("good", "No warning was given.")
+        else Note("good", "There were no warnings.")
     )
     table = PageTable([("stage", LEFT), ("state", LEFT), ("time", RIGHT), ("key", LEFT)], rows)
     return PageSection(
@@ -395,7 +395,7 @@ def _time_chart(timed: Sequence[StageRow]) -> Chart:
     longest = max(timed, key=lambda stage: stage.seconds)
     hits = [stage.name for stage in timed if stage.state == "in the store"]
     sentence = f"{longest.name} took {percent(longest.seconds / total, 0)} of {seconds(total)}. " + (
-        f"Taken from the store, not run again: {listed(hits, 9)}." if hits else "Nothing was in the store yet."
+        f"Taken from the store, not run again: {listed(hits, 9)}." if hits else "No stage was taken from the store."
     )
     colors = ["--accent" if stage.state == "run" else "--neutral" for stage in timed]
     data = [

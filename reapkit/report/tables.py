@@ -95,8 +95,8 @@ def _estimate_tables(plan: Plan) -> list[Table | str]:
         )
     if not found.fits:
         lines.append(
-            f"memory: {found.placement} does not fit into what is free here; lower runtime.batch_tokens or use a larger"
-            " machine"
+            f"memory: {found.placement} does not fit into the free memory of this machine; lower runtime.batch_tokens"
+            " or use a larger machine"
         )
     elif found.placement == "streaming":
         lines.append(
@@ -168,10 +168,10 @@ def difference_tables(difference: RecipeDifference) -> list[Table | str]:
             ),
         )
     if not difference.fields:
-        return ["The recipes say the same."]
+        return ["The recipes have no differences."]
     if difference.stages is None:
-        return [fields, "A model is not at hand, so the stages that rerun are not known."]
-    return [fields, f"Stages that run anew: {', '.join(difference.stages) or 'none'}"]
+        return [fields, "A model is not available here, so the stages that would rerun are unknown."]
+    return [fields, f"Stages that would rerun: {', '.join(difference.stages) or 'none'}"]
 
 
 def result_table(verification: Mapping[str, Any]) -> Table:

@@ -106,7 +106,7 @@ def test_another_model_is_refused(observed: Path, tmp_path: Path, change: dict, 
 def test_what_is_no_observation_is_refused(tmp_path: Path) -> None:
     assert decide(tmp_path, DEMO.parent / "nowhere", name="apply").code == 2
     done = decide(tmp_path, DEMO)
-    assert done.code == 3 and "no observation there. Give an observation's directory" in done.stderr
+    assert done.code == 3 and "found no observation. Give an observation's directory" in done.stderr
 
 
 def test_only_what_the_end_needs_is_run() -> None:

@@ -265,7 +265,7 @@ def test_the_unpruned_model_at_about_the_same_bytes_stands_beside_the_result(fin
     groups = control["metrics"]["256"]
     assert set(groups) == set(found["metrics"]["quantized"]["256"]) and groups["all"]["kl_mean"]["value"] > 0
     assert finished.summary("verify")["equal_bytes"]["kl_mean"] == groups["all"]["kl_mean"]["value"]
-    assert "The same bytes, spent otherwise" in (finished.directory / "report.html").read_text()
+    assert "The same size by quantizing alone" in (finished.directory / "report.html").read_text()
 
 
 def test_a_directory_whose_proof_fails_is_not_published(

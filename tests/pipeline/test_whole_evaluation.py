@@ -74,8 +74,8 @@ def test_the_written_directories_are_measured_in_every_way(run: Run) -> None:
 def test_the_page_shows_all_of_it(run: Run) -> None:
     page = (run.directory / "report.html").read_text()
     for words in (
-        "What reap bought: the same budget by other criteria",
-        "The same bytes, spent otherwise",
+        "reap against other criteria at the same budget",
+        "The same size by quantizing alone",
         "Speed and memory",
         "prose",
         "greedy tool call validity",

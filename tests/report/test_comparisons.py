@@ -69,9 +69,9 @@ def control(loss):
         (
             0.001,
             "warn",
-            "It is nearer to the base than the result: KL 0.0007 against 0.0350. Here quantizing alone serves better.",
+            "It is closer to the base than the result: KL 0.0007 against 0.0350. Here quantizing alone is better.",
         ),
-        (0.05, "info", "The two cannot be told apart on these rows: KL 0.0350 against 0.0350."),
+        (0.05, "info", "The two do not differ measurably on these rows: KL 0.0350 against 0.0350."),
     ],
 )
 def test_the_page_and_the_card_say_whether_pruning_was_worth_its_bytes(loss, tone, words):
@@ -139,11 +139,11 @@ def test_benchmarks_keep_lm_evals_names_and_errors():
             [-0.3, -0.1],
             "warn",
             (
-                "frequency: KL 0.0210 against 0.0210: it loses less. On this model and mix try saliency.criterion:"
-                " frequency."
+                "frequency: KL 0.0210 against 0.0210: the other criterion loses less. On this model and mix, try"
+                " saliency.criterion: frequency."
             ),
         ),
-        ([-0.1, 0.1], "info", "frequency: KL 0.0210 against 0.0210: not to be told apart on these rows."),
+        ([-0.1, 0.1], "info", "frequency: KL 0.0210 against 0.0210: no measurable difference on these rows."),
     ],
 )
 def test_the_report_says_what_the_criterion_bought(interval, tone, words):
@@ -155,5 +155,7 @@ def test_the_report_says_what_the_criterion_bought(interval, tone, words):
         "against": {"512": {"all": {"kl_mean_delta": {"value": 0.0, "interval": interval}}}},
     }
     found = dataclasses.replace(facts, evaluation={**facts.evaluation, "controls": [other]})
-    note = next(block for block in gates(found).blocks if getattr(block, "title", "").startswith("What reap bought"))
+    note = next(
+        block for block in gates(found).blocks if getattr(block, "title", "").startswith("reap against other criteria")
+    )
     assert (note.tone, list(note.items)) == (tone, [words])

@@ -140,7 +140,7 @@ def test_what_leaving_a_source_out_would_prune_is_named(observed):
     found = next(
         block
         for block in blocks(observation_page(observed))
-        if getattr(block, "summary", "").startswith("Which experts would go")
+        if getattr(block, "summary", "").startswith("Which experts would be removed")
     )
     named = {(name, layer): experts for name, layer, experts in found.blocks[0].rows}
     for name in observed.sources:
@@ -254,7 +254,7 @@ def test_a_control_that_does_better_is_pointed_out(finished):
             }
         ],
     }
-    assert "On this model and mix try saliency.criterion: frequency." in text(
+    assert "On this model and mix, try saliency.criterion: frequency." in text(
         run_page(dataclasses.replace(finished, evaluation=evaluation))
     )
     assert "loses less" not in text(run_page(finished))

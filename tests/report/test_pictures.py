@@ -39,7 +39,7 @@ def test_every_chart_of_a_run_becomes_a_picture(can_browse, tmp_path):
         width, height = size_of(picture)
         assert width >= 3 * 250 and height >= 3 * 80 and picture.stat().st_size > 3000, picture.name
         assert f"]({picture.name})" in captions
-    assert "**Size on disk.** 5.4 MB of 7.3 MB are gone" in captions
+    assert "**Size on disk.** 5.4 MB of 7.3 MB were saved" in captions
 
 
 def test_export_draws_an_observation_without_its_tables(can_browse, tmp_path):
@@ -55,7 +55,11 @@ def test_without_a_chromium_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "COMMANDS", ("no-such-browser",))
     monkeypatch.setenv("PLAYWRIGHT_BROWSERS_PATH", str(tmp_path / "none"))
     with pytest.raises(
-        UnusableError, match=r"No Chromium could be started .*Looked for no-such-browser\. Install one, such as with"
+        UnusableError,
+        match=(
+            r"No Chromium could be started .*Looked for no-such-browser\. Install one, for"
+            r" example with"
+        ),
     ):
         pictures.write_pictures(tmp_path / "page.html", tmp_path)
     synthetic.observation().save(tmp_path / "observation")

@@ -64,8 +64,8 @@ def compare(paths: Sequence[str | Path], terms: ComparisonTerms | None = None) -
         return Comparison(kind, places, _module(kind).facts(dict(zip(places, found, strict=True)), terms))
     except (LookupError, TypeError, ValueError, AttributeError, OSError, SafetensorError) as error:
         raise UnusableError(
-            f"compare: one of these {KINDS[kind]} cannot be read ({type(error).__name__}: {error}), so it is damaged or"
-            " of another version. Inspect each to see which."
+            f"compare: one of these {KINDS[kind]} cannot be read ({type(error).__name__}: {error}), so it is damaged"
+            " or of another version. Run `reapkit inspect` on each to find it."
         ) from error
 
 
@@ -74,8 +74,8 @@ def _one_kind(paths: Sequence[str | Path], found: Sequence[Found]) -> str:
     listed = "; ".join(f"{path}: {_named(kind)}" for path, kind in zip(paths, kinds, strict=True))
     if strange := [kind for kind in kinds if kind not in KINDS]:
         raise RecipeError(
-            f"compare: {_named(strange[0])} cannot be compared. Found {listed}. Give recipes, observations, selections"
-            " or runs."
+            f"compare: {_named(strange[0])} cannot be compared. Found {listed}. Give only recipes, only observations,"
+            " only selections or only runs."
         )
     if len(set(kinds)) > 1:
         inside = {"observation", "selection"} & set(kinds)
@@ -89,7 +89,7 @@ def _one_kind(paths: Sequence[str | Path], found: Sequence[Found]) -> str:
 
 
 def _named(kind: str | None) -> str:
-    return "an artifact whose files were dropped" if kind is None else f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
+    return "an artifact whose files were deleted" if kind is None else f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
 
 
 def _module(kind: str) -> Any:

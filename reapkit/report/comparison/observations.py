@@ -35,7 +35,10 @@ from reapkit.selection.criteria.registry import criterion_problem
 from reapkit.selection.saliency import saliency
 from reapkit.selection.statistics import first_half, rank_correlation, removal_order
 
-SAME = "The observations hold the same sums, so comparing them says nothing: give one of other rows, or of fewer."
+SAME = (
+    "The observations have identical sums, so comparing them says nothing. Give an observation of other rows,"
+    " or of fewer rows."
+)
 
 
 def facts(found: Mapping[str, Found], terms: ComparisonTerms) -> dict[str, Any]:
@@ -105,7 +108,7 @@ def _different_models(observed: Mapping[str, Observation], found: Mapping[str, F
         other, b = next((letter, name) for letter, name in others if name != a)
         raise UnusableError(
             f"compare: {found[first].place} is of model {_model(a)}, {found[other].place} of {_model(b)}. Experts of"
-            " different models need not correspond; compare them all the same with --different-models."
+            " different models need not correspond. To compare anyway, add --different-models."
         )
     return True
 
@@ -143,17 +146,20 @@ def _answer(made: Mapping[str, Any], compared: Mapping[str, Any], different: boo
     sources = {frozenset(one["sources"]) for one in made.values()}
     if len(sources) > 1:
         return (
-            f"{said}. The sources differ, so what is not the same is due to the choice of data as well as to its"
-            " amount; compare observations of the same sources to judge the size alone."
+            f"{said}. The sources differ, so differences come from the choice of data as well as from its amount. To"
+            " judge the size alone, compare observations of the same sources."
         )
     if share >= SETTLED:
         return (
-            f"{said}: a calibration of this size is large enough, other rows of these sources would decide almost the"
-            " same."
+            f"{said}: a calibration of this size is large enough; other rows of these sources would give almost the"
+            " same decision."
         )
     if share >= UNSETTLED:
-        return f"{said}: nearly large enough, more rows would still move some experts."
-    return f"{said}: not large enough, the decision depends on which rows were read. Raise calibration.samples."
+        return f"{said}: a calibration of this size is nearly large enough; more rows would still change some experts."
+    return (
+        f"{said}: a calibration of this size is not large enough; the decision depends on which rows were read."
+        " Raise calibration.samples."
+    )
 
 
 def blocks(found: Mapping[str, Any]) -> list[Block]:

@@ -20,7 +20,7 @@ def facts(found: Mapping[str, Found], terms: ComparisonTerms) -> dict[str, Any]:
     """`fields` that differ and `stages` that the second runs anew after the first; None where a model is not at
     hand."""
     if len(found) != 2:
-        raise RecipeError(f"compare: found {len(found)} recipes. Recipes are compared two at a time.")
+        raise RecipeError(f"compare: found {len(found)} recipes. Give exactly two recipes.")
     left, right = (load(str(each.place)) for each in found.values())
     difference = compare_recipes(left, right, terms.make_plan)
     return {
@@ -40,18 +40,22 @@ def page(found: Mapping[str, Any], places: Mapping[str, str]) -> Page:
     rows = [(each["path"], *(said(each[side]) for side in ("left", "right"))) for each in found["fields"]]
     stages = found["stages"]
     note = (
-        "A model is not at hand, so the stages that rerun are not known."
+        "A model is not available here, so the stages that would rerun are unknown."
         if stages is None
-        else f"After the first, the second runs anew: {', '.join(stages) or 'nothing'}."
+        else f"If the first recipe has run, the second reruns: {', '.join(stages) or 'nothing'}."
     )
     inner: list[Any] = [
         Note("info", note),
         PageTable([("field", "left"), *((place, "left") for place in places.values())], rows),
     ]
     return Page(
-        "What the recipes say differently",
+        "How the recipes differ",
         "reapkit comparison of recipes",
-        [PageSection("fields", "Fields that differ" if rows else "The recipes say the same", inner, "", "Fields")],
+        [
+            PageSection(
+                "fields", "Fields that differ" if rows else "The recipes have no differences", inner, "", "Fields"
+            )
+        ],
     )
 
 

@@ -150,12 +150,12 @@ def _answer(runs: Mapping[str, Any], comparable: bool, same_model: bool) -> str:
         if "kl_mean" in run["quality"].get(UNION, {})
     }
     if len(kl) < 2:
-        return (
-            "Fewer than two of the runs measured a result, so there is nothing to rank yet. Run the others to their"
-            " end."
-        )
+        return "Fewer than two runs measured a result, so they cannot be ranked yet. Finish the other runs."
     if not same_model:
-        return "The runs start from different models, so their numbers against their own base do not rank them."
+        return (
+            "The runs start from different models. Their numbers are relative to different bases, so they"
+            " cannot be ranked."
+        )
     best, *others = sorted(kl, key=lambda letter: kl[letter]["value"])
     second = others[0]
     told = (
@@ -215,7 +215,7 @@ def blocks(found: Mapping[str, Any]) -> list[Block]:
         differing = [(each["path"], *(said(value) for value in each["values"].values())) for each in found["fields"]]
         shown.append(table("Recipe fields that differ", ("field", *runs), differing, left=tuple(runs)))
     else:
-        shown.append(lines("The recipes say the same.", ""))
+        shown.append(lines("The recipes have no differences.", ""))
     if found["selections"]:
         shown.append(lines(*(f"{name}: {agreement(pair)}" for name, pair in found["selections"]["pairs"].items())))
     return shown
@@ -302,10 +302,10 @@ def page(found: Mapping[str, Any], places: Mapping[str, str]) -> Page:
     inner = (
         [PageTable([("field", "left"), *((letter, "left") for letter in runs)], fields)]
         if fields
-        else [Note("info", "The recipes say the same.")]
+        else [Note("info", "The recipes have no differences.")]
     )
     sections.append(
-        PageSection("recipes", "What the recipes say differently", inner, "Names, output and runtime aside.", "Recipes")
+        PageSection("recipes", "How the recipes differ", inner, "Names, output and runtime are left out.", "Recipes")
     )
     worst = next((run["verdict"] for run in runs.values() if run["verdict"] == "reject"), None)
     return Page(

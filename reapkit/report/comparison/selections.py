@@ -113,7 +113,7 @@ def blocks(found: Mapping[str, Any]) -> list[Block]:
     shown: list[Block] = [
         lines(found["answer"], ""),
         table("Selections", ("", "criterion", "ratio", "kept", "of"), rows, left=("criterion",)),
-        *([lines("asked for differently", *(f"  {text}" for text in asked), "")] if asked else []),
+        *([lines("requested differently", *(f"  {text}" for text in asked), "")] if asked else []),
         pairs_table(found["pairs"], ranked=False),
         layers_table(found["pairs"], ranked=False),
     ]
@@ -168,7 +168,7 @@ def page(found: Mapping[str, Any], places: Mapping[str, str]) -> Page:
             PageTable(
                 [("setting", "left"), *((letter, "left") for letter in found["selections"])],
                 [(name, *said) for name, said in asked],
-                "Asked for differently",
+                "Requested differently",
             )
         )
     return Page(

@@ -117,7 +117,7 @@ def _heading(found: Mapping[str, Any]) -> Block:
         f"{name}: {part['rows']:,} rows, {part['samples']:,} samples" for name, part in (found["parts"] or {}).items()
     )
     return lines(
-        f"{found['of']}: asked for {asked}; rows of at most {found['max_length']:,} tokens",
+        f"{found['of']}: requested {asked}; rows of at most {found['max_length']:,} tokens",
         f"packing {found['packing']}, overflow {found['overflow']}, score {found['score']}, seed {found['seed']}",
         f"tokenizer {found['tokenizer'][:12]}",
         *([parts] if parts else []),
@@ -147,7 +147,7 @@ def _amounts(found: Mapping[str, Any]) -> Block:
         "",
     )
     return table(
-        "What came out",
+        "What was obtained",
         ("source", "samples", "rows", "tokens", "scored", "share", "sha256"),
         [*rows, total],
         left=("sha256",),
@@ -169,7 +169,7 @@ def _shares_table(found: Mapping[str, Any]) -> Block:
         for source in found["sources"]
     ]
     return table(
-        "Asked, and the shares that came out",
+        "Requested and obtained shares",
         ("source", "asked", "of the mix", "samples", "tokens", "scored"),
         rows,
         left=("asked",),

@@ -45,8 +45,8 @@ def inspect(path: str | Path) -> Inspection:
         return Inspection(found, _module(found.kind).facts(found.place) if found.kind else {})
     except (LookupError, TypeError, ValueError, AttributeError, StopIteration, OSError, SafetensorError) as error:
         raise UnusableError(
-            f"{found.place}: a {found.kind} that cannot be read ({type(error).__name__}: {error}), so it is damaged or"
-            " of another version. Make it again."
+            f"{found.place}: this {found.kind} cannot be read ({type(error).__name__}: {error}), so it is damaged or"
+            " of another version. Run the recipe again."
         ) from error
 
 
@@ -57,9 +57,7 @@ def _module(kind: str) -> Any:
 def _provenance(found: Found) -> Block:
     artifact = found.artifact
     where = (
-        human_bytes(artifact["bytes"])
-        if artifact["bytes"] is not None
-        else "payload dropped, only its manifest is left"
+        human_bytes(artifact["bytes"]) if artifact["bytes"] is not None else "files deleted, only the manifest is left"
     )
     return lines(
         f"{artifact['stage']} {artifact['key'][:12]}: made {artifact['finished']} in {artifact['seconds']:.1f} s,"

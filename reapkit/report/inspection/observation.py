@@ -183,7 +183,7 @@ def _settled(found: Mapping[str, Any]) -> Sequence[Block]:
     half = found["first_half"]
     if half is not None:
         steps.append(first_half_sentence(half))
-    return notes(f"how settled {REAP.name}'s kept half is, against all rows (chance {chance})", steps)
+    return notes(f"stability of {REAP.name}'s kept half, against all rows (chance {chance})", steps)
 
 
 def _regions(found: Mapping[str, Any]) -> list[Block]:
@@ -200,7 +200,7 @@ def _regions(found: Mapping[str, Any]) -> list[Block]:
     little = (
         [
             lines(
-                f"With {narrow_percent(conflict, 2)} of the positions in conflict, their weight can hardly turn a"
+                f"With {narrow_percent(conflict, 2)} of the positions in conflict, their weight hardly changes the"
                 " decision."
             )
         ]
@@ -221,7 +221,7 @@ def _in_cells(realised: Mapping[str, Mapping[str, float]] | None) -> list[Block]
     cuts = "; ".join(", ".join(f"{name} {level:.3g}" for name, level in levels.items()) for levels in realised.values())
     return [
         lines(
-            "Summed in 32 x 16 cells of (p, H), since the exact trace exceeds observe.trace_bytes. Quantiles realised:"
+            "Summed in 32 x 16 cells of (p, H), since the exact trace exceeds observe.trace_bytes. Quantiles used:"
             f" {cuts}."
         )
     ]
@@ -244,8 +244,8 @@ def _paths(found: Mapping[str, Any]) -> list[Block]:
         table(
             "Removal paths: change of the residual stream once tokens are re-routed (squared, relative; sample:"
             f" {sample})",
-            ("layer", *(f"{narrow_percent(share, 1)} gone" for share in reroute["removed"]), "first to go"),
+            ("layer", *(f"{narrow_percent(share, 1)} gone" for share in reroute["removed"]), "first removed"),
             rows,
-            left=("first to go",),
+            left=("first removed",),
         )
     ]

@@ -64,7 +64,7 @@ def observation_at(path: str | Path) -> Path:
     place = found.place / "observation" if found.kind == "run" else found.place
     if found.kind not in ("run", "observation") or not (place / "observation.json").is_file():
         raise UnusableError(
-            f"{path}: no observation there. Give an observation's directory, its artifact in the store, or a run that"
+            f"{path}: found no observation. Give an observation's directory, its artifact in the store, or a run that"
             " has one."
         )
     return place
@@ -77,7 +77,7 @@ def _file(file: Path) -> Found:
         return recognise(file.parent)
     kind = MARKS.get(file.name)
     if kind is None:
-        raise UnusableError(f"{file}: none of the files that are inspected. Looked for {LOOKED_FOR}.")
+        raise UnusableError(f"{file}: unknown kind of file. Known are {LOOKED_FOR}.")
     return Found(kind, file if kind == "selection" else file.parent)
 
 
@@ -91,7 +91,7 @@ def _directory(directory: Path) -> Found:
                 f" {directory / stored[0]}."
             )
         holds = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "") if names else "nothing"
-        raise UnusableError(f"{directory}: holds {holds}, and none of what is inspected. Looked for {LOOKED_FOR}.")
+        raise UnusableError(f"{directory}: unknown kind of directory (it holds {holds}). Known are {LOOKED_FOR}.")
     return Found(kind, directory)
 
 
@@ -111,7 +111,8 @@ def _is_artifact(directory: Path) -> bool:
 def _artifact(directory: Path) -> Found:
     if not (directory / "manifest.json").is_file():
         raise UnusableError(
-            f"{directory}: unfinished, it has no manifest yet. Run its recipe again to go on, then inspect."
+            f"{directory}: the artifact is unfinished (it has no manifest). Run its recipe again to finish it, then"
+            " inspect."
         )
     manifest = read_json(directory / "manifest.json", ("stage", "key", "seconds", "finished", "summary", "warnings"))
     payload = directory / "payload"
@@ -132,11 +133,17 @@ def read_json(file: Path, needed: Iterable[str] = ()) -> dict[str, Any]:
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UnusableError(f"{file}: cannot be read as JSON ({error}). Make it again.") from None
+        raise UnusableError(
+            f"{file}: the file cannot be read as JSON ({error}). Run the stage that wrote it again."
+        ) from None
     if not isinstance(data, dict):
-        raise UnusableError(f"{file}: holds a JSON {type(data).__name__}, but an object was expected. Make it again.")
+        raise UnusableError(
+            f"{file}: found a JSON {type(data).__name__}, but a JSON object is needed. Run the stage"
+            " that wrote it again."
+        )
     if missing := [name for name in needed if name not in data]:
         raise UnusableError(
-            f"{file}: lacks {', '.join(missing)}, so it is damaged or of another version. Make it again."
+            f"{file}: the keys {', '.join(missing)} are missing, so the file is damaged or of another version. Run the"
+            " stage that wrote it again."
         )
     return data

@@ -94,14 +94,14 @@ SHOWN_VERSIONS = ("reapkit", "torch", "transformers", "llmcompressor")
 
 def _separation(found: Mapping[str, Any]) -> str:
     if found["leaked"] is None:
-        return "calibration and held-out packs are not both there, so their samples cannot be compared"
+        return "calibration or held-out packs are missing, so their samples cannot be compared"
     held_out = ", ".join(f"{count:,} of {length} tokens" for length, count in found["held_out"].items())
     if not found["leaked"]:
-        return f"held-out samples ({held_out}) that the calibration holds too: none"
+        return f"held-out samples ({held_out}) that are also in the calibration: none"
     leaks = ", ".join(f"{place} {count:,}" for place, count in found["leaked"].items())
     return (
-        f"warning: held-out samples that the calibration holds too: {leaks}. These packs were made for another "
-        "calibration, so the numbers flatter the result. Remove both artifacts from the store and run again."
+        f"warning: held-out samples that are also in the calibration: {leaks}. These packs were made for another"
+        " calibration, so the measured numbers are too good. Remove both artifacts from the store and run again."
     )
 
 

@@ -87,7 +87,7 @@ def blocks(found: Mapping[str, Any], *, colour: bool) -> list[Block]:
         _layers(found),
         *notes("protected", _protected(found)),
         *notes("never routed", _unrouted(found)),
-        *notes("near-ties, which another device might decide otherwise", _ties(found)),
+        *notes("near-ties, which may be decided differently on another device", _ties(found)),
         *_conflict(found),
         *notes("warnings", found["warnings"]),
     ]

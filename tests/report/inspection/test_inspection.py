@@ -97,7 +97,7 @@ class TestCalibration:
         for number, source in enumerate(summary["sources"]):
             mine = [one for index, one in enumerate(rows) if tokens.row_source[index] == number]
             scored, total = sum(int(one.scored.sum()) for one in mine), sum(len(one.input_ids) for one in mine)
-            assert row(text, "What came out", source["name"]) == [
+            assert row(text, "What was obtained", source["name"]) == [
                 source["name"],
                 str(source["samples"]),
                 str(len(mine)),
@@ -118,7 +118,7 @@ class TestCalibration:
                     0,
                 )
             ]
-        assert row(text, "What came out", "all")[1:5] == [
+        assert row(text, "What was obtained", "all")[1:5] == [
             f"{number:,}"
             for number in (24, tokens.num_rows, tokens.num_tokens, sum(int(one.scored.sum()) for one in rows))
         ]
@@ -135,7 +135,7 @@ class TestCalibration:
                 source[unit] for source in summary["sources"]
             )
         tools = shares["tools"]
-        assert row(shown(found), "Asked", "tools") == [
+        assert row(shown(found), "Requested", "tools") == [
             "tools",
             "7",
             "samples",
@@ -238,8 +238,9 @@ class TestRun:
         for name, stage in told["stages"].items():
             assert row(text, "Stages", name)[1:5] == ["ran", f"{stage['seconds']:.1f}", "s", stage["artifact"]]
         assert (found.facts["held_out"], found.facts["leaked"]) == ({"256": 16, "512": 16}, {})
-        assert "held-out samples (16 of 256 tokens, 16 of 512 tokens) that the calibration holds too: none" in " ".join(
-            text.split()
+        assert (
+            "held-out samples (16 of 256 tokens, 16 of 512 tokens) that are also in the calibration: none"
+            in " ".join(text.split())
         )
 
     def test_warnings_hits_and_a_missing_calibration(self, directory: Path, tmp_path: Path) -> None:
@@ -527,7 +528,13 @@ class TestStore:
     def test_dropped_and_unfinished(self, tmp_path: Path) -> None:
         store = Store(tmp_path)
         (store.begin("prune", "a" * 64, resume=False) / "config.json").write_text("{}")
-        with pytest.raises(UnusableError, match=r"unfinished, it has no manifest yet\. Run its recipe again"):
+        with pytest.raises(
+            UnusableError,
+            match=(
+                r"the artifact is unfinished \(it has no manifest\)\. Run its"
+                r" recipe again"
+            ),
+        ):
             inspect(store.directory("prune", "a" * 64))
         made = store.finish(
             "prune",
@@ -536,7 +543,7 @@ class TestStore:
         )
         made.drop_payload()
         found = inspect(made.directory)
-        assert found.found.kind is None and "payload dropped" in shown(found) and "warning: mind this" in shown(found)
+        assert found.found.kind is None and "files deleted" in shown(found) and "warning: mind this" in shown(found)
         with pytest.raises(
             UnusableError, match=r"a store of 1 artifacts\. Inspect one of them, such as .*prune-aaaaaaaaaaaa"
         ):
@@ -554,18 +561,18 @@ class TestRefusals:
     @pytest.mark.parametrize("name", ["lock.json", "report.html"])
     def test_other_files(self, tmp_path: Path, name: str) -> None:
         (tmp_path / name).write_text("{}")
-        with pytest.raises(UnusableError, match="Looked for a recipe"):
+        with pytest.raises(UnusableError, match=r"unknown kind of file\. Known are a recipe"):
             inspect(tmp_path / name)
-        with pytest.raises(UnusableError, match=f"holds {name}, and none of what is inspected. Looked for a recipe"):
+        with pytest.raises(UnusableError, match=rf"unknown kind of directory \(it holds {name}\)\. Known are a recipe"):
             inspect(tmp_path)
 
     @pytest.mark.parametrize(
         "name, content, message",
         [
             ("calibration.json", "{", "cannot be read as JSON"),
-            ("evaluation.json", "[]", "holds a JSON list"),
-            ("verify.json", "{}", "lacks rows, proofs"),
-            ("run.json", '{"name": 1}', "lacks recipe"),
+            ("evaluation.json", "[]", "found a JSON list"),
+            ("verify.json", "{}", "the keys rows, proofs"),
+            ("run.json", '{"name": 1}', "the keys recipe"),
             (
                 "run.json",
                 '{"name": 1, "recipe": 1, "model": 1, "stages": 7, "warnings": [], "versions": {}}',
@@ -582,7 +589,7 @@ class TestRefusals:
 
     def test_a_calibration_without_its_account(self, tmp_path: Path) -> None:
         tiny_tokens(tmp_path)
-        with pytest.raises(UnusableError, match=r"calibration\.json: lacks kind, asked"):
+        with pytest.raises(UnusableError, match=r"calibration\.json: the keys kind, asked"):
             inspect(tmp_path)
 
 

@@ -110,7 +110,7 @@ def test_decision_report_and_card_follow_it(added: Criterion) -> None:
     facts = dataclasses.replace(facts, selections=dict.fromkeys(facts.selections, decision))
     words = re.sub(r"<(style|script)\b.*?</\1>", "", render(run_page(facts)), flags=re.S)
     assert f"{NAME}: max gn" in words and f"Saliency here is max gn ({NAME})." in words
-    assert f"what {NAME} would decide cannot be recomputed from sums alone" in words
+    assert f"the decision of {NAME} cannot be recomputed from sums alone" in words
     card = model_card(facts, "pruned")
     assert f"a saliency by `{NAME}` (`max gn`): the largest g · ‖f(x)‖₂ over" in card
     assert f"- {NAME}\n" in card and "@article{largest2026" in card and "2510.13999" not in card
