@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import os
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -198,15 +199,15 @@ def _with_end(ids: np.ndarray, marks: np.ndarray, end_token: int | None) -> tupl
 def _source_summary(
     inputs: Inputs, source: Gathered, number: int, plan: RowPlan, counts: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
-    entry, samples, used = source.entry, source.samples, source.used
+    entry, samples, chosen = source.entry, source.samples, source.chosen
     rows = [row for row, (owner, _, _) in enumerate(plan.rows) if owner == number]
     pieces = [piece for row in rows for piece in plan.rows[row][2]]
-    hashes = samples.hashes[:used]
-    lengths = np.array(samples.lengths[:used])
-    read = samples.positions[used - 1] + 1 if used else 0
+    hashes = [samples.hashes[sample] for sample in chosen]
+    lengths = np.array([samples.lengths[sample] for sample in chosen])
+    read = samples.positions[chosen[-1]] + 1 if chosen else 0
     packing = packing_of(inputs.calibration, source.format)
     kept = sum(piece.stop - piece.start for piece in pieces)
-    ways = sorted(set(samples.ways[:used]))
+    ways = sorted({samples.ways[sample] for sample in chosen})
     return {
         "name": entry.name,
         "source": entry.source,
@@ -220,7 +221,7 @@ def _source_summary(
         "spans": ways,
         "spans_text": "; ".join(WAYS[way] for way in ways),
         "asked": {source.target.unit: source.target.amount},
-        "samples": used,
+        "samples": len(chosen),
         "rows": len(rows),
         "tokens": sum(map(len, pieces)),
         "scored_tokens": int(counts["scored"][rows].sum()),
@@ -228,16 +229,16 @@ def _source_summary(
         "end_tokens": sum(piece.end_token for piece in pieces),
         "lengths": _length_summary(lengths),
         "row_lengths": _length_summary(counts["lengths"][rows]),
-        "samples_cut": _samples_cut(pieces, lengths),
+        "samples_cut": _samples_cut(pieces, source),
         "tokens_cut": int(lengths.sum()) - kept,
-        "tool_calls": sum(samples.tool_calls[:used]),
+        "tool_calls": sum(samples.tool_calls[sample] for sample in chosen),
         "available_rows": source.walk.length,
         "rows_read": read,
         "order": source.walk.order,
-        "dropped": dropped_summary([entry for entry in samples.dropped if entry[0] < read]),
+        "dropped": dropped_summary([entry for entry in (*samples.dropped, *source.refused) if entry[0] < read]),
         "sha256": hashlib.sha256("".join(hashes).encode()).hexdigest(),
         "example": _example(inputs, source, pieces),
-        "indices": [source.walk.number(position) for position in samples.positions[:used]],
+        "indices": [source.walk.number(samples.positions[sample]) for sample in chosen],
         "hashes": hashes,
     }
 
@@ -256,12 +257,12 @@ def _length_summary(lengths: np.ndarray) -> dict[str, float]:
     }
 
 
-def _samples_cut(pieces: Sequence[Piece], lengths: np.ndarray) -> int:
+def _samples_cut(pieces: Sequence[Piece], source: Gathered) -> int:
     """Samples of which some tokens are in no row."""
-    kept = np.zeros(len(lengths), np.int64)
+    kept = Counter[int]()
     for piece in pieces:
         kept[piece.sample] += piece.stop - piece.start
-    return int((kept < lengths).sum())
+    return sum(kept[sample] < source.samples.lengths[sample] for sample in source.chosen)
 
 
 def _example(inputs: Inputs, source: Gathered, pieces: Sequence[Piece]) -> list[list[Any]]:
@@ -323,7 +324,7 @@ def _way_out(source: Mapping[str, Any]) -> str:
 def _duplicates(gathered: Sequence[Gathered]) -> dict[str, int]:
     """Samples with equal content in two sources, as `first/second` to how many; equal ones within a source were
     dropped."""
-    contents = {source.entry.name: set(source.samples.hashes[: source.used]) for source in gathered}
+    contents = {source.entry.name: {source.samples.hashes[sample] for sample in source.chosen} for source in gathered}
     return {
         f"{a}/{b}": shared for a, b in itertools.combinations(contents, 2) if (shared := len(contents[a] & contents[b]))
     }

@@ -4,7 +4,7 @@ there are enough."""
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -12,16 +12,19 @@ from typing import Any
 
 from reapkit.calibration.encoder import Encoder, format_of, packing_of
 from reapkit.calibration.formats import Format
+from reapkit.calibration.held_out import HeldOut
 from reapkit.calibration.inputs import Inputs
 from reapkit.calibration.packing import pieces_of
 from reapkit.calibration.sources import Walk, open_walk
-from reapkit.calibration.token_journal import Encoded, Samples, append, opened
+from reapkit.calibration.token_journal import Encoded, Reader, Samples, append, opened
 from reapkit.core.errors import UnusableError
 from reapkit.core.progress import Task
 from reapkit.recipe.schema import CalibrationSpec, MixEntry
 
 BLOCK = 256
 """Samples that are tokenized together and journalled together."""
+MOST_REFUSED = 64
+"""Samples of an endless source that may be refused for each that is wanted, before it counts as too small."""
 
 
 @dataclass(frozen=True)
@@ -44,24 +47,26 @@ class Target:
 
 @dataclass(frozen=True)
 class Gathered:
-    """A source's samples: the first `used` of `samples`."""
+    """A source's samples: those of `samples` with the numbers `chosen`, ascending.
+
+    `refused`: what stands before the last of them and may not be held out, as `samples.dropped` lists the others.
+    """
 
     entry: MixEntry
     walk: Walk
     format: Format
     samples: Samples
-    used: int
+    chosen: Sequence[int]
+    refused: Sequence[tuple[int, str, str]]
     target: Target
     shows_calls: bool
 
 
-def gather(
-    inputs: Inputs, entry: MixEntry, target: Target, held_out: Collection[str] | None = None, skip: int = 0
-) -> Gathered:
+def gather(inputs: Inputs, entry: MixEntry, target: Target, held_out: HeldOut | None = None, skip: int = 0) -> Gathered:
     """Enough samples of a mix entry for the target; those that a killed run left are used first.
 
-    `held_out`: contents that may not occur, which makes the samples a pack's; `skip`: rows of a stream that the
-    calibration read. Raises UnusableError naming the source, and the row where one is at fault; where too few are left,
+    `held_out`: what may not occur, which makes the samples a pack's; `skip`: rows of a stream that the calibration
+    read. Raises UnusableError naming the source, and the row where one is at fault; where too few are left,
     with what was dropped and why.
     """
     walk = open_walk(
@@ -70,13 +75,14 @@ def gather(
     format = format_of(entry, walk)
     encoder = Encoder(inputs.calibration, format, inputs.tokenizer, inputs.template, inputs.vocabulary)
     end_token = inputs.end_token() if packing_of(inputs.calibration, format) == "concat" else None
-    directory = inputs.work / f"{entry.name}-{inputs.part_key(entry, held_out, skip)[:12]}"
+    contents = None if held_out is None else held_out.contents
+    directory = inputs.work / f"{entry.name}-{inputs.part_key(entry, contents, skip)[:12]}"
     with (
         opened(directory) as samples,
         inputs.progress.task(f"tokenize {entry.name}", target.amount, target.unit) as task,
     ):
-        used = _fill(samples, walk, encoder, target, end_token, held_out or (), task)
-    return Gathered(entry, walk, format, samples, used, target, encoder.shows_calls)
+        chosen, refused = _fill(samples, walk, encoder, target, end_token, held_out, task)
+    return Gathered(entry, walk, format, samples, chosen, refused, target, encoder.shows_calls)
 
 
 def _row_tokens(
@@ -101,32 +107,48 @@ def _fill(
     encoder: Encoder,
     target: Target,
     end_token: int | None,
-    held_out: Collection[str],
+    held_out: HeldOut | None,
     task: Task,
-) -> int:
-    """Appends to `samples` until the target is met; returns how many of them are used (earlier runs may have left
-    more)."""
-    seen = set(samples.hashes)
-    used = reached = 0
+) -> tuple[list[int], list[tuple[int, str, str]]]:
+    """Appends to `samples` until the target is met; returns the numbers of those that are used (earlier runs may have
+    left more), and what was refused among them."""
+    seen, contents = set(samples.hashes), held_out.contents if held_out else ()
+    chosen: list[int] = []
+    refused: list[tuple[int, str, str]] = []
+    looked_at = reached = 0
     wanted = target.amount
     packing = packing_of(encoder.calibration, encoder.format)
     with closing(_blocks(walk, encoder, samples.next_position)) as blocks:
         next(blocks)
         while True:
-            while used < len(samples) and reached < wanted:
-                step = (
-                    1
-                    if target.samples is not None
-                    else _row_tokens(samples, used, encoder.calibration, packing, end_token)
-                )
-                used, reached = used + 1, reached + step
-                task.advance(step)
+            with samples.reader() as read:
+                while looked_at < len(samples) and reached < wanted:
+                    number, looked_at = looked_at, looked_at + 1
+                    if held_out and (reason := _refusal(samples, number, read, held_out)):
+                        position = samples.positions[number]
+                        refused.append((position, reason, walk.rows.place(walk.number(position))))
+                        continue
+                    step = (
+                        1
+                        if target.samples is not None
+                        else _row_tokens(samples, number, encoder.calibration, packing, end_token)
+                    )
+                    chosen.append(number)
+                    reached += step
+                    task.advance(step)
             if reached >= wanted:
-                return used
+                return chosen, refused
+            if walk.length is None and len(refused) > MOST_REFUSED * wanted:
+                raise UnusableError(_too_few(samples, refused, walk, target, reached))
             encoded = blocks.send(wanted - reached if target.samples is not None else None)
             if not encoded:
-                raise UnusableError(_too_few(samples, walk, target, reached))
-            append(samples, encoded, seen, held_out)
+                raise UnusableError(_too_few(samples, refused, walk, target, reached))
+            append(samples, encoded, seen, contents)
+
+
+def _refusal(samples: Samples, number: int, read: Reader, held_out: HeldOut) -> str | None:
+    ids, _ = read(number, 0, samples.lengths[number])
+    return held_out.refusal(ids, samples.last_assistant[number])
 
 
 def _blocks(walk: Walk, encoder: Encoder, start: int) -> Generator[list[Encoded], int | None, None]:
@@ -153,8 +175,10 @@ def _blocks(walk: Walk, encoder: Encoder, start: int) -> Generator[list[Encoded]
             missing = yield waiting.popleft()[1].result()
 
 
-def _too_few(samples: Samples, walk: Walk, target: Target, reached: int) -> str:
-    reasons = dropped_summary(samples.dropped)
+def _too_few(
+    samples: Samples, refused: Sequence[tuple[int, str, str]], walk: Walk, target: Target, reached: int
+) -> str:
+    reasons = dropped_summary([*samples.dropped, *refused])
     dropped = "; ".join(f"{entry['count']} {reason} (first: {entry['first']})" for reason, entry in reasons.items())
     return (
         f"source '{walk.name}' yields {reached} of {target.amount} {target.unit}: {samples.next_position} rows were"
@@ -165,7 +189,8 @@ def _too_few(samples: Samples, walk: Walk, target: Target, reached: int) -> str:
 
 
 def dropped_summary(dropped: Sequence[tuple[int, str, str]]) -> dict[str, dict[str, Any]]:
-    """Reason to count and first place, in order of first appearance."""
+    """Reason to count and first place, in order of first appearance on the walk."""
+    dropped = sorted(dropped, key=lambda entry: entry[0])
     counts = Counter(reason for _, reason, _ in dropped)
     first: dict[str, str] = {}
     for _, reason, place in dropped:

@@ -10,6 +10,7 @@ from typing import Any
 
 from reapkit.calibration.assemble import Stream, assemble
 from reapkit.calibration.draw_samples import Target, gather
+from reapkit.calibration.held_out import held_out_from
 from reapkit.calibration.inputs import Inputs
 from reapkit.calibration.packing import largest_remainder
 from reapkit.calibration.tokens import PARTS, CalibrationTokens
@@ -56,7 +57,7 @@ def prepare(
             Target(tokens=count, field="calibration.tokens") for count in largest_remainder(calibration.tokens, weights)
         ]
     gathered = [gather(inputs, entry, target) for entry, target in zip(calibration.mix, targets, strict=True)]
-    streams = [Stream(number, source, range(source.used)) for number, source in enumerate(gathered)]
+    streams = [Stream(number, source, source.chosen) for number, source in enumerate(gathered)]
     return assemble(inputs, gathered, streams, out, {"kind": "calibration", "asked": asked}, removable=work is None)
 
 
@@ -78,8 +79,10 @@ def prepare_packs(
 
     `evaluate.packs.samples` are split over the mix like the calibration. An extra pack gets as many samples as a source
     of the mix has on average, weighted among the extra packs. No sample has the content of one in the calibration at
-    `exclude`. The `confirm` share of each source's samples makes rows of their own, which
-    `CalibrationTokens.rows("confirm")` lists.
+    `exclude`, and none has rows that show the tokens of a row there or of another sample here, at `length` or at any of
+    `evaluate.packs.lengths`: samples that differ only where they are cut off count once. The `confirm` share of each
+    source's samples makes rows of their own, which `CalibrationTokens.rows("confirm")` lists; a sample is in the same
+    part at every length.
 
     Raises UnusableError as `prepare` does, RecipeError where an extra pack has the name of a source of the mix.
     """
@@ -93,9 +96,13 @@ def prepare_packs(
         trust_remote_code,
         progress,
     )
-    known = CalibrationTokens.load(exclude).summary["sources"]
-    held_out = {content for source in known for content in source["hashes"]}
-    rows_read = {source["name"]: source["rows_read"] for source in known}
+    calibrated = CalibrationTokens.load(exclude)
+    held_out = held_out_from(
+        calibrated,
+        (length, *evaluate.packs.lengths),
+        inputs.end_token() if any(source["end_tokens"] for source in calibrated.summary["sources"]) else None,
+    )
+    rows_read = {source["name"]: source["rows_read"] for source in calibrated.summary["sources"]}
     packs = evaluate.packs
     entries = (*calibration.mix, *evaluate.extra_packs)
     targets = [Target(samples=count, field="evaluate.packs.samples") for count in _counts(calibration, evaluate)]
@@ -105,9 +112,9 @@ def prepare_packs(
     ]
     streams = []
     for number, source in enumerate(gathered):
-        confirm = [_is_confirm(sample, packs.confirm) for sample in range(source.used)]
+        confirm = [_is_confirm(rank, packs.confirm) for rank in range(len(source.chosen))]
         streams += [
-            Stream(number, source, [sample for sample, mark in enumerate(confirm) if mark == part], part)
+            Stream(number, source, [s for s, mark in zip(source.chosen, confirm, strict=True) if mark == part], part)
             for part in range(len(PARTS))
         ]
     about = {

@@ -20,6 +20,9 @@ import numpy as np
 DUPLICATE, HELD_OUT = "duplicate", "in the calibration"
 """Reasons to drop a sample that only the samples before it, or the calibration, can tell."""
 
+Reader = Callable[[int, int, int], tuple[np.ndarray, np.ndarray]]
+"""From (sample, start, stop) to those tokens' ids int32 [stop - start] and marks uint8 [stop - start], off the disk."""
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -58,9 +61,8 @@ class Samples:
         return sum(self.lengths)
 
     @contextmanager
-    def reader(self) -> Iterator[Callable[[int, int, int], tuple[np.ndarray, np.ndarray]]]:
-        """For the block, a function from (sample, start, stop) to those tokens' ids, int32 [stop - start], and marks,
-        uint8 [stop - start] (1: written by the assistant), read from disk."""
+    def reader(self) -> Iterator[Reader]:
+        """For the block, reads the samples that are there when it begins."""
         offsets = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
         with (
             (self.directory / "input_ids.bin").open("rb") as ids,

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,18 @@ class CalibrationTokens:
         if self.row_part is None:
             raise ValueError(f"{self.directory}: this is a calibration, not a pack; its rows are not split into parts")
         return np.flatnonzero(self.row_part == PARTS.index(part)).tolist()
+
+    def samples(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """What the rows hold of every sample, its parts joined: ids int32 [n] and assistant marks uint8 [n]."""
+        source = self.row_source[np.searchsorted(self.row_offsets, self.sample_offsets[:-1], side="right") - 1]
+        order = np.lexsort((self.part_sample, source))  # stable: parts of a sample stay in the order of their rows
+        starts, stops = self.sample_offsets[:-1], self.sample_offsets[1:]
+        for _, parts in groupby(order.tolist(), key=lambda part: (source[part], self.part_sample[part])):
+            held = [slice(int(starts[part]), int(stops[part])) for part in parts]
+            yield (
+                np.concatenate([self._input_ids[part] for part in held]),
+                np.concatenate([self._assistant[part] for part in held]),
+            )
 
     def row(self, index: int) -> Row:
         """Row `index` read from disk."""

@@ -16,6 +16,8 @@ from transformers import PreTrainedTokenizerFast
 
 from reapkit.calibration import draw_samples, encoder, token_journal
 from reapkit.calibration.prepare import prepare, prepare_packs
+from reapkit.calibration.row_readers import Generated
+from reapkit.calibration.sources import PACK_START
 from reapkit.calibration.tokens import CalibrationTokens
 from reapkit.core.errors import RecipeError, UnusableError
 from reapkit.core.hashing import digest_file
@@ -37,6 +39,12 @@ def home(tmp_path: Path) -> Path:
     """A folder with a tokenizer that knows `a1` to `z40`, in which the recipe lies."""
     word_tokenizer(tmp_path / "tokenizer", [sequence(letter, 40) for letter in LETTERS], CHATML)
     return tmp_path
+
+
+@lru_cache(maxsize=1)
+def _chat_texts() -> list[str]:
+    rows = Generated("tools", 0).read([*range(64), *range(PACK_START, PACK_START + 64)])
+    return [turn["content"] for row in rows for turn in row["messages"]]
 
 
 def made(home: Path, calibration: CalibrationSpec, out: str = "out") -> tuple[CalibrationTokens, list[str]]:
@@ -334,6 +342,9 @@ def big_mix(home: Path) -> CalibrationSpec:
     )
 
 
+OTHER_TEXTS = [sequence(letter, length) for letter, length in itertools.product(LETTERS[16:], range(3, 12))]
+
+
 def files_of(directory: Path) -> dict[str, str]:
     return {path.name: digest_file(path) for path in directory.iterdir()}
 
@@ -405,7 +416,26 @@ class TestEqualBytes:
         assert files_of(home / "short") == files_of(home / "fresh")
 
 
+def pieces(tokens: CalibrationTokens, home: Path, overflow: str, length: int) -> list[list[str]]:
+    """What rows of `length` show of each sample: texts, without the packing's end token and a split sample's rest."""
+    shown = []
+    for ids, _ in tokens.samples():
+        words = [word for word in _tokenizer(home).convert_ids_to_tokens(ids.tolist()) if word != "<eos>"]
+        starts = range(0, len(words), length) if overflow == "split" else [0]
+        kept = [words[start : start + length] for start in starts]
+        if overflow == "window":
+            kept = [words[-length:]]
+        shown.append([" ".join(part) for part in kept if part is kept[0] or len(part) == length])
+    return shown
+
+
 class TestPacks:
+    @pytest.fixture
+    def home(self, tmp_path: Path) -> Path:
+        """A folder whose tokenizer knows the words of generated chats too, so that they differ in tokens."""
+        word_tokenizer(tmp_path / "tokenizer", [*(sequence(letter, 40) for letter in LETTERS), *_chat_texts()], CHATML)
+        return tmp_path
+
     def evaluate(self, samples: int = 40, **fields: object) -> EvaluateSpec:
         return EvaluateSpec.model_validate({"packs": {"samples": samples}, **fields}, strict=False)
 
@@ -462,12 +492,10 @@ class TestPacks:
 
     def test_extra_packs_get_an_average_sources_samples(self, home: Path) -> None:
         made(home, big_mix(home))
-        packs = self.packs(
-            home, big_mix(home), self.evaluate(60, extra_packs=[{"name": "math", "source": "builtin:math"}])
-        )
-        assert packs.sources == ("one", "two", "tools", "math")
+        packs = self.packs(home, big_mix(home), self.evaluate(60, extra_packs=[source(home, "other", OTHER_TEXTS)]))
+        assert packs.sources == ("one", "two", "tools", "other")
         assert [source["samples"] for source in packs.summary["sources"]] == [30, 15, 15, 20]
-        assert packs.summary["extra"] == ["math"]
+        assert packs.summary["extra"] == ["other"]
 
     def test_what_the_calibration_read_is_held_out_wherever_it_stands(self, home: Path) -> None:
         """Content counts, not place: a copy of the calibration under another name gives no row back."""
@@ -494,6 +522,59 @@ class TestPacks:
                 self.evaluate(7, extra_packs=[copied]),
                 out="too-many",
             )
+
+    @pytest.mark.parametrize("overflow", ["truncate", "window", "split"])
+    @pytest.mark.parametrize("packing", ["none", "concat", "isolated"])
+    @pytest.mark.parametrize("max_length", [6, 8, 12])
+    def test_no_row_shows_what_another_shows(self, home: Path, overflow: str, packing: str, max_length: int) -> None:
+        """Texts of which many begin, and many end, alike: they differ where rows are cut off, some only in words that
+        the tokenizer does not know, and two sources hold the same."""
+        beginnings, ends = LETTERS[:9], LETTERS[9:18]
+        texts = [
+            f"{sequence(beginning, 12)} {sequence(end, 12)}" for beginning in beginnings for end in ends if end != "p"
+        ]
+        texts += [f"{sequence(letter, 5)} unknown-{number}" for letter in LETTERS[18:] for number in range(9)]
+        mix = [source(home, name, texts) for name in ("one", "two")]
+        calibration = spec(*mix, samples=6, max_length=max_length, overflow=overflow, packing=packing)
+        made(home, calibration)
+        evaluate = self.evaluate(4, extra_packs=[source(home, "extra", texts)])
+        evaluate = evaluate.model_copy(update={"packs": evaluate.packs.model_copy(update={"lengths": (8, 12)})})
+        packs = {length: self.packs(home, calibration, evaluate, length, str(length)) for length in (8, 12)}
+        calibrated = CalibrationTokens.load(home / "out")
+        for length, made_packs in packs.items():
+            shared = min(length, max_length)
+            known = [text for each in pieces(calibrated, home, overflow, shared) for text in each]
+            held_out = pieces(made_packs, home, overflow, shared)
+            assert not {text for each in held_out for text in each} & set(known)
+            shown = [text for each in pieces(made_packs, home, overflow, length) for text in each]
+            assert len(shown) == len(set(shown)) >= 6
+        numbers = [[source["indices"] for source in made_packs.summary["sources"]] for made_packs in packs.values()]
+        assert numbers[0] == numbers[1], "each length holds the same samples in the same parts"
+
+    def test_samples_that_the_cut_makes_equal_are_named(self, home: Path) -> None:
+        texts = [f"{sequence(first, 8)} {sequence(letter, 5)}" for first in "abc" for letter in LETTERS[3:]]
+        calibration = spec(source(home, "data", texts), samples=1, max_length=8, overflow="truncate")
+        made(home, calibration)
+        with pytest.raises(UnusableError) as failure:
+            self.packs(home, calibration, self.evaluate(3), length=8)
+        said = str(failure.value)
+        assert said.startswith("source 'data' yields 2 of 3 samples: 69 rows were read, dropped: ")
+        for reason in (
+            "22 equal in tokens to one of the calibration (first: data.jsonl:",
+            "44 equal in tokens to another held-out one (first: data.jsonl:",
+            "1 in the calibration (first: data.jsonl:",
+        ):
+            assert reason in said
+        account = self.packs(home, calibration, self.evaluate(2), length=8).summary["sources"][0]
+        assert account["rows_read"] == account["samples"] + sum(each["count"] for each in account["dropped"].values())
+
+    def test_an_endless_source_whose_samples_are_all_cut_alike_ends(self, home: Path) -> None:
+        calibration = spec(
+            {"name": "tools", "source": "builtin:tools"}, samples=1, max_length=2, overflow="truncate", score="all"
+        )
+        made(home, calibration)
+        with pytest.raises(UnusableError, match=r"source 'tools' yields [01] of 2 samples: .* equal in tokens to"):
+            self.packs(home, calibration, self.evaluate(2), length=2)
 
     def test_extra_pack_with_a_taken_name_is_refused(self, home: Path) -> None:
         made(home, big_mix(home))
@@ -529,8 +610,8 @@ class TestPacks:
         ):
             made(home, big_mix(home).model_copy(update={"samples": 1}), "one")
         uneven = [
-            {"name": name, "source": "builtin:math", "weight": weight}
-            for name, weight in (("much", 1), ("little", 0.01))
+            source(home, name, texts, weight=weight)
+            for name, texts, weight in (("much", OTHER_TEXTS[::2], 1), ("little", OTHER_TEXTS[1::2], 0.01))
         ]
         packs = self.packs(home, big_mix(home), self.evaluate(6, extra_packs=uneven), out="uneven")
         assert [source["samples"] for source in packs.summary["sources"]][3:] == [4, 1]
