@@ -245,7 +245,7 @@ class TestBadData:
 
     def test_an_empty_file(self, tmp_path: Path) -> None:
         (tmp_path / "data.jsonl").write_text("")
-        with pytest.raises(UnusableError, match=r"^source 'data': data\.jsonl holds no rows\.$"):
+        with pytest.raises(UnusableError, match=r"^source 'data': data\.jsonl has no rows\. Give a source with rows"):
             prepared(tmp_path, "data.jsonl")
 
     def test_a_template_that_refuses(self, tmp_path: Path) -> None:
