@@ -97,9 +97,10 @@ class Store:
     def begin(self, stage: str, key: str, *, resume: bool) -> Path:
         """The payload directory to write into: with `resume` as an earlier attempt left it, else empty."""
         directory = self.directory(stage, key)
-        (directory / "manifest.json").unlink(missing_ok=True)
         payload = directory / "payload"
-        if not resume:
+        was_finished = (directory / "manifest.json").exists()  # then runs share its bytes: nothing is written over them
+        (directory / "manifest.json").unlink(missing_ok=True)
+        if was_finished or not resume:
             shutil.rmtree(payload, ignore_errors=True)
         payload.mkdir(parents=True, exist_ok=True)
         remove_unfinished(payload)

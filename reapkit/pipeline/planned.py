@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from reapkit.core.errors import ReapkitError, RecipeError
+from reapkit.pipeline.run_directory import refuse_foreign
 from reapkit.pipeline.stages.every_stage import STAGES
 from reapkit.planning import plan as planning
 from reapkit.planning.plan import Plan
@@ -27,7 +28,7 @@ def load_and_plan(
     Raises RecipeError with every problem, UnusableError for the checkpoint of a recipe that is right in itself.
     """
     try:
-        return make_plan(load(name, overrides), download=download, observation=observation)
+        made = make_plan(load(name, overrides), download=download, observation=observation)
     except RecipeError as error:
         if error.partial is not None:
             try:
@@ -40,6 +41,8 @@ def load_and_plan(
             except ReapkitError:
                 pass  # the checkpoint's turn comes when the recipe is right
         raise
+    refuse_foreign(made)
+    return made
 
 
 def make_plan(loaded: LoadedRecipe, *, download: bool = False, observation: Path | None = None) -> Plan:

@@ -11,23 +11,25 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
-from reapkit.core.artifact_store import Artifact, link_or_copy
-from reapkit.core.atomic_files import copy_file, write_json, write_text
+from reapkit.core.artifact_store import Artifact
 from reapkit.core.errors import ReapkitError, RecipeError, RejectedByGates, StageFailed, UnusableError
 from reapkit.core.garbage_collection import register
 from reapkit.core.progress import SILENT, Progress
 from reapkit.core.ranks import ALONE, Alone
 from reapkit.evaluation.task_benchmarks import require_lm_eval
 from reapkit.pipeline.planned import make_plan
+from reapkit.pipeline.run_directory import RunDirectory, refuse_foreign, run_directory
 from reapkit.pipeline.stages.context import Context
 from reapkit.planning.estimates import missing_disk
 from reapkit.planning.lock import make_lock, versions
 from reapkit.planning.plan import Plan
 from reapkit.planning.stage_definitions import Stage
+from reapkit.pruning.checkpoint import MANIFEST
+from reapkit.pruning.manifest import sealed_with
 from reapkit.recipe.loading import LoadedRecipe, as_loaded
 from reapkit.recipe.schema import Recipe
 from reapkit.report.facts import recipe_yaml
-from reapkit.report.run_report import write_rejected_report
+from reapkit.report.run_report import rejected_report
 
 
 @dataclass
@@ -35,11 +37,23 @@ class Run:
     """What a walk did: artifacts by stage, which stages were executed, seconds and warnings."""
 
     plan: Plan
-    directory: Path
+    published: RunDirectory
     artifacts: dict[str, Artifact] = field(default_factory=dict)
     executed: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     ranks: Alone = ALONE
+
+    @property
+    def directory(self) -> Path:
+        """Where its results are."""
+        return self.published.path
+
+    @property
+    def got_as_far(self) -> bool:
+        """Whether it came at least as far as the run whose results are in its directory."""
+        names = [definition.name for definition in self.plan.definitions]
+        earlier = [names.index(name) for name in self.published.earlier_stages() if name in names]
+        return max((names.index(name) for name in self.artifacts), default=-1) >= max(earlier, default=-1)
 
     @property
     def models(self) -> tuple[Stage, ...]:
@@ -64,11 +78,6 @@ class _Listening(Progress):
     def warn(self, text: str) -> None:
         self.heard.append(text)
         self.inner.warn(text)
-
-
-def run_directory(plan: Plan) -> Path:
-    """Where the run's results are linked."""
-    return Path(plan.recipe.output.directory or f"runs/{plan.recipe.name}")
 
 
 def _check_raw_recipe(loaded: LoadedRecipe) -> None:
@@ -102,24 +111,32 @@ def apply(
 
 
 def walk(plan: Plan, *, until: str | None = None, progress: Progress = SILENT, ranks: Alone = ALONE) -> Run:
-    """Carries out a plan; else as `apply`."""
+    """Carries out a plan; else as `apply`. Raises RecipeError where its directory holds what no run put there."""
+    refuse_foreign(plan)
     if shortage := missing_disk(plan, until):
         raise UnusableError(f"disk: {shortage}")
     # entered before the plan that counts looks at the store, so that nobody clears away in between what it found
     hits = {stage.name: stage.artifact.directory.name for stage in plan.stages if stage.artifact and stage.hit}
     register(plan.store, run_directory(plan), hits)
+    with RunDirectory.opened(run_directory(plan), progress) as directory:
+        return _walk(plan, directory, until, progress, ranks)
+
+
+def _walk(plan: Plan, directory: RunDirectory, until: str | None, progress: Progress, ranks: Alone) -> Run:
     reads_model = set(plan.leading_to(until)) - {"select"} - ({"observe"} if plan.imported else set())
     plan = plan.downloaded() if reads_model else replace(plan)  # to decide anew takes no weights
     _check_raw_recipe(plan.loaded)
     if plan.recipe.evaluate.lm_eval is not None and "verify" in plan.leading_to(until):
         require_lm_eval()  # now, not after everything else
-    run = Run(plan, run_directory(plan), ranks=ranks)
+    run = Run(plan, directory, ranks=ranks)
     ranks.share(plan.store.root)
     try:
         for name in plan.leading_to(until):
             _one_stage(run, name, until, progress)
-    finally:
-        _link(run, proven="verify" in run.artifacts or until in {stage.name for stage in run.models})
+    except BaseException as error:
+        _keep_attempt(run, error)
+        raise
+    _publish(run, proven="verify" in run.artifacts or until in {stage.name for stage in run.models})
     _drop_unwanted(run)
     _stop_if_final_rejected(run)
     _push(run, progress)
@@ -139,7 +156,7 @@ def _push(run: Run, progress: Progress) -> None:
     repository = run.plan.recipe.output.push_to_hub
     if repository is None or "report" not in run.artifacts or not run.models:
         return
-    final = _published(run, run.models[-1])
+    final = run.directory / _name(run.models[-1])
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
@@ -228,10 +245,9 @@ def _stop_if_rejected(run: Run, progress: Progress) -> None:
     summary, evaluate = run.summary("evaluate"), run.plan.recipe.evaluate
     action = {"reject": evaluate.on_reject, "undecided": evaluate.on_undecided}.get(summary["verdict"], "go on")
     if action == "stop":
-        write_rejected_report(run.plan, run.artifacts, run.directory)
-        raise RejectedByGates(
-            f"{summary['advice']}\nNo weight was written. All numbers: {run.directory / 'report.html'}"
-        )
+        name = "report.html" if run.got_as_far else "report.rejected.html"
+        run.published.put(name, rejected_report(run.plan, run.artifacts))
+        raise RejectedByGates(f"{summary['advice']}\nNo weight was written. All numbers: {run.directory / name}")
     if action == "warn":
         progress.warn(summary["advice"])
         run.warnings.append(summary["advice"])
@@ -240,7 +256,7 @@ def _stop_if_rejected(run: Run, progress: Progress) -> None:
 def _stop_if_final_rejected(run: Run) -> None:
     """A rejected directory is not published; an undecided one is there, and the command says so."""
     summary, evaluate = run.summary("verify"), run.plan.recipe.evaluate
-    final = _published(run, run.models[-1]) if run.models else run.directory
+    final = run.directory / _name(run.models[-1]) if run.models else run.directory
     where = {
         "reject": f"The rejected model was kept as {final}.rejected and was not uploaded.",
         "undecided": f"The model was written to {final} and was not uploaded.",
@@ -254,46 +270,61 @@ def _drop_unwanted(run: Run) -> None:
     for stage in run.models if "report" in run.artifacts else ():
         if stage.definition.directory not in run.plan.recipe.output.keep:
             run.artifacts[stage.name].drop_payload()
-            shutil.rmtree(_published(run, stage), ignore_errors=True)
+            run.published.remove(_name(stage))
 
 
-def _link(run: Run, *, proven: bool) -> None:
-    """The run directory as DESIGN lays it out: hard links into the store, and what this run did.
+def _keep_attempt(run: Run, error: BaseException) -> None:
+    """What a run that did not come to its end leaves: its results, unless those of one that got further are there."""
+    if run.got_as_far and run.artifacts:
+        _publish(run, proven=False)
+    told = {"error": f"{type(error).__name__}: {error}", "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    run.published.put("run.failed.json", _json(describe(run) | told))
+
+
+def _publish(run: Run, *, proven: bool) -> None:
+    """The run directory as DESIGN lays it out, and what this run did.
 
     Models stay in the store until their proofs hold (`proven`), or nobody asked for proofs.
     """
-    run.directory.mkdir(parents=True, exist_ok=True)
     for stage in run.plan.stages:
         artifact = run.artifacts.get(stage.name)
         if artifact is None or not artifact.has_payload:
             continue
         if stage.definition.makes_model:
             if proven:
-                _link_model(run, stage)
+                _publish_model(run, stage)
         elif stage.definition.file is not None:
-            copy_file(artifact.payload / stage.definition.file, run.directory / stage.definition.file)
+            run.published.put(stage.definition.file, artifact.payload / stage.definition.file)
         else:
-            publish(artifact.payload, _published(run, stage))
-    write_text(run.directory / "recipe.resolved.yaml", recipe_yaml(run.plan.recipe))
-    write_json(run.directory / "lock.json", make_lock(run.plan.loaded) | {"drawn": _drawn(run)})
-    write_json(run.directory / "run.json", describe(run))
+            run.published.mirror(artifact, _name(stage))
+    if run.got_as_far or not run.published.holds({name: artifact.key for name, artifact in run.artifacts.items()}):
+        run.published.put("recipe.resolved.yaml", recipe_yaml(run.plan.recipe).encode())
+        run.published.put("lock.json", _json(make_lock(run.plan.loaded) | {"drawn": _drawn(run)}))
+        run.published.put("run.json", _json(describe(run)))
+        run.published.remove("run.failed.json")
 
 
-def _published(run: Run, stage: Stage) -> Path:
-    """Where the run directory shows the payload of a stage that has a directory there."""
-    return run.directory / cast(str, stage.definition.directory)
-
-
-def _link_model(run: Run, stage: Stage) -> None:
+def _publish_model(run: Run, stage: Stage) -> None:
     """A model directory with its card; the final one of a rejected run under a name that nobody takes for a result."""
-    target = _published(run, stage)
-    if stage.name == run.models[-1].name and run.summary("verify").get("verdict") == "reject":
-        shutil.rmtree(target, ignore_errors=True)
-        target = target.with_name(f"{target.name}.rejected")
-    publish(run.artifacts[stage.name].payload, target)
-    report = run.artifacts.get("report")
-    if report is not None and (card := report.payload / f"{stage.definition.directory}.md").is_file():
-        copy_file(card, target / "README.md")
+    name, artifact = _name(stage), run.artifacts[stage.name]
+    rejected = f"{name}.rejected"
+    final = stage.name == run.models[-1].name
+    wrong = final and run.summary("verify").get("verdict") == "reject"
+    run.published.remove(name if wrong else rejected)
+    others, report = {}, run.artifacts.get("report")
+    if report is not None and (card := report.payload / f"{name}.md").is_file():
+        others["README.md"] = card.read_bytes()
+    others |= {MANIFEST: sealed_with(artifact.payload, others)}
+    run.published.mirror(artifact, rejected if wrong else name, others)
+
+
+def _name(stage: Stage) -> str:
+    """The directory in which the run shows the payload of a stage that has one."""
+    return cast(str, stage.definition.directory)
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1) + "\n").encode()
 
 
 def _drawn(run: Run) -> dict[str, Any]:
@@ -303,17 +334,6 @@ def _drawn(run: Run) -> dict[str, Any]:
         return {}
     summary = json.loads((artifact.payload / "calibration.json").read_text())
     return {source["name"]: {"indices": source["indices"], "sha256": source["sha256"]} for source in summary["sources"]}
-
-
-def publish(payload: Path, target: Path) -> None:
-    """`target` mirrors `payload` by hard links (copies across file systems), replacing what was there."""
-    fresh = target.with_name(f".{target.name}.new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    shutil.copytree(payload, fresh, copy_function=link_or_copy, symlinks=True)
-    if target.is_symlink() or target.is_file():
-        target.unlink()
-    shutil.rmtree(target, ignore_errors=True)
-    fresh.rename(target)
 
 
 def describe(run: Run) -> dict[str, Any]:

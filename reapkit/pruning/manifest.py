@@ -3,6 +3,7 @@ Torch-free."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -40,6 +41,18 @@ def seal(directory: Path, facts: Mapping[str, Any], progress: Progress = SILENT)
     record = {**facts, "complete": True, "shards": shards}
     write_json(directory / MANIFEST, record)
     return record
+
+
+def sealed_with(directory: Path, others: Mapping[str, bytes]) -> bytes:
+    """The record of a directory that is handed on with `others` in place of its files of these names: the sealed facts,
+    and the sha256 of every file that is not a shard."""
+    names = {str(file.relative_to(directory)): file for file in sorted(directory.rglob("*")) if file.is_file()}
+    record = read_manifest(directory)
+    kept = sorted({*names, *others} - {MANIFEST, *record["shards"]})
+    files = {
+        name: hashlib.sha256(others[name]).hexdigest() if name in others else digest_file(names[name]) for name in kept
+    }
+    return (json.dumps({**record, "files": files}, indent=1) + "\n").encode()
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -96,6 +109,7 @@ def check_directory(directory: Path, progress: Progress = SILENT) -> list[Findin
         ("config, index, headers", lambda: _headers(directory)),
         ("shards as recorded", lambda: _shards(directory, manifest)),
         ("experts, config", lambda: _experts(directory, manifest)),
+        ("other files", lambda: _files(directory, manifest)),
     ]
     return [*(_tried(name, check) for name, check in checks), *_hashes(directory, manifest, progress)]
 
@@ -145,6 +159,18 @@ def _experts(directory: Path, manifest: Mapping[str, Any]) -> str:
         f"{len(held)} MoE layers of {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} experts, as"
         " config.json says"
     )
+
+
+def _files(directory: Path, manifest: Mapping[str, Any]) -> str:
+    """Every file that is not a shard has the bytes it was handed on with; files that were added are the user's."""
+    files = manifest.get("files", {})
+    for name, sha256 in sorted(files.items()):
+        place = directory / name
+        if not place.is_file():
+            raise UnusableError(f"{name}: missing")
+        if (found := digest_file(place)) != sha256:
+            raise UnusableError(f"{name}: changed since it was written (sha256 {found[:12]}…, recorded {sha256[:12]}…)")
+    return f"{len(files)} of {len(files)} as written"
 
 
 def _hashes(directory: Path, manifest: Mapping[str, Any], progress: Progress) -> Iterator[Finding]:

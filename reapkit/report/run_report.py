@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from reapkit.core.artifact_store import Artifact
 from reapkit.core.formatting import human_bytes, human_experts, percent
@@ -79,6 +80,9 @@ def _subtitle(facts: RunFacts) -> str:
     return f"{facts.recipe.description} {facts.model.source} from {experts}, {sizes}.".strip()
 
 
-def write_rejected_report(plan: Plan, artifacts: Mapping[str, Artifact], directory: Path) -> None:
-    """Writes report.html into the run directory of a run that its gates stopped."""
-    write_run_report(facts_from(plan, artifacts), Path(directory) / "report.html")
+def rejected_report(plan: Plan, artifacts: Mapping[str, Artifact]) -> bytes:
+    """report.html of a run that its gates stopped."""
+    with TemporaryDirectory() as scratch:
+        page = Path(scratch) / "report.html"
+        write_run_report(facts_from(plan, artifacts), page)
+        return page.read_bytes()

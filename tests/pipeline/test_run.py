@@ -222,7 +222,8 @@ def test_a_rejected_quantization_is_not_published_and_names_the_next_scheme(fini
         root, f"evaluate.gates_quantized={{kl_mean: {{max: {limit}}}}}", f"output.directory={root / 'unpublished'}"
     )
     with pytest.raises(
-        RejectedByGates, match=r"(?s)lost by quantizing.*method=gptq.*--set quantize.scheme=W4A16.*rejected, unp"
+        RejectedByGates,
+        match=r"(?s)lost by quantizing.*method=gptq.*--set quantize.scheme=W4A16.*rejected and was not uploaded",
     ):
         apply(strict)
     assert (root / "unpublished" / "quantized.rejected").is_dir() and not (root / "unpublished" / "quantized").exists()
@@ -288,7 +289,7 @@ def test_a_directory_whose_proof_fails_is_not_published(
         save_file(tensors, file, metadata={"format": "pt"})
         return facts
 
-    monkeypatch.setattr("reapkit.pipeline.stages.quantize.quantize_checkpoint", swapped)
+    monkeypatch.setattr("reapkit.quantization.checkpoint.quantize_checkpoint", swapped)
     with pytest.raises(
         StageFailed, match=r"1 of 10 proofs failed. The first is dequantized of quantized: .*proj\.weight"
     ) as failure:
@@ -418,16 +419,14 @@ def test_layers_may_keep_different_numbers(finished: Run, root: Path) -> None:
 def test_a_full_disk_fails_the_stage_and_can_be_resumed(
     finished: Run, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import reapkit.pipeline.stages.select as stage
-
-    def full(context: object) -> dict:
+    def full(*arguments: object) -> dict:
         raise OSError(errno.ENOSPC, "No space left on device", "selection.json")
 
     changed = recipe(root, "saliency.prior_count=2", f"output.directory={root / 'full'}")
     with monkeypatch.context() as patched:
-        patched.setattr(stage, "run", full)
+        patched.setattr("reapkit.pipeline.stages.select.select_all", full)
         with pytest.raises(
-            StageFailed, match=r"select: no space left on device.*Free some.*Run the same command again"
+            StageFailed, match=r"select: no space left on device.*Free disk space.*Run the same command again"
         ):
             apply(changed, until="select")
     assert make_plan(changed).stage("select").artifact is None

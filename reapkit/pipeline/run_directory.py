@@ -1,0 +1,260 @@
+"""A run's directory: what reapkit published there is written down, and nothing else in it is ever changed or removed.
+Torch-free.
+
+`.reapkit-run.json` lists every file that runs put there: what it was copied from, and its size and modification time as
+it was left. A file that is not listed is the user's; so is one that was changed since. Weights share their bytes with
+the store and are read-only; every other file is a copy, so that an edit reaches no other run.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reapkit.core.artifact_store import Artifact, link_or_copy
+from reapkit.core.atomic_files import copy_file, write_bytes, write_json
+from reapkit.core.errors import RecipeError, UnusableError
+from reapkit.core.hashing import digest_file
+from reapkit.core.progress import Progress
+from reapkit.planning.plan import Plan
+
+RECORD, LOCK = ".reapkit-run.json", ".reapkit-run.lock"
+ASIDE = ".yours"
+"""What is added to the name of a file that the user changed and a new run replaces."""
+READ_ONLY = 0o444
+WRITTEN = ("recipe.resolved.yaml", "lock.json", "run.json", "run.failed.json", "report.rejected.html")
+"""What a run writes beside its stages' results."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """One file of ours: `source` names the content it was given, `size` and `mtime_ns` are as we left it."""
+
+    source: str
+    size: int
+    mtime_ns: int
+
+
+COMING = Published("", -1, -1)
+"""A file that is being written, or was when its run was killed."""
+
+
+class RunDirectory:
+    """The directory of one run, opened by one process at a time (`opened`)."""
+
+    def __init__(self, path: Path, progress: Progress):
+        self.path, self._progress = path, progress
+        self._files = read_record(path)
+
+    @classmethod
+    @contextmanager
+    def opened(cls, path: Path, progress: Progress) -> Iterator[RunDirectory]:
+        """The directory, made where there is none, and locked for the block against other runs of the same name."""
+        path.mkdir(parents=True, exist_ok=True)
+        with (path / LOCK).open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                progress.say(f"{path}: another run writes there; waiting")
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield cls(path, progress)
+
+    def mirror(self, artifact: Artifact, name: str, others: Mapping[str, bytes] | None = None) -> None:
+        """Directory `name` as the artifact's payload, with `others` in place of its files of these names.
+
+        What is there already is left alone, what earlier runs put there and this one has not is removed, and what the
+        user put there or changed stays: a changed file that must be replaced is kept beside it.
+        """
+        sources: dict[str, Path | bytes] = {
+            str(file.relative_to(artifact.payload)): file
+            for file in sorted(artifact.payload.rglob("*"))
+            if file.is_file()
+        }
+        sources |= others or {}
+        self._announce(f"{name}/{place}" for place in sources)
+        for place, source in sources.items():
+            self._put(f"{name}/{place}", source)
+        self._remove_but(name, {f"{name}/{place}" for place in sources})
+        self._save()
+
+    def put(self, name: str, source: Path | bytes) -> None:
+        """One file beside the directories."""
+        self._announce([name])
+        self._put(name, source)
+        self._save()
+
+    def remove(self, name: str) -> None:
+        """Every file of ours below `name`, and the folders that this leaves empty."""
+        self._remove_but(name, set())
+        self._save()
+
+    def earlier_stages(self) -> tuple[str, ...]:
+        """The stages of the run whose results are here, as its run.json says; none without one."""
+        return tuple(self._earlier())
+
+    def holds(self, keys: Mapping[str, str]) -> bool:
+        """Whether the run whose results are here has these stages with these keys."""
+        earlier = self._earlier()
+        return all(name in earlier and earlier[name].get("key") == key for name, key in keys.items())
+
+    def _earlier(self) -> dict[str, Any]:
+        try:
+            return dict(json.loads((self.path / "run.json").read_text())["stages"])
+        except (OSError, ValueError, TypeError, KeyError):
+            return {}
+
+    def _announce(self, places: Iterable[str]) -> None:
+        """Writes down what is about to be written where nothing is yet: a killed run's files are known as ours."""
+        fresh = [place for place in places if place not in self._files and not _is_there(self.path / place)]
+        self._files |= dict.fromkeys(fresh, COMING)
+        if fresh:
+            self._save()
+
+    def _put(self, place: str, source: Path | bytes) -> None:
+        target, signature = self.path / place, _signature(source)
+        known = self._files.get(place)
+        if known is not None and target.exists():
+            if _as_left(target, known) and known.source == signature:
+                return
+            if not _as_left(target, known):
+                if known.source == signature:
+                    self._progress.say(f"{target}: left as you changed it")
+                    return
+                self._set_aside(target)
+        elif _is_there(target):
+            raise UnusableError(
+                f"{target}: reapkit did not write this file. Move it, or choose another output.directory."
+            )
+        _write(source, target)
+        facts = target.stat()
+        self._files[place] = Published(signature, facts.st_size, facts.st_mtime_ns)
+
+    def _set_aside(self, target: Path) -> None:
+        kept = next(path for path in _names_beside(target) if not path.exists())
+        target.rename(kept)
+        self._progress.warn(f"{target}: you changed it, and this run replaces it; yours is kept as {kept.name}")
+
+    def _remove_but(self, name: str, wanted: set[str]) -> None:
+        """Files of ours at or below `name` that are not wanted; those that the user changed are let go of."""
+        for place in [place for place in self._files if _is_below(place, name) and place not in wanted]:
+            known, target = self._files.pop(place), self.path / place
+            if target.is_file() and _as_left(target, known):
+                target.unlink()
+                _remove_empty(target.parent, self.path)
+
+    def _save(self) -> None:
+        write_json(self.path / RECORD, {"format": 1, "files": {k: vars(v) for k, v in sorted(self._files.items())}})
+
+
+def run_directory(plan: Plan) -> Path:
+    """Where a run's results appear."""
+    return Path(plan.recipe.output.directory or f"runs/{plan.recipe.name}")
+
+
+def refuse_foreign(plan: Plan) -> None:
+    """Raises RecipeError where the run's directory holds, under a name that the run would use, what no run put
+    there."""
+    directories = [definition.directory for definition in plan.definitions if definition.directory is not None]
+    models = [f"{each.directory}.rejected" for each in plan.definitions if each.makes_model]
+    files = [definition.file for definition in plan.definitions if definition.file is not None]
+    if found := foreign(run_directory(plan), dict.fromkeys((*directories, *models, *files, *WRITTEN))):
+        names = ", ".join(str(place) for place in found)
+        raise RecipeError(
+            [
+                plan.loaded.problem(
+                    "output.directory" if plan.recipe.output.directory else "name",
+                    f"a run would write {names}, and reapkit did not make what is there. Choose another "
+                    "output.directory, or move it away.",
+                )
+            ]
+        )
+
+
+def foreign(path: Path, names: Iterable[str]) -> list[Path]:
+    """Which of the names that a run would write at `path` are there and hold something that reapkit did not put
+    there."""
+    ours = read_record(path)
+    found = []
+    for name in names:
+        place = path / name
+        alone = place.is_symlink() or (place.is_file() and name not in ours)
+        filled = place.is_dir() and any(place.iterdir()) and not any(_is_below(known, name) for known in ours)
+        if alone or filled:
+            found.append(place)
+    return found
+
+
+def read_record(path: Path) -> dict[str, Published]:
+    """What runs published at `path`, by name relative to it. Raises UnusableError for a record that cannot be read."""
+    try:
+        files = json.loads((path / RECORD).read_text())["files"]
+        return {name: Published(**facts) for name, facts in files.items()}
+    except FileNotFoundError:
+        return {}
+    except NotADirectoryError:
+        raise UnusableError(f"{path}: is a file. Choose another output.directory.") from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UnusableError(
+            f"{path / RECORD}: the record of what runs wrote there cannot be read ({type(error).__name__}: {error}). "
+            "Move the directory away, or choose another output.directory."
+        ) from None
+
+
+def _signature(source: Path | bytes) -> str:
+    """What names a source's content without reading large files: artifacts never change once they are finished."""
+    if isinstance(source, bytes):
+        return hashlib.sha256(source).hexdigest()
+    if source.suffix == ".safetensors":
+        facts = source.stat()
+        return f"{facts.st_dev}:{facts.st_ino}:{facts.st_size}:{facts.st_mtime_ns}"
+    return digest_file(source)
+
+
+def _write(source: Path | bytes, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(source, bytes):
+        write_bytes(target, source)
+    elif source.suffix == ".safetensors":
+        source.chmod(READ_ONLY)
+        partial = target.with_name(f".{target.name}.{os.getpid():08x}.partial")
+        partial.unlink(missing_ok=True)
+        link_or_copy(source, partial)
+        partial.replace(target)
+        partial.unlink(missing_ok=True)  # rename leaves both names where they are the same file
+        target.chmod(READ_ONLY)
+    else:
+        copy_file(source, target)
+
+
+def _as_left(target: Path, known: Published) -> bool:
+    facts = target.stat()
+    return known == COMING or (facts.st_size, facts.st_mtime_ns) == (known.size, known.mtime_ns)
+
+
+def _is_there(target: Path) -> bool:
+    return target.exists() or target.is_symlink()
+
+
+def _names_beside(target: Path) -> Iterator[Path]:
+    yield target.with_name(target.name + ASIDE)
+    number = 2
+    while True:
+        yield target.with_name(f"{target.name}{ASIDE}{number}")
+        number += 1
+
+
+def _is_below(place: str, name: str) -> bool:
+    return place == name or place.startswith(f"{name}/")
+
+
+def _remove_empty(folder: Path, root: Path) -> None:
+    while folder != root and not any(folder.iterdir()):
+        folder.rmdir()
+        folder = folder.parent
