@@ -44,7 +44,7 @@ class Inputs:
     def vocabulary(self) -> int | None:
         """How many token ids the model's embedding has, where its config says."""
         try:
-            config = json.loads((self.tokenizer_directory / "config.json").read_text())
+            config = json.loads((self.tokenizer_directory / "config.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
         return config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")

@@ -71,7 +71,7 @@ class CalibrationTokens:
         """The calibration below `directory`. Raises UnusableError where there is none."""
         directory = Path(directory)
         try:
-            summary = json.loads((directory / SUMMARY_FILE).read_text())
+            summary = json.loads((directory / SUMMARY_FILE).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise UnusableError(
                 f"{directory}: {SUMMARY_FILE} is missing, so this is not a finished calibration. Run the recipe again."

@@ -29,7 +29,7 @@ def read_index(path: Path) -> dict[str, str]:
     """Tensor name -> shard; shards lie in the directory itself. Raises UnusableError where the index says anything
     else."""
     try:
-        weight_map = json.loads(path.read_text())["weight_map"]
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         wrong = [shard for shard in weight_map.values() if type(shard) is not str]
         wrong = wrong or [
             shard for shard in sorted(set(weight_map.values())) if shard != Path(shard).name or "\0" in shard
@@ -73,7 +73,7 @@ class Checkpoint:
         if not (path / "config.json").is_file():
             raise UnusableError(f"{path}: there is no config.json. Give a model directory or a hub id.")
         try:
-            config = json.loads((path / "config.json").read_text())
+            config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
             raise UnusableError(
                 f"{path / 'config.json'}: the file is not valid JSON ({error}). Download it again."

@@ -111,7 +111,7 @@ def hub_revision(repository: str, kind: str) -> str:
     except (httpx.HTTPError, HFValidationError, OSError) as error:
         cached = Path(constants.HF_HUB_CACHE) / f"{kind}s--{repository.replace('/', '--')}" / "refs" / "main"
         if cached.is_file():
-            return cached.read_text().strip()
+            return cached.read_text(encoding="utf-8").strip()
         raise UnusableError(
             f"{repository}: its commit cannot be determined ({type(error).__name__}). Go online, or write"
             " `revision:` into the recipe."

@@ -186,7 +186,7 @@ def _runs(tensors: Iterable[TensorInfo]) -> list[tuple[str, int, int]]:
 
 def _load(record: Path) -> dict[str, HashedShard]:
     try:
-        return {shard: HashedShard(**facts) for shard, facts in json.loads(record.read_text()).items()}
+        return {shard: HashedShard(**facts) for shard, facts in json.loads(record.read_text(encoding="utf-8")).items()}
     except FileNotFoundError:
         return {}
     except (ValueError, TypeError, AttributeError):

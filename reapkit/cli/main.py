@@ -13,9 +13,10 @@ import typer
 
 from reapkit.cli import directories, looking, recipes
 from reapkit.cli.app import app
+from reapkit.cli.environment import output_failure, refused, steady_streams
 from reapkit.cli.following import follow, follower_code
 from reapkit.core import ranks, stop_requests
-from reapkit.core.errors import ReapkitError, RecipeError
+from reapkit.core.errors import ReapkitError, RecipeError, UnusableError
 
 __all__ = ["app", "directories", "looking", "main", "recipes"]
 
@@ -33,6 +34,8 @@ UsageError = cast(type[Exception], typer.BadParameter.__mro__[1])
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line and exits with the documented code."""
     own_process = arguments is None
+    if own_process:
+        steady_streams()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
@@ -46,6 +49,8 @@ def main(arguments: list[str] | None = None) -> None:
         code = follow(team, debug) if team and team.rank else _run(arguments, debug)
     except KeyboardInterrupt:  # it came while another error was being dealt with
         code = _interrupted()
+    if (failure := output_failure()) and code == 0:
+        code = _told(UnusableError(refused(failure, "standard output")))
     if team:
         code = _end_together(team, code)
     if code == 130:
@@ -98,13 +103,14 @@ def _run(arguments: list[str], debug: bool) -> int:
         return RecipeError.exit_code
     except (KeyboardInterrupt, typer.Abort):
         return _interrupted()
-    except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (open until the end: the flush at exit writes to it)
-        return 0
     except ReapkitError as error:
         if debug:
             traceback.print_exc()
         return _told(error)
+    except OSError as error:
+        if debug:
+            traceback.print_exc()
+        return _told(UnusableError(refused(error)))
     except Exception as error:  # a defect of ours: say so, and how to report it
         if debug:
             traceback.print_exc()

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from reapkit.cli.app import Elsewhere, Json, Overrides, RecipeArgument, app, out, quiet_libraries
+from reapkit.core.atomic_files import write_text
 from reapkit.core.errors import RecipeError, UnusableError
 from reapkit.core.ranks import current
 from reapkit.pipeline.planned import load_and_plan
@@ -194,7 +195,7 @@ def init(
     path = output or Path(f"{name}.yaml")
     if path.exists():
         raise RecipeError(f"{path}: the file exists already. Choose another name with -o.")
-    path.write_text(text)
+    write_text(path, text)
     print(json.dumps({"path": str(path), "name": name}) if as_json else f"{path}: written. Next: reapkit plan {path}")
 
 

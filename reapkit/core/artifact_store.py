@@ -64,7 +64,7 @@ class Store:
         """The finished artifact of that key, or None; a directory without manifest is unfinished work."""
         directory = self.directory(stage, key)
         try:
-            manifest = json.loads((directory / "manifest.json").read_text())
+            manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
         return Artifact(stage, key, directory, manifest) if manifest.get("key") == key else None
@@ -116,7 +116,7 @@ class Store:
     def artifacts(self) -> Iterator[Artifact]:
         """Every finished artifact."""
         for path in sorted(self.root.glob("*/manifest.json")):
-            manifest = json.loads(path.read_text())
+            manifest = json.loads(path.read_text(encoding="utf-8"))
             yield Artifact(manifest["stage"], manifest["key"], path.parent, manifest)
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,11 @@ def replacing(target: Path) -> Generator[Path, None, None]:
     power cut. It has the mode that the umask gives new files, whoever wrote it. Directories above it are made. Raises
     OSError where the disk refuses (full, read-only), also where safetensors hides that in an error of its own.
     """
+    if target.is_char_device() or target.is_fifo():
+        yield from _passed_on(target)
+        return
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{uuid4().hex[:8]}.partial")
     try:
@@ -44,6 +50,18 @@ def replacing(target: Path) -> Generator[Path, None, None]:
             raise OSError(int(code[1]), os.strerror(int(code[1])), str(target)) from error
         raise
     sync(target.parent)
+
+
+def _passed_on(target: Path) -> Generator[Path, None, None]:
+    """What takes bytes and is no file (/dev/null, a pipe) keeps its place: it is written to, never replaced."""
+    with tempfile.TemporaryDirectory(prefix="reapkit-") as scratch:
+        partial = Path(scratch) / target.name
+        partial.touch()
+        yield partial
+        try:
+            target.write_bytes(partial.read_bytes())
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(target)) from error
 
 
 def write_bytes(target: Path, content: bytes) -> None:

@@ -135,7 +135,7 @@ def _artifacts(file: Path) -> dict[str, str]:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text())
+        found = json.loads(file.read_text(encoding="utf-8"))
         if not {"directory", "artifacts"} <= found.keys() and "stages" not in found:
             raise ValueError("the file names no artifacts")
     except (OSError, ValueError, AttributeError) as error:

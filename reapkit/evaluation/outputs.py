@@ -253,7 +253,11 @@ def _hidden_on_disk(model: nn.Module, pack: Pack, batch_tokens: int, directory: 
     path = directory / f"base-{pack.length}-{digest(identity)[:12]}.bin"
     state = path.with_suffix(".json")
     directory.mkdir(parents=True, exist_ok=True)
-    finished = json.loads(state.read_text()) if state.is_file() and path.is_file() else {"batches": 0, "positions": 0}
+    finished = (
+        json.loads(state.read_text(encoding="utf-8"))
+        if state.is_file() and path.is_file()
+        else {"batches": 0, "positions": 0}
+    )
     mapped = hidden_file(path, pack.num_positions, width, dtype)
     task.advance(finished["positions"])
     for hidden in _hidden(model, pack, batch_tokens, finished["batches"]):

@@ -76,10 +76,10 @@ def run_benchmarks(
         code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
     written = sorted(path for path in out.rglob("results_*.json") if path not in known)
     if code != 0 or not written:
-        last = (out / "lm_eval.log").read_text().strip().splitlines()[-1:] or ["no output"]
+        last = (out / "lm_eval.log").read_text(encoding="utf-8").strip().splitlines()[-1:] or ["no output"]
         raise StageFailed(f"lm-eval on {model} ended with {code}: {last[0]} (all of it in {out / 'lm_eval.log'}).")
     return {
-        "tasks": _metrics(json.loads(written[-1].read_text())["results"]),
+        "tasks": _metrics(json.loads(written[-1].read_text(encoding="utf-8"))["results"]),
         "limit": limit,
         "max_new_tokens": max_new_tokens,
         "lm_eval": version("lm_eval"),

@@ -215,7 +215,7 @@ def _peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return sum(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count()))
     try:
-        status = Path("/proc/self/status").read_text()
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
         return int(status.split("VmHWM:")[1].split()[0]) * 1024  # getrusage would count the parent's peak as ours
     except (OSError, IndexError):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -72,7 +72,7 @@ def load_config(path: str | Path, *, trust_remote_code: bool = False) -> transfo
     try:
         return transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except ValueError as error:
-        kind = json.loads((Path(path) / "config.json").read_text()).get("model_type")
+        kind = json.loads((Path(path) / "config.json").read_text(encoding="utf-8")).get("model_type")
         raise UnusableError(
             f"{path}: transformers {transformers.__version__} cannot read a config of model_type '{kind}' ({error})."
             " Upgrade transformers, or check config.json."

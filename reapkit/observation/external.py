@@ -35,7 +35,7 @@ class ImportedObservation:
         """
         directory = directory.resolve()
         try:
-            facts = json.loads((directory / "observation.json").read_text())
+            facts = json.loads((directory / "observation.json").read_text(encoding="utf-8"))
             names = FILES if facts["eaft"] else FILES[:2]
             _ = (facts["layers"], facts["num_experts"], facts["sources"], facts["meta"])  # what is read below
             hashes = _hashes([directory / name for name in names], cache)
@@ -90,7 +90,7 @@ class ImportedObservation:
 def _hashes(files: list[Path], cache: Path) -> list[list[str]]:
     """[name, sha256] of each file."""
     try:
-        known = json.loads(cache.read_text())
+        known = json.loads(cache.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         known = {}
     fresh = {}

@@ -205,7 +205,7 @@ class Observation:
         """Raises UnusableError where the directory holds no observation this version can read."""
         directory = Path(directory)
         try:
-            facts = json.loads((directory / "observation.json").read_text())
+            facts = json.loads((directory / "observation.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UnusableError(
                 f"{directory}: observation.json cannot be read ({error}). Give an observation's directory."

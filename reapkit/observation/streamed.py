@@ -189,7 +189,11 @@ class _WavePass:
 
     def run(self, wave: Wave, task: Task) -> None:
         waiting = list(self._batches(wave.groups))
-        saved = json.loads((self.root / wave.taken_from / "facts.json").read_text()) if wave.taken_from else None
+        saved = (
+            json.loads((self.root / wave.taken_from / "facts.json").read_text(encoding="utf-8"))
+            if wave.taken_from
+            else None
+        )
         with self.layer_pass.starting_at(wave.start, saved["returns_tuple"] if saved else ()):
             for item in waiting:
                 self.current = item.watch

@@ -94,7 +94,10 @@ def drop_inputs(root: Path) -> None:
 
 
 def _waves(root: Path) -> list[tuple[tuple[int, ...], Path]]:
-    return [(tuple(json.loads(file.read_text())), file.parent) for file in sorted(root.glob("wave-*/groups.json"))]
+    return [
+        (tuple(json.loads(file.read_text(encoding="utf-8"))), file.parent)
+        for file in sorted(root.glob("wave-*/groups.json"))
+    ]
 
 
 def _unfinished(root: Path, groups: Sequence[int]) -> list[Wave]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from reapkit.core.artifact_store import Artifact
+from reapkit.core.atomic_files import write_text
 from reapkit.core.errors import ReapkitError, RecipeError, RejectedByGates, StageFailed, UnusableError
 from reapkit.core.garbage_collection import register
 from reapkit.core.progress import SILENT, Progress
@@ -115,6 +116,7 @@ def walk(plan: Plan, *, until: str | None = None, progress: Progress = SILENT, r
     refuse_foreign(plan)
     if shortage := missing_disk(plan, until):
         raise UnusableError(f"disk: {shortage}")
+    _make_runs_folder(run_directory(plan).parent, plan.store.root.parent)
     # entered before the plan that counts looks at the store, so that nobody clears away in between what it found
     hits = {stage.name: stage.artifact.directory.name for stage in plan.stages if stage.artifact and stage.hit}
     register(plan.store, run_directory(plan), hits)
@@ -141,6 +143,14 @@ def _walk(plan: Plan, directory: RunDirectory, until: str | None, progress: Prog
     _stop_if_final_rejected(run)
     _push(run, progress)
     return run
+
+
+def _make_runs_folder(*parents: Path) -> None:
+    """A folder `runs` that is not there yet is made with a .gitignore: what it will hold is large, and can be made
+    again."""
+    for folder in parents:
+        if folder.name == "runs" and not folder.exists():
+            write_text(folder / ".gitignore", "*\n")
 
 
 def _one_stage(run: Run, name: str, until: str | None, progress: Progress) -> None:
@@ -332,7 +342,7 @@ def _drawn(run: Run) -> dict[str, Any]:
     artifact = run.artifacts.get("calibrate")
     if artifact is None or not artifact.has_payload:
         return {}
-    summary = json.loads((artifact.payload / "calibration.json").read_text())
+    summary = json.loads((artifact.payload / "calibration.json").read_text(encoding="utf-8"))
     return {source["name"]: {"indices": source["indices"], "sha256": source["sha256"]} for source in summary["sources"]}
 
 

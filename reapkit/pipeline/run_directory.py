@@ -106,7 +106,7 @@ class RunDirectory:
 
     def _earlier(self) -> dict[str, Any]:
         try:
-            return dict(json.loads((self.path / "run.json").read_text())["stages"])
+            return dict(json.loads((self.path / "run.json").read_text(encoding="utf-8"))["stages"])
         except (OSError, ValueError, TypeError, KeyError):
             return {}
 
@@ -194,7 +194,7 @@ def foreign(path: Path, names: Iterable[str]) -> list[Path]:
 def read_record(path: Path) -> dict[str, Published]:
     """What runs published at `path`, by name relative to it. Raises UnusableError for a record that cannot be read."""
     try:
-        files = json.loads((path / RECORD).read_text())["files"]
+        files = json.loads((path / RECORD).read_text(encoding="utf-8"))["files"]
         return {name: Published(**facts) for name, facts in files.items()}
     except FileNotFoundError:
         return {}

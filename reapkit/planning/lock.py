@@ -102,7 +102,7 @@ def write_lock(loaded: LoadedRecipe, path: Path) -> dict[str, Any]:
 def read_lock(path: Path) -> dict[str, Any]:
     """Raises UnusableError where there is no lock that this version reads."""
     try:
-        lock = json.loads(path.read_text())
+        lock = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UnusableError(
             f"{path}: the lock cannot be read ({error}). Write a new one with `reapkit lock`."

@@ -261,7 +261,9 @@ def _edited_texts(
     if is_ragged:
         edits[("auto_map",)] = _auto_map(source.config["architectures"][0])
     if is_ragged or _is_ragged_source(source):
-        texts[f"{RAGGED_MODULE}.py"] = (Path(__file__).parents[1] / "model/ragged_modeling.py").read_text()
+        texts[f"{RAGGED_MODULE}.py"] = (Path(__file__).parents[1] / "model/ragged_modeling.py").read_text(
+            encoding="utf-8"
+        )
     texts["config.json"] = edit_json(_exact_text(source.path / "config.json"), edits)
     for name in QUANTIZER_FILES:
         if (source.path / name).is_file():
@@ -338,7 +340,7 @@ def _plan_key(
 def _resume(out: Path, key: str) -> dict[str, Any]:
     """The manifest of an earlier attempt at the same work with the shards that are there, or a fresh one."""
     try:
-        found = json.loads((out / MANIFEST).read_text())
+        found = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
         same = found["key"] == key
     except (OSError, ValueError, KeyError, TypeError):
         same = False

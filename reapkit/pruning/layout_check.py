@@ -35,7 +35,7 @@ def confirm_layout(source: Checkpoint, layout: Layout, keep: Mapping[int, Sequen
     change = Counts(
         (architecture.num_experts, counts.pop()), (architecture.num_experts_per_tok,) * 2, architecture.n_group
     )
-    text = (source.path / "config.json").read_text()
+    text = (source.path / "config.json").read_text(encoding="utf-8")
     edited = edit_json(text, config_edits(source.config, change, lambda name: name))
     before, after = (_numel_by_layer(model_class, config) for config in (text, edited))
     cut: Counter[int] = Counter()
@@ -61,7 +61,7 @@ def _numel_by_layer(model_class: type, config: str) -> Counter[int]:
     with (
         tempfile.TemporaryDirectory() as directory
     ):  # only reading from a file decodes every value as the library wrote it
-        Path(directory, "config.json").write_text(config)
+        Path(directory, "config.json").write_text(config, encoding="utf-8")
         parsed = model_class.config_class.from_pretrained(directory)
     with torch.device("meta"):
         model = model_class(parsed)

@@ -61,7 +61,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     Raises UnusableError where there is no record, or one of an unfinished directory.
     """
     try:
-        manifest = json.loads((directory / MANIFEST).read_text())
+        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
         complete = manifest["complete"]
         for name, shard in manifest["shards"].items():
             if not isinstance(name, str) or type(shard["bytes"]) is not int or not isinstance(shard["sha256"], str):

@@ -72,7 +72,7 @@ class RepairedWeights:
         """Raises UnusableError where there is none."""
         path = Path(directory) / INDEX
         try:
-            data = json.loads(path.read_text())
+            data = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UnusableError(
                 f"{path}: the re-fitted weights cannot be read ({error}). Run the repair stage again."

@@ -139,7 +139,7 @@ def _config(directory: Path, source: Checkpoint, model: nn.Module) -> None:
         (architecture.num_experts, kept), (top_k, top_k), architecture.n_group, drop_mtp=True
     )  # loaded models have no MTP block
     edits = config_edits(source.config, counts, lambda name: name)
-    written = json.loads((directory / "config.json").read_text())
+    written = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     if "quantization_config" in written:
         edits[("quantization_config",)] = written["quantization_config"]
-    write_text(directory / "config.json", edit_json((source.path / "config.json").read_text(), edits))
+    write_text(directory / "config.json", edit_json((source.path / "config.json").read_text(encoding="utf-8"), edits))

@@ -104,7 +104,7 @@ def finish_directory(
     ignore = sorted(
         {"lm_head", *plan.left, *_loaded_names(checkpoint, plan.left, trust_remote_code), *_stacked_patterns(plan)}
     )
-    text = (checkpoint.path / "config.json").read_text()
+    text = (checkpoint.path / "config.json").read_text(encoding="utf-8")
     write_index(out)
     write_text(out / "config.json", edit_json(text, {("quantization_config",): quantization_config(scheme, ignore)}))
 

@@ -35,7 +35,7 @@ def main() -> None:
     """Reads the request, writes its proofs."""
     question, answer = map(Path, sys.argv[1:3])
     with quiet():
-        found = proofs(Request.from_json(json.loads(question.read_text())))
+        found = proofs(Request.from_json(json.loads(question.read_text(encoding="utf-8"))))
     answer.write_text(json.dumps([asdict(proof) for proof in found]))
 
 

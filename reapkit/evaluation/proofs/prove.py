@@ -92,7 +92,7 @@ def prove(request: Request) -> list[Proof]:
             raise StageFailed(
                 f"verify: the process that proves the result ended with {run.returncode}: {run.stderr.strip()[-2000:]}"
             )
-        return [Proof(**proof) for proof in json.loads(answer.read_text())]
+        return [Proof(**proof) for proof in json.loads(answer.read_text(encoding="utf-8"))]
 
 
 def _threads() -> dict[str, str]:

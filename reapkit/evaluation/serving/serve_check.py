@@ -195,7 +195,7 @@ def _one_process(python: Path, request: Mapping[str, Any]) -> dict[str, Any]:
             raise UnusableError(
                 f"{python}: vLLM's process ended with {run.returncode}: {(run.stderr or run.stdout).strip()[-2000:]}"
             )
-        return json.loads(answer.read_text())
+        return json.loads(answer.read_text(encoding="utf-8"))
 
 
 def _compared(

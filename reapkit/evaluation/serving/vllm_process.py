@@ -81,7 +81,7 @@ REPEATS = 3
 def own_peak():
     """Peak memory of this process, and not of the one that started it, which getrusage would count."""
     try:
-        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+        return int(Path("/proc/self/status").read_text(encoding="utf-8").split("VmHWM:")[1].split()[0]) * 1024
     except (OSError, IndexError):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
@@ -261,7 +261,7 @@ def gaps(parameters, loaded, loads):
 
 def main():
     question, answer = map(Path, sys.argv[1:3])
-    request = json.loads(question.read_text())
+    request = json.loads(question.read_text(encoding="utf-8"))
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one process: it ends with us
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
