@@ -34,7 +34,7 @@ def run(context: Context) -> dict[str, Any]:
 
 STAGE = StageDefinition(
     name="packs",
-    version=1,
+    version=2,
     run=run,
     directory="packs",
     fields=("evaluate.packs", "evaluate.extra_packs"),
