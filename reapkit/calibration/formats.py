@@ -175,7 +175,7 @@ def _from_json(value: Any, column: str) -> Any:
         return None
     try:
         return json.loads(value)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"column '{column}' holds broken JSON ({error})") from None
 
 
@@ -238,7 +238,9 @@ def _call(call: Any, number: int) -> dict[str, Any]:
         raise ValueError(f"turn {number} has a tool call without a function name")
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
-        with suppress(ValueError):  # a model may have written broken JSON; templates that print it keep it as it is
+        with suppress(
+            ValueError, RecursionError
+        ):  # a model may have written broken JSON; templates that print it keep it as it is
             arguments = json.loads(arguments) if arguments.strip() else {}
     identity = {"id": call["id"]} if call.get("id") is not None else {}
     return {**identity, "type": "function", "function": {"name": function["name"], "arguments": arguments}}

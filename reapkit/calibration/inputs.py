@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -11,8 +10,10 @@ from typing import Any
 
 from reapkit.calibration.identity import source_identity, tokenizer_identity
 from reapkit.calibration.spans import read_template
+from reapkit.checkpoint.architecture import text_config, whole_number
 from reapkit.core.errors import UnusableError
 from reapkit.core.hashing import digest
+from reapkit.core.json_text import parse_json
 from reapkit.core.progress import Progress
 from reapkit.recipe.schema import CalibrationSpec, MixEntry
 
@@ -44,10 +45,10 @@ class Inputs:
     def vocabulary(self) -> int | None:
         """How many token ids the model's embedding has, where its config says."""
         try:
-            config = json.loads((self.tokenizer_directory / "config.json").read_text(encoding="utf-8"))
+            config = parse_json((self.tokenizer_directory / "config.json").read_text(encoding="utf-8"), infinite=True)
         except (OSError, ValueError):
             return None
-        return config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+        return whole_number(config, "vocab_size") or whole_number(text_config(config), "vocab_size")
 
     def tokenizer(self) -> Any:
         """Loaded when first asked for: sources of token ids need none. Raises UnusableError where it cannot be

@@ -88,7 +88,7 @@ class LineRows:
             return {"text": text}
         try:
             row = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(
                 f"{self.place(number)}: invalid JSON ({error}). Every line must hold one JSON object."
             ) from None

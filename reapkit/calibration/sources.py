@@ -173,7 +173,7 @@ def _open_json(path: Path, entry: MixEntry) -> Rows:
             return LineRows(path, json_lines=True)
     try:
         return Records(path, json.loads(path.read_bytes()))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UnusableError(
             f"source '{entry.name}', {path.name}: invalid JSON ({error}). Give a JSON array of objects, or JSON lines."
         ) from None

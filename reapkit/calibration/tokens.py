@@ -11,7 +11,6 @@ start.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby, pairwise
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 
 from reapkit.core.errors import UnusableError
+from reapkit.core.json_text import parse_json
 from reapkit.core.mapped_safetensors import map_tensors
 
 TOKENS_FILE = "tokens.safetensors"
@@ -71,11 +71,13 @@ class CalibrationTokens:
         """The calibration below `directory`. Raises UnusableError where there is none."""
         directory = Path(directory)
         try:
-            summary = json.loads((directory / SUMMARY_FILE).read_text(encoding="utf-8"))
+            summary = parse_json((directory / SUMMARY_FILE).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise UnusableError(
                 f"{directory}: {SUMMARY_FILE} is missing, so this is not a finished calibration. Run the recipe again."
             ) from None
+        except ValueError as error:
+            raise UnusableError(f"{directory / SUMMARY_FILE}: cannot be read ({error}). Calibrate again.") from None
         return cls(directory, summary)
 
     @property

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,19 @@ from reapkit.core.errors import UnusableError
 EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 TEXT_CONFIG_KEYS = ("text_config", "llm_config", "language_config")
+WHOLE_NUMBERS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
+"""Fields that sizes and costs are computed from; where layers differ, they list a number for each."""
+LARGEST = 1 << 31
+"""No field that counts something of a model is larger."""
+MTP_COUNT = re.compile(r"(?=.*(?:^|_)(?:mtp|nextn)(?:_|$))(?=.*(?:num|layers|modules|depth))")
+"""Fields that say how many multi-token-prediction blocks there are."""
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -18,21 +32,89 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return next((config[key] for key in TEXT_CONFIG_KEYS if isinstance(config.get(key), Mapping)), config)
 
 
+def whole_number(config: Mapping[str, Any], key: str) -> int | None:
+    """A field that holds one number; None where it is missing, null, or lists a number per layer.
+
+    Raises UnusableError for anything that counts nothing.
+    """
+    value = config.get(key)
+    for one in value if isinstance(value, list) else [value]:
+        if one is not None and (type(one) is not int or not 0 <= one <= LARGEST):
+            raise UnusableError(
+                f"config.json: {key} is {str(one)[:40]!r}, but it must be a whole number from 0 to {LARGEST}. Download"
+                " the checkpoint again or correct its config."
+            )
+    return None if isinstance(value, list) else value
+
+
+def largest_number(config: Mapping[str, Any], *keys: str) -> int | None:
+    """The first of the fields that says a number above 0; of a list, its largest. Raises UnusableError as
+    `whole_number` does."""
+    for key in keys:
+        single, value = whole_number(config, key), config.get(key)
+        found = max((one for one in value if one is not None), default=0) if isinstance(value, list) else single
+        if found:
+            return found
+    return None
+
+
+def hidden_width(config: Mapping[str, Any]) -> int:
+    """The model's `hidden_size`. Raises UnusableError where it is missing."""
+    found = largest_number(config, "hidden_size")
+    if found is None:
+        raise UnusableError(
+            "config.json: hidden_size is missing, so nothing can be said of memory. Download the checkpoint again or"
+            " correct its config."
+        )
+    return found
+
+
+def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config's `quantization_config`, empty where there is none. Raises UnusableError where it is no mapping."""
+    found = config.get("quantization_config")
+    if found is not None and not isinstance(found, Mapping):
+        raise UnusableError(
+            "config.json: quantization_config is not a JSON object. Download the checkpoint again or correct its"
+            " config."
+        )
+    return found or {}
+
+
+def mtp_depth(config: Mapping[str, Any]) -> int | None:
+    """Multi-token-prediction blocks that config.json declares; None where no field counts them."""
+    found = [value for value in _counts_of_mtp(config) if value is not None]
+    return max(found, default=None)
+
+
+def _counts_of_mtp(config: Mapping[str, Any]) -> Iterator[int | None]:
+    for part in (config, text_config(config)):
+        yield from (whole_number(part, key) for key in part if MTP_COUNT.search(key) and type(part[key]) is int)
+
+
 def _first_integer(config: Mapping[str, Any], keys: tuple[str, ...]) -> int | None:
     for key in keys:
         value = config.get(key)
         if isinstance(value, list):  # ernie and hunyuan publish a number per layer or per modality
-            value = value[0] if value and len(set(value)) == 1 else None
+            value = value[0] if value and all(item == value[0] for item in value) else None
         if isinstance(value, int) and not isinstance(value, bool):
             return value
     return None
 
 
+def _shown(number: int) -> str:
+    return str(number)[:40]
+
+
+def _groups(text: Mapping[str, Any], key: str) -> int:
+    return whole_number(text, key) or 1
+
+
 def _num_hidden_layers(config: Mapping[str, Any]) -> int:
     value = config.get("num_hidden_layers", config.get("num_layers"))
     if value is None:  # nemotron_h may say it by listing the layers
-        value = len(config.get("layers_block_type") or config.get("layer_types") or ())
-    if not isinstance(value, int) or value < 1:
+        listed = config.get("layers_block_type") or config.get("layer_types") or ()
+        value = len(listed) if isinstance(listed, (list, tuple, str)) else 0
+    if type(value) is not int or not 1 <= value <= LARGEST:
         raise UnusableError(
             "config.json: num_hidden_layers is missing or not a positive number, so the layers cannot be told apart."
         )
@@ -66,13 +148,20 @@ class Architecture:
                 f"config.json: model_type '{model_type}' has {missing}, so it is not a Mixture-of-Experts "
                 "checkpoint that reapkit knows. Choose a MoE model."
             )
+        for key in WHOLE_NUMBERS:
+            whole_number(text, key)
+        if not 1 <= top_k <= experts <= LARGEST:
+            raise UnusableError(
+                f"config.json: each token is routed to {_shown(top_k)} of {_shown(experts)} experts, which cannot be."
+                " Download the checkpoint again or correct its config."
+            )
         return cls(
             model_type,
             _num_hidden_layers(text),
             experts,
             top_k,
-            n_group=int(text.get("n_group") or 1),
-            topk_group=int(text.get("topk_group") or 1),
+            n_group=_groups(text, "n_group"),
+            topk_group=_groups(text, "topk_group"),
         )
 
     @property

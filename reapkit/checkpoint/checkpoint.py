@@ -4,43 +4,50 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import json
 import os
 import stat
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import isinf
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from reapkit.checkpoint.agreement import require_agreement
 from reapkit.checkpoint.architecture import Architecture
 from reapkit.checkpoint.expert_layout import Layout
 from reapkit.checkpoint.layout_reading import read_layout
 from reapkit.core.errors import UnusableError
 from reapkit.core.hashing import digest, digest_file
+from reapkit.core.json_text import parse_json
 from reapkit.core.safetensors_header import TensorInfo, read_header_text, tensors_of
 
 HASHED_SHARD_BYTES = 64_000_000  # a tenth of a second; larger shards are hashed while observe first reads them
 INDEX = "model.safetensors.index.json"
+LONGEST_NAME = 255
+"""Bytes of a file's name on common file systems."""
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a name that a file gives can only be that of a file beside it: no path, nothing that no disk takes."""
+    return name == Path(name).name and "\0" not in name and len(name.encode(errors="surrogatepass")) <= LONGEST_NAME
 
 
 def read_index(path: Path) -> dict[str, str]:
     """Tensor name -> shard; shards lie in the directory itself. Raises UnusableError where the index says anything
     else."""
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = parse_json(path.read_text(encoding="utf-8"))["weight_map"]
         wrong = [shard for shard in weight_map.values() if type(shard) is not str]
-        wrong = wrong or [
-            shard for shard in sorted(set(weight_map.values())) if shard != Path(shard).name or "\0" in shard
-        ]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        wrong = wrong or [shard for shard in sorted(set(weight_map.values())) if not is_file_name(shard)]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UnusableError(
             f"{path}: the index of shards cannot be read ({type(error).__name__}: {error}). Download it again."
         ) from None
     if wrong:
         raise UnusableError(
-            f"{path}: the index names the shard {wrong[0]!r}, which is not a file of this directory. Download it again."
+            f"{path}: the index names the shard {str(wrong[0])[:80]!r}, which is not a file of this directory. Download it again."
         )
     return weight_map
 
@@ -73,8 +80,8 @@ class Checkpoint:
         if not (path / "config.json").is_file():
             raise UnusableError(f"{path}: there is no config.json. Give a model directory or a hub id.")
         try:
-            config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
+            config = parse_json((path / "config.json").read_text(encoding="utf-8"), infinite=True)
+        except ValueError as error:
             raise UnusableError(
                 f"{path / 'config.json'}: the file is not valid JSON ({error}). Download it again."
             ) from None
@@ -95,9 +102,12 @@ class Checkpoint:
 
     @cached_property
     def layout(self) -> Layout:
-        """Where the experts are. Raises UnusableError where a tensor might count experts and cannot be decided."""
+        """Where the experts are. Raises UnusableError where a tensor might count experts and cannot be decided,
+        or where config and headers contradict each other."""
         with collector_paused():
-            return read_layout(self.path, self.config, self.tensors)
+            layout = read_layout(self.path, self.config, self.tensors)
+            require_agreement(self.path, self.config, self.tensors, layout)
+            return layout
 
     @cached_property
     def shards(self) -> tuple[str, ...]:
@@ -120,7 +130,7 @@ class Checkpoint:
         and mtime."""
         return digest(
             {
-                "config": self.config,
+                "config": _nameable(self.config),
                 "tensors": self.stored or sorted(self.tensors.values()),
                 "shards": [
                     [shard, self.shard_hashes[shard]]
@@ -182,6 +192,15 @@ def collector_paused() -> Generator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+def _nameable(value: Any) -> Any:
+    """The same config with words for the infinite numbers, which canonical JSON has not."""
+    if isinstance(value, dict):
+        return {key: _nameable(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_nameable(item) for item in value]
+    return str(value) if isinstance(value, float) and isinf(value) else value
 
 
 def _shard_identity(path: Path) -> list[str | int]:

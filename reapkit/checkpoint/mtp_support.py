@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Literal
 
-from reapkit.checkpoint.architecture import text_config
+from reapkit.checkpoint.architecture import mtp_depth, quantization_of
 from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.checkpoint.expert_layout import Layout
 from reapkit.core.formatting import ranges
@@ -42,8 +42,7 @@ def why_unobserved(checkpoint: Checkpoint, layout: Layout, *, trust_remote_code:
     if not layout.mtp:
         return None
     config, architecture = checkpoint.config, checkpoint.architecture
-    text = text_config(config)
-    method = (config.get("quantization_config") or {}).get("quant_method")
+    method = quantization_of(config).get("quant_method")
     if config.get("model_type") not in LOADED:
         return (
             f"transformers loads the multi-token-prediction blocks of {' and '.join(LOADED)} only, not of"
@@ -56,9 +55,10 @@ def why_unobserved(checkpoint: Checkpoint, layout: Layout, *, trust_remote_code:
         )
     if method not in (None, "fp8"):
         return f"its weights are quantized ({method}), in which multi-token-prediction blocks are not read"
-    declared = text.get("num_nextn_predict_layers", text.get("num_mtp_layers", 1))
-    wanted = list(range(architecture.num_hidden_layers, architecture.num_hidden_layers + declared))
-    if list(layout.mtp) != wanted or any(not name.startswith(layout.stack) for name in layout.mtp_tensors):
+    declared = mtp_depth(config)
+    declared = 1 if declared is None else declared
+    wanted = range(architecture.num_hidden_layers, architecture.num_hidden_layers + min(declared, len(layout.mtp) + 1))
+    if tuple(layout.mtp) != tuple(wanted) or any(not name.startswith(layout.stack) for name in layout.mtp_tensors):
         return (
             f"config.json declares {declared} multi-token-prediction blocks behind layer"
             f" {architecture.num_hidden_layers - 1}, and the tensors hold routed experts in"

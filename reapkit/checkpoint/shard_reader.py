@@ -10,7 +10,6 @@ observation.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import threading
@@ -22,6 +21,7 @@ from pathlib import Path
 from reapkit.core.atomic_files import write_json
 from reapkit.core.errors import UnusableError
 from reapkit.core.hashing import digest_file
+from reapkit.core.json_text import parse_json
 from reapkit.core.safetensors_header import TensorInfo
 
 READ_BYTES = 1 << 30  # the kernel stops a single read at 2 GiB
@@ -186,7 +186,7 @@ def _runs(tensors: Iterable[TensorInfo]) -> list[tuple[str, int, int]]:
 
 def _load(record: Path) -> dict[str, HashedShard]:
     try:
-        return {shard: HashedShard(**facts) for shard, facts in json.loads(record.read_text(encoding="utf-8")).items()}
+        return {shard: HashedShard(**facts) for shard, facts in parse_json(record.read_text(encoding="utf-8")).items()}
     except FileNotFoundError:
         return {}
     except (ValueError, TypeError, AttributeError):

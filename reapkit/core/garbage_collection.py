@@ -7,7 +7,6 @@ hard-linked from elsewhere (a run that was moved). What another process works on
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Generator, Iterator, Mapping
@@ -20,6 +19,7 @@ from reapkit.core.artifact_store import KEY_LETTERS, Store
 from reapkit.core.atomic_files import write_json
 from reapkit.core.errors import UnusableError
 from reapkit.core.hashing import digest
+from reapkit.core.json_text import parse_json
 
 ARTIFACT = re.compile(rf"[a-z]+-[0-9a-f]{{{KEY_LETTERS}}}")
 IN_USE, LINKED, BUSY, UNFINISHED = (
@@ -135,7 +135,7 @@ def _artifacts(file: Path) -> dict[str, str]:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = parse_json(file.read_text(encoding="utf-8"))
         if not {"directory", "artifacts"} <= found.keys() and "stages" not in found:
             raise ValueError("the file names no artifacts")
     except (OSError, ValueError, AttributeError) as error:

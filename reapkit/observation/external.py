@@ -3,7 +3,6 @@ Torch-free."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,8 @@ from reapkit.checkpoint.expert_layout import Layout
 from reapkit.core.atomic_files import write_json
 from reapkit.core.errors import UnusableError
 from reapkit.core.hashing import digest, digest_file
+from reapkit.core.json_text import parse_json
+from reapkit.observation.recorded_facts import read_facts
 
 FILES = ("observation.json", "observation.safetensors", "trace.safetensors")
 
@@ -35,11 +36,10 @@ class ImportedObservation:
         """
         directory = directory.resolve()
         try:
-            facts = json.loads((directory / "observation.json").read_text(encoding="utf-8"))
+            facts = read_facts(directory)
             names = FILES if facts["eaft"] else FILES[:2]
-            _ = (facts["layers"], facts["num_experts"], facts["sources"], facts["meta"])  # what is read below
             hashes = _hashes([directory / name for name in names], cache)
-        except (OSError, ValueError, LookupError, TypeError) as error:
+        except (OSError, ValueError) as error:
             raise UnusableError(
                 f"--observation {directory}: the observation cannot be read ({type(error).__name__}: {error}). Give an"
                 " observation's directory, or a run that has one."
@@ -90,9 +90,10 @@ class ImportedObservation:
 def _hashes(files: list[Path], cache: Path) -> list[list[str]]:
     """[name, sha256] of each file."""
     try:
-        known = json.loads(cache.read_text(encoding="utf-8"))
+        known = parse_json(cache.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         known = {}
+    known = known if isinstance(known, dict) else {}
     fresh = {}
     for file in files:
         facts = file.stat()

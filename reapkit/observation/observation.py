@@ -19,6 +19,7 @@ from reapkit.core.atomic_files import replacing, write_text
 from reapkit.core.errors import UnusableError
 from reapkit.core.mapped_safetensors import as_arrays, map_tensors
 from reapkit.observation.eaft_table import EaftTable
+from reapkit.observation.recorded_facts import read_facts
 
 SUMS = ("count", "gate_sum", "norm_sum", "gate_norm_sum", "gate_norm_sq_sum")
 MAXIMA = (
@@ -205,7 +206,7 @@ class Observation:
         """Raises UnusableError where the directory holds no observation this version can read."""
         directory = Path(directory)
         try:
-            facts = json.loads((directory / "observation.json").read_text(encoding="utf-8"))
+            facts = read_facts(directory)
         except (OSError, ValueError) as error:
             raise UnusableError(
                 f"{directory}: observation.json cannot be read ({error}). Give an observation's directory."

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reapkit.checkpoint.architecture import text_config
+from reapkit.checkpoint.architecture import hidden_width, largest_number, text_config
 from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.checkpoint.expert_layout import LAYER, Layout
 from reapkit.checkpoint.projection_names import MXFP4_BLOCKS
@@ -174,7 +174,7 @@ def _footprints(plan: Plan, tokens: int) -> tuple[dict[str, Footprint], int]:
     weights = layer_weights(plan.checkpoint, plan.layout)
     rest = weights.pop(None)
     batch = activation_bytes(text, plan.recipe.runtime.batch_tokens)
-    hidden = tokens * int(text["hidden_size"]) * COMPUTE_BYTES
+    hidden = tokens * hidden_width(text) * COMPUTE_BYTES
     largest = max(weights.values())
     staged = 1 if plan.machine.device is None else STAGED_LAYERS
     observed, experts = len(plan.layout.layers) + len(plan.mtp), plan.checkpoint.architecture.num_experts
@@ -200,8 +200,8 @@ def _reroute(plan: Plan, tokens: int) -> RerouteCost | None:
         plan.checkpoint.architecture.num_experts,
         len(plan.layout.layers),
     )
-    hidden, kept = int(text["hidden_size"]), min(experts, REROUTE_WIDTH)
-    inner = int(text.get("moe_intermediate_size") or text.get("intermediate_size") or hidden)
+    hidden, kept = hidden_width(text), min(experts, REROUTE_WIDTH)
+    inner = largest_number(text, "moe_intermediate_size", "intermediate_size") or hidden
     flops = 2.0 * layers * sampled * experts * hidden * (3 * inner + kept)
     waiting = sampled * hidden * COMPUTE_BYTES * (layers if plan.recipe.runtime.placement != "streaming" else 1)
     chunk = min(REROUTE_CHUNK_BYTES, 4 * sampled * experts * hidden)
@@ -254,8 +254,8 @@ def _computing_bytes(dtype: str, numel: int, name: str) -> int:
 def activation_bytes(text: Mapping[str, Any], batch_tokens: int) -> int:
     """What one batch needs beside the weights: hidden-sized tensors, the experts' widest pair tensors, a chunk of
     logits."""
-    hidden = int(text["hidden_size"])
-    inner = int(text.get("moe_intermediate_size") or text.get("intermediate_size") or hidden)
+    hidden = hidden_width(text)
+    inner = largest_number(text, "moe_intermediate_size", "intermediate_size") or hidden
     slots = next(
         (
             int(text[key])

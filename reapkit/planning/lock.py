@@ -19,6 +19,7 @@ from reapkit.checkpoint.locate import is_local, model_checkpoint
 from reapkit.core.atomic_files import write_json
 from reapkit.core.errors import UnusableError
 from reapkit.core.hashing import digest
+from reapkit.core.json_text import parse_json
 from reapkit.recipe.loading import LoadedRecipe
 from reapkit.recipe.schema import MixEntry
 
@@ -102,7 +103,11 @@ def write_lock(loaded: LoadedRecipe, path: Path) -> dict[str, Any]:
 def read_lock(path: Path) -> dict[str, Any]:
     """Raises UnusableError where there is no lock that this version reads."""
     try:
-        lock = json.loads(path.read_text(encoding="utf-8"))
+        lock = parse_json(path.read_text(encoding="utf-8"))
+        if not isinstance(lock, dict) or not all(isinstance(lock.get(name, {}), dict) for name in ("model", "sources")):
+            raise ValueError("it holds no JSON object with model and sources")
+        if not all(isinstance(source, dict) for source in lock.get("sources", {}).values()):
+            raise ValueError("a source is no JSON object")
     except (OSError, ValueError) as error:
         raise UnusableError(
             f"{path}: the lock cannot be read ({error}). Write a new one with `reapkit lock`."

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from reapkit.checkpoint.architecture import text_config
+from reapkit.checkpoint.architecture import hidden_width, largest_number, text_config
 from reapkit.planning.estimates import (
     COMPUTE_BYTES,
     HOST_BASE_BYTES,
@@ -92,9 +92,9 @@ def _calibrating(plan: Plan, found: Mapping[int, list[Any]]) -> tuple[int, int]:
         return 0, 0
     text, batch = text_config(plan.checkpoint.config), recipe.runtime.batch_tokens
     tokens = recipe.calibration.tokens or (recipe.calibration.samples or 0) * recipe.calibration.max_length
-    heads = int(text.get("num_attention_heads") or 1)
+    heads = largest_number(text, "num_attention_heads") or 1
     scores = batch * min(recipe.calibration.max_length, batch) * heads * ATTENTION_BYTES
-    logits = batch * int(text.get("vocab_size") or 0) * COMPUTE_BYTES
+    logits = batch * (largest_number(text, "vocab_size") or 0) * COMPUTE_BYTES
     hessians: dict[int, int] = defaultdict(int)
     work = 0
     for layer, matrices in found.items():
@@ -106,6 +106,4 @@ def _calibrating(plan: Plan, found: Mapping[int, list[Any]]) -> tuple[int, int]:
         if recipe.quantize.method == "gptq" or recipe.quantize.recipe is not None
         else 0
     )
-    return collected + max(activation_bytes(text, batch) + scores, logits), tokens * int(
-        text["hidden_size"]
-    ) * COMPUTE_BYTES
+    return collected + max(activation_bytes(text, batch) + scores, logits), tokens * hidden_width(text) * COMPUTE_BYTES

@@ -3,7 +3,6 @@ Torch-free."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from reapkit.checkpoint.expert_layout import Layout, is_mtp_name
 from reapkit.core.atomic_files import copy_file, remove_unfinished, write_bytes, write_json
 from reapkit.core.errors import StageFailed, UnusableError
 from reapkit.core.hashing import digest
+from reapkit.core.json_text import parse_json
 from reapkit.core.progress import SILENT, Progress
 from reapkit.core.safetensors_header import TensorInfo
 from reapkit.pruning.byte_ranges import INDEX, Shard, cut_tensors, encode_index, lay_out
@@ -269,7 +269,7 @@ def _edited_texts(
         if (source.path / name).is_file():
             text = _exact_text(source.path / name)
             try:
-                texts[name] = edit_json(text, renamed(json.loads(text), rename))
+                texts[name] = edit_json(text, renamed(parse_json(text, infinite=True), rename))
             except ValueError as error:
                 raise UnusableError(
                     f"{source.path / name}: the file is not valid JSON ({error}). Download it again."
@@ -340,7 +340,7 @@ def _plan_key(
 def _resume(out: Path, key: str) -> dict[str, Any]:
     """The manifest of an earlier attempt at the same work with the shards that are there, or a fresh one."""
     try:
-        found = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
+        found = parse_json((out / MANIFEST).read_text(encoding="utf-8"))
         same = found["key"] == key
     except (OSError, ValueError, KeyError, TypeError):
         same = False

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reapkit.checkpoint.checkpoint import Checkpoint
+from reapkit.checkpoint.checkpoint import Checkpoint, is_file_name
 from reapkit.core.atomic_files import write_json
 from reapkit.core.errors import UnusableError
 from reapkit.core.formatting import plural
 from reapkit.core.hashing import digest_file
+from reapkit.core.json_text import parse_json
 from reapkit.core.progress import SILENT, Progress
 from reapkit.pruning.checkpoint import MANIFEST
 
@@ -61,11 +62,14 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     Raises UnusableError where there is no record, or one of an unfinished directory.
     """
     try:
-        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        manifest = parse_json((directory / MANIFEST).read_text(encoding="utf-8"))
         complete = manifest["complete"]
+        if not isinstance(manifest.get("keep", {}), dict):
+            raise ValueError("keep is no JSON object")
         for name, shard in manifest["shards"].items():
-            if not isinstance(name, str) or type(shard["bytes"]) is not int or not isinstance(shard["sha256"], str):
-                raise ValueError(f"shard {name} is not described by bytes and sha256")
+            sized = type(shard["bytes"]) is int and 0 <= shard["bytes"] < 1 << 63
+            if not sized or not isinstance(shard["sha256"], str) or not is_file_name(name):
+                raise ValueError(f"shard {name[:80]} is not described by bytes and sha256")
     except FileNotFoundError:
         raise UnusableError(
             f"{directory}: there is no {MANIFEST}. Either reapkit did not write this directory, or a version without"
@@ -119,7 +123,7 @@ def _tried(name: str, check: Callable[[], str]) -> Finding:
         return Finding(name, True, check())
     except UnusableError as error:
         return Finding(name, False, str(error))
-    except (LookupError, TypeError, ValueError, AttributeError, OSError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, OSError) as error:
         return Finding(name, False, f"cannot be read ({type(error).__name__}: {error})")
 
 

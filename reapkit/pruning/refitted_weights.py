@@ -3,7 +3,6 @@ index. Torch-free to read."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from reapkit.checkpoint.projection_names import Role
 from reapkit.core.atomic_files import write_json
 from reapkit.core.errors import UnusableError
+from reapkit.core.json_text import parse_json
 from reapkit.core.safetensors_header import TensorInfo, read_header
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class RepairedWeights:
         """Raises UnusableError where there is none."""
         path = Path(directory) / INDEX
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = parse_json(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UnusableError(
                 f"{path}: the re-fitted weights cannot be read ({error}). Run the repair stage again."

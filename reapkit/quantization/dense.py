@@ -13,6 +13,7 @@ from compressed_tensors.quantization import QuantizationScheme
 from safetensors import safe_open
 from torch import Tensor
 
+from reapkit.checkpoint.architecture import quantization_of
 from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.checkpoint.projection_names import BLOCK_SCALE, COMPRESSED_PARTS
 from reapkit.core.atomic_files import write_text
@@ -69,7 +70,7 @@ class PackedDirectory:
         scale = f"{name}{BLOCK_SCALE}"
         if scale not in self.source.tensors:
             return source
-        block = (self.source.config.get("quantization_config") or {}).get("weight_block_size") or (128, 128)
+        block = quantization_of(self.source.config).get("weight_block_size") or (128, 128)
         return unblocked(source, self.read(self.source, scale), block)
 
     def state_dict(self) -> Iterator[tuple[str, Tensor]]:

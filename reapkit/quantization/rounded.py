@@ -10,6 +10,7 @@ import torch
 from compressed_tensors.quantization import QuantizationScheme
 from torch import Tensor
 
+from reapkit.checkpoint.architecture import quantization_of
 from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.checkpoint.projection_names import BLOCK_SCALE
 from reapkit.core.atomic_files import write_text
@@ -72,5 +73,5 @@ def _there_and_back(weight: Tensor, scheme: QuantizationScheme) -> Tensor:
 
 
 def _block(source: Checkpoint) -> tuple[int, int]:
-    rows, columns = (source.config.get("quantization_config") or {}).get("weight_block_size") or (128, 128)
+    rows, columns = quantization_of(source.config).get("weight_block_size") or (128, 128)
     return rows, columns

@@ -13,6 +13,7 @@ from compressed_tensors.quantization import QuantizationConfig, QuantizationSche
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from reapkit.checkpoint.architecture import quantization_of
 from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.checkpoint.projection_names import BLOCK_SCALE
 from reapkit.core.atomic_files import replacing, write_text
@@ -89,7 +90,7 @@ class BlockFp8(Converter):
 
     def __init__(self, checkpoint: Checkpoint):
         self.checkpoint = checkpoint
-        self.block = tuple((checkpoint.config.get("quantization_config") or {}).get("weight_block_size") or (128, 128))
+        self.block = tuple(quantization_of(checkpoint.config).get("weight_block_size") or (128, 128))
 
     def get_dependencies(self, weight_name: str) -> set[str]:
         scale = f"{weight_name}{BLOCK_SCALE}"

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from reapkit.checkpoint.architecture import text_config
+from reapkit.checkpoint.architecture import quantization_of, text_config
 from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.checkpoint.expert_layout import LAYER, Kind, Layout, MoeLayer
 from reapkit.checkpoint.projection_names import SPELLINGS, Part, Role, Spelling, part_of
@@ -154,7 +154,7 @@ def decided_kinds(checkpoint: Checkpoint, spec: QuantizeSpec, layout: Layout) ->
 
 def is_fp8(config: Mapping) -> bool:
     """Whether the checkpoint holds block-scaled FP8 weights, which are dequantized before they are quantized again."""
-    return (config.get("quantization_config") or {}).get("quant_method") in FP8_METHODS
+    return quantization_of(config).get("quant_method") in FP8_METHODS
 
 
 def quantized_already(config: Mapping) -> str | None:

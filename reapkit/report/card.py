@@ -3,6 +3,7 @@ nothing that the run did not measure."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -48,8 +49,7 @@ def model_card(facts: RunFacts, which: Literal["pruned", "quantized"]) -> str:
     if sizes is None:
         raise ValueError(f"this run wrote no {which} model")
     scheme = _scheme(facts) if which == "quantized" else None
-    parts = [
-        _front_matter(facts, scheme),
+    text = [
         f"# {_title(facts, sizes, scheme)}",
         _opening(facts, sizes, scheme),
         _properties(facts, sizes, scheme),
@@ -58,11 +58,21 @@ def model_card(facts: RunFacts, which: Literal["pruned", "quantized"]) -> str:
         _results(facts, which),
         _proofs(facts, which),
         _limits(facts, which),
-        _serving(facts, sizes, which, scheme),
-        _recipe(facts),
-        _citation(facts),
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    code = [_serving(facts, sizes, which, scheme), _recipe(facts), _citation(facts)]
+    return "\n\n".join(part for part in (_front_matter(facts, scheme), *map(_text, text), *code) if part) + "\n"
+
+
+def _text(markdown: str) -> str:
+    """Markdown in which nothing is raw HTML and no line opens a block of code, whatever names and descriptions hold."""
+    return re.sub(r"(?m)^(\s*)(`{3,}|~{3,})", r"\1\\\2", markdown.replace("<", "&lt;"))
+
+
+def _fenced(language: str, text: str) -> str:
+    """A block of code that no line of its text can end."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
 
 
 def _scheme(facts: RunFacts) -> str:
@@ -448,28 +458,29 @@ def _serving(facts: RunFacts, sizes: Sizes, which: str, scheme: str | None) -> s
         ),
         _served(facts, which),
     ]
-    blocks = ["## Use it", "\n".join(f"- {note}" for note in notes)]
+    blocks = ["## Use it", _text("\n".join(f"- {note}" for note in notes))]
     if not ragged:
-        blocks.append(f"```bash\nvllm serve {target}{' --trust-remote-code' if trust else ''}\n```")
+        blocks.append(_fenced("bash", f"vllm serve {target}{' --trust-remote-code' if trust else ''}"))
     if reload:
         code = ", trust_remote_code=True" if trust else ""
-        blocks.append(
-            "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        lines = (
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
             f'model = AutoModelForCausalLM.from_pretrained("{target}", dtype="auto", device_map="auto"{code})\n'
-            f'tokenizer = AutoTokenizer.from_pretrained("{target}")\n```'
+            f'tokenizer = AutoTokenizer.from_pretrained("{target}")'
         )
+        blocks.append(_fenced("python", lines))
     return "\n\n".join(blocks)
 
 
 def _recipe(facts: RunFacts) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
     return (
-        f"## Recipe\n\n```bash\n{facts.command}\n```\n\n<details><summary>The recipe with every default written"
-        f" out</summary>\n\n```yaml\n{facts.recipe_yaml.rstrip()}\n```\n\n</details>"
-        + (f"\n\nMade with {versions}." if versions else "")
+        f"## Recipe\n\n{_fenced('bash', facts.command)}\n\n<details><summary>The recipe with every default written"
+        f" out</summary>\n\n{_fenced('yaml', facts.recipe_yaml)}\n\n</details>"
+        + (f"\n\nMade with {_text(versions)}." if versions else "")
     )
 
 
 def _citation(facts: RunFacts) -> str:
     found = _criterion(facts).citations
-    return "## Citation\n\n```bibtex\n" + "\n\n".join(found) + "\n```" if found else ""
+    return "## Citation\n\n" + _fenced("bibtex", "\n\n".join(found)) if found else ""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from numpy import ndarray
 
 from reapkit.checkpoint.architecture import Architecture
 from reapkit.core.errors import UnusableError
+from reapkit.core.json_text import parse_json
 from reapkit.observation.observation import Observation
 from reapkit.selection.criteria.reap import REAP
 from reapkit.selection.selection import LayerSelection, Selection
@@ -28,6 +27,9 @@ SUMS_THERE = {
 }
 """Our sums by the names that Cerebras' observer gives them. Its `max_activations` leaves out the sign, and its
 `pairwise_expert_frequency` adds the counts of two experts per batch; neither is a statistic of ours."""
+LARGEST_COUNT = 1 << 53
+"""No file counts more tokens; beyond it float64 has no longer every whole number."""
+MOST_LAYER_DIGITS = 6
 MEANS_THERE = {"norm_sum": "ean_mean", "gate_norm_sum": "reap"}
 """Means over an expert's tokens, from which a sum that older files lack follows."""
 
@@ -56,7 +58,7 @@ def read_foreign(file: Path, architecture: Architecture | None = None) -> Observ
 
 def _json(file: Path) -> Any:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UnusableError(f"{file}: the file cannot be read as JSON ({error}).") from None
 
@@ -70,7 +72,7 @@ def _pickle(file: Path) -> Any:
             f"{file}: the file holds more than tensors and plain data ({reason[0] if reason else 'code'}). Reading it"
             " could run any program, so reapkit refuses it. Save tensors and plain dicts only."
         ) from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # torch's reader of damaged files ends in errors of many kinds
         raise UnusableError(
             f"{file}: the file was not written by torch.save ({str(error)[:200]}). Give the file that"
             " the observer saved."
@@ -80,7 +82,7 @@ def _pickle(file: Path) -> Any:
 def _layer(file: Path, name: Any) -> int:
     """`model.layers.3.mlp` -> 3, 3 -> 3."""
     found = re.findall(r"(?<![\w])\d+(?![\w])", str(name))
-    if len(found) != 1:
+    if len(found) != 1 or not found[0].isascii() or len(found[0]) > MOST_LAYER_DIGITS:
         raise UnusableError(
             f"{file}: the name of layer '{name}' contains no layer number. Names such as"
             " 'model.layers.3.mlp' are expected."
@@ -113,6 +115,8 @@ def _selection(file: Path, data: Mapping[str, list[int]], architecture: Architec
 def _observation(file: Path, data: Mapping[Any, Mapping[str, Any]], architecture: Architecture | None) -> Observation:
     by_layer = dict(sorted((_layer(file, name), entry) for name, entry in data.items()))
     counts = {layer: _column(file, layer, entry, "expert_frequency") for layer, entry in by_layer.items()}
+    if odd := [layer for layer, column in counts.items() if bool((column > LARGEST_COUNT).any())]:
+        raise UnusableError(f"{file}: expert_frequency of layer {odd[0]} holds a number that counts no tokens.")
     sizes = {len(column) for column in counts.values()}
     if len(sizes) > 1 or (architecture is not None and sizes != {architecture.num_experts}):
         allowed = "one number for all layers" if architecture is None else f"{architecture.num_experts}, as the model"
@@ -125,7 +129,7 @@ def _observation(file: Path, data: Mapping[Any, Mapping[str, Any]], architecture
         there = [column for column in columns if column is not None]
         if len(there) == len(columns):
             statistics[ours] = np.stack(there)[:, None]
-    tokens = max(int(entry.get("total_tokens", 0)) for entry in by_layer.values())
+    tokens = max(_total(file, layer, entry) for layer, entry in by_layer.items())
     top_k = architecture.num_experts_per_tok if architecture else _top_k(file, counts, tokens)
     return Observation(
         model_type=architecture.model_type if architecture else "unknown",
@@ -157,9 +161,9 @@ def _sum(file: Path, layer: int, entry: Mapping[str, Any], ours: str, count: nda
 def _column(file: Path, layer: int, entry: Mapping[str, Any], name: str, length: int | None = None) -> ndarray:
     try:
         column = torch.as_tensor(entry[name]).to(torch.float64).cpu().numpy()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UnusableError(f"{file}: {name} of layer {layer} does not hold numbers ({error}).") from None
-    if column.ndim != 1 or (length is not None and len(column) != length):
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise UnusableError(f"{file}: {name} of layer {layer} holds no numbers ({error}).") from None
+    if column.ndim != 1 or not len(column) or (length is not None and len(column) != length):
         raise UnusableError(
             f"{file}: {name} of layer {layer} has shape {list(column.shape)}; needed is one number per expert."
         )
@@ -168,6 +172,14 @@ def _column(file: Path, layer: int, entry: Mapping[str, Any], name: str, length:
             f"{file}: {name} of layer {layer} holds NaN, infinity or a negative number. Run the observer again."
         )
     return column
+
+
+def _total(file: Path, layer: int, entry: Mapping[str, Any]) -> int:
+    value = entry.get("total_tokens", 0)
+    value = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+    if type(value) not in (int, float) or not 0 <= value <= LARGEST_COUNT or value != int(value):
+        raise UnusableError(f"{file}: total_tokens of layer {layer} is {str(value)[:40]}, which counts no tokens.")
+    return int(value)
 
 
 def _top_k(file: Path, counts: Mapping[int, ndarray], tokens: int) -> int:

@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from reapkit.core.atomic_files import write_text
 from reapkit.core.errors import UnusableError
+from reapkit.core.json_text import parse_json
 
 if TYPE_CHECKING:
     from reapkit.checkpoint.architecture import Architecture
 
 FORMAT_VERSION = 1
+MOST_DIGITS = 6
 
 
 @dataclass(frozen=True)
@@ -89,22 +91,17 @@ class Selection:
                 f"selection.json: found format {data['format']}, but this version of reapkit reads format"
                 f" {FORMAT_VERSION}. Run select again."
             )
-        layers = {}
-        for name, entry in data["layers"].items():
-            experts = len(entry["keep"]) + len(entry["drop"])
-            if sorted((*entry["keep"], *entry["drop"])) != list(range(experts)) or not entry["keep"]:
-                raise UnusableError(
-                    f"selection.json: layer {name} must name each of its experts once, in keep or in drop, and "
-                    "keep at least one."
-                )
-            saliency = tuple(-inf if value is None else float(value) for value in entry.get("saliency", ()))
-            layers[int(name)] = LayerSelection(
-                tuple(sorted(entry["keep"])),
-                tuple(sorted(entry["drop"])),
-                saliency,
-                {int(expert): reason for expert, reason in entry.get("reasons", {}).items()},
+        layers = {_number(name): _layer(name, entry) for name, entry in data["layers"].items()}
+        top_k, details = data.get("experts_per_token"), data.get("details", {})
+        fewest = min((len(layer.keep) for layer in layers.values()), default=0)
+        if top_k is not None and (type(top_k) is not int or not 1 <= top_k <= fewest):
+            raise UnusableError(
+                f"selection.json: experts_per_token is {str(top_k)[:40]}, but it must be null or a whole number from 1"
+                f" to {fewest}, the fewest experts that a layer keeps."
             )
-        return cls(data["criterion"], layers, data.get("experts_per_token"), data.get("details", {}))
+        if not isinstance(data["criterion"], str) or not isinstance(details, Mapping) or not _are_warnings(details):
+            raise UnusableError("selection.json: criterion must be a name, and details an object. Select again.")
+        return cls(data["criterion"], layers, top_k, details)
 
     def save(self, directory: Path) -> None:
         """Writes selection.json: one line per layer's list, so that it can be read and compared."""
@@ -117,11 +114,44 @@ class Selection:
         path = Path(path)
         file = path / "selection.json" if path.is_dir() else path
         try:
-            return cls.from_json(json.loads(file.read_text(encoding="utf-8")))
+            return cls.from_json(parse_json(file.read_text(encoding="utf-8")))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UnusableError(
                 f"{file}: the selection cannot be read ({error}). Give a selection's directory."
             ) from None
+
+
+def _number(text: str) -> int:
+    """A layer's or an expert's number as JSON's keys spell it."""
+    if not (text.isascii() and text.isdecimal() and len(text) <= MOST_DIGITS and str(int(text)) == text):
+        raise UnusableError(f"selection.json: {text[:40]!r} is not the number of a layer or an expert. Select again.")
+    return int(text)
+
+
+def _layer(name: str, entry: Mapping[str, Any]) -> LayerSelection:
+    keep, drop = entry["keep"], entry["drop"]
+    named = [*keep, *drop]
+    if {type(expert) for expert in named} != {int} or sorted(named) != list(range(len(named))) or not keep:
+        raise UnusableError(
+            f"selection.json: layer {name} must name each of its experts once, in keep or in drop, and "
+            "keep at least one."
+        )
+    saliency = entry.get("saliency", ())
+    if not all(value is None or type(value) in (int, float) for value in saliency) or len(saliency) not in (
+        0,
+        len(named),
+    ):
+        raise UnusableError(f"selection.json: layer {name} must have a saliency, a number or null, for each expert.")
+    reasons = {_number(expert): reason for expert, reason in entry.get("reasons", {}).items()}
+    if not all(isinstance(reason, str) and expert < len(named) for expert, reason in reasons.items()):
+        raise UnusableError(f"selection.json: layer {name} must give its reasons in words, by expert.")
+    values = tuple(-inf if value is None else float(value) for value in saliency)
+    return LayerSelection(tuple(sorted(keep)), tuple(sorted(drop)), values, reasons)
+
+
+def _are_warnings(details: Mapping[str, Any]) -> bool:
+    warnings = details.get("warnings", [])
+    return isinstance(warnings, (list, tuple)) and all(isinstance(warning, str) for warning in warnings)
 
 
 def _readable(data: Mapping[str, Any]) -> str:

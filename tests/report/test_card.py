@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 import yaml
@@ -93,3 +94,49 @@ def test_eaft_is_cited_only_where_it_was_used(facts):
 def test_a_model_that_was_not_written_has_no_card():
     with pytest.raises(ValueError, match="wrote no pruned model"):
         model_card(synthetic.facts(rejected=True), "pruned")
+
+
+HOSTILE = "</summary><img src=x onerror=alert(1)>\n```\n<script>alert(2)</script>\n~~~\n<b>"
+
+
+def outside_code(card: str) -> str:
+    """The card as a Markdown reader sees it, without its blocks of code."""
+    kept, fence = [], ""
+    for line in card.split("---\n", 2)[2].splitlines():
+        mark = re.match(r" {0,3}(`{3,}|~{3,})(.*)", line)
+        if fence:
+            closes = mark and mark[1][0] == fence[0] and len(mark[1]) >= len(fence) and not mark[2].strip()
+            fence = "" if closes else fence
+        elif mark and not (mark[1][0] == "`" and "`" in mark[2]):
+            fence = mark[1]
+        else:
+            kept.append(line)
+    assert not fence
+    return "\n".join(kept)
+
+
+@pytest.mark.parametrize("which", ["pruned", "quantized"])
+def test_nothing_that_a_user_wrote_is_raw_html_in_the_body(facts, which):
+    model = dataclasses.replace(facts.model, source=HOSTILE, revision=HOSTILE, license=HOSTILE, model_type=HOSTILE)
+    mix = tuple(entry.model_copy(update={"name": HOSTILE}) for entry in facts.recipe.calibration.mix)
+    recipe = facts.recipe.model_copy(
+        update={
+            "description": HOSTILE,
+            "calibration": facts.recipe.calibration.model_copy(update={"mix": mix}),
+            "output": facts.recipe.output.model_copy(update={"push_to_hub": HOSTILE}),
+        }
+    )
+    calibration = {**facts.calibration, "sources": [{**s, "source": HOSTILE} for s in facts.calibration["sources"]]}
+    hostile = dataclasses.replace(
+        facts,
+        model=model,
+        recipe=recipe,
+        calibration=calibration,
+        command=HOSTILE,
+        recipe_yaml=HOSTILE,
+        versions={"transformers": HOSTILE},
+    )
+    card = model_card(hostile, which)
+    tags = re.findall(r"<[^>]*>?", outside_code(card))
+    assert tags == ["<details>", "<summary>", "</summary>", "</details>"]
+    assert "&lt;script>" in outside_code(card) and "alert" in outside_code(card)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from reapkit.core.errors import RecipeError, UnusableError
+from reapkit.core.json_text import parse_json
 from reapkit.recipe.loading import find_recipe
 
 MARKS = {
@@ -131,8 +131,8 @@ def _artifact(directory: Path) -> Found:
 def read_json(file: Path, needed: Iterable[str] = ()) -> dict[str, Any]:
     """The JSON object in `file`. Raises UnusableError where it is none or lacks one of `needed`."""
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        data = parse_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise UnusableError(
             f"{file}: the file cannot be read as JSON ({error}). Run the stage that wrote it again."
         ) from None
