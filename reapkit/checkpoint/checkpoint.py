@@ -47,7 +47,8 @@ def read_index(path: Path) -> dict[str, str]:
         ) from None
     if wrong:
         raise UnusableError(
-            f"{path}: the index names the shard {str(wrong[0])[:80]!r}, which is not a file of this directory. Download it again."
+            f"{path}: the index names the shard {str(wrong[0])[:80]!r}, which is not a file of this directory."
+            " Download it again."
         )
     return weight_map
 

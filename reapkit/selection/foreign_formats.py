@@ -162,7 +162,7 @@ def _column(file: Path, layer: int, entry: Mapping[str, Any], name: str, length:
     try:
         column = torch.as_tensor(entry[name]).to(torch.float64).cpu().numpy()
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise UnusableError(f"{file}: {name} of layer {layer} holds no numbers ({error}).") from None
+        raise UnusableError(f"{file}: {name} of layer {layer} does not hold numbers ({error}).") from None
     if column.ndim != 1 or not len(column) or (length is not None and len(column) != length):
         raise UnusableError(
             f"{file}: {name} of layer {layer} has shape {list(column.shape)}; needed is one number per expert."

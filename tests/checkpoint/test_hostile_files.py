@@ -194,7 +194,9 @@ def test_forged_indexes(directory, tmp_path, seed):
         attempt(directory, tmp_path / f"out{case}")
 
 
-@pytest.mark.parametrize("shard", ["../secret.safetensors", "/etc/passwd", "sub/x.safetensors", 7, None, "a\0b", "9" * 5000])
+@pytest.mark.parametrize(
+    "shard", ["../secret.safetensors", "/etc/passwd", "sub/x.safetensors", 7, None, "a\0b", "9" * 5000]
+)
 def test_an_index_reaches_no_file_outside_the_directory(directory, shard):
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": shard}}))
     with pytest.raises(UnusableError, match="which is not a file of this directory"):
