@@ -50,6 +50,7 @@ from transformers.utils import logging
 from reapkit.calibration.tokens import SUMMARY_FILE, TOKENS_FILE, CalibrationTokens
 from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.checkpoint.shard_reader import ShardHashes
+from reapkit.core.artifact_store import link_or_copy
 from reapkit.core.mapped_safetensors import create_tensors
 from reapkit.model.loading import final_hidden, load_model
 from reapkit.observation.streamed import observe_streaming
@@ -210,7 +211,7 @@ def compute(path: Path, tokens: CalibrationTokens, get_ready: Callable[[Path], N
     with tempfile.TemporaryDirectory() as directory:
         kept = ("model-rest.safetensors", "model-0000.safetensors")
         for name in kept:
-            (Path(directory) / name).symlink_to(path / name)
+            link_or_copy(path / name, Path(directory) / name)
         (Path(directory) / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
         index = json.loads((path / "model.safetensors.index.json").read_text())
         where = {name: file for name, file in index["weight_map"].items() if file in kept}

