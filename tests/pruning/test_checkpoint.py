@@ -199,8 +199,11 @@ def test_stacked_experts_hold_the_same_weights_as_per_expert_ones(tmp_path, chec
 
 
 def synthetic(path: Path, weights: Mapping[str, torch.Tensor], **config: object) -> Checkpoint:
-    """A checkpoint of made-up tensors in two shards with an index."""
+    """A checkpoint of made-up tensors in two shards with an index; a layer without any gets a norm."""
     path.mkdir()
+    there = {name.split(".")[2] for name in weights if name.startswith("model.layers.")}
+    norms = {f"model.layers.{layer}.norm.weight": torch.ones(64) for layer in {"0", "1"} - there}
+    weights = {**weights, **norms} if there else weights
     names = sorted(weights)
     half = len(names) // 2
     where = {}
