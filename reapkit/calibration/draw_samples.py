@@ -160,19 +160,22 @@ def _blocks(walk: Walk, encoder: Encoder, start: int) -> Generator[list[Encoded]
     """
     waiting: deque[tuple[int, Future]] = deque()
     with ThreadPoolExecutor(1 if walk.order.startswith("stream") else 2) as threads:
-        missing = yield []
-        while True:
-            ahead = sum(size for size, _ in waiting)
-            while len(waiting) < 2 and (missing is None or ahead < missing):
-                stop = start + (BLOCK if missing is None else min(BLOCK, missing - ahead))
-                block = range(start, stop if walk.length is None else min(stop, walk.length))
-                if not block and waiting:
-                    break
-                waiting.append((len(block), threads.submit(encoder.encode, walk, block)))
-                start, ahead = block.stop, ahead + len(block)
-                if not block:
-                    break
-            missing = yield waiting.popleft()[1].result()
+        try:
+            missing = yield []
+            while True:
+                ahead = sum(size for size, _ in waiting)
+                while len(waiting) < 2 and (missing is None or ahead < missing):
+                    stop = start + (BLOCK if missing is None else min(BLOCK, missing - ahead))
+                    block = range(start, stop if walk.length is None else min(stop, walk.length))
+                    if not block and waiting:
+                        break
+                    waiting.append((len(block), threads.submit(encoder.encode, walk, block)))
+                    start, ahead = block.stop, ahead + len(block)
+                    if not block:
+                        break
+                missing = yield waiting.popleft()[1].result()
+        finally:
+            encoder.close()  # before the threads are waited for: a template may be endless
 
 
 def _too_few(

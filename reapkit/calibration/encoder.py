@@ -12,6 +12,7 @@ from reapkit.calibration import spans
 from reapkit.calibration.formats import Format, Sample, recognise, to_sample
 from reapkit.calibration.row_readers import MAX_SAMPLE_BYTES, too_long
 from reapkit.calibration.sources import Walk
+from reapkit.calibration.template_process import TemplateProcess
 from reapkit.calibration.token_journal import Encoded
 from reapkit.core.errors import UnusableError
 from reapkit.recipe.schema import CalibrationSpec, MixEntry, TokensFormat
@@ -36,14 +37,19 @@ class Encoder:
         self.calibration, self.format, self.vocabulary = calibration, format, vocabulary
         self._load, self._template = tokenizer, template
         self._renderer: spans.Renderer | None = None
+        self._process = TemplateProcess()
         self._lock = threading.Lock()
 
     @property
     def renderer(self) -> spans.Renderer:
         """Made when first needed: sources of token ids need no tokenizer at all."""
         if self._renderer is None:
-            self._renderer = spans.Renderer(self.calibration, self._load(), self._template)
+            self._renderer = spans.Renderer(self.calibration, self._load(), self._template, self._process)
         return self._renderer
+
+    def close(self) -> None:
+        """Ends what is being rendered, in whichever thread, and renders no more."""
+        self._process.close()
 
     @property
     def shows_calls(self) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from reapkit.calibration.formats import Sample
+from reapkit.calibration.template_process import TemplateProcess, TemplateRefused, TemplateStopped
 from reapkit.checkpoint.locate import local_path
 from reapkit.core.errors import UnusableError
 from reapkit.recipe.schema import CalibrationSpec, Spans
@@ -51,11 +52,14 @@ class Renderer:
     unless markers are given: it has no prompt that could be left out.
     """
 
-    def __init__(self, calibration: CalibrationSpec, tokenizer: Any, own_template: str | None):
+    def __init__(
+        self, calibration: CalibrationSpec, tokenizer: Any, own_template: str | None, process: TemplateProcess
+    ):
         self.tokenizer = tokenizer
         self.score = calibration.score
         self.markers = calibration.spans
         self.own_template = own_template
+        self._process = process
 
     @property
     def shows_calls(self) -> bool:
@@ -106,23 +110,21 @@ class Renderer:
         """
         try:
             return self._apply(template, messages, tools, prompt, marked)
-        except Exception as error:
+        except TemplateStopped:
+            raise
+        except TemplateRefused as error:
             if any(turn.get("tool_calls") for turn in messages):
                 try:
                     return self._apply(template, _with_text_arguments(messages), tools, prompt, marked)
-                except Exception:
+                except TemplateRefused:
                     pass  # the first error is the one to show
-            raise ValueError(
-                f"the chat template refuses this conversation ({type(error).__name__}: {error})"
-            ) from error
+            raise ValueError(f"the chat template refuses this conversation ({error})") from error
 
     def _apply(self, template: str, messages: list[dict[str, Any]], tools: Any, prompt: bool, marked: bool) -> Any:
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        rendered, spans = render_jinja_template(
+        rendered, spans = self._process.render(
+            template,
             conversations=[messages],
             tools=tools,
-            chat_template=template,
             add_generation_prompt=prompt,
             return_assistant_tokens_mask=marked,
             **self.tokenizer.special_tokens_map,

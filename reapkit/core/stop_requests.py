@@ -1,5 +1,5 @@
-"""Remembers a request to stop (Ctrl-C, or SIGTERM from Slurm), so that the run stops even if a library swallows the
-exception."""
+"""Remembers a request to stop (Ctrl-C, SIGTERM from Slurm, SIGHUP of a closed terminal), so that the run stops even
+if a library swallows the exception."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import signal
 import threading
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 _asked = threading.Event()
 
 
 def listen() -> None:
-    """From now on both signals raise KeyboardInterrupt where the main thread is, and at each `check` until `ignore`."""
+    """From now on the signals raise KeyboardInterrupt where the main thread is, and at each `check` until `ignore`."""
     _asked.clear()
     for number in SIGNALS:
         if (

@@ -18,7 +18,7 @@ from tests.support.paths import ROOT
 DEMO = str(ROOT / "recipes" / "demo.yaml")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_and_says_how_to_go_on(number: int, tmp_path: Path) -> None:
     where = [f"--set=runtime.store={tmp_path / 'store'}", f"--set=output.directory={tmp_path / 'run'}"]
     process = subprocess.Popen(

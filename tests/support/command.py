@@ -40,7 +40,7 @@ def command(*arguments: object) -> Finished:
 @contextmanager
 def _settings_kept() -> Iterator[None]:
     """The command sets signal handlers and the garbage collector's threshold for its whole process."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     thresholds = gc.get_threshold()
     try:
         yield
