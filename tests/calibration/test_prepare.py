@@ -578,7 +578,7 @@ class TestPacks:
 
     def test_extra_pack_with_a_taken_name_is_refused(self, home: Path) -> None:
         made(home, big_mix(home))
-        with pytest.raises(RecipeError, match=r"evaluate\.extra_packs: the name 'one' is taken"):
+        with pytest.raises(RecipeError, match=r"evaluate\.extra_packs: the name 'one' is used by another source"):
             self.packs(home, big_mix(home), self.evaluate(extra_packs=[{"name": "one", "source": "builtin:math"}]))
 
     def test_a_source_that_the_calibration_used_up_is_named(self, home: Path) -> None:

@@ -117,7 +117,7 @@ def test_empty_tensors_are_written_too(tmp_path: Path) -> None:
 
 
 def test_missing_calibration_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UnusableError, match=r"holds no calibration\.json, so it is not a finished calibration"):
+    with pytest.raises(UnusableError, match=r"calibration\.json is missing, so this is not a finished calibration"):
         CalibrationTokens.load(tmp_path)
 
 
