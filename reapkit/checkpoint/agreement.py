@@ -78,10 +78,13 @@ def _vocabulary(text: Mapping[str, Any], tensors: Mapping[str, TensorInfo], layo
 def _expert_widths(text: Mapping[str, Any], layout: Layout) -> Iterator[str]:
     """The experts' last projection lies between their own width and the model's (or that of its latent experts)."""
     outer, inner = _field(text, "moe_latent_size", "hidden_size"), _inner_widths(text)
-    for kind in layout.kinds if outer and inner else ():
+    if outer is None or not inner:
+        return
+    for kind in layout.kinds:
         shape = _down_shape(kind)
         if shape is not None and not any(sorted(shape) == sorted((outer[1], width)) for _, width in inner):
-            yield _contradiction(*(inner[0] if outer[1] in shape else outer), kind.tensor)
+            key, said = inner[0] if outer[1] in shape else outer
+            yield _contradiction(key, said, kind.tensor)
 
 
 def _inner_widths(text: Mapping[str, Any]) -> list[tuple[str, int]]:
