@@ -1,5 +1,5 @@
-"""One thread, so that tests of exact equality and a shared machine both hold; Ctrl-C reaches the programs that tests
-start, also where a shell started the tests in the background.
+"""One thread, so that tests of exact equality and a shared machine both hold; Ctrl-C and a closed terminal reach the
+programs that tests start, also where a shell started the tests in the background.
 """
 
 import signal
@@ -11,6 +11,8 @@ import torch
 torch.set_num_threads(1)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # every child would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture

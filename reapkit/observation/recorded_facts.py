@@ -16,7 +16,7 @@ def read_facts(directory: Path) -> dict[str, Any]:
     """The facts of the observation in `directory`. Raises OSError where there are none, ValueError for what a fact
     cannot be.
     """
-    facts = parse_json((directory / "observation.json").read_text())
+    facts = parse_json((directory / "observation.json").read_text(encoding="utf-8"))
     if not isinstance(facts, dict):
         raise ValueError("it holds no JSON object")
     for name, holds in KINDS.items():

@@ -58,4 +58,4 @@ def test_the_page_opens_in_a_browser(run, there, monkeypatch):
 def test_without_run_or_observation_there_is_no_page(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     done = command("report", tmp_path)
-    assert done.code == 3 and "no observation there" in done.stderr
+    assert done.code == 3 and "found no observation" in done.stderr

@@ -284,7 +284,7 @@ def imported_both_ways(root: Path) -> None:
     held, without = root / "run/observation", root / "other/observation"
     loaded = load(root / "recipe.yaml")
     assert make_plan(loaded, observation=held).mtp == (3,) and make_plan(loaded, observation=without).mtp == ()
-    assert any("imported observation does not hold" in note for note in make_plan(loaded, observation=without).notes)
+    assert any("imported observation does not have" in note for note in make_plan(loaded, observation=without).notes)
     wanted = load(root / "recipe.yaml", ["prune.mtp=observe"])
     with pytest.raises(RecipeError, match=r"does not have the multi-token-prediction layers 3\. Choose drop or auto"):
         make_plan(wanted, observation=without)

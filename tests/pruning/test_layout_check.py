@@ -66,6 +66,7 @@ def test_a_directory_is_checked_against_its_record_wherever_it_lies(tmp_path):
         "config, index, headers",
         "shards as recorded",
         "experts, config",
+        "other files",
         "sha256",
     ]
     assert not failed(out) and read_manifest(out)["keep"] == {str(index): list(kept) for index, kept in keep.items()}
