@@ -7,6 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -136,7 +137,8 @@ def _walk(plan: Plan, directory: RunDirectory, until: str | None, progress: Prog
         for name in plan.leading_to(until):
             _one_stage(run, name, until, progress)
     except BaseException as error:
-        _keep_attempt(run, error)
+        with suppress(OSError):  # a full disk must not hide why the run ended
+            _keep_attempt(run, error)
         raise
     _publish(run, proven="verify" in run.artifacts or until in {stage.name for stage in run.models})
     _drop_unwanted(run)

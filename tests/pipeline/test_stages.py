@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from reapkit.core.errors import RecipeError
+from reapkit.core.errors import RecipeError, StageFailed
 from reapkit.pipeline.run import walk
 from reapkit.pipeline.stages.context import Context
 from reapkit.pipeline.stages.every_stage import STAGES
@@ -145,3 +146,16 @@ def test_a_copied_recipe_keeps_its_place_and_its_values(tmp_path: Path) -> None:
     assert make_plan(changed, STAGES).recipe.description == "changed"
     with pytest.raises(RecipeError, match=r"own\.yaml"):
         raise changed.located(RecipeError([changed.problem("prune.ratio", "is wrong.")]))
+
+
+def test_a_disk_that_stays_full_does_not_hide_why_the_run_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> dict[str, Any]:
+        raise OSError(errno.ENOSPC, "No space left on device", "rows")
+
+    monkeypatch.setattr("reapkit.pipeline.run_directory.write_bytes", full)
+    filling = StageDefinition(name="filling", version=1, run=full, directory="filling")
+    where = (f"runtime.store={tmp_path / 'store'}", f"output.directory={tmp_path / 'run'}")
+    with pytest.raises(StageFailed, match="filling: no space left on device"):
+        walk(make_plan(load("demo", where), (filling, *STAGES)), until="filling")
