@@ -6,7 +6,6 @@ journal.jsonl   one line per finished block: walk positions, lengths and hashes 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Callable, Collection, Iterator
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from reapkit.core.locks import locked
 
 DUPLICATE, HELD_OUT = "duplicate", "in the calibration"
 """Reasons to drop a sample that only the samples before it, or the calibration, can tell."""
@@ -84,8 +85,7 @@ def opened(directory: Path) -> Iterator[Samples]:
     """The samples that earlier, perhaps killed, runs left in `directory`, ready to be appended to; locked for the
     block."""
     directory.mkdir(parents=True, exist_ok=True)
-    with (directory / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(directory / "lock"):
         samples = Samples(directory)
         journal, ids, marks = (directory / name for name in ("journal.jsonl", "input_ids.bin", "assistant.bin"))
         for file in (journal, ids, marks):

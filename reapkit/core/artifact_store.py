@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from reapkit.core import locks
 from reapkit.core.atomic_files import remove_unfinished, write_json
 
 KEY_LETTERS = 12
@@ -73,26 +73,15 @@ class Store:
     def locked(self, stage: str, key: str, waiting: Any = None) -> Generator[None]:
         """Holds the artifact's exclusive lock for the block; `waiting()` is called once if another process holds it."""
         self.root.mkdir(parents=True, exist_ok=True)
-        with (self.root / f"{stage}-{key[:KEY_LETTERS]}.lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if waiting:
-                    waiting()
-                fcntl.flock(lock, fcntl.LOCK_EX)
+        with locks.locked(self.root / f"{stage}-{key[:KEY_LETTERS]}.lock", waiting):
             yield
 
     @contextmanager
     def idle(self, name: str) -> Generator[bool]:
         """True, and then locked for the block, where no process is at the artifact of that directory name; False at
         once otherwise."""
-        with (self.root / f"{name}.lock").open("a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-            else:
-                yield True
+        with locks.unless_held(self.root / f"{name}.lock") as idle:
+            yield idle
 
     def begin(self, stage: str, key: str, *, resume: bool) -> Path:
         """The payload directory to write into: with `resume` as an earlier attempt left it, else empty."""

@@ -8,7 +8,6 @@ the store and are read-only; every other file is a copy, so that an edit reaches
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -22,6 +21,7 @@ from reapkit.core.artifact_store import Artifact, link_or_copy
 from reapkit.core.atomic_files import copy_file, write_bytes, write_json
 from reapkit.core.errors import RecipeError, UnusableError
 from reapkit.core.hashing import digest_file
+from reapkit.core.locks import locked
 from reapkit.core.progress import Progress
 from reapkit.planning.plan import Plan
 
@@ -58,12 +58,7 @@ class RunDirectory:
     def opened(cls, path: Path, progress: Progress) -> Iterator[RunDirectory]:
         """The directory, made where there is none, and locked for the block against other runs of the same name."""
         path.mkdir(parents=True, exist_ok=True)
-        with (path / LOCK).open("a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                progress.say(f"{path}: another run writes there; waiting")
-                fcntl.flock(lock, fcntl.LOCK_EX)
+        with locked(path / LOCK, lambda: progress.say(f"{path}: another run writes there; waiting")):
             yield cls(path, progress)
 
     def mirror(self, artifact: Artifact, name: str, others: Mapping[str, bytes] | None = None) -> None:
