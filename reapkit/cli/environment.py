@@ -6,7 +6,10 @@ import errno
 import io
 import os
 import sys
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 WAYS_OUT = {
     errno.ENOSPC: "Free some space, or choose a place on another disk",
@@ -39,7 +42,7 @@ class _Forgiving(io.FileIO):
 
     failure: OSError | None = None
 
-    def write(self, data: memoryview) -> int | None:  # type: ignore[override]
+    def write(self, data: ReadableBuffer, /) -> int:
         try:
             return super().write(data)
         except OSError as error:

@@ -77,10 +77,11 @@ def _end_together(team: ranks.Team, code: int) -> int:
 def _interrupted() -> int:
     stop_requests.ignore()
     team = ranks.current()
-    if team.rank:
-        return follower_code(team, ranks.INTERRUPTED)
-    if team.world > 1 and (error := team.cause()) is not None and error.exit_code != ranks.INTERRUPTED:
-        return _told(error)
+    if isinstance(team, ranks.Team):
+        if team.rank:
+            return follower_code(team, ranks.INTERRUPTED)
+        if (error := team.cause()) is not None and error.exit_code != ranks.INTERRUPTED:
+            return _told(error)
     print("Interrupted. Finished stages are kept; run the same command again to resume.", file=sys.stderr)
     return 130
 

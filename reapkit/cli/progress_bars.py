@@ -15,6 +15,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     SpinnerColumn,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -62,7 +63,7 @@ class Bars(Progress):
 
 
 class _Bar:
-    def __init__(self, bars: RichProgress, task: int, title: str):
+    def __init__(self, bars: RichProgress, task: TaskID, title: str):
         self.bars, self.task, self.title = bars, task, title
 
     def advance(self, units: float = 1) -> None:

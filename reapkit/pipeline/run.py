@@ -186,10 +186,10 @@ def _push(run: Run, progress: Progress) -> None:
 
 def _finished(run: Run, stage: Stage, progress: Progress) -> Artifact:
     """The stage's artifact: from the store, or made now."""
-    store = run.plan.store
-    register(store, run.directory, {stage.name: store.directory(stage.name, stage.key).name})
+    store, key = run.plan.store, stage.known_key
+    register(store, run.directory, {stage.name: store.directory(stage.name, key).name})
     if (
-        stage.artifact is not None and stage.hit and store.get(stage.name, stage.key) is not None
+        stage.artifact is not None and stage.hit and store.get(stage.name, key) is not None
     ):  # registered by now, so nobody clears it away any more
         progress.say(f"{stage.name}: in the store ({stage.artifact.directory.name})")
         run.warnings += stage.artifact.manifest.get("warnings", [])
@@ -198,8 +198,8 @@ def _finished(run: Run, stage: Stage, progress: Progress) -> Artifact:
     def waiting() -> None:
         progress.say(f"{stage.name}: another run is working on this stage; waiting")
 
-    with store.locked(stage.name, stage.key, waiting):
-        made = store.get(stage.name, stage.key)  # by whoever held the lock
+    with store.locked(stage.name, key, waiting):
+        made = store.get(stage.name, key)  # by whoever held the lock
         if made is not None and made.has_payload:
             return made
         progress.say(f"{stage.name}: running ({stage.reason})")
@@ -214,7 +214,7 @@ def _finished(run: Run, stage: Stage, progress: Progress) -> Artifact:
 
 def _execute(run: Run, stage: Stage, progress: Progress) -> Artifact:
     store, listening = run.plan.store, _Listening(progress)
-    payload = store.begin(stage.name, stage.key, resume=stage.definition.resumes_in_place)
+    payload = store.begin(stage.name, stage.known_key, resume=stage.definition.resumes_in_place)
     work = payload.parent / "work"
     work.mkdir(exist_ok=True)
     inputs = {name: run.artifacts[name] for name in (*stage.inputs, *stage.after)}
@@ -229,7 +229,7 @@ def _execute(run: Run, stage: Stage, progress: Progress) -> Artifact:
     shutil.rmtree(work, ignore_errors=True)
     return store.finish(
         stage.name,
-        stage.key,
+        stage.known_key,
         {
             "spec": stage.spec,
             "inputs": {name: run.artifacts[name].key for name in stage.inputs},
@@ -272,7 +272,7 @@ def _stop_if_final_rejected(run: Run) -> None:
     where = {
         "reject": f"The rejected model was kept as {final}.rejected and was not uploaded.",
         "undecided": f"The model was written to {final} and was not uploaded.",
-    }.get(summary.get("verdict"))
+    }.get(summary.get("verdict", "not judged"))
     if where and (summary["verdict"] == "reject" or evaluate.on_undecided == "stop"):
         raise RejectedByGates(f"{summary['advice']}\n{where} All numbers: {run.directory / 'report.html'}")
 

@@ -99,6 +99,13 @@ class Stage:
         return self.definition.name
 
     @property
+    def known_key(self) -> str:
+        """Its key. Raises ValueError while an earlier verdict decides what it works on."""
+        if self.key is None:
+            raise ValueError(f"{self.name} has no key before the verdict that it waits for")
+        return self.key
+
+    @property
     def hit(self) -> bool:
         return self.artifact is not None and not self.must_run
 

@@ -20,6 +20,8 @@ from reapkit.report.measures import generated, measured_models, share_with_inter
 from reapkit.selection.criteria.criterion import Criterion
 from reapkit.selection.criteria.registry import described
 
+WrittenModel = Literal["pruned", "quantized"]
+"""The models that a run writes, by what their directories are called."""
 PURPOSES = {
     "theblackcat102/evol-codealpaca-v1": "code generation",
     "Salesforce/xlam-function-calling-60k": "function and tool calling",
@@ -39,7 +41,7 @@ FORMAT_PURPOSES = {
 }
 
 
-def model_card(facts: RunFacts, which: Literal["pruned", "quantized"]) -> str:
+def model_card(facts: RunFacts, which: WrittenModel) -> str:
     """README.md of a written model directory: hub front matter, properties, calibration, method, results with limits,
     serving, recipe.
 

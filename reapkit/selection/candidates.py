@@ -50,11 +50,8 @@ class Candidate:
         """Kept experts by decoder layer; under `allocation: global` the counts whose total is spent."""
         return {layer: budget.kept for layer, budget in layer_budgets(self.prune(prune), architecture, layers).items()}
 
-    def removing(self, removed: int, num_experts: int) -> Candidate:
-        """This candidate with a ratio that removes `removed` of `num_experts` experts, whatever it removed before."""
-        ratio = (Decimal(removed) / num_experts).quantize(
-            Decimal("0.00001"), ROUND_CEILING
-        )  # rounded down it would remove one less
+    def with_ratio(self, ratio: Decimal) -> Candidate:
+        """This candidate with another ratio, whatever it removed before."""
         return replace(
             self, ratio=ratio, name=_name(ratio, None, self.criterion, self.allocation, self.experts_per_token)
         )
@@ -62,6 +59,11 @@ class Candidate:
     def saliency(self, saliency: SaliencySpec) -> SaliencySpec:
         """The recipe's saliency section with this candidate's criterion."""
         return saliency.model_copy(update={"criterion": self.criterion})
+
+
+def ratio_removing(removed: int, num_experts: int) -> Decimal:
+    """The ratio that removes `removed` of `num_experts` experts; rounded down it would remove one less."""
+    return (Decimal(removed) / num_experts).quantize(Decimal("0.00001"), ROUND_CEILING)
 
 
 def kept_experts(

@@ -18,6 +18,7 @@ from reapkit.pipeline.stages.repair import load_repaired
 from reapkit.pipeline.stages.select import load_selections
 from reapkit.planning.stage_definitions import StageDefinition
 from reapkit.recipe.schema import Gates
+from reapkit.selection.candidates import ratio_removing
 from reapkit.selection.decide import select_all
 
 if TYPE_CHECKING:
@@ -90,16 +91,15 @@ def _smaller_cut(context: Context) -> SmallerCut | None:
 
     def smaller_cut(name: str, share: Fraction) -> MaskedCandidate | None:
         removed = int(max(plan.base.experts[layer] - kept for layer, kept in plan.kept(grid[name]).items()) * share)
-        smaller = grid[name].removing(removed, num_experts)
+        ratio = ratio_removing(removed, num_experts)
+        smaller = grid[name].with_ratio(ratio)
         try:
             [selection] = select_all(
                 observation(), context.recipe.saliency, context.recipe.prune, plan.checkpoint.architecture, (smaller,)
             )
         except RecipeError:  # nothing would be removed, or the caps leave no room
             return None
-        return MaskedCandidate(
-            smaller.name, selection, plan.pruned(smaller).nbytes, ratio=f"{smaller.ratio.normalize():f}"
-        )
+        return MaskedCandidate(smaller.name, selection, plan.pruned(smaller).nbytes, ratio=f"{ratio.normalize():f}")
 
     return smaller_cut
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from reapkit.core.artifact_store import link_or_copy
+from reapkit.observation.external import ImportedObservation
 from reapkit.pipeline.stages.context import Context
 from reapkit.pipeline.stages.observe import spoken
+from reapkit.planning.plan import Plan
 from reapkit.planning.stage_definitions import StageDefinition
 
 
 def run(context: Context) -> dict[str, Any]:
-    imported = context.plan.imported
+    imported = _imported(context.plan)
     for file in imported.files:
         link_or_copy(file, context.payload / file.name)
     context.progress.warn(f"observe: {imported.differences([entry.name for entry in context.recipe.calibration.mix])}")
@@ -30,12 +32,17 @@ def run(context: Context) -> dict[str, Any]:
     }
 
 
+def _imported(plan: Plan) -> ImportedObservation:
+    assert plan.imported is not None, "the stage belongs to plans with an imported observation"
+    return plan.imported
+
+
 STAGE = StageDefinition(
     name="observe",
     version=1,
     run=run,
     directory="observation",
-    content=lambda plan: {"imported": plan.imported.content, "model": plan.identities.model},
+    content=lambda plan: {"imported": _imported(plan).content, "model": plan.identities.model},
     wanted=lambda plan: plan.imported is not None,
     remark=spoken,
 )

@@ -29,6 +29,7 @@ def run(context: Context) -> dict[str, Any]:
         observation = job.run(context.ranks, progress=context.progress, reading=hashes.begin)
         hashes.begin(checkpoint.shards)  # also those that a resumed run had no need to read
         hashes.keep()
+    assert observation is not None, "rank 0 walks through the stages, and has what all ranks observed"
     observation.save(context.payload)
     _say_how_settled(context, observation)
     count = int(observation.tokens.sum())

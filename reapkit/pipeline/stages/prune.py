@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.checkpoint.shard_reader import confirm_unchanged, record_of
@@ -17,9 +17,10 @@ from reapkit.selection.selection import Selection
 def run(context: Context) -> dict[str, Any]:
     from reapkit.pruning.layout_check import confirm_layout
 
-    recipe, source = context.recipe, context.plan.checkpoint
+    recipe, source, winner = context.recipe, context.plan.checkpoint, context.plan.winner
+    assert winner is not None, "a stage runs once it has a key, and this one's names the winner"
     confirm_unchanged(source.path, record_of(context.plan.store.root, source.identity))
-    selection = Selection.load(context.inputs["select"].payload / "candidates" / cast(str, context.plan.winner))
+    selection = Selection.load(context.inputs["select"].payload / "candidates" / winner)
     confirm_layout(
         source,
         context.plan.layout,
@@ -35,12 +36,12 @@ def run(context: Context) -> dict[str, Any]:
         max_shard_bytes=recipe.output.max_shard_bytes,
         mtp=recipe.prune.mtp,
         layout=recipe.prune.layout,
-        repaired=load_repaired(context, [context.plan.winner]).get(context.plan.winner),
+        repaired=load_repaired(context, [winner]).get(winner),
         progress=context.progress,
     )
     pruned = Checkpoint.open(context.payload)
     return {
-        "candidate": context.plan.winner,
+        "candidate": winner,
         "bytes": pruned.nbytes,
         "parameters": pruned.numel,
         "experts": {

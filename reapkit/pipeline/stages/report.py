@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from reapkit.core.atomic_files import write_text
 from reapkit.pipeline.stages.context import Context
 from reapkit.planning.stage_definitions import StageDefinition
-from reapkit.report.card import model_card
+from reapkit.report.card import WrittenModel, model_card
 from reapkit.report.facts import facts_from
 from reapkit.report.run_report import write_run_report
+
+MODELS: Mapping[str, WrittenModel] = {"prune": "pruned", "quantize": "quantized"}
+"""The stages that make a model, and what is made."""
 
 
 def run(context: Context) -> dict[str, Any]:
     facts = facts_from(context.plan, context.inputs)
     write_run_report(facts, context.payload / "report.html")
-    cards = [name for stage, name in (("prune", "pruned"), ("quantize", "quantized")) if stage in context.inputs]
-    for name in cards if context.recipe.output.card else ():
+    cards: list[WrittenModel] = [
+        name for stage, name in MODELS.items() if stage in context.inputs and context.recipe.output.card
+    ]
+    for name in cards:
         write_text(context.payload / f"{name}.md", model_card(facts, name))
-    return {"cards": cards if context.recipe.output.card else []}
+    return {"cards": cards}
 
 
 STAGE = StageDefinition(
