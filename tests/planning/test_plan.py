@@ -106,7 +106,7 @@ def test_a_grid_waits_for_its_verdict() -> None:
         (c.ratio for c in plan.candidates), reverse=True
     )
     assert plan.stage("prune").key is None and plan.stage("evaluate").known_key == plan.stage("evaluate").key
-    with pytest.raises(ValueError, match="^prune has no key before the verdict that it waits for$"):
+    with pytest.raises(ValueError, match=r"^prune has no key before the verdict that it waits for$"):
         _ = plan.stage("prune").known_key
 
 
