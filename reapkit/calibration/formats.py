@@ -224,7 +224,7 @@ def _content(content: Any, number: int) -> str:
         return ""
     if isinstance(content, str):
         return content
-    blocks = content if isinstance(content, list) else [None]
+    blocks: list[Any] = content if isinstance(content, list) else [None]
     if all(isinstance(block, Mapping) and isinstance(block.get("text"), str) for block in blocks):
         return "".join(block["text"] for block in blocks)
     raise ValueError(f"turn {number} holds content that is neither text nor a list of text blocks")

@@ -45,20 +45,17 @@ def prepare(
         trust_remote_code,
         progress,
     )
-    weights = [entry.weight for entry in calibration.mix]
-    if calibration.samples is not None:
-        asked = {"samples": calibration.samples}
-        targets = [
-            Target(samples=count) for count in _shares(calibration.samples, calibration.mix, "calibration.samples")
-        ]
+    unit, amount = calibration.asked
+    if unit == "samples":
+        targets = [Target(samples=count) for count in _shares(amount, calibration.mix, "calibration.samples")]
     else:
-        asked = {"tokens": calibration.tokens}
-        targets = [
-            Target(tokens=count, field="calibration.tokens") for count in largest_remainder(calibration.tokens, weights)
-        ]
+        weights = [entry.weight for entry in calibration.mix]
+        targets = [Target(tokens=count, field="calibration.tokens") for count in largest_remainder(amount, weights)]
     gathered = [gather(inputs, entry, target) for entry, target in zip(calibration.mix, targets, strict=True)]
     streams = [Stream(number, source, source.chosen) for number, source in enumerate(gathered)]
-    return assemble(inputs, gathered, streams, out, {"kind": "calibration", "asked": asked}, removable=work is None)
+    return assemble(
+        inputs, gathered, streams, out, {"kind": "calibration", "asked": {unit: amount}}, removable=work is None
+    )
 
 
 def prepare_packs(

@@ -20,10 +20,7 @@ MAX_SAMPLE_BYTES = 8 << 20
 
 
 class Rows(Protocol):
-    """Numbered rows. `total` is None where there is no end or it is not known."""
-
-    @property
-    def total(self) -> int | None: ...
+    """Numbered rows."""
 
     def read(self, numbers: Sequence[int]) -> list[Mapping[str, Any]]:
         """Rows by number. Raises ValueError beginning with the row's place."""
@@ -34,10 +31,15 @@ class Rows(Protocol):
         ...
 
 
-class Generated:
-    """Rows of a generator of the package; row i depends on its name, the seed and i alone."""
+class CountedRows(Rows, Protocol):
+    """Rows with an end: `total` of them."""
 
-    total = None
+    @property
+    def total(self) -> int: ...
+
+
+class Generated:
+    """Rows of a generator of the package, without end; row i depends on its name, the seed and i alone."""
 
     def __init__(self, name: str, seed: int):
         self.name, self.seed = name, seed
@@ -142,12 +144,12 @@ class Document:
 class Joined:
     """Several files one after another."""
 
-    def __init__(self, parts: Sequence[Rows]):
+    def __init__(self, parts: Sequence[CountedRows]):
         self.parts = parts
         self.offsets = np.cumsum([0, *(part.total for part in parts)])
         self.total = int(self.offsets[-1])
 
-    def _locate(self, number: int) -> tuple[Rows, int]:
+    def _locate(self, number: int) -> tuple[CountedRows, int]:
         part = int(np.searchsorted(self.offsets, number, side="right")) - 1
         return self.parts[part], number - int(self.offsets[part])
 
@@ -184,10 +186,8 @@ class ArrowRows:
 
 
 class StreamedRows:
-    """A hub dataset read over the network in shuffled order; only forward reads are cheap, earlier rows start it
-    again."""
-
-    total = None
+    """A hub dataset read over the network in shuffled order, of unknown length; only forward reads are cheap, earlier
+    rows start it again."""
 
     def __init__(
         self, dataset: Any, title: str, keep: Callable[[Mapping[str, Any]], bool], revision: str | None = None

@@ -10,13 +10,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from reapkit.calibration.identity import source_files
 from reapkit.calibration.row_readers import (
     ArrowRows,
+    CountedRows,
     Document,
     Generated,
     Joined,
@@ -83,15 +84,15 @@ def open_walk(entry: MixEntry, recipe_directory: Path, *, seed: int, held_out: b
     Raises UnusableError naming the source.
     """
     if entry.source.startswith("builtin:"):
-        rows: Rows = Generated(entry.source.removeprefix("builtin:"), seed)
+        generated = Generated(entry.source.removeprefix("builtin:"), seed)
         if entry.filter:
             raise UnusableError(
                 f"source '{entry.name}': generated rows have no columns, so they cannot be filtered. Remove `filter`."
             )
-        return Walk(entry.name, rows, "generated", None, PACK_START if held_out else 0)
+        return Walk(entry.name, generated, "generated", None, PACK_START if held_out else 0)
     local = is_local(entry.source, recipe_directory)
     rows = _open_files(entry, recipe_directory, seed) if local else open_dataset(entry, entry.source, seed)
-    if rows.total is None:
+    if isinstance(rows, StreamedRows):
         return Walk(entry.name, rows, f"stream shuffled over {STREAM_BUFFER} rows", None, skip if held_out else 0)
     kept = _filtered(rows, entry)
     numbers = kept[permutation(len(kept), seed, entry.name)]
@@ -107,7 +108,7 @@ def permutation(count: int, seed: int, name: str) -> np.ndarray:
     return np.argsort(np.random.PCG64(key).random_raw(count), kind="stable") if count else np.empty(0, np.int64)
 
 
-def _filtered(rows: Rows, entry: MixEntry) -> np.ndarray:
+def _filtered(rows: CountedRows, entry: MixEntry) -> np.ndarray:
     if not entry.filter:
         return np.arange(rows.total)
     kept = []
@@ -144,7 +145,7 @@ def passes(row: Mapping[str, Any], entry: MixEntry, place: str) -> bool:
     return True
 
 
-def _open_files(entry: MixEntry, recipe_directory: Path, seed: int) -> Rows:
+def _open_files(entry: MixEntry, recipe_directory: Path, seed: int) -> CountedRows | StreamedRows:
     path = local_path(entry.source, recipe_directory)
     if path.is_dir():
         return open_dataset(entry, str(path), seed)
@@ -156,7 +157,7 @@ def _open_files(entry: MixEntry, recipe_directory: Path, seed: int) -> Rows:
     return parts[0] if len(parts) == 1 else Joined(parts)
 
 
-def _open_file(path: Path, entry: MixEntry) -> Rows:
+def _open_file(path: Path, entry: MixEntry) -> CountedRows:
     """.jsonl and .ndjson: a row per line; .json: an array, or lines; .txt: a row per line; any other: the file is one
     row."""
     suffix = path.suffix.lower()
@@ -167,7 +168,7 @@ def _open_file(path: Path, entry: MixEntry) -> Rows:
     return LineRows(path, json_lines=False) if suffix == ".txt" else Document(path)
 
 
-def _open_json(path: Path, entry: MixEntry) -> Rows:
+def _open_json(path: Path, entry: MixEntry) -> CountedRows:
     with path.open("rb") as stream:
         if not stream.read(64).lstrip().startswith(b"["):
             return LineRows(path, json_lines=True)
@@ -179,7 +180,7 @@ def _open_json(path: Path, entry: MixEntry) -> Rows:
         ) from None
 
 
-def _open_parquet(files: Sequence[Path], entry: MixEntry) -> Rows:
+def _open_parquet(files: Sequence[Path], entry: MixEntry) -> ArrowRows:
     import datasets
 
     try:
@@ -192,7 +193,7 @@ def _open_parquet(files: Sequence[Path], entry: MixEntry) -> Rows:
     return ArrowRows(table, files[0].name if len(files) == 1 else f"{len(files)} parquet files")
 
 
-def open_dataset(entry: MixEntry, path: str, seed: int) -> Rows:
+def open_dataset(entry: MixEntry, path: str, seed: int) -> ArrowRows | StreamedRows:
     """A dataset in the hub's layout, from the hub or a local directory; streamed where it is large.
 
     Raises UnusableError naming source, reason and what would help.
@@ -203,9 +204,12 @@ def open_dataset(entry: MixEntry, path: str, seed: int) -> Rows:
         with _quiet(datasets):
             builder = datasets.load_dataset_builder(path, entry.config, revision=entry.revision)
             if _bytes_of(builder, entry) > STREAM_ABOVE_BYTES:
-                stream = builder.as_streaming_dataset(split=entry.split).shuffle(seed=seed, buffer_size=STREAM_BUFFER)
+                stream = cast("datasets.IterableDataset", builder.as_streaming_dataset(split=entry.split))  # one split
                 return StreamedRows(
-                    stream, entry.source, lambda row: passes(row, entry, entry.source), _commit(builder, entry)
+                    stream.shuffle(seed=seed, buffer_size=STREAM_BUFFER),
+                    entry.source,
+                    lambda row: passes(row, entry, entry.source),
+                    _commit(builder, entry),
                 )
             table = datasets.load_dataset(path, entry.config, split=entry.split, revision=entry.revision)
             return ArrowRows(table, entry.source, _commit(builder, entry))

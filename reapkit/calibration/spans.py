@@ -82,6 +82,7 @@ class Renderer:
         """Text and spans of a text or chat sample. Raises ValueError saying what is wrong and what to do."""
         if sample.text is not None:
             return self._render_text(sample.text)
+        assert sample.messages is not None, "samples of tokens are not rendered"
         template = self.template(sample.tools)
         if self.markers is None and _GENERATION.search(template):
             text, spans = self._chat(template, sample.messages, sample.tools, marked=True)
@@ -91,7 +92,7 @@ class Renderer:
             return Rendered(text, marked_spans(text, self.markers), "markers", False)
         if self.score == "all":
             return Rendered(text, [], "none", False)
-        return Rendered(text, self._prefix_spans(template, sample, text), "prefix", False)
+        return Rendered(text, self._prefix_spans(template, sample.messages, sample.tools, text), "prefix", False)
 
     def _render_text(self, text: str) -> Rendered:
         bos = self.tokenizer.bos_token
@@ -131,7 +132,9 @@ class Renderer:
         )
         return (rendered[0], spans[0]) if marked else rendered[0]
 
-    def _prefix_spans(self, template: str, sample: Sample, whole: str) -> list[tuple[int, int]]:
+    def _prefix_spans(
+        self, template: str, messages: list[dict[str, Any]], tools: Any, whole: str
+    ) -> list[tuple[int, int]]:
         """What each assistant turn adds to the rendering of the turns before it.
 
         A turn's span begins where the rendering with it and that of a generation prompt part (a prompt that opens a
@@ -139,23 +142,22 @@ class Renderer:
         prefix of the whole conversation, and the turns before it a prefix of that.
         """
         spans = []
-        for number, turn in enumerate(sample.messages):
+        for number, turn in enumerate(messages):
             if turn["role"] != "assistant":
                 continue
-            upto = self._chat(template, sample.messages[: number + 1], sample.tools)
-            prompt = self._chat(template, sample.messages[:number], sample.tools, prompt=True) if number else ""
+            upto = self._chat(template, messages[: number + 1], tools)
+            prompt = self._chat(template, messages[:number], tools, prompt=True) if number else ""
             nests = upto.startswith(prompt)
-            before = prompt if nests else self._chat(template, sample.messages[:number], sample.tools)
+            before = prompt if nests else self._chat(template, messages[:number], tools)
             if not whole.startswith(upto) or not upto.startswith(before):
-                raise ValueError(self._no_nesting(template, sample, number))
+                raise ValueError(self._no_nesting(template, messages, tools, number))
             shared = 0 if nests else _shared_length(prompt.removeprefix(before), upto[len(before) :])
             spans.append((len(before) + shared, len(upto)))
         return spans
 
-    def _no_nesting(self, template: str, sample: Sample, number: int) -> str:
+    def _no_nesting(self, template: str, messages: list[dict[str, Any]], tools: Any, number: int) -> str:
         before, prompt = (
-            self._chat(template, sample.messages[:number], sample.tools, prompt=prompt) if number else ""
-            for prompt in (False, True)
+            self._chat(template, messages[:number], tools, prompt=prompt) if number else "" for prompt in (False, True)
         )
         opening = prompt.removeprefix(before) if prompt.startswith(before) else ""
         markers = json.dumps(

@@ -11,6 +11,7 @@ import os
 import resource
 import signal
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 RENDER_SECONDS = 20.0
@@ -34,7 +35,7 @@ class TemplateProcess:
     """Renders one row at a time; starts its process when first needed, and again after one was ended."""
 
     def __init__(self) -> None:
-        self._process: multiprocessing.process.BaseProcess | None = None
+        self._process: BaseProcess | None = None
         self._connection: Connection | None = None
         self._closed = False
 
@@ -60,7 +61,7 @@ class TemplateProcess:
         if (process := self._process) is not None:  # another thread may forget it meanwhile
             process.kill()
 
-    def _started(self) -> tuple[multiprocessing.process.BaseProcess, Connection]:
+    def _started(self) -> tuple[BaseProcess, Connection]:
         if self._closed:
             raise TemplateStopped("rendering was stopped")
         if self._process is None or self._connection is None:

@@ -40,7 +40,7 @@ def map_tensors(path: Path) -> dict[str, ndarray]:
     return tensors
 
 
-def create_tensors(path: Path, shapes: Mapping[str, tuple[str, int]]) -> dict[str, ndarray]:
+def create_tensors(path: Path, shapes: Mapping[str, tuple[str, int]]) -> dict[str, np.memmap]:
     """A safetensors file of 1-d tensors, allocated at once and returned as writable memory maps [length] by name.
 
     `shapes`: each tensor's dtype, as WRITTEN spells it, and length.
@@ -63,10 +63,12 @@ def create_tensors(path: Path, shapes: Mapping[str, tuple[str, int]]) -> dict[st
     first = 8 + len(text)
     return {
         name: np.memmap(
-            path, np.dtype(dtype).newbyteorder("<"), "r+", first + header[name]["data_offsets"][0], (length,)
+            path,
+            np.dtype(dtype).newbyteorder("<"),
+            "r+",
+            first + header[name]["data_offsets"][0] if length else 0,  # an empty map must not lie behind the end
+            (length,),
         )
-        if length
-        else np.empty(0, dtype)
         for name, (dtype, length) in shapes.items()
     }
 

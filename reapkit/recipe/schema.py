@@ -222,6 +222,14 @@ class CalibrationSpec(Section):
     mix: tuple[MixEntry, ...] = Field(min_length=1)
     """The sources and their weights."""
 
+    @property
+    def asked(self) -> tuple[Literal["samples", "tokens"], int]:
+        """What the mix is measured in, and how much of it there is over the whole mix."""
+        if self.samples is not None:
+            return "samples", self.samples
+        assert self.tokens is not None, "either `samples` or `tokens` is given: _check"
+        return "tokens", self.tokens
+
     @model_validator(mode="after")
     def _check(self) -> CalibrationSpec:
         if (self.samples is None) == (self.tokens is None):

@@ -767,7 +767,9 @@ def _from_template(draw: Draw, subject: Subject, snippet: dict) -> Definition:
     text = _fill(snippet["code"].strip("\n"), **names, **numbers)
     text = re.sub(r"~(.*?)~", r"\1" if subject.hints else "", text)
     if subject.documented:
-        head, body = _DEFINITION.match(text).groups()
+        definition = _DEFINITION.match(text)
+        assert definition is not None, f"a documented snippet begins with its definition, not with {text[:40]!r}"
+        head, body = definition.groups()
         text = f'{head}    """{_fill(snippet["docstring"], **names, **numbers)}"""\n{body}'
     return Definition(text, tuple(snippet.get("imports", ())))
 
