@@ -16,6 +16,7 @@ from reapkit.pipeline.planned import load_and_plan
 from reapkit.pipeline.stages.every_stage import STAGE_NAMES
 from reapkit.planning.lock import check_lock, lock_path, read_lock, recipe_digest, revisions, write_lock
 from reapkit.planning.starting_recipe import starting_recipe
+from reapkit.quantization.schemes import SCHEMES
 from reapkit.recipe.json_schema import recipe_schema
 from reapkit.recipe.loading import find_recipe, load
 from reapkit.recipe.reference_page import language_page
@@ -100,7 +101,7 @@ def apply(
 def _pinned(recipe: str, overrides: list[str]) -> list[str]:
     """The revisions that the recipe's lock pins, once everything else agrees with it."""
     loaded = load(recipe, overrides)
-    path = lock_path(loaded, find_recipe(recipe))
+    path = lock_path(loaded, find_recipe(recipe))  # refuses a pipe, which could not be read a second time
     lock = read_lock(path)
     pins = revisions(lock, loaded)
     check_lock(lock, load(recipe, [*overrides, *pins]), recipe_digest(loaded), path)
@@ -168,8 +169,8 @@ def lock(recipe: RecipeArgument, overrides: Overrides, as_json: Json = False) ->
 
     Example: reapkit lock my-recipe.yaml
     """
+    path = lock_path(load(recipe, overrides), find_recipe(recipe))
     loaded = load_and_plan(recipe, overrides).loaded
-    path = lock_path(loaded, find_recipe(recipe))
     written = write_lock(loaded, path)
     print(
         json.dumps({"path": str(path), **written})
@@ -209,7 +210,7 @@ def schema(
 
     Example: reapkit schema > recipe.schema.json
     """
-    names = {"criterion": vocabulary()}
+    names = {"criterion": vocabulary(), "scheme": {name: scheme.meaning for name, scheme in SCHEMES.items()}}
     if markdown:
         print(language_page(names), end="")
     else:

@@ -40,6 +40,7 @@ class RecipeError(ReapkitError):
 
     exit_code = 2
     partial: Any = None  # the recipe without its broken parts, for checks that can still be made
+    stand_ins: frozenset[str] = frozenset()  # the sections of `partial` that are not the user's
 
     def __init__(self, problems: Sequence[Problem] | str):
         self.problems = [Problem("", problems)] if isinstance(problems, str) else list(problems)

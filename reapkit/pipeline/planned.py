@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from reapkit.core.errors import ReapkitError, RecipeError
+from reapkit.core.errors import Problem, ReapkitError, RecipeError
 from reapkit.pipeline.run_directory import refuse_foreign
 from reapkit.pipeline.stages.every_stage import STAGES
 from reapkit.planning import plan as planning
+from reapkit.planning.checks import recipe_problems
 from reapkit.planning.plan import Plan
 from reapkit.recipe.loading import LoadedRecipe, as_loaded, in_file_order, load
 from reapkit.recipe.schema import Recipe
@@ -30,19 +31,32 @@ def load_and_plan(
     try:
         made = make_plan(load(name, overrides), download=download, observation=observation)
     except RecipeError as error:
-        if error.partial is not None:
-            try:
-                make_plan(error.partial)
-            except RecipeError as more:
-                known = {problem.path for problem in error.problems}
-                raise RecipeError(
-                    in_file_order(error.problems + [p for p in more.problems if p.path not in known])
-                ) from None
-            except ReapkitError:
-                pass  # the checkpoint's turn comes when the recipe is right
-        raise
+        more = [] if error.partial is None else _more(error, observation)
+        raise RecipeError(in_file_order(error.problems + more)) from None
     refuse_foreign(made)
     return made
+
+
+def _more(error: RecipeError, observation: Path | None) -> list[Problem]:
+    """What else is wrong with a recipe of which parts could not be read: the checks that do not depend on those."""
+    partial, known = error.partial, {problem.path for problem in error.problems}
+    try:
+        if "model" in error.stand_ins:
+            raise partial.located(RecipeError(recipe_problems(partial, observation)))
+        make_plan(partial, observation=observation)
+    except RecipeError as more:
+        return [p for p in more.problems if p.path not in known and _section(p.path) not in error.stand_ins]
+    except ReapkitError as unusable:
+        return (
+            []
+            if "model.source" in known
+            else [partial.problem("model.source", str(unusable).removeprefix("model.source: "))]
+        )
+    return []
+
+
+def _section(path: str) -> str:
+    return path.partition(".")[0]
 
 
 def make_plan(loaded: LoadedRecipe, *, download: bool = False, observation: Path | None = None) -> Plan:

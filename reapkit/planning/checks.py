@@ -24,15 +24,44 @@ def checked_candidates(
     loaded: LoadedRecipe, checkpoint: Checkpoint, layout: Layout, observation: Path | None
 ) -> tuple[Candidate, ...]:
     """The concrete candidates; every contradiction of recipe and checkpoint is raised at once."""
-    recipe, problems, grid = loaded, [], ()
-    names = [entry.name for entry in recipe.calibration.mix]
+    problems, grid = recipe_problems(loaded, observation), ()
     try:
-        grid = candidates(recipe.prune, recipe.saliency, checkpoint.architecture, tuple(layout.layers))
+        grid = candidates(loaded.prune, loaded.saliency, checkpoint.architecture, tuple(layout.layers))
     except RecipeError as error:
         problems += error.problems
-    problems += check_quantize(checkpoint, recipe.quantize) + _length_problems(recipe, checkpoint)
-    problems += _unavailable(recipe, layout, checkpoint, observation) + _source_problems(recipe)
+    problems += check_quantize(checkpoint, loaded.quantize) + _length_problems(loaded, checkpoint)
+    problems += _unavailable(loaded, layout, checkpoint, observation)
+    if problems:
+        raise loaded.located(RecipeError(list(dict.fromkeys(problems))))
+    return grid
+
+
+def recipe_problems(loaded: LoadedRecipe, observation: Path | None) -> list[Problem]:
+    """Every contradiction that the recipe shows without its checkpoint; with an `observation` made elsewhere nothing
+    needs to be collected."""
+    problems = _candidate_problems(loaded) + _source_problems(loaded) + _mix_problems(loaded)
+    problems += [] if observation is not None else _unmeasured(loaded)
+    problems += _unmeasured_gates(loaded) + _missing_tasks(loaded) + _gate_problems(loaded)
     problems += [
+        problem
+        for i, name in enumerate(loaded.evaluate.controls)
+        if (problem := criterion_problem(name, f"evaluate.controls[{i}]"))
+    ]
+    return list(dict.fromkeys(problems))
+
+
+def _candidate_problems(recipe: Recipe) -> list[Problem]:
+    try:
+        candidates(recipe.prune, recipe.saliency)
+    except RecipeError as error:
+        return error.problems
+    return []
+
+
+def _mix_problems(recipe: Recipe) -> list[Problem]:
+    """Post-hoc weights of sources that there are not."""
+    names = [entry.name for entry in recipe.calibration.mix]
+    return [
         Problem(
             f"saliency.mix.{name}",
             f"no source of calibration.mix has this name.{closest(name, names)} Allowed: {', '.join(names)}.",
@@ -40,25 +69,18 @@ def checked_candidates(
         for name in recipe.saliency.mix or {}
         if name not in names
     ]
-    problems += (
-        (_unmeasured(recipe) if observation is None else []) + _unmeasured_gates(recipe) + _missing_tasks(loaded)
-    )
-    problems += [
-        problem
-        for i, name in enumerate(recipe.evaluate.controls)
-        if (problem := criterion_problem(name, f"evaluate.controls[{i}]"))
-    ]
+
+
+def _gate_problems(recipe: Recipe) -> list[Problem]:
+    """Presets and limits by source that cannot be resolved."""
+    problems: list[Problem] = []
+    sources = [entry.name for entry in (*recipe.calibration.mix, *recipe.evaluate.extra_packs)]
     for gates in (recipe.evaluate.gates, recipe.evaluate.gates_quantized):
         try:
-            resolve(
-                gates if gates is None or isinstance(gates, str) else gates.model_dump(exclude_none=True),
-                [*names, *(entry.name for entry in recipe.evaluate.extra_packs)],
-            )
+            resolve(gates if gates is None or isinstance(gates, str) else gates.model_dump(exclude_none=True), sources)
         except RecipeError as error:
             problems += error.problems
-    if problems:
-        raise loaded.located(RecipeError(list(dict.fromkeys(problems))))
-    return grid
+    return problems
 
 
 def _source_problems(recipe: Recipe) -> list[Problem]:

@@ -17,7 +17,7 @@ from reapkit.calibration.identity import source_identity, tokenizer_identity
 from reapkit.checkpoint.hub import hub_revision
 from reapkit.checkpoint.locate import is_local, model_checkpoint
 from reapkit.core.atomic_files import write_json
-from reapkit.core.errors import UnusableError
+from reapkit.core.errors import RecipeError, UnusableError
 from reapkit.core.hashing import digest
 from reapkit.core.json_text import parse_json
 from reapkit.recipe.loading import LoadedRecipe
@@ -89,7 +89,11 @@ def _model_revision(loaded: LoadedRecipe, path: Path) -> str | None:
 
 
 def lock_path(loaded: LoadedRecipe, recipe_file: Path) -> Path:
-    """`NAME.lock.json` beside the recipe."""
+    """`NAME.lock.json` beside the recipe. Raises RecipeError for a recipe that is not a file: a pipe has no place."""
+    if not recipe_file.is_file():
+        raise RecipeError(
+            f"{loaded.shown}: a lock lies beside its recipe, and this one comes from a pipe. Write it to a file first."
+        )
     return recipe_file.with_name(f"{loaded.name}.lock.json")
 
 

@@ -20,11 +20,11 @@ from reapkit.checkpoint.locate import model_checkpoint
 from reapkit.checkpoint.mtp_support import mtp_notes, observed_mtp, why_unobserved
 from reapkit.checkpoint.parameter_counts import active_parameters, pruned_sizes
 from reapkit.core.artifact_store import Store
-from reapkit.core.errors import Problem, RecipeError
+from reapkit.core.errors import Problem, RecipeError, UnusableError
 from reapkit.core.formatting import ranges
 from reapkit.core.hashing import digest_file
 from reapkit.observation.external import ImportedObservation
-from reapkit.planning.checks import checked_candidates
+from reapkit.planning.checks import checked_candidates, recipe_problems
 from reapkit.planning.estimates import Estimates, Machine, estimate, machine_memory
 from reapkit.planning.stage_definitions import Stage, StageDefinition, resolve_stages
 from reapkit.quantization.schemes import scheme_of
@@ -210,7 +210,7 @@ def make_plan(
     recipe = loaded
     if str(loaded.directory) not in sys.path:
         sys.path.append(str(loaded.directory))  # `saliency.criterion: module:function` finds a module beside its recipe
-    checkpoint = model_checkpoint(recipe.model, loaded.directory, download=download)
+    checkpoint = _checkpoint(loaded, observation, download)
     layout = checkpoint.layout
     grid = checked_candidates(loaded, checkpoint, layout, observation)
     store, imported = Store(recipe.runtime.store), None
@@ -240,6 +240,19 @@ def make_plan(
     winner = grid[0].name if len(grid) == 1 else None
     made = Plan(loaded, tuple(definitions), checkpoint, grid, identities, machine_memory(), imported, mtp, winner)
     return _judged(made)
+
+
+def _checkpoint(loaded: LoadedRecipe, observation: Path | None, download: bool) -> Checkpoint:
+    """The recipe's checkpoint. Raises UnusableError where it cannot be used and the recipe is right otherwise, else
+    RecipeError with everything that is known to be wrong."""
+    try:
+        return model_checkpoint(loaded.model, loaded.directory, download=download)
+    except UnusableError as error:
+        if problems := recipe_problems(loaded, observation):
+            raise loaded.located(
+                RecipeError([*problems, Problem("model.source", str(error).removeprefix("model.source: "))])
+            ) from None
+        raise
 
 
 def _judged(plan: Plan) -> Plan:

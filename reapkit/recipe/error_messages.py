@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
 from reapkit.core.errors import Problem
+from reapkit.recipe.as_written import hint
 from reapkit.recipe.schema import Recipe
 from reapkit.recipe.yaml_tree import Node
 
@@ -125,12 +126,13 @@ def _sentence(kind: str, error: ErrorDetails, value: Any, path: str) -> str:
     context = error.get("ctx", {})
     if kind in ("value_error", "assertion_error"):
         said = str(context.get("error", error["msg"]))
-        return f"{'' if isinstance(value, (dict, list)) else f'found {shown(value)}, '}{said}."
+        meant = hint(value) if said.endswith("a number") else ""
+        return f"{'' if isinstance(value, (dict, list)) else f'found {shown(value)}, '}{said}.{meant}"
     if kind in _KINDS:
-        return f"found {shown(value)}, must be {_KINDS[kind]}."
+        return f"found {shown(value)}, must be {_KINDS[kind]}.{hint(value) if 'number' in _KINDS[kind] else ''}"
     if kind in _BOUNDS:
         key, word = _BOUNDS[kind]
-        return f"found {shown(value)}, must be {word} {float(context[key]):g}."
+        return f"found {shown(value)}, must be {word} {float(context[key]):g}.{hint(value, context)}"
     if kind == "literal_error":
         return _not_allowed(value, context["expected"], path)
     if kind == "string_pattern_mismatch":

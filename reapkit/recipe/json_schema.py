@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Any, cast
 
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
@@ -13,26 +14,25 @@ Names = Mapping[str, Mapping[str, str]]
 """Kind of record (see schema.NameOf) -> its names, each with one line of description."""
 
 
+_BOUNDS = (("gt", "exclusiveMinimum"), ("ge", "minimum"), ("lt", "exclusiveMaximum"), ("le", "maximum"))
+_PERCENT = {"type": "string", "pattern": r"^\s*\d+(\.\d*)?\s*%\s*$"}
+
+
 class _Generator(GenerateJsonSchema):
-    """Fractions are plain numbers in a recipe, never strings."""
+    """Fractions are numbers, or percentages as text."""
 
     def decimal_schema(self, schema: Any) -> JsonSchemaValue:
-        number: JsonSchemaValue = {"type": "number"}
-        for name, keyword in (
-            ("gt", "exclusiveMinimum"),
-            ("ge", "minimum"),
-            ("lt", "exclusiveMaximum"),
-            ("le", "maximum"),
-        ):
-            if schema.get(name) is not None:
-                number[keyword] = float(schema[name])
-        return number
+        bounds = {keyword: float(schema[name]) for name, keyword in _BOUNDS if schema.get(name) is not None}
+        return {"anyOf": [{"type": "number", **bounds}, _PERCENT]}
+
+    def encode_default(self, dft: Any) -> Any:
+        return float(dft) if isinstance(dft, Decimal) else super().encode_default(dft)
 
 
 def recipe_schema(names: Names) -> dict[str, Any]:
     """JSON Schema 2020-12 of a recipe file, `extends` and partial children included. `names`: what editors offer
     where a recipe names a record; other names stay allowed, as users have their own."""
-    schema = _unwrapped(_with_names(Recipe.model_json_schema(schema_generator=_Generator)))
+    schema = _unwrapped(_with_names(_bounded(Recipe.model_json_schema(schema_generator=_Generator))))
     schema["$defs"] |= {kind: _choice(known) for kind, known in names.items()}
     schema["properties"] = {
         "extends": {
@@ -45,6 +45,20 @@ def recipe_schema(names: Names) -> dict[str, Any]:
     schema["if"] = {"not": {"required": ["extends"]}}  # a child may leave everything to its parent
     schema["then"] = {"required": required}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "reapkit recipe", **schema}
+
+
+def _bounded(schema: Any) -> Any:
+    """The schema with pydantic's names of bounds, which it leaves where a field may be null, as JSON Schema's."""
+    if isinstance(schema, list):
+        return [_bounded(value) for value in cast("list[Any]", schema)]
+    if not isinstance(schema, dict):
+        return schema
+    fields = {key: _bounded(value) for key, value in cast("dict[str, Any]", schema).items()}
+    bounds = {keyword: fields.pop(name) for name, keyword in _BOUNDS if isinstance(fields.get(name), (int, float))}
+    if bounds and "anyOf" in fields:
+        fields["anyOf"] = [kind | bounds if kind.get("type") == "number" else kind for kind in fields["anyOf"]]
+        return fields
+    return {**fields, **bounds}
 
 
 def _with_names(schema: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,9 +12,10 @@ from typing import Any
 from pydantic import PrivateAttr, ValidationError
 
 from reapkit.core.errors import Problem, RecipeError
+from reapkit.recipe.as_written import as_recipe_values, spelled_out
 from reapkit.recipe.error_messages import closest, may_be_null, problems_of
 from reapkit.recipe.schema import Recipe
-from reapkit.recipe.yaml_tree import Node, json_text, parse_document, read_document, walk
+from reapkit.recipe.yaml_tree import STANDARD_INPUT, Node, json_text, parse_document, read_document, walk
 
 SHIPPED = tuple(
     folder
@@ -67,9 +69,10 @@ class LoadedRecipe(Recipe):
 
 
 def find_recipe(name: str) -> Path:
-    """The file of a path or of a shipped recipe's name. Raises RecipeError listing near names."""
+    """The file of a path or of a shipped recipe's name; `-`, pipes and `/dev/stdin` stay as they are. Raises
+    RecipeError listing near names."""
     path = Path(name)
-    if path.is_file():
+    if path.is_file() or name == STANDARD_INPUT or (path.exists() and not path.is_dir()):
         return path
     for folder in SHIPPED:
         for candidate in (folder / name, folder / f"{name}.yaml"):
@@ -93,15 +96,26 @@ def load(name: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
     document = _read_with_parents(path, (), problems)
     for override in overrides:
         _override(document, override, problems)
-    recipe, found = _validate(document)
-    loaded = LoadedRecipe.of(recipe, path.resolve().parent, str(name), document) if recipe else None
+    document = spelled_out(document)
+    recipe, found, stand_ins = _validate(document)
+    loaded = LoadedRecipe.of(recipe, _folder(path), _named(name), document) if recipe else None
     if any(problem.path == "extends" for problem in problems):
         found = [problem for problem in found if not problem.message.startswith("is missing")]  # the parent may hold it
+    found = [problem for problem in found if problem.path not in {known.path for known in problems}]
     if problems or found or loaded is None:
         error = RecipeError(in_file_order(problems + found))
-        error.partial = loaded
+        error.partial, error.stand_ins = loaded, stand_ins
         raise error
     return loaded
+
+
+def _named(name: str | Path) -> str:
+    return "<stdin>" if str(name) == STANDARD_INPUT else str(name)
+
+
+def _folder(path: Path) -> Path:
+    """Where a recipe's relative paths start: its own folder; for a pipe, where the command was given."""
+    return path.resolve().parent if path.is_file() else Path.cwd()
 
 
 def in_file_order(problems: Sequence[Problem]) -> list[Problem]:
@@ -109,20 +123,36 @@ def in_file_order(problems: Sequence[Problem]) -> list[Problem]:
     return sorted(dict.fromkeys(problems), key=lambda p: (p.file or "", p.line or 0, p.column or 0))
 
 
-def _validate(document: Node) -> tuple[Recipe | None, list[Problem]]:
-    """The recipe, and every problem; with problems it is what remains without the broken values, or None."""
-    plain, problems = document.plain(), []
-    for _ in range(3):  # dropping a broken value can leave its section incomplete, then the section goes too
+_STAND_INS: dict[str, Any] = {
+    "version": 1,
+    "name": "stand-in",
+    "model": {"source": "builtin:demo"},
+    "calibration": {"samples": 1, "mix": [{"name": "stand-in", "source": "builtin:code"}]},
+    "prune": {"ratio": 0.5},
+}
+"""What takes the place of a required section that is missing or too broken to mend: the others are checked without
+it."""
+
+
+def _validate(document: Node) -> tuple[Recipe | None, list[Problem], frozenset[str]]:
+    """The recipe, every problem, and the sections that stand-ins fill; with problems it is what remains without the
+    broken values."""
+    plain, written = as_recipe_values(document)
+    problems: list[Problem] = []
+    stand_ins: set[str] = set()
+    for _ in range(4):  # dropping a broken value can leave its section incomplete, then the section goes too
         try:
-            return Recipe.model_validate_json(json_text(plain)), problems
+            return Recipe.model_validate_json(json_text(plain)), written + problems, frozenset(stand_ins)
         except ValidationError as error:
             problems = problems or problems_of(error.errors(), document)
             for place in sorted((_place(plain, e["loc"]) for e in error.errors()), key=len, reverse=True):
                 _drop(plain, place)
-            if "calibration" not in plain:  # too broken to mend; the budget can be checked without it
-                plain["calibration"] = {"samples": 1, "mix": [{"name": "stand-in", "source": "builtin:code"}]}
+            lost = [name for name in _STAND_INS if name not in plain]
+            stand_ins.update(lost)
+            plain |= copy.deepcopy({name: _STAND_INS[name] for name in lost})
+            if "calibration" in lost:
                 _drop(plain, ("saliency", "mix"))
-    return None, problems
+    return None, written + problems, frozenset(stand_ins)
 
 
 def _place(plain: Any, loc: Sequence[Any]) -> tuple[Any, ...]:
@@ -154,7 +184,7 @@ def _read_with_parents(path: Path, chain: tuple[Path, ...], problems: list[Probl
     if resolved in chain:
         names = " -> ".join(file.name for file in (*chain[chain.index(resolved) :], resolved))
         raise RecipeError([Problem("extends", f"is circular: {names}. Remove one of them.", str(path))])
-    document = _with_raw_recipe(read_document(path, _shown(path)), path, problems)
+    document = spelled_out(_with_raw_recipe(read_document(path, _shown(path), problems), path, problems))
     parent = document.value.pop("extends", None)
     if parent is None or parent.value is None:
         return document
@@ -208,6 +238,8 @@ def _with_raw_recipe(document: Node, path: Path, problems: list[Problem]) -> Nod
 
 
 def _shown(path: Path) -> str:
+    if str(path) == STANDARD_INPUT:
+        return "<stdin>"
     try:
         return str(path.resolve().relative_to(Path.cwd()))
     except ValueError:
@@ -289,7 +321,9 @@ def _override(document: Node, text: str, problems: list[Problem]) -> None:
     if not equals or not path.strip():
         problems.append(Problem("", "write it as key.path=value.", shown))
         return
-    value = parse_document(f"value: {value_text}", shown).value["value"]
+    found: list[Problem] = []
+    value = parse_document(f"value: {value_text}", shown, found).value["value"]
+    problems += [replace(problem, path=path + problem.path.removeprefix("value")) for problem in found]
     node, parts = document, path.strip().replace("[", ".").replace("]", "").split(".")
     for i, part in enumerate(parts):
         last = i == len(parts) - 1

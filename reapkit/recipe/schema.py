@@ -45,8 +45,20 @@ class NameOf:
         return {**handler(schema), NAME_OF: self.kind}
 
 
+@dataclass(frozen=True)
+class ByteCount:
+    """Marks a number of bytes, which people also write as `5 GB` (10^9) or `5 GiB` (2^30)."""
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {
+            "anyOf": [handler(schema), {"type": "string", "pattern": r"^\s*\d+(\.\d+)?\s*[kKmMgGtTpP]?[iI]?[bB]\s*$"}]
+        }
+
+
 NAME_OF = "x-name-of"
 CriterionName = Annotated[str, NameOf("criterion")]
+SchemeName = Annotated[str, NameOf("scheme")]
+Bytes = Annotated[int, ByteCount()]
 DEFAULT_CRITERION = "reap"
 
 
@@ -251,7 +263,7 @@ class ObserveSpec(Section):
     """Logits over which the entropy is taken."""
     reroute_tokens: int = Field(default=0, ge=0)
     """Tokens on which the reroute criteria are measured in every layer, 8192 for instance; 0: not collected."""
-    trace_bytes: int = Field(default=20_000_000_000, ge=0)
+    trace_bytes: Bytes = Field(default=20_000_000_000, ge=0)
     """Size limit of the exact EAFT trace. A calibration that needs more is summed in a table of 32 x 16 cells of (p, H)
     instead."""
 
@@ -342,7 +354,7 @@ class Cap(Section):
         Annotated[LayerRange, Tag("(scalar)")] | Annotated[tuple[Layer, ...], Tag("(list)")], Discriminator(_by_shape)
     ]
     """`0-3`, `60-`, `7` or a list of decoder layer indices."""
-    max_ratio: Fraction | None = Field(default=None, ge=0, lt=1)
+    max_ratio: Annotated[Fraction, Field(ge=0, lt=1)] | None = None
     """Largest fraction removed."""
     min_experts: int | None = Field(default=None, ge=1)
     """Fewest experts kept."""
@@ -383,9 +395,9 @@ class CandidatesSpec(Section):
 class PruneSpec(Section):
     """How much is removed, and where."""
 
-    ratio: Fraction | None = Field(default=None, ge=0, lt=1)
+    ratio: Annotated[Fraction, Field(ge=0, lt=1)] | None = None
     """Fraction of routed experts removed per layer (rounded down)."""
-    keep_ratio: Fraction | None = Field(default=None, gt=0, le=1)
+    keep_ratio: Annotated[Fraction, Field(gt=0, le=1)] | None = None
     """Fraction kept; the same as ratio = 1 - keep_ratio."""
     keep_experts: int | None = Field(default=None, ge=1)
     """Experts kept per layer."""
@@ -545,7 +557,7 @@ class EvaluateSpec(Section):
 class QuantizeSpec(Section):
     """Weight-only quantization of the pruned checkpoint."""
 
-    scheme: str | None = "W3A16"
+    scheme: SchemeName | None = "W3A16"
     """A weight-only compressed-tensors preset, or null for none."""
     method: Literal["rtn", "gptq", "awq", "autoround"] = "gptq"
     """How weights are rounded."""
@@ -571,8 +583,8 @@ class OutputSpec(Section):
     """The run directory; null: runs/NAME."""
     keep: tuple[Literal["pruned", "quantized"], ...] = ("pruned", "quantized")
     """Model directories kept after verification."""
-    max_shard_bytes: int = Field(default=5_000_000_000, ge=1_000_000)
-    """Largest safetensors shard."""
+    max_shard_bytes: Bytes = Field(default=5_000_000_000, ge=1_000_000)
+    """Largest safetensors shard; `5 GB` is 5_000_000_000."""
     card: bool = True
     """Write the model card into the output."""
     push_to_hub: str | None = None

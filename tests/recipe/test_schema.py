@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from reapkit.quantization.schemes import SCHEMES
 from reapkit.recipe.json_schema import recipe_schema
 from reapkit.recipe.loading import load, load_recipe
 from reapkit.recipe.reference_page import language_page
@@ -15,7 +16,11 @@ from reapkit.report.facts import recipe_yaml
 from reapkit.selection.criteria.registry import vocabulary
 from tests.support.paths import ROOT
 
-NAMES = {"criterion": vocabulary()}
+NAMES = {"criterion": vocabulary(), "scheme": {name: scheme.meaning for name, scheme in SCHEMES.items()}}
+
+
+PERCENT = {"type": "string", "pattern": r"^\s*\d+(\.\d*)?\s*%\s*$"}
+NULL = {"type": "null"}
 
 
 def test_the_committed_schema_is_current() -> None:
@@ -113,7 +118,12 @@ def test_a_parents_paths_start_from_the_parent(tmp_path: Path) -> None:
         ("calibration.samples", {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "null"}], "default": None}),
         ("calibration.packing", {"type": "string", "enum": ["none", "concat", "isolated"], "default": "concat"}),
         ("calibration.mix", {"type": "array", "items": {"$ref": "#/$defs/MixEntry"}, "minItems": 1}),
-        ("calibration.mix.weight", {"type": "number", "exclusiveMinimum": 0}),
+        ("calibration.mix.weight", {"anyOf": [{"type": "number", "exclusiveMinimum": 0}, PERCENT], "default": 1}),
+        (
+            "prune.ratio",
+            {"anyOf": [{"anyOf": [{"type": "number", "minimum": 0, "exclusiveMaximum": 1}, PERCENT]}, NULL]},
+        ),
+        ("evaluate.packs.confirm", {"default": 0.5}),
         ("prune.keep_experts", {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "null"}], "default": None}),
         ("prune.mtp", {"type": "string", "enum": ["auto", "observe", "drop"], "default": "auto"}),
         (
