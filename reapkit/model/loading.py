@@ -6,21 +6,25 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils.quantization_config import Mxfp4Config
 
 from reapkit.core.errors import UnusableError
 from reapkit.model.ragged_modeling import ragged
 
 RAGGED_KEY = "num_routed_experts_per_layer"
 
+M = TypeVar("M", bound=nn.Module)
+
 
 def load_model(
     path: str | Path, *, device: str = "cpu", dtype: str | torch.dtype = "auto", trust_remote_code: bool = False
-) -> nn.Module:
+) -> PreTrainedModel:
     """The checkpoint's own class in evaluation mode, without gradients, on `device` ("auto": spread over the
     accelerators).
 
@@ -53,7 +57,7 @@ def load_model(
     return widened(model.eval().requires_grad_(False), model.dtype)
 
 
-def widened(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+def widened(module: M, dtype: torch.dtype) -> M:
     """`module` without floats narrower than `dtype`: MXFP4 weights always unpack to bfloat16, whatever the rest of the
     model is in.
     """
@@ -93,17 +97,22 @@ def dequantized(config: transformers.PretrainedConfig) -> dict[str, Any]:
     load as they are.
     """
     settings = getattr(config, "quantization_config", None)
-    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+    method = _setting(settings, "quant_method")
     if method == "fp8":
-        block = settings.get("weight_block_size") if isinstance(settings, dict) else settings.weight_block_size
+        block = _setting(settings, "weight_block_size")
         return {"quantization_config": transformers.FineGrainedFP8Config(dequantize=True, weight_block_size=block)}
     if method == "mxfp4":
-        return {"quantization_config": transformers.Mxfp4Config(dequantize=True)}
+        return {"quantization_config": Mxfp4Config(dequantize=True)}
     if (
         method == "compressed-tensors"
     ):  # else weights are unpacked by a hook on the whole model's forward, which the base model's lacks
         return {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)}
     return {}
+
+
+def _setting(settings: Any, name: str) -> Any:
+    """One of a config's quantization settings, which are a dictionary or an object; None where it has none."""
+    return settings.get(name) if isinstance(settings, dict) else getattr(settings, name, None)
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:

@@ -63,7 +63,7 @@ def register() -> None:
         replacement = _make_layers(original, get_current_vllm_config)
         for module in list(sys.modules.values()):  # modelling files imported the function by name
             if getattr(module, "__name__", "").startswith("vllm.") and vars(module).get("make_layers") is original:
-                module.make_layers = replacement
+                vars(module)["make_layers"] = replacement
         base_loader.BaseModelLoader.load_model = _load_model(base_loader.BaseModelLoader.load_model)
 
 
@@ -85,7 +85,7 @@ def _make_layers(original: Callable[..., Any], current: Callable[[], Any]) -> Ca
 
         return original(num_hidden_layers, build, prefix, *args, **kwargs)
 
-    make_layers.ragged = True
+    vars(make_layers)["ragged"] = True
     return make_layers
 
 

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,24 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_expe
 
 from reapkit.checkpoint.projection_names import LOADED, Role
 from reapkit.core.errors import UnusableError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+    from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
+
+    class ExpertsModule(nn.Module):
+        """What is read of a module of experts: what transformers' experts interface gives a class, and an expert of its
+        own where they are linearised."""
+
+        config: PretrainedConfig
+        has_gate: bool
+        has_bias: bool
+        is_transposed: bool
+        act_fn: Callable[[Tensor], Tensor]
+        _apply_gate: Callable[[Tensor], Tensor]
+
+        def __getitem__(self, expert: int) -> nn.Module: ...
+
 
 IMPLEMENTATION = "reapkit"
 GATE_ON_INPUT = (
@@ -40,7 +59,7 @@ class RoutedExperts:
 
     layer: int
     name: str
-    module: nn.Module
+    module: ExpertsModule
     block: nn.Module
     num_experts: int
     gate_on_input: bool = False
@@ -83,18 +102,18 @@ class RoutedExperts:
         return self.gate_on_input or bool(self.module.is_transposed)
 
 
-def _first(module: nn.Module) -> Role:
+def _first(module: ExpertsModule) -> Role:
     """The role of the matrix that reads the hidden states."""
     return Role.GATE_UP if module.has_gate else Role.UP
 
 
-def _linear(module: nn.Module, role: Role, hidden: Tensor, expert: int) -> Tensor:
+def _linear(module: ExpertsModule, role: Role, hidden: Tensor, expert: int) -> Tensor:
     weight, bias = _weight_and_bias(module, role)
     out = hidden @ weight[expert] if module.is_transposed else nn.functional.linear(hidden, weight[expert])
     return out if bias is None else out + bias[expert]
 
 
-def _weight_and_bias(module: nn.Module, role: Role) -> tuple[Tensor, Tensor | None]:
+def _weight_and_bias(module: ExpertsModule, role: Role) -> tuple[Tensor, Tensor | None]:
     """The stacked matrices of a role, [experts, rows, columns], and their biases, [experts, outputs]."""
     name = LOADED.word(role)
     return getattr(module, name), getattr(module, f"{name}_bias") if module.has_bias else None
@@ -114,7 +133,9 @@ def find_experts(model: nn.Module) -> tuple[RoutedExperts, ...]:
                 path = f"{name}.{child}" if name else child
                 layer = next((int(part) for part in path.split(".") if part.isdigit()), 0)
                 found.setdefault(layer, []).append(
-                    RoutedExperts(layer, path, module, block, _count(module), adapted, linearised)
+                    RoutedExperts(
+                        layer, path, cast("ExpertsModule", module), block, _count(module), adapted, linearised
+                    )
                 )
     sites = [_text_experts(layer, candidates) for layer, candidates in sorted(found.items())]
     if not sites:
@@ -161,7 +182,12 @@ def _model_type(model: nn.Module) -> str:
 # ---------------------------------------------------------------------------------------------- interception
 
 
-Handler = Callable[[RoutedExperts, Tensor, Tensor, Tensor, Experts], Tensor]
+class Handler(Protocol):
+    """What a call of watched experts goes to; `inner` is what would have run otherwise."""
+
+    def __call__(
+        self, site: RoutedExperts, hidden: Tensor, index: Tensor, gates: Tensor, /, inner: Experts
+    ) -> Tensor: ...
 
 
 @contextmanager
@@ -185,31 +211,40 @@ def intercepted(sites: Sequence[RoutedExperts], handler: Handler) -> Iterator[No
 
 
 def _redirect(site: RoutedExperts, call: Experts) -> Callable[[], None]:
-    module, block = site.module, site.block
+    module = site.module
     outer = module.__dict__.get("_routed_call")
     module.__dict__["_routed_call"] = call
     if outer is not None:
         return functools.partial(module.__dict__.__setitem__, "_routed_call", outer)
-    replaced = block if site.gate_on_input else module if site.linearised else None
-    forward = None if replaced is None else replaced.__dict__.get("forward")
     if site.gate_on_input:
-        block.forward = functools.partial(_gate_on_input_block, block)
+        block = cast("Llama4TextMoe", site.block)
+        undo = _give_forward(block, functools.partial(_gate_on_input_block, block))
     elif site.linearised:
-        module.forward = functools.partial(_dispatch_linearised, module)
+        undo = _give_forward(module, functools.partial(_dispatch_linearised, module))
     else:
-        previous = module.config._experts_implementation
-        module.config._experts_implementation = IMPLEMENTATION
+        config, previous = module.config, module.config._experts_implementation
+        config._experts_implementation = IMPLEMENTATION
+        undo = functools.partial(setattr, config, "_experts_implementation", previous)
 
     def restore() -> None:
         del module.__dict__["_routed_call"]
-        if forward is not None:
-            replaced.forward = forward
-        elif replaced is not None:
-            del replaced.forward
-        else:
-            module.config._experts_implementation = previous
+        undo()
 
     return restore
+
+
+def _give_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
+    """Gives this one module another forward; what is returned takes it away again."""
+    before = module.__dict__.get("forward")
+    module.forward = forward
+
+    def undo() -> None:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
+
+    return undo
 
 
 def _dispatch(module: nn.Module, hidden: Tensor, index: Tensor, gates: Tensor) -> Tensor:
@@ -248,7 +283,7 @@ def _plain(site: RoutedExperts) -> Experts:
     return functools.partial(ALL_EXPERTS_FUNCTIONS[name], site.module)
 
 
-def _gate_on_input_block(block: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
+def _gate_on_input_block(block: Llama4TextMoe, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """llama4's block with its own router, spelled as a call of (hidden, index, gates)."""
     hidden = hidden.reshape(-1, block.hidden_dim)
     scores, logits = block.router(hidden)
@@ -351,7 +386,7 @@ def _grouped(
     return out, norm / gate.float() if site.gate_on_input else norm, peak
 
 
-def _grouped_linear(module: nn.Module, role: Role, rows: Tensor, expert: Tensor, ends: Tensor) -> Tensor:
+def _grouped_linear(module: ExpertsModule, role: Role, rows: Tensor, expert: Tensor, ends: Tensor) -> Tensor:
     """`_linear` on rows [pairs, in] sorted by expert; `ends` int32 [experts]: where each expert's rows end."""
     weight, bias = _weight_and_bias(module, role)
     out = nn.functional.grouped_mm(rows, weight if module.is_transposed else weight.transpose(-2, -1), offs=ends)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor
 
@@ -93,7 +93,7 @@ class LayerPass:
         """A parked forward's hidden states [batch, tokens, hidden] in the model's dtype, to read or to change in place;
         they are parked again after the block."""
         self._spool.unpark(forward)
-        yield cast(Tensor, forward.hidden)
+        yield forward.hidden
         self._spool.park(forward)
 
     def forget(self, forwards: Sequence[Forward]) -> None:

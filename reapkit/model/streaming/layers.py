@@ -8,10 +8,12 @@ import re
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -72,10 +74,12 @@ class LayeredModel:
                 use_kernels=False,
                 checkpoint_files=[str(self.path / shard) for shard in self._checkpoint.shards],
             )
-        self._conversions = get_model_conversion_mapping(self.model, None, self._quantizer)
+        self._conversions = cast(  # who makes the list and who takes it name its type differently
+            "list[WeightConverter | WeightRenaming]", get_model_conversion_mapping(self.model, None, self._quantizer)
+        )
         first = find_experts(self.model)[0]
-        self.prefix = first.name[: re.search(rf"\.{first.layer}\.", first.name).start()]
-        self.layers: nn.ModuleList = self.model.get_submodule(self.prefix)
+        self.prefix = first.name.partition(f".{first.layer}.")[0]
+        self.layers = cast(nn.ModuleList, self.model.get_submodule(self.prefix))
         self._renamings = [entry for entry in self._conversions if isinstance(entry, WeightRenaming)]
         self._converters = [entry for entry in self._conversions if isinstance(entry, WeightConverter)]
         self._expected = self.model.state_dict()  # on meta: names and shapes
@@ -158,11 +162,11 @@ class LayeredModel:
         for layer in list(self._in_use):
             self.drop(layer)
 
-    def as_source(self) -> nn.Module:
+    def as_source(self) -> PreTrainedModel:
         """`model`, told what transformers tells a model that it loads: where it came from, and how its tensors were
         converted."""
         self.model.config.name_or_path = str(self.path)
-        self.model._weight_conversions = self._conversions
+        vars(self.model)["_weight_conversions"] = self._conversions
         return self.model
 
     def nbytes(self, layer: int | None) -> int:
@@ -318,7 +322,7 @@ def _resolve(dtype: str | torch.dtype, config: transformers.PretrainedConfig) ->
     return getattr(torch, wanted) if isinstance(wanted, str) else wanted
 
 
-def _skeleton(config: transformers.PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
+def _skeleton(config: transformers.PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
     cls = model_class(config, trust_remote_code)
     with torch.device("meta"):
         if hasattr(cls, "from_config"):
@@ -328,14 +332,18 @@ def _skeleton(config: transformers.PretrainedConfig, dtype: torch.dtype, trust_r
     return model.eval().requires_grad_(False)
 
 
-def _rebuild_buffers(model: nn.Module, device: torch.device) -> None:
+def _rebuild_buffers(model: PreTrainedModel, device: torch.device) -> None:
     """Rotary tables and scales are in no checkpoint: the model's own initialisation computes them, its weights being on
     meta.
     """
     for module in model.modules():
-        computed = [name for name in module._non_persistent_buffers_set if module._buffers.get(name) is not None]
-        for name in computed:
-            module._buffers[name] = torch.empty_like(module._buffers[name], device=device)
+        computed = {
+            name: buffer
+            for name in module._non_persistent_buffers_set
+            if (buffer := module._buffers.get(name)) is not None
+        }
+        for name, buffer in computed.items():
+            module._buffers[name] = torch.empty_like(buffer, device=device)
         if computed:
             with torch.no_grad():
                 model._init_weights(module)

@@ -20,13 +20,12 @@ from torch import Tensor, nn
 class Forward:
     """One forward: `advance()` runs it through one decoder layer, or to its end after the last.
 
-    While it is paused, `hidden` is the next layer's input. `park` moves its bytes elsewhere and `unpark` brings them
-    back.
+    `park` moves the bytes of `hidden` elsewhere and `unpark` brings them back.
     """
 
     def __init__(self, run: Callable[[], Any]):
         self._greenlet = greenlet.greenlet(run)
-        self.hidden: Tensor | None = None
+        self._hidden: Tensor | None = None
         self.others: Callable[[], int] = lambda: 0
         self._replacement: Tensor | None = None
         self._parked: Tensor | Path | None = None
@@ -35,7 +34,20 @@ class Forward:
     def advance(self) -> None:
         self._greenlet.parent = greenlet.getcurrent()
         paused = self._greenlet.switch()
-        self.hidden, self.others = paused if not self._greenlet.dead else (None, lambda: 0)
+        self._hidden, self.others = paused if not self._greenlet.dead else (None, lambda: 0)
+
+    def pause(self, hidden: Tensor, others: Callable[[], int]) -> None:
+        """Gives the turn back to who called `advance`, from inside the forward. `hidden` [batch, tokens, hidden] in the
+        model's dtype is the next layer's input, `others` the checksum of its other arguments."""
+        caller = self._greenlet.parent
+        assert caller is not None, "`advance` says who waits"
+        caller.switch((hidden, others))
+
+    @property
+    def hidden(self) -> Tensor:
+        """The next layer's input while the forward is paused, [batch, tokens, hidden] in the model's dtype."""
+        assert self._hidden is not None, "the forward does not wait before a layer"
+        return self._hidden
 
     @property
     def finished(self) -> bool:
@@ -43,7 +55,7 @@ class Forward:
 
     def replace_hidden(self, hidden: Tensor) -> None:
         """The next layer reads `hidden`, [batch, tokens, hidden] in the model's dtype, instead."""
-        self.hidden = self._replacement = hidden
+        self._hidden = self._replacement = hidden
 
     def taken_replacement(self) -> Tensor | None:
         """What `replace_hidden` was given since the last call, [batch, tokens, hidden] in the model's dtype; None where
@@ -137,7 +149,7 @@ class Lockstep:
             if forward is None or number < self._start:
                 return None
             hidden = args[0] if args else kwargs["hidden_states"]
-            forward._greenlet.parent.switch((hidden, lambda: _checksum((args[1:], kwargs))))
+            forward.pause(hidden, lambda: _checksum((args[1:], kwargs)))
             replacement = forward.taken_replacement()
             if replacement is None:
                 return None
@@ -196,7 +208,7 @@ def _checksum(arguments: Any) -> int:
     """Of every tensor among a layer's arguments beside its hidden states: equal where a replay may go on from here."""
     total = 0
     for tensor in _tensors_in(arguments, set()):
-        total = crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy(), total)
+        total = crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data, total)
     return total
 
 

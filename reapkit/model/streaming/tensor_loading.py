@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers.core_model_loading import WeightConverter, dot_natural_key
+from transformers.core_model_loading import ConversionOps, Transpose, WeightConverter, dot_natural_key
 
 from reapkit.checkpoint.projection_names import BLOCK_SCALE
 from reapkit.checkpoint.shard_reader import ShardReader
@@ -27,7 +28,7 @@ class Stored:
     def __init__(self, reader: ShardReader, info: TensorInfo):
         self._reader, self.info = reader, info
 
-    def __getitem__(self, index: object) -> Tensor:
+    def __getitem__(self, index: Any) -> Tensor:
         info, dtype = self.info, TORCH_DTYPES[self.info.dtype]
         phase = (
             info.begin % ALIGNMENT if info.begin % dtype.itemsize == 0 else 0
@@ -116,13 +117,13 @@ class Fillings:
 
     def _filling(self, target: str, by_pattern: Mapping[str | None, list[str]]) -> Filling | None:
         first = next(iter(by_pattern))
-        converter = None if first is None else self._converters[first]
-        if converter is None:
+        if first is None:
             return (
                 None
                 if self._quantized or len(by_pattern) > 1 or len(by_pattern[None]) > 1
                 else self._copied(target, by_pattern[None][0])
             )
+        converter, operation = self._converters[first], self._converters[first].operations[0]
         if (
             any(pattern not in converter.source_patterns for pattern in by_pattern)
             or len(converter.target_patterns) != 1
@@ -133,13 +134,13 @@ class Fillings:
         if kinds in STACKINGS and not self._quantized:
             return self._stacked(target, ordered, {})
         if kinds == [("Transpose", None)] and not self._quantized and sum(map(len, ordered.values())) == 1:
-            return self._transposed(target, ordered[first][0], converter)
+            return self._transposed(target, ordered[first][0], cast(Transpose, operation))
         if kinds[:1] == [("Fp8Dequantize", None)] and kinds[1:] in STACKINGS:
             scales = {pattern: found for pattern, found in ordered.items() if f"weight{BLOCK_SCALE}" in pattern}
             weights = {pattern: found for pattern, found in ordered.items() if pattern not in scales}
-            return self._stacked(target, weights, scales, converter)
+            return self._stacked(target, weights, scales, operation if scales else None)
         if kinds == [("Mxfp4Dequantize", None)]:
-            return self._unpacked(target, ordered, converter)
+            return self._unpacked(target, ordered, operation)
         return None
 
     def _copied(self, target: str, key: str) -> Filling | None:
@@ -157,9 +158,9 @@ class Fillings:
             info.begin % ALIGNMENT if stays else 0,
         )
 
-    def _transposed(self, target: str, key: str, converter: WeightConverter) -> Filling | None:
+    def _transposed(self, target: str, key: str, operation: Transpose) -> Filling | None:
         """Stacked experts whose matrices lie the other way round on disk, one by one."""
-        info, shape, operation = self._infos[key], self._expected[target].shape, converter.operations[0]
+        info, shape = self._infos[key], self._expected[target].shape
         if operation.check_dims and info.shape == tuple(shape):
             return self._copied(target, key)
         turned = (
@@ -181,7 +182,7 @@ class Fillings:
         target: str,
         weights: Mapping[str, list[str]],
         scales: Mapping[str, list[str]],
-        converter: WeightConverter | None = None,
+        dequantizing: ConversionOps | None = None,
     ) -> Filling | None:
         """Per-expert matrices along a new first axis, gate's rows above up's; where there are scales, dequantized one
         by one."""
@@ -201,20 +202,17 @@ class Fillings:
         )
         if not fits:
             return None
-        model, operation = self._model, converter.operations[0] if scales else None
+        model = self._model
 
         def fill(place: Tensor, reader: ShardReader) -> None:
             for (pattern, keys), part in zip(weights.items(), place.split(rows, dim=1), strict=True):
-                scale_pattern, its_scales = next(iter(_scales_of(pattern, scales)), (None, ()))
+                with_scales = [(pattern, keys), *_scales_of(pattern, scales)]
                 for expert, key in enumerate(keys):
-                    if operation is None:
+                    if dequantizing is None:
                         read_into(part[expert], reader, infos[key])
                         continue
-                    pair = {
-                        pattern: [Stored(reader, infos[key])[...]],
-                        scale_pattern: [Stored(reader, infos[its_scales[expert]])[...]],
-                    }
-                    part[expert].copy_(operation.convert(pair, full_layer_name=target, model=model)[pattern][0])
+                    pair = {name: [Stored(reader, infos[found[expert]])[...]] for name, found in with_scales}
+                    part[expert].copy_(_dequantized(dequantizing, pair, target, model)[pattern][0])
 
         if scales and any(len(_scales_of(pattern, scales)) != 1 for pattern in weights):
             return None
@@ -223,14 +221,14 @@ class Fillings:
             target, shape, dtype, tuple(key for keys in (*weights.values(), *scales.values()) for key in keys), fill
         )
 
-    def _unpacked(self, target: str, parts: Mapping[str, list[str]], converter: WeightConverter) -> Filling | None:
+    def _unpacked(self, target: str, parts: Mapping[str, list[str]], unpacking: ConversionOps) -> Filling | None:
         """MXFP4 blocks with their scales, a few experts at a time: they unpack to bfloat16 whatever the model's dtype
         is."""
         shape, infos = self._expected[target].shape, self._infos
         if len(parts) != 2 or any(len(keys) != 1 or infos[keys[0]].shape[:1] != shape[:1] for keys in parts.values()):
             return None
         at_once = max(1, DEQUANTIZE_BYTES * shape[0] // max(1, 2 * shape.numel()))
-        model, operation = self._model, converter.operations[0]
+        model = self._model
 
         def fill(place: Tensor, reader: ShardReader) -> None:
             for begin in range(0, shape[0], at_once):
@@ -239,7 +237,7 @@ class Fillings:
                     pattern.removesuffix("$"): [Stored(reader, infos[keys[0]]).entries(begin, end)]
                     for pattern, keys in parts.items()
                 }
-                place[begin:end].copy_(operation.convert(few, full_layer_name=target, model=model)[target])
+                place[begin:end].copy_(_dequantized(unpacking, few, target, model)[target])
 
         wide = max(torch.bfloat16, self._dtype_of(target), key=lambda dtype: dtype.itemsize)
         return Filling(target, shape, wide, tuple(key for keys in parts.values() for key in keys), fill)
@@ -273,7 +271,16 @@ def read_into(place: Tensor, reader: ShardReader, info: TensorInfo) -> None:
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous host tensor of any shape and dtype."""
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    return tensor.view(-1).view(torch.uint8).numpy().data
+
+
+def _dequantized(
+    operation: ConversionOps, parts: dict[str, list[Tensor]], target: str, model: torch.nn.Module
+) -> dict[str, Any]:
+    """What transformers' operation makes of `parts`; those that dequantize need no patterns, as others of their base
+    class do."""
+    convert = cast(Callable[..., dict[str, Any]], operation.convert)
+    return convert(parts, full_layer_name=target, model=model)
 
 
 def _scales_of(pattern: str, scales: Mapping[str, list[str]]) -> list[tuple[str, list[str]]]:
