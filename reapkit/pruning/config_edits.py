@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from json.decoder import scanstring
 from typing import Any
 
 from reapkit.checkpoint.architecture import EXPERT_COUNT_KEYS, TEXT_CONFIG_KEYS, TOP_K_KEYS
@@ -21,7 +20,7 @@ GROUP_SIZE_KEY = re.compile(r"^(?:num_|n_)?experts_per_group$")
 MTP_KEY = re.compile(r"(?:^|_)(?:mtp|nextn)(?:_|$)")
 OTHER_TOWERS = re.compile(r"vision|visual|image|video|audio|speech|talker|code2wav|token2wav")
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
-_SPACE = re.compile(r"[ \t\r\n]*")
+_DECODER = json.JSONDecoder()
 
 
 # ---------------------------------------------------------------------------------------------- what changes
@@ -148,7 +147,7 @@ def edit_json(text: str, edits: Mapping[Path, Any]) -> str:
     Every other character stays as it is, white space and number spelling included. Raises KeyError for a path whose
     parent is missing.
     """
-    root = _locate(text, _SPACE.match(text).end())
+    root = _locate(text, _past_space(text, 0))
     changes: list[tuple[int, int, str]] = []
     for path, value in edits.items():
         node = root
@@ -167,19 +166,25 @@ def edit_json(text: str, edits: Mapping[Path, Any]) -> str:
 def _locate(text: str, at: int) -> _JsonNode:
     opening = text[at]
     if opening not in "{[":
-        return _JsonNode(at, json.JSONDecoder().raw_decode(text, at)[1], {})
+        return _JsonNode(at, _DECODER.raw_decode(text, at)[1], {})
     members: dict[str | int, _JsonNode] = {}
-    position = _SPACE.match(text, at + 1).end()
+    position = _past_space(text, at + 1)
     while text[position] not in "}]":
         if text[position] == ",":
-            position = _SPACE.match(text, position + 1).end()
+            position = _past_space(text, position + 1)
         key: str | int = len(members)
         if opening == "{":
-            key, position = scanstring(text, position + 1)
-            position = _SPACE.match(text, text.index(":", position) + 1).end()
+            key, position = _DECODER.raw_decode(text, position)
+            position = _past_space(text, text.index(":", position) + 1)
         members[key] = _locate(text, position)
-        position = _SPACE.match(text, members[key].end).end()
+        position = _past_space(text, members[key].end)
     return _JsonNode(at, position + 1, members)
+
+
+def _past_space(text: str, at: int) -> int:
+    while at < len(text) and text[at] in " \t\r\n":
+        at += 1
+    return at
 
 
 def _line_indent(text: str, at: int) -> str:

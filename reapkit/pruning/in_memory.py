@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from reapkit.checkpoint.architecture import EXPERT_COUNT_KEYS
 from reapkit.core.errors import UnusableError
@@ -16,7 +17,7 @@ from reapkit.selection.selection import Selection
 
 
 @torch.no_grad()
-def prune_loaded(model: nn.Module, selection: Selection) -> None:
+def prune_loaded(model: PreTrainedModel, selection: Selection) -> None:
     """Removes the experts that `selection` drops from `model`, in place; the config says the new number.
 
     Experts may be stacked tensors [experts, ...], as transformers builds them, of which the first axis is cut, or one

@@ -32,9 +32,8 @@ def confirm_layout(source: Checkpoint, layout: Layout, keep: Mapping[int, Sequen
     if model_class is None or len(counts) > 1 or "quantization_config" in source.config:
         return False
     architecture = source.architecture
-    change = Counts(
-        (architecture.num_experts, counts.pop()), (architecture.num_experts_per_tok,) * 2, architecture.n_group
-    )
+    top_k = architecture.num_experts_per_tok
+    change = Counts((architecture.num_experts, counts.pop()), (top_k, top_k), architecture.n_group)
     text = (source.path / "config.json").read_text(encoding="utf-8")
     edited = edit_json(text, config_edits(source.config, change, lambda name: name))
     before, after = (_numel_by_layer(model_class, config) for config in (text, edited))

@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from errno import EINVAL, ENOSYS, EOPNOTSUPP
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from reapkit.core.errors import StageFailed
 
@@ -56,7 +56,7 @@ class Machinery:
             self._threads = stack.pop_all()
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, *exception: Any) -> None:
         for file in self.files:
             file.end()  # again, or because it was interrupted before its own block began
         self._threads.__exit__(*exception)

@@ -82,7 +82,7 @@ def explained(source: Path, out: Path) -> Iterator[None]:
         yield
     except OSError as error:
         place = error.filename or out
-        advice = {
+        advice: dict[int | None, str] = {
             errno.ENOSPC: f"the disk of {out} is full. Free space there, then run again: finished shards are kept.",
             errno.EDQUOT: f"the quota on the disk of {out} is used up. Free space there, then run again.",
             errno.EROFS: f"{out} is read-only. Choose another output.directory.",
