@@ -130,18 +130,15 @@ class REAPModifier(Modifier):
         needed = _materials(criterion(saliency.criterion), prune)
         with tempfile.TemporaryDirectory() as work:
             tokens = tokens_of_loader(data, Path(work) / "tokens")
-            return select(
-                observe(
-                    state.model,
-                    tokens,
-                    collecting(*needed),
-                    batch_tokens=self.batch_tokens,
-                    work_directory=Path(work) / "observe",
-                ),
-                saliency,
-                prune,
-                architecture,
+            observation = observe(
+                state.model,
+                tokens,
+                collecting(*needed),
+                batch_tokens=self.batch_tokens,
+                work_directory=Path(work) / "observe",
             )
+            assert observation is not None, "a process alone has the observation"
+            return select(observation, saliency, prune, architecture)
 
 
 def _materials(criterion: Criterion, prune: PruneSpec) -> list[Material]:

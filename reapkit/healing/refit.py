@@ -4,24 +4,24 @@ fitted to the original's residual stream, and the pruned model continues with th
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from reapkit.calibration.tokens import Batch, CalibrationTokens, batches
 from reapkit.checkpoint.projection_names import Role
 from reapkit.core.atomic_files import replacing
 from reapkit.core.errors import StageFailed, UnusableError
 from reapkit.core.progress import SILENT, Progress
+from reapkit.healing.layer_watch import ExpertsCall, LayerWatch
 from reapkit.healing.ridge import ExpertFeatures, Refit, refit
 from reapkit.model.loading import final_hidden
 from reapkit.model.masking import masked
-from reapkit.model.routed_experts import Experts, RoutedExperts, find_experts, intercepted
+from reapkit.model.routed_experts import RoutedExperts, find_experts
 from reapkit.model.streaming.layer_pass import LayerPass
 from reapkit.model.streaming.layers import LayeredModel
 from reapkit.model.streaming.lockstep import Forward
@@ -34,8 +34,6 @@ ERROR_ENTRIES = 2**29
 """Most entries of a layer's error, 2 GB in float32; the fit holds a few of that size."""
 HELD_OUT_EVERY = 8
 """One row in this many of each source judges the ridge's strength and is not fitted."""
-NOT_ADDED = 0.05
-"""Relative deviation from 'the layer adds a multiple of its experts' output' that rounding in bfloat16 explains."""
 
 
 @torch.no_grad()
@@ -93,30 +91,22 @@ def _judging_rows(tokens: CalibrationTokens, rows: Sequence[int]) -> set[int]:
     return chosen or {rows[-1]}
 
 
-_Call = tuple[Tensor, Tensor, Tensor]
-"""What the experts are called with: hidden [t, hidden], experts int64 [t, k] and gates [t, k]."""
-
-
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class _RefitBatch:
-    """One batch on its way through the original (`name` None) or a pruned model, and what it left in the present
-    layer."""
+    """One batch on its way through the original or a pruned model."""
 
-    name: str | None
     batch: Batch
-    forward: Forward | None = None
-    output: Tensor | None = None
-    call: _Call | None = None
+    forward: Forward
 
 
-@dataclass(eq=False)
-class _Layer:
-    """What the hooks on one decoder layer see; `shift` is added to its experts' output while it is set."""
+@dataclass(frozen=True, eq=False)
+class _Passed:
+    """What a pruned model's batches left in one layer, by batch: the residual stream behind it and the calls of its
+    experts; `scale`: what the stream holds of these experts' output."""
 
-    call: tuple[tuple, dict] | None = None
-    output: Tensor | None = None
-    experts: _Call | None = None
-    shift: Tensor | None = None
+    outputs: list[Tensor]
+    calls: list[ExpertsCall]
+    scale: float
 
 
 @dataclass(eq=False)
@@ -129,50 +119,61 @@ class _RefitPass:
     rows: Sequence[int]
     selections: Mapping[str, Selection]
     batch_tokens: int
-    seen: _Layer = field(default_factory=_Layer)
 
     def __post_init__(self) -> None:
         self.judging = _judging_rows(self.tokens, self.rows)
+        self.watch = LayerWatch(self.layered)
 
     def run(self, out: Path, progress: Progress) -> dict[str, RepairedWeights]:
         layered, count = self.layered, len(self.layered.layers)
         layered.load_rest()
         sites = {site.layer: site for site in find_experts(layered.model)}
-        items = {
-            name: [_RefitBatch(name, batch) for batch in batches(self.tokens, self.rows, self.batch_tokens)]
-            for name in (None, *self.selections)
-        }
         found: dict[str, dict[int, LayerNames]] = {name: {} for name in self.selections}
         facts: dict[str, dict[str, Any]] = {name: {} for name in self.selections}
         with (
             self.layer_pass as layer_pass,
-            self._watched(),
-            intercepted(tuple(sites.values()), self._on_experts),
+            self.watch.watching(tuple(sites.values())),
             progress.task("repair", total=count, unit="layers") as task,
         ):
-            for item in (item for each in items.values() for item in each):
-                item.forward = layer_pass.begin(lambda item=item: self._forward(item.batch))
+            original = self._begun()
+            pruned = {name: self._begun() for name in self.selections}
             for layer in layer_pass.through(range(count), task):
-                for item in items[None]:
-                    layer_pass.advance(item.forward, park=False)
-                    item.output = self._output(item)
-                    layer_pass.park(item.forward)
-                for name, selection in self.selections.items():
-                    fitted = self._pruned(layer, sites.get(layer), selection, items[name], items[None])
-                    if fitted is not None:
-                        facts[name][str(layer)] = {
-                            "strength": fitted.strength,
-                            "fitted": fitted.fitted,
-                            "held_out": fitted.held_out,
-                        }
-                    if fitted is not None and fitted.corrections:
-                        found[name][layer] = self._save(
-                            layer, sites[layer], selection.keep[layer], fitted, items[name], out / name
-                        )
-                for item in (item for each in items.values() for item in each):
-                    item.output = item.call = None
-                self.seen = _Layer()
+                for name, fitted in self._fitted(layer, sites.get(layer), original, pruned):
+                    facts[name][str(layer)] = {
+                        "strength": fitted.strength,
+                        "fitted": fitted.fitted,
+                        "held_out": fitted.held_out,
+                    }
+                    if fitted.corrections:
+                        keep = self.selections[name].keep[layer]
+                        found[name][layer] = self._save(layer, sites[layer], keep, fitted, out / name)
+                self.watch.forget()
         return {name: self._finished(out / name, found[name], facts[name]) for name in self.selections}
+
+    def _begun(self) -> list[_RefitBatch]:
+        """Every batch, waiting in front of the first layer."""
+        return [
+            _RefitBatch(batch, self.layer_pass.begin(lambda batch=batch: self._forward(batch)))
+            for batch in batches(self.tokens, self.rows, self.batch_tokens)
+        ]
+
+    def _fitted(
+        self,
+        layer: int,
+        site: RoutedExperts | None,
+        original: Sequence[_RefitBatch],
+        pruned: Mapping[str, Sequence[_RefitBatch]],
+    ) -> Iterator[tuple[str, Refit]]:
+        """All batches of all models through the layer, and the new matrices of the pruned ones that have some."""
+        targets = []
+        for item in original:
+            self.layer_pass.advance(item.forward, park=False)
+            targets.append(self.watch.output(item.batch))
+            self.layer_pass.park(item.forward)
+        for name, selection in self.selections.items():
+            fitted = self._pruned(layer, site, selection, pruned[name], targets)
+            if fitted is not None:
+                yield name, fitted
 
     def _finished(self, directory: Path, layers: Mapping[int, LayerNames], facts: Mapping[str, Any]) -> RepairedWeights:
         directory.mkdir(parents=True, exist_ok=True)
@@ -188,44 +189,6 @@ class _RefitPass:
             None if batch.position_ids is None else batch.position_ids.to(device),
         )
 
-    @contextmanager
-    def _watched(self) -> Iterator[None]:
-        """Hooks behind those that pause: a forward that waits before a layer has its hooks already, later ones would be
-        missed."""
-
-        def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            self.seen.call = (args, kwargs)
-
-        def after(module: nn.Module, args: tuple, output: Any) -> None:
-            self.seen.output = output[0] if isinstance(output, tuple) else output
-
-        handles = [
-            handle
-            for layer in self.layered.layers
-            for handle in (
-                layer.register_forward_pre_hook(before, with_kwargs=True),
-                layer.register_forward_hook(after),
-            )
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _on_experts(self, site: RoutedExperts, hidden: Tensor, index: Tensor, gates: Tensor, inner: Experts) -> Tensor:
-        self.seen.experts = (hidden, index, gates)
-        out = inner(hidden, index, gates)
-        return out if self.seen.shift is None else out + self.seen.shift.to(out.dtype)
-
-    def _output(self, item: _RefitBatch) -> Tensor:
-        """The residual stream behind the layer at the batch's positions, padding aside: [positions, hidden] on the
-        host."""
-        return self.seen.output.reshape(-1, self.seen.output.shape[-1])[self._valid(item)].to("cpu", copy=True)
-
-    def _valid(self, item: _RefitBatch) -> Tensor:
-        return item.batch.valid.reshape(-1).nonzero()[:, 0].to(self.layered.device)
-
     # ------------------------------------------------------------------------------------------ a pruned model's layer
 
     def _pruned(
@@ -234,23 +197,18 @@ class _RefitPass:
         site: RoutedExperts | None,
         selection: Selection,
         items: Sequence[_RefitBatch],
-        base: Sequence[_RefitBatch],
+        targets: Sequence[Tensor],
     ) -> Refit | None:
         """All batches of one pruned model through a layer that is fitted on the way; None where there is nothing to
         fit."""
-        keep = {layer: selection.keep[layer]} if layer in selection.keep and site is not None else {}
-        fits = bool(keep) and len(selection.keep[layer]) < site.num_experts
-        scale = 1.0
-        with masked(self.layered.model, keep, selection.experts_per_token):
-            for item in items:
-                self.layer_pass.advance(item.forward, park=False)
-                if fits:
-                    item.output, item.call = self._output(item), self._call_of(item)
-                    scale = self._added_share(layer) if item is items[0] else scale
-                self.layer_pass.park(item.forward)
-        if not fits:
-            return None
-        fitted = refit(*self._problem(site, selection.keep[layer], items, base, scale))
+        keep = selection.keep.get(layer) if site is not None else None
+        with masked(self.layered.model, {} if keep is None else {layer: keep}, selection.experts_per_token):
+            if site is None or keep is None or len(keep) == site.num_experts:
+                for item in items:
+                    self.layer_pass.advance(item.forward)
+                return None
+            passed = self._passed(layer, items)
+        fitted = refit(*self._problem(site, keep, items, targets, passed))
         matrices = {expert: self._matrix(site, expert) for expert in fitted.corrections}
         rounded = {
             expert: _oriented(site, correction).add(matrices[expert].float()).to(matrices[expert].dtype)
@@ -260,53 +218,36 @@ class _RefitPass:
             site,
             {expert: _oriented(site, rounded[expert].float() - matrices[expert].float()) for expert in rounded},
             items,
-            scale,
+            passed,
         )
         return Refit(rounded, fitted.strength, fitted.fitted, fitted.held_out)
 
-    def _call_of(self, item: _RefitBatch) -> _Call:
-        """What the experts were called with, at positions that are not padding."""
-        hidden, index, gates = cast(_Call, self.seen.experts)
-        valid = self._valid(item)
-        return hidden[valid].clone(), index[valid].clone(), gates[valid].clone()
-
-    def _added_share(self, layer: int) -> float:
-        """c in 'the layer's output holds c times its experts' output', found by shifting that output.
-
-        Raises UnusableError where there is no such c: a norm or a gate stands behind the experts.
-        """
-        args, kwargs = cast(tuple[tuple[Any, ...], dict[str, Any]], self.seen.call)
-        plain = self.seen.output.float()
-        generator = torch.Generator().manual_seed(layer)
-        hidden = self.seen.experts[0]
-        shift = torch.randn(hidden.shape[0], plain.shape[-1], generator=generator).to(plain.device) * plain.std()
-        self.seen.shift = shift
-        self.layered.layers[layer](*args, **kwargs)
-        self.seen.shift = None
-        moved = (self.seen.output.float() - plain).reshape(shift.shape)
-        share = float((moved * shift).sum() / shift.square().sum())
-        off = float((moved - share * shift).norm() / moved.norm().clamp_min(1e-30))
-        if not share or off > NOT_ADDED:
-            raise UnusableError(
-                f"prune.repair: layer {layer} does not simply add its experts' output to the residual stream (a norm or"
-                " a gate follows), so it cannot be re-fitted in closed form. Remove prune.repair."
-            )
-        return share
+    def _passed(self, layer: int, items: Sequence[_RefitBatch]) -> _Passed:
+        outputs: list[Tensor] = []
+        calls: list[ExpertsCall] = []
+        scale = 1.0
+        for item in items:
+            self.layer_pass.advance(item.forward, park=False)
+            outputs.append(self.watch.output(item.batch))
+            calls.append(self.watch.experts_call(item.batch))
+            scale = self.watch.added_share(layer) if item is items[0] else scale
+            self.layer_pass.park(item.forward)
+        return _Passed(outputs, calls, scale)
 
     def _problem(
         self,
         site: RoutedExperts,
         keep: Sequence[int],
         items: Sequence[_RefitBatch],
-        base: Sequence[_RefitBatch],
-        scale: float,
+        targets: Sequence[Tensor],
+        passed: _Passed,
     ) -> tuple[dict[int, ExpertFeatures], Tensor, Tensor, Tensor]:
         """What `refit` takes, over all batches."""
         device = self.layered.device
-        target = torch.cat([item.output for item in base]).to(device).float()
-        error = (target - torch.cat([item.output for item in items]).to(device).float()) / scale
+        target = torch.cat(list(targets)).to(device).float()
+        error = (target - torch.cat(passed.outputs).to(device).float()) / passed.scale
         weight = 1 / target.square().sum(1).clamp_min(1e-30)
-        hidden, index, gates = (torch.cat(parts) for parts in zip(*(item.call for item in items), strict=True))
+        hidden, index, gates = (torch.cat(parts) for parts in zip(*passed.calls, strict=True))
         judging = torch.cat(
             [
                 torch.tensor([row in self.judging for row in item.batch.rows]).repeat_interleave(item.batch.lengths)
@@ -324,35 +265,27 @@ class _RefitPass:
         return site.matrix(Role.DOWN).detach()[expert]
 
     def _go_on(
-        self, site: RoutedExperts, corrections: Mapping[int, Tensor], items: Sequence[_RefitBatch], scale: float
+        self, site: RoutedExperts, corrections: Mapping[int, Tensor], items: Sequence[_RefitBatch], passed: _Passed
     ) -> None:
         """Adds what the rounded corrections change to the hidden states that wait for the next layer."""
-        for item in items:
+        for item, call in zip(items, passed.calls, strict=True):
             if item.forward.finished or not corrections:
                 continue
             change = torch.zeros(
-                item.call[0].shape[0], item.forward.hidden.shape[-1], dtype=torch.float32, device=self.layered.device
+                call[0].shape[0], item.forward.hidden.shape[-1], dtype=torch.float32, device=self.layered.device
             )
             for expert, correction in corrections.items():
-                seen = _features(site, expert, *cast(_Call, item.call))
+                seen = _features(site, expert, *call)
                 if len(seen.rows):
                     change.index_add_(0, seen.rows, seen.features() @ correction.T)
             with self.layer_pass.at_hand(item.forward) as hidden:
                 flat = hidden.view(-1, hidden.shape[-1])
-                valid = self._valid(item)
-                flat[valid] = (flat[valid].float() + scale * change).to(hidden.dtype)
+                valid = self.watch.valid(item.batch)
+                flat[valid] = (flat[valid].float() + passed.scale * change).to(hidden.dtype)
 
     # ------------------------------------------------------------------------------------------ what is written
 
-    def _save(
-        self,
-        layer: int,
-        site: RoutedExperts,
-        keep: Sequence[int],
-        fitted: Refit,
-        items: Sequence[_RefitBatch],
-        directory: Path,
-    ) -> LayerNames:
+    def _save(self, layer: int, site: RoutedExperts, keep: Sequence[int], fitted: Refit, directory: Path) -> LayerNames:
         """One file with the layer's re-fitted matrices under the checkpoint's names; experts without tokens keep
         theirs."""
         file = f"layer-{layer:04d}.safetensors"
