@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import yaml
@@ -16,13 +16,14 @@ from compressed_tensors.compressors.format import infer_module_format
 from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import QuantizationScheme, fake_quantize
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from reapkit.calibration.tokens import CalibrationTokens
 from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.core.errors import Problem, RecipeError, StageFailed, UnusableError
 from reapkit.core.progress import Progress
 from reapkit.quantization.dense import relative_error
-from reapkit.quantization.formats import compress, decompress, round_to_nearest
+from reapkit.quantization.formats import compress, decompress, round_to_nearest, weights_of
 from reapkit.quantization.loading import parameter_names, taken_apart
 from reapkit.quantization.names import LoadedNames
 from reapkit.quantization.oneshot import (
@@ -37,6 +38,15 @@ from reapkit.quantization.quiet import quiet
 from reapkit.quantization.targets import Targets
 from reapkit.quantization.writing import read_tensor, write_shards
 from reapkit.recipe.schema import QuantizeSpec
+
+if TYPE_CHECKING:
+
+    class _QuantizedLinear(nn.Linear):
+        """What llm-compressor makes of a linear layer."""
+
+        weight_scale: nn.Parameter
+        quantization_scheme: QuantizationScheme
+
 
 FEW_TOKENS = 128
 """Experts with fewer calibration tokens are named in the report; those with none are rounded to nearest."""
@@ -75,51 +85,37 @@ def quantize_loaded(
 
     `offload`: where the decoder layers' weights wait for their turn; None keeps them in host memory.
     """
-    modifiers = (
-        raw_modifiers(spec) if scheme is None else None
-    )  # what is wrong with a recipe is said before anything is loaded
+    how = raw_modifiers(spec) if scheme is None else scheme  # what is wrong with a recipe is said before loading
     loading = taken_apart(checkpoint.path, offload, trust_remote_code=trust_remote_code)
     try:
         return _quantize(
-            loading,
-            checkpoint,
-            out,
-            plan,
-            spec,
-            scheme,
-            modifiers,
-            calibration,
-            device,
-            batch_tokens,
-            max_shard_bytes,
-            progress,
+            loading, checkpoint, out, plan, spec, how, calibration, device, batch_tokens, max_shard_bytes, progress
         )
     finally:
         _release()
 
 
 def _quantize(
-    loading: AbstractContextManager[tuple[nn.Module, LoadedNames]],
+    loading: AbstractContextManager[tuple[PreTrainedModel, LoadedNames]],
     checkpoint: Checkpoint,
     out: Path,
     plan: Targets,
     spec: QuantizeSpec,
-    scheme: QuantizationScheme | None,
-    modifiers: list[Any] | None,
+    how: QuantizationScheme | list[Any],
     calibration: CalibrationTokens | None,
     device: torch.device,
     batch_tokens: int,
     max_shard_bytes: int,
     progress: Progress,
 ) -> Quantized:
-    """The whole of it; nothing that it returns keeps the model alive."""
+    """The whole of it; nothing that it returns keeps the model alive. `how`: a scheme, or a raw recipe's modifiers."""
     with loading as (model, names):
         places = place_matrices(model, names, checkpoint, plan)
         wanted = {id(module) for pieces in places.values() for module in pieces.values()}
         ignore = [
             name for name, module in model.named_modules() if isinstance(module, nn.Linear) and id(module) not in wanted
         ]
-        modifiers = modifiers_of(spec, scheme, ignore) if modifiers is None else modifiers
+        modifiers = how if isinstance(how, list) else modifiers_of(spec, how, ignore)
         kinds = {type(modifier).__name__ for modifier in modifiers}
         rows = (
             list(equal_batches(calibration, batch_tokens))
@@ -139,8 +135,7 @@ def _quantize(
                     f"llm-compressor cannot run {' and '.join(sorted(kinds))} on {type(model).__name__}:"
                     f" {str(error)[:300]}. Choose method: {instead}."
                 ) from error
-        if scheme is None:
-            plan, scheme = _as_the_recipe_left_it(model, places, plan)
+        plan, scheme = _as_the_recipe_left_it(model, places, plan) if isinstance(how, list) else (plan, how)
         unseen = (
             set()
             if "GPTQModifier" not in kinds or spec.calibrate_all_experts
@@ -171,8 +166,8 @@ def raw_modifiers(spec: QuantizeSpec) -> list[Any]:
             schemes = [
                 scheme
                 for modifier in modifiers
-                if hasattr(modifier, "resolved_config")
-                for scheme in modifier.resolved_config.config_groups.values()
+                if (config := getattr(modifier, "resolved_config", None)) is not None
+                for scheme in config.config_groups.values()
             ]
         except Exception as error:  # pydantic, yaml and lookups: all of them are about the recipe
             raise RecipeError(
@@ -219,7 +214,7 @@ def _as_the_recipe_left_it(
             ]
         )
     chosen = {
-        name: [module.quantization_scheme for module in pieces.values() if getattr(module, "quantization_scheme", None)]
+        name: [scheme for module in pieces.values() if (scheme := getattr(module, "quantization_scheme", None))]
         for name, pieces in places.items()
     }
     found = [scheme for schemes_of in chosen.values() for scheme in schemes_of]
@@ -269,7 +264,7 @@ def _write(
     places: Mapping[str, Mapping[str, nn.Linear]],
     plan: Targets,
     names: LoadedNames,
-    model: nn.Module,
+    model: PreTrainedModel,
     scheme: QuantizationScheme,
     unseen: set[tuple[str, int]],
     max_shard_bytes: int,
@@ -277,8 +272,10 @@ def _write(
 ) -> None:
     """Packs each quantized linear under its source's name; everything else as the model now holds it, or as the source
     does."""
-    parameters = parameter_names(model)
-    forgotten = {id(linear) for path, expert in unseen for linear in model.get_submodule(path)[expert].modules()}
+    from llmcompressor.modeling.moe.linearize import get_linearized_moes
+
+    parameters, experts = parameter_names(model), dict(get_linearized_moes(model))
+    forgotten = {id(linear) for path, expert in unseen for linear in experts[path][expert].modules()}
 
     def pack(prefix: str, linear: nn.Linear, source: Tensor | None) -> dict[str, Tensor]:
         if id(linear) in forgotten and source is not None:
@@ -315,12 +312,13 @@ def _write(
 def _check_packed(prefix: str, parts: dict[str, Tensor], linear: nn.Linear, scheme: QuantizationScheme) -> None:
     """Raises StageFailed where a packed matrix, dequantized, is not what the quantizer decided (to the rounding of its
     dtype)."""
+    quantized = cast("_QuantizedLinear", linear)
     decided = fake_quantize(
-        linear.weight,
-        linear.weight_scale,
-        getattr(linear, "weight_zero_point", None),
-        linear.quantization_scheme.weights,
-        global_scale=getattr(linear, "weight_global_scale", None),
+        quantized.weight,
+        quantized.weight_scale,
+        cast(Tensor, getattr(quantized, "weight_zero_point", None)),  # None is taken too
+        weights_of(quantized.quantization_scheme),
+        global_scale=getattr(quantized, "weight_global_scale", None),
     )
     gap = relative_error(decompress(parts, scheme), decided)
     if not gap <= PACKING_TOLERANCE:

@@ -9,7 +9,7 @@ accelerator.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.core.errors import Problem, RecipeError, StageFailed
 from reapkit.core.progress import SILENT, Progress
 from reapkit.quantization.checks import check_quantize
-from reapkit.quantization.formats import preset
+from reapkit.quantization.formats import preset, weights_of
 from reapkit.quantization.schemes import scheme_of
 from reapkit.quantization.targets import is_fp8, targets
 from reapkit.quantization.writing import finish_directory, measure
@@ -116,7 +116,7 @@ def quantize_checkpoint(
     )
     return {
         **named,
-        "group_size": scheme.weights.group_size,
+        "group_size": weights_of(scheme).group_size,
         **measure(out, plan, written),
         "left": _left_by_reason(plan.left),
         **facts,
@@ -137,7 +137,7 @@ def _in_bf16(checkpoint: Checkpoint, directory: Path, progress: Progress) -> Ite
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _left_by_reason(left: dict[str, str]) -> dict[str, list[str]]:
+def _left_by_reason(left: Mapping[str, str]) -> dict[str, list[str]]:
     reasons: dict[str, list[str]] = {}
     for module, reason in left.items():
         reasons.setdefault(reason, []).append(module)

@@ -11,6 +11,7 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.compressors.format import infer_module_format
 from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import (
+    QuantizationArgs,
     QuantizationConfig,
     QuantizationScheme,
     QuantizationStatus,
@@ -30,9 +31,19 @@ def preset(spec: QuantizeSpec) -> QuantizationScheme:
     """The scheme with the recipe's group size and its on-disk format settled, for Linear modules."""
     scheme = preset_name_to_scheme(scheme_of(spec).name, ["Linear"])
     if not scheme_of(spec).fixed:
-        scheme.weights.group_size = spec.group_size
+        weights_of(scheme).group_size = spec.group_size
     scheme.format = CompressionFormat(infer_module_format(nn.Linear, scheme))
     return scheme
+
+
+def weights_of(scheme: QuantizationScheme) -> QuantizationArgs:
+    """How the scheme stores weights. Raises UnusableError for one that is about activations alone."""
+    if scheme.weights is None:
+        raise UnusableError(
+            "config.json: found a quantization that leaves the weights as they are, which is not a scheme of reapkit's."
+            f" Known: {', '.join(SCHEMES)}."
+        )
+    return scheme.weights
 
 
 def quantization_config(scheme: QuantizationScheme, ignore: list[str]) -> dict[str, Any]:
@@ -43,7 +54,7 @@ def quantization_config(scheme: QuantizationScheme, ignore: list[str]) -> dict[s
         config_groups={"group_0": scheme},
         ignore=ignore,
         quantization_status=QuantizationStatus.COMPRESSED,
-        format=scheme.format,
+        format=CompressionFormat(scheme.format),
     )
     return {
         "version": compressed_tensors.__version__,
@@ -62,9 +73,10 @@ def scheme_on_disk(config: Mapping[str, Any]) -> QuantizationScheme:
 
 def spec_on_disk(config: Mapping[str, Any]) -> QuantizeSpec:
     """What a quantized directory says it is, as a recipe would say it; the method is not recorded there."""
-    scheme, weights = scheme_on_disk(config), scheme_on_disk(config).weights
+    scheme = scheme_on_disk(config)
+    weights = weights_of(scheme)
     for name, known in SCHEMES.items():
-        args = preset_name_to_scheme(name, ["Linear"]).weights
+        args = weights_of(preset_name_to_scheme(name, ["Linear"]))
         if (args.num_bits, args.type, args.strategy, args.symmetric, args.scale_dtype) == (
             weights.num_bits,
             weights.type,
@@ -73,9 +85,8 @@ def spec_on_disk(config: Mapping[str, Any]) -> QuantizeSpec:
             weights.scale_dtype,
         ):
             group = {} if known.fixed else {"group_size": weights.group_size}
-            return QuantizeSpec(
-                scheme=name, method="rtn", ignore=tuple(config["quantization_config"]["ignore"]), **group
-            )
+            ignore = tuple(config["quantization_config"]["ignore"])
+            return QuantizeSpec.model_validate({"scheme": name, "method": "rtn", "ignore": ignore, **group})
     raise UnusableError(
         f"config.json: found quantization {scheme.format} of {weights.num_bits} bits, which is not a scheme of"
         f" reapkit's. Known: {', '.join(SCHEMES)}."
@@ -107,5 +118,5 @@ def round_to_nearest(weight: Tensor, scheme: QuantizationScheme) -> Tensors:
 
     with torch.no_grad():
         module = initialize_quantized_linear(weight, scheme.model_copy(deep=True), weight.device)
-        calibrate_weight(module)
+        calibrate_weight(cast(nn.Linear, module))
         return compress({name: tensor.detach() for name, tensor in module.state_dict().items()}, scheme)

@@ -13,23 +13,28 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import torch
 from compressed_tensors.offload import disable_onloading
 from compressed_tensors.offload.cache import DiskCache
 from compressed_tensors.offload.module import offload_module, remove_module_offload
 from torch import nn
+from transformers import PreTrainedModel
 
 from reapkit.model.loading import load_model
 from reapkit.model.streaming.layers import LayeredModel
 from reapkit.quantization.names import LoadedNames
 from reapkit.quantization.quiet import quiet
 
+if TYPE_CHECKING:
+    from llmcompressor.modeling.moe.helpers import FusedExpertsProtocol
+
 
 @contextmanager
 def taken_apart(
     path: Path, offload: Path | None = None, *, trust_remote_code: bool = False
-) -> Iterator[tuple[nn.Module, LoadedNames]]:
+) -> Iterator[tuple[PreTrainedModel, LoadedNames]]:
     """The checkpoint's model with its routed experts as lists of linear layers, and the names its parameters had before
     that.
 
@@ -53,7 +58,7 @@ def taken_apart(
             shutil.rmtree(offload, ignore_errors=True)
 
 
-def _in_memory(path: Path, trust_remote_code: bool) -> tuple[nn.Module, LoadedNames]:
+def _in_memory(path: Path, trust_remote_code: bool) -> tuple[PreTrainedModel, LoadedNames]:
     from llmcompressor.modeling.moe.linearize import linearize_moe
 
     model = load_model(path, trust_remote_code=trust_remote_code)
@@ -61,7 +66,7 @@ def _in_memory(path: Path, trust_remote_code: bool) -> tuple[nn.Module, LoadedNa
     return linearize_moe(model), names
 
 
-def _on_disk(path: Path, offload: Path, trust_remote_code: bool) -> tuple[nn.Module, LoadedNames]:
+def _on_disk(path: Path, offload: Path, trust_remote_code: bool) -> tuple[PreTrainedModel, LoadedNames]:
     layered = LayeredModel(path, trust_remote_code=trust_remote_code)
     names = LoadedNames.of_model(layered.model)
     layered.load_rest()
@@ -84,12 +89,13 @@ def _give_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _take_apart(layer: nn.Module, model: nn.Module) -> None:
+def _take_apart(layer: nn.Module, model: PreTrainedModel) -> None:
     """One layer's part of llm-compressor's `linearize_moe`, which only knows whole models."""
     from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
     from llmcompressor.modeling.moe.linearize import get_non_linearized_moes
 
-    for name, experts in get_non_linearized_moes(layer):
+    for name, module in get_non_linearized_moes(layer):
+        experts = cast("FusedExpertsProtocol", module)
         kind = LinearExperts2D.get_linear_experts_cls(type(experts))
         layer.set_submodule(name, kind.from_experts_module(experts, getattr(experts, "config", model.config)))
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -25,7 +25,7 @@ class LoadedNames:
     parameters: dict[str, Any]
 
     @classmethod
-    def of_model(cls, model: nn.Module) -> LoadedNames:
+    def of_model(cls, model: PreTrainedModel) -> LoadedNames:
         """Of a model that is loaded or on the meta device, before its experts are linearised."""
         mapping = copy.deepcopy(get_model_conversion_mapping(model))
         return cls(

@@ -10,18 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from compressed_tensors.quantization import QuantizationScheme, disable_quantization, enable_quantization
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedModel
 
 from reapkit.calibration.tokens import CalibrationTokens, batches
 from reapkit.core.errors import StageFailed
 from reapkit.core.progress import Progress
 from reapkit.quantization.dense import relative_error
 from reapkit.recipe.schema import QuantizeSpec
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
 
 ATTENTION_TOLERANCE = 1e-3
 AWQ_TOLERANCE = 0.1
@@ -55,7 +59,7 @@ def count_tokens(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
         def hook(module: nn.Module, args: tuple, kwargs: dict, seen: Tensor = counts[path]) -> None:
             if not HooksMixin._HOOKS_DISABLED:  # the second pass only carries quantized activations onwards
-                index = kwargs.get("top_k_index", args[1] if len(args) > 1 else None)
+                index = kwargs["top_k_index"] if "top_k_index" in kwargs else args[1]
                 seen += torch.bincount(index.reshape(-1).cpu(), minlength=len(seen))[: len(seen)]
 
         handles.append(experts.register_forward_pre_hook(hook, with_kwargs=True))
@@ -86,7 +90,7 @@ def modifiers_of(spec: QuantizeSpec, scheme: QuantizationScheme, ignore: list[st
 
 
 def run_oneshot(
-    model: nn.Module,
+    model: PreTrainedModel,
     modifiers: list[Any],
     rows: list[dict[str, Tensor]],
     spec: QuantizeSpec,
@@ -113,9 +117,9 @@ def run_oneshot(
     ):
         oneshot(
             model=model,
-            processor=_NoProcessor(),
+            processor=cast("ProcessorMixin", _NoProcessor()),
             recipe=modifiers,
-            dataset=DataLoader(rows, batch_size=None) if rows else None,
+            dataset=DataLoader(cast("Dataset[dict[str, Tensor]]", rows), batch_size=None) if rows else None,
             num_calibration_samples=max(len(rows), 1),
             moe_calibrate_all_experts=spec.calibrate_all_experts,
             pipeline="sequential" if rows else "datafree",
@@ -129,7 +133,7 @@ class _NoProcessor:
         pass
 
 
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The model's decoder layers."""
     count = model.config.get_text_config().num_hidden_layers
     return next(
@@ -244,7 +248,7 @@ def _proven(model: nn.Module, layers: nn.ModuleList, rows: list[dict[str, Tensor
 
 
 @contextmanager
-def unchanged_without_rounding(model: nn.Module, rows: list[dict[str, Tensor]]) -> Iterator[None]:
+def unchanged_without_rounding(model: PreTrainedModel, rows: list[dict[str, Tensor]]) -> Iterator[None]:
     """Raises StageFailed where the rescaling that awq did changes the model even before anything is rounded, on the
     first of `rows` (`input_ids` int64 [rows, tokens], see `equal_batches`).
 

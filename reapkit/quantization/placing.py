@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +62,7 @@ def _by_value(expert: nn.Module, weight: Tensor, matrix: Matrix, checkpoint: Che
 
 def _stack(matrix: Matrix, modules: Mapping[str, nn.Module], parameter: str) -> dict[str, nn.Linear]:
     """The linears of a stacked expert tensor under the names they are written by."""
-    experts = modules[parameter.rpartition(".")[0]]
+    experts = cast(nn.ModuleList, modules[parameter.rpartition(".")[0]])
     return {
         piece.prefix: getattr(experts[piece.expert], LINEARISED.word(piece.role)) for piece in expert_pieces(matrix)
     }

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest.mock import patch
 
 import tqdm
@@ -27,7 +28,7 @@ def quiet() -> Iterator[None]:
     levels = {name: logging.getLogger(name).level for name in LOGGERS}
     draws = tqdm.tqdm.__init__
 
-    def hidden(self: tqdm.tqdm, *args: object, **kwargs: object) -> None:
+    def hidden(self: tqdm.tqdm, *args: Any, **kwargs: Any) -> None:
         draws(self, *args, **{**kwargs, "disable": True})
 
     for name in LIBRARIES:
@@ -55,5 +56,5 @@ def _import_silently() -> None:
     if "llmcompressor" in sys.modules:
         return
     with patch.dict(os.environ, {LEVEL: "CRITICAL"}):
-        from llmcompressor import LoggerConfig, configure_logger
+        from llmcompressor.logger import LoggerConfig, configure_logger
     configure_logger(LoggerConfig())

@@ -13,6 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from transformers import PreTrainedModel
 
 from reapkit.checkpoint.architecture import Architecture
 from reapkit.checkpoint.checkpoint import Checkpoint
@@ -27,7 +28,7 @@ COMPLETE = ({Role.GATE, Role.UP, Role.DOWN}, {Role.UP, Role.DOWN})
 """What one expert's matrices do together, with and without a gate."""
 
 
-def save_as_the_source(model: nn.Module) -> None:
+def save_as_the_source(model: PreTrainedModel) -> None:
     """From now on `model.save_pretrained` writes tensors and config as the checkpoint that the model came from spells
     them.
 
@@ -48,11 +49,11 @@ def save_as_the_source(model: nn.Module) -> None:
         _respell(Path(save_directory), spelling)
         _config(Path(save_directory), source, model)
 
-    save_pretrained._overridden = True  # llm-compressor would wrap it once more
-    model.save_pretrained = save_pretrained
+    vars(save_pretrained)["_overridden"] = True  # llm-compressor would wrap it once more
+    vars(model)["save_pretrained"] = save_pretrained
 
 
-def _source_of(model: nn.Module) -> Path:
+def _source_of(model: PreTrainedModel) -> Path:
     name = model.config._name_or_path
     if Path(name).is_dir():
         return Path(name)
@@ -90,7 +91,7 @@ def _quantized_experts(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _stack_again(model: nn.Module) -> None:
+def _stack_again(model: PreTrainedModel) -> None:
     """llm-compressor's own `repack_moe`, and what it forgets: gpt_oss has gate and up in alternating columns, not in
     halves."""
     from llmcompressor.modeling.moe.linear_experts import ExpertMLPWithGate
@@ -102,12 +103,14 @@ def _stack_again(model: nn.Module) -> None:
         if not experts.is_concatenated
         and experts.has_gate
         and experts.expert_cls_with_gate is not ExpertMLPWithGate
+        and issubclass(experts.expert_cls_with_gate, ExpertMLPWithGate)
         and experts.expert_cls_with_gate.copy_to_experts_module is ExpertMLPWithGate.copy_to_experts_module
     ]
     repack_moe(model)
     for name in halved:
         experts = model.get_submodule(name)
-        for tensor in (experts.gate_up_proj, *([experts.gate_up_proj_bias] if experts.has_bias else [])):
+        for word in ("gate_up_proj", *(["gate_up_proj_bias"] if experts.has_bias else [])):
+            tensor = experts.get_parameter(word)
             gate, up = tensor.detach().clone().chunk(2, dim=-1)
             tensor.copy_(torch.stack([gate, up], dim=-1).flatten(-2))
 

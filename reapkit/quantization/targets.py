@@ -71,6 +71,7 @@ class ExpertPiece(NamedTuple):
 def expert_pieces(matrix: Matrix) -> list[ExpertPiece]:
     """What a stack of experts is written as: one module per expert and projection, as engines with such modules spell
     it, expert by expert, gate before up."""
+    assert matrix.spelling is not None and matrix.role is not None, "a stack of experts is spelled and has a role"
     block, split = matrix.spelling.block_of(matrix.tensor.name), SPELLINGS[matrix.spelling.split]
     return [
         ExpertPiece(f"{block}.{split.experts}.{expert}.{split.word(role)}", expert, role)
@@ -170,7 +171,9 @@ def _left_by_user(name: str, spec: QuantizeSpec) -> str | None:
 def _decoder(layout: Layout) -> str:
     """The prefix of the decoder layers' names, such as `model.layers.`."""
     name = next(iter(next(iter(layout.layers.values())).names))
-    return LAYER.match(name)["stack"]  # a layout has experts in numbered layers only
+    match = LAYER.match(name)
+    assert match is not None, "a layout has experts in numbered layers only"
+    return match["stack"]
 
 
 def _why_left(name: str, tensor: TensorInfo, stacked: Collection[str], layout: Layout, decoder: str) -> str | None:
