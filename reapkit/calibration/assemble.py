@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,7 @@ from reapkit.calibration.inputs import Inputs
 from reapkit.calibration.packing import Piece, group_bounds, interleave, limit, pack, pieces_of
 from reapkit.calibration.spans import WAYS
 from reapkit.calibration.tokens import PARTS, SUMMARY_FILE, TOKENS_FILE
-from reapkit.core.atomic_files import replacing, write_json
+from reapkit.core.atomic_files import replacing, write_at, write_json
 from reapkit.core.errors import UnusableError
 from reapkit.core.mapped_safetensors import create_tensors
 from reapkit.recipe.schema import TokensFormat
@@ -180,8 +179,8 @@ def _write(
                 for piece in row_pieces
             ]
             # Written, not mapped: the pages of a map would count as this process's memory.
-            os.pwrite(out, np.concatenate([ids for ids, _ in read]).tobytes(), file["input_ids"].offset + 4 * position)
-            os.pwrite(out, np.concatenate([marks for _, marks in read]).tobytes(), file["assistant"].offset + position)
+            write_at(out, np.concatenate([ids for ids, _ in read]).tobytes(), file["input_ids"].offset + 4 * position)
+            write_at(out, np.concatenate([marks for _, marks in read]).tobytes(), file["assistant"].offset + position)
             signal[row] = sum(int(marks[1:].sum()) if completion else len(marks) - 1 for _, marks in read)
             scored[row] = signal[row] if completion else lengths[row]
             position += int(lengths[row])

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from reapkit.core.atomic_files import naming
 from reapkit.core.locks import locked
 
 DUPLICATE, HELD_OUT = "duplicate", "in the calibration"
@@ -133,12 +134,13 @@ def append(samples: Samples, block: list[Encoded], seen: set[str], held_out: Col
         "ways": [item.way for item in accepted],
         "dropped": dropped,
     }
-    with (samples.directory / "input_ids.bin").open("ab") as stream:
-        stream.writelines(item.input_ids.astype("<i4").tobytes() for item in accepted)
-    with (samples.directory / "assistant.bin").open("ab") as stream:
-        stream.writelines(item.assistant.tobytes() for item in accepted)
-    with (samples.directory / "journal.jsonl").open("a") as stream:
-        stream.write(json.dumps(record, separators=(",", ":")) + "\n")
+    with naming(samples.directory):
+        with (samples.directory / "input_ids.bin").open("ab") as stream:
+            stream.writelines(item.input_ids.astype("<i4").tobytes() for item in accepted)
+        with (samples.directory / "assistant.bin").open("ab") as stream:
+            stream.writelines(item.assistant.tobytes() for item in accepted)
+        with (samples.directory / "journal.jsonl").open("a") as stream:
+            stream.write(json.dumps(record, separators=(",", ":")) + "\n")
     _add(samples, record)
 
 

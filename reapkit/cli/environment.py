@@ -1,4 +1,5 @@
-"""What the machine refuses a command: a full disk, a closed pipe or terminal, an encoding, a permission. Torch-free."""
+"""The standard streams of a command, which end no work: closed, full, broken, or of an encoding that lacks characters.
+Torch-free."""
 
 from __future__ import annotations
 
@@ -11,29 +12,7 @@ from typing import TYPE_CHECKING, TextIO
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
-WAYS_OUT = {
-    errno.ENOSPC: "Free some space, or choose a place on another disk",
-    errno.EDQUOT: "Free some of your quota, or choose a place on another disk",
-    errno.EROFS: "Choose a place that can be written to",
-    errno.EACCES: "Ask for the permission, or choose another place",
-    errno.EPERM: "Ask for the permission, or choose another place",
-    errno.ENOENT: "Check the path, and make the folder that it lies in",
-    errno.ENOTDIR: "A file stands where a folder is needed: choose another path",
-    errno.EISDIR: "A folder stands where a file is needed: choose another path",
-    errno.EEXIST: "Something is there already: choose another path",
-    errno.ENOTEMPTY: "Something is there already: choose another path",
-    errno.ENAMETOOLONG: "Choose a shorter name",
-    errno.EMFILE: "Raise the limit of open files (ulimit -n)",
-}
-"""What to do where the system refuses, by errno."""
-
-
-def refused(error: OSError, where: str | None = None) -> str:
-    """Where the system refused something, what it said, and what to do."""
-    place = where or " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
-    way_out = WAYS_OUT.get(error.errno or 0, "Check the disk and the path")
-    said = error.strerror or str(error) or type(error).__name__
-    return f"{f'{place}: ' if place else ''}{said}. {way_out}, then run the same command again."
+from reapkit.core.refusals import SystemRefusal, refusal_in
 
 
 class _Forgiving(io.FileIO):
@@ -76,10 +55,10 @@ def _steady(stream: TextIO | None, descriptor: int) -> TextIO:
     return text
 
 
-def output_failure() -> OSError | None:
+def output_failure() -> SystemRefusal | None:
     """Why what was printed did not arrive; None where it did, or where its reader wanted no more (`| head`)."""
     raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
     if not isinstance(raw, _Forgiving):
         return None
     sys.stdout.flush()
-    return None if raw.failure is None or raw.failure.errno == errno.EPIPE else raw.failure
+    return None if raw.failure is None or raw.failure.errno == errno.EPIPE else refusal_in(raw.failure)

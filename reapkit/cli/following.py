@@ -9,6 +9,7 @@ from typing import cast
 from reapkit.cli.app import quiet_libraries
 from reapkit.core.errors import ReapkitError, StageFailed
 from reapkit.core.ranks import INTERRUPTED, Team
+from reapkit.core.refusals import refusal_in
 
 
 def follow(team: Team, debug: bool) -> int:
@@ -49,8 +50,8 @@ def _described(error: Exception) -> tuple[int, str]:
     """Exit code and text, as the same error would have on rank 0."""
     if isinstance(error, ReapkitError):
         return error.exit_code, str(error)
-    if isinstance(error, (OSError, MemoryError)):
-        return StageFailed.exit_code, f"{str(error) or 'ran out of memory'}. Run the same command again to resume."
+    if refusal := refusal_in(error):
+        return StageFailed.exit_code, refusal.told()
     return (
         1,
         (

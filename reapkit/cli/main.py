@@ -13,10 +13,11 @@ import typer
 
 from reapkit.cli import directories, looking, recipes
 from reapkit.cli.app import app
-from reapkit.cli.environment import output_failure, refused, steady_streams
+from reapkit.cli.environment import output_failure, steady_streams
 from reapkit.cli.following import follow, follower_code
-from reapkit.core import ranks, stop_requests
-from reapkit.core.errors import ReapkitError, RecipeError, UnusableError
+from reapkit.core import bus_errors, ranks, stop_requests
+from reapkit.core.errors import ReapkitError, RecipeError, StageFailed, UnusableError
+from reapkit.core.refusals import refusal_in
 
 __all__ = ["app", "directories", "looking", "main", "recipes"]
 
@@ -36,6 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
     own_process = arguments is None
     if own_process:
         steady_streams()
+        bus_errors.listen(_bus_error)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
@@ -50,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:  # it came while another error was being dealt with
         code = _interrupted()
     if (failure := output_failure()) and code == 0:
-        code = _told(UnusableError(refused(failure, "standard output")))
+        code = _told(UnusableError(failure.told("standard output")))
     if team:
         code = _end_together(team, code)
     if code == 130:
@@ -86,6 +88,18 @@ def _interrupted() -> int:
     return 130
 
 
+def _bus_error(work: str | None, file: str | None) -> int:
+    """Tells of a page that the kernel could not supply, without the streams, which may be in the middle of anything."""
+    what = (
+        f"{file or 'a file that is mapped into memory'}: a part of the file cannot be read or written. Its disk is full"
+        " or has failed, or the file was cut short while it was in use: free some space, or restore the file, then run"
+        " the same command again."
+    )
+    error = StageFailed(f"{work}: {what}") if work else UnusableError(what)
+    os.write(2, f"reapkit: {error}\n".encode(errors="backslashreplace"))
+    return error.exit_code
+
+
 def _told(error: ReapkitError) -> int:
     print(error if isinstance(error, RecipeError) else f"reapkit: {error}", file=sys.stderr)
     return error.exit_code
@@ -108,13 +122,12 @@ def _run(arguments: list[str], debug: bool) -> int:
         if debug:
             traceback.print_exc()
         return _told(error)
-    except OSError as error:
+    except Exception as error:
         if debug:
             traceback.print_exc()
-        return _told(UnusableError(refused(error)))
-    except Exception as error:  # a defect of ours: say so, and how to report it
-        if debug:
-            traceback.print_exc()
+        if refusal := refusal_in(error):
+            return _told(UnusableError(refusal.told()))
+        # a defect of ours: say so, and how to report it
         print(
             f"reapkit: internal error: {type(error).__name__}: {error}\nThis is a bug in reapkit. Run again with"
             " --debug for the traceback, and please report it.",

@@ -14,9 +14,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from reapkit.core import locks
-from reapkit.core.atomic_files import remove_unfinished, write_json
+from reapkit.core.atomic_files import copy_file, remove_unfinished, write_json
 
 KEY_LETTERS = 12
 
@@ -110,8 +111,15 @@ class Store:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """`target` with the bytes of `source`: a hard link, or a copy where the file systems differ."""
+    """`target`, in place of what was there, with the bytes of `source`: a hard link, or a copy where there can be none
+    (file systems that differ or have no links, a file that has too many). Raises OSError where the disk refuses."""
+    partial = target.with_name(f".{target.name}.{uuid4().hex[:8]}.partial")
     try:
-        os.link(source, target)
+        os.link(source, partial)
     except OSError:
-        shutil.copy2(source, target)
+        copy_file(source, target)
+        return
+    try:
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)  # rename leaves both names where they are the same file

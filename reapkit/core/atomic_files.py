@@ -16,8 +16,12 @@ from uuid import uuid4
 
 from safetensors import SafetensorError
 
+from reapkit.core.refusals import refusal_in
+
 UNFINISHED = re.compile(r"\..+\.[0-9a-f]{8}\.partial")
 """Matches the temporary files that a killed writer left behind."""
+CANNOT_RESERVE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+"""Error numbers of systems that cannot reserve space."""
 SYNC_REFUSED = (errno.EINVAL, errno.ENOTSUP)
 """Error numbers of file systems that cannot sync a directory; these keep renames in order by themselves."""
 
@@ -27,9 +31,12 @@ def replacing(target: Path) -> Generator[Path, None, None]:
     """A path beside `target` to write to: at the block's end it takes the place of `target`, unless the block failed.
 
     The file is synced before it is renamed, and its directory afterwards: once the block is left, the file outlives a
-    power cut. It has the mode that the umask gives new files, whoever wrote it. Directories above it are made. Raises
-    OSError where the disk refuses (full, read-only), also where safetensors hides that in an error of its own.
+    power cut. It has the mode that the umask gives new files, whoever wrote it. Directories above it are made. Where
+    `target` is a link, what it points at is replaced, and the link stays. Raises OSError naming `target` where the disk
+    refuses (full, read-only), also where safetensors hides that in an error of its own.
     """
+    if target.is_symlink():
+        target = _end_of_links(target)
     if target.is_char_device() or target.is_fifo():
         yield from _passed_on(target)
         return
@@ -46,10 +53,39 @@ def replacing(target: Path) -> Generator[Path, None, None]:
         partial.replace(target)
     except BaseException as error:
         partial.unlink(missing_ok=True)
-        if isinstance(error, SafetensorError) and (code := re.search(r"\(os error (\d+)\)", str(error))):
-            raise OSError(int(code[1]), os.strerror(int(code[1])), str(target)) from error
+        if isinstance(error, SafetensorError) or (isinstance(error, OSError) and _named(error) in ("", str(partial))):
+            _raise_about(target, error)
         raise
     sync(target.parent)
+
+
+@contextmanager
+def naming(path: Path) -> Generator[None]:
+    """Gives an OSError of the block that names no file, as those of writes are, the name `path`."""
+    try:
+        yield
+    except OSError as error:
+        if not _named(error):
+            _raise_about(path, error)
+        raise
+
+
+def _named(error: OSError) -> str:
+    return os.fsdecode(error.filename) if isinstance(error.filename, str | bytes | os.PathLike) else ""
+
+
+def _raise_about(path: Path, error: Exception) -> None:
+    """The same error as one about `path`, where it has a number."""
+    refusal = refusal_in(error)
+    if refusal is not None and refusal.number:
+        raise OSError(refusal.number, refusal.said, str(path)) from error
+
+
+def _end_of_links(link: Path) -> Path:
+    end = Path(os.path.realpath(link))
+    if end.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(link))
+    return end
 
 
 def _passed_on(target: Path) -> Generator[Path, None, None]:
@@ -84,6 +120,27 @@ def copy_file(source: Path, target: Path) -> None:
     """A file byte for byte; links are followed."""
     with replacing(target) as partial:
         shutil.copyfile(source, partial)
+
+
+def write_at(descriptor: int, content: bytes | memoryview, place: int) -> None:
+    """All of `content` at byte `place` of an open file. Raises OSError where the disk refuses the whole or a part."""
+    rest = memoryview(content).cast("B")
+    while rest:
+        written = os.pwrite(descriptor, rest, place)
+        rest, place = rest[written:], place + written
+
+
+def reserve(path: Path, nbytes: int) -> None:
+    """Makes room for the file's first `nbytes` on its disk, so that writing to a map of it cannot fail for want of
+    space; what it holds stays. Raises OSError naming the file where there is no room.
+    """
+    with naming(path), path.open("ab") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, nbytes)
+        except OSError as error:
+            if error.errno not in CANNOT_RESERVE:
+                raise
+            os.truncate(path, max(nbytes, path.stat().st_size))
 
 
 def remove_unfinished(directory: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy import ndarray
 
+from reapkit.core.atomic_files import naming, reserve
 from reapkit.core.dtypes import DTYPES
 from reapkit.core.errors import UnusableError
 from reapkit.core.safetensors_header import read_header
@@ -46,7 +47,7 @@ def create_tensors(path: Path, shapes: Mapping[str, tuple[str, int]]) -> dict[st
     `shapes`: each tensor's dtype, as WRITTEN spells it, and length.
 
     The bytes depend on names, dtypes, lengths and what is written, on nothing else. Wide types come first, which aligns
-    all.
+    all. Raises OSError where the disk has no room for the file.
     """
     order = sorted(shapes, key=lambda name: (-np.dtype(shapes[name][0]).itemsize, name))
     header: dict[str, Any] = {}
@@ -57,9 +58,9 @@ def create_tensors(path: Path, shapes: Mapping[str, tuple[str, int]]) -> dict[st
         header[name] = {"dtype": WRITTEN[dtype], "shape": [length], "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as stream:
+    with naming(path), path.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
-        stream.truncate(8 + len(text) + end)
+    reserve(path, 8 + len(text) + end)
     first = 8 + len(text)
     return {
         name: np.memmap(

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from reapkit.calibration.tokens import CalibrationTokens, batches
-from reapkit.core.atomic_files import replacing, sync, write_text
+from reapkit.core.atomic_files import replacing, reserve, sync, write_text
 from reapkit.core.errors import StageFailed, UnusableError
 from reapkit.core.hashing import digest
 from reapkit.core.progress import SILENT, Progress
@@ -234,7 +234,9 @@ def _kept_hidden(
 
 
 def hidden_file(path: Path, positions: int, width: int, dtype: torch.dtype) -> Tensor:
-    """`[positions, width]` of `dtype` that lives in a file instead of in memory."""
+    """`[positions, width]` of `dtype` that lives in a file instead of in memory. Raises OSError where the disk has no
+    room for it."""
+    reserve(path, positions * width * dtype.itemsize)
     return torch.from_file(str(path), shared=True, size=positions * width, dtype=dtype).view(-1, width)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from reapkit.checkpoint.architecture import text_config
 from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.core.errors import StageFailed, UnusableError
+from reapkit.core.programs import how_it_ended
 
 MAX_NEW_TOKENS = 1024
 """Told to lm-eval explicitly: its own default cuts reasoning models off after 256 tokens. At most half of what the
@@ -76,8 +77,9 @@ def run_benchmarks(
         code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
     written = sorted(path for path in out.rglob("results_*.json") if path not in known)
     if code != 0 or not written:
-        last = (out / "lm_eval.log").read_text(encoding="utf-8").strip().splitlines()[-1:] or ["no output"]
-        raise StageFailed(f"lm-eval on {model} ended with {code}: {last[0]} (all of it in {out / 'lm_eval.log'}).")
+        said = (out / "lm_eval.log").read_text(encoding="utf-8", errors="replace")
+        last = said.strip().splitlines()[-1:] or ["no output"]
+        raise StageFailed(f"lm-eval on {model} {how_it_ended(code)}: {last[0]} (all of it in {out / 'lm_eval.log'}).")
     return {
         "tasks": _metrics(json.loads(written[-1].read_text(encoding="utf-8"))["results"]),
         "limit": limit,

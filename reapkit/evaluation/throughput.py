@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.core.errors import ReapkitError, StageFailed, UnusableError
+from reapkit.core.programs import run_program
 from reapkit.evaluation.metrics.table import METRICS
 from reapkit.evaluation.serving.serve_check import ask_vllm, vllm_python
 from reapkit.model.loading import load_model
@@ -146,10 +146,10 @@ def throughput_of(
         device,
         *(["--trust-remote-code"] if trust_remote_code else []),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
+    done = run_program(command)
+    if done.code != 0:
         last = done.stderr.strip().splitlines()[-1:] or ["no output"]
-        raise StageFailed(f"throughput of {path}: the measuring process ended with {done.returncode}: {last[0]}")
+        raise StageFailed(f"throughput of {path}: the measuring process {done.how}: {last[0]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from reapkit.core.atomic_files import replacing
+from reapkit.core.atomic_files import naming, replacing, write_at
 from reapkit.observation.group_sums import trace_header
 
 COPY_BYTES = 64 << 20
@@ -41,11 +41,12 @@ class GroupTraces:
         begin, end = header[name]["data_offsets"]
         descriptor = os.open(self.part(group), os.O_WRONLY | os.O_CREAT, 0o666)
         try:
-            if os.fstat(descriptor).st_size != (size := len(head) + _end(header)):
-                os.ftruncate(descriptor, size)
-                _write(descriptor, memoryview(head), 0)
-            place = len(head) + begin + (at - self.starts[group]) * ((end - begin) // count)
-            _write(descriptor, memoryview(values.cpu().contiguous().numpy()).cast("B"), place)
+            with naming(self.part(group)):
+                if os.fstat(descriptor).st_size != (size := len(head) + _end(header)):
+                    os.ftruncate(descriptor, size)
+                    write_at(descriptor, head, 0)
+                place = len(head) + begin + (at - self.starts[group]) * ((end - begin) // count)
+                write_at(descriptor, memoryview(values.cpu().contiguous().numpy()), place)
         finally:
             os.close(descriptor)
 
@@ -94,9 +95,3 @@ class GroupTraces:
 
 def _end(header: dict[str, Any]) -> int:
     return max(entry["data_offsets"][1] for entry in header.values())
-
-
-def _write(descriptor: int, rest: memoryview, place: int) -> None:
-    while rest:
-        written = os.pwrite(descriptor, rest, place)
-        rest, place = rest[written:], place + written

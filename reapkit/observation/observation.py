@@ -4,8 +4,6 @@ be decided."""
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +13,7 @@ import numpy as np
 from numpy import ndarray
 from safetensors.numpy import save_file
 
+from reapkit.core.artifact_store import link_or_copy
 from reapkit.core.atomic_files import replacing, write_text
 from reapkit.core.errors import UnusableError
 from reapkit.core.mapped_safetensors import as_arrays, map_tensors
@@ -66,7 +65,9 @@ class Trace:
         """Writes the trace to `file`; one that is a file already is linked or copied, for it may be larger than
         memory."""
         if self.file is not None:
-            return _link_or_copy(self.file, file)
+            if not file.exists() or not file.samefile(self.file):
+                link_or_copy(self.file, file)
+            return
         tensors = {"source": self.source, "p": self.p, "h": self.h}
         for layer in layers:
             tensors[f"expert.{layer}"], tensors[f"gate_norm.{layer}"] = self.routed(layer)
@@ -94,16 +95,6 @@ class Trace:
 def _save(tensors: Mapping[str, ndarray], file: Path) -> None:
     with replacing(file) as partial:
         save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, partial)
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    if target.exists() and target.samefile(source):
-        return
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:  # another file system
-        shutil.copyfile(source, target)
 
 
 @dataclass(frozen=True, eq=False)

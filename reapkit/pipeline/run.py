@@ -14,10 +14,12 @@ from typing import Any, cast
 
 from reapkit.core.artifact_store import Artifact
 from reapkit.core.atomic_files import write_text
-from reapkit.core.errors import ReapkitError, RecipeError, RejectedByGates, StageFailed, UnusableError
+from reapkit.core.bus_errors import during
+from reapkit.core.errors import RecipeError, RejectedByGates, StageFailed, UnusableError
 from reapkit.core.garbage_collection import register
 from reapkit.core.progress import SILENT, Progress
 from reapkit.core.ranks import ALONE, Alone
+from reapkit.core.refusals import refusal_in
 from reapkit.evaluation.task_benchmarks import require_lm_eval
 from reapkit.pipeline.planned import make_plan
 from reapkit.pipeline.run_directory import RunDirectory, refuse_foreign, run_directory
@@ -169,8 +171,9 @@ def _push(run: Run, progress: Progress) -> None:
     if repository is None or "report" not in run.artifacts or not run.models:
         return
     final = run.directory / _name(run.models[-1])
+    import httpx
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import OfflineModeIsEnabled
 
     progress.say(f"upload: {repository}")
     try:
@@ -178,7 +181,7 @@ def _push(run: Run, progress: Progress) -> None:
         HfApi().upload_folder(
             repo_id=repository, folder_path=final, commit_message=f"{run.plan.recipe.name} by reapkit"
         )
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+    except (httpx.HTTPError, OfflineModeIsEnabled, OSError) as error:
         raise StageFailed(
             f"upload to {repository} failed: {error}. The result is in {final}; run the same command again to retry."
         ) from error
@@ -221,11 +224,12 @@ def _execute(run: Run, stage: Stage, progress: Progress) -> Artifact:
     context = Context(run.plan, inputs, payload, work, listening, run.ranks)
     started = time.time()
     try:
-        summary = stage.definition.run(context)
-    except (OSError, MemoryError) as error:
-        if isinstance(error, ReapkitError):
+        with during(stage.name):
+            summary = stage.definition.run(context)
+    except Exception as error:
+        if (refusal := refusal_in(error)) is None:
             raise
-        raise StageFailed(f"{stage.name}: {_explain(error)} Run the same command again to resume.") from error
+        raise StageFailed(f"{stage.name}: {refusal.told()} It resumes where it stopped.") from error
     shutil.rmtree(work, ignore_errors=True)
     return store.finish(
         stage.name,
@@ -240,17 +244,6 @@ def _execute(run: Run, stage: Stage, progress: Progress) -> Artifact:
             "warnings": listening.heard,
         },
     )
-
-
-def _explain(error: OSError | MemoryError) -> str:
-    if isinstance(error, MemoryError):
-        return "ran out of memory. Lower runtime.batch_tokens."
-    if error.errno == 28:
-        return (
-            f"no space left on device{f' ({error.filename})' if error.filename else ''}. Free disk space, or set"
-            " runtime.store to another disk."
-        )
-    return f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}."
 
 
 def _stop_if_rejected(run: Run, progress: Progress) -> None:

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -217,12 +216,9 @@ def _write(source: Path | bytes, target: Path) -> None:
     if isinstance(source, bytes):
         write_bytes(target, source)
     elif source.suffix == ".safetensors":
-        source.chmod(READ_ONLY)
-        partial = target.with_name(f".{target.name}.{os.getpid():08x}.partial")
-        partial.unlink(missing_ok=True)
-        link_or_copy(source, partial)
-        partial.replace(target)
-        partial.unlink(missing_ok=True)  # rename leaves both names where they are the same file
+        with suppress(OSError):  # a store that cannot be written to
+            source.chmod(READ_ONLY)
+        link_or_copy(source, target)
         target.chmod(READ_ONLY)
     else:
         copy_file(source, target)

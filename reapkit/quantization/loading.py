@@ -38,11 +38,12 @@ def taken_apart(
     """The checkpoint's model with its routed experts as lists of linear layers, and the names its parameters had before
     that.
 
-    `offload`: a directory for the decoder layers' weights, which is gone after the block; None keeps all of them in
-    host memory. The model has no weights after the block, whoever still holds it.
+    `offload`: a directory for the decoder layers' weights, emptied first and gone after the block; None keeps all of
+    them in host memory. The model has no weights after the block, whoever still holds it.
     """
     if offload is not None:
-        offload.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(offload, ignore_errors=True)  # what a killed run left
+        offload.mkdir(parents=True)
     model = None
     try:
         with quiet():

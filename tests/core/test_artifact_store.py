@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
+import os
 import time
 from pathlib import Path
 
-from reapkit.core.artifact_store import Store
+import pytest
+
+from reapkit.core.artifact_store import Store, link_or_copy
+from tests.support.disks import filled, mounted
 
 KEY = "a" * 64
 
@@ -71,3 +76,29 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
     for process in processes:
         process.join(30)
     assert (tmp_path / "order").read_text() in ("a+a-b+b-", "b+b-a+a-")
+
+
+@pytest.mark.parametrize("code", [None, errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP])
+def test_a_link_or_where_there_can_be_none_a_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int | None
+) -> None:
+    def refuse(*paths: object) -> None:
+        raise OSError(code, "no links here")
+
+    if code is not None:
+        monkeypatch.setattr(os, "link", refuse)
+    (tmp_path / "shard").write_bytes(b"weights")
+    for _ in range(2):  # the second takes the place of the first
+        link_or_copy(tmp_path / "shard", tmp_path / "published")
+    assert (tmp_path / "published").samefile(tmp_path / "shard") == (code is None)
+    assert (tmp_path / "published").read_bytes() == b"weights"
+    assert sorted(os.listdir(tmp_path)) == ["published", "shard"]
+
+
+def test_a_copy_that_finds_no_room_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "shard").write_bytes(bytes(50_000))
+    with mounted(tmp_path / "disk", "size=64k") as disk:
+        link_or_copy(tmp_path / "shard", disk / "published")
+        with filled(disk), pytest.raises(OSError, match="No space left on device"):
+            link_or_copy(tmp_path / "shard", disk / "again")
+        assert os.listdir(disk) == ["published"]

@@ -13,10 +13,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
 from reapkit.core import atomic_files
-from reapkit.core.atomic_files import copy_file, remove_unfinished, replacing, write_bytes, write_json, write_text
+from reapkit.core.atomic_files import (
+    copy_file,
+    remove_unfinished,
+    replacing,
+    reserve,
+    write_at,
+    write_bytes,
+    write_json,
+    write_text,
+)
+from reapkit.core.mapped_safetensors import create_tensors
+from reapkit.evaluation.outputs import hidden_file
+from tests.support.disks import filled, mounted
 
 
 def refused(code: int, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
@@ -109,3 +122,55 @@ def test_what_a_killed_writer_left_is_recognised(tmp_path: Path) -> None:
     write_bytes(tmp_path / "sub" / ".mine.partial", b"of somebody else")
     remove_unfinished(tmp_path)
     assert [file.name for file in (tmp_path / "sub").iterdir()] == [".mine.partial"]
+
+
+def test_a_link_stays_and_what_it_points_at_is_written(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    for name, target in (("link", "other/text"), ("second", "link")):
+        (tmp_path / name).symlink_to(target)
+    write_text(tmp_path / "second", "first")
+    write_text(tmp_path / "second", "later")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "second").is_symlink()
+    assert not (tmp_path / "other/text").is_symlink() and (tmp_path / "other/text").read_text() == "later"
+    assert sorted(os.listdir(tmp_path)) == ["link", "other", "second"] and os.listdir(tmp_path / "other") == ["text"]
+
+
+def test_links_that_lead_back_to_themselves_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    with pytest.raises(OSError) as refusal:
+        write_text(tmp_path / "a", "text")
+    assert refusal.value.errno == errno.ELOOP and sorted(os.listdir(tmp_path)) == ["a", "b"]
+
+
+def test_a_write_in_pieces_is_a_whole_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda file, content, place: write(file, content[:3], place))
+    with (tmp_path / "file").open("wb") as file:
+        write_at(file.fileno(), np.arange(5, dtype="<i4").data, 4)
+    assert (tmp_path / "file").read_bytes() == bytes(4) + np.arange(5, dtype="<i4").tobytes()
+
+
+@pytest.mark.parametrize("code", [None, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS])
+def test_room_is_reserved_and_what_is_there_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int | None
+) -> None:
+    if code is not None:  # a file system that cannot
+        refused(code, monkeypatch, "posix_fallocate")
+    reserve(tmp_path / "file", 1000)
+    (tmp_path / "file").write_bytes(b"x" * 2000)
+    reserve(tmp_path / "file", 1000)
+    assert (tmp_path / "file").read_bytes() == b"x" * 2000
+    reserve(tmp_path / "file", 3000)
+    assert (tmp_path / "file").read_bytes() == b"x" * 2000 + bytes(1000)
+
+
+def test_a_map_of_a_reserved_file_can_be_written_or_the_disk_says_so_before(tmp_path: Path) -> None:
+    with mounted(tmp_path / "disk", "size=64k") as disk:
+        shapes = {"a": ("int64", 6000)}
+        create_tensors(disk / "fits", shapes)["a"][:] = 1
+        with filled(disk), pytest.raises(OSError, match="No space left on device") as refusal:
+            create_tensors(disk / "too large", shapes)["a"][:] = 1  # without room: SIGBUS
+        assert refusal.value.filename == str(disk / "too large")
+        with filled(disk), pytest.raises(OSError, match="No space left on device"):
+            hidden_file(disk / "hidden", 1000, 64, torch.float32).zero_()

@@ -97,7 +97,7 @@ def _written(text, new_tokens):
 
 @needs_lm_eval
 def test_its_failure_is_told_with_its_last_words(tmp_path):
-    with pytest.raises(StageFailed, match=r"lm-eval on .*demo_model ended with 1: .*no_such_task"):
+    with pytest.raises(StageFailed, match=r"lm-eval on .*demo_model ended with code 1: .*no_such_task"):
         run_benchmarks(MODEL_DIRECTORY, ["no_such_task"], tmp_path)
 
 

@@ -426,7 +426,8 @@ def test_a_full_disk_fails_the_stage_and_can_be_resumed(
     with monkeypatch.context() as patched:
         patched.setattr("reapkit.pipeline.stages.select.select_all", full)
         with pytest.raises(
-            StageFailed, match=r"select: no space left on device.*Free disk space.*Run the same command again"
+            StageFailed,
+            match=r"select: selection\.json: No space left on device\. Free some space.*It resumes where it stopped",
         ):
             apply(changed, until="select")
     assert make_plan(changed).stage("select").artifact is None

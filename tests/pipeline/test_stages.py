@@ -157,5 +157,5 @@ def test_a_disk_that_stays_full_does_not_hide_why_the_run_ended(
     monkeypatch.setattr("reapkit.pipeline.run_directory.write_bytes", full)
     filling = StageDefinition(name="filling", version=1, run=full, directory="filling")
     where = (f"runtime.store={tmp_path / 'store'}", f"output.directory={tmp_path / 'run'}")
-    with pytest.raises(StageFailed, match="filling: no space left on device"):
+    with pytest.raises(StageFailed, match="filling: rows: No space left on device"):
         walk(make_plan(load("demo", where), (filling, *STAGES)), until="filling")

@@ -65,6 +65,7 @@ def test_the_stage_puts_layers_where_the_recipe_says(monkeypatch: pytest.MonkeyP
             SimpleNamespace(
                 plan=None,
                 work=tmp_path / "work",
+                payload=tmp_path / "store" / "quantize-0123456789ab" / "payload",
                 recipe=SimpleNamespace(runtime=SimpleNamespace(offload_directory=directory)),
             )
         )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from reapkit.core.errors import StageFailed
+from reapkit.core.programs import run_program
 from reapkit.evaluation.proofs.proof import Proof
 from reapkit.recipe.schema import QuantizeSpec
 from reapkit.selection.selection import Selection
@@ -82,16 +82,11 @@ def prove(request: Request) -> list[Proof]:
             os.environ,
             PYTHONPATH=os.pathsep.join([str(Path(__file__).parents[3]), *filter(None, [os.environ.get("PYTHONPATH")])]),
         )
-        run = subprocess.run(
-            [sys.executable, "-m", "reapkit.evaluation.proofs", str(question), str(answer)],
-            capture_output=True,
-            text=True,
-            env=environment | _threads(),
+        run = run_program(
+            [sys.executable, "-m", "reapkit.evaluation.proofs", question, answer], environment=environment | _threads()
         )
-        if run.returncode or not answer.is_file():
-            raise StageFailed(
-                f"verify: the process that proves the result ended with {run.returncode}: {run.stderr.strip()[-2000:]}"
-            )
+        if run.code or not answer.is_file():
+            raise StageFailed(f"verify: the process that proves the result {run.how}: {run.stderr.strip()[-2000:]}")
         return [Proof(**proof) for proof in json.loads(answer.read_text(encoding="utf-8"))]
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.core.errors import StageFailed, UnusableError
+from reapkit.core.programs import run_program
 from reapkit.evaluation.serving.reference import Greedy, greedy, prompts_for
 
 __all__ = ["EngineComparison", "ServeCheck", "ask_vllm", "serve_check", "vllm_python"]
@@ -188,13 +189,9 @@ def _one_process(python: Path, request: Mapping[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="reapkit-serving-") as scratch:
         question, answer = Path(scratch) / "request.json", Path(scratch) / "answer.json"
         question.write_text(json.dumps(request))
-        run = subprocess.run(
-            [python, HERE / "vllm_process.py", question, answer], capture_output=True, text=True, cwd=scratch
-        )
+        run = run_program([python, HERE / "vllm_process.py", question, answer], directory=scratch)
         if not answer.is_file():  # it is there from the first directory on
-            raise UnusableError(
-                f"{python}: vLLM's process ended with {run.returncode}: {(run.stderr or run.stdout).strip()[-2000:]}"
-            )
+            raise UnusableError(f"{python}: vLLM's process {run.how}: {(run.stderr or run.stdout).strip()[-2000:]}")
         return json.loads(answer.read_text(encoding="utf-8"))
 
 

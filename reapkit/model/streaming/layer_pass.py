@@ -49,7 +49,7 @@ class LayerPass:
                     layer_pass.advance(forward)
 
     Between two calls a forward waits in front of a layer, and its hidden states are parked: off an accelerator, and
-    beyond `hidden_bytes` on the host in files of `offload_directory`, where there is one. Hooks that others add to the
+    beyond `hidden_bytes` on the host in a file in `offload_directory`, where there is one. Hooks that others add to the
     layers must be added inside the block and before the forwards begin, behind those that make them wait.
     """
 
@@ -106,6 +106,11 @@ class LayerPass:
     def held(self) -> int:
         """Bytes of parked hidden states that are on the host."""
         return self._spool.held
+
+    @property
+    def held_on_disk(self) -> int:
+        """Bytes of parked hidden states that are in the offload directory, in a file without a name."""
+        return self._spool.held_on_disk
 
     # -------------------------------------------------------------------------------- beginning behind the first layer
 

@@ -6,7 +6,6 @@ or extra streams the architecture passes between its layers stay in its frames.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ from zlib import crc32
 import greenlet
 import torch
 from torch import Tensor, nn
+
+from reapkit.core.unnamed_file import Stretch, UnnamedFile
 
 
 class Forward:
@@ -28,7 +29,7 @@ class Forward:
         self._hidden: Tensor | None = None
         self.others: Callable[[], int] = lambda: 0
         self._replacement: Tensor | None = None
-        self._parked: Tensor | Path | None = None
+        self._parked: Tensor | tuple[UnnamedFile, Stretch] | None = None
         self._nbytes = 0
 
     def advance(self) -> None:
@@ -68,30 +69,35 @@ class Forward:
         """Bytes of `hidden` where it waits."""
         return self._nbytes if self._parked is not None else self.hidden.untyped_storage().nbytes()
 
-    def park(self, file: Path | None = None) -> None:
+    def park(self, file: UnnamedFile | None = None) -> None:
         """Frees the memory of `hidden`, which the paused frames still refer to, after copying it to the host or to
         `file`."""
         storage = self.hidden.untyped_storage()
         self._nbytes = storage.nbytes()
         raw = torch.empty(0, dtype=torch.uint8, device=self.hidden.device).set_(storage)
-        if file is None:
-            self._parked = raw.to("cpu", copy=True)
-        else:
-            raw.to("cpu", copy=True).numpy().tofile(file)  # a copy: numpy would pin the storage's size
-            self._parked = file
+        on_host = raw.to("cpu", copy=True)
+        self._parked = on_host if file is None else (file, file.put(memoryview(on_host.numpy())))
         storage.resize_(0)
 
     def unpark(self) -> None:
         if self._parked is None:
             return
-        raw = self._parked
-        if isinstance(raw, Path):
-            raw = torch.from_file(str(raw), size=self._nbytes, dtype=torch.uint8)
+        if isinstance(self._parked, Tensor):
+            raw = self._parked
+        else:
+            raw = torch.empty(self._nbytes, dtype=torch.uint8)
+            file, block = self._parked
+            file.take(block, memoryview(raw.numpy()))
         storage = self.hidden.untyped_storage()
         storage.resize_(self._nbytes)
         torch.empty(0, dtype=torch.uint8, device=self.hidden.device).set_(storage).copy_(raw)
-        if isinstance(self._parked, Path):
-            self._parked.unlink()
+        self._parked = None
+
+    def forget_parked(self) -> None:
+        """Nobody will go on with it: what it has on disk makes room."""
+        if isinstance(self._parked, tuple):
+            file, block = self._parked
+            file.forget(block)
         self._parked = None
 
 
@@ -173,14 +179,20 @@ class Spool:
     def __init__(self, device: torch.device, host_bytes: int | None, directory: Path | None):
         self._device, self._host_bytes, self._directory = device, host_bytes, directory
         self._on_host: dict[Forward, int] = {}
+        self._on_disk: UnnamedFile | None = None
         self.held = 0
         """Bytes on the host."""
+
+    @property
+    def held_on_disk(self) -> int:
+        """Bytes in the directory."""
+        return self._on_disk.held if self._on_disk else 0
 
     def park(self, forward: Forward) -> None:
         nbytes = forward.nbytes
         if self._directory is not None and self._host_bytes is not None and self.held + nbytes > self._host_bytes:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            return forward.park(self._directory / f"hidden-{os.getpid()}-{id(forward):x}.bin")
+            self._on_disk = self._on_disk or UnnamedFile(self._directory)
+            return forward.park(self._on_disk)
         self._on_host[forward] = nbytes
         self.held += nbytes
         if self._device.type != "cpu":
@@ -188,12 +200,13 @@ class Spool:
 
     def unpark(self, forward: Forward) -> None:
         """Nothing to do for a forward that is not parked."""
-        self.forget(forward)
+        self.held -= self._on_host.pop(forward, 0)
         forward.unpark()
 
     def forget(self, forward: Forward) -> None:
-        """No longer counts it."""
+        """No longer counts it, nor keeps its hidden states."""
         self.held -= self._on_host.pop(forward, 0)
+        forward.forget_parked()
 
 
 def _pass_on(*args: Any, **kwargs: Any) -> Tensor:

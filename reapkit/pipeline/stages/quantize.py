@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 from reapkit.checkpoint.checkpoint import Checkpoint
+from reapkit.core.hashing import digest
 from reapkit.pipeline.stages.context import Context
 from reapkit.planning.plan import Plan
 from reapkit.planning.quantization_memory import quantize_memory
@@ -21,7 +21,10 @@ def _offload(context: Context) -> Path | None:
     if needed is None or not needed.offloads:
         return None
     directory = context.recipe.runtime.offload_directory
-    return (Path(directory) if directory else context.work) / f"quantize-{os.getpid()}"
+    if directory is None:
+        return context.work / "offload"
+    # one name per artifact and store: what a killed run left there is found and removed
+    return Path(directory) / f"{context.payload.parent.name}-{digest(str(context.payload.resolve()))[:6]}"
 
 
 def run(context: Context) -> dict[str, Any]:

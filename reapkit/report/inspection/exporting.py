@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import yaml
 
 from reapkit.core.artifact_store import KEY_LETTERS
+from reapkit.core.atomic_files import copy_file
 from reapkit.core.errors import RecipeError
 from reapkit.observation.observation import Observation
 from reapkit.recipe.loading import load
@@ -46,7 +46,7 @@ def page_at(path: str | Path, output: Path | None = None, selection: Path | None
     found = recognise(path)
     own = found.place / REPORT
     if found.kind == "run" and own.is_file() and selection is None:
-        return own if output is None else Path(shutil.copy(own, _made(output)))
+        return own if output is None else _copied(own, output)
     place = observation_at(path)
     output = output or Path("observation.html")
     write_observation_report(
@@ -58,9 +58,9 @@ def page_at(path: str | Path, output: Path | None = None, selection: Path | None
     return output
 
 
-def _made(file: Path) -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    return file
+def _copied(file: Path, target: Path) -> Path:
+    copy_file(file, target)
+    return target
 
 
 def pictures_at(path: str | Path, directory: Path) -> list[Path]:

@@ -86,7 +86,7 @@ def test_all_directories_are_proven_in_one_fresh_process(made) -> None:
 
 def test_a_fresh_process_that_dies_is_a_failed_stage(made, tmp_path: Path) -> None:
     _, pruned, _, selection = made
-    with pytest.raises(StageFailed, match="the process that proves the result ended with 1"):
+    with pytest.raises(StageFailed, match="the process that proves the result ended with code 1"):
         prove(Request(tmp_path / "nowhere", {"pruned": pruned}, selection))
 
 

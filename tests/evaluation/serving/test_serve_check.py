@@ -146,7 +146,7 @@ def test_pythons_without_vllm_are_refused(tmp_path, model, capsys):
         vllm_python(tmp_path / "python")
     (tmp_path / "python").write_text('#!/bin/sh\nif [ "$1" = -c ]; then exit 0; fi\necho broken libc >&2; exit 7\n')
     assert ended(str(model), "--prompts", "1", "--new-tokens", "1", "--vllm-python", str(tmp_path / "python")) == 3
-    assert "vLLM's process ended with 7: broken libc" in capsys.readouterr().err
+    assert "vLLM's process ended with code 7: broken libc" in capsys.readouterr().err
 
 
 def test_directories_that_transformers_cannot_run_are_unusable(tmp_path, model):
