@@ -8,10 +8,12 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from reapkit.cli.global_flags import given
+
 app = typer.Typer(
     name="reapkit",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Compress Mixture-of-Experts language models from one YAML recipe.\n\nExample: reapkit apply demo",
@@ -47,7 +49,10 @@ def out() -> Console:
 
 
 def quiet_libraries() -> None:
-    """The libraries' own bars and advice would break ours; must happen before they are imported."""
+    """The libraries' own bars and advice would break ours; must happen before they are imported.
+    --verbose wants them."""
+    if given().verbose:
+        return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

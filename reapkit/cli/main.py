@@ -4,17 +4,22 @@ torch."""
 from __future__ import annotations
 
 import gc
+import json
 import os
 import sys
 import traceback
+from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, cast
 
 import typer
 
+from reapkit import __version__
 from reapkit.cli import directories, looking, recipes
 from reapkit.cli.app import app
 from reapkit.cli.environment import output_failure, steady_streams
 from reapkit.cli.following import follow, follower_code
+from reapkit.cli.global_flags import HELP, GlobalFlags, give, given, taken
 from reapkit.core import bus_errors, ranks, stop_requests
 from reapkit.core.errors import ReapkitError, RecipeError, StageFailed, UnusableError
 from reapkit.core.refusals import refusal_in
@@ -23,6 +28,9 @@ __all__ = ["app", "directories", "looking", "main", "recipes"]
 
 ROOMS = [room.__name__ for room in (recipes, looking, directories)]
 app.registered_commands.sort(key=lambda command: ROOMS.index(command.callback.__module__))  # as --help lists them
+
+for _command in app.registered_commands:
+    _command.epilog = HELP
 
 COLLECT_AFTER = 200_000
 """New objects after which Python's garbage collector runs. Its default of 700 costs a fifth of the time of importing
@@ -39,8 +47,8 @@ def main(arguments: list[str] | None = None) -> None:
         steady_streams()
         bus_errors.listen(_bus_error)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"]
+    flags, arguments = taken(arguments)
+    give(flags)
     stop_requests.listen()
     gc.set_threshold(COLLECT_AFTER)
     if own_process:
@@ -48,7 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
     team = None
     try:
         team = ranks.join() if ranks.launched() else None
-        code = follow(team, debug) if team and team.rank else _run(arguments, debug)
+        code = follow(team, flags.debug) if team and team.rank else _run(arguments, flags)
     except KeyboardInterrupt:  # it came while another error was being dealt with
         code = _interrupted()
     if (failure := output_failure()) and code == 0:
@@ -84,8 +92,7 @@ def _interrupted() -> int:
             return follower_code(team, ranks.INTERRUPTED)
         if (error := team.cause()) is not None and error.exit_code != ranks.INTERRUPTED:
             return _told(error)
-    print("Interrupted. Finished stages are kept; run the same command again to resume.", file=sys.stderr)
-    return 130
+    return _ended("Interrupted. Finished stages are kept; run the same command again to resume.", 130)
 
 
 def _bus_error(work: str | None, file: str | None) -> int:
@@ -101,11 +108,30 @@ def _bus_error(work: str | None, file: str | None) -> int:
 
 
 def _told(error: ReapkitError) -> int:
-    print(error if isinstance(error, RecipeError) else f"reapkit: {error}", file=sys.stderr)
-    return error.exit_code
+    if isinstance(error, RecipeError):
+        facts = {**error.facts, "problems": [vars(problem) for problem in error.problems]}
+        return _ended(str(error), error.exit_code, facts)
+    return _ended(str(error), error.exit_code, error.facts, "reapkit: ")
 
 
-def _run(arguments: list[str], debug: bool) -> int:
+def _ended(text: str, code: int, facts: Mapping[str, Any] | None = None, prefix: str = "") -> int:
+    """Says how a command failed: for people on stderr, with --json also as the one document on stdout."""
+    print(f"{prefix}{text}", file=sys.stderr)
+    return _documented(text, code, facts)
+
+
+def _documented(text: str, code: int, facts: Mapping[str, Any] | None = None) -> int:
+    if given().as_json:
+        with suppress(OSError):  # a closed pipe: the exit code says it
+            print(json.dumps({"error": text, "exit": code, **(facts or {})}, default=str))
+    return code
+
+
+def _run(arguments: list[str], flags: GlobalFlags) -> int:
+    debug = flags.debug
+    if flags.version:
+        print(f"reapkit {__version__}")
+        return 0
     try:
         result = typer.main.get_command(app).main(args=arguments, prog_name="reapkit", standalone_mode=False)
         if result == 130:  # typer turns Ctrl-C into this code without a word
@@ -115,7 +141,7 @@ def _run(arguments: list[str], debug: bool) -> int:
         return stop.exit_code
     except UsageError as error:
         cast(Any, error).show()
-        return RecipeError.exit_code
+        return _documented(cast(Any, error).format_message(), RecipeError.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         return _interrupted()
     except ReapkitError as error:
@@ -128,9 +154,9 @@ def _run(arguments: list[str], debug: bool) -> int:
         if refusal := refusal_in(error):
             return _told(UnusableError(refusal.told()))
         # a defect of ours: say so, and how to report it
-        print(
-            f"reapkit: internal error: {type(error).__name__}: {error}\nThis is a bug in reapkit. Run again with"
-            " --debug for the traceback, and please report it.",
-            file=sys.stderr,
+        return _ended(
+            f"internal error: {type(error).__name__}: {error}\nThis is a bug in reapkit. Run again with --debug for the"
+            " traceback, and please report it.",
+            ReapkitError.exit_code,
+            prefix="reapkit: ",
         )
-        return 1

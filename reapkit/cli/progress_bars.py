@@ -22,6 +22,7 @@ from rich.progress import (
 )
 from rich.progress import Progress as RichProgress
 
+from reapkit.cli.global_flags import given
 from reapkit.core import stop_requests
 from reapkit.core.progress import Progress, Task
 
@@ -29,8 +30,10 @@ PLAIN_SECONDS = 10.0  # between two plain lines of the same task
 
 
 def make_progress() -> Progress:
-    """Bars where stderr is a terminal, lines elsewhere."""
+    """Bars where stderr is a terminal, lines elsewhere; with --quiet warnings alone."""
     console = Console(stderr=True, highlight=False)
+    if given().quiet:
+        return Warnings()
     return Bars(console) if console.is_terminal else Lines()
 
 
@@ -87,6 +90,26 @@ class Lines(Progress):
 
     def warn(self, text: str) -> None:
         print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+class Warnings(Lines):
+    """No steps, no remarks."""
+
+    @contextmanager
+    def task(self, title: str, total: float | None = None, unit: str = "") -> Iterator[Task]:
+        stop_requests.check()
+        yield _Silent()
+
+    def say(self, text: str) -> None:
+        stop_requests.check()
+
+
+class _Silent:
+    def advance(self, units: float = 1) -> None:
+        stop_requests.check()
+
+    def note(self, text: str) -> None:
+        """Nothing is shown."""
 
 
 class _Line:

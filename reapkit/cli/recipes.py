@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -131,12 +132,22 @@ def _apply(recipe: str, overrides: list[str], until: str | None, as_json: bool, 
     console = out()
     if "verify" in run.artifacts:
         console.print(result_table(run.summary("verify")))
+    elif until == "evaluate":
+        _show_evaluation(run.directory)
     console.print(
         f"{'Nothing to do, all results exist' if not run.executed else 'Done'}: {run.directory}"
-        + (f"  (open {run.directory / 'report.html'})" if "report" in run.artifacts else ""),
+        + (f"  (open {run.directory / 'report.html'})" if {"report", "evaluate"} & {until or "report"} else ""),
         soft_wrap=True,
         markup=False,
     )
+
+
+def _show_evaluation(directory: Path) -> None:
+    """Numbers, gates and advice, as `inspect` shows them."""
+    from reapkit.report.inspection import evaluation
+
+    for block in evaluation.blocks(evaluation.facts(directory / "evaluation"), colour=False):
+        out().print(block)
 
 
 def _stage_command(stage: str, purpose: str) -> None:
@@ -192,12 +203,16 @@ def init(
 
     Example: reapkit init /models/my-moe -o my-moe.yaml
     """
-    name, text = starting_recipe(model, Path.cwd())
+    name, text = starting_recipe(model, Path.cwd(), output and output.parent)
     path = output or Path(f"{name}.yaml")
     if path.exists():
         raise RecipeError(f"{path}: the file exists already. Choose another name with -o.")
     write_text(path, text)
-    print(json.dumps({"path": str(path), "name": name}) if as_json else f"{path}: written. Next: reapkit plan {path}")
+    print(
+        json.dumps({"path": str(path), "name": name})
+        if as_json
+        else f"{path}: written. Next: reapkit plan {quote(str(path))}"
+    )
 
 
 @app.command()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Self
 
 
 class ReapkitError(Exception):
@@ -12,6 +13,12 @@ class ReapkitError(Exception):
     defect."""
 
     exit_code = 1
+    facts: Mapping[str, Any] = MappingProxyType({})  # what --json says beside the text
+
+    def with_facts(self, **facts: Any) -> Self:
+        """The same error, with facts for machines."""
+        self.facts = {**self.facts, **facts}
+        return self
 
 
 @dataclass(frozen=True)

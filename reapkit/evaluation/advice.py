@@ -4,12 +4,14 @@ Torch-free."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from decimal import Decimal
 from math import ceil
 from textwrap import wrap
 from typing import Any
 
-from reapkit.core.formatting import human_bytes
+from reapkit.core.formatting import human_bytes, percent
 from reapkit.evaluation.gates import PRESETS, UNION, Gate, GateResult, judge, overall, resolve
+from reapkit.evaluation.metrics.power import detectable_rise
 from reapkit.evaluation.metrics.table import in_view, is_generation, metric_of
 
 WIDTH = 80
@@ -63,7 +65,9 @@ def advice(evaluation: Mapping[str, Any]) -> str:
     overturned = confirm is not None and chosen["verdict"] == "pass" and confirm["verdict"] != "pass"
     judged = confirm if overturned else chosen
     if verdict == "pass":
-        return "\n".join([f"{chosen['name']} passes every gate.", *_weak_sources(judged)])
+        doubtful = _doubtful(chosen, evaluation)
+        passes = "passes; not every gate could be decided:" if doubtful else "passes every gate."
+        return "\n".join([f"{chosen['name']} {passes}", *doubtful, *_weak_sources(judged)])
     tried = [entry for entry in evaluation["candidates"] if entry["metrics"] is not None]
     among = f"None of {len(tried)} candidates passes the gates; nearest is" if len(tried) > 1 else "The candidate"
     said = {"reject": "rejected", "undecided": "undecided"}[verdict]
@@ -158,6 +162,27 @@ def _nearest_passing(evaluation: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return max(passing, key=lambda entry: entry["removed"], default=None)
 
 
+def _doubtful(chosen: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[str]:
+    """Gates that passed nothing and rejected nothing: what these prompts can show, and how many would decide."""
+    lines = []
+    for result in map(GateResult.from_json, chosen["gates"]):
+        if result.verdict == "undecided" and result.value is not None:
+            said = f"{result}. {power(result, evaluation)}".strip()
+            lines += wrap(said, WIDTH, initial_indent="  ", subsequent_indent="    ")
+    return lines
+
+
+def power(result: GateResult, evaluation: Mapping[str, Any]) -> str:
+    """What the number of prompts behind a change of a share can show, and how many would decide; nothing elsewhere."""
+    base = (evaluation.get("base_generation") or {}).get(result.gate.source, {})
+    share, prompts = base.get(result.gate.metric.removesuffix("_delta")), result.rows
+    if not is_generation(result.gate.metric) or share is None or not prompts:
+        return ""
+    least = detectable_rise(share["value"], prompts)
+    more = f"; about {prompts + result.more_rows} would decide" if result.more_rows else ""
+    return f"{prompts} prompts show a rise of {percent(least)} or more over the base's {percent(share['value'])}{more}."
+
+
 def _weak_sources(judged: Mapping[str, Any]) -> list[str]:
     """Sources that alone would break a limit that the union is held to: an average hides them."""
     lines = []
@@ -177,10 +202,11 @@ def _weak_sources(judged: Mapping[str, Any]) -> list[str]:
 
 
 def _changes(judged: Mapping[str, Any], chosen: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[str]:
-    """Overrides for the command line, the gentlest first; none of them observes the model again."""
+    """Overrides for the command line, what keeps the size first; none of them observes the model again."""
     options = [
-        *_smaller_ratios(chosen, evaluation),
         *_better_criterion(chosen, evaluation),
+        *((step["override"], step["why"]) for step in evaluation.get("steps", {}).get("same_size", ())),
+        *_smaller_ratios(chosen, evaluation),
         *_more_of_the_worst(judged, evaluation),
         *_looser_preset(judged),
     ]
@@ -191,28 +217,32 @@ def _changes(judged: Mapping[str, Any], chosen: Mapping[str, Any], evaluation: M
 
 
 def _smaller_ratios(chosen: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The ratio that was found to pass; where none was searched half, a quarter and an eighth of what was removed, at
-    least one expert."""
+    """The ratio that was found to pass; where none was searched, half of what was removed (in a grid also a quarter and
+    an eighth), at least one expert."""
     removed, fewest = chosen.get("removed"), 1 / max(chosen.get("num_experts") or 1, 1)
     if evaluation.get("search"):
         nearest = _nearest_passing(evaluation)
-        return (
-            []
-            if nearest is None
-            else [
-                (
-                    f"'prune.candidates.ratio=[{nearest['ratio']}]'",
-                    f"prune {nearest['ratio']} instead of {removed:.4g}; it passed on the same rows",
-                )
-            ]
-        )
-    ratios = [removed / part for part in (2, 4, 8) if removed and removed / part >= fewest]
-    listed = ", ".join(f"{ratio:.4g}" for ratio in ratios)
-    return (
-        [(f"'prune.candidates.ratio=[{listed}]'", f"prune less than {removed:.4g}; the smallest that passes is taken")]
-        if ratios
-        else []
-    )
+        if nearest is None:
+            return []
+        why = f"prune {nearest['ratio']} instead of {removed:.4g}; it passed on the same rows"
+        return [(_budget([nearest["ratio"]], chosen, evaluation), why)]
+    ratios = [f"{removed / part:.4g}" for part in (2, 4, 8) if removed and removed / part >= fewest]
+    if not ratios:
+        return []
+    grid = evaluation.get("steps", {}).get("grid")
+    why = f"prune less than {removed:.4g}" + ("; the smallest that passes is taken" if grid else "")
+    return [(_budget(ratios if grid else ratios[:1], chosen, evaluation), why)]
+
+
+def _budget(ratios: Sequence[str], chosen: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
+    """The override that sets these budgets in the field that the recipe uses."""
+    steps = evaluation.get("steps", {})
+    if steps.get("grid"):
+        return f"'prune.candidates.ratio=[{', '.join(ratios)}]'"
+    field, ratio = steps.get("budget", "ratio"), Decimal(ratios[0])
+    if field == "keep_experts":
+        return f"prune.keep_experts={chosen['num_experts'] - int(ratio * chosen['num_experts'])}"
+    return f"prune.keep_ratio={1 - ratio}" if field == "keep_ratio" else f"prune.ratio={ratio}"
 
 
 def _better_criterion(chosen: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -287,6 +317,14 @@ def _more_samples(judged: Mapping[str, Any], evaluation: Mapping[str, Any]) -> l
             *warn,
         ]
     worst = max(known, key=lambda entry: entry["more_rows"] / entry["rows"])
+    if is_generation(worst["metric"]):
+        return [
+            "What to change:",
+            f"  generate from about {worst['more_rows']} more prompts beside these {worst['rows']}:",
+            f"    --set evaluate.generation.prompts={worst['rows'] + worst['more_rows']}",
+            *_said_power(worst, evaluation),
+            *warn,
+        ]
     target = ceil(samples * (1 + worst["more_rows"] / worst["rows"])) if samples else "N"
     return [
         "What to change:",
@@ -294,6 +332,11 @@ def _more_samples(judged: Mapping[str, Any], evaluation: Mapping[str, Any]) -> l
         f"    --set evaluate.packs.samples={target}",
         *warn,
     ]
+
+
+def _said_power(entry: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[str]:
+    said = power(GateResult.from_json(entry), evaluation)
+    return wrap(said, WIDTH, initial_indent="  ", subsequent_indent="  ") if said else []
 
 
 def final_advice(

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from fractions import Fraction
 from itertools import groupby
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -52,6 +53,7 @@ def evaluate(
     generation: GenerationSpec | None = None,
     tokenizer: Any = None,
     pack_samples: int | None = None,
+    steps: Mapping[str, Any] = MappingProxyType({}),
     batch_tokens: int = 16384,
     smaller_cut: SmallerCut | None = None,
     work_directory: Path | None = None,
@@ -63,8 +65,8 @@ def evaluate(
     verdict. Candidates are tried from the smallest to the largest; of the smallest size at which one passes, the one
     with the lowest kl_mean wins, larger ones are not tried. `controls` of the chosen candidate are measured, not
     judged. Sources of `evaluate.extra_packs` stay outside the union. `tokenizer` is needed for tool calls and examples
-    only, `pack_samples` for the advice only. After a rejection `smaller_cut` gives less pruned versions of the chosen
-    candidate, among which the nearest that passes is searched.
+    only, `pack_samples` and `steps` (see `pipeline.stages.evaluate`) for the advice only. After a rejection
+    `smaller_cut` gives less pruned versions of the chosen candidate, among which the nearest that passes is searched.
 
     Shape: `{"format", "eaft", "packs": {length: {part: {rows, tokens, positions}}}, "outside": [source], "gates":
     [gate], "base": {length: {group: metrics}}, "base_generation": {group: metrics} | None, "candidates": [{name,
@@ -73,8 +75,8 @@ def evaluate(
     "controls": [{name, ..., metrics, against: {length: {group: what it loses more than the chosen}}}], "confirm":
     {candidate, base, metrics, gates, verdict} | None, "search": [candidate] | None, "winner": name | None, "chosen":
     the winner's name, else that of the nearest to passing, "verdict": "pass" | "reject" | "undecided", "advice": text,
-    "pack_samples"}`. A group is `all` (the mix) or a source; a metric is `{"value", "interval": [low, high] | None}`
-    (see `metrics.rows`); counts are integers.
+    "pack_samples", "steps"}`. A group is `all` (the mix) or a source; a metric is `{"value", "interval": [low, high] |
+    None}` (see `metrics.rows`); counts are integers.
 
     Raises UnusableError where no pack has a row to decide on.
     """
@@ -84,7 +86,14 @@ def evaluate(
     )
     confirm = MaskedBench.of_part(model, packs, "confirm", work_directory, **settings)
     return give_verdict(
-        decide, confirm, candidates, gates, controls=controls, pack_samples=pack_samples, smaller_cut=smaller_cut
+        decide,
+        confirm,
+        candidates,
+        gates,
+        controls=controls,
+        pack_samples=pack_samples,
+        steps=steps,
+        smaller_cut=smaller_cut,
     )
 
 
@@ -96,6 +105,7 @@ def give_verdict(
     *,
     controls: Sequence[MaskedCandidate] = (),
     pack_samples: int | None = None,
+    steps: Mapping[str, Any] = MappingProxyType({}),
     smaller_cut: SmallerCut | None = None,
 ) -> dict[str, Any]:
     """The evaluation (see `evaluate`) of candidates on benches, wherever they measure."""
@@ -133,6 +143,7 @@ def give_verdict(
         "chosen": chosen["name"],
         "verdict": verdict,
         "pack_samples": pack_samples,
+        "steps": dict(steps),
     }
     return evaluation | {"advice": advice(evaluation)}
 

@@ -14,7 +14,7 @@ from math import ceil
 from typing import Any, Literal
 
 from reapkit.core.errors import Problem, RecipeError
-from reapkit.evaluation.metrics.table import is_generation, metric_of
+from reapkit.evaluation.metrics.table import is_generation
 from reapkit.recipe.schema import GatesSpec
 
 Verdict = Literal["pass", "reject", "undecided", "not measured"]
@@ -44,7 +44,8 @@ PRESETS: dict[str, dict[str, dict[str, float]]] = {
 
 @dataclass(frozen=True)
 class Gate:
-    """One limit: `min` ≤ metric ≤ `max` for one source or the union; `required` ones may not go unmeasured."""
+    """One limit: `min` ≤ metric ≤ `max` for one source or the union; `required` ones may be neither unmeasured nor
+    undecided (see `overall`)."""
 
     metric: str
     max: float | None = None
@@ -158,10 +159,10 @@ def _preset(name: str) -> dict[str, dict[str, float]]:
 def judge(measured: Mapping[str, Mapping[str, Mapping[str, Any]]], gates: Sequence[Gate]) -> list[GateResult]:
     """Each gate's results, one per pack that it applies to.
 
-    `measured[pack][source][metric]` is a measurement; packs are lengths as text and `generation`. A gate passes where
-    the interval lies inside its limit, rejects where it lies outside, else it is undecided; without an interval (fewer
-    than two rows) it is undecided. A metric with `only_significant` passes unless it rejects. A metric that was not
-    measured is undecided where the gate is required.
+    `measured[pack][source][metric]` is a measurement; packs are lengths as text and `generation`. One rule for all
+    gates: pass where the interval lies inside the limit, reject where it lies outside, else undecided; without an
+    interval (fewer than two rows) undecided. A metric that was not measured is undecided where the gate is required.
+    What an undecided gate means for the candidate is `overall`'s.
     """
     results = []
     for gate in gates:
@@ -183,7 +184,7 @@ def _judge(gate: Gate, pack: str, measurement: Mapping[str, Any], rows: int | No
     verdict: Verdict = "undecided"
     if low > most or high < least:
         verdict = "reject"
-    elif (least <= low and high <= most) or (interval is not None and metric_of(gate.metric).only_significant):
+    elif least <= low and high <= most:
         verdict = "pass"
     more = _more_rows(value, interval, gate, rows) if verdict == "undecided" else None
     return GateResult(gate, pack, value, None if interval is None else (low, high), verdict, excess, rows, more)
@@ -205,8 +206,14 @@ def _more_rows(value: float, interval: Sequence[float] | None, gate: Gate, rows:
 
 
 def overall(results: Iterable[GateResult]) -> Verdict:
-    """One verdict for a candidate: any rejection rejects, any doubt leaves it undecided, else it passes."""
-    verdicts = {result.verdict for result in results}
-    if "reject" in verdicts:
+    """One verdict for a candidate: any rejection rejects, any doubt about a required gate leaves it undecided, else it
+    passes.
+
+    The limits on generated text that a preset brings are not required: the usual number of prompts can show a collapse,
+    not a small change. They reject, and while they are undecided the candidate passes and its advice says so; a limit
+    that the recipe itself sets counts in full.
+    """
+    results = list(results)
+    if any(result.verdict == "reject" for result in results):
         return "reject"
-    return "undecided" if "undecided" in verdicts else "pass"
+    return "undecided" if any(result.verdict == "undecided" and result.gate.required for result in results) else "pass"

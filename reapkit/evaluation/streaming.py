@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -65,6 +66,7 @@ def evaluate_streaming(
     controls: Sequence[MaskedCandidate] = (),
     eaft: Mapping[str, Any] = EAFT,
     pack_samples: int | None = None,
+    steps: Mapping[str, Any] = MappingProxyType({}),
     batch_tokens: int = 16384,
     hidden_bytes: int | None = None,
     offload_directory: Path | None = None,
@@ -91,7 +93,7 @@ def evaluate_streaming(
         )
         for part in PARTS
     ]
-    return give_verdict(*benches, candidates, gates, controls=controls, pack_samples=pack_samples)
+    return give_verdict(*benches, candidates, gates, controls=controls, pack_samples=pack_samples, steps=steps)
 
 
 def yardstick_streaming(

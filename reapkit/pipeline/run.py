@@ -33,7 +33,7 @@ from reapkit.pruning.manifest import sealed_with
 from reapkit.recipe.loading import LoadedRecipe, as_loaded
 from reapkit.recipe.schema import Recipe
 from reapkit.report.facts import recipe_yaml
-from reapkit.report.run_report import rejected_report
+from reapkit.report.run_report import unfinished_report
 
 
 @dataclass
@@ -161,8 +161,10 @@ def _one_stage(run: Run, name: str, until: str | None, progress: Progress) -> No
     if run.plan.stage(name).key is None:
         run.plan = run.plan.decided(run.summary("evaluate")["chosen"])
     run.artifacts[name] = _finished(run, run.plan.stage(name), progress)
-    if name == "evaluate" and name != until:
+    if name == "evaluate":
         _stop_if_rejected(run, progress)
+        if name == until and run.got_as_far:
+            run.published.put("report.html", unfinished_report(run.plan, run.artifacts))
 
 
 def _push(run: Run, progress: Progress) -> None:
@@ -251,8 +253,11 @@ def _stop_if_rejected(run: Run, progress: Progress) -> None:
     action = {"reject": evaluate.on_reject, "undecided": evaluate.on_undecided}.get(summary["verdict"], "go on")
     if action == "stop":
         name = "report.html" if run.got_as_far else "report.rejected.html"
-        run.published.put(name, rejected_report(run.plan, run.artifacts))
-        raise RejectedByGates(f"{summary['advice']}\nNo weight was written. All numbers: {run.directory / name}")
+        run.published.put(name, unfinished_report(run.plan, run.artifacts))
+        told = f"{summary['advice']}\nNo weight was written. All numbers: {run.directory / name}"
+        raise RejectedByGates(told).with_facts(
+            verdict=summary["verdict"], chosen=summary["chosen"], directory=str(run.directory), report=name
+        )
     if action == "warn":
         progress.warn(summary["advice"])
         run.warnings.append(summary["advice"])
@@ -267,7 +272,10 @@ def _stop_if_final_rejected(run: Run) -> None:
         "undecided": f"The model was written to {final} and was not uploaded.",
     }.get(summary.get("verdict", "not judged"))
     if where and (summary["verdict"] == "reject" or evaluate.on_undecided == "stop"):
-        raise RejectedByGates(f"{summary['advice']}\n{where} All numbers: {run.directory / 'report.html'}")
+        told = f"{summary['advice']}\n{where} All numbers: {run.directory / 'report.html'}"
+        raise RejectedByGates(told).with_facts(
+            verdict=summary["verdict"], directory=str(run.directory), report="report.html"
+        )
 
 
 def _drop_unwanted(run: Run) -> None:

@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from reapkit.core.artifact_store import Artifact
+from reapkit.core.artifact_store import Artifact, Store
 from reapkit.core.hashing import digest
+from reapkit.planning.rerun_reasons import why_new
 from reapkit.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -137,7 +138,12 @@ def resolve_stages(plan: Plan) -> tuple[Stage, ...]:
         known = content is not None and all(parents.values())
         keys[stage.name] = _key(stage, specs[stage.name], parents) if known else None
     artifacts = {name: plan.store.get(name, key) if key else None for name, key in keys.items()}
-    verdicts = _must_run(wanted, keys, inputs, artifacts, plan.recipe.output.keep)
+    made = _made_before(plan.store, [name for name, key in keys.items() if key and artifacts[name] is None])
+
+    def why(name: str) -> str:
+        return why_new(specs[name], {parent: keys[parent] for parent in inputs[name]}, made[name])
+
+    verdicts = _must_run(wanted, keys, inputs, artifacts, plan.recipe.output.keep, why)
     return tuple(
         Stage(
             stage,
@@ -156,12 +162,22 @@ def _key(stage: StageDefinition, spec: Mapping[str, Any], parents: Mapping[str, 
     return digest({"stage": stage.name, "version": stage.version, "spec": spec, "inputs": parents})
 
 
+def _made_before(store: Store, names: Sequence[str]) -> Mapping[str, list[Artifact]]:
+    """The finished artifacts of these stages, to compare with."""
+    made: dict[str, list[Artifact]] = {name: [] for name in names}
+    for artifact in store.artifacts() if names else ():
+        if artifact.stage in made:
+            made[artifact.stage].append(artifact)
+    return made
+
+
 def _must_run(
     stages: Sequence[StageDefinition],
     keys: Mapping[str, str | None],
     inputs: Mapping[str, tuple[str, ...]],
     artifacts: Mapping[str, Artifact | None],
     keep: Sequence[str],
+    why: Callable[[str], str],
 ) -> dict[str, tuple[str, bool]]:
     """(reason, whether it runs) by stage: it was never made, or its files are gone and something that runs, or the
     user, needs them."""
@@ -171,8 +187,7 @@ def _must_run(
         readers = [name for name, (_, runs) in found.items() if runs and stage.name in inputs[name]]
         if artifact is None:
             waits = keys[stage.name] is None
-            reason = "waits for the verdict of evaluate" if waits else "no finished result for these settings"
-            found[stage.name] = (reason, True)
+            found[stage.name] = ("waits for the verdict of evaluate" if waits else why(stage.name), True)
         elif not artifact.has_payload and (readers or (stage.makes_model and stage.directory in keep)):
             reader = readers[-1] if readers else "output.keep"
             found[stage.name] = (f"its files were deleted, but {reader} needs them", True)

@@ -3,9 +3,12 @@ Torch-free."""
 
 from __future__ import annotations
 
+import os
 import re
 from math import gcd
 from pathlib import Path
+
+import yaml
 
 from reapkit.checkpoint.architecture import text_config
 from reapkit.checkpoint.checkpoint import Checkpoint
@@ -19,8 +22,9 @@ from reapkit.selection.criteria.registry import criterion
 GROUP_SIZES = (128, 64, 32, 16)
 
 
-def starting_recipe(model: str, directory: Path) -> tuple[str, str]:
-    """(name, YAML) of a recipe for the model at a path, hub id or builtin name; relative paths start from `directory`.
+def starting_recipe(model: str, directory: Path, folder: Path | None = None) -> tuple[str, str]:
+    """(name, YAML) of a recipe for the model at a path, hub id or builtin name; a relative path starts from
+    `directory`. `folder`: where the recipe will lie, if not there; its paths start from it.
 
     Raises UnusableError where there is no such model or it is not an MoE.
     """
@@ -40,7 +44,7 @@ def starting_recipe(model: str, directory: Path) -> tuple[str, str]:
     quantize = _quantize(checkpoint, group)
     return name, _TEMPLATE.format(
         name=name,
-        model=model,
+        model=_written(_from_folder(model, directory, folder or directory)),
         facts=facts,
         mix=mix,
         quantize=quantize,
@@ -52,6 +56,18 @@ def starting_recipe(model: str, directory: Path) -> tuple[str, str]:
         length=min(2048, longest),
         lengths=[length for length in (1024, 2048) if length <= longest] or [longest],
     )
+
+
+def _from_folder(model: str, directory: Path, folder: Path) -> str:
+    """A model's relative path as a recipe in `folder` writes it; anything else as it is."""
+    if Path(model).is_absolute() or not (directory / model).exists():
+        return model
+    return os.path.relpath((directory / model).absolute(), folder.absolute())
+
+
+def _written(text: str) -> str:
+    """Text as a YAML scalar, in quotes where it needs them."""
+    return yaml.safe_dump(text, width=10_000, allow_unicode=True).removesuffix("\n").removesuffix("\n...")
 
 
 def group_size(checkpoint: Checkpoint) -> int | None:
@@ -113,6 +129,7 @@ evaluate:
   packs: {{lengths: {lengths}}} # held-out rows are compared at these lengths
   gates: near-lossless          # strict, near-lossless, size-first, or limits of your own; \
 nothing is written unless they pass
+  gates_quantized: size-first   # the same for the final directory; null: measured and reported, not judged
 
 {quantize}
 """

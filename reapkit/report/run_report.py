@@ -80,8 +80,8 @@ def _subtitle(facts: RunFacts) -> str:
     return f"{facts.recipe.description} {facts.model.source} from {experts}, {sizes}.".strip()
 
 
-def rejected_report(plan: Plan, artifacts: Mapping[str, Artifact]) -> bytes:
-    """report.html of a run that its gates stopped."""
+def unfinished_report(plan: Plan, artifacts: Mapping[str, Artifact]) -> bytes:
+    """report.html of a run that ended at its evaluation."""
     with TemporaryDirectory() as scratch:
         page = Path(scratch) / "report.html"
         write_run_report(facts_from(plan, artifacts), page)

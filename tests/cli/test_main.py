@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -131,6 +132,21 @@ def test_init_writes_a_recipe_that_is_valid_and_never_overwrites(
     done = command("init", "builtin:demo", "-o", "mine.yaml")
     assert done.code == 2 and "the file exists already" in done.stderr
     assert Path("mine.yaml").read_text() == before
+    assert "gates_quantized: size-first" in before
+
+
+def test_inits_next_step_works_from_where_one_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe lies in a folder of its own; its paths follow it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    shutil.copytree(builtin_model("demo"), tmp_path / "models" / "my: moe")
+    for model in ("models/my: moe", "./models/my: moe/", str(tmp_path / "models" / "my: moe")):
+        done = command("init", model, "-o", "recipes of mine/deep/a.yaml")
+        assert done.code == 0, done.stderr
+        [_, advised] = done.stdout.strip().split("Next: ")
+        assert advised == "reapkit plan 'recipes of mine/deep/a.yaml'"
+        assert command(*shlex.split(advised)[1:]).code == 0
+        Path("recipes of mine/deep/a.yaml").unlink()
 
 
 def test_a_lock_is_kept_or_says_what_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

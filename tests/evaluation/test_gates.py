@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from reapkit.core.errors import RecipeError
+from reapkit.evaluation.advice import power
 from reapkit.evaluation.gates import PRESETS, UNION, Gate, GateResult, judge, overall, resolve
 from reapkit.recipe.schema import EvaluateSpec, GatesSpec
 
@@ -57,10 +58,29 @@ def test_undecided_says_how_many_more_rows_it_would_take():
     assert on_it.verdict == "undecided" and on_it.more_rows is None
 
 
-def test_loops_reject_only_beyond_their_interval():
-    gate = Gate("loop_share_delta", max=0.0)
-    assert verdict(gate, 0.05, [-0.02, 0.12], pack="generation") == "pass"
-    assert verdict(gate, 0.2, [0.05, 0.3], pack="generation") == "reject"
+@pytest.mark.parametrize(
+    ("value", "interval", "expected"),
+    [
+        (-0.016, [-0.057, 0.024], "undecided"),  # straddles 0, whichever metric it is
+        (-0.05, [-0.08, -0.01], "pass"),
+        (0.0, [0.0, 0.0], "pass"),
+        (0.2, [0.05, 0.3], "reject"),
+    ],
+)
+def test_one_rule_for_all_gates(value, interval, expected):
+    loops, conflicts = Gate("loop_share_delta", max=0.0), Gate("conflict_rate_delta", max=0.0)
+    assert verdict(loops, value, interval, pack="generation") == verdict(conflicts, value, interval) == expected
+
+
+def test_a_presets_limit_on_text_rejects_but_does_not_hold_up_and_a_recipes_own_does():
+    found = {"generation": {UNION: {"rows": 64, "loop_share_delta": {"value": -0.016, "interval": [-0.057, 0.024]}}}}
+    [of_preset] = [r for r in judge(found, resolve("strict")) if r.gate.metric == "loop_share_delta"]
+    [own] = judge(found, resolve({"loop_share_delta": {"max": 0.0}}))
+    assert of_preset.verdict == own.verdict == "undecided"
+    assert overall([of_preset]) == "pass" and overall([own]) == "undecided"
+    found["generation"][UNION]["loop_share_delta"] = {"value": 0.2, "interval": [0.1, 0.3]}
+    [collapsed] = [r for r in judge(found, resolve("strict")) if r.gate.metric == "loop_share_delta"]
+    assert overall([collapsed]) == "reject"
 
 
 def test_generation_gates_of_a_preset_may_go_unmeasured_others_may_not():
@@ -133,3 +153,19 @@ def test_unknown_names_are_refused_with_the_known_ones():
 def test_gates_import_without_torch():
     code = "import sys, reapkit.evaluation.gates; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_an_undecided_limit_on_loops_says_what_the_prompts_can_show() -> None:
+    [result] = [
+        found
+        for found in judge(
+            {"generation": {UNION: {"rows": 64, "loop_share_delta": {"value": -0.016, "interval": [-0.057, 0.024]}}}},
+            resolve("near-lossless"),
+        )
+        if found.pack == "generation"
+    ]
+    base = {"base_generation": {UNION: {"rows": 64, "loop_share": {"value": 0.036, "interval": None}}}}
+    assert power(result, base) == (
+        "64 prompts show a rise of 15.1 % or more over the base's 3.6 %; about 400 would decide."
+    )
+    assert power(result, {"base_generation": None}) == ""

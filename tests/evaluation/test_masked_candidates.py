@@ -93,7 +93,29 @@ def test_a_control_that_is_better_is_advised(model, packs):
     found = evaluate(model, {24: packs[24]}, [worse], TIGHT, controls=[better], **SETTINGS)
     assert found["controls"][0]["against"]["24"]["all"]["kl_mean_delta"]["interval"][1] < 0
     assert "    --set saliency.criterion=random" in found["advice"]
-    assert "'prune.candidates.ratio=[0.3438, 0.1719, 0.08594]'" in found["advice"]
+    assert "    --set prune.ratio=0.3438" in found["advice"]
+
+
+@pytest.mark.parametrize(
+    ("steps", "override"),
+    [
+        ({}, "prune.ratio=0.125"),
+        ({"budget": "ratio", "grid": False}, "prune.ratio=0.125"),
+        ({"budget": "keep_ratio", "grid": False}, "prune.keep_ratio=0.875"),
+        ({"budget": "keep_experts", "grid": False}, "prune.keep_experts=14"),
+        ({"budget": "", "grid": True}, "'prune.candidates.ratio=[0.125, 0.0625]'"),
+    ],
+)
+def test_a_smaller_cut_is_advised_in_the_field_that_the_recipe_uses(model, packs, steps, override):
+    found = evaluate(model, {24: packs[24]}, [candidate(12)], TIGHT, steps=steps, **SETTINGS)
+    assert f"    --set {override}" in found["advice"].splitlines()
+
+
+def test_what_keeps_the_size_is_advised_before_a_smaller_cut(model, packs):
+    steps = {"same_size": [{"override": "saliency.reduction=sum", "why": "rank by sums"}]}
+    lines = evaluate(model, {24: packs[24]}, [candidate(12)], TIGHT, steps=steps, **SETTINGS)["advice"].splitlines()
+    overrides = [line for line in lines if line.startswith("    --set ")]
+    assert overrides[:2] == ["    --set saliency.reduction=sum", "    --set prune.ratio=0.125"]
 
 
 def test_an_evaluation_is_json_and_names_every_group(loose):
@@ -143,7 +165,7 @@ def test_rejection_says_which_gate_by_how_much_and_what_to_change(model, packs):
     groups = found["candidates"][1]["metrics"]["24"]
     worst = max(("code", "prose"), key=lambda name: groups[name]["kl_mean"]["value"])
     assert lines[5].startswith(f"  worst source: kl_mean {groups[worst]['kl_mean']['value']:.4g} ({worst})")
-    assert "    --set 'prune.candidates.ratio=[0.125, 0.0625]'" in lines  # of 16 experts 4 were removed: 2, then 1
+    assert "    --set prune.ratio=0.125" in lines  # of 16 experts 4 were removed: now 2
     assert lines[-1] == "    --set evaluate.on_reject=warn" and "it passes no preset" in lines[-2]
 
 
@@ -230,7 +252,7 @@ def test_after_a_rejection_the_nearest_that_passes_is_searched_by_halving(packs)
     lines = found["advice"].splitlines()
     assert "Nearest candidate that passes: keep13 (13 experts kept)." in lines
     at = lines.index("  prune 0.1875 instead of 0.75; it passed on the same rows:")
-    assert lines[at + 1] == "    --set 'prune.candidates.ratio=[0.1875]'"
+    assert lines[at + 1] == "    --set prune.ratio=0.1875"
     assert "  worst source: kl_mean 0.18 (prose)" in lines, "french is outside the union that the gate judges"
     assert [row["name"] for row in summary_rows(found) if row["role"] == "searched"] == ["keep10", "keep13", "keep12"]
     assert max(map(len, lines)) <= 80

@@ -177,10 +177,12 @@ def test_a_rejected_candidate_writes_no_model_and_says_what_would_pass(finished:
     ) as rejected:
         apply(strict)
     assert not (root / "rejected" / "pruned").exists()
+    for _ in range(2):  # evaluating alone comes to the same verdict, from the store too
+        with pytest.raises(RejectedByGates) as again:
+            apply(strict, until="evaluate")
+        assert str(again.value) == str(rejected.value) and again.value.facts["verdict"] == "reject"
     [advised] = [
-        line.split("--set ")[1].strip("'")
-        for line in str(rejected.value).splitlines()
-        if "prune.candidates.ratio=" in line
+        line.split("--set ")[1].strip("'") for line in str(rejected.value).splitlines() if "prune.ratio=" in line
     ]
     again = (
         advised,
@@ -195,6 +197,7 @@ def test_a_rejected_candidate_writes_no_model_and_says_what_would_pass(finished:
     assert f"Nearest candidate that passes: {name} " in str(rejected.value)
     found = apply(recipe(root, *again), until="evaluate")  # and does what it says
     assert found.executed == ["select", "evaluate"]
+    assert "Passed its gates" in (found.directory / "report.html").read_text()
     evaluation = json.loads((found.directory / "evaluation" / "evaluation.json").read_text())
     assert evaluation["candidates"][0]["verdict"] == "pass"
     assert [evaluation["candidates"][0]["metrics"]] == [entry["metrics"] for entry in searched if entry["name"] == name]

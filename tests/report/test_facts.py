@@ -10,7 +10,7 @@ from reapkit.core.artifact_store import Artifact
 from reapkit.pipeline.planned import make_plan
 from reapkit.recipe.loading import load
 from reapkit.report.facts import facts_from, license_of, recipe_yaml
-from reapkit.report.run_report import rejected_report
+from reapkit.report.run_report import unfinished_report
 from tests.support import synthetic_report as synthetic
 
 
@@ -81,7 +81,7 @@ def test_the_command_repeats_the_overrides(plan):
 
 
 def test_a_rejected_run_gets_its_page(plan, tmp_path):
-    assert b"Rejected by its gates" in rejected_report(plan, artifacts(plan, tmp_path))
+    assert b"Rejected by its gates" in unfinished_report(plan, artifacts(plan, tmp_path))
 
 
 def test_the_resolved_recipe_loads_as_the_same_recipe(tmp_path):

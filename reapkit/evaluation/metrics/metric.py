@@ -25,8 +25,7 @@ class Metric:
     `title`: in a sentence; `label`: heads a column; `meaning`: of a change, for who does not know the name. `better`:
     the direction, `nearer` where it should stay as the base's. `kind`: measured on held-out rows, on continuations of
     prompts, or with a clock. `unit`: a share is in [0, 1] and shown in percent; `digits`: decimals shown.
-    `same_as_base`: its value where nothing was lost. `only_significant`: a gate rejects it only where the whole
-    interval lies beyond the limit, and else passes it: a share of few prompts has wide intervals.
+    `same_as_base`: its value where nothing was lost.
     """
 
     name: str
@@ -39,7 +38,6 @@ class Metric:
     digits: int = 3
     same_as_base: float | None = None
     views: frozenset[View] = frozenset()
-    only_significant: bool = False
 
     @property
     def heading(self) -> str:

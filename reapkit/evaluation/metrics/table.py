@@ -79,7 +79,6 @@ METRICS: Mapping[str, Metric] = {
             digits=2,
             same_as_base=0.0,
             views=_views("gates"),
-            only_significant=True,
         ),
         Metric(
             "js_distance",

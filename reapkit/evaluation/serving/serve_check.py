@@ -32,7 +32,7 @@ class EngineComparison:
     """vLLM against transformers on one directory.
 
     `outcome`: "equal", "differs", "format fits" and "format differs" (vLLM has no kernel here, so its loaders were
-    asked instead), "refused" (vLLM does not load it) or "not measured" (there is no vLLM). `near_tie`: at the first
+    asked instead) or "refused" (vLLM does not load it). `near_tie`: at the first
     difference transformers' own logits of the two tokens differ by no more than rounding. `gap`: that difference in
     standard deviations of the logits.
     """
@@ -87,14 +87,19 @@ def serve_check(
     """Greedy tokens of `directory` (and of `base`) from transformers and from vLLM, compared token by token.
 
     `prompts` come from the built-in prose and code where there is a tokenizer and are made-up ids elsewhere. `vllm`: a
-    Python that has vLLM; None takes REAPKIT_VLLM_PYTHON, else this Python if vLLM is installed in it, else only
-    transformers is run.
+    Python that has vLLM; None takes REAPKIT_VLLM_PYTHON, else this Python.
 
-    Raises UnusableError for a directory that transformers cannot load or run, or a Python that has no vLLM.
+    Raises UnusableError where there is no vLLM, before anything is generated, and for a directory that transformers
+    cannot load or run.
     """
+    python = vllm_python(vllm)
+    if python is None:
+        raise UnusableError(
+            "nothing to compare with: this environment has no vLLM. Name a Python that has it: --vllm-python PATH, or"
+            f" {VARIABLE}."
+        )
     import transformers
 
-    python = vllm_python(vllm)
     directories = [directory] if base is None else [directory, base]
     rows = prompts_for(directory, prompts)
     reference = [
@@ -103,15 +108,6 @@ def serve_check(
     ]
     engines = {"transformers": transformers.__version__}
     notes = [] if base is None else [_against_base(*reference)]
-    if python is None:
-        why = f"no vLLM in this environment. Name a Python that has it: --vllm-python PATH, or {VARIABLE}"
-        return ServeCheck(
-            len(rows),
-            new_tokens,
-            engines,
-            [EngineComparison(str(path), "not measured", why) for path in directories],
-            notes,
-        )
     options = {"tensor_parallel_size": tensor_parallel} if tensor_parallel > 1 else {}
     options |= {"trust_remote_code": True} if trust_remote_code else {}
     dtype = str(reference[0].dtype).removeprefix("torch.")  # vLLM's own "auto" would narrow float32

@@ -19,6 +19,7 @@ from reapkit.pipeline.stages.select import load_selections
 from reapkit.planning.stage_definitions import StageDefinition
 from reapkit.recipe.schema import Gates
 from reapkit.selection.candidates import ratio_removing
+from reapkit.selection.criteria.registry import criterion
 from reapkit.selection.decide import select_all
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def run(context: Context) -> dict[str, Any]:
         ],
         "eaft": eaft_settings(recipe.saliency, recipe.observe),
         "pack_samples": spec.packs.samples,
+        "steps": _steps(context),
         "batch_tokens": recipe.runtime.batch_tokens,
         "progress": context.progress,
     }
@@ -74,6 +76,24 @@ def run(context: Context) -> dict[str, Any]:
     write_json(context.payload / "evaluation.json", evaluation)
     decided[evaluation["chosen"]].save(context.payload)
     return {name: evaluation[name] for name in ("chosen", "verdict", "advice")}
+
+
+def _steps(context: Context) -> dict[str, Any]:
+    """What an advice may change: `{"grid": whether the recipe has one, "budget": its field, "same_size": [{"override",
+    "why"}]}`, the last what loses less at the same size without another observation, most promising first."""
+    recipe = context.recipe
+    prune, saliency = recipe.prune, recipe.saliency
+    same_size = []
+    if saliency.reduction == "mean" and criterion(saliency.criterion).reduction == "mean":
+        why = "rank by sums, not means: half the loss on small models (see README)"
+        same_size.append({"override": "saliency.reduction=sum", "why": why})
+    if recipe.observe.reroute_tokens and saliency.criterion != "reroute":
+        why = "rank by re-routing, which this observation has measured"
+        same_size.append({"override": "saliency.criterion=reroute", "why": why})
+    if prune.repair is None and "quantization_config" not in context.plan.checkpoint.config:
+        same_size.append({"override": "prune.repair=ridge", "why": "re-fit the kept experts, at the same size"})
+    budget = next((name for name in ("ratio", "keep_ratio", "keep_experts") if getattr(prune, name) is not None), "")
+    return {"grid": prune.candidates is not None, "budget": budget, "same_size": same_size}
 
 
 def _smaller_cut(context: Context) -> SmallerCut | None:
@@ -132,7 +152,7 @@ def _spoken(summary: Mapping[str, Any]) -> str:
 
 STAGE = StageDefinition(
     name="evaluate",
-    version=3,
+    version=4,
     run=run,
     directory="evaluation",
     fields=("evaluate.packs", "evaluate.extra_packs", "evaluate.gates", "evaluate.controls", "evaluate.generation"),

@@ -107,14 +107,13 @@ def test_near_ties_are_told_from_errors():
     assert "0 tokens where transformers made 1" in compare(Path("d"), mine, [[]]).detail
 
 
-def test_without_vllm_it_is_said_to_be_unmeasured(model, monkeypatch):
+def test_without_vllm_nothing_is_generated_and_nothing_passes(model, monkeypatch):
     monkeypatch.delenv("REAPKIT_VLLM_PYTHON", raising=False)
     monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
-    found = serve_check(model, model, prompts=1, new_tokens=2)
-    assert [one.outcome for one in found.comparisons] == ["not measured"] * 2 and found.exit_code == 0
-    assert found.comparisons[0].detail.startswith("no vLLM in this environment") and found.notes[0].startswith(
-        "2 of 2 tokens are the base's"
-    )
+    monkeypatch.setattr(f"{serve_check.__module__}.greedy", lambda *_, **__: pytest.fail("it generated"))
+    with pytest.raises(UnusableError, match=r"nothing to compare with: this environment has no vLLM\. Name a Python"):
+        serve_check(model, model, prompts=1, new_tokens=2)
+    assert ended(str(model)) == 3
 
 
 def test_formats_are_checked_where_no_kernel_runs_them(model, engine, tmp_path, monkeypatch):
