@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from reapkit.checkpoint.locate import MODEL_DIRECTORY
 from tests.support.command import command
 from tests.support.paths import ROOT
 
@@ -139,7 +141,7 @@ def test_inits_next_step_works_from_where_one_stands(tmp_path: Path, monkeypatch
     """The recipe lies in a folder of its own; its paths follow it."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()
-    shutil.copytree(builtin_model("demo"), tmp_path / "models" / "my: moe")
+    shutil.copytree(MODEL_DIRECTORY, tmp_path / "models" / "my: moe")
     for model in ("models/my: moe", "./models/my: moe/", str(tmp_path / "models" / "my: moe")):
         done = command("init", model, "-o", "recipes of mine/deep/a.yaml")
         assert done.code == 0, done.stderr
