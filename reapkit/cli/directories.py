@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -13,6 +15,9 @@ from reapkit.cli.app import Json, app, out
 from reapkit.core.errors import RecipeError, UnusableError
 from reapkit.core.formatting import plural
 from reapkit.report.inspection.render import table
+
+if TYPE_CHECKING:
+    from reapkit.core.artifact_store import Store
 
 
 @app.command()
@@ -32,10 +37,13 @@ def merge(
     from functools import reduce
     from operator import add
 
+    from reapkit.core.as_written import require_as_written
     from reapkit.observation.observation import Observation
 
     if output.exists():
         raise RecipeError(f"{output}: the directory exists already. Choose another with -o.")
+    for directory in observations:
+        require_as_written(Path(directory))
     merged = reduce(add, (Observation.load(Path(directory)) for directory in observations))
     merged.save(output)
     facts = {"directory": str(output), "tokens": int(merged.tokens.sum()), "sources": list(merged.sources)}
@@ -49,21 +57,22 @@ def merge(
 @app.command()
 def verify(
     directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="A model directory that prune or quantize wrote, or a run.")
+        Path,
+        typer.Argument(metavar="DIR", help="A model directory that prune or quantize wrote, a run, or an artifact."),
     ],
     as_json: Json = False,
 ) -> None:
-    """Check a written model against the record inside it: sha256 of every shard, index, names, shapes, expert counts.
+    """Check a written model against the record inside it: sha256 of every file, index, names, shapes, expert counts. Of
+    a run, and of an artifact in the store, all files.
 
-    Works wherever the directory was copied to. Exits with 0 if everything matches, else with 3.
+    A model is checked wherever it was copied to. Exits with 0 if everything matches, else with 3.
 
     Example: reapkit verify runs/demo/pruned
     """
     from reapkit.cli.progress_bars import make_progress
-    from reapkit.pruning.manifest import check_directory, written_directories
+    from reapkit.report.inspection.written import check_written
 
-    progress = make_progress()
-    found = {place: check_directory(place, progress) for place in written_directories(directory)}
+    found = check_written(directory, make_progress())
     passed = all(finding.passed for findings in found.values() for finding in findings)
     if as_json:
         print(
@@ -219,9 +228,20 @@ def gc(
     unfinished: Annotated[
         bool, typer.Option("--unfinished", help="Also remove unfinished work that no process is working on.")
     ] = False,
+    damaged: Annotated[
+        bool, typer.Option("--damaged", help="Also remove damaged artifacts, which runs set aside.")
+    ] = False,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check",
+            help="Remove nothing. Read every artifact in full, and set damaged ones aside (with --dry-run: only name"
+            " them); the next run makes them again. Ends with 3 where one is damaged.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Remove the artifacts of a store that no run uses. Artifacts in progress are kept, and so are resumable ones.
+    """Remove the artifacts of a store that no run uses. Artifacts in progress, resumable and damaged ones are kept.
 
     Example: reapkit gc --dry-run
     """
@@ -229,7 +249,9 @@ def gc(
     from reapkit.core.formatting import human_bytes
     from reapkit.core.garbage_collection import collect
 
-    found = collect(Store(store), unfinished=unfinished, dry_run=dry_run)
+    if check:
+        _check_store(Store(store), dry_run, as_json, refused={"--unfinished": unfinished, "--damaged": damaged})
+    found = collect(Store(store), unfinished=unfinished, damaged=damaged, dry_run=dry_run)
     if as_json:
         print(
             json.dumps(
@@ -246,6 +268,36 @@ def gc(
     if found.removed:
         rows = [(each.artifact, human_bytes(each.nbytes)) for each in found.removed]
         out().print(table("Would be removed" if dry_run else "Removed", ("artifact", "frees"), rows))
-    kept = ", ".join(f"{len(names)} ({reason})" for reason, names in found.kept.items()) or "none"
     many = plural(len(found.removed), "artifact")
-    print(f"{many}, {human_bytes(found.nbytes)} {'would be freed' if dry_run else 'freed'}; kept: {kept}")
+    print(
+        f"{many}, {human_bytes(found.nbytes)} {'would be freed' if dry_run else 'freed'}; kept: {_counted(found.kept)}"
+    )
+
+
+def _counted(names: Mapping[str, Sequence[str]]) -> str:
+    """`2 (a run uses it), 1 (in progress)`."""
+    return ", ".join(f"{len(each)} ({reason})" for reason, each in names.items()) or "none"
+
+
+def _check_store(store: Store, dry_run: bool, as_json: bool, refused: Mapping[str, bool]) -> NoReturn:
+    from reapkit.cli.progress_bars import make_progress
+    from reapkit.core.formatting import human_bytes
+    from reapkit.core.store_check import check_store
+    from reapkit.pruning.manifest import sealed_shards
+
+    if given := [name for name, is_given in refused.items() if is_given]:
+        raise RecipeError(f"--check: removes nothing, and so goes without {given[0]}. Give one of the two.")
+    found = check_store(store, sealed_shards, dry_run=dry_run, progress=make_progress())
+    if as_json:
+        facts = asdict(found)
+        print(json.dumps({"store": str(store.root), "dry_run": dry_run, "bytes": facts.pop("nbytes"), **facts}))
+    else:
+        if found.damaged:
+            title = "Damaged" if dry_run else "Damaged and set aside; the next run that needs them makes them again"
+            rows = [(each.artifact, each.damage) for each in found.damaged]
+            out().print(table(title, ("artifact", "found"), rows, left=("found",), whole=("artifact",)))
+        print(
+            f"{plural(found.sound, 'artifact')}, {human_bytes(found.nbytes)} as written; {len(found.damaged)} damaged;"
+            f" not read: {_counted(found.not_read)}"
+        )
+    raise typer.Exit(UnusableError.exit_code if found.damaged else 0)

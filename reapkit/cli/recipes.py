@@ -83,6 +83,12 @@ def apply(
     locked: Annotated[
         bool, typer.Option("--locked", help=("Use the revisions of the lock; fail if anything differs from the lock."))
     ] = False,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check", help="Read every byte of finished results before they are used, not only what seems changed."
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Run a recipe: calibrate, observe, select, evaluate, prune, quantize, verify, report. Finished stages are skipped.
@@ -96,7 +102,7 @@ def apply(
     if dry_run:
         _show_plan(recipe, overrides, as_json, observation)
     else:
-        _apply(recipe, overrides, until, as_json, observation)
+        _apply(recipe, overrides, until, as_json, observation, check)
 
 
 def _pinned(recipe: str, overrides: list[str]) -> list[str]:
@@ -118,14 +124,21 @@ def _directory_of(observation: str | None) -> Path | None:
     return observation_at(observation)
 
 
-def _apply(recipe: str, overrides: list[str], until: str | None, as_json: bool, observation: str | None = None) -> None:
+def _apply(
+    recipe: str,
+    overrides: list[str],
+    until: str | None,
+    as_json: bool,
+    observation: str | None = None,
+    check: bool = False,
+) -> None:
     # every contradiction is found before weights are fetched or torch is imported
     made = load_and_plan(recipe, overrides, observation=_directory_of(observation))
     quiet_libraries()
     from reapkit.cli.progress_bars import make_progress
     from reapkit.pipeline.run import describe, walk
 
-    run = walk(made, until=until, progress=make_progress(), ranks=current())
+    run = walk(made, until=until, progress=make_progress(), ranks=current(), check=check)
     if as_json:
         print(json.dumps({**describe(run), "directory": str(run.directory), "executed": run.executed}))
         return

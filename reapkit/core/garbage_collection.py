@@ -15,18 +15,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from reapkit.core.artifact_store import KEY_LETTERS, Store
+from reapkit.core.artifact_store import KEY_LETTERS, Damage, Store, artifact_in, unmake
 from reapkit.core.atomic_files import write_json
 from reapkit.core.errors import UnusableError
 from reapkit.core.hashing import digest
 from reapkit.core.json_text import parse_json
 
-ARTIFACT = re.compile(rf"[a-z]+-[0-9a-f]{{{KEY_LETTERS}}}")
-IN_USE, LINKED, BUSY, UNFINISHED = (
+ARTIFACT = re.compile(rf"[a-z]+-[0-9a-f]{{{KEY_LETTERS}}}(\.damaged-\d+)?")
+IN_USE, LINKED, BUSY, UNFINISHED, DAMAGED = (
     "a run uses it",
     "its files are linked from elsewhere",
     "in progress",
     "unfinished, can be resumed",
+    "damaged, set aside",
 )
 
 
@@ -70,36 +71,39 @@ def register(store: Store, run: Path, artifacts: Mapping[str, str]) -> None:
             write_json(file, {"directory": str(run), "artifacts": known | dict(artifacts)})
 
 
-def collect(store: Store, *, unfinished: bool = False, dry_run: bool = False) -> Collected:
-    """Removes every artifact that no run uses, and with `unfinished` partial work that nobody is at; `dry_run` only
-    says which.
+def collect(store: Store, *, unfinished: bool = False, damaged: bool = False, dry_run: bool = False) -> Collected:
+    """Removes every artifact that no run uses, with `unfinished` also partial work that nobody is at, with `damaged`
+    also what was set aside; `dry_run` only says which.
 
     Raises UnusableError where there is no store, or where what uses it cannot be read: then nothing is removed.
     """
-    if not store.root.is_dir():
-        raise UnusableError(
-            f"{store.root}: found no artifact store. Give the runtime.store of your recipes with --store."
-        )
-    found = Collected()
+    found, directories = Collected(), artifact_directories(store)
     with _registry(store):
         used = _used(store, dry_run)
-        for directory in sorted(store.root.iterdir()):
-            if not ARTIFACT.fullmatch(directory.name) or not directory.is_dir():
-                continue
-            with store.idle(directory.name) as idle:
-                if reason := BUSY if not idle else _reason_to_stay(directory, used, unfinished):
+        for directory in directories:
+            with store.idle(directory.name.partition(".")[0]) as idle:
+                if reason := BUSY if not idle else _reason_to_stay(directory, used, unfinished, damaged):
                     found.kept.setdefault(reason, []).append(directory.name)
                     continue
                 found.removed.append(Removed(directory.name, _freed(directory)))
                 if not dry_run:
-                    (directory / "manifest.json").unlink(
-                        missing_ok=True
-                    )  # first: half of an artifact must not look like a whole one
+                    unmake(directory)  # first: half of an artifact must not look like a whole one
                     shutil.rmtree(directory)
     return found
 
 
-def _reason_to_stay(directory: Path, used: set[str], unfinished: bool) -> str | None:
+def artifact_directories(store: Store) -> list[Path]:
+    """Directories of artifacts, finished, unfinished and set aside. Raises UnusableError where there is no store."""
+    if not store.root.is_dir():
+        raise UnusableError(
+            f"{store.root}: found no artifact store. Give the runtime.store of your recipes with --store."
+        )
+    return [path for path in sorted(store.root.iterdir()) if ARTIFACT.fullmatch(path.name) and path.is_dir()]
+
+
+def _reason_to_stay(directory: Path, used: set[str], unfinished: bool, damaged: bool) -> str | None:
+    if ".damaged-" in directory.name or isinstance(artifact_in(directory), Damage):
+        return None if damaged else DAMAGED
     if not (directory / "manifest.json").is_file():
         return None if unfinished else UNFINISHED
     if directory.name in used:

@@ -10,10 +10,12 @@ from typing import Any
 
 from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.checkpoint.expert_layout import Layout
-from reapkit.core.atomic_files import write_json
+from reapkit.core.artifact_store import READ_WHOLE
+from reapkit.core.as_written import require_as_written
 from reapkit.core.errors import UnusableError
-from reapkit.core.hashing import digest, digest_file
-from reapkit.core.json_text import parse_json
+from reapkit.core.hashing import digest
+from reapkit.core.payload_files import sha256_of
+from reapkit.core.stat_record import StatRecord
 from reapkit.observation.recorded_facts import read_facts
 
 FILES = ("observation.json", "observation.safetensors", "trace.safetensors")
@@ -21,20 +23,25 @@ FILES = ("observation.json", "observation.safetensors", "trace.safetensors")
 
 @dataclass(frozen=True)
 class ImportedObservation:
-    """A directory with an observation: `content` is the sha256 over all its files, which becomes its key; `facts` its
-    JSON."""
+    """A directory with an observation: `hashes` are its files' sha256 (hex) by name, `content` the one over all of
+    them, which becomes its key; `facts` its JSON."""
 
     directory: Path
-    content: str
+    hashes: Mapping[str, str]
     facts: Mapping[str, Any]
+
+    @property
+    def content(self) -> str:
+        return digest([[name, sha256] for name, sha256 in self.hashes.items()])
 
     @classmethod
     def open(cls, directory: Path, cache: Path) -> ImportedObservation:
-        """Hashes the files, those that `cache` (a JSON file, kept up) knows by size and mtime not again.
+        """Hashes the files; large ones that `cache` (a JSON file, kept up) knows by size, mtime and inode not again.
 
-        Raises UnusableError where the directory holds no observation.
+        Raises UnusableError where the directory holds no observation, or one that is not as it was written.
         """
         directory = directory.resolve()
+        require_as_written(directory)
         try:
             facts = read_facts(directory)
             names = FILES if facts["eaft"] else FILES[:2]
@@ -44,7 +51,7 @@ class ImportedObservation:
                 f"--observation {directory}: the observation cannot be read ({type(error).__name__}: {error}). Give an"
                 " observation's directory, or a run that has one."
             ) from None
-        return cls(directory, digest(hashes), facts)
+        return cls(directory, hashes, facts)
 
     @property
     def files(self) -> list[Path]:
@@ -87,19 +94,12 @@ class ImportedObservation:
         )
 
 
-def _hashes(files: list[Path], cache: Path) -> list[list[str]]:
-    """[name, sha256] of each file."""
-    try:
-        known = parse_json(cache.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        known = {}
-    known = known if isinstance(known, dict) else {}
-    fresh = {}
-    for file in files:
-        facts = file.stat()
-        now = [facts.st_size, facts.st_mtime_ns]
-        seen = known.get(str(file))
-        fresh[str(file)] = seen if isinstance(seen, list) and seen[:2] == now else [*now, digest_file(file)]
-    if any(known.get(name) != value for name, value in fresh.items()):
-        write_json(cache, {**known, **fresh})
-    return [[file.name, fresh[str(file)][2]] for file in files]
+def _hashes(files: list[Path], cache: Path) -> dict[str, str]:
+    """sha256 (hex) of each file by its name."""
+    record, now = StatRecord.of(cache), {str(file): file.stat() for file in files}
+    known = {name: record.sha256(name, facts) for name, facts in now.items() if facts.st_size > READ_WHOLE}
+    doubtful = [Path(name) for name in now if not known.get(name)]
+    taken = {str(file): sha256 for file, sha256 in sha256_of(doubtful)}
+    if large := {name: (now[name], sha256) for name, sha256 in taken.items() if name in known}:
+        record.update(large)
+    return {Path(name).name: taken.get(name) or known[name] for name in now}

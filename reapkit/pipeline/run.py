@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +21,7 @@ from reapkit.core.progress import SILENT, Progress
 from reapkit.core.ranks import ALONE, Alone
 from reapkit.core.refusals import refusal_in
 from reapkit.evaluation.task_benchmarks import require_lm_eval
+from reapkit.pipeline.damaged import SoundPlans
 from reapkit.pipeline.planned import make_plan
 from reapkit.pipeline.run_directory import RunDirectory, refuse_foreign, run_directory
 from reapkit.pipeline.stages.context import Context
@@ -102,21 +103,28 @@ def apply(
     progress: Progress = SILENT,
     observation: str | Path | None = None,
     ranks: Alone = ALONE,
+    check: bool = False,
 ) -> Run:
     """Runs the recipe to its end, or what the end of stage `until` needs. Finished stages are skipped, interrupted ones
     resumed.
 
     `observation`: the directory of one made elsewhere of this model, by which it decides instead of observing.
+    `check`: every byte of finished artifacts is read before they are used, not only of small files and of those whose
+    size, modification time or inode changed.
     Of several `ranks` only rank 0 calls this; the others wait and help to observe.
     Raises RejectedByGates when the verdict stops the run, StageFailed when a stage fails for want of disk or memory.
     """
     made = make_plan(as_loaded(recipe), observation=None if observation is None else Path(observation))
-    return walk(made, until=until, progress=progress, ranks=ranks)
+    return walk(made, until=until, progress=progress, ranks=ranks, check=check)
 
 
-def walk(plan: Plan, *, until: str | None = None, progress: Progress = SILENT, ranks: Alone = ALONE) -> Run:
+def walk(
+    plan: Plan, *, until: str | None = None, progress: Progress = SILENT, ranks: Alone = ALONE, check: bool = False
+) -> Run:
     """Carries out a plan; else as `apply`. Raises RecipeError where its directory holds what no run put there."""
     refuse_foreign(plan)
+    sound = SoundPlans(full=check, progress=progress)
+    plan = sound.of(plan, until)
     if shortage := missing_disk(plan, until):
         raise UnusableError(f"disk: {shortage}")
     _make_runs_folder(run_directory(plan).parent, plan.store.root.parent)
@@ -124,20 +132,22 @@ def walk(plan: Plan, *, until: str | None = None, progress: Progress = SILENT, r
     hits = {stage.name: stage.artifact.directory.name for stage in plan.stages if stage.artifact and stage.hit}
     register(plan.store, run_directory(plan), hits)
     with RunDirectory.opened(run_directory(plan), progress) as directory:
-        return _walk(plan, directory, until, progress, ranks)
+        return _walk(plan, sound, directory, until, progress, ranks)
 
 
-def _walk(plan: Plan, directory: RunDirectory, until: str | None, progress: Progress, ranks: Alone) -> Run:
+def _walk(
+    plan: Plan, sound: SoundPlans, directory: RunDirectory, until: str | None, progress: Progress, ranks: Alone
+) -> Run:
     reads_model = set(plan.leading_to(until)) - {"select"} - ({"observe"} if plan.imported else set())
-    plan = plan.downloaded() if reads_model else replace(plan)  # to decide anew takes no weights
+    plan = plan.downloaded() if reads_model else plan.anew()  # to decide anew takes no weights
     _check_raw_recipe(plan.loaded)
     if plan.recipe.evaluate.lm_eval is not None and "verify" in plan.leading_to(until):
         require_lm_eval()  # now, not after everything else
     run = Run(plan, directory, ranks=ranks)
     ranks.share(plan.store.root)
     try:
-        for name in plan.leading_to(until):
-            _one_stage(run, name, until, progress)
+        while not _came_to_its_end(run, sound, until, progress):
+            pass
     except BaseException as error:
         with suppress(OSError):  # a full disk must not hide why the run ended
             _keep_attempt(run, error)
@@ -157,9 +167,27 @@ def _make_runs_folder(*parents: Path) -> None:
             write_text(folder / ".gitignore", "*\n")
 
 
+def _came_to_its_end(run: Run, sound: SoundPlans, until: str | None, progress: Progress) -> bool:
+    """Carries out the stages in their order; False where it must begin anew: what was sound when the run began, which
+    may be hours ago, is damaged now."""
+    run.artifacts.clear()
+    for name in run.plan.leading_to(until):
+        if undecided := run.plan.stage(name).key is None:
+            run.plan = run.plan.decided(run.summary("evaluate")["chosen"])
+        time_passed = run.executed and not run.plan.stage(name).hit
+        if (undecided or time_passed) and not _is_sound(run, sound, until):
+            return False
+        _one_stage(run, name, until, progress)
+    return not run.executed or _is_sound(run, sound, until)
+
+
+def _is_sound(run: Run, sound: SoundPlans, until: str | None) -> bool:
+    """Whether the plan's artifacts are as they were; where they are not, the plan is made anew."""
+    before, run.plan = run.plan, sound.of(run.plan, until)
+    return run.plan is before
+
+
 def _one_stage(run: Run, name: str, until: str | None, progress: Progress) -> None:
-    if run.plan.stage(name).key is None:
-        run.plan = run.plan.decided(run.summary("evaluate")["chosen"])
     run.artifacts[name] = _finished(run, run.plan.stage(name), progress)
     if name == "evaluate":
         _stop_if_rejected(run, progress)
@@ -212,7 +240,7 @@ def _finished(run: Run, stage: Stage, progress: Progress) -> Artifact:
     progress.say(
         f"{stage.name}: done in {artifact.manifest['seconds']:.0f} s{stage.definition.remark(artifact.summary)}"
     )
-    run.executed.append(stage.name)
+    run.executed = list(dict.fromkeys((*run.executed, stage.name)))
     run.warnings += artifact.manifest["warnings"]
     return artifact
 
@@ -228,24 +256,27 @@ def _execute(run: Run, stage: Stage, progress: Progress) -> Artifact:
     try:
         with during(stage.name):
             summary = stage.definition.run(context)
+            artifact = store.finish(
+                stage.name,
+                stage.known_key,
+                {
+                    "spec": stage.spec,
+                    "inputs": {name: run.artifacts[name].key for name in stage.inputs},
+                    "summary": summary,
+                    "seconds": round(time.time() - started, 3),
+                    "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                    "versions": versions(),
+                    "warnings": listening.heard,
+                },
+                hashes=context.hashes,
+                progress=progress,
+            )
     except Exception as error:
         if (refusal := refusal_in(error)) is None:
             raise
         raise StageFailed(f"{stage.name}: {refusal.told()} It resumes where it stopped.") from error
-    shutil.rmtree(work, ignore_errors=True)
-    return store.finish(
-        stage.name,
-        stage.known_key,
-        {
-            "spec": stage.spec,
-            "inputs": {name: run.artifacts[name].key for name in stage.inputs},
-            "summary": summary,
-            "seconds": round(time.time() - started, 3),
-            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "versions": versions(),
-            "warnings": listening.heard,
-        },
-    )
+    shutil.rmtree(work, ignore_errors=True)  # only now: a run that is killed while files are hashed resumes from it
+    return artifact
 
 
 def _stop_if_rejected(run: Run, progress: Progress) -> None:

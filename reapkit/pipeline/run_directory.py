@@ -16,15 +16,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reapkit.core.artifact_store import Artifact, link_or_copy
+from reapkit.core.artifact_store import Artifact, link_or_copy, set_aside_files
 from reapkit.core.atomic_files import copy_file, write_bytes, write_json
 from reapkit.core.errors import RecipeError, UnusableError
 from reapkit.core.hashing import digest_file
 from reapkit.core.locks import locked
+from reapkit.core.payload_files import files_below
 from reapkit.core.progress import Progress
+from reapkit.core.run_record import COMING, RECORD, Published, is_below, read_record
 from reapkit.planning.plan import Plan
 
-RECORD, LOCK = ".reapkit-run.json", ".reapkit-run.lock"
+LOCK = ".reapkit-run.lock"
+SHARED = ".safetensors"
+"""Files of this kind share their bytes with the store."""
 ASIDE = ".yours"
 """What is added to the name of a file that the user changed and a new run replaces."""
 READ_ONLY = 0o444
@@ -33,16 +37,26 @@ WRITTEN = ("recipe.resolved.yaml", "lock.json", "run.json", "run.failed.json", "
 
 
 @dataclass(frozen=True)
-class Published:
-    """One file of ours: `source` names the content it was given, `size` and `mtime_ns` are as we left it."""
+class Content:
+    """What a file of the run's directory is to hold: the bytes, or a file that has them, and their sha256 (hex; "" for
+    weights where it is not known)."""
 
-    source: str
-    size: int
-    mtime_ns: int
+    held: Path | bytes
+    sha256: str
 
+    @classmethod
+    def of(cls, held: Path | bytes) -> Content:
+        if isinstance(held, bytes):
+            return cls(held, hashlib.sha256(held).hexdigest())
+        return cls(held, "" if held.suffix == SHARED else digest_file(held))
 
-COMING = Published("", -1, -1)
-"""A file that is being written, or was when its run was killed."""
+    @property
+    def signature(self) -> str:
+        """What names the content without reading large files: artifacts never change once they are finished."""
+        if isinstance(self.held, bytes) or self.held.suffix != SHARED:
+            return self.sha256
+        facts = self.held.stat()
+        return f"{facts.st_dev}:{facts.st_ino}:{facts.st_size}:{facts.st_mtime_ns}"
 
 
 class RunDirectory:
@@ -51,6 +65,7 @@ class RunDirectory:
     def __init__(self, path: Path, progress: Progress):
         self.path, self._progress = path, progress
         self._files = read_record(path)
+        self._damaged: set[tuple[int, int]] = set()
 
     @classmethod
     @contextmanager
@@ -66,22 +81,18 @@ class RunDirectory:
         What is there already is left alone, what earlier runs put there and this one has not is removed, and what the
         user put there or changed stays: a changed file that must be replaced is kept beside it.
         """
-        sources: dict[str, Path | bytes] = {
-            str(file.relative_to(artifact.payload)): file
-            for file in sorted(artifact.payload.rglob("*"))
-            if file.is_file()
-        }
-        sources |= others or {}
+        sources = _sources(artifact) | {place: Content.of(content) for place, content in (others or {}).items()}
+        self._damaged = set_aside_files(artifact.directory.parent, artifact.stage)
         self._announce(f"{name}/{place}" for place in sources)
         for place, source in sources.items():
             self._put(f"{name}/{place}", source)
         self._remove_but(name, {f"{name}/{place}" for place in sources})
         self._save()
 
-    def put(self, name: str, source: Path | bytes) -> None:
+    def put(self, name: str, content: Path | bytes) -> None:
         """One file beside the directories."""
         self._announce([name])
-        self._put(name, source)
+        self._put(name, Content.of(content))
         self._save()
 
     def remove(self, name: str) -> None:
@@ -111,13 +122,13 @@ class RunDirectory:
         if fresh:
             self._save()
 
-    def _put(self, place: str, source: Path | bytes) -> None:
-        target, signature = self.path / place, _signature(source)
+    def _put(self, place: str, source: Content) -> None:
+        target, signature = self.path / place, source.signature
         known = self._files.get(place)
         if known is not None and target.exists():
             if _as_left(target, known) and known.source == signature:
                 return
-            if not _as_left(target, known):
+            if not _as_left(target, known) and not self._is_damaged(target):
                 if known.source == signature:
                     self._progress.say(f"{target}: left as you changed it")
                     return
@@ -126,9 +137,14 @@ class RunDirectory:
             raise UnusableError(
                 f"{target}: reapkit did not write this file. Move it, or choose another output.directory."
             )
-        _write(source, target)
+        _write(source.held, target)
         facts = target.stat()
-        self._files[place] = Published(signature, facts.st_size, facts.st_mtime_ns)
+        self._files[place] = Published(signature, facts.st_size, facts.st_mtime_ns, source.sha256)
+
+    def _is_damaged(self, target: Path) -> bool:
+        """Whether the file shares its bytes with an artifact that was set aside, and so is kept there."""
+        facts = target.stat()
+        return (facts.st_dev, facts.st_ino) in self._damaged
 
     def _set_aside(self, target: Path) -> None:
         kept = next(path for path in _names_beside(target) if not path.exists())
@@ -137,9 +153,9 @@ class RunDirectory:
 
     def _remove_but(self, name: str, wanted: set[str]) -> None:
         """Files of ours at or below `name` that are not wanted; those that the user changed are let go of."""
-        for place in [place for place in self._files if _is_below(place, name) and place not in wanted]:
+        for place in [place for place in self._files if is_below(place, name) and place not in wanted]:
             known, target = self._files.pop(place), self.path / place
-            if target.is_file() and _as_left(target, known):
+            if target.is_file() and (_as_left(target, known) or self._is_damaged(target)):
                 target.unlink()
                 _remove_empty(target.parent, self.path)
 
@@ -179,43 +195,24 @@ def foreign(path: Path, names: Iterable[str]) -> list[Path]:
     for name in names:
         place = path / name
         alone = place.is_symlink() or (place.is_file() and name not in ours)
-        filled = place.is_dir() and any(place.iterdir()) and not any(_is_below(known, name) for known in ours)
+        filled = place.is_dir() and any(place.iterdir()) and not any(is_below(known, name) for known in ours)
         if alone or filled:
             found.append(place)
     return found
 
 
-def read_record(path: Path) -> dict[str, Published]:
-    """What runs published at `path`, by name relative to it. Raises UnusableError for a record that cannot be read."""
-    try:
-        files = json.loads((path / RECORD).read_text(encoding="utf-8"))["files"]
-        return {name: Published(**facts) for name, facts in files.items()}
-    except FileNotFoundError:
-        return {}
-    except NotADirectoryError:
-        raise UnusableError(f"{path}: is a file. Choose another output.directory.") from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UnusableError(
-            f"{path / RECORD}: the record of what runs wrote there cannot be read ({type(error).__name__}: {error}). "
-            "Move the directory away, or choose another output.directory."
-        ) from None
-
-
-def _signature(source: Path | bytes) -> str:
-    """What names a source's content without reading large files: artifacts never change once they are finished."""
-    if isinstance(source, bytes):
-        return hashlib.sha256(source).hexdigest()
-    if source.suffix == ".safetensors":
-        facts = source.stat()
-        return f"{facts.st_dev}:{facts.st_ino}:{facts.st_size}:{facts.st_mtime_ns}"
-    return digest_file(source)
+def _sources(artifact: Artifact) -> dict[str, Content]:
+    """The files of an artifact's payload by their path in it."""
+    if artifact.files is None:
+        return {name: Content.of(artifact.payload / name) for name in files_below(artifact.payload)}
+    return {name: Content(artifact.payload / name, facts.sha256) for name, facts in artifact.files.items()}
 
 
 def _write(source: Path | bytes, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(source, bytes):
         write_bytes(target, source)
-    elif source.suffix == ".safetensors":
+    elif source.suffix == SHARED:
         with suppress(OSError):  # a store that cannot be written to
             source.chmod(READ_ONLY)
         link_or_copy(source, target)
@@ -225,8 +222,7 @@ def _write(source: Path | bytes, target: Path) -> None:
 
 
 def _as_left(target: Path, known: Published) -> bool:
-    facts = target.stat()
-    return known == COMING or (facts.st_size, facts.st_mtime_ns) == (known.size, known.mtime_ns)
+    return known == COMING or known.is_as_left(target.stat())
 
 
 def _is_there(target: Path) -> bool:
@@ -239,10 +235,6 @@ def _names_beside(target: Path) -> Iterator[Path]:
     while True:
         yield target.with_name(f"{target.name}{ASIDE}{number}")
         number += 1
-
-
-def _is_below(place: str, name: str) -> bool:
-    return place == name or place.startswith(f"{name}/")
 
 
 def _remove_empty(folder: Path, root: Path) -> None:

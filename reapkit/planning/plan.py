@@ -99,9 +99,14 @@ class Plan:
     def downloaded(self) -> Plan:
         """The same plan with the whole model on this machine, its stages looked up in the store now."""
         if not self.checkpoint.shard_hashes:
-            return replace(self)
+            return self.anew()
         checkpoint = model_checkpoint(self.recipe.model, self.loaded.directory, download=True)
-        return replace(self, checkpoint=checkpoint, identities=Identities.of(self.loaded, checkpoint, self.candidates))
+        identities = Identities.of(self.loaded, checkpoint, self.candidates)
+        return replace(self, checkpoint=checkpoint, identities=identities).anew()
+
+    def anew(self) -> Plan:
+        """The same plan, its stages looked up in the store now: an evaluation that is there has decided."""
+        return _judged(replace(self, winner=self.candidates[0].name if len(self.candidates) == 1 else None))
 
     def decided(self, winner: str) -> Plan:
         """The same plan, now that the evaluation has chosen a candidate by name."""
@@ -237,9 +242,8 @@ def make_plan(
             )
         )
     identities = Identities.of(loaded, checkpoint, grid)
-    winner = grid[0].name if len(grid) == 1 else None
-    made = Plan(loaded, tuple(definitions), checkpoint, grid, identities, machine_memory(), imported, mtp, winner)
-    return _judged(made)
+    made = Plan(loaded, tuple(definitions), checkpoint, grid, identities, machine_memory(), imported, mtp)
+    return made.anew()
 
 
 def _checkpoint(loaded: LoadedRecipe, observation: Path | None, download: bool) -> Checkpoint:

@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from reapkit.core.artifact_store import Artifact, Store
+from reapkit.core.artifact_check import glance
+from reapkit.core.artifact_store import Artifact, Damage, Store
 from reapkit.core.hashing import digest
 from reapkit.planning.rerun_reasons import why_new
 from reapkit.recipe.schema import Recipe
@@ -137,10 +138,17 @@ def resolve_stages(plan: Plan) -> tuple[Stage, ...]:
         parents = {name: keys[name] for name in inputs[stage.name]}
         known = content is not None and all(parents.values())
         keys[stage.name] = _key(stage, specs[stage.name], parents) if known else None
-    artifacts = {name: plan.store.get(name, key) if key else None for name, key in keys.items()}
+    found = {name: plan.store.find(name, key) if key else None for name, key in keys.items()}
+    damaged = {name: damage for name, each in found.items() if (damage := _damage(each)) is not None}
+    sound = {name: each for name, each in found.items() if isinstance(each, Artifact) and name not in damaged}
+    artifacts = {name: sound.get(name) for name in keys}
     made = _made_before(plan.store, [name for name, key in keys.items() if key and artifacts[name] is None])
 
     def why(name: str) -> str:
+        if name in damaged:
+            return f"its result is damaged: {damaged[name]}"
+        if plan.store.was_set_aside(name, str(keys[name])):
+            return "its damaged result was set aside"
         return why_new(specs[name], {parent: keys[parent] for parent in inputs[name]}, made[name])
 
     verdicts = _must_run(wanted, keys, inputs, artifacts, plan.recipe.output.keep, why)
@@ -156,6 +164,12 @@ def resolve_stages(plan: Plan) -> tuple[Stage, ...]:
         )
         for stage in wanted
     )
+
+
+def _damage(found: Artifact | Damage | None) -> Damage | None:
+    """What can be told without reading files that makes the artifact unusable."""
+    damage = glance(found) if isinstance(found, Artifact) else found
+    return None if damage is None or damage.extras else damage
 
 
 def _key(stage: StageDefinition, spec: Mapping[str, Any], parents: Mapping[str, str | None]) -> str:
@@ -179,7 +193,7 @@ def _must_run(
     keep: Sequence[str],
     why: Callable[[str], str],
 ) -> dict[str, tuple[str, bool]]:
-    """(reason, whether it runs) by stage: it was never made, or its files are gone and something that runs, or the
+    """(reason, whether it runs) by stage: it has no sound result, or its files are gone and something that runs, or the
     user, needs them."""
     found: dict[str, tuple[str, bool]] = {}
     for stage in reversed(stages):

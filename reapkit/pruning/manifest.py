@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from reapkit.checkpoint.checkpoint import Checkpoint, is_file_name
+from reapkit.core.artifact_store import Damage
 from reapkit.core.atomic_files import write_json
 from reapkit.core.errors import UnusableError
 from reapkit.core.formatting import plural
@@ -85,6 +86,16 @@ def read_manifest(directory: Path) -> dict[str, Any]:
             f"{directory}: writing was not finished there. Run the same command again; it continues where it stopped."
         )
     return manifest
+
+
+def sealed_shards(payload: Path) -> dict[str, str] | Damage:
+    """sha256 (hex) of each shard as the record in a model directory states it; nothing for what is no model."""
+    if not any((payload / name).is_file() for name in (MANIFEST, "config.json")):
+        return {}
+    try:
+        return {name: shard["sha256"] for name, shard in read_manifest(payload)["shards"].items()}
+    except UnusableError:
+        return Damage(f"payload/{MANIFEST}", "is missing or cannot be read")
 
 
 def written_directories(path: Path) -> list[Path]:

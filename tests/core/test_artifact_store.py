@@ -1,8 +1,10 @@
-"""The store: an artifact exists when its manifest does, and not a moment earlier."""
+"""The store: an artifact exists when its manifest does, and not a moment earlier; its manifest says what it holds."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
+import math
 import multiprocessing
 import os
 import time
@@ -10,17 +12,24 @@ from pathlib import Path
 
 import pytest
 
-from reapkit.core.artifact_store import Store, link_or_copy
+from reapkit.core.artifact_manifest import HEX_LETTERS, manifest_text, read_manifest_text
+from reapkit.core.artifact_store import Damage, Store, link_or_copy
+from reapkit.core.errors import StageFailed
+from tests.support.artifacts import KEY, finished, note_reads
+from tests.support.damage import flip
 from tests.support.disks import filled, mounted
 
-KEY = "a" * 64
+
+@pytest.fixture
+def read_files(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    return note_reads(monkeypatch)
 
 
 def test_unfinished_work_is_no_artifact(tmp_path: Path) -> None:
     store = Store(tmp_path)
     payload = store.begin("observe", KEY, resume=False)
     (payload / "half").write_text("x")
-    assert store.get("observe", KEY) is None
+    assert store.get("observe", KEY) is None and store.find("observe", KEY) is None
     store.finish("observe", KEY, {"summary": {"tokens": 3}})
     artifact = store.get("observe", KEY)
     assert artifact.summary == {"tokens": 3} and (artifact.payload / "half").read_text() == "x"
@@ -37,7 +46,7 @@ def test_keys_that_share_their_first_letters_are_told_apart(tmp_path: Path) -> N
     store = Store(tmp_path)
     store.begin("select", KEY, resume=False)
     store.finish("select", KEY, {"summary": {}})
-    assert store.get("select", KEY[:12] + "b" * 52) is None
+    assert store.find("select", KEY[:12] + "b" * 52) is None
 
 
 def test_a_dropped_payload_leaves_the_manifest(tmp_path: Path) -> None:
@@ -46,16 +55,162 @@ def test_a_dropped_payload_leaves_the_manifest(tmp_path: Path) -> None:
     artifact = store.finish("prune", KEY, {"summary": {"bytes": 1}})
     artifact.drop_payload()
     again = store.get("prune", KEY)
-    assert again.summary == {"bytes": 1} and not again.has_payload
+    assert again.summary == {"bytes": 1} and not again.has_payload and again.was_dropped
+    store.begin("prune", KEY, resume=True)
+    assert not store.finish("prune", KEY, {"summary": {}}).was_dropped
 
 
-def test_a_cut_manifest_is_no_artifact(tmp_path: Path) -> None:
+# ---------------------------------------------------------------------------------------------- what the manifest says
+
+
+def test_the_manifest_lists_every_file(tmp_path: Path) -> None:
+    artifact = finished(Store(tmp_path), files={"deep/er/one": b"1", "two": b"", ".three": b"333"})
+    assert {name: (facts.nbytes, facts.sha256) for name, facts in artifact.files.items()} == {
+        name: (len(content), hashlib.sha256(content).hexdigest())
+        for name, content in ((".three", b"333"), ("deep/er/one", b"1"), ("two", b""))
+    }
+    assert Store(tmp_path).get("prune", KEY) == artifact
+
+
+def test_what_was_hashed_while_it_was_written_is_not_read_again(tmp_path: Path, read_files: list[str]) -> None:
+    known = {"a.safetensors": hashlib.sha256(b"weights").hexdigest()}
+    artifact = finished(Store(tmp_path), files={"a.safetensors": b"weights", "b.json": b"{}"}, hashes=known)
+    assert read_files == ["b.json"] and artifact.files["a.safetensors"].sha256 == known["a.safetensors"]
+
+
+def test_large_files_are_read_once_by_several_threads(tmp_path: Path, read_files: list[str]) -> None:
+    content = {f"{number}.safetensors": bytes([number]) * (3 << 20) for number in range(6)}
+    artifact = finished(Store(tmp_path), files=content)
+    assert sorted(read_files) == sorted(content)
+    assert {name: facts.sha256 for name, facts in artifact.files.items()} == {
+        name: hashlib.sha256(each).hexdigest() for name, each in content.items()
+    }
+
+
+def test_a_payload_holds_files_alone(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    store.begin("prune", KEY, resume=False)
-    store.finish("prune", KEY, {"summary": {}})
-    manifest = store.directory("prune", KEY) / "manifest.json"
-    manifest.write_text(manifest.read_text()[:10])
+    (store.begin("prune", KEY, resume=False) / "link").symlink_to("/etc/hostname")
+    with pytest.raises(StageFailed, match=r"payload/link: a link, pipe or device, which no artifact can hold"):
+        store.finish("prune", KEY, {"summary": {}})
     assert store.get("prune", KEY) is None
+
+
+def test_what_a_network_file_system_leaves_is_no_file_of_the_payload(tmp_path: Path) -> None:
+    assert list(finished(Store(tmp_path), files={"one": b"1", ".nfs000000001": b"gone"}).files) == ["one"]
+
+
+def test_a_number_that_is_none_becomes_null(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.begin("verify", KEY, resume=False)
+    made = store.finish("verify", KEY, {"summary": {"rows": [{"kl": math.nan, "perplexity": math.inf}]}})
+    assert made.summary == {"rows": [{"kl": None, "perplexity": math.inf}]} and store.get("verify", KEY) == made
+
+
+# ---------------------------------------------------------------------------------------------- damaged manifests
+
+
+def test_each_flipped_bit_of_a_manifest_is_noticed(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    manifest = finished(store, files={"one": b"1"}).directory / "manifest.json"
+    content = manifest.read_bytes()
+    for place in range(len(content)):
+        manifest.write_bytes(content[:place] + bytes([content[place] ^ 1 << place % 8]) + content[place + 1 :])
+        assert isinstance(store.find("prune", KEY), Damage), content[place - 20 : place + 20]
+        assert store.get("prune", KEY) is None
+
+
+@pytest.mark.parametrize("length", [0, 1, 10, -1])
+def test_a_cut_manifest_is_no_artifact(tmp_path: Path, length: int) -> None:
+    store = Store(tmp_path)
+    manifest = finished(store).directory / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes()[:length])
+    assert isinstance(store.find("prune", KEY), Damage) and store.get("prune", KEY) is None
+
+
+def test_a_manifest_that_grew_is_no_artifact(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    with (finished(store).directory / "manifest.json").open("a") as stream:
+        stream.write("\n")
+    expected = Damage("manifest.json", "cannot be used (its bytes are not those that were written)")
+    assert store.find("prune", KEY) == expected
+
+
+def test_a_manifest_that_was_lost_is_told_from_unfinished_work(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    (finished(store, files={"one": b"1"}).directory / "manifest.json").unlink()
+    assert store.find("prune", KEY) == Damage("manifest.json", "is missing") and store.get("prune", KEY) is None
+    store.begin("prune", KEY, resume=True)
+    assert store.find("prune", KEY) is None
+
+
+def test_another_stages_manifest_is_noticed(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    finished(store).directory.rename(store.directory("select", KEY))
+    assert store.find("select", KEY) == Damage("manifest.json", "is that of prune")
+
+
+GOOD = {"stage": "prune", "key": KEY, "summary": {}, "files": {"one": {"nbytes": 1, "sha256": "0" * HEX_LETTERS}}}
+HOSTILE = {
+    "no object": "[1]",
+    "not JSON": "{",
+    "not text": b"\xff\xfe{}",
+    "thousands of digits": '{"stage": "prune", "key": "a", "summary": {"tokens": ' + "9" * 5000 + "}}",
+    "too large a number": '{"stage": "prune", "key": "a", "summary": {"tokens": 1e999}}',
+    "NaN": '{"stage": "prune", "key": "a", "summary": {"tokens": NaN}}',
+    "too deep": '{"stage": "prune", "key": "a", "summary": ' + '{"a":' * 50_000 + "1" + "}" * 50_001,
+    "no summary": '{"stage": "prune", "key": "a"}',
+    "no stage": manifest_text({"key": KEY, "summary": {}}),
+    "summary": manifest_text(GOOD | {"summary": [1]}),
+    "stage": manifest_text(GOOD | {"stage": 3}),
+    "seconds": manifest_text(GOOD | {"seconds": "long"}),
+    "negative seconds": manifest_text(GOOD | {"seconds": -1}),
+    "warnings": manifest_text(GOOD | {"warnings": {"a": 1}}),
+    "inputs": manifest_text(GOOD | {"inputs": {"select": 3}}),
+    "files": manifest_text(GOOD | {"files": ["one"]}),
+    "a file of another kind": manifest_text(GOOD | {"files": {"one": 3}}),
+    "a negative size": manifest_text(GOOD | {"files": {"one": {"nbytes": -1, "sha256": "0" * HEX_LETTERS}}}),
+    "a size beyond any disk": manifest_text(GOOD | {"files": {"one": {"nbytes": 10**30, "sha256": "0" * HEX_LETTERS}}}),
+    "a truth for a size": manifest_text(GOOD | {"files": {"one": {"nbytes": True, "sha256": "0" * HEX_LETTERS}}}),
+    "a short hash": manifest_text(GOOD | {"files": {"one": {"nbytes": 1, "sha256": "0"}}}),
+    "a file elsewhere": manifest_text(GOOD | {"files": {"../one": {"nbytes": 1, "sha256": "0" * HEX_LETTERS}}}),
+    "an absolute file": manifest_text(GOOD | {"files": {"/one": {"nbytes": 1, "sha256": "0" * HEX_LETTERS}}}),
+    "a list without the hash of the text": manifest_text(GOOD).replace("sha256", "sha257", 1),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_manifests_are_refused(tmp_path: Path, name: str) -> None:
+    assert read_manifest_text(manifest_text(GOOD).encode())["files"] == GOOD["files"]
+    store, text = Store(tmp_path), HOSTILE[name]
+    manifest = finished(store).directory / "manifest.json"
+    manifest.write_bytes(text if isinstance(text, bytes) else text.encode())
+    found = store.find("prune", KEY)
+    assert isinstance(found, Damage) and found.what.startswith("cannot be used (") and len(found.what) < 120
+
+
+# ---------------------------------------------------------------------------------------------- set aside
+
+
+def test_damaged_artifacts_are_kept_side_by_side(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for number in (1, 2):
+        artifact = finished(store, files={"one": b"1"})
+        flip(artifact.payload / "one")
+        assert store.set_aside(artifact.directory).name == f"prune-{KEY[:12]}.damaged-{number}"
+        assert store.find("prune", KEY) is None
+    assert [path.read_bytes() for path in sorted(tmp_path.glob("*.damaged-*/payload/one"))] == [b"0", b"0"]
+
+
+def test_files_that_do_not_belong_are_moved_out(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    artifact = finished(store, files={"deep/one": b"1"})
+    (artifact.payload / "deep/two").write_bytes(b"2")
+    kept = store.set_aside(artifact.directory, ("payload/deep/two",))
+    assert (kept / "payload/deep/two").read_bytes() == b"2" and store.get("prune", KEY) == artifact
+    assert [path.name for path in (artifact.payload / "deep").iterdir()] == ["one"]
+
+
+# ---------------------------------------------------------------------------------------------- locks
 
 
 def _hold(root: Path, order: str, seconds: float) -> None:

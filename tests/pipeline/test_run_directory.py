@@ -13,11 +13,13 @@ import pytest
 
 from reapkit.core.artifact_store import Artifact
 from reapkit.core.errors import RecipeError, UnusableError
-from reapkit.core.progress import SILENT, Progress
+from reapkit.core.progress import SILENT
+from reapkit.core.run_record import RECORD
 from reapkit.pipeline.planned import load_and_plan
 from reapkit.pipeline.run import walk
-from reapkit.pipeline.run_directory import RECORD, RunDirectory, foreign
+from reapkit.pipeline.run_directory import RunDirectory, foreign
 from reapkit.pruning.manifest import check_directory
+from tests.support.heard import Heard
 from tests.support.paths import ROOT
 
 SMALL = (
@@ -28,18 +30,6 @@ SMALL = (
     "evaluate.generation=null",
     "quantize.scheme=null",
 )
-
-
-class Heard(Progress):
-    def __init__(self) -> None:
-        self.said: list[str] = []
-        self.task = SILENT.task
-
-    def say(self, text: str) -> None:
-        self.said.append(text)
-
-    def warn(self, text: str) -> None:
-        self.said.append(text)
 
 
 def artifact(root: Path, key: str, files: dict[str, str]) -> Artifact:

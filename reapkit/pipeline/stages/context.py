@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,11 @@ from reapkit.recipe.schema import Recipe
 @dataclass(frozen=True)
 class Context:
     """What a stage gets: the plan, its finished inputs by stage name, an empty payload directory and a directory for
-    partial work."""
+    partial work.
+
+    `hashes`: where it notes the sha256 (hex) of files that it took while it wrote them, by their path in the payload:
+    they are not read again.
+    """
 
     plan: Plan
     inputs: Mapping[str, Artifact]
@@ -27,6 +31,7 @@ class Context:
     work: Path
     progress: Progress
     ranks: Alone = ALONE
+    hashes: dict[str, str] = field(default_factory=dict)
 
     @property
     def recipe(self) -> Recipe:

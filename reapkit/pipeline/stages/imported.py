@@ -16,6 +16,8 @@ def run(context: Context) -> dict[str, Any]:
     imported = _imported(context.plan)
     for file in imported.files:
         link_or_copy(file, context.payload / file.name)
+        if file.samefile(context.payload / file.name):
+            context.hashes[file.name] = imported.hashes[file.name]
     context.progress.warn(f"observe: {imported.differences([entry.name for entry in context.recipe.calibration.mix])}")
     facts = imported.facts
     return {

@@ -29,7 +29,7 @@ def run(context: Context) -> dict[str, Any]:
             for index, layer in context.plan.layout.layers.items()
         },
     )
-    prune_checkpoint(
+    written = prune_checkpoint(
         source,
         selection,
         context.payload,
@@ -39,6 +39,7 @@ def run(context: Context) -> dict[str, Any]:
         repaired=load_repaired(context, [winner]).get(winner),
         progress=context.progress,
     )
+    context.hashes.update({name: shard["sha256"] for name, shard in written.shards.items()})
     pruned = Checkpoint.open(context.payload)
     return {
         "candidate": winner,

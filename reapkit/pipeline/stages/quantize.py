@@ -46,12 +46,13 @@ def run(context: Context) -> dict[str, Any]:
         trust_remote_code=context.recipe.model.trust_remote_code,
     )
     pruned = read_manifest(context.inputs["prune"].payload)
-    seal(
+    sealed = seal(
         context.payload,
         {name: pruned.get(name) for name in ("key", "source", "keep")}
         | {"scheme": facts["scheme"], "method": facts["method"]},
         context.progress,
     )
+    context.hashes.update({name: shard["sha256"] for name, shard in sealed["shards"].items()})
     quantized = Checkpoint.open(context.payload)
     return {"bytes": quantized.nbytes, **facts}
 

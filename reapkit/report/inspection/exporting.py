@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from reapkit.core.artifact_store import KEY_LETTERS
+from reapkit.core.as_written import require_as_written
 from reapkit.core.atomic_files import copy_file
 from reapkit.core.errors import RecipeError
 from reapkit.observation.observation import Observation
@@ -49,6 +50,8 @@ def page_at(path: str | Path, output: Path | None = None, selection: Path | None
         return own if output is None else _copied(own, output)
     place = observation_at(path)
     output = output or Path("observation.html")
+    if selection is not None:
+        require_as_written(selection)
     write_observation_report(
         Observation.load(place),
         Selection.load(selection) if selection else None,

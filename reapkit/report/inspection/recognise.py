@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from reapkit.core.as_written import require_as_written
 from reapkit.core.errors import RecipeError, UnusableError
 from reapkit.core.json_text import parse_json
 from reapkit.recipe.loading import find_recipe
@@ -41,12 +42,17 @@ class Found:
 
 
 def recognise(path: str | Path) -> Found:
-    """Raises RecipeError where nothing lies at `path`, UnusableError where it is none of the kinds, or unfinished."""
+    """Raises RecipeError where nothing lies at `path`, UnusableError where it is none of the kinds, unfinished, or not
+    what reapkit wrote there."""
     place = Path(path)
     if place.is_dir():
+        require_as_written(place)
         return _artifact(place) if _is_artifact(place) else _directory(place)
     if place.is_file():
-        return _file(place)
+        found = _file(place)
+        if found.kind != "recipe":
+            require_as_written(found.place)
+        return found
     try:
         return Found("recipe", find_recipe(str(path)))
     except RecipeError as error:
