@@ -25,7 +25,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from reapkit.model.routed_experts import RoutedExperts, find_experts
-from reapkit.observation.reroute_sample import Router, _outputs, is_local
+from reapkit.observation.reroute_layer import Router, _outputs, is_local
 from reapkit.observation.rerouting import Sampled, path, single
 
 

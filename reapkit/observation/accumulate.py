@@ -34,26 +34,22 @@ class Positions:
     def of(cls, batch: Batch) -> Positions:
         source = batch.source[:, None].expand(batch.input_ids.shape).reshape(-1)
         rows = tuple((int(s), (batch.source == s).nonzero()[:, 0]) for s in batch.source.unique())
+        count, width = batch.input_ids.shape
         return cls(
             source,
             batch.valid.reshape(-1),
             batch.scored.reshape(-1),
             batch.signal.reshape(-1).nonzero()[:, 0],
             rows,
-            tuple(batch.input_ids.shape),
+            (count, width),
         )
 
     def to(self, device: torch.device) -> Positions:
-        move = dict(device=device, non_blocking=True)
-        rows = tuple((s, index.to(**move)) for s, index in self.rows)
-        return Positions(
-            self.source.to(**move),
-            self.valid.to(**move),
-            self.scored.to(**move),
-            self.signal.to(**move),
-            rows,
-            self.shape,
+        source, valid, scored, signal = (
+            each.to(device, non_blocking=True) for each in (self.source, self.valid, self.scored, self.signal)
         )
+        rows = tuple((s, index.to(device, non_blocking=True)) for s, index in self.rows)
+        return Positions(source, valid, scored, signal, rows, self.shape)
 
 
 class LayerSums:

@@ -3,7 +3,7 @@ cells."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,10 +122,10 @@ class TableSums:
             mass += np.bincount(key, weights=gate_norm[part].ravel(), minlength=bins + 1)
         return count[:-1], mass[:-1]
 
-    def result(self, total: dict[str, Tensor]) -> EaftTable:
+    def result(self, total: Mapping[str, Tensor]) -> EaftTable:
         """The table that these sums over all groups make: `total` as `tensors` gives them, `table.positions` int64
         [S, P, H] and so on, added up."""
-        return EaftTable(**load_file(self._edges_file), **{name: total[f"table.{name}"] for name in COLUMNS})
+        return EaftTable(**load_file(self._edges_file), **{name: total[f"table.{name}"].numpy() for name in COLUMNS})
 
     def add_in_order(self, passed: Callable[[int], bool]) -> None:
         """Adds the groups that follow those added so far, up to the first that has not `passed` all layers."""

@@ -6,8 +6,10 @@ from __future__ import annotations
 from math import log
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
+from reapkit.model.causal_lm import output_weight
 from reapkit.model.loading import head_logits
 
 CHUNK_BYTES = 256 << 20  # of float32 logits held at once
@@ -26,10 +28,12 @@ def signals(logits: Tensor, reference: Tensor, entropy_top_k: int) -> tuple[Tens
     return p, (-(q.exp() * q).sum(dim=1) / log(k)).clamp_(0, 1)
 
 
-def signals_of_hidden(model: nn.Module, hidden: Tensor, reference: Tensor, entropy_top_k: int) -> tuple[Tensor, Tensor]:
+def signals_of_hidden(
+    model: PreTrainedModel, hidden: Tensor, reference: Tensor, entropy_top_k: int
+) -> tuple[Tensor, Tensor]:
     """`signals`, float32 [positions] each, of final hidden states [positions, hidden] in the model's dtype and
     reference tokens int64 [positions], the head applied in chunks of at most CHUNK_BYTES of logits."""
-    vocabulary = model.get_output_embeddings().weight.shape[0]
+    vocabulary = output_weight(model).shape[0]
     chunk = max(1, CHUNK_BYTES // (4 * vocabulary))
     parts = [
         signals(head_logits(model, hidden[start : start + chunk]), reference[start : start + chunk], entropy_top_k)

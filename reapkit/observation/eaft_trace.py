@@ -46,7 +46,7 @@ class GroupTraces:
                     os.ftruncate(descriptor, size)
                     write_at(descriptor, head, 0)
                 place = len(head) + begin + (at - self.starts[group]) * ((end - begin) // count)
-                write_at(descriptor, memoryview(values.cpu().contiguous().numpy()), place)
+                write_at(descriptor, values.cpu().contiguous().numpy().data, place)
         finally:
             os.close(descriptor)
 

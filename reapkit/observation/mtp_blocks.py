@@ -11,15 +11,16 @@ samples), before which nothing stands.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import TYPE_CHECKING
 
 import torch
 import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from reapkit.calibration.tokens import Batch
 from reapkit.checkpoint.checkpoint import Checkpoint
@@ -28,6 +29,9 @@ from reapkit.model.loading import widened
 from reapkit.model.routed_experts import RoutedExperts, find_experts
 from reapkit.model.streaming.layers import no_progress_bars
 from reapkit.observation.accumulate import Positions
+
+if TYPE_CHECKING:
+    from transformers.modeling_layers import MtpModel
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +71,7 @@ class Slots:
             (batch.scored.gather(1, at) & filled).reshape(-1),
             signal,
             of_source,
-            tuple(at.shape),
+            (rows, at.shape[1]),
         )
         return cls(at, told, positions, number[signal], int(batch.signal.sum()))
 
@@ -92,7 +96,7 @@ class MtpBlocks:
     Embedding, rotary table and head are the model's own modules.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[int], device: torch.device):
+    def __init__(self, model: PreTrainedModel, layers: Sequence[int], device: torch.device):
         """`layers`: the blocks' numbers in the checkpoint that `model` came from. Raises UnusableError where
         transformers cannot load them."""
         self.device = device
@@ -108,9 +112,7 @@ class MtpBlocks:
         """
         outputs: list[Tensor] = []
         hidden = hidden.to(self.device)
-        for depth, (block, site) in enumerate(
-            zip(cast(Iterable[nn.Module], self.model.layers), self.sites, strict=True), start=1
-        ):
+        for depth, (block, site) in enumerate(zip(self.model.layers, self.sites, strict=True), start=1):
             slots = entering(site, depth)
             if slots.at.shape[1] == 0:
                 continue
@@ -124,16 +126,22 @@ class MtpBlocks:
 
     def _block(self, block: nn.Module, depth: int, input_ids: Tensor, slots: Slots, previous: Tensor) -> Tensor:
         model = self.model
-        near = model.embed_tokens.weight.device
+        near = next(model.embed_tokens.parameters()).device
         embeds = model.embed_tokens(input_ids.cpu().gather(1, slots.at).to(near))
-        rotary = tuple(
-            part.to(self.device) for part in model.rotary_emb(embeds, position_ids=slots.position_ids.to(near))
-        )
+        rotary = self._rotary(embeds, slots.position_ids.to(near))
         embeds, position_ids = embeds.to(self.device), slots.position_ids.to(self.device)
-        masks = model.create_masks_for_mtp_layer(depth - 1, embeds, None, position_ids)
+        # transformers itself calls it without a cache, which its annotation leaves out
+        masks = model.create_masks_for_mtp_layer(depth - 1, embeds, None, position_ids)  # pyright: ignore[reportArgumentType]
         return block(
             embeds, previous, position_embeddings=rotary, position_ids=position_ids, past_key_values=None, **masks
         )
+
+    def _rotary(self, embeds: Tensor, position_ids: Tensor) -> tuple[Tensor, ...] | None:
+        """The model's own rotary table at these positions; None where the model learned its positions."""
+        table = self.model.rotary_emb
+        if table is None:
+            return None
+        return tuple(part.to(self.device) for part in table(embeds, position_ids=position_ids))
 
     def logits(self, output: Tensor) -> Tensor:
         """Logits of a block's output [b, t, hidden], float32 [b, t, vocabulary], by the model's own head."""
@@ -144,7 +152,7 @@ def _taken(hidden: Tensor, at: Tensor) -> Tensor:
     return hidden.gather(1, at[..., None].expand(*at.shape, hidden.shape[-1]))
 
 
-def _loaded(model: nn.Module, layers: Sequence[int], device: torch.device) -> nn.Module:
+def _loaded(model: PreTrainedModel, layers: Sequence[int], device: torch.device) -> MtpModel:
     from transformers.modeling_layers import MtpModel
 
     with _named(model, layers), no_progress_bars():
@@ -157,11 +165,11 @@ def _loaded(model: nn.Module, layers: Sequence[int], device: torch.device) -> nn
             ) from error
     widened(blocks.layers.eval().requires_grad_(False), model.dtype)
     for block, layer in zip(blocks.layers, layers, strict=True):
-        _unround(block.mtp_block, layer, model)
+        _unround(block.get_submodule("mtp_block"), layer, model)
     return blocks
 
 
-def _unround(block: nn.Module, layer: int, model: nn.Module) -> None:
+def _unround(block: nn.Module, layer: int, model: PreTrainedModel) -> None:
     """Reads again what the model's class keeps in float32 whatever the rest is in, which transformers does not tell its
     blocks: rounded biases of a router would choose other experts.
     """
@@ -169,7 +177,9 @@ def _unround(block: nn.Module, layer: int, model: nn.Module) -> None:
         (re.compile(pattern.replace("*", ".*")), dtype)
         for pattern, dtype in (model._get_dtype_plan(model.dtype) or {}).items()
     ]
-    files = Checkpoint.open(model.config.name_or_path)
+    directory = model.config.name_or_path
+    assert directory is not None, "a loaded model says where it came from"
+    files = Checkpoint.open(directory)
     for module_name, module in block.named_modules():
         for name, tensor in {**module._parameters, **module._buffers}.items():
             own = f"{module_name}.{name}"
@@ -188,7 +198,7 @@ def _unround(block: nn.Module, layer: int, model: nn.Module) -> None:
 
 
 @contextmanager
-def _named(model: nn.Module, layers: Sequence[int]) -> Iterator[None]:
+def _named(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[None]:
     """transformers finds a checkpoint's blocks by what the model's class leaves unread, where only the published sizes
     stand."""
     held = model.__dict__.get("_keys_to_ignore_on_load_unexpected")

@@ -59,7 +59,7 @@ class Trace:
         def routed(layer: int) -> tuple[ndarray, ndarray]:
             return tensors[f"expert.{layer}"], tensors[f"gate_norm.{layer}"]
 
-        return cls(*(tensors[name] for name in ("source", "p", "h")), routed, file)
+        return cls(tensors["source"], tensors["p"], tensors["h"], routed, file)
 
     def save(self, file: Path, layers: tuple[int, ...]) -> None:
         """Writes the trace to `file`; one that is a file already is linked or copied, for it may be larger than

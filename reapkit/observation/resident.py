@@ -7,11 +7,13 @@ from pathlib import Path
 
 import torch
 from numpy import ndarray
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from reapkit.calibration.tokens import CalibrationTokens, batches
 from reapkit.core.progress import SILENT, Progress, Task
 from reapkit.core.ranks import ALONE, Alone
+from reapkit.model.causal_lm import input_weight
 from reapkit.model.loading import final_hidden
 from reapkit.model.routed_experts import Experts, RoutedExperts, find_experts, intercepted, observed_forward
 from reapkit.observation.accumulate import GroupSums
@@ -25,7 +27,7 @@ from reapkit.recipe.schema import ObserveSpec
 
 @torch.no_grad()
 def observe(
-    model: nn.Module,
+    model: PreTrainedModel,
     tokens: CalibrationTokens,
     spec: ObserveSpec,
     *,
@@ -45,7 +47,7 @@ def observe(
     and rank 0 returns the sum of all in group order, the others None. Raises UnusableError where experts cannot be
     watched or put out NaN or infinity.
     """
-    device = model.get_input_embeddings().weight.device
+    device = input_weight(model).device
     blocks = MtpBlocks(model, mtp, next(find_experts(model)[-1].module.parameters()).device) if mtp else None
     session = Session.open(
         model,
@@ -80,9 +82,9 @@ def observe(
 
 
 def _sum_group(
-    model: nn.Module, session: Session, group: int, batch_tokens: int, advance: Callable[[int], None]
+    model: PreTrainedModel, session: Session, group: int, batch_tokens: int, advance: Callable[[int], None]
 ) -> dict[str, Tensor]:
-    tokens, device = session.tokens, model.get_input_embeddings().weight.device
+    tokens, device = session.tokens, input_weight(model).device
     sums, at = GroupSums(session.sites, len(tokens.sources)), session.trace_start[group] if session.spec.eaft else 0
     for batch in batches(tokens, tokens.groups[group], batch_tokens):
         watch = BatchWatch(session, batch, sums.add, at)
@@ -95,7 +97,7 @@ def _sum_group(
 
 
 def _pilot(
-    model: nn.Module, session: Session, batch_tokens: int, device: torch.device
+    model: PreTrainedModel, session: Session, batch_tokens: int, device: torch.device
 ) -> tuple[ndarray, ndarray, ndarray]:
     """p, H and source at the signal positions of the first rows, whatever rows are observed later: every attempt gets
     the same."""
@@ -133,12 +135,11 @@ class _Together:
         self.advance(0)
 
 
-def _observe_batch(model: nn.Module, watch: BatchWatch, device: torch.device) -> None:
+def _observe_batch(model: PreTrainedModel, watch: BatchWatch, device: torch.device) -> None:
     positions = None if watch.batch.position_ids is None else watch.batch.position_ids.to(device)
     with intercepted(watch.session.sites, watch):
         hidden = final_hidden(model, watch.batch.input_ids.to(device), positions)
         watch.predict_further(hidden)
-    if watch.session.trace is not None:
-        for site in watch.session.sites:
-            watch.write_routed(site.layer)
-        watch.finish(model, hidden)
+    for site in watch.session.sites:
+        watch.write_routed(site.layer)
+    watch.finish(model, hidden)

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from reapkit.calibration.tokens import Batch, CalibrationTokens
 from reapkit.core.errors import UnusableError
@@ -54,7 +55,7 @@ class Session:
     @classmethod
     def open(
         cls,
-        model: nn.Module,
+        model: PreTrainedModel,
         tokens: CalibrationTokens,
         spec: ObserveSpec,
         *,
@@ -125,12 +126,12 @@ class Session:
             num_experts=total["count"].shape[-1],
             num_experts_per_tok=self.top_k,
             sources=tuple(self.tokens.sources),
-            tokens=total["tokens"],
-            scored_tokens=total["scored_tokens"],
-            statistics={name: total[name] for name in SUMS},
-            maxima={name: total[name] for name in MAXIMA},
-            coactivation=total["coactivation"],
-            snapshots=snapshots,
+            tokens=total["tokens"].numpy(),
+            scored_tokens=total["scored_tokens"].numpy(),
+            statistics={name: total[name].numpy() for name in SUMS},
+            maxima={name: total[name].numpy() for name in MAXIMA},
+            coactivation=total["coactivation"].numpy(),
+            snapshots={name: taken.numpy() for name, taken in snapshots.items()},
             eaft=self._eaft(total),
             meta=self.meta,
             reroute=None if self.sample is None else self.sample.result(len(self.sites)),
@@ -142,9 +143,9 @@ class Session:
         return self.trace if isinstance(self.trace, TableSums) else None
 
     def _eaft(self, total: Mapping[str, Tensor]) -> Trace | EaftTable | None:
-        if self.trace is None:
-            return None
-        return Trace.load(self.trace.join()) if self.table is None else self.table.result(total)
+        if isinstance(self.trace, GroupTraces):
+            return Trace.load(self.trace.join())
+        return None if self.trace is None else self.trace.result(total)
 
 
 @dataclass(eq=False)
@@ -208,22 +209,24 @@ class BatchWatch:
         return self.batch.input_ids.reshape(-1)[self._host.signal + 1]
 
     def write_routed(self, layer: int) -> None:
-        """Moves one layer's slots into the trace."""
-        expert, gate_norm = self._routed.pop(layer)
-        self.session.trace.write(f"expert.{layer}", self.trace_at, expert)
-        self.session.trace.write(f"gate_norm.{layer}", self.trace_at, gate_norm)
+        """Moves one layer's slots into the trace, where there is one."""
+        if (trace := self.session.trace) is not None:
+            expert, gate_norm = self._routed.pop(layer)
+            trace.write(f"expert.{layer}", self.trace_at, expert)
+            trace.write(f"gate_norm.{layer}", self.trace_at, gate_norm)
 
     @property
     def num_signals(self) -> int:
         return len(self._host.signal)
 
-    def finish(self, model: nn.Module, hidden: Tensor) -> None:
-        """Writes p and H of the batch's signals, from its final hidden states [batch, tokens, hidden] in the model's
-        dtype."""
-        for name, values in zip(("p", "h", "source"), self.signals(model, hidden), strict=True):
-            self.session.trace.write(name, self.trace_at, values)
+    def finish(self, model: PreTrainedModel, hidden: Tensor) -> None:
+        """Writes p and H of the batch's signals into the trace, where there is one, from its final hidden states
+        [batch, tokens, hidden] in the model's dtype."""
+        if (trace := self.session.trace) is not None:
+            for name, values in zip(("p", "h", "source"), self.signals(model, hidden), strict=True):
+                trace.write(name, self.trace_at, values)
 
-    def signals(self, model: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def signals(self, model: PreTrainedModel, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """p and H, float32 [signals], and the source, int16 [signals], of the batch's signals, from its final hidden
         states [batch, tokens, hidden] in the model's dtype."""
         at_signals = hidden.reshape(-1, hidden.shape[-1])[self.positions_on(hidden.device).signal]

@@ -27,6 +27,7 @@ from reapkit.model.streaming.lockstep import Forward
 from reapkit.observation.accumulate import LayerSums, Positions, refuse_unusable
 from reapkit.observation.mtp_blocks import MtpBlocks
 from reapkit.observation.observation import Observation
+from reapkit.observation.reroute_sample import Capture
 from reapkit.observation.session import BatchWatch, Session
 from reapkit.observation.wave_sums import WaveSums, assemble
 from reapkit.observation.waves import Wave, covering, drop_inputs, finished, plan_waves
@@ -108,7 +109,7 @@ def observe_streaming(
         session.table.set_edges_of(range(len(tokens.groups)))
         session.table.add_in_order(finished(session.directory).__contains__)
     if session.sample is not None:
-        _finish_sample(session, layered, ranks)
+        _finish_sample(session.sample, layered, ranks)
         ranks.meet("sample", session.directory)
     if ranks.rank:
         return None
@@ -139,15 +140,15 @@ def _cut(waves: Sequence[Wave]) -> bool:
     return len(waves) > len({(wave.start, wave.taken_from) for wave in waves})
 
 
-def _finish_sample(session: Session, layered: LayeredModel, ranks: Alone) -> None:
+def _finish_sample(sample: Capture, layered: LayeredModel, ranks: Alone) -> None:
     """Paths of the layers that no wave could find alone: its other groups were still to come, or with another rank."""
-    unfinished = {site.layer for site in session.sample.unfinished()}
-    mine = {site.layer: site for site in session.sample.sites[ranks.rank :: ranks.world]}
+    unfinished = {site.layer for site in sample.unfinished()}
+    mine = {site.layer: site for site in sample.sites[ranks.rank :: ranks.world]}
     for layer in mine:
         if layer not in unfinished:
-            session.sample.finish(mine[layer])
+            sample.finish(mine[layer])
     for layer in in_turn(layered, [layer for layer in mine if layer in unfinished]):
-        session.sample.finish(mine[layer])
+        sample.finish(mine[layer])
 
 
 @dataclass(eq=False)
@@ -234,9 +235,8 @@ class _WavePass:
             for item in (item for item in waiting if item.group == group):
                 self.current = item.watch
                 self.layer_pass.advance(item.forward)
-                if self.session.trace is not None:
-                    for site in sites:
-                        item.watch.write_routed(site.layer)
+                for site in sites:
+                    item.watch.write_routed(site.layer)
             self.session.keep_sample(group, [layer])
             for site in sites:
                 tensors = self.sums[site.layer].tensors()
@@ -284,8 +284,7 @@ class _WavePass:
             positions = None if batch.position_ids is None else batch.position_ids.to(device)
             hidden = final_hidden(model, batch.input_ids.to(device), positions)
             item.watch.predict_further(hidden)
-            if self.session.trace is not None:
-                item.watch.finish(model, hidden)
+            item.watch.finish(model, hidden)
 
         return run
 

@@ -15,6 +15,7 @@ from reapkit.model.routed_experts import find_experts
 from reapkit.observation import reroute_sample
 from reapkit.observation.group_sums import Partials
 from reapkit.observation.observation import Observation
+from reapkit.observation.reroute_layer import measure_layer
 from reapkit.observation.reroute_sample import sampled_positions
 from reapkit.observation.resident import observe
 from reapkit.observation.streamed import observe_streaming
@@ -90,9 +91,7 @@ def test_paths_are_those_of_what_the_layers_see_at_the_sampled_positions(tmp_pat
                 source.append(int(tokens.row_source[row]))
         for handle in handles:
             handle.remove()
-        expected = reroute_sample.measure_layer(
-            model, site, torch.stack(read), torch.tensor(left), torch.tensor(source), scored
-        )
+        expected = measure_layer(model, site, torch.stack(read), torch.tensor(left), torch.tensor(source), scored)
         assert np.array_equal(observation.reroute.order[number], expected["order"])
         np.testing.assert_allclose(observation.reroute.error[number], expected["error"], rtol=1e-4, atol=1e-9)
         np.testing.assert_allclose(observation.reroute.single[number], expected["single"], rtol=1e-4, atol=1e-7)
@@ -138,7 +137,7 @@ def test_interrupted_between_two_layers_paths_it_goes_on_with_the_second(
 ) -> None:
     path, tokens = prepared("qwen3_moe", tmp_path)
     expected = resident(path, tokens, tmp_path / "whole").reroute
-    find, found = reroute_sample.measure_layer, []
+    find, found = measure_layer, []
 
     def interrupted(model, site, *rest):
         if len(found) == 1:
@@ -197,19 +196,6 @@ def test_what_cannot_be_rerouted_is_refused_before_it_runs(tmp_path: Path) -> No
                 batch_tokens=48,
                 work_directory=tmp_path / "work",
             )
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(
-    "model_type", [name for name in tiny.ARCHITECTURES if name not in ("llama4_text", "gemma4_text")]
-)
-def test_half_precision_experts_put_out_what_their_weights_say_in_float32(model_type: str) -> None:
-    site = find_experts(tiny.build(model_type, torch.bfloat16))[-1]
-    hidden = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
-    found = [reroute_sample._output(site, hidden, expert) for expert in range(site.num_experts)]
-    site.module.float()
-    for expert, out in enumerate(found):
-        torch.testing.assert_close(out, site.expert(hidden.float(), expert), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.long

@@ -7,7 +7,7 @@ import torch
 
 from reapkit.model.masking import masked
 from reapkit.model.routed_experts import find_experts, intercepted, observed_forward
-from reapkit.observation.reroute_sample import Router, is_local, measure_layer
+from reapkit.observation.reroute_layer import Router, is_local, measure_layer
 from reapkit.observation.rerouting import InnerProducts, Vectors, projection
 from tests.support import tiny
 

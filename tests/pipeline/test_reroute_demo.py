@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from reapkit import apply, plan
 from reapkit.model.routed_experts import find_experts
 from reapkit.observation.observation import Observation
-from reapkit.observation.reroute_sample import Capture, measure_layer
+from reapkit.observation.reroute_layer import measure_layer
+from reapkit.observation.reroute_sample import Capture
 from reapkit.recipe.loading import load
 from reapkit.recipe.schema import ObserveSpec
 from reapkit.report.inspection.inspect import inspect
@@ -81,14 +83,14 @@ def test_projected_outputs_hardly_change_what_is_kept(tmp_path: Path, monkeypatc
     sys.path.insert(0, str(ROOT / "examples"))
     from pruning_study import BATCH_TOKENS, Study
 
-    from reapkit.observation import reroute_sample
+    from reapkit.observation import reroute_layer
 
     study = Study(tmp_path, samples=160, held_out=16)
     found: dict[bool, list[list[int]]] = {True: [], False: []}
 
     def both(self: Capture, site: object) -> None:
         files = sorted(self.directory.glob(f"reroute-{site.layer:04d}-*.safetensors"))
-        parts = [reroute_sample.load_file(file) for file in files]
+        parts = [load_file(file) for file in files]
         inputs, residual = (torch.cat([part[name] for part in parts]) for name in ("inputs", "residual"))
         for projected in found:
             paths = measure_layer(
@@ -105,8 +107,8 @@ def test_projected_outputs_hardly_change_what_is_kept(tmp_path: Path, monkeypatc
 
     finish = Capture.finish
     monkeypatch.setattr(Capture, "finish", both)
-    plain = reroute_sample.projection
-    monkeypatch.setattr(reroute_sample, "projection", lambda width: plain(width, 64))
+    plain = reroute_layer.projection
+    monkeypatch.setattr(reroute_layer, "projection", lambda width: plain(width, 64))
     reroute_spec = ObserveSpec(eaft=False, reroute_tokens=4096)
     reroute_tokens = study.tokens()
     from reapkit.observation.resident import observe
