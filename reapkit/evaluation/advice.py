@@ -62,8 +62,8 @@ def advice(evaluation: Mapping[str, Any]) -> str:
     pass."""
     chosen = next(entry for entry in evaluation["candidates"] if entry["name"] == evaluation["chosen"])
     confirm, verdict = evaluation["confirm"], evaluation["verdict"]
-    overturned = confirm is not None and chosen["verdict"] == "pass" and confirm["verdict"] != "pass"
-    judged = confirm if overturned else chosen
+    overturned = confirm if confirm and chosen["verdict"] == "pass" and confirm["verdict"] != "pass" else None
+    judged = overturned or chosen
     if verdict == "pass":
         doubtful = _doubtful(chosen, evaluation)
         passes = "passes; not every gate could be decided:" if doubtful else "passes every gate."

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from transformers import PreTrainedModel
 
 from reapkit.calibration.tokens import CalibrationTokens
 from reapkit.core.progress import Progress
@@ -52,7 +52,7 @@ class MaskedCandidate:
     ratio: str | None = None
 
     @contextmanager
-    def on(self, model: nn.Module, layers: Collection[int] | None = None) -> Iterator[None]:
+    def on(self, model: PreTrainedModel, layers: Collection[int] | None = None) -> Iterator[None]:
         """Inside the block `model` is this candidate; `layers`: only these are in memory, the others stay as they
         are."""
         keep = {layer: kept for layer, kept in self.selection.keep.items() if layers is None or layer in layers}
@@ -131,7 +131,7 @@ class Bench(ABC):
 class MaskedBench(Bench):
     """Masks the loaded base for each candidate; what a killed run finished is read back from `work_directory`."""
 
-    model: nn.Module
+    model: PreTrainedModel
     packs: Mapping[int, Pack]
     eaft: Mapping[str, Any]
     batch_tokens: int
@@ -143,7 +143,7 @@ class MaskedBench(Bench):
     @classmethod
     def of_part(
         cls,
-        model: nn.Module,
+        model: PreTrainedModel,
         tokens: Mapping[int, CalibrationTokens],
         part: str,
         work_directory: Path | None,
@@ -204,6 +204,7 @@ class MaskedBench(Bench):
         return self._write("base")
 
     def _write(self, name: str) -> generation.Written:
+        assert self.writing is not None, "prompts are drawn where continuations are asked for"
         return generation.write(
             self.model,
             self.prompts,

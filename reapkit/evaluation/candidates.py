@@ -11,7 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from torch import nn
+from transformers import PreTrainedModel
 
 from reapkit.calibration.tokens import PARTS, CalibrationTokens
 from reapkit.core.errors import UnusableError
@@ -43,7 +43,7 @@ def eaft_settings(saliency: SaliencySpec, observe: ObserveSpec) -> dict[str, Any
 
 
 def evaluate(
-    model: nn.Module,
+    model: PreTrainedModel,
     packs: Mapping[int, CalibrationTokens],
     candidates: Sequence[MaskedCandidate],
     gates: Sequence[Gate],

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from transformers import PreTrainedModel
 
 from reapkit.calibration.tokens import CalibrationTokens
 from reapkit.core.progress import SILENT, Progress
@@ -37,7 +37,7 @@ class Yardstick:
     @classmethod
     def of(
         cls,
-        base: nn.Module,
+        base: PreTrainedModel,
         tokens: Mapping[int, CalibrationTokens],
         *,
         eaft: Mapping[str, Any] = EAFT,
@@ -66,7 +66,7 @@ class Yardstick:
         """The base's own numbers: `{length: {group: metrics}}`."""
         return {str(length): describe_base(self.bases[length], pack, self.eaft) for length, pack in self.packs.items()}
 
-    def measure(self, model: nn.Module, *, title: str = "verify", progress: Progress = SILENT) -> dict[str, Any]:
+    def measure(self, model: PreTrainedModel, *, title: str = "verify", progress: Progress = SILENT) -> dict[str, Any]:
         """A loaded model's numbers and distances from the base: `{length: {group: metrics}}`, what `gates.judge`
         reads."""
         return {

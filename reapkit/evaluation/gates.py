@@ -119,7 +119,8 @@ def resolve(gates: str | GatesSpec | Mapping[str, Any] | None, sources: Iterable
         return ()
     if isinstance(gates, str):
         return tuple(
-            Gate(metric, required=not is_generation(metric), **limit) for metric, limit in _preset(gates).items()
+            Gate(metric, limit.get("max"), limit.get("min"), required=not is_generation(metric))
+            for metric, limit in _preset(gates).items()
         )
     limits = dict(gates if isinstance(gates, Mapping) else gates.model_dump(exclude_none=True))
     resolved = {(gate.metric, gate.source): gate for gate in resolve(limits.pop("preset", None))}
@@ -192,16 +193,13 @@ def _judge(gate: Gate, pack: str, measurement: Mapping[str, Any], rows: int | No
 
 def _more_rows(value: float, interval: Sequence[float] | None, gate: Gate, rows: int | None) -> int | None:
     """Rows to add until the interval straddles no limit, its sides shrinking with 1/√rows; None: no telling."""
-    straddled = [
-        limit
-        for limit in (gate.min, gate.max)
-        if limit is not None and interval is not None and interval[0] < limit < interval[1]
-    ]
-    if not straddled or not rows or value in straddled:
+    if interval is None or not rows:
         return None
-    sides = [
-        (interval[1] - value if limit > value else value - interval[0]) / abs(limit - value) for limit in straddled
-    ]
+    low, high = interval
+    straddled = [limit for limit in (gate.min, gate.max) if limit is not None and low < limit < high]
+    if not straddled or value in straddled:
+        return None
+    sides = [(high - value if limit > value else value - low) / abs(limit - value) for limit in straddled]
     return max(1, ceil(rows * max(sides) ** 2 - 1e-6) - rows)
 
 

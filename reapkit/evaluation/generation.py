@@ -3,14 +3,14 @@ demand."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import GenerationConfig
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
 
 from reapkit.core.progress import SILENT, Progress
 from reapkit.evaluation.gates import UNION
@@ -19,6 +19,7 @@ from reapkit.evaluation.metrics.bootstrap import Sums, bootstrap_weights, measur
 from reapkit.evaluation.metrics.signals import distinct_n, loops
 from reapkit.evaluation.outputs import Pack
 from reapkit.evaluation.tool_calls import calls, offered_tools, valid_calls
+from reapkit.model.causal_lm import generate, input_weight
 
 MODES = {"greedy": {"do_sample": False}, "sampled": {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "top_k": 0}}
 PLAIN_PROMPT_TOKENS = 64
@@ -73,7 +74,7 @@ def _prompts_of_row(row: Any, source: int) -> Iterator[Prompt]:
 
 @torch.no_grad()
 def write(
-    model: nn.Module,
+    model: PreTrainedModel,
     prompts: Sequence[Prompt],
     *,
     max_new_tokens: int,
@@ -102,9 +103,7 @@ def write(
             )
             for chosen in _batched(order, prompts, max_new_tokens, batch_tokens):
                 ids, attended = _left_padded([prompts[i].tokens for i in chosen], model)
-                tokens = model.generate(input_ids=ids, attention_mask=attended, generation_config=config)[
-                    :, ids.shape[1] :
-                ]
+                tokens = generate(model, ids, attended, generation_config=config)[:, ids.shape[1] :]
                 for i, row in zip(chosen, tokens.tolist(), strict=True):
                     written[mode][i] = _until_end(row, ends)
                 task.advance(len(chosen))
@@ -124,14 +123,14 @@ def _batched(
         yield chosen
 
 
-def _left_padded(tokens: Sequence[Sequence[int]], model: nn.Module) -> tuple[Tensor, Tensor]:
-    device, width = model.get_input_embeddings().weight.device, max(map(len, tokens))
+def _left_padded(tokens: Sequence[Sequence[int]], model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    device, width = input_weight(model).device, max(map(len, tokens))
     ids = torch.tensor([[0] * (width - len(each)) + list(each) for each in tokens], device=device)
     attended = torch.tensor([[0] * (width - len(each)) + [1] * len(each) for each in tokens], device=device)
     return ids, attended
 
 
-def _end_tokens(model: Any) -> list[int]:
+def _end_tokens(model: PreTrainedModel) -> list[int]:
     found = model.generation_config.eos_token_id
     if found is None:
         found = model.config.get_text_config().eos_token_id
@@ -179,8 +178,11 @@ def summarize(
 
 
 def _per_prompt(base: Written, written: Written) -> dict[str, Tensor]:
-    def of(found: Written, mode: str, what: Any) -> Tensor:
+    def of(found: Written, mode: str, what: Callable[[Continuation], float]) -> Tensor:
         return torch.tensor([float(what(each)) for each in found[mode]], dtype=torch.float64)
+
+    def of_both(found: Written, what: Callable[[Continuation], float]) -> Tensor:
+        return torch.stack([of(found, mode, what) for mode in MODES]).sum(0)
 
     sums: dict[str, Tensor] = {}
     for name, what in (
@@ -188,8 +190,8 @@ def _per_prompt(base: Written, written: Written) -> dict[str, Tensor]:
         ("unfinished", lambda each: not each.finished),
         ("distinct", lambda each: distinct_n(each.tokens)),
     ):
-        sums[name] = sum(of(written, mode, what) for mode in MODES)
-        sums[f"base_{name}"] = sum(of(base, mode, what) for mode in MODES)
+        sums[name] = of_both(written, what)
+        sums[f"base_{name}"] = of_both(base, what)
     for mode in MODES:
         sums[f"{mode}_loops"] = of(written, mode, lambda each: loops(each.tokens))
     return sums | {"n": torch.ones_like(sums["loops"])}

@@ -4,7 +4,7 @@ candidate's with them."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from functools import cached_property, partial
@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from reapkit.calibration.tokens import CalibrationTokens, batches
 from reapkit.core.atomic_files import replacing, reserve, sync, write_text
@@ -80,7 +81,7 @@ class BaseOutputs:
 
 @torch.no_grad()
 def base_outputs(
-    model: nn.Module,
+    model: PreTrainedModel,
     pack: Pack,
     *,
     batch_tokens: int,
@@ -104,7 +105,7 @@ def base_outputs(
 
 
 @torch.no_grad()
-def outputs_of(model: nn.Module, pack: Pack, hidden: Tensor, top_k: int = 20) -> BaseOutputs:
+def outputs_of(model: PreTrainedModel, pack: Pack, hidden: Tensor, top_k: int = 20) -> BaseOutputs:
     """The base's outputs from its final hidden states `[n, hidden]`, in its dtype, at the pack's measured positions."""
     reference, step = torch.cat([_reference(pack.tokens.row(row)) for row in pack.rows]), chunk_positions(model)
     described = [
@@ -118,14 +119,14 @@ def outputs_of(model: nn.Module, pack: Pack, hidden: Tensor, top_k: int = 20) ->
     return BaseOutputs(hidden, reference, PositionSignals.concatenate(described), embedding_weights(model))
 
 
-def base_head(model: nn.Module, base: BaseOutputs) -> Head:
+def base_head(model: PreTrainedModel, base: BaseOutputs) -> Head:
     """A context in which `model` has the base's output embeddings; compared once, because they may be large."""
     return nullcontext if has_embeddings(model, base.embeddings) else partial(output_embeddings, model, base.embeddings)
 
 
 @torch.no_grad()
 def compare_hidden(
-    model: nn.Module, hidden: Tensor, base: BaseOutputs, start: int, head: Head, top_k: int = 20
+    model: PreTrainedModel, hidden: Tensor, base: BaseOutputs, start: int, head: Head, top_k: int = 20
 ) -> PositionSignals:
     """The signals `[n]` of `model`'s final hidden states `[n, hidden]`, in its dtype, which belong to the base's
     positions from `start` on.
@@ -146,7 +147,7 @@ def compare_hidden(
 
 @torch.no_grad()
 def measure(
-    model: nn.Module,
+    model: PreTrainedModel,
     pack: Pack,
     base: BaseOutputs,
     *,
@@ -180,12 +181,14 @@ def refuse_broken(found: PositionSignals, title: str) -> PositionSignals:
     return found
 
 
-def describe_base(base: BaseOutputs, pack: Pack, eaft: dict[str, Any] = EAFT) -> dict[str, Any]:
+def describe_base(base: BaseOutputs, pack: Pack, eaft: Mapping[str, Any] = EAFT) -> dict[str, Any]:
     """The base's own numbers per group: `all` and each source (`rows.summarize_base`)."""
     return rows.summarize_base(base.positions, pack.index, rows.regions(base.positions, pack.index, eaft))
 
 
-def compare(base: BaseOutputs, candidate: PositionSignals, pack: Pack, eaft: dict[str, Any] = EAFT) -> dict[str, Any]:
+def compare(
+    base: BaseOutputs, candidate: PositionSignals, pack: Pack, eaft: Mapping[str, Any] = EAFT
+) -> dict[str, Any]:
     """The candidate's numbers and distances per group, with paired intervals (`rows.summarize_candidate`)."""
     own, of_base = (rows.regions(positions, pack.index, eaft) for positions in (candidate, base.positions))
     return rows.summarize_candidate(base.positions, candidate, pack.index, of_base, own)
@@ -212,7 +215,7 @@ def _to_cpu(positions: PositionSignals) -> PositionSignals:
     return PositionSignals(**{field.name: getattr(positions, field.name).cpu() for field in fields(PositionSignals)})
 
 
-def _hidden(model: nn.Module, pack: Pack, batch_tokens: int, skip_batches: int = 0) -> Iterator[Tensor]:
+def _hidden(model: PreTrainedModel, pack: Pack, batch_tokens: int, skip_batches: int = 0) -> Iterator[Tensor]:
     """Per batch the final hidden states `[n, hidden]` of its measured positions, rows in order."""
     for number, batch in enumerate(batches(pack.tokens, pack.rows, batch_tokens)):
         if number >= skip_batches:
@@ -221,7 +224,7 @@ def _hidden(model: nn.Module, pack: Pack, batch_tokens: int, skip_batches: int =
 
 
 def _kept_hidden(
-    model: nn.Module, pack: Pack, batch_tokens: int, work_directory: Path | None, progress: Progress
+    model: PreTrainedModel, pack: Pack, batch_tokens: int, work_directory: Path | None, progress: Progress
 ) -> Tensor:
     with progress.task(f"evaluate base, {pack.length} tokens", total=pack.num_positions, unit="positions") as task:
         if work_directory is not None:
@@ -240,7 +243,7 @@ def hidden_file(path: Path, positions: int, width: int, dtype: torch.dtype) -> T
     return torch.from_file(str(path), shared=True, size=positions * width, dtype=dtype).view(-1, width)
 
 
-def _hidden_on_disk(model: nn.Module, pack: Pack, batch_tokens: int, directory: Path, task: Any) -> Tensor:
+def _hidden_on_disk(model: PreTrainedModel, pack: Pack, batch_tokens: int, directory: Path, task: Any) -> Tensor:
     """A memory-mapped file that is filled batch by batch; `.json` beside it says how many batches and positions it
     holds."""
     probe = hidden_states(model, pack.tokens.row(pack.rows[0]).input_ids[:1].unsqueeze(0))

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from reapkit.calibration.tokens import PARTS, Batch, CalibrationTokens, batches
 from reapkit.core.progress import SILENT, Progress
@@ -84,7 +85,7 @@ def evaluate_streaming(
     bases, found = _PackPass(layered, layer_pass, places, tried, batch_tokens, eaft["top_k"], offload_directory).run(
         progress
     )
-    benches = [
+    decide, confirm = (
         StreamedBench(
             by_part[part],
             eaft,
@@ -92,8 +93,10 @@ def evaluate_streaming(
             {(name, place[1]): positions for (name, place), positions in found.items() if place[0] == part},
         )
         for part in PARTS
-    ]
-    return give_verdict(*benches, candidates, gates, controls=controls, pack_samples=pack_samples, steps=steps)
+    )
+    return give_verdict(
+        decide, confirm, candidates, gates, controls=controls, pack_samples=pack_samples, steps=steps
+    )
 
 
 def yardstick_streaming(
@@ -157,8 +160,8 @@ class _PackBatch:
     name: str | None
     place: Place
     batch: Batch
-    forward: Forward | None = None
-    hidden: Tensor | None = None
+    forward: Forward = field(init=False)
+    hidden: Tensor = field(init=False)
 
 
 class _PackPass:
@@ -245,7 +248,7 @@ class _PackPass:
                 )
                 found[name, place] = refuse_broken(positions, f"evaluate {name}")
         for item in items:
-            item.hidden = None
+            del item.hidden  # candidates' wait for no one
 
     def _kept(self, hidden: Tensor, place: Place) -> Tensor:
         """The base's hidden states stay until the last candidate is compared: on disk where there is a directory."""
@@ -253,7 +256,7 @@ class _PackPass:
             return hidden
         self.directory.mkdir(parents=True, exist_ok=True)
         path = self.directory / f"base-{place[0]}-{place[1]}.bin"
-        mapped = hidden_file(path, *hidden.shape, hidden.dtype)
+        mapped = hidden_file(path, len(hidden), hidden.shape[-1], hidden.dtype)
         path.unlink()  # the mapping keeps the bytes until it is gone
         return mapped.copy_(hidden)
 
@@ -262,7 +265,7 @@ class _Probe:
     """A few tokens whose logits the model makes itself, beside those made of their hidden states: proof that they
     suffice."""
 
-    def __init__(self, layer_pass: LayerPass, model: nn.Module, input_ids: Tensor):
+    def __init__(self, layer_pass: LayerPass, model: PreTrainedModel, input_ids: Tensor):
         self.layer_pass, self.model, self.made = layer_pass, model, {}
 
         def logits() -> None:

@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.core.errors import ReapkitError, StageFailed, UnusableError
 from reapkit.core.programs import run_program
 from reapkit.evaluation.metrics.table import METRICS
 from reapkit.evaluation.serving.serve_check import ask_vllm, vllm_python
+from reapkit.model.causal_lm import input_weight
 from reapkit.model.loading import load_model
 from reapkit.recipe.schema import ThroughputSpec
 
@@ -155,7 +157,7 @@ def throughput_of(
 
 @torch.no_grad()
 def measure(
-    model: nn.Module,
+    model: PreTrainedModel,
     spec: ThroughputSpec = DEFAULT,
     idle_bytes: int = 0,
     *,
@@ -164,8 +166,8 @@ def measure(
     """The numbers of `throughput_of` for a loaded model, peak memory of this process included. `clock`: seconds."""
     import transformers
 
-    device = model.get_input_embeddings().weight.device
-    prompt = _prompt(model.get_input_embeddings().weight.shape[0], spec.prompt_tokens).to(device)
+    device = input_weight(model).device
+    prompt = _prompt(input_weight(model).shape[0], spec.prompt_tokens).to(device)
     _timed(model, prompt, spec.new_tokens, clock)
     repeats = [_timed(model, prompt, spec.new_tokens, clock) for _ in range(REPEATS)]
     prefill, decode = map(statistics.median, zip(*repeats, strict=True))
@@ -183,7 +185,7 @@ def measure(
     }
 
 
-def _timed(model: nn.Module, prompt: Tensor, new_tokens: int, clock: Callable[[], float]) -> tuple[float, float]:
+def _timed(model: PreTrainedModel, prompt: Tensor, new_tokens: int, clock: Callable[[], float]) -> tuple[float, float]:
     """Seconds of the prompt `[1, tokens]` int64, and of `new_tokens` single tokens on its cache."""
     device, started = prompt.device, clock()
     out = model(input_ids=prompt, use_cache=True)

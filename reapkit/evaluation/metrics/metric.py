@@ -17,22 +17,24 @@ of base and result on page and card. narrow: tables for a terminal of 80 columns
 intervals, on page and card and between runs. summary: the rows of `inspect --json` of an evaluation.
 """
 
+Better = Literal["lower", "higher", "nearer"]
+"""In which direction a metric is better; `nearer` where it should stay as the base's."""
+
 
 @dataclass(frozen=True)
 class Metric:
     """`{"value", "interval"}` of one name in an evaluation, and how people read it.
 
-    `title`: in a sentence; `label`: heads a column; `meaning`: of a change, for who does not know the name. `better`:
-    the direction, `nearer` where it should stay as the base's. `kind`: measured on held-out rows, on continuations of
-    prompts, or with a clock. `unit`: a share is in [0, 1] and shown in percent; `digits`: decimals shown.
-    `same_as_base`: its value where nothing was lost.
+    `title`: in a sentence; `label`: heads a column; `meaning`: of a change, for who does not know the name. `kind`:
+    measured on held-out rows, on continuations of prompts, or with a clock. `unit`: a share is in [0, 1] and shown in
+    percent; `digits`: decimals shown. `same_as_base`: its value where nothing was lost.
     """
 
     name: str
     title: str
     label: str
     meaning: str
-    better: Literal["lower", "higher", "nearer"]
+    better: Better
     kind: Literal["distribution", "generation", "throughput"] = "distribution"
     unit: Literal["", "nats", "share", "tokens/s", "bytes"] = ""
     digits: int = 3

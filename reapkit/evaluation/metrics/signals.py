@@ -121,8 +121,8 @@ def js_distance(a: Tensor, b: Tensor) -> Tensor:
     float64."""
     a, b = (h.double() / h.double().sum(-1, keepdim=True) for h in (a, b))
     middle = (a + b) / 2
-    divergence = sum(torch.where(h > 0, h * (h / middle).log2(), 0.0).sum(-1) for h in (a, b)) / 2
-    return divergence.clamp(0.0, 1.0).sqrt()
+    of_a, of_b = (torch.where(h > 0, h * (h / middle).log2(), 0.0).sum(-1) for h in (a, b))
+    return ((of_a + of_b) / 2).clamp(0.0, 1.0).sqrt()
 
 
 def distinct_n(tokens: Sequence[int], n: int = 4) -> float:

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from reapkit.evaluation.metrics.metric import Metric, View
+from reapkit.evaluation.metrics.metric import Better, Metric, View
 
 
 def _views(*views: View) -> frozenset[View]:
     return frozenset(views)
+
+
+def _generated(name: str, title: str, meaning: str, better: Better) -> Metric:
+    return Metric(name, title, title, meaning, better, "generation", unit="share", digits=1)
 
 
 METRICS: Mapping[str, Metric] = {
@@ -173,19 +177,14 @@ METRICS: Mapping[str, Metric] = {
             unit="share",
             digits=2,
         ),
-        *(
-            Metric(name, title, title, meaning, better, "generation", unit="share", digits=1)
-            for name, title, meaning, better in (
-                ("loop_share", "loop", "share of continuations that repeat themselves", "lower"),
-                ("greedy_loop_share", "greedy loop", "the same of greedy continuations", "lower"),
-                ("sampled_loop_share", "sampled loop", "the same of sampled continuations", "lower"),
-                ("unfinished_share", "unfinished", "share of continuations that do not end", "nearer"),
-                ("distinct_4", "distinct 4", "share of different 4-grams in a continuation", "higher"),
-                ("tool_call_validity", "tool call validity", "share of answers that are valid calls", "higher"),
-                ("greedy_tool_call_validity", "greedy tool call validity", "the same of greedy answers", "higher"),
-                ("sampled_tool_call_validity", "sampled tool call validity", "the same of sampled answers", "higher"),
-            )
-        ),
+        _generated("loop_share", "loop", "share of continuations that repeat themselves", "lower"),
+        _generated("greedy_loop_share", "greedy loop", "the same of greedy continuations", "lower"),
+        _generated("sampled_loop_share", "sampled loop", "the same of sampled continuations", "lower"),
+        _generated("unfinished_share", "unfinished", "share of continuations that do not end", "nearer"),
+        _generated("distinct_4", "distinct 4", "share of different 4-grams in a continuation", "higher"),
+        _generated("tool_call_validity", "tool call validity", "share of answers that are valid calls", "higher"),
+        _generated("greedy_tool_call_validity", "greedy tool call validity", "the same of greedy answers", "higher"),
+        _generated("sampled_tool_call_validity", "sampled tool call validity", "the same of sampled answers", "higher"),
         Metric(
             "unfinished_share_delta",
             "change of unfinished continuations",

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from reapkit.calibration.tokens import Batch
 from reapkit.checkpoint.checkpoint import Checkpoint
@@ -40,7 +41,7 @@ class MtpPair:
         whys = [why_unobserved(one, one.layout, trust_remote_code=trust_remote_code) for one in (old, new)]
         return cls(old.path, new.path, tuple(new.layout.mtp), selection, next(filter(None, whys), None))
 
-    def expect(self, model: nn.Module, rows: Tensor) -> None:
+    def expect(self, model: PreTrainedModel, rows: Tensor) -> None:
         """Takes down what the original's blocks predict for `rows` `[rows, tokens]` int64 behind `model`, both with the
         dropped experts masked."""
         if self.layers and self.unloadable is None:
@@ -49,7 +50,7 @@ class MtpPair:
             with masked_sites(blocks.sites, keep, self.selection.experts_per_token):
                 self.expected = block_logits(blocks, model, rows)
 
-    def prove(self, model: nn.Module, rows: Tensor) -> list[Proof]:
+    def prove(self, model: PreTrainedModel, rows: Tensor) -> list[Proof]:
         """The same of the pruned directory's blocks behind its loaded `model`, on the same `rows` `[rows, tokens]`
         int64."""
         if not self.layers:
@@ -68,7 +69,7 @@ class MtpPair:
 
 
 @torch.no_grad()
-def block_logits(blocks: MtpBlocks, model: nn.Module, rows: Tensor) -> list[Tensor]:
+def block_logits(blocks: MtpBlocks, model: PreTrainedModel, rows: Tensor) -> list[Tensor]:
     """Each block's logits [rows, tokens - depth, vocabulary] on the host, for `rows` int64 [rows, tokens] that `model`
     reads first."""
     count, width = rows.shape

@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from compressed_tensors.quantization import disable_quantization
 from safetensors import safe_open
-from torch import Tensor, nn
-from transformers import CompressedTensorsConfig
+from torch import Tensor
+from transformers import CompressedTensorsConfig, PreTrainedModel
 
 from reapkit.checkpoint.architecture import text_config
 from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.checkpoint.expert_layout import is_mtp_name
 from reapkit.core.errors import ReapkitError
 from reapkit.core.formatting import gigabytes
+from reapkit.model.causal_lm import generate
 from reapkit.model.loading import dequantized, load_config, model_class
 
 LOGITS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
@@ -125,7 +126,7 @@ def too_large(checkpoint: Checkpoint, bits: int, device: str) -> str | None:
     return f"the model needs {gigabytes(needed)} of memory, {gigabytes(free)} are free"
 
 
-def logits_of(model: nn.Module, rows: Tensor) -> Tensor:
+def logits_of(model: PreTrainedModel, rows: Tensor) -> Tensor:
     """Logits [rows, tokens, vocabulary], in the model's dtype, on the host, of rows [rows, tokens] int64."""
     with torch.no_grad():
         return model(rows.to(model.device), use_cache=False).logits.cpu()
@@ -141,7 +142,7 @@ def loaded(
     trust_remote_code: bool,
     dtype: str | torch.dtype = "auto",
     weights_only: bool = False,
-    further: Callable[[nn.Module], list[Proof]] = lambda model: [],
+    further: Callable[[PreTrainedModel], list[Proof]] = lambda model: [],
 ) -> list[Proof]:
     """Loads the directory once and proves three things: every key is expected and none is missing, its logits, that it
     generates; and what `further` proves of the loaded model. Multi-token-prediction blocks, which no model has a place
@@ -215,12 +216,13 @@ def _keys(info: dict[str, Any], checkpoint: Checkpoint) -> Proof:
     )
 
 
-def _generates(model: nn.Module, row: Tensor) -> Proof:
+def _generates(model: PreTrainedModel, row: Tensor) -> Proof:
     prompt = row[:16].unsqueeze(0).to(model.device)
     with torch.no_grad():
-        text = model.generate(
+        text = generate(
+            model,
             prompt,
-            attention_mask=torch.ones_like(prompt),
+            torch.ones_like(prompt),
             max_new_tokens=GENERATED_TOKENS,
             min_new_tokens=GENERATED_TOKENS,
             do_sample=False,

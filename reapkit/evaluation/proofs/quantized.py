@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.checkpoint.projection_names import BLOCK_SCALE, COMPRESSED_PARTS, CONSTANT_PARTS
@@ -245,12 +246,12 @@ def _reference_logits(
 
 def dequantized_model(
     old: Checkpoint, new: Checkpoint, plan: Targets, *, device: str = "cpu", trust_remote_code: bool = False
-) -> nn.Module:
+) -> PreTrainedModel:
     """The source's own class with the weights that the packed directory stands for. Raises UnusableError where they do
     not fit it."""
     config = load_config(old.path, trust_remote_code=trust_remote_code)
     if hasattr(config, "quantization_config"):
-        del config.quantization_config
+        delattr(config, "quantization_config")
     options: dict[str, Any] = {"experts_implementation": "eager"} if device == "cpu" else {}
     with PackedDirectory(old, new, plan) as packed:
         model, info = model_class(config, trust_remote_code).from_pretrained(

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from reapkit.calibration.builtin.generators import generate
+from reapkit.calibration.builtin import generators
 from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.core.errors import ReapkitError, UnusableError
 from reapkit.evaluation.proofs.proof import LOGITS_TOLERANCE, probe_rows
+from reapkit.model.causal_lm import generate
 from reapkit.model.loading import load_model, load_tokenizer
 
 PROMPT_TOKENS = 32
@@ -52,7 +53,7 @@ def prompts_for(directory: Path, count: int) -> list[list[int]]:
             row[: PROMPT_TOKENS - number % 8] for number, row in enumerate(rows)
         ]  # of unequal lengths, as real ones are
     tokenizer = load_tokenizer(directory)
-    texts = [generate(name, seed=0) for name in SOURCES]
+    texts = [generators.generate(name, seed=0) for name in SOURCES]
     return [tokenizer(next(texts[number % len(texts)])["text"])["input_ids"][:PROMPT_TOKENS] for number in range(count)]
 
 
@@ -83,7 +84,7 @@ def greedy(
         for prompt in prompts:
             ids = torch.tensor([list(prompt)], device=model.device)
             with torch.no_grad():
-                made = model.generate(ids, attention_mask=torch.ones_like(ids))
+                made = generate(model, ids, torch.ones_like(ids))
             tokens.append(made.sequences[0, len(prompt) :].tolist())
             logits.append(torch.stack([step[0].float().cpu() for step in made.logits]))
         return Greedy(tokens, logits, model.dtype)

@@ -38,6 +38,8 @@ def use_plugin(file):
     if any(point.name == "reapkit" for point in importlib.metadata.entry_points(group=PLUGINS)):
         return "installed"
     spec = importlib.util.spec_from_file_location("reapkit_ragged_vllm", file)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{file} is no Python module")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.register()
@@ -86,6 +88,13 @@ def own_peak():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def seconds(llm, prompt, wanted):
+    """How long the engine takes for one prompt and the tokens that are wanted after it."""
+    started = time.perf_counter()
+    llm.generate([{"prompt_token_ids": prompt}], wanted, use_tqdm=False)
+    return time.perf_counter() - started
+
+
 def throughput(directory, request):
     """Speed of one prompt and of `new_tokens` after it, medians after a warm-up; peak memory as vLLM leaves it, its
     cache included."""
@@ -110,15 +119,14 @@ def throughput(directory, request):
             enable_prefix_caching=False,
             **options,
         )
-
-        def seconds(tokens):
-            settings = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-            started = time.perf_counter()
-            llm.generate([{"prompt_token_ids": prompt}], settings, use_tqdm=False)
-            return time.perf_counter() - started
-
-        seconds(new_tokens + 1)
-        first, whole = (statistics.median(seconds(tokens) for _ in range(REPEATS)) for tokens in (1, new_tokens + 1))
+        one, all_of_them = (
+            SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+            for tokens in (1, new_tokens + 1)
+        )
+        seconds(llm, prompt, all_of_them)
+        first, whole = (
+            statistics.median([seconds(llm, prompt, wanted) for _ in range(REPEATS)]) for wanted in (one, all_of_them)
+        )
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else own_peak()
         return {
             "prefill_tokens_per_s": len(prompt) / first,
