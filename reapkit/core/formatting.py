@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+Name = TypeVar("Name")
 
 
 def percent(share: float | None, digits: int = 1) -> str:
@@ -89,14 +92,17 @@ def mean(values: Iterable[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def extreme(
-    values: Sequence[float | None], names: Sequence[object], *, largest: bool = True
-) -> tuple[object, float] | None:
-    """The (name, value) of the largest or smallest known value."""
+def extreme(values: Sequence[float], names: Sequence[Name], *, largest: bool = True) -> tuple[Name, float]:
+    """The (name, value) of the largest or smallest value. Raises ValueError where there is none."""
+    return (max if largest else min)(zip(names, values, strict=True), key=lambda pair: pair[1])
+
+
+def known_extreme(
+    values: Sequence[float | None], names: Sequence[Name], *, largest: bool = True
+) -> tuple[Name, float] | None:
+    """The (name, value) of the largest or smallest known value; None where none is known."""
     known = [(name, value) for name, value in zip(names, values, strict=True) if value is not None]
-    if not known:
-        return None
-    return (max if largest else min)(known, key=lambda pair: pair[1])
+    return extreme([value for _, value in known], [name for name, _ in known], largest=largest) if known else None
 
 
 def ranges(layers: Sequence[int]) -> str:
@@ -133,7 +139,7 @@ def human_count(count: int) -> str:
     return str(count)
 
 
-def human_experts(experts: Mapping[int, int]) -> str:
+def human_experts(experts: Mapping[Any, int]) -> str:
     """`32` where every layer has as many, else the range."""
     low, high = min(experts.values()), max(experts.values())
     return str(low) if low == high else f"{low} to {high}"

@@ -7,10 +7,13 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, ClassVar
 
+LEFT, RIGHT = "left", "right"
+"""How a table's columns are aligned."""
+
 
 @dataclass(frozen=True)
 class PageTable:
-    """Rows of cells under columns of (name, "left" | "right")."""
+    """Rows of cells under columns of (name, LEFT | RIGHT)."""
 
     kind: ClassVar[str] = "table"
     columns: Sequence[tuple[str, str]]

@@ -130,6 +130,11 @@ def axis(title: str = "", form: str = "", **extra: Any) -> dict[str, Any]:
     return {**({"title": {"text": title}} if title else {}), **({"tickformat": form} if form else {}), **extra}
 
 
+def layer_axis(layers: Sequence[int]) -> dict[str, Any]:
+    """An axis of whole layers only, each one where they are few."""
+    return axis("layer") | ({"dtick": 1} if len(layers) <= 16 else {})
+
+
 def names_axis(**extra: Any) -> dict[str, Any]:
     """A downward axis of names, the first on top."""
     return {"autorange": "reversed", "type": "category", "ticklabelstandoff": 6, **extra}

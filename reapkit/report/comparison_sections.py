@@ -9,17 +9,16 @@ from reapkit.core.formatting import count, human_bytes
 from reapkit.evaluation.gates import UNION
 from reapkit.evaluation.metrics.table import METRICS, in_view
 from reapkit.quantization.engines import ENGINES
-from reapkit.report.blocks import Note, PageSection, PageTable
+from reapkit.report.blocks import LEFT, RIGHT, Note, PageSection, PageTable
 from reapkit.report.facts import RunFacts
 from reapkit.report.measures import shown, verified_rows, with_interval
 
-LEFT, RIGHT = "left", "right"
 SPEEDS = tuple(metric for metric in METRICS.values() if metric.kind == "throughput")
 
 
 def equal_bytes(facts: RunFacts) -> PageSection | None:
     """The unpruned model quantized alone to about the result's bytes, beside the result."""
-    control = (facts.verification or {}).get("equal_bytes")
+    control = facts.verification.get("equal_bytes")
     if not control:
         return None
     blocks: list[Any] = [Note(*verdict_of_equal_bytes(facts))]
@@ -78,7 +77,7 @@ def verdict_of_equal_bytes(facts: RunFacts) -> tuple[str, str]:
 
 def speed(facts: RunFacts) -> PageSection | None:
     """Prefill and decode speed and peak memory of base and result, by each engine that was there."""
-    found = (facts.verification or {}).get("throughput")
+    found = facts.verification.get("throughput")
     if not found:
         return None
     columns = [("model", LEFT), ("engine", LEFT), *((metric.label, RIGHT) for metric in SPEEDS), ("", LEFT)]
@@ -118,7 +117,7 @@ def speed_rows(found: list[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
 
 def benchmarks(facts: RunFacts) -> PageSection | None:
     """lm-eval's own metrics of base and result."""
-    found = (facts.verification or {}).get("lm_eval")
+    found = facts.verification.get("lm_eval")
     if not found:
         return None
     columns = [("task", LEFT), ("metric", LEFT), *((name, RIGHT) for name in found)]

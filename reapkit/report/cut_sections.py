@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from reapkit.core.formatting import extreme, mean, number, percent
+from reapkit.core.formatting import known_extreme, mean, number, percent
 from reapkit.report.blocks import Chart, Grid, PageSection, Slider
-from reapkit.report.charts import axis, bars, grid, line, reference, rows, shade
+from reapkit.report.charts import axis, bars, grid, layer_axis, line, reference, rows, shade
 from reapkit.report.positions import distribution_sentence
 from reapkit.report.view import View, decided_label
 from reapkit.selection import statistics
@@ -77,7 +77,7 @@ def _steepens(curve: statistics.CutCurve) -> str:
 def heat_map(view: View) -> PageSection:
     """Layers by experts, dropped ones in another colour."""
     lost = [statistics.share_deleted(*pair) for pair in zip(view.summed.gate_norm_sum, view.dropped, strict=True)]
-    most, least = extreme(lost, view.layers), extreme(lost, view.layers, largest=False)
+    most, least = known_extreme(lost, view.layers), known_extreme(lost, view.layers, largest=False)
     sentence = (
         "Blue experts stay, orange experts are removed. Darker (in the dark theme: brighter) means more salient than"
         " the layer's median."
@@ -157,12 +157,11 @@ def drivers(view: View) -> PageSection:
 
 
 def _driver_sentence(found: dict[str, dict[str, float | None]]) -> str:
-    best = extreme(
-        [None if found[name]["pearson"] is None else abs(found[name]["pearson"]) for name in found], list(found)
-    )
+    pearson = {name: kinds["pearson"] for name, kinds in found.items()}
+    best = known_extreme([None if r is None else abs(r) for r in pearson.values()], list(pearson))
     if best is None:
         return "No layer has experts that differ (0 of them), so there is nothing to correlate."
-    name, use, strength = best[0], found["count"]["pearson"], found[best[0]]["pearson"]
+    name, use, strength = best[0], pearson["count"], pearson[best[0]]
     if name == "count":
         return (
             f"Saliency correlates most with how often an expert is used (r = {strength:.2f}): the cut removes rarely"
@@ -189,7 +188,7 @@ def _concentration(view: View) -> list[Chart]:
         for size, color in zip(shown, CONCENTRATION_COLORS, strict=False)
     ]
     size = shown[min(1, len(shown) - 1)]
-    most = extreme(tops[size], view.layers)
+    most = known_extreme(tops[size], view.layers)
     sentence = (
         f"The top {size} of {view.experts} experts hold {percent(mean(tops[size]), 0)} of Σgn on average; an even layer"
         f" would have {percent(size / view.experts, 0)}."
@@ -215,13 +214,8 @@ def geography(view: View) -> PageSection:
     )
 
 
-def _layer_axis(view: View) -> dict[str, Any]:
-    """Whole layers only, each one where they are few."""
-    return axis("layer", **({"dtick": 1} if len(view.layers) <= 16 else {}))
-
-
 def _by_layer(view: View, values: dict[str, Any]) -> dict[str, Any]:
-    return {"xaxis": _layer_axis(view), "yaxis": {"rangemode": "tozero", **values}}
+    return {"xaxis": layer_axis(view.layers), "yaxis": {"rangemode": "tozero", **values}}
 
 
 def _floor(view: View) -> Chart:
@@ -232,7 +226,7 @@ def _floor(view: View) -> Chart:
         {**line(view.layers, risks, "tail risk", "--drop", "layer %{x}: %{y:.0%} of the dropped spike"), "yaxis": "y2"},
     ]
     layout = {
-        "xaxis": {**_layer_axis(view), "anchor": "y2"},
+        "xaxis": {**layer_axis(view.layers), "anchor": "y2"},
         "yaxis": axis("floor", domain=[0.56, 1], rangemode="tozero"),
         "yaxis2": axis("tail risk", ".0%", domain=[0, 0.44], rangemode="tozero"),
     }
@@ -259,7 +253,7 @@ def _floor_sentence(view: View, floors: list[float | None], risks: list[float | 
         )
     else:
         text += f"the floor is much the same early ({number(early)}) and late ({number(late)}). "
-    riskiest = extreme(risks, view.layers)
+    riskiest = known_extreme(risks, view.layers)
     if riskiest is None or riskiest[1] == 0:
         return text + "No dropped expert ever reaches the global top quarter of peaks."
     return (
@@ -271,7 +265,7 @@ def _floor_sentence(view: View, floors: list[float | None], risks: list[float | 
 
 def _balance(view: View) -> Chart:
     cv = statistics.balance(view.summed.count)
-    hottest, calmest = extreme(cv, view.layers), extreme(cv, view.layers, largest=False)
+    hottest, calmest = known_extreme(cv, view.layers), known_extreme(cv, view.layers, largest=False)
     sentence = "0 means that every expert is used equally."
     if hottest and calmest:
         sentence += (
@@ -297,7 +291,8 @@ def _coverage(view: View) -> Chart:
 
 def _coverage_sentence(view: View, covered: list[float | None], chance: list[float | None]) -> str:
     average, even = mean(covered), mean(chance)
-    if average is None or even is None:
+    lowest = known_extreme(covered, view.layers, largest=False)
+    if average is None or even is None or lowest is None:
         return "Dropped experts were never routed together with another expert: 0 shared positions."
     verdict = (
         "dropped experts mostly work together with kept ones, which can take over"
@@ -308,7 +303,6 @@ def _coverage_sentence(view: View, covered: list[float | None], chance: list[flo
             else "no better than chance"
         )
     )
-    lowest = extreme(covered, view.layers, largest=False)
     return (
         f"With {view.cut}, {percent(average, 0)} of the experts that are routed together with a dropped expert stay;"
         f" chance would give {percent(even, 0)}: {verdict}. The lowest value is in layer {lowest[0]}"

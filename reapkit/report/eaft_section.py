@@ -24,7 +24,7 @@ LEAST_P = 10.0**-DECADES
 SMALL_CONFLICT_SHARE = 0.005
 
 
-def eaft_section(view: View) -> PageSection:
+def eaft_section(view: View, material: Trace | EaftTable) -> PageSection:
     """Where positions lie in (p, H), the borders, each region's share, and what the conflict term changed if it was
     used."""
     used = (view.selection.details.get("eaft") if view.selection else None) or {}
@@ -36,7 +36,12 @@ def eaft_section(view: View) -> PageSection:
     )
     blocks: list[Any] = [
         Chart(
-            "regions", "Confidence and correctness", sentence, [_density(view)], _layout(list(borders.values())), 400
+            "regions",
+            "Confidence and correctness",
+            sentence,
+            [_density(material)],
+            _layout(list(borders.values())),
+            400,
         ),
         _shares_table(borders, shares),
     ]
@@ -123,9 +128,9 @@ def _borders_of(used: dict[str, Any]) -> dict[str, RegionBorders]:
     return {name: one for name, one in known.items() if None not in (one.p_low, one.h_low, one.h_high)}
 
 
-def _density(view: View) -> dict[str, Any]:
+def _density(material: Trace | EaftTable) -> dict[str, Any]:
     """Positions in equal steps of log p (all below the least p in the first) and of H."""
-    p, h, weight = _points(view.observation.eaft)
+    p, h, weight = _points(material)
     place = 1 + np.log10(np.maximum(p, LEAST_P, dtype=np.float64)) / DECADES
     x, y = (np.clip((values * BINS).astype(np.int64), 0, BINS - 1) for values in (place, h.astype(np.float64)))
     cells = np.bincount(y * BINS + x, weights=weight, minlength=BINS * BINS).reshape(BINS, BINS).astype(np.int64)

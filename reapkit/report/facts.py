@@ -1,5 +1,5 @@
-"""Collects the facts for a report and a model card: the plan and the artifacts of a run, as one value. Missing parts
-are None."""
+"""Collects the facts for a report and a model card: the plan and the artifacts of a run, as one value. What a
+run did not come to is empty or None."""
 
 from __future__ import annotations
 
@@ -69,12 +69,12 @@ class RunFacts:
     chosen: str | None = None
     pruned: Sizes | None = None
     quantized: Sizes | None = None
-    calibration: Mapping[str, Any] | None = None
+    calibration: Mapping[str, Any] = field(default_factory=dict)
     observation: Observation | None = None
     selections: Mapping[str, Selection] = field(default_factory=dict)
-    evaluation: Mapping[str, Any] | None = None
-    quantization: Mapping[str, Any] | None = None
-    verification: Mapping[str, Any] | None = None
+    evaluation: Mapping[str, Any] = field(default_factory=dict)
+    quantization: Mapping[str, Any] = field(default_factory=dict)
+    verification: Mapping[str, Any] = field(default_factory=dict)
     stages: tuple[StageRow, ...] = ()
     warnings: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -89,8 +89,8 @@ class RunFacts:
     @property
     def verdict(self) -> str:
         """The last verdict given: of the verification where it judged, else of the evaluation, else "not judged"."""
-        verified = (self.verification or {}).get("verdict", "not judged")
-        return verified if verified != "not judged" else (self.evaluation or {}).get("verdict", "not judged")
+        verified = self.verification.get("verdict", "not judged")
+        return verified if verified != "not judged" else self.evaluation.get("verdict", "not judged")
 
     @property
     def stopped(self) -> bool:
@@ -113,7 +113,7 @@ def facts_from(
     chosen = _chosen(plan, artifacts)
     candidate = next((each for each in plan.candidates if each.name == chosen), None)
     planned = {each.name: plan.pruned(each) for each in plan.candidates}
-    pruned = planned[chosen] if "prune" in artifacts and candidate else None
+    pruned = planned[candidate.name] if "prune" in artifacts and candidate else None
     quantized = None
     if "quantize" in artifacts and pruned is not None:
         quantized = Sizes(
@@ -133,7 +133,7 @@ def facts_from(
         observation=_observation(artifacts),
         selections=_selections(artifacts),
         evaluation=_json(artifacts, "evaluate", "evaluation.json"),
-        quantization=artifacts["quantize"].summary if "quantize" in artifacts else None,
+        quantization=artifacts["quantize"].summary if "quantize" in artifacts else {},
         verification=_json(artifacts, "verify", "verify.json"),
         stages=_stages(plan, artifacts, executed),
         warnings=_warnings(artifacts),
@@ -209,10 +209,10 @@ def license_of(directory: Path) -> str | None:
     return found.get("license") if isinstance(found, dict) and isinstance(found.get("license"), str) else None
 
 
-def _json(artifacts: Mapping[str, Artifact], stage: str, file: str) -> dict[str, Any] | None:
+def _json(artifacts: Mapping[str, Artifact], stage: str, file: str) -> dict[str, Any]:
     artifact = artifacts.get(stage)
     if artifact is None or not (artifact.payload / file).is_file():
-        return None
+        return {}
     return json.loads((artifact.payload / file).read_text(encoding="utf-8"))
 
 

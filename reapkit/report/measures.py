@@ -50,7 +50,7 @@ def badge(verdict: str) -> Markup:
 def generated(facts: RunFacts) -> list[tuple[str, str, Mapping[str, Any] | None, Mapping[str, Any]]]:
     """(group, metric, base's, candidate's) for every share measured on free continuations of the chosen candidate, else
     nothing."""
-    evaluation = facts.evaluation or {}
+    evaluation = facts.evaluation
     chosen = next(
         (entry for entry in evaluation.get("candidates", ()) if entry["name"] == evaluation.get("chosen")), {}
     )
@@ -73,15 +73,15 @@ def share_with_interval(measurement: Mapping[str, Any] | None) -> str:
 
 def verified_rows(facts: RunFacts) -> list[Mapping[str, Any]]:
     """The verification's rows: base, pruned, quantized."""
-    return list((facts.verification or {}).get("rows", ()))
+    return list(facts.verification.get("rows", ()))
 
 
 def measured_models(facts: RunFacts) -> dict[str, Mapping[str, Any]]:
     """{model: {length: {group: metrics}}} of what was written, else of the chosen candidate as a mask on the base."""
-    written = (facts.verification or {}).get("metrics") or {}
+    written = facts.verification.get("metrics") or {}
     if found := {name: metrics for name, metrics in written.items() if name != "base" and metrics}:
         return found
-    evaluation = facts.evaluation or {}
+    evaluation = facts.evaluation
     if confirm := evaluation.get("confirm"):
         return {f"{confirm['candidate']} (mask)": confirm["metrics"]}
     chosen = next(

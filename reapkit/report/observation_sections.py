@@ -33,13 +33,13 @@ VARIABLES = (
 
 def observation_sections(view: View) -> list[PageSection]:
     """Every section that this observation can fill."""
-    several, traced = len(view.observation.sources) > 1, view.observation.eaft is not None
+    several, material, paths = len(view.observation.sources) > 1, view.observation.eaft, view.observation.reroute
     return [
         recorded(view),
         *cut_sections(view),
         *([specialisation(view)] if several else []),
-        *([eaft_section(view)] if traced else []),
-        *([reroute_section(view)] if view.observation.reroute is not None else []),
+        *([eaft_section(view, material)] if material is not None else []),
+        *([reroute_section(view, paths)] if paths is not None else []),
         convergence(view),
         never_routed(view),
     ]

@@ -11,7 +11,7 @@ from reapkit.core.formatting import extreme, human_bytes, listed
 from reapkit.evaluation.gates import UNION
 from reapkit.evaluation.metrics.metric import Metric
 from reapkit.evaluation.metrics.table import METRICS, in_view, metric_of
-from reapkit.report.blocks import Chart, Folded, Grid, Note, PageSection, PageTable
+from reapkit.report.blocks import LEFT, RIGHT, Chart, Folded, Grid, Note, PageSection, PageTable
 from reapkit.report.charts import axis, names_axis, upright, whiskers
 from reapkit.report.facts import RunFacts
 from reapkit.report.measures import (
@@ -25,9 +25,6 @@ from reapkit.report.measures import (
     shown,
     with_interval,
 )
-
-LEFT, RIGHT = "left", "right"
-
 
 # ---------------------------------------------------------------------------------------------- gates
 
@@ -303,8 +300,9 @@ def _source_chart(found: Mapping[str, Mapping[str, Any]], metric: Metric) -> Cha
             )
         )
     last, groups = list(found.items())[-1]
+    base = metric.same_as_base
     layout = {
-        "shapes": [upright(metric.same_as_base, color="--muted", width=1, dash="dot")],
+        "shapes": [] if base is None else [upright(base, color="--muted", width=1, dash="dot")],
         "margin": {"l": 20, "b": 28},
         "xaxis": axis(form=axis_form(metric), nticks=6, zeroline=False),
         "yaxis": names_axis(),
@@ -322,12 +320,10 @@ def _source_chart(found: Mapping[str, Mapping[str, Any]], metric: Metric) -> Cha
 def _source_sentence(model: str, groups: Mapping[str, Any], metric: Metric) -> str:
     name = metric.name
     sources = [group for group in groups if group != UNION and name in groups[group]]
-    worst = extreme([groups[group][name]["value"] for group in sources], sources, largest=metric.better != "higher")
     over = (
         f"{model}: {metric.show(groups[UNION][name]['value'])} over the mix" if name in groups.get(UNION, {}) else model
     )
-    return (
-        f"{over}; {worst[0]} loses most with {with_interval(name, groups[worst[0]][name])}."
-        if len(sources) > 1
-        else f"{over}."
-    )
+    if len(sources) < 2:
+        return f"{over}."
+    worst, _ = extreme([groups[group][name]["value"] for group in sources], sources, largest=metric.better != "higher")
+    return f"{over}; {worst} loses most with {with_interval(name, groups[worst][name])}."

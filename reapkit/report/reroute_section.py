@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from reapkit.core.formatting import count, extreme, listed, percent
+from reapkit.observation.observation import Reroute
 from reapkit.report.blocks import Chart, Folded, PageSection, PageTable
 from reapkit.report.charts import axis, line
 from reapkit.report.view import View
 
 
-def reroute_section(view: View) -> PageSection:
+def reroute_section(view: View, found: Reroute) -> PageSection:
     """The error along the mix's removal paths, layer by layer."""
-    found = view.observation.reroute
     measured = found.measured
     layers = [layer for layer, has_paths in zip(view.layers, measured.tolist(), strict=True) if has_paths]
     order, error = found.order[measured, -1], found.error[measured, -1]

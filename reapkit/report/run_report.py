@@ -16,6 +16,8 @@ from reapkit.report.facts import RunFacts, facts_from
 from reapkit.report.observation_sections import observation_sections
 from reapkit.report.page import write_page
 from reapkit.report.positions import page_data
+from reapkit.report.quantization_section import quantization
+from reapkit.report.result_section import result
 from reapkit.report.view import View
 
 BADGES = {
@@ -40,14 +42,14 @@ def run_page(facts: RunFacts) -> Page:
     """The page as data."""
     view = View.of(facts.observation, facts.selection) if facts.observation is not None else None
     parts: list[PageSection | None] = [
-        run_sections.result(facts),
+        result(facts),
         quality_sections.gates(facts),
         quality_sections.quality(facts),
         run_sections.decision(facts),
         comparison_sections.equal_bytes(facts),
         comparison_sections.speed(facts),
         comparison_sections.benchmarks(facts),
-        run_sections.quantization(facts),
+        quantization(facts),
         run_sections.calibration(facts),
         *(observation_sections(view) if view else []),
         run_sections.proofs(facts),

@@ -1,161 +1,21 @@
-"""The sections about a run: result, decisions, quantization, data, proofs, and how to repeat it."""
+"""The sections about a run: decisions, data, proofs, and how to repeat it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from textwrap import dedent
+from collections.abc import Sequence
 from typing import Any
 
 from markupsafe import Markup
 
-from reapkit.core.formatting import (
-    arrow,
-    count,
-    extreme,
-    human_bytes,
-    human_count,
-    human_experts,
-    listed,
-    mean,
-    number,
-    percent,
-    plural,
-    seconds,
-    signed_percent,
-)
-from reapkit.evaluation.metrics.table import in_view
-from reapkit.planning.plan import Sizes
-from reapkit.quantization.schemes import SCHEMES
-from reapkit.report.blocks import Chart, Code, Folded, Note, PageSection, PageTable, Text, Tiles
-from reapkit.report.charts import axis, bars
+from reapkit.core.formatting import arrow, count, extreme, listed, percent, plural, seconds
+from reapkit.report.blocks import LEFT, RIGHT, Chart, Code, Folded, Note, PageSection, PageTable
+from reapkit.report.charts import axis
 from reapkit.report.charts import rows as lying_bars
 from reapkit.report.facts import RunFacts, StageRow
-from reapkit.report.measures import TONES, badge, verified_rows
+from reapkit.report.measures import badge
 from reapkit.report.quality_sections import results_table
 
-LEFT, RIGHT = "left", "right"
 FACTS = [("", LEFT), ("", LEFT)]
-
-
-# ---------------------------------------------------------------------------------------------- result
-
-
-def result(facts: RunFacts) -> PageSection:
-    """Before and after, in one table and one chart; of a stopped run why it stopped."""
-    if facts.stopped:
-        lead = "No weight was written. These are the sizes that the candidates would have had."
-        return PageSection(
-            "result", "Before and after", [*rejection(facts), _tiles(facts), _before_after(facts)], lead, "Result"
-        )
-    unseen = facts.verification and facts.recipe.evaluate.packs.confirm
-    lead = (
-        "Measured on held-out rows that took no part in any decision."
-        if unseen
-        else "Measured on held-out rows."
-        if facts.verification
-        else ""
-    )
-    return PageSection(
-        "result", "Before and after", [_tiles(facts), _before_after(facts), _size_chart(facts)], lead, "Result"
-    )
-
-
-def rejection(facts: RunFacts) -> list[Note | Code]:
-    """Which gate, which source, by how much, what to change: the evaluation's own advice, whose last lines are there to
-    be copied."""
-    evaluation = facts.evaluation or {}
-    verdict = evaluation.get("verdict", "not judged")
-    title = {
-        "reject": "Rejected by the gates: nothing was written.",
-        "undecided": "Undecided: nothing was written.",
-        "pass": "The evaluation passed; the run ended before it wrote the model.",
-    }.get(verdict, "The run ended before the evaluation.")
-    tone = TONES.get(verdict, "info")
-    said, _, details = str(evaluation.get("advice") or "").partition("\n")
-    first = next((line.strip() for line in details.splitlines() if line.strip().startswith("--set ")), None)
-    return [
-        Note(tone, said, title) if said else Note(tone, title),
-        *([Code(dedent(details), "Why, and what to change")] if details else []),
-        *([Code(f"{facts.command} {first}", "The first of these, to paste")] if first else []),
-    ]
-
-
-def _written(facts: RunFacts) -> dict[str, Sizes]:
-    if facts.stopped:
-        return {"base": facts.base, **facts.planned}
-    found = {"base": facts.base, "pruned": facts.pruned, "quantized": facts.quantized}
-    return {name: sizes for name, sizes in found.items() if sizes is not None}
-
-
-def _tiles(facts: RunFacts) -> Tiles:
-    base, final = facts.base, facts.quantized or facts.pruned or facts.planned.get(facts.chosen or "") or facts.base
-    removed = 1 - sum(final.experts.values()) / sum(base.experts.values())
-    items = [
-        (
-            "experts per layer",
-            arrow(human_experts(base.experts), human_experts(final.experts)),
-            f"{percent(removed, 0)} removed",
-        ),
-        (
-            "size on disk",
-            arrow(human_bytes(base.nbytes), human_bytes(final.nbytes)),
-            f"{base.nbytes / final.nbytes:.2f} times smaller",
-        ),
-        (
-            "parameters",
-            arrow(human_count(base.parameters), human_count(final.parameters)),
-            f"{arrow(human_count(base.active_parameters), human_count(final.active_parameters))} active",
-        ),
-    ]
-    measured = verified_rows(facts)
-    if len(measured) > 1:
-        first, last = measured[0], measured[-1]
-        change = signed_percent(last["perplexity_ratio"] - 1)
-        items += [
-            ("perplexity", arrow(f"{first['perplexity']:.3f}", f"{last['perplexity']:.3f}"), change),
-            ("same next token", percent(last["top1_agreement"]), f"KL {last['kl_mean']:.4f}"),
-        ]
-    return Tiles(items)
-
-
-def _before_after(facts: RunFacts) -> PageTable:
-    measured = {row["name"]: row for row in verified_rows(facts)}
-    columns = [("", LEFT), ("experts", RIGHT), ("parameters", RIGHT), ("active", RIGHT), ("size", RIGHT)]
-    if measured:
-        columns += [(metric.label, RIGHT) for metric in in_view("final")]
-    rows = []
-    for name, sizes in _written(facts).items():
-        row = [
-            name,
-            human_experts(sizes.experts),
-            human_count(sizes.parameters),
-            human_count(sizes.active_parameters),
-            f"{human_bytes(sizes.nbytes)} ({percent(sizes.nbytes / facts.base.nbytes, 0)})",
-        ]
-        if measured:
-            found = measured.get(name, {})
-            row += [metric.show(found.get(metric.name)) for metric in in_view("final")]
-        rows.append(row)
-    return PageTable(columns, rows)
-
-
-def _size_chart(facts: RunFacts) -> Chart:
-    sizes = {name: size.nbytes for name, size in _written(facts).items()}
-    gone = facts.base.nbytes - list(sizes.values())[-1]
-    sentence = f"{human_bytes(gone)} of {human_bytes(facts.base.nbytes)} were saved"
-    if facts.quantized and gone:
-        sentence += (
-            f": {percent((facts.base.nbytes - sizes['pruned']) / gone, 0)} of that by pruning, the rest by quantizing"
-        )
-    colors = ["--neutral", "--accent", "--c3"][: len(sizes)]
-    data = [lying_bars(list(sizes), list(sizes.values()), colors, [human_bytes(size) for size in sizes.values()])]
-    layout = {
-        "xaxis": {"showticklabels": False, "showgrid": False, "zeroline": False, "ticks": ""},
-        "yaxis": {"showgrid": False},
-        "margin": {"b": 8},
-        "bargap": 0.35,
-    }
-    return Chart("sizes", "Size on disk", f"{sentence}.", data, layout, 60 + 42 * len(sizes))
 
 
 # ---------------------------------------------------------------------------------------------- decision
@@ -199,94 +59,6 @@ def decision(facts: RunFacts) -> PageSection | None:
     every = PageTable([("layer", RIGHT), ("kept", RIGHT), ("dropped", LEFT)], by_layer)
     blocks = [PageTable(FACTS, rows, narrow=True), Folded("Every dropped expert, layer by layer", [every])]
     return PageSection("decision", "What was decided", blocks, "", "Decision")
-
-
-# ---------------------------------------------------------------------------------------------- quantization
-
-
-def quantization(facts: RunFacts) -> PageSection | None:
-    """Scheme, bits per weight, what stayed in full precision, which experts the calibration hardly reached."""
-    found = facts.quantization
-    if not found:
-        return None
-    items = [
-        ("scheme", str(found.get("scheme") or "own recipe"), str(found.get("method", ""))),
-        ("bits per weight", number(found.get("bits_per_weight"), 4), "packed weights and scales, as on disk"),
-    ]
-    if found.get("group_size"):
-        items.append(("group size", str(found["group_size"]), "weights per scale"))
-    if found.get("quantized_weights"):
-        matrices = plural(found.get("quantized_matrices", 0), "matrix", "matrices")
-        items.append(("weights quantized", human_count(found["quantized_weights"]), matrices))
-    blocks: list[Any] = [Tiles(items)]
-    if sentence := _quantization_cost(facts):
-        blocks.append(Text(sentence))
-    blocks += _error_by_layer(facts)
-    if left := found.get("left"):
-        rows = [(reason, count(len(modules)), listed(modules, 4)) for reason, modules in left.items()]
-        table = PageTable([("reason", LEFT), ("modules", RIGHT), ("such as", LEFT)], rows)
-        blocks.append(Folded("What was left in full precision, and why", [table]))
-    if note := _hardly_reached(found):
-        blocks.append(Note("warn", note))
-    return PageSection("quantization", "Quantization", blocks, _stored(str(found.get("scheme"))), "Quantization")
-
-
-def _stored(scheme: str) -> str:
-    """How a scheme stores weights, in a sentence; nothing of a raw recipe."""
-    return f"{scheme} stores {SCHEMES[scheme].meaning}." if scheme in SCHEMES else ""
-
-
-def _quantization_cost(facts: RunFacts) -> str:
-    rows = {row["name"]: row for row in verified_rows(facts)}
-    if "pruned" not in rows or "quantized" not in rows:
-        return ""
-    pruned, quantized = rows["pruned"], rows["quantized"]
-    step = quantized["perplexity_ratio"] / pruned["perplexity_ratio"] - 1
-    saved = 1 - quantized["bytes"] / pruned["bytes"]
-    return (
-        f"Quantizing took {percent(saved, 0)} of the pruned model's bytes and changed perplexity by another"
-        f" {signed_percent(step)} (pruning alone: {signed_percent(pruned['perplexity_ratio'] - 1)})."
-    )
-
-
-def _hardly_reached(found: Mapping[str, Any]) -> str:
-    unseen, few = (
-        sum(map(len, (found.get(name) or {}).values()))
-        for name in ("experts_rounded_to_nearest", "experts_with_few_tokens")
-    )
-    if not unseen and not few:
-        return ""
-    return (
-        f"{plural(unseen, 'expert')} received no calibration token and were rounded to nearest;"
-        f" {plural(few, 'expert')} saw fewer than {found.get('few_tokens', 'a few')}. Raise calibration.samples if the"
-        " quantized model loses more than the pruned one."
-    )
-
-
-def _error_by_layer(facts: RunFacts) -> list[Any]:
-    """What the packed matrices, read back from the directory, differ by from their source; or why that says nothing."""
-    proofs = (facts.verification or {}).get("proofs", ())
-    proof = next(
-        (proof for proof in proofs if (proof["directory"], proof["name"]) == ("quantized", "dequantized")), None
-    )
-    if proof is not None and not proof.get("measured", True):
-        return [Text(f"The rounding error of single layers was {proof['detail']}.")]
-    errors = (proof or {}).get("by_layer")
-    if not errors:
-        return []
-    layers, values = [int(layer) for layer in errors], list(errors.values())
-    worst, least = extreme(values, layers), extreme(values, layers, largest=False)
-    sentence = (
-        f"The matrices read back from the directory differ from the pruned ones by {percent(mean(values))} of their"
-        f" norm in the mean layer, by {percent(worst[1])} in layer {worst[0]} and by {percent(least[1])} in layer"
-        f" {least[0]}."
-    )
-    data = [bars(layers, values, "--c3", "layer %{x}: %{y:.2%}")]
-    layout = {
-        "xaxis": axis("layer", **({"dtick": 1} if len(layers) <= 16 else {})),
-        "yaxis": axis("‖packed − source‖ / ‖source‖", ".0%" if max(values) > 0.05 else ".1%", rangemode="tozero"),
-    }
-    return [Chart("quantization-error", "Rounding error by layer", sentence, data, layout, 280)]
 
 
 # ---------------------------------------------------------------------------------------------- calibration
@@ -350,7 +122,7 @@ def _code(text: str) -> Markup:
 
 def proofs(facts: RunFacts) -> PageSection | None:
     """What the verify stage checked on the written directories in a fresh process."""
-    found = (facts.verification or {}).get("proofs")
+    found = facts.verification.get("proofs")
     if not found:
         return None
     tested = [proof for proof in found if proof.get("measured", True)]
@@ -369,7 +141,7 @@ def proofs(facts: RunFacts) -> PageSection | None:
     ]
     table = PageTable([("directory", LEFT), ("proof", LEFT), ("", LEFT), ("detail", LEFT)], rows)
     blocks: list[Any] = [Note("good" if held == len(tested) else "bad", said), table]
-    if results := (facts.verification or {}).get("gates"):
+    if results := facts.verification.get("gates"):
         blocks.append(results_table("The final directory against its own gates", results))
     lead = "The directories were loaded from disk in a fresh process."
     return PageSection("proofs", "Proofs of what was written", blocks, lead, "Proofs")
@@ -378,7 +150,7 @@ def proofs(facts: RunFacts) -> PageSection | None:
 def stages(facts: RunFacts) -> PageSection:
     """Times, hits and keys, then every warning."""
     rows = [(stage.name, stage.state, seconds(stage.seconds), _code((stage.key or "–")[:12])) for stage in facts.stages]
-    timed = [stage for stage in facts.stages if stage.seconds]
+    timed = [(stage, stage.seconds) for stage in facts.stages if stage.seconds]
     warnings = (
         Note("warn", title="Warnings", items=facts.warnings)
         if facts.warnings
@@ -390,22 +162,15 @@ def stages(facts: RunFacts) -> PageSection:
     )
 
 
-def _time_chart(timed: Sequence[StageRow]) -> Chart:
-    total = sum(stage.seconds for stage in timed)
-    longest = max(timed, key=lambda stage: stage.seconds)
-    hits = [stage.name for stage in timed if stage.state == "in the store"]
-    sentence = f"{longest.name} took {percent(longest.seconds / total, 0)} of {seconds(total)}. " + (
+def _time_chart(timed: Sequence[tuple[StageRow, float]]) -> Chart:
+    names, times = [stage.name for stage, _ in timed], [took for _, took in timed]
+    total, (longest, most) = sum(times), extreme(times, names)
+    hits = [stage.name for stage, _ in timed if stage.state == "in the store"]
+    sentence = f"{longest} took {percent(most / total, 0)} of {seconds(total)}. " + (
         f"Taken from the store, not run again: {listed(hits, 9)}." if hits else "No stage was taken from the store."
     )
-    colors = ["--accent" if stage.state == "run" else "--neutral" for stage in timed]
-    data = [
-        lying_bars(
-            [stage.name for stage in timed],
-            [stage.seconds for stage in timed],
-            colors,
-            [seconds(stage.seconds) for stage in timed],
-        )
-    ]
+    colors = ["--accent" if stage.state == "run" else "--neutral" for stage, _ in timed]
+    data = [lying_bars(names, times, colors, [seconds(took) for took in times])]
     layout = {"xaxis": axis("seconds"), "yaxis": {"showgrid": False}, "bargap": 0.3}
     return Chart("times", "Where the time went", sentence, data, layout, 80 + 26 * len(timed))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 from rich import box
 from rich.table import Table
@@ -18,7 +18,7 @@ from reapkit.planning.quantization_memory import quantize_memory
 from reapkit.planning.recipe_differences import RecipeDifference
 
 
-def _table(title: str, columns: Iterable[tuple[str, str]]) -> Table:
+def _table(title: str, columns: Iterable[tuple[str, Literal["left", "right"]]]) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for name, justify in columns:
         table.add_column(name, justify=justify, overflow="fold")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import cached_property
@@ -26,7 +25,7 @@ class View:
 
     observation: Observation
     selection: Selection | None
-    mix: Mapping[str, Decimal] | None
+    mix: dict[str, Decimal] | None
     summed: Totals
     saliency: ndarray
     dropped: ndarray

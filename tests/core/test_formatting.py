@@ -46,3 +46,12 @@ from reapkit.core import formatting as f
 )
 def test_numbers_read_as_people_write_them(text: str, expected: str) -> None:
     assert text == expected
+
+
+def test_the_extreme_of_known_values_is_found_by_name() -> None:
+    assert f.extreme([2.0, 3.0, 3.0], ["a", "b", "c"]) == ("b", 3.0)
+    assert f.extreme([2.0, 3.0], [7, 9], largest=False) == (7, 2.0)
+    assert f.known_extreme([None, 2.0, 1.0], "abc") == ("b", 2.0)
+    assert f.known_extreme([None], "a") is None
+    with pytest.raises(ValueError):
+        f.extreme([], [])

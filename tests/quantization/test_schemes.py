@@ -17,7 +17,7 @@ from reapkit.quantization.sizes import quantized_bytes
 from reapkit.recipe.loading import load
 from reapkit.recipe.schema import QuantizeSpec
 from reapkit.report.card import model_card
-from reapkit.report.run_sections import quantization
+from reapkit.report.quantization_section import quantization
 from reapkit.report.tables import plan_as_json
 from tests.support import synthetic_report
 from tests.support.paths import ROOT

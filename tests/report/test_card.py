@@ -58,9 +58,9 @@ def test_tables_hold_the_mix_and_the_measured_numbers(facts):
 
 
 def test_what_was_not_measured_is_not_claimed(facts):
-    unmeasured = model_card(dataclasses.replace(facts, verification=None, evaluation=None), "pruned")
+    unmeasured = model_card(dataclasses.replace(facts, verification={}, evaluation={}), "pruned")
     assert "measured nothing" in unmeasured and "Proved" not in unmeasured and "gates for" not in unmeasured
-    as_mask = model_card(dataclasses.replace(facts, verification=None), "quantized")
+    as_mask = model_card(dataclasses.replace(facts, verification={}), "quantized")
     assert "The written directory itself was not measured" in as_mask and "before quantization" in as_mask
     proved = model_card(facts, "pruned")
     assert "- pruned, tensors: 96 tensors equal" in proved and "no memory" not in proved and "3e-6" not in proved

@@ -60,7 +60,7 @@ def test_facts_of_a_run_that_its_gates_stopped(plan, tmp_path):
     made = artifacts(plan, tmp_path)
     facts = facts_from(plan, made)
     assert facts.chosen == plan.candidates[0].name and facts.selection.criterion == "reap" and facts.verdict == "reject"
-    assert facts.stopped and facts.verification is None and facts.quantization is None
+    assert facts.stopped and facts.verification == {} == facts.quantization
     assert (
         set(facts.planned[facts.chosen].experts.values()) == {24}
         and facts.planned[facts.chosen].nbytes < facts.base.nbytes

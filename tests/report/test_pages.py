@@ -88,7 +88,7 @@ def test_removal_paths_are_drawn_with_the_numbers_they_hold(observed):
     error = torch.rand(layers, 4, experts, generator=draw, dtype=torch.float64).cumsum(-1) / 100
     order[..., -2:], error[..., -2:] = -1, 0
     paths = Reroute(torch.tensor([5, 6, 7]), order, error, torch.zeros(layers, 3, experts, dtype=torch.float64))
-    section = reroute_section(View.of(dataclasses.replace(observed, reroute=paths), None))
+    section = reroute_section(View.of(observed, None), paths)
     half = error[:, -1, experts // 2 - 1]
     worst = int(half.argmax())
     assert (
@@ -266,8 +266,8 @@ def test_a_run_stopped_early_still_has_a_page(observed, tmp_path):
         chosen=None,
         observation=None,
         selections={},
-        evaluation=None,
-        calibration=None,
+        evaluation={},
+        calibration={},
         stages=(),
         warnings=(),
         versions={},

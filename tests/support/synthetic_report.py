@@ -427,7 +427,7 @@ def facts(
         selections={evaluated["chosen"]: selection(observed, half)},
         evaluation=evaluated,
         quantization=(
-            None
+            {}
             if rejected
             else {
                 "scheme": "W3A16",
@@ -442,7 +442,7 @@ def facts(
                 "experts_rounded_to_nearest": {},
             }
         ),
-        verification=None if rejected else verification(base, pruned, quantized, observed.sources),
+        verification={} if rejected else verification(base, pruned, quantized, observed.sources),
         stages=tuple(
             StageRow(
                 name,

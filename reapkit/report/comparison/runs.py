@@ -47,9 +47,13 @@ def facts(found: Mapping[str, Found], terms: ComparisonTerms) -> dict[str, Any]:
     )
     models = {run["identity"] for run in runs.values()}
     rows = {run["packs"] for run in runs.values()}
-    selections = {letter: _selection(each.place, runs[letter]["candidate"]) for letter, each in found.items()}
+    selections = {
+        letter: selection
+        for letter, each in found.items()
+        if (selection := _selection(each.place, runs[letter]["candidate"])) is not None
+    }
     decided = None
-    if len(models) == 1 and all(selections.values()):
+    if len(models) == 1 and len(selections) == len(runs):
         try:
             decided = compare_selections(selections)
         except UnusableError:  # other layers, such as an MTP block: sizes and quality still compare

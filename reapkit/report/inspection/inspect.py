@@ -30,7 +30,7 @@ class Inspection:
 
     def blocks(self, *, colour: bool) -> list[Block]:
         """What a terminal prints, in order; without `colour` scored tokens stand between ⟦ and ⟧."""
-        head = [_provenance(self.found)] if self.found.artifact else []
+        head = [_provenance(self.found, self.found.artifact)] if self.found.artifact else []
         return head + (_module(self.found.kind).blocks(self.facts, colour=colour) if self.found.kind else [])
 
 
@@ -54,8 +54,7 @@ def _module(kind: str) -> Any:
     return import_module(f"reapkit.report.inspection.{kind}")
 
 
-def _provenance(found: Found) -> Block:
-    artifact = found.artifact
+def _provenance(found: Found, artifact: Mapping[str, Any]) -> Block:
     where = (
         human_bytes(artifact["bytes"]) if artifact["bytes"] is not None else "files deleted, only the manifest is left"
     )

@@ -11,7 +11,7 @@ import numpy as np
 
 from reapkit.core.formatting import narrow_percent, ranges
 from reapkit.observation.materials import EAFT_SIGNALS
-from reapkit.observation.observation import Observation
+from reapkit.observation.observation import Observation, Reroute
 from reapkit.recipe.schema import EaftSpec, SaliencySpec
 from reapkit.report.export import ranking_by_layer
 from reapkit.report.inspection.render import Block, all_last, lines, notes, table
@@ -52,7 +52,7 @@ def facts(directory: Path) -> dict[str, Any]:
         ],
         "first_half": first_half(observation, counts),
         "eaft": None if observation.eaft is None else _eaft(observation),
-        "reroute": None if observation.reroute is None else _reroute(observation),
+        "reroute": None if observation.reroute is None else _reroute(observation, observation.reroute),
     }
 
 
@@ -78,10 +78,9 @@ def _eaft(observation: Observation) -> dict[str, Any]:
     return summarise(region_positions(observation, EaftSpec(), alphas), observation.sources, alphas)
 
 
-def _reroute(observation: Observation) -> dict[str, Any]:
+def _reroute(observation: Observation, found: Reroute) -> dict[str, Any]:
     """The sample, and by layer the error of the mix's path where it has removed each of REMOVED (None beyond its
     end)."""
-    found = observation.reroute
     steps = {share: int(observation.num_experts * share) for share in REMOVED}
     errors, ends = found.error[:, -1], (found.order[:, -1] >= 0).sum(-1).tolist()
     return {

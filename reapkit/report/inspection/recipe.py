@@ -45,9 +45,7 @@ def _fields(model: BaseModel, plain: Mapping[str, Any], prefix: str = "") -> Ite
 
 def _mix(recipe: Recipe) -> list[dict[str, Any]]:
     calibration = recipe.calibration
-    unit, total = (
-        ("samples", calibration.samples) if calibration.samples is not None else ("tokens", calibration.tokens)
-    )
+    unit, total = calibration.asked
     weights = [entry.weight for entry in calibration.mix]
     amounts = largest_remainder(total, weights)
     return [

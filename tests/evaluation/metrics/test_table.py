@@ -19,7 +19,7 @@ from reapkit.evaluation.metrics.signals import describe
 from reapkit.evaluation.metrics.table import METRICS, in_view, metric_of, metrics_table
 from reapkit.evaluation.throughput import NUMBERS
 from reapkit.recipe.schema import GatesSpec
-from reapkit.report import comparison_sections, quality_sections, run_sections
+from reapkit.report import comparison_sections, quality_sections, result_section
 from reapkit.report.blocks import PageTable
 from reapkit.report.card import model_card
 from reapkit.report.comparison import runs
@@ -154,7 +154,7 @@ def test_a_new_metric_is_one_record_for_gates(facts) -> None:
 
 
 def test_a_new_metric_is_one_record_for_the_page_and_the_card(facts) -> None:
-    assert any("surprised" in columns for columns in _columns(run_sections.result(facts).blocks))
+    assert any("surprised" in columns for columns in _columns(result_section.result(facts).blocks))
     quality = quality_sections.quality(facts)
     assert any("surprised" in columns for columns in _columns(quality.blocks))
     assert "Surprise at the text" in {block.title for block in quality.blocks if hasattr(block, "data")}
