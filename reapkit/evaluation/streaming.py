@@ -94,9 +94,7 @@ def evaluate_streaming(
         )
         for part in PARTS
     )
-    return give_verdict(
-        decide, confirm, candidates, gates, controls=controls, pack_samples=pack_samples, steps=steps
-    )
+    return give_verdict(decide, confirm, candidates, gates, controls=controls, pack_samples=pack_samples, steps=steps)
 
 
 def yardstick_streaming(

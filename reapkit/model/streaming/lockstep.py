@@ -76,7 +76,7 @@ class Forward:
         self._nbytes = storage.nbytes()
         raw = torch.empty(0, dtype=torch.uint8, device=self.hidden.device).set_(storage)
         on_host = raw.to("cpu", copy=True)
-        self._parked = on_host if file is None else (file, file.put(memoryview(on_host.numpy())))
+        self._parked = on_host if file is None else (file, file.put(on_host.numpy().data))
         storage.resize_(0)
 
     def unpark(self) -> None:
@@ -87,7 +87,7 @@ class Forward:
         else:
             raw = torch.empty(self._nbytes, dtype=torch.uint8)
             file, block = self._parked
-            file.take(block, memoryview(raw.numpy()))
+            file.take(block, raw.numpy().data)
         storage = self.hidden.untyped_storage()
         storage.resize_(self._nbytes)
         torch.empty(0, dtype=torch.uint8, device=self.hidden.device).set_(storage).copy_(raw)
