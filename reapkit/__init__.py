@@ -9,10 +9,46 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from reapkit.api import Observation, Totals, apply, load_model, load_recipe, plan, select
+    from reapkit.api import (
+        Observation,
+        Plan,
+        Problem,
+        ReapkitError,
+        Recipe,
+        RecipeError,
+        RejectedByGates,
+        Run,
+        Selection,
+        StageFailed,
+        Totals,
+        UnusableError,
+        apply,
+        load_model,
+        load_recipe,
+        plan,
+        select,
+    )
 
 __version__ = "0.1.0"
-__all__ = ["Observation", "Totals", "apply", "load_model", "load_recipe", "plan", "select"]
+__all__ = [
+    "Observation",
+    "Plan",
+    "Problem",
+    "ReapkitError",
+    "Recipe",
+    "RecipeError",
+    "RejectedByGates",
+    "Run",
+    "Selection",
+    "StageFailed",
+    "Totals",
+    "UnusableError",
+    "apply",
+    "load_model",
+    "load_recipe",
+    "plan",
+    "select",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import reapkit
 from reapkit import api
+from tests.support.observations import observe_routing, random_routing
 from tests.support.paths import ROOT
 
 
@@ -83,3 +86,54 @@ def test_plan_takes_a_path_a_name_or_a_recipe() -> None:
     recipe = reapkit.load_recipe(ROOT / "recipes" / "demo.yaml")
     plans = [reapkit.plan(recipe), reapkit.plan(str(ROOT / "recipes" / "demo.yaml")), reapkit.plan("demo")]
     assert len({tuple(stage.key for stage in plan.stages) for plan in plans}) == 1
+
+
+def test_the_errors_of_users_code_are_exported() -> None:
+    for name in ("ReapkitError", "RecipeError", "UnusableError", "StageFailed", "RejectedByGates"):
+        assert issubclass(getattr(reapkit, name), reapkit.ReapkitError)
+    with pytest.raises(reapkit.RecipeError, match="must be below 1"):
+        reapkit.load_recipe("demo", ["prune.ratio=3"])
+
+
+def test_a_plan_shows_itself_in_a_line_and_in_a_notebook(tmp_path: Path) -> None:
+    plan = reapkit.plan(reapkit.load_recipe("demo", [f"runtime.store={tmp_path / 'store'}"]))
+    assert repr(plan) == (
+        "<Plan demo: builtin:demo, 32 experts in 4 layers; to run: calibrate, packs, observe, select, evaluate, prune,"
+        " quantize, verify, report>"
+    )
+    page = plan._repr_html_()
+    assert "<td>quantize</td><td>will run</td><td>first run of this stage</td>" in page and "<td>3.62 M</td>" in page
+
+
+@pytest.fixture
+def observed(tmp_path: Path) -> Path:
+    routing = random_routing(seed=3)
+    observe_routing(routing).save(tmp_path / "payload")
+    return tmp_path / "payload"
+
+
+def test_an_observation_shows_itself_and_its_numbers(observed: Path) -> None:
+    observation = reapkit.Observation.load(observed)
+    told = repr(observation)
+    assert told.startswith("<Observation of ") and "2 layers x" in told and len(told) < 300
+    assert all(f"<td>{name}</td>" in observation._repr_html_() for name in observation.sources)
+    table = observation.to_pandas()
+    sources = [*observation.sources, "all"]
+    assert len(table) == len(observation.layers) * observation.num_experts * len(sources)
+    layer, expert, source = 1, 2, 0
+    row = table[
+        (table.layer == observation.layers[layer]) & (table.expert == expert) & (table.source == sources[source])
+    ]
+    assert row["gate_norm_sum"].item() == observation.statistics["gate_norm_sum"][layer, source, expert]
+    both = table[(table.layer == observation.layers[layer]) & (table.expert == expert)].set_index("source")["count"]
+    assert both["all"] == both.drop("all").sum()
+
+
+def test_an_observation_is_found_in_a_run(observed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copytree(observed, run / "observation")
+    (run / "run.json").write_text("{}")
+    assert reapkit.Observation.load(run).sources == reapkit.Observation.load(observed).sources
+    with pytest.raises(reapkit.UnusableError):
+        reapkit.Observation.load(tmp_path / "nowhere")

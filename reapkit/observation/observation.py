@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import numpy as np
 from numpy import ndarray
@@ -193,7 +193,7 @@ class Observation:
         write_text(directory / "observation.json", text)
 
     @classmethod
-    def load(cls, directory: Path) -> Observation:
+    def load(cls, directory: Path) -> Self:
         """Raises UnusableError where the directory holds no observation this version can read."""
         directory = Path(directory)
         try:

@@ -16,10 +16,15 @@ from reapkit.core.artifact_store import Artifact
 from reapkit.core.atomic_files import write_text
 from reapkit.core.bus_errors import during
 from reapkit.core.errors import RecipeError, RejectedByGates, StageFailed, UnusableError
+from reapkit.core.formatting import human_bytes
 from reapkit.core.garbage_collection import register
+from reapkit.core.json_text import parse_json
+from reapkit.core.notebook import html_table
 from reapkit.core.progress import SILENT, Progress
 from reapkit.core.ranks import ALONE, Alone
 from reapkit.core.refusals import refusal_in
+from reapkit.evaluation.metrics.table import in_view
+from reapkit.evaluation.outcome import Outcome, outcome
 from reapkit.evaluation.task_benchmarks import require_lm_eval
 from reapkit.pipeline.damaged import SoundPlans
 from reapkit.pipeline.planned import make_plan
@@ -37,7 +42,7 @@ from reapkit.report.facts import recipe_yaml
 from reapkit.report.run_report import unfinished_report
 
 
-@dataclass
+@dataclass(repr=False)
 class Run:
     """What a walk did: artifacts by stage, which stages were executed, seconds and warnings."""
 
@@ -47,6 +52,30 @@ class Run:
     executed: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     ranks: Alone = ALONE
+
+    def __repr__(self) -> str:
+        done = ", ".join(self.executed) or "nothing"
+        return f"<Run {self.plan.recipe.name} in {self.directory}: {self.outcome.headline}; ran: {done}>"
+
+    def _repr_html_(self) -> str:
+        stages = [
+            (name, "ran" if name in self.executed else "in the store", f"{artifact.manifest['seconds']:.1f} s")
+            for name, artifact in self.artifacts.items()
+        ]
+        made = html_table(f"{self.plan.recipe.name}: {self.outcome.headline}", ("stage", "", "took"), stages)
+        rows = self.summary("verify").get("rows", ())
+        columns = in_view("narrow")
+        measured = [
+            (
+                row["name"],
+                row["experts"],
+                human_bytes(row["bytes"]),
+                *(metric.show(row.get(metric.name)) for metric in columns),
+            )
+            for row in rows
+        ]
+        names = ("", "experts", "size", *(metric.label for metric in columns))
+        return made + (html_table("measured on held-out rows", names, measured) if measured else "")
 
     @property
     def directory(self) -> Path:
@@ -65,6 +94,19 @@ class Run:
         """The stages of this run whose models were made, the final one last."""
         return tuple(
             stage for stage in self.plan.stages if stage.definition.makes_model and stage.name in self.artifacts
+        )
+
+    @property
+    def outcome(self) -> Outcome:
+        """What was judged, by which gates, and how the final directory stands to the same limits."""
+        return outcome(self._record("evaluate", "evaluation.json"), self._record("verify", "verify.json"))
+
+    def _record(self, stage: str, file: str) -> Mapping[str, Any] | None:
+        artifact = self.artifacts.get(stage)
+        return (
+            parse_json((artifact.payload / file).read_bytes())
+            if artifact is not None and artifact.has_payload
+            else None
         )
 
     def summary(self, stage: str) -> Mapping[str, Any]:
@@ -152,6 +194,9 @@ def _walk(
         with suppress(OSError):  # a full disk must not hide why the run ended
             _keep_attempt(run, error)
         raise
+    if warning := run.outcome.warning:
+        progress.warn(warning)
+        run.warnings.append(warning)
     _publish(run, proven="verify" in run.artifacts or until in {stage.name for stage in run.models})
     _drop_unwanted(run)
     _stop_if_final_rejected(run)
@@ -395,6 +440,7 @@ def describe(run: Run) -> dict[str, Any]:
         "name": run.plan.recipe.name,
         "recipe": run.plan.loaded.shown,
         "model": run.plan.recipe.model.source,
+        "outcome": {"word": run.outcome.word, "sentence": run.outcome.sentence},
         "stages": stages,
         "warnings": list(dict.fromkeys(run.warnings)),
         "versions": versions(),

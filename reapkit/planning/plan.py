@@ -21,8 +21,9 @@ from reapkit.checkpoint.mtp_support import mtp_notes, observed_mtp, why_unobserv
 from reapkit.checkpoint.parameter_counts import active_parameters, pruned_sizes
 from reapkit.core.artifact_store import Store
 from reapkit.core.errors import Problem, RecipeError, UnusableError
-from reapkit.core.formatting import ranges
+from reapkit.core.formatting import human_bytes, human_count, human_experts, ranges
 from reapkit.core.hashing import digest_file
+from reapkit.core.notebook import html_table
 from reapkit.observation.external import ImportedObservation
 from reapkit.planning.checks import checked_candidates, recipe_problems
 from reapkit.planning.estimates import Estimates, Machine, estimate, machine_memory
@@ -73,7 +74,7 @@ class Identities:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """Everything decided before any weight is read: one per run.
 
@@ -95,6 +96,23 @@ class Plan:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", resolve_stages(self))
+
+    def __repr__(self) -> str:
+        runs = [stage.name for stage in self.stages if not stage.hit]
+        experts = f"{human_experts(self.base.experts)} experts in {len(self.layout.layers)} layers"
+        model = f"{self.recipe.model.source}, {experts}"
+        return f"<Plan {self.recipe.name}: {model}; to run: {', '.join(runs) or 'nothing'}>"
+
+    def _repr_html_(self) -> str:
+        stages = [(stage.name, "hit" if stage.hit else "will run", stage.reason) for stage in self.stages]
+        sizes = {"base": self.base} | {candidate.name: self.pruned(candidate) for candidate in self.candidates}
+        rows = [
+            (name, human_experts(size.experts), human_count(size.parameters), human_bytes(size.nbytes))
+            for name, size in sizes.items()
+        ]
+        return html_table(f"{self.recipe.name}: stages", ("stage", "state", "why"), stages) + html_table(
+            self.recipe.model.source, ("", "experts", "parameters", "size"), rows
+        )
 
     def downloaded(self) -> Plan:
         """The same plan with the whole model on this machine, its stages looked up in the store now."""

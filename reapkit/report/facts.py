@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ import yaml
 
 from reapkit.checkpoint.locate import is_local
 from reapkit.core.artifact_store import Artifact
+from reapkit.evaluation.outcome import Outcome, outcome
 from reapkit.planning.plan import Plan, Sizes
 from reapkit.recipe.schema import Recipe
 from reapkit.recipe.yaml_tree import walk
@@ -86,11 +88,10 @@ class RunFacts:
         """The chosen candidate's decision."""
         return self.selections.get(self.chosen) if self.chosen else None
 
-    @property
-    def verdict(self) -> str:
-        """The last verdict given: of the verification where it judged, else of the evaluation, else "not judged"."""
-        verified = self.verification.get("verdict", "not judged")
-        return verified if verified != "not judged" else self.evaluation.get("verdict", "not judged")
+    @cached_property
+    def outcome(self) -> Outcome:
+        """What was judged, by which gates, and how the final directory stands to them."""
+        return outcome(self.evaluation, self.verification)
 
     @property
     def stopped(self) -> bool:

@@ -42,9 +42,9 @@ def limit(metric: str, gate: Mapping[str, Any]) -> str:
     return f"at most {shown(metric, high)}" if high is not None else f"at least {shown(metric, low)}"
 
 
-def badge(verdict: str) -> Markup:
-    """A verdict as a coloured word."""
-    return Markup('<span class="verdict {}">{}</span>').format(TONES.get(verdict, "info"), verdict)
+def badge(verdict: str, tone: str | None = None) -> Markup:
+    """A verdict as a coloured word; its own tone, or this one."""
+    return Markup('<span class="verdict {}">{}</span>').format(tone or TONES.get(verdict, "info"), verdict)
 
 
 def generated(facts: RunFacts) -> list[tuple[str, str, Mapping[str, Any] | None, Mapping[str, Any]]]:

@@ -20,12 +20,6 @@ from reapkit.report.quantization_section import quantization
 from reapkit.report.result_section import result
 from reapkit.report.view import View
 
-BADGES = {
-    "pass": ("good", "Passed its gates"),
-    "reject": ("bad", "Rejected by its gates"),
-    "undecided": ("warn", "Undecided"),
-    "not judged": ("info", "Not judged by gates"),
-}
 FOOTER = (
     "Intervals are 95 % bootstrap intervals over rows. Curves of the observation are forecasts; the numbers against the"
     " base are measured."
@@ -61,7 +55,7 @@ def run_page(facts: RunFacts) -> Page:
         "reapkit run",
         [part for part in parts if part is not None],
         _subtitle(facts),
-        BADGES.get(facts.verdict),
+        (facts.outcome.tone, facts.outcome.headline),
         FOOTER,
         page_data(view) if view else {},
         slider(view) if view else None,

@@ -13,6 +13,7 @@ from reapkit.core.formatting import human_bytes
 from reapkit.evaluation.gates import UNION
 from reapkit.evaluation.metrics.metric import Metric
 from reapkit.evaluation.metrics.table import METRICS, in_view
+from reapkit.evaluation.outcome import outcome
 from reapkit.planning.recipe_differences import differing_fields
 from reapkit.report.blocks import Chart, Folded, Grid, Note, Page, PageSection, PageTable
 from reapkit.report.charts import axis, names_axis, whiskers
@@ -84,12 +85,11 @@ def _one(directory: Path) -> dict[str, Any]:
     measured, length, groups = _quality(verified, evaluation)
     lock = directory / "lock.json"
     identity = (read_json(lock).get("model") or {}).get("identity") if lock.is_file() else None
-    verdict = verified.get("verdict", "not judged")
     return {
         "name": run["name"],
         "model": run["model"],
         "identity": identity or run["model"],
-        "verdict": verdict if verdict != "not judged" else evaluation.get("verdict", "not judged"),
+        **_ending(evaluation, verified),
         "candidate": summary("prune").get("candidate") or evaluation.get("chosen"),
         "packs": (stages.get("packs") or {}).get("key"),
         "sizes": [
@@ -101,6 +101,12 @@ def _one(directory: Path) -> dict[str, Any]:
         "quality": groups,
         "seconds": sum(stage["seconds"] for stage in stages.values() if stage.get("executed")),
     }
+
+
+def _ending(evaluation: Mapping[str, Any], verified: Mapping[str, Any]) -> dict[str, str]:
+    """The verdict in words, its tone, and what was judged by which gates."""
+    found = outcome(evaluation or None, verified or None)
+    return {"verdict": found.word, "tone": found.tone, "judged": found.sentence}
 
 
 def _quality(
@@ -279,13 +285,13 @@ def page(found: Mapping[str, Any], places: Mapping[str, str]) -> Page:
             row["experts"],
             human_bytes(row["bytes"]),
             f"{row['perplexity']:.3f}",
-            badge(run["verdict"]) if last else "",
+            badge(run["verdict"], run["tone"]) if last else "",
         )
         for letter, run in runs.items()
         for last, row in _with_last(run["sizes"])
     ]
     rows += [
-        (letter, places[letter], "not measured to its end", "–", "–", "–", badge(run["verdict"]))
+        (letter, places[letter], "not measured to its end", "–", "–", "–", badge(run["verdict"], run["tone"]))
         for letter, run in runs.items()
         if not run["sizes"]
     ]

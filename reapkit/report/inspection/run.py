@@ -22,6 +22,7 @@ def facts(directory: Path) -> dict[str, Any]:
     }
     return {
         **{name: run[name] for name in ("name", "recipe", "model", "warnings", "versions")},
+        "outcome": run.get("outcome"),
         "stages": stages,
         **_leaked(directory),
     }
@@ -80,6 +81,8 @@ def blocks(found: Mapping[str, Any], *, colour: bool) -> list[Block]:
     ]
     if "verify" in stages:
         made.append(result_table(stages["verify"]["summary"]))
+    if outcome := found.get("outcome"):
+        made.append(lines(outcome["sentence"], ""))
     advice = (stages.get("evaluate") or {"summary": {}})["summary"].get("advice")
     return [
         *made,
