@@ -115,7 +115,7 @@ def observed(tmp_path: Path) -> Path:
 def test_an_observation_shows_itself_and_its_numbers(observed: Path) -> None:
     observation = reapkit.Observation.load(observed)
     told = repr(observation)
-    assert told.startswith("<Observation of ") and "2 layers x" in told and len(told) < 300
+    assert told.startswith("<Observation of ") and "3 layers x 8 experts" in told and len(told) < 300
     assert all(f"<td>{name}</td>" in observation._repr_html_() for name in observation.sources)
     table = observation.to_pandas()
     sources = [*observation.sources, "all"]
@@ -135,5 +135,5 @@ def test_an_observation_is_found_in_a_run(observed: Path, tmp_path: Path) -> Non
     shutil.copytree(observed, run / "observation")
     (run / "run.json").write_text("{}")
     assert reapkit.Observation.load(run).sources == reapkit.Observation.load(observed).sources
-    with pytest.raises(reapkit.UnusableError):
+    with pytest.raises(reapkit.ReapkitError, match="no such file or directory"):
         reapkit.Observation.load(tmp_path / "nowhere")

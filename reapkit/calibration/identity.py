@@ -36,14 +36,18 @@ def source_identity(entry: MixEntry, directory: Path) -> dict[str, Any]:
     """What names the content of a mix entry: generator version, file hashes, or hub id with its revision."""
     if entry.source.startswith("builtin:"):
         return {"builtin": entry.source.removeprefix("builtin:"), "generators": _generators_identity()}
-    if is_local(entry.source, directory) and (folder := local_path(entry.source, directory)).is_dir():
+    if is_local_data(entry.source, directory) and (folder := local_path(entry.source, directory)).is_dir():
         inside = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
         return {
             "files": {str(file.relative_to(folder)): [file.stat().st_size, file.stat().st_mtime_ns] for file in inside}
         }
-    if is_local(entry.source, directory):
+    if is_local_data(entry.source, directory):
         return {"files": {Path(file).name: digest_file(Path(file)) for file in source_files(entry, directory)}}
     return {"hub": entry.source, "config": entry.config, "split": entry.split, "revision": entry.revision}
+
+
+DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".txt", ".csv", ".tsv", ".arrow", ".gz", ".zst")
+"""No hub dataset is named so: a source that ends like this is a file, also where it does not exist."""
 
 
 @cache
@@ -51,6 +55,14 @@ def _generators_identity() -> str:
     """The packaged generators are code and tables: their files' hashes name what they make."""
     here = Path(generators.__file__).parent
     return digest([digest_file(file) for file in sorted([*here.glob("*.py"), *here.glob("*.yaml")])])
+
+
+def is_local_data(source: str, directory: Path) -> bool:
+    """Whether a source names files: as `is_local`, and whatever ends like a data file or lies deeper than a hub id."""
+    if "://" in source:
+        return False
+    deep = source.strip("/").count("/") > 1
+    return is_local(source, directory) or source.lower().endswith(DATA_SUFFIXES) or deep
 
 
 def source_files(entry: MixEntry, directory: Path) -> list[str]:

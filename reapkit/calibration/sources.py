@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from reapkit.calibration.identity import source_files
+from reapkit.calibration.identity import is_local_data, source_files
 from reapkit.calibration.row_readers import (
     ArrowRows,
     CountedRows,
@@ -26,7 +26,7 @@ from reapkit.calibration.row_readers import (
     Rows,
     StreamedRows,
 )
-from reapkit.checkpoint.locate import is_local, local_path
+from reapkit.checkpoint.locate import local_path
 from reapkit.core.errors import UnusableError
 from reapkit.recipe.schema import MixEntry
 
@@ -90,7 +90,7 @@ def open_walk(entry: MixEntry, recipe_directory: Path, *, seed: int, held_out: b
                 f"source '{entry.name}': generated rows have no columns, so they cannot be filtered. Remove `filter`."
             )
         return Walk(entry.name, generated, "generated", None, PACK_START if held_out else 0)
-    local = is_local(entry.source, recipe_directory)
+    local = is_local_data(entry.source, recipe_directory)
     rows = _open_files(entry, recipe_directory, seed) if local else open_dataset(entry, entry.source, seed)
     if isinstance(rows, StreamedRows):
         return Walk(entry.name, rows, f"stream shuffled over {STREAM_BUFFER} rows", None, skip if held_out else 0)

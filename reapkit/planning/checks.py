@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from reapkit.calibration.builtin import generators
+from reapkit.calibration.first_rows import first_row_problems
 from reapkit.checkpoint.architecture import text_config
 from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.checkpoint.expert_layout import Layout
@@ -40,6 +41,7 @@ def recipe_problems(loaded: LoadedRecipe, observation: Path | None) -> list[Prob
     """Every contradiction that the recipe shows without its checkpoint; with an `observation` made elsewhere nothing
     needs to be collected."""
     problems = _candidate_problems(loaded) + _source_problems(loaded) + _mix_problems(loaded)
+    problems += [] if observation is not None else _data_problems(loaded)
     problems += [] if observation is not None else _unmeasured(loaded)
     problems += _unmeasured_gates(loaded) + _missing_tasks(loaded) + _gate_problems(loaded)
     problems += [
@@ -56,6 +58,15 @@ def _candidate_problems(recipe: Recipe) -> list[Problem]:
     except RecipeError as error:
         return error.problems
     return []
+
+
+def _data_problems(loaded: LoadedRecipe) -> list[Problem]:
+    """Local data that is not there, is empty or has other columns than the recipe names."""
+    listed = {"calibration.mix": loaded.calibration.mix, "evaluate.extra_packs": loaded.evaluate.extra_packs}
+    places = {f"{path}[{i}]": entry for path, entries in listed.items() for i, entry in enumerate(entries)}
+    return [
+        problem for place, entry in places.items() for problem in first_row_problems(entry, place, loaded.directory)
+    ]
 
 
 def _mix_problems(recipe: Recipe) -> list[Problem]:

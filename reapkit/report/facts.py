@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from reapkit.checkpoint.locate import is_local
+from reapkit.calibration.identity import is_local_data
 from reapkit.core.artifact_store import Artifact
 from reapkit.evaluation.outcome import Outcome, outcome
 from reapkit.planning.plan import Plan, Sizes
@@ -177,7 +177,7 @@ def _plain(value: Any) -> Any:
 
 
 def _on_hub(source: str, directory: Path) -> bool:
-    return not source.startswith("builtin:") and not is_local(source, directory)
+    return not source.startswith("builtin:") and not is_local_data(source, directory)
 
 
 def _source_model(plan: Plan) -> SourceModel:
