@@ -159,4 +159,5 @@ def _verdicts(facts: RunFacts, which: str) -> list[str]:
             if final in words
             else "The recipe set no gates for the quantized model."
         )
+        lines += [f"It breaks a limit that the pruning kept: {result}." for result in facts.outcome.breaking]
     return lines

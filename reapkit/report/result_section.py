@@ -28,9 +28,15 @@ def result(facts: RunFacts) -> PageSection:
         if facts.verification
         else ""
     )
-    return PageSection(
-        "result", "Before and after", [_tiles(facts), _before_after(facts), _size_chart(facts)], lead, "Result"
-    )
+    blocks = [*_judged(facts), _tiles(facts), _before_after(facts), _size_chart(facts)]
+    return PageSection("result", "Before and after", blocks, lead, "Result")
+
+
+def _judged(facts: RunFacts) -> list[Note | Code]:
+    """What was judged, by which gates, and the limits that the final directory does not keep."""
+    found = facts.outcome
+    breaking = [Code("\n".join(map(str, found.breaking)), "Limits that the final directory does not keep")]
+    return [Note(found.tone, found.sentence), *(breaking if found.breaking else [])]
 
 
 def rejection(facts: RunFacts) -> list[Note | Code]:

@@ -158,11 +158,21 @@ def test_what_comes_from_data_cannot_break_out_of_the_page(observed):
     assert json.loads(str(as_json({"name": hostile, "rate": float("nan")}))) == {"name": hostile, "rate": None}
 
 
+def test_a_final_model_that_its_own_gates_passed_is_called_passed(observed):
+    facts = synthetic.facts(observed=observed)
+    judged = {**facts.verification, "verdict": "pass"}
+    words = text(run_page(dataclasses.replace(facts, verification=judged)))
+    assert "Passed its gates" in words and "The final model passes evaluate.gates_quantized" in words
+    assert "does not keep" not in words
+
+
 def test_a_finished_run_shows_sizes_quality_and_how_to_repeat_it(finished):
     words = text(run_page(finished))
     for expected in (
         "7.3\u00a0MB → 1.9\u00a0MB",
-        "Passed its gates",
+        "Pruning passed; quantized, it may break the same limits",
+        "Limits that the final directory does not keep",
+        "perplexity_ratio 1.05 [1.036, 1.064] (all, 512 tokens), limit ≤ 1.05: undecided",
         "reapkit apply small.yaml --set prune.ratio=0.5",
         "W3A16",
         "&lt;a&gt; list",
