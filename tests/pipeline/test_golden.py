@@ -3,8 +3,9 @@
     python -m tests.pipeline.test_golden
 
 writes the file anew, once the versions of the stages that changed were raised. On the machine and with the versions
-that wrote it the files' sha256 are compared; elsewhere names, shapes, integers and words exactly, and real numbers to
-2 %.
+that wrote it the files' sha256 are compared. Elsewhere other instructions round otherwise, a token near a tie takes
+another expert, and text is continued with another word: there names, types, shapes and words are compared exactly, sums
+of tensors to 2 % and measured numbers, of a few hundred positions, to a quarter.
 """
 
 from __future__ import annotations
@@ -44,9 +45,10 @@ SMALL = (
     "prune.repair=ridge",
     "quantize.method=rtn",
 )
-MEASURED = {"seconds", "tokens_per_second", "finished", "versions", "device", "placement"}
-"""Keys of facts that differ from run to run."""
-RELATIVE, ABSOLUTE = 0.02, 1e-4
+MEASURED = {"seconds", "tokens_per_second", "finished", "versions", "device", "placement", "examples"}
+"""Keys of facts that differ from run to run, or hold generated text."""
+OF_TENSORS, OF_MEASUREMENTS = (0.02, 1e-4), (0.25, 0.05)
+"""Relative and absolute tolerances on another machine."""
 LONG, MANY = 8, 64  # longer lists, and mappings of more entries, are summed up
 
 
@@ -64,7 +66,7 @@ def walked(directory: Path) -> Run:
 
 
 def facts_of_file(path: Path) -> Any:
-    """The file without what another machine's rounding changes: integers and words exact, real numbers as numbers."""
+    """The file in short: names, types, shapes and words, and numbers to be compared as numbers."""
     if path.suffix == ".safetensors":
         tensors = {name: facts_of_tensor(path, info) for name, info in sorted(read_header(path).items())}
         return summary([*tensors.items()]) if len(tensors) > MANY else tensors
@@ -80,8 +82,8 @@ def facts_of_tensor(path: Path, info: Any) -> list[Any]:
         values = raw.view(stored.numpy).astype(np.float64)
         values = values[np.isfinite(values)]
         return [info.dtype, list(info.shape), float(values.mean()) if values.size else 0.0, float(np.abs(values).sum())]
-    digest = hashlib.sha256(raw.tobytes()).hexdigest()[:16] if info.dtype.startswith(("I", "U", "BOOL")) else ""
-    return [info.dtype, list(info.shape), digest]
+    whole = info.dtype.startswith(("I", "U", "BOOL"))
+    return [info.dtype, list(info.shape), float(raw.view(stored.numpy).astype(np.float64).sum()) if whole else 0.0]
 
 
 def without_measured(value: Any) -> Any:
@@ -94,11 +96,15 @@ def without_measured(value: Any) -> Any:
 
 
 def summary(values: list[Any]) -> list[Any]:
-    """A long list in short: its length, and the sums of its real numbers or the hash of everything else."""
+    """A long list in short: its length, the sum of its numbers, and the hash of everything else."""
     flat = list(flattened(values))
-    real = [value for value in flat if isinstance(value, float)]
-    rest = [words(value) if isinstance(value, str) else value for value in flat if not isinstance(value, float)]
-    return [len(values), sum(map(abs, real)), hashlib.sha256(json.dumps(rest).encode()).hexdigest()[:16]]
+    numbers = [value for value in flat if is_number(value)]
+    rest = [words(value) if isinstance(value, str) else value for value in flat if not is_number(value)]
+    return [len(values), float(sum(map(abs, numbers))), hashlib.sha256(json.dumps(rest).encode()).hexdigest()[:16]]
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def flattened(value: Any) -> Iterator[Any]:
@@ -122,8 +128,9 @@ def differences(expected: Any, found: Any, place: str) -> Iterator[str]:
     elif isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
         for index, (one, other) in enumerate(zip(expected, found, strict=True)):
             yield from differences(one, other, f"{place}[{index}]")
-    elif isinstance(expected, float) and isinstance(found, int | float):
-        if not math.isclose(expected, found, rel_tol=RELATIVE, abs_tol=ABSOLUTE):
+    elif is_number(expected) and is_number(found):
+        relative, absolute = OF_TENSORS if ".safetensors" in place else OF_MEASUREMENTS
+        if not math.isclose(expected, found, rel_tol=relative, abs_tol=absolute):
             yield f"{place}: {expected} became {found}"
     elif expected != found:
         yield f"{place}: {str(expected)[:80]} became {str(found)[:80]}"
@@ -185,17 +192,18 @@ def test_every_stage_gives_what_its_version_gave(run: Run) -> None:
 
 def test_the_bytes_are_those_of_this_machine(run: Run) -> None:
     golden = json.loads(GOLDEN.read_text())
+    assert golden["sha256"].keys() == hashed(run).keys()
     if golden["machine"] != this_machine():
-        assert golden["machine"] and len(golden["sha256"]) == 9, "the file names the machine that wrote it"
-        return
+        pytest.skip(f"bytes are compared on the machine that wrote them: {golden['machine']}")
     changed = [name for name, sha in hashed(run).items() if sha != golden["sha256"][name]]
     assert not changed, f"raise the versions of {changed}, then write golden.json anew"
 
 
 def test_a_difference_is_noticed() -> None:
-    assert list(differences({"a": [1, 2.0]}, {"a": [1, 2.1]}, "x")) == ["x.a[1]: 2.0 became 2.1"]
+    assert list(differences({"a": [1, 2.0]}, {"a": [1, 2.8]}, "x")) == ["x.a[1]: 2.0 became 2.8"]
     assert list(differences({"a": 1}, {"a": 2, "b": 3}, "x")) == ["x.a: 1 became 2", "x.b: None became 3"]
-    assert not list(differences({"a": 2.0}, {"a": 2.01}, "x"))
+    assert list(differences([2.0], [2.1], "x.safetensors")) == ["x.safetensors[0]: 2.0 became 2.1"]
+    assert not list(differences([2.0], [2.01], "x.safetensors"))
     assert words("KL 0.34 of 12 rows") == words("KL 0.35 of 13 rows") != words("KL 0.34 of 12 lines")
 
 
