@@ -78,7 +78,7 @@ def gather(inputs: Inputs, entry: MixEntry, target: Target, held_out: HeldOut | 
     contents = None if held_out is None else held_out.contents
     directory = inputs.work / f"{entry.name}-{inputs.part_key(entry, contents, skip)[:12]}"
     with (
-        opened(directory) as samples,
+        opened(directory, inputs.progress) as samples,
         inputs.progress.task(f"tokenize {entry.name}", target.amount, target.unit) as task,
     ):
         chosen, refused = _fill(samples, walk, encoder, target, end_token, held_out, task)

@@ -16,6 +16,7 @@ from reapkit.core.atomic_files import copy_file, remove_unfinished, write_bytes,
 from reapkit.core.errors import StageFailed, UnusableError
 from reapkit.core.hashing import digest
 from reapkit.core.json_text import parse_json
+from reapkit.core.payload_files import sha256_of
 from reapkit.core.progress import SILENT, Progress
 from reapkit.core.safetensors_header import TensorInfo
 from reapkit.pruning.byte_ranges import INDEX, Shard, cut_tensors, encode_index, lay_out
@@ -92,7 +93,7 @@ def prune_checkpoint(
         out.mkdir(parents=True, exist_ok=True)
         if out.resolve() == source.path.resolve():
             raise StageFailed(f"{out} is the source itself. Choose another output directory.")
-        manifest = _resume(out, _plan_key(source, keep, texts, shards, drop_mtp, repaired))
+        manifest = _resume(out, _plan_key(source, keep, texts, shards, drop_mtp, repaired), progress)
         remove_unfinished(out)
         written = dict(manifest["shards"])
         left = [shard for shard in shards if shard.name not in written]
@@ -337,8 +338,9 @@ def _plan_key(
     )
 
 
-def _resume(out: Path, key: str) -> dict[str, Any]:
-    """The manifest of an earlier attempt at the same work with the shards that are there, or a fresh one."""
+def _resume(out: Path, key: str, progress: Progress) -> dict[str, Any]:
+    """The manifest of an earlier attempt at the same work with the shards that have the bytes it wrote, or a fresh
+    one."""
     try:
         found = parse_json((out / MANIFEST).read_text(encoding="utf-8"))
         same = found["key"] == key
@@ -348,11 +350,9 @@ def _resume(out: Path, key: str) -> dict[str, Any]:
         if any(path.name.endswith(".safetensors") for path in out.iterdir()):
             raise StageFailed(f"{out} already holds another checkpoint. Remove it or choose another output directory.")
         return {"key": key, "complete": False, "shards": {}}
-    present = {
-        name: shard
-        for name, shard in found["shards"].items()
-        if (out / name).is_file() and (out / name).stat().st_size == shard["bytes"]
-    }
+    written = {out / name: shard for name, shard in found["shards"].items() if (out / name).is_file()}
+    hashed = sha256_of(written, progress, "check what is there")
+    present = {file.name: written[file] for file, sha256 in hashed if sha256 == written[file]["sha256"]}
     return {"key": key, "complete": False, "shards": present}
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from reapkit.core.errors import RecipeError, UnusableError
 from reapkit.core.hashing import digest_file
 from reapkit.core.progress import Progress
 from reapkit.recipe.schema import CalibrationSpec, EvaluateSpec
+from tests.support.damage import append, delete, flip_unseen, truncate
+from tests.support.heard import Heard
 from tests.support.paths import ROOT
 from tests.support.words import CHATML, all_shown, spec, word_tokenizer, write_lines
 
@@ -633,3 +636,32 @@ def test_journal_ahead_of_its_tokens_is_cut_back(home: Path) -> None:
         os.truncate(part / "input_ids.bin", 100)
     prepare(calibration, home / "tokenizer", home, home / "second", work=home / "work")
     assert files_of(home / "second") == files_of(home / "undisturbed")
+
+
+@pytest.mark.parametrize("name", ["input_ids.bin", "assistant.bin", "journal.jsonl"])
+@pytest.mark.parametrize("damage", [flip_unseen, truncate, delete, append], ids=lambda each: each.__name__)
+def test_stored_samples_that_were_damaged_are_made_again(
+    home: Path, monkeypatch: pytest.MonkeyPatch, name: str, damage: Callable[[Path], None]
+) -> None:
+    monkeypatch.setattr(draw_samples, "BLOCK", 8)
+    calibration = big_mix(home)
+    prepare(calibration, home / "tokenizer", home, home / "undisturbed", work=home / "work")
+    for part in (home / "work").iterdir():
+        damage(part / name)
+    heard = Heard()
+    prepare(calibration, home / "tokenizer", home, home / "second", progress=heard, work=home / "work")
+    assert files_of(home / "second") == files_of(home / "undisturbed")
+    said = [line for line in heard.said if "stored samples are damaged; those from " in line]
+    assert len(said) == (len(list((home / "work").iterdir())) if damage is flip_unseen else len(said))
+
+
+def test_samples_that_an_earlier_reapkit_stored_are_used(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calibration = big_mix(home)
+    prepare(calibration, home / "tokenizer", home, home / "first", work=home / "work")
+    for journal in (home / "work").glob("*/journal.jsonl"):
+        blocks = [json.loads(line) for line in journal.read_text().splitlines()]
+        assert all(len(block.pop("sha256")) == 64 for block in blocks)
+        journal.write_text("".join(json.dumps(block, separators=(",", ":")) + "\n" for block in blocks))
+    monkeypatch.setattr(encoder.Encoder, "encode", None)
+    prepare(calibration, home / "tokenizer", home, home / "second", work=home / "work")
+    assert files_of(home / "second") == files_of(home / "first")

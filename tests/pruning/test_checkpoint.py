@@ -28,6 +28,7 @@ from reapkit.pruning import checkpoint as module
 from reapkit.pruning.checkpoint import MANIFEST, prune_checkpoint
 from reapkit.pruning.layout_check import confirm_layout
 from reapkit.selection.selection import LayerSelection, Selection
+from tests.support.damage import delete, flip_unseen, truncate
 from tests.support.tiny import ARCHITECTURES, MULTIMODAL, build, quiet, save_hub_layout
 
 torch.set_num_threads(1)
@@ -546,6 +547,23 @@ def test_a_second_run_writes_no_shard_and_an_interrupted_one_goes_on(
     assert not resumed
     names = sorted(path.name for path in (tmp_path / "whole").iterdir())
     assert names == sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert filecmp.cmpfiles(tmp_path / "whole", tmp_path / "out", names, shallow=False)[0] == names
+
+
+@pytest.mark.parametrize("damage", [flip_unseen, truncate, delete], ids=lambda each: each.__name__)
+def test_a_shard_that_was_damaged_since_an_interrupted_run_wrote_it_is_written_again(
+    tmp_path, checkpoints, tmp_path_factory, damage
+):
+    source = Checkpoint.open(saved("qwen3_moe", checkpoints, tmp_path_factory))
+    selection, options = select(source), dict(max_shard_bytes=200_000)
+    prune_checkpoint(source, selection, tmp_path / "whole", **options)
+    shutil.copytree(tmp_path / "whole", tmp_path / "out")
+    (tmp_path / "out" / "config.json").unlink()
+    record = json.loads((tmp_path / "out" / MANIFEST).read_text())
+    (tmp_path / "out" / MANIFEST).write_text(json.dumps({**record, "complete": False}))
+    damage(sorted((tmp_path / "out").glob("*.safetensors"))[1])
+    prune_checkpoint(source, selection, tmp_path / "out", **options)
+    names = sorted(path.name for path in (tmp_path / "whole").iterdir())
     assert filecmp.cmpfiles(tmp_path / "whole", tmp_path / "out", names, shallow=False)[0] == names
 
 
