@@ -7,6 +7,7 @@ hard-linked from elsewhere (a run that was moved). What another process works on
 
 from __future__ import annotations
 
+import errno
 import re
 import shutil
 from collections.abc import Generator, Iterator, Mapping
@@ -53,7 +54,7 @@ class Collected:
 
 def register(store: Store, run: Path, artifacts: Mapping[str, str]) -> None:
     """Enters that the run in directory `run` uses these artifacts, directory names by stage; an earlier one of a stage
-    is let go.
+    is let go. A store that is read-only is only read from: nothing is entered.
 
     Raises UnusableError where the run's directory cannot be made.
     """
@@ -64,11 +65,15 @@ def register(store: Store, run: Path, artifacts: Mapping[str, str]) -> None:
         raise UnusableError(
             f"{run}: the directory cannot be created ({error.strerror}). Choose another output.directory."
         ) from None
-    with _registry(store):
-        file = store.root / "runs" / f"{digest(str(run))[:KEY_LETTERS]}.json"
-        known = _artifacts(file) if file.is_file() else {}
-        if artifacts.items() - known.items() or not file.is_file():
-            write_json(file, {"directory": str(run), "artifacts": known | dict(artifacts)})
+    try:
+        with _registry(store):
+            file = store.root / "runs" / f"{digest(str(run))[:KEY_LETTERS]}.json"
+            known = _artifacts(file) if file.is_file() else {}
+            if artifacts.items() - known.items() or not file.is_file():
+                write_json(file, {"directory": str(run), "artifacts": known | dict(artifacts)})
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES) or not store.root.is_dir():
+            raise
 
 
 def collect(store: Store, *, unfinished: bool = False, damaged: bool = False, dry_run: bool = False) -> Collected:

@@ -31,6 +31,7 @@ from reapkit.recipe.loading import load
 from tests.support.artifacts import without_list
 from tests.support.command import command
 from tests.support.damage import append, delete, flip, flip_unseen, link, truncate
+from tests.support.disks import mounted, remount
 from tests.support.heard import Heard
 from tests.support.paths import ROOT
 
@@ -460,6 +461,23 @@ def test_a_read_only_store_is_checked_and_used(place: Place, read_only: None) ->
         assert SoundPlans().of(plan, None) is plan
     finally:
         shutil.rmtree(place.artifact("observe"))
+
+
+def test_a_finished_run_is_applied_from_a_read_only_disk(place: Place, tmp_path: Path) -> None:
+    settings = (f"runtime.store={tmp_path / 'disk/store'}", f"output.directory={tmp_path / 'run'}")
+    with mounted(tmp_path / "disk"):
+        shutil.copytree(place.store.root, tmp_path / "disk/store")
+        remount(tmp_path / "disk", "ro")
+        run = walk(place.planned(*settings), progress=(heard := Heard()))
+        assert run.executed == [] and heard.warned == []
+        assert results(tmp_path / "run") == results(place.root / "untouched/run")
+        remount(tmp_path / "disk", "rw")
+        flip_unseen(tmp_path / "disk/store" / place.artifact("prune").name / "payload/model.safetensors")
+        remount(tmp_path / "disk", "ro")
+        with pytest.raises(
+            UnusableError, match=r"prune-\w+: the artifact is damaged, and cannot be set aside \(Read-only"
+        ):
+            walk(place.planned(*settings))
 
 
 def test_a_damaged_artifact_of_a_read_only_store_is_refused(place: Place, read_only: None) -> None:
