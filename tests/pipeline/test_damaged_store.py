@@ -441,6 +441,24 @@ def test_runs_at_once_set_a_damaged_artifact_aside_once(place: Place) -> None:
     assert selections[0] == selections[1] == selections[2] == bytes_of(place.published / "selection")
 
 
+@pytest.mark.long
+def test_of_two_ranks_one_looks_and_both_read_what_it_made_good(place: Place) -> None:
+    flip(place.artifact("calibrate") / "payload/tokens.safetensors", keep_times=True)
+    (place.artifact("observe") / "payload/observation.json").unlink()
+    settings = [part for setting in place.settings() for part in ("--set", setting)]
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "reapkit")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*torchrun, "apply", "demo", "--until", "observe", *settings], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count(" is damaged: ") == 2 and done.stderr.count("its damaged result was set aside") == 2
+    untouched = payloads(place.root / "untouched/store")
+    assert bytes_of(place.artifact("calibrate") / "payload") == untouched[place.artifact("calibrate").name]
+    name = "observation.safetensors"
+    assert bytes_of(place.artifact("observe") / "payload")[name] == untouched[place.artifact("observe").name][name]
+
+
 # ---------------------------------------------------------------------------------------------- read-only stores
 
 
