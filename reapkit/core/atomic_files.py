@@ -53,7 +53,7 @@ def replacing(target: Path) -> Generator[Path, None, None]:
         partial.replace(target)
     except BaseException as error:
         partial.unlink(missing_ok=True)
-        if isinstance(error, SafetensorError) or (isinstance(error, OSError) and _named(error) in ("", str(partial))):
+        if isinstance(error, SafetensorError) or (isinstance(error, OSError) and _is_about(error, partial)):
             _raise_about(target, error)
         raise
     sync(target.parent)
@@ -68,6 +68,11 @@ def naming(path: Path) -> Generator[None]:
         if not _named(error):
             _raise_about(path, error)
         raise
+
+
+def _is_about(error: OSError, partial: Path) -> bool:
+    """Whether the error names no file, or the one that nobody knows."""
+    return _named(error) in ("", str(partial)) or error.filename2 == str(partial) or error.filename2 == partial
 
 
 def _named(error: OSError) -> str:

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import pytest
-
 SMALLEST = 4096
 
 
 @contextmanager
 def mounted(directory: Path, *options: str, kind: str = "tmpfs") -> Iterator[Path]:
     """A tmpfs at `directory`, which is made, for the block. Skips the test where this machine lets nobody mount."""
+    import pytest  # here: the processes that fill disks do without
+
     directory.mkdir(parents=True, exist_ok=True)
     command = ["mount", "-t", kind, *(["-o", ",".join(options)] if options else []), kind, str(directory)]
     try:
@@ -34,15 +34,21 @@ def remount(directory: Path, *options: str) -> None:
     subprocess.run(["mount", "-o", ",".join(("remount", *options)), str(directory)], check=True)
 
 
-@contextmanager
-def filled(directory: Path, left: int = 0) -> Iterator[None]:
-    """For the block, all but `left` bytes of the file system at `directory` are taken."""
+def fill(directory: Path, left: int = 0) -> Path:
+    """The file that takes all but `left` bytes of the file system at `directory`."""
     filler = directory / ".filler"
     with filler.open("wb", buffering=0) as file:
         with suppress(OSError):
             while True:
                 file.write(bytes(SMALLEST))
         file.truncate(max(0, file.tell() - -(-left // SMALLEST) * SMALLEST))
+    return filler
+
+
+@contextmanager
+def filled(directory: Path, left: int = 0) -> Iterator[None]:
+    """For the block, all but `left` bytes of the file system at `directory` are taken."""
+    filler = fill(directory, left)
     try:
         yield
     finally:
