@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,7 +30,7 @@ from reapkit.pipeline.damaged import SoundPlans
 from reapkit.pipeline.planned import make_plan
 from reapkit.pipeline.run_directory import RunDirectory, refuse_foreign, run_directory
 from reapkit.pipeline.stages.context import Context
-from reapkit.planning.estimates import missing_disk
+from reapkit.planning.disk import missing_disk, tight_disk
 from reapkit.planning.lock import make_lock, versions
 from reapkit.planning.plan import Plan
 from reapkit.planning.stage_definitions import Stage
@@ -169,6 +169,8 @@ def walk(
     plan = sound.of(plan, until)
     if shortage := missing_disk(plan, until):
         raise UnusableError(f"disk: {shortage}")
+    if tight := tight_disk(plan, until):
+        progress.warn(f"disk: {tight}")
     _make_runs_folder(run_directory(plan).parent, plan.store.root.parent)
     # entered before the plan that counts looks at the store, so that nobody clears away in between what it found
     hits = {stage.name: stage.artifact.directory.name for stage in plan.stages if stage.artifact and stage.hit}
@@ -291,6 +293,8 @@ def _finished(run: Run, stage: Stage, progress: Progress) -> Artifact:
 
 
 def _execute(run: Run, stage: Stage, progress: Progress) -> Artifact:
+    if shortage := missing_disk(replace(run.plan), only=stage.name):  # by what earlier stages made of the recipe
+        raise StageFailed(f"{stage.name}: {shortage}")
     store, listening = run.plan.store, _Listening(progress)
     payload = store.begin(stage.name, stage.known_key, resume=stage.definition.resumes_in_place)
     work = payload.parent / "work"

@@ -8,10 +8,8 @@ batch.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reapkit.checkpoint.architecture import hidden_width, largest_number, text_config
@@ -19,7 +17,6 @@ from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.checkpoint.expert_layout import LAYER, Layout
 from reapkit.checkpoint.projection_names import MXFP4_BLOCKS
 from reapkit.core.dtypes import BITS
-from reapkit.core.formatting import gigabytes
 from reapkit.quantization.sizes import kept_share
 
 if TYPE_CHECKING:
@@ -74,8 +71,7 @@ class RerouteCost:
 @dataclass(frozen=True)
 class Estimates:
     """`tokens`: of the calibration, exact once it is prepared, else at most. `flops`: of the observing forward.
-    `hidden_bytes`: what waits between two layers in streaming; `written`: bytes that stages still to run leave on
-    disk."""
+    `hidden_bytes`: what waits between two layers in streaming."""
 
     tokens: int
     tokens_exact: bool
@@ -83,7 +79,6 @@ class Estimates:
     footprints: Mapping[str, Footprint]
     hidden_bytes: int
     bytes_read: int
-    written: int
     machine: Machine
     placement: str
     fits: bool
@@ -119,7 +114,6 @@ def estimate(plan: Plan, share: int = 1) -> Estimates:
         footprints,
         hidden,
         plan.checkpoint.nbytes * (waves if placement == "streaming" else 1),
-        _written(plan),
         machine,
         placement,
         fits,
@@ -144,21 +138,6 @@ def hidden_budget(streaming: Footprint, machine: Machine) -> int:
 def machine_memory() -> Machine:
     """What is free now: of NVIDIA devices by NVML, of the host by the kernel."""
     return Machine(_nvidia_free(), _host_free())
-
-
-def missing_disk(plan: Plan, until: str | None = None) -> str | None:
-    """A sentence if the store's disk has no room for what is still to be written up to the end of stage `until`, else
-    None."""
-    needed, place = _written(plan, until), Path(plan.recipe.runtime.store).absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if needed <= free:
-        return None
-    return (
-        f"{place}: {gigabytes(needed, '.3g')} will be written, but only {gigabytes(free, '.3g')} are free. Free disk"
-        " space, set runtime.store to another disk, or keep less (output.keep)."
-    )
 
 
 def _tokens(plan: Plan) -> tuple[int, bool]:
@@ -265,20 +244,6 @@ def activation_bytes(text: Mapping[str, Any], batch_tokens: int) -> int:
         1,
     )
     return batch_tokens * COMPUTE_BYTES * (HIDDEN_COPIES * hidden + slots * (3 * inner + 2 * hidden)) + LOGITS_BYTES
-
-
-def _written(plan: Plan, until: str | None = None) -> int:
-    """The largest candidate decides; stages that are in the store, or come after `until`, write nothing."""
-    reached = plan.leading_to(until)
-    absent = {shard for shard in plan.checkpoint.shards if not (plan.checkpoint.path / shard).exists()}
-    total = (
-        sum(tensor.nbytes for tensor in plan.checkpoint.tensors.values() if tensor.shard in absent) if absent else 0
-    )  # to be downloaded
-    if "prune" in reached and plan.stage("prune").must_run:
-        total += max(plan.pruned(candidate).nbytes for candidate in plan.candidates)
-    if any(stage.name == "quantize" and stage.must_run and stage.name in reached for stage in plan.stages):
-        total += max(plan.quantized_nbytes(candidate) or 0 for candidate in plan.candidates)
-    return total
 
 
 def _host_free() -> int:

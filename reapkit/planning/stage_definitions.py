@@ -18,6 +18,7 @@ from reapkit.planning.rerun_reasons import why_new
 from reapkit.recipe.schema import Recipe
 
 if TYPE_CHECKING:
+    from reapkit.planning.disk_use import DiskUse
     from reapkit.planning.plan import Plan
 
 NEVER_KEYED = (
@@ -55,6 +56,11 @@ def no_remark(summary: Mapping[str, Any]) -> str:
     return ""
 
 
+def nothing_written(plan: Plan) -> Sequence[DiskUse]:
+    """Nothing worth counting."""
+    return ()
+
+
 @dataclass(frozen=True)
 class StageDefinition:
     """One step of a run. `run(context)` reads its inputs, writes its payload and returns a small summary (JSON data).
@@ -64,7 +70,7 @@ class StageDefinition:
     as hashes of files; None while that waits for an earlier verdict. `inputs`: stages whose artifacts it reads;
     those that the run does not have fall away. `waits_for`: stages that must be finished first and do not enter the
     key. `directory`: where its payload is published in the run directory; `file`: of its payload only this file is,
-    beside the directories. `remark`: what is worth a word when it is done.
+    beside the directories. `remark`: what is worth a word when it is done. `writes`: what it puts on disk.
     """
 
     name: str
@@ -80,6 +86,7 @@ class StageDefinition:
     resumes_in_place: bool = False
     makes_model: bool = False
     remark: Callable[[Mapping[str, Any]], str] = no_remark
+    writes: Callable[[Plan], Sequence[DiskUse]] = nothing_written
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ def prune_checkpoint(
     shards = lay_out(source, cut_tensors(source, found, keep, drop_mtp=drop_mtp, replaced=replaced), max_shard_bytes)
     rename = _renamer(source, found, keep, drop_mtp)
     texts = _edited_texts(source, found, keep, selection.experts_per_token, drop_mtp, rename, is_ragged=is_ragged)
-    copies, left_out = _other_files(source)
+    copies, left_out = companions(source)
     with explained(source.path, out):
         out.mkdir(parents=True, exist_ok=True)
         if out.resolve() == source.path.resolve():
@@ -289,7 +289,7 @@ def _auto_map(model_class: str) -> dict[str, str]:
     return {auto: f"{RAGGED_MODULE}.{model_class}"}
 
 
-def _other_files(source: Checkpoint) -> tuple[list[str], tuple[str, ...]]:
+def companions(source: Checkpoint) -> tuple[list[str], tuple[str, ...]]:
     """(files to copy, weights in other formats to leave out), relative to the source."""
     copies, left_out = [], []
     written = {*source.shards, INDEX, "config.json", MANIFEST, f"{RAGGED_MODULE}.py", *QUANTIZER_FILES}

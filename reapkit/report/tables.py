@@ -12,7 +12,7 @@ from rich.table import Table
 
 from reapkit.core.formatting import human_bytes, human_count, human_experts, plural
 from reapkit.evaluation.metrics.table import in_view
-from reapkit.planning.estimates import missing_disk
+from reapkit.planning.disk import file_systems
 from reapkit.planning.plan import Plan, Sizes
 from reapkit.planning.quantization_memory import quantize_memory
 from reapkit.planning.recipe_differences import RecipeDifference
@@ -103,10 +103,29 @@ def _estimate_tables(plan: Plan) -> list[Table | str]:
             f"streaming: {human_bytes(found.hidden_bytes)} of hidden states wait between layers, "
             f"{plural(found.waves, 'wave')}"
         )
-    lines.append(f"disk: {human_bytes(found.written)} will be written")
-    if shortage := missing_disk(plan):
-        lines.append(f"disk: {shortage}")
-    return [memory, "\n".join([*lines, *(f"note: {note}" for note in plan.notes)])]
+    return [memory, *_disk_tables(plan), "\n".join([*lines, *(f"note: {note}" for note in plan.notes)])]
+
+
+def _disk_tables(plan: Plan) -> list[Table | str]:
+    """What each stage puts on each disk, and whether there is room."""
+    disks = file_systems(plan)
+    written = _table("disk", [("stage", "left"), ("stays", "right"), ("meanwhile", "right"), ("where", "left")])
+    for disk in disks:
+        for stage in dict.fromkeys(name for name, _ in disk.uses):
+            uses = [use for name, use in disk.uses if name == stage]
+            kept, meanwhile = sum(use.kept for use in uses), sum(use.meanwhile for use in uses)
+            most = "" if all(use.is_exact for use in uses) else "≤ "
+            where = ", ".join(dict.fromkeys(use.place for use in uses))
+            written.add_row(
+                stage, f"{most}{human_bytes(kept)}", f"{most}{human_bytes(meanwhile)}" if meanwhile else "", where
+            )
+    lines = [
+        f"{disk.path}: at most {human_bytes(disk.peak)} at a time, {human_bytes(disk.kept)} stay,"
+        f" {human_bytes(disk.free)} are free"
+        for disk in disks
+    ]
+    lines += [f"disk: {told}" for disk in disks if (told := disk.shortage or disk.warning)]
+    return [*([written] if disks else []), "\n".join(lines or ["disk: nothing will be written"])]
 
 
 def _size_cells(sizes: Sizes) -> tuple[str, str, str, str]:
@@ -129,7 +148,7 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
             "bytes": value.nbytes,
         }
 
-    quantizing = quantize_memory(plan)
+    quantizing, disks = quantize_memory(plan), file_systems(plan)
     return {
         "name": plan.recipe.name,
         "model": plan.recipe.model.source,
@@ -145,8 +164,9 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
             for s in plan.stages
         ],
         "estimates": asdict(plan.estimates),
+        "disk": [disk.to_json() for disk in disks],
         "quantize_memory": quantizing and asdict(quantizing),
-        "disk_shortage": missing_disk(plan),
+        "disk_shortage": "\n".join(disk.shortage for disk in disks if disk.shortage) or None,
         "notes": list(plan.notes),
         "base": sizes(plan.base),
         "candidates": [

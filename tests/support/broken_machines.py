@@ -46,8 +46,11 @@ def copied(finished: Path, target: Path, *without: str, link: bool = False) -> P
     shutil.copy(finished / "small.yaml", target)
     left_out = shutil.ignore_patterns("runs", "*.lock", *(f"{stage}-*" for stage in without))
     shutil.copytree(
-        finished / "runs/.store", target / "runs/.store", ignore=left_out, copy_function=os.link if link else shutil.copy2
-    )  # fmt: skip
+        finished / "runs/.store",
+        target / "runs/.store",
+        ignore=left_out,
+        copy_function=os.link if link else shutil.copy,
+    )
     return target
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from reapkit.pipeline.stages.context import Context
+from reapkit.planning import stage_disk
 from reapkit.planning.plan import Plan
 from reapkit.planning.stage_definitions import StageDefinition
 
@@ -41,5 +42,11 @@ def _content(plan: Plan) -> dict[str, Any]:
 
 
 STAGE = StageDefinition(
-    name="calibrate", version=1, run=run, directory="calibration", fields=("calibration",), content=_content
+    name="calibrate",
+    version=1,
+    run=run,
+    writes=stage_disk.calibrate,
+    directory="calibration",
+    fields=("calibration",),
+    content=_content,
 )

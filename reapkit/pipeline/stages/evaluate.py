@@ -16,6 +16,7 @@ from reapkit.observation.observation import Observation
 from reapkit.pipeline.stages.context import Context
 from reapkit.pipeline.stages.repair import load_repaired
 from reapkit.pipeline.stages.select import load_selections
+from reapkit.planning import stage_disk
 from reapkit.planning.stage_definitions import StageDefinition
 from reapkit.recipe.schema import Gates
 from reapkit.selection.candidates import ratio_removing
@@ -154,6 +155,7 @@ STAGE = StageDefinition(
     name="evaluate",
     version=4,
     run=run,
+    writes=stage_disk.evaluate,
     directory="evaluation",
     fields=("evaluate.packs", "evaluate.extra_packs", "evaluate.gates", "evaluate.controls", "evaluate.generation"),
     inputs=lambda recipe: ("packs", "select", "repair"),

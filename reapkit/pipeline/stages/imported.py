@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from reapkit.core.artifact_store import link_or_copy
+from reapkit.core.atomic_files import copy_file
 from reapkit.observation.external import ImportedObservation
 from reapkit.pipeline.stages.context import Context
 from reapkit.pipeline.stages.observe import spoken
+from reapkit.planning.disk_use import STORE, DiskUse, on_disk
 from reapkit.planning.plan import Plan
 from reapkit.planning.stage_definitions import StageDefinition
 
@@ -15,9 +16,7 @@ from reapkit.planning.stage_definitions import StageDefinition
 def run(context: Context) -> dict[str, Any]:
     imported = _imported(context.plan)
     for file in imported.files:
-        link_or_copy(file, context.payload / file.name)
-        if file.samefile(context.payload / file.name):
-            context.hashes[file.name] = imported.hashes[file.name]
+        copy_file(file, context.payload / file.name)  # no link: they are the user's, who may edit them
     context.progress.warn(f"observe: {imported.differences([entry.name for entry in context.recipe.calibration.mix])}")
     facts = imported.facts
     return {
@@ -39,10 +38,16 @@ def _imported(plan: Plan) -> ImportedObservation:
     return plan.imported
 
 
+def _writes(plan: Plan) -> tuple[DiskUse, ...]:
+    size = sum(on_disk(file.stat().st_size) for file in _imported(plan).files)
+    return (DiskUse(STORE, size, linked=size, is_exact=True),)
+
+
 STAGE = StageDefinition(
     name="observe",
     version=1,
     run=run,
+    writes=_writes,
     directory="observation",
     content=lambda plan: {"imported": _imported(plan).content, "model": plan.identities.model},
     wanted=lambda plan: plan.imported is not None,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from reapkit.checkpoint.shard_reader import ShardHashes, record_of
 from reapkit.observation.observation import Observation
 from reapkit.pipeline.stages.context import Context
+from reapkit.planning import stage_disk
 from reapkit.planning.estimates import estimate
 from reapkit.planning.plan import Plan
 from reapkit.planning.stage_definitions import StageDefinition
@@ -95,6 +96,7 @@ STAGE = StageDefinition(
     name="observe",
     version=1,
     run=run,
+    writes=stage_disk.observe,
     directory="observation",
     fields=("observe",),
     content=_content,

@@ -7,6 +7,7 @@ from typing import Any
 
 from reapkit.pipeline.stages.calibrate import shares
 from reapkit.pipeline.stages.context import Context
+from reapkit.planning import stage_disk
 from reapkit.planning.stage_definitions import StageDefinition
 
 
@@ -36,6 +37,7 @@ STAGE = StageDefinition(
     name="packs",
     version=2,
     run=run,
+    writes=stage_disk.packs,
     directory="packs",
     fields=("evaluate.packs", "evaluate.extra_packs"),
     content=lambda plan: {"extra_sources": plan.identities.extra_sources},

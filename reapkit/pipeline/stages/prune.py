@@ -8,6 +8,7 @@ from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.checkpoint.shard_reader import confirm_unchanged, record_of
 from reapkit.pipeline.stages.context import Context
 from reapkit.pipeline.stages.repair import load_repaired
+from reapkit.planning import stage_disk
 from reapkit.planning.plan import Plan
 from reapkit.planning.stage_definitions import StageDefinition
 from reapkit.pruning.checkpoint import prune_checkpoint
@@ -59,6 +60,7 @@ STAGE = StageDefinition(
     name="prune",
     version=1,
     run=run,
+    writes=stage_disk.prune,
     directory="pruned",
     fields=("prune.mtp", "prune.repair", "prune.layout", "output.max_shard_bytes"),
     content=_content,

@@ -8,6 +8,7 @@ from typing import Any
 from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.core.hashing import digest
 from reapkit.pipeline.stages.context import Context
+from reapkit.planning import stage_disk
 from reapkit.planning.plan import Plan
 from reapkit.planning.quantization_memory import quantize_memory
 from reapkit.planning.stage_definitions import StageDefinition
@@ -71,6 +72,7 @@ STAGE = StageDefinition(
     name="quantize",
     version=3,
     run=run,
+    writes=stage_disk.quantize,
     directory="quantized",
     fields=("quantize", "output.max_shard_bytes"),
     inputs=_inputs,

@@ -8,6 +8,7 @@ from typing import Any
 
 from reapkit.pipeline.stages.context import Context
 from reapkit.pipeline.stages.select import load_selections
+from reapkit.planning import stage_disk
 from reapkit.planning.stage_definitions import StageDefinition
 from reapkit.pruning.refitted_weights import RepairedWeights
 
@@ -64,6 +65,7 @@ STAGE = StageDefinition(
     name="repair",
     version=1,
     run=run,
+    writes=stage_disk.repair,
     directory="repair",
     fields=("prune.repair",),
     content=lambda plan: {"model": plan.identities.model},

@@ -7,6 +7,7 @@ from typing import Any
 
 from reapkit.core.atomic_files import write_text
 from reapkit.pipeline.stages.context import Context
+from reapkit.planning import stage_disk
 from reapkit.planning.stage_definitions import StageDefinition
 from reapkit.report.card import WrittenModel, model_card
 from reapkit.report.facts import facts_from
@@ -31,6 +32,7 @@ STAGE = StageDefinition(
     name="report",
     version=4,
     run=run,
+    writes=stage_disk.report,
     file="report.html",
     fields=("name", "description", "output.card"),
     content=lambda plan: {"source": plan.recipe.model.source},

@@ -9,6 +9,7 @@ from typing import Any
 from reapkit.core.atomic_files import write_json
 from reapkit.observation.observation import Observation
 from reapkit.pipeline.stages.context import Context
+from reapkit.planning import stage_disk
 from reapkit.planning.stage_definitions import StageDefinition
 from reapkit.selection.candidates import Candidate
 from reapkit.selection.decide import select_all
@@ -68,6 +69,7 @@ STAGE = StageDefinition(
     name="select",
     version=1,
     run=run,
+    writes=stage_disk.select,
     directory="selection",
     fields=(
         "saliency",

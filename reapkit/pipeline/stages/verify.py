@@ -20,6 +20,7 @@ from reapkit.evaluation.metrics.table import in_view
 from reapkit.evaluation.task_benchmarks import run_benchmarks
 from reapkit.pipeline.stages.context import Context
 from reapkit.pipeline.stages.evaluate import gates_of, load_packs
+from reapkit.planning import stage_disk
 from reapkit.planning.plan import Plan
 from reapkit.planning.stage_definitions import StageDefinition
 from reapkit.selection.selection import Selection
@@ -318,6 +319,7 @@ STAGE = StageDefinition(
     name="verify",
     version=4,
     run=run,
+    writes=stage_disk.verify,
     file="verify.json",
     fields=(
         "evaluate.gates_quantized",
