@@ -295,22 +295,17 @@ def test_dropped_files_are_made_again_where_a_damaged_artifact_needs_them(place:
 
 
 def test_a_verdict_from_a_damaged_evaluation_does_not_count(place: Place) -> None:
-    plan = place.fast("prune={candidates: {ratio: [0.25, 0.5]}, repair: ridge}")
-    evaluate = replace(plan, definitions=tuple(replace(each, run=self_chosen) for each in plan.definitions))
-    walk(evaluate, until="evaluate")
-    decided = evaluate.anew()
-    assert decided.winner == "chosen-first"
-    [artifact] = [stage.artifact for stage in decided.stages if stage.name == "evaluate"]
-    flip(artifact.payload / "made.txt", keep_times=True)
+    plan = place.planned("prune={candidates: {ratio: [0.25, 0.5]}, repair: ridge}")
+    key = plan.stage("evaluate").known_key
+    (place.store.begin("evaluate", key, resume=False) / "evaluation.json").write_text("{}")
+    artifact = place.store.finish("evaluate", key, {"summary": {"chosen": plan.candidates[1].name}})
+    decided = plan.anew()
+    assert decided.winner == plan.candidates[1].name and decided.stage("prune").key is not None
+    flip(artifact.payload / "evaluation.json", keep_times=True)
     heard = Heard()
     sound = SoundPlans(progress=heard).of(decided, "evaluate")
     assert sound.winner is None and sound.stage("prune").key is None and sound.stage("evaluate").must_run
     assert len(heard.warned) == 1 and heard.warned[0].startswith(f"evaluate: {artifact.directory.name} is damaged")
-
-
-def self_chosen(context: Context) -> dict[str, Any]:
-    (context.payload / "made.txt").write_text(context.payload.parent.name)
-    return {"chosen": "chosen-first", "verdict": "pass", "advice": "", "candidates": [], "controls": {}}
 
 
 def test_what_is_damaged_while_a_stage_runs_is_not_read_by_the_next(place: Place) -> None:
