@@ -165,8 +165,6 @@ def walk(
 ) -> Run:
     """Carries out a plan; else as `apply`. Raises RecipeError where its directory holds what no run put there."""
     refuse_foreign(plan)
-    sound = SoundPlans(full=check, progress=progress)
-    plan = sound.of(plan, until)
     if shortage := missing_disk(plan, until):
         raise UnusableError(f"disk: {shortage}")
     if tight := tight_disk(plan, until):
@@ -176,11 +174,11 @@ def walk(
     hits = {stage.name: stage.artifact.directory.name for stage in plan.stages if stage.artifact and stage.hit}
     register(plan.store, run_directory(plan), hits)
     with RunDirectory.opened(run_directory(plan), progress) as directory:
-        return _walk(plan, sound, directory, until, progress, ranks)
+        return _walk(plan, directory, until, progress, ranks, SoundPlans(full=check, progress=progress))
 
 
 def _walk(
-    plan: Plan, sound: SoundPlans, directory: RunDirectory, until: str | None, progress: Progress, ranks: Alone
+    plan: Plan, directory: RunDirectory, until: str | None, progress: Progress, ranks: Alone, sound: SoundPlans
 ) -> Run:
     reads_model = set(plan.leading_to(until)) - {"select"} - ({"observe"} if plan.imported else set())
     plan = plan.downloaded() if reads_model else plan.anew()  # to decide anew takes no weights
@@ -218,6 +216,7 @@ def _came_to_its_end(run: Run, sound: SoundPlans, until: str | None, progress: P
     """Carries out the stages in their order; False where it must begin anew: what was sound when the run began, which
     may be hours ago, is damaged now."""
     run.artifacts.clear()
+    run.plan = sound.of(run.plan, until)  # now: before this, a model was downloaded, or another run waited for
     for name in run.plan.leading_to(until):
         if undecided := run.plan.stage(name).key is None:
             run.plan = run.plan.decided(run.summary("evaluate")["chosen"])
