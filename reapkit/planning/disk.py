@@ -105,7 +105,9 @@ def file_systems(plan: Plan, until: str | None = None, only: str | None = None) 
     for settings in devices.values():
         path = _existing(_place(plan, settings[0]))
         mine = tuple((stage, use) for stage, use in uses if use.place in settings)
-        found.append(FileSystem(path, shutil.disk_usage(path).free, tuple(settings), mine))
+        room = shutil.disk_usage(path)
+        if room.total:  # /proc and its like have no size: what they refuse they say themselves
+            found.append(FileSystem(path, room.free, tuple(settings), mine))
     return found
 
 

@@ -153,5 +153,5 @@ def test_a_device_is_written_to_and_never_replaced(artifacts: Path, full: Path, 
     code, _, said = ended(artifacts, name, tmp_path / "full")
     assert code == 3, said
     assert_no_defect(said)
-    assert f"reapkit: {tmp_path / 'full'}: No space left on device." in said
+    assert f"reapkit: {full}: No space left on device." in said
     assert (tmp_path / "full").is_char_device() and os.listdir(tmp_path) == ["full"]
