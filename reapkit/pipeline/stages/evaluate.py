@@ -20,7 +20,7 @@ from reapkit.planning import stage_disk
 from reapkit.planning.stage_definitions import StageDefinition
 from reapkit.recipe.schema import Gates
 from reapkit.selection.candidates import ratio_removing
-from reapkit.selection.criteria.registry import criterion
+from reapkit.selection.criteria.registry import BUILTIN, criterion
 from reapkit.selection.decide import select_all
 
 if TYPE_CHECKING:
@@ -88,9 +88,13 @@ def _steps(context: Context) -> dict[str, Any]:
     if saliency.reduction == "mean" and criterion(saliency.criterion).reduction == "mean":
         why = "rank by sums, not means: half the loss on small models (see README)"
         same_size.append({"override": "saliency.reduction=sum", "why": why})
-    if recipe.observe.reroute_tokens and saliency.criterion != "reroute":
-        why = "rank by re-routing, which this observation has measured"
-        same_size.append({"override": "saliency.criterion=reroute", "why": why})
+    same_size += [
+        {"override": f"saliency.criterion={name}", "why": f"rank by {name}, which this observation has measured"}
+        for name, record in BUILTIN.items()
+        if record.removal is not None
+        and name != saliency.criterion
+        and all(material.collected(recipe.observe) for material in record.materials)
+    ]
     if prune.repair is None and "quantization_config" not in context.plan.checkpoint.config:
         same_size.append({"override": "prune.repair=ridge", "why": "re-fit the kept experts, at the same size"})
     budget = next((name for name in ("ratio", "keep_ratio", "keep_experts") if getattr(prune, name) is not None), "")
