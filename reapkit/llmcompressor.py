@@ -27,6 +27,7 @@ from pydantic import Field, PrivateAttr, model_validator
 
 from reapkit.calibration.loader import tokens_of_loader
 from reapkit.checkpoint.architecture import Architecture
+from reapkit.core.as_written import require_as_written
 from reapkit.core.errors import UnusableError
 from reapkit.observation.materials import EAFT_SIGNALS, Material, collecting
 from reapkit.observation.observation import Observation
@@ -116,6 +117,9 @@ class REAPModifier(Modifier):
 
     def _decide(self, state: State) -> Selection:
         architecture = Architecture.from_config(state.model.config.to_dict())
+        for given in (self.selection, self.observation):
+            if given is not None:
+                require_as_written(Path(given))
         if self.selection is not None:
             return Selection.load(Path(self.selection)).decoder(architecture)
         saliency, prune = self.sections()

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy import ndarray
-from safetensors.numpy import load_file
 from torch import Tensor
 
 from reapkit.core.errors import UnusableError
@@ -27,8 +26,8 @@ from reapkit.observation.eaft_table import (
     cells_of,
 )
 from reapkit.observation.eaft_trace import GroupTraces
-from reapkit.observation.group_sums import save_by_rename
 from reapkit.observation.observation import Trace
+from reapkit.observation.partial_files import load_partial, save_by_rename
 
 PILOT_POSITIONS = 1 << 16
 """Signal positions whose quantiles are the edges, where a pass cannot know all before it sums: off by about 0.002 at
@@ -85,6 +84,9 @@ class TableSums:
                 )
             )
 
+    def _edges(self) -> dict[str, ndarray]:
+        return {name: values.numpy() for name, values in load_partial(self._edges_file).items()}
+
     @property
     def _edges_file(self) -> Path:
         return self.spool.directory / "edges.safetensors"
@@ -94,7 +96,7 @@ class TableSums:
     def tensors(self, group: int) -> dict[str, Tensor]:
         """One group's sums by cell: `table.positions` int64 [S, P, H], `table.count` and `table.gate_norm_sum` float64
         [L, S, P, H, E]."""
-        trace, edges, layers = self._spooled(group), load_file(self._edges_file), self.spool.layers
+        trace, edges, layers = self._spooled(group), self._edges(), self.spool.layers
         shape = (self.num_sources, P_CELLS, H_CELLS)
         if trace is None:
             sums = torch.zeros(len(layers), *shape, self.num_experts, dtype=torch.float64)
@@ -125,7 +127,7 @@ class TableSums:
     def result(self, total: Mapping[str, Tensor]) -> EaftTable:
         """The table that these sums over all groups make: `total` as `tensors` gives them, `table.positions` int64
         [S, P, H] and so on, added up."""
-        return EaftTable(**load_file(self._edges_file), **{name: total[f"table.{name}"].numpy() for name in COLUMNS})
+        return EaftTable(**self._edges(), **{name: total[f"table.{name}"].numpy() for name in COLUMNS})
 
     def add_in_order(self, passed: Callable[[int], bool]) -> None:
         """Adds the groups that follow those added so far, up to the first that has not `passed` all layers."""
@@ -143,8 +145,7 @@ class TableSums:
     def added(self) -> dict[str, Tensor]:
         """The sums so far, in the shapes and dtypes of `tensors` ([S, P, H] and [L, S, P, H, E]), and of how many
         `groups` (int64 scalar); empty before the first."""
-        found = load_file(self._added_file) if self._added_file.exists() else {}
-        return {name: torch.from_numpy(values) for name, values in found.items()}
+        return load_partial(self._added_file) if self._added_file.exists() else {}
 
     @property
     def _added_file(self) -> Path:

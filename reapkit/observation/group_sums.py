@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from reapkit.core.atomic_files import replacing
 from reapkit.core.dtypes import BITS
 from reapkit.observation.observation import MAXIMA, SNAPSHOTS
+from reapkit.observation.partial_files import load_partial, save_by_rename
 
 
 class Partials:
@@ -39,7 +38,7 @@ class Partials:
         total: dict[str, Tensor] = {}
         taken: dict[int, dict[str, Tensor]] = {}
         for done, group in enumerate(groups, start=1):
-            part = load_file(self._file(group))
+            part = load_partial(self._file(group))
             for name, tensor in part.items():
                 if name in total:
                     total[name] = torch.maximum(total[name], tensor) if name in MAXIMA else total[name] + tensor
@@ -52,12 +51,6 @@ class Partials:
 
     def _file(self, group: int) -> Path:
         return self.directory / f"group-{group:05d}.safetensors"
-
-
-def save_by_rename(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Writes tensors of any shape and dtype to a safetensors file; a file that exists is complete."""
-    with replacing(file) as partial:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
 
 
 def trace_header(layers: Sequence[int], top_k: int, positions: int) -> dict[str, Any]:

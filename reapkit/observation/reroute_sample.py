@@ -7,25 +7,24 @@ computes the layer's removal paths from them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from reapkit.calibration.tokens import Batch, CalibrationTokens
-from reapkit.core.atomic_files import replacing
 from reapkit.core.errors import UnusableError
 from reapkit.core.progress import Progress
 from reapkit.core.ranks import ALONE, Alone
 from reapkit.model.masking import sliced_routing
 from reapkit.model.routed_experts import RoutedExperts
 from reapkit.observation.observation import Reroute
+from reapkit.observation.partial_files import load_partial, save_by_rename
 from reapkit.observation.reroute_layer import measure_layer
 
 SEED = 0
@@ -141,10 +140,8 @@ class Capture:
             kept = self._kept.pop(layer, [])
             if sum(len(inputs) for inputs, _ in kept):
                 inputs, residual = (torch.cat(parts) for parts in zip(*kept, strict=True))
-                _save(
-                    self.directory / f"reroute-{layer:04d}-{group:05d}.safetensors",
-                    {"inputs": inputs, "residual": residual},
-                )
+                file = self.directory / f"reroute-{layer:04d}-{group:05d}.safetensors"
+                save_by_rename({"inputs": inputs, "residual": residual}, file)
 
     def finish(self, site: RoutedExperts) -> None:
         """The layer's paths, once every group was kept; its weights must be in memory."""
@@ -152,7 +149,7 @@ class Capture:
             self.directory / f"reroute-{site.layer:04d}-{group:05d}.safetensors"
             for group in range(len(self.tokens.groups))
         ]
-        parts = [load_file(file) for file in files if file.exists()]
+        parts = [load_partial(file) for file in files if file.exists()]
         done = self._paths_of(site.layer)
         if not done.exists():
             rows = [row for group in self.tokens.groups for row in group]
@@ -161,7 +158,7 @@ class Capture:
                 dtype=torch.int64,
             )
             inputs, residual = (torch.cat([part[name] for part in parts]) for name in ("inputs", "residual"))
-            _save(done, measure_layer(self.model, site, inputs, residual, source, self._scored))
+            save_by_rename(measure_layer(self.model, site, inputs, residual, source, self._scored), done)
         self._read.clear()
         for file in files:
             file.unlink(missing_ok=True)
@@ -176,7 +173,7 @@ class Capture:
 
     def result(self, rows: int) -> Reroute:
         """All layers' paths, stacked to `rows` layers, of which those behind the sampled ones have none."""
-        layers = [load_file(self._paths_of(site.layer)) for site in self.sites]
+        layers = [load_partial(self._paths_of(site.layer)) for site in self.sites]
         source = torch.tensor(
             [int(self.tokens.row_source[row]) for row, offsets in self.positions.items() for _ in offsets],
             dtype=torch.int64,
@@ -197,11 +194,6 @@ class Capture:
 
     def _paths_of(self, layer: int) -> Path:
         return self.directory / f"reroute-{layer:04d}.safetensors"
-
-
-def _save(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    with replacing(file) as partial:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
 
 
 def refuse_unfit(model: PreTrainedModel, site: RoutedExperts) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from reapkit.calibration.tokens import CalibrationTokens, batches
@@ -27,6 +26,7 @@ from reapkit.model.streaming.lockstep import Forward
 from reapkit.observation.accumulate import LayerSums, Positions, refuse_unusable
 from reapkit.observation.mtp_blocks import MtpBlocks
 from reapkit.observation.observation import Observation
+from reapkit.observation.partial_files import load_partial, save_partial
 from reapkit.observation.reroute_sample import Capture
 from reapkit.observation.session import BatchWatch, Session
 from reapkit.observation.wave_sums import WaveSums, assemble
@@ -296,7 +296,7 @@ class _WavePass:
         directory.mkdir(exist_ok=True)
         for item in waiting:
             with self.layer_pass.at_hand(item.forward) as hidden:
-                save_file({"hidden": hidden.contiguous()}, directory / f"{item.name}.safetensors")
+                save_partial({"hidden": hidden}, directory / f"{item.name}.safetensors")
                 checksums[item.name] = item.forward.others()
         facts = {"returns_tuple": self.layer_pass.output_kinds(layer), "checksums": checksums}
         write_text(directory / "facts.json", json.dumps(facts))
@@ -310,6 +310,6 @@ class _WavePass:
             if item.forward.others() != checksums[item.name]:
                 return False
             file = self.root / cast(str, wave.taken_from) / f"{item.name}.safetensors"
-            item.forward.replace_hidden(load_file(file, device=str(self.layered.device))["hidden"])
+            item.forward.replace_hidden(load_partial(file, device=str(self.layered.device))["hidden"])
             self.layer_pass.park(item.forward)
         return True

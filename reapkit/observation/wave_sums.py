@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from reapkit.calibration.tokens import CalibrationTokens
-from reapkit.observation.group_sums import save_by_rename
 from reapkit.observation.observation import MAXIMA, SNAPSHOTS, SUMS
+from reapkit.observation.partial_files import load_partial, save_by_rename
 from reapkit.observation.session import Session
 from reapkit.observation.waves import covering
 
@@ -54,7 +53,7 @@ def assemble(session: Session) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 def _layer(session: Session, layer: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Totals of one layer, and its snapshots [stages, S, E]."""
     parts = [
-        load_file(file)
+        load_partial(file)
         for file in covering(session.directory, f"layer-{layer:04d}.safetensors", len(session.tokens.groups))
     ]
     place = {int(group): (part, row) for part in parts for row, group in enumerate(part["groups"])}
