@@ -28,6 +28,7 @@ from reapkit.calibration.row_readers import (
 )
 from reapkit.checkpoint.locate import local_path
 from reapkit.core.errors import UnusableError
+from reapkit.core.refusals import hub_cache_refusal
 from reapkit.recipe.schema import MixEntry
 
 STREAM_ABOVE_BYTES = 2 << 30
@@ -187,6 +188,8 @@ def _open_parquet(files: Sequence[Path], entry: MixEntry) -> ArrowRows:
         with _quiet(datasets):
             table = datasets.load_dataset("parquet", data_files=[str(file) for file in files], split="train")
     except Exception as error:
+        if told := hub_cache_refusal(error):
+            raise UnusableError(f"source '{entry.name}': {told}") from None
         raise UnusableError(
             f"source '{entry.name}', {', '.join(file.name for file in files)}: {_reason(error)}"
         ) from None
@@ -216,6 +219,8 @@ def open_dataset(entry: MixEntry, path: str, seed: int) -> ArrowRows | StreamedR
     except UnusableError:
         raise
     except Exception as error:  # datasets raises about twenty kinds here; all mean that this source cannot be read
+        if told := hub_cache_refusal(error):
+            raise UnusableError(f"source '{entry.name}': {told}") from None
         raise UnusableError(
             f"source '{entry.name}': {entry.source} (config {entry.config}, split {entry.split}) cannot be opened: "
             f"{_reason(error)} Check the name, config and split, the network, and `hf auth login` for gated data; "

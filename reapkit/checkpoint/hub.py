@@ -16,6 +16,7 @@ from typing import Any, cast
 
 from reapkit.checkpoint.checkpoint import INDEX, AbsentShard, Checkpoint, read_index
 from reapkit.core.errors import UnusableError
+from reapkit.core.refusals import hub_cache_refusal
 from reapkit.core.safetensors_header import FIRST_READ_BYTES, MAX_HEADER_BYTES
 
 TOKENIZER_FILES = (
@@ -216,6 +217,8 @@ def _explained(repository: str, revision: str | None, state: str) -> Generator[N
     except HFValidationError:
         raise UnusableError(f"model.source: '{repository}' is neither a directory nor a hub id (org/name).") from None
     except (httpx.HTTPError, OSError) as error:
+        if told := hub_cache_refusal(error):
+            raise UnusableError(f"model.source: {repository}: {told}") from None
         cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
         raise UnusableError(_explanation(cause, repository, revision, state)) from None
 

@@ -3,6 +3,7 @@ torch."""
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import os
@@ -22,7 +23,7 @@ from reapkit.cli.following import follow, follower_code
 from reapkit.cli.global_flags import HELP, GlobalFlags, give, given, taken
 from reapkit.core import bus_errors, ranks, stop_requests
 from reapkit.core.errors import ReapkitError, RecipeError, StageFailed, UnusableError
-from reapkit.core.refusals import refusal_in
+from reapkit.core.refusals import SystemRefusal, refusal_in
 
 __all__ = ["app", "directories", "looking", "main", "recipes"]
 
@@ -104,6 +105,8 @@ def _bus_error(work: str | None, file: str | None) -> int:
     )
     error = StageFailed(f"{work}: {what}") if work else UnusableError(what)
     os.write(2, f"reapkit: {error}\n".encode(errors="backslashreplace"))
+    if given().as_json:
+        os.write(1, json.dumps({"error": str(error), "exit": error.exit_code}).encode() + b"\n")
     return error.exit_code
 
 
@@ -125,6 +128,19 @@ def _documented(text: str, code: int, facts: Mapping[str, Any] | None = None) ->
         with suppress(OSError):  # a closed pipe: the exit code says it
             print(json.dumps({"error": text, "exit": code, **(facts or {})}, default=str))
     return code
+
+
+def _told_here(refusal: SystemRefusal) -> str:
+    if not refusal.files and refusal.number == errno.ENOENT and not _is_somewhere():
+        return refusal.told("the current directory", "It was deleted: go to one that is there")
+    return refusal.told()
+
+
+def _is_somewhere() -> bool:
+    try:
+        return bool(os.getcwd())
+    except FileNotFoundError:
+        return False
 
 
 def _run(arguments: list[str], flags: GlobalFlags) -> int:
@@ -152,7 +168,7 @@ def _run(arguments: list[str], flags: GlobalFlags) -> int:
         if debug:
             traceback.print_exc()
         if refusal := refusal_in(error):
-            return _told(UnusableError(refusal.told()))
+            return _told(UnusableError(_told_here(refusal)))
         # a defect of ours: say so, and how to report it
         return _ended(
             f"internal error: {type(error).__name__}: {error}\nThis is a bug in reapkit. Run again with --debug for the"

@@ -9,7 +9,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -52,7 +52,8 @@ def replacing(target: Path) -> Generator[Path, None, None]:
         sync(partial)
         partial.replace(target)
     except BaseException as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # of a disk that is read-only now
+            partial.unlink()
         if isinstance(error, SafetensorError) or (isinstance(error, OSError) and _is_about(error, partial)):
             _raise_about(target, error)
         raise

@@ -22,7 +22,8 @@ WRITTEN = {name: code for code in ("F64", "F32", "I64", "I32", "I16", "U8") if (
 def map_tensors(path: Path) -> dict[str, ndarray]:
     """Every tensor of a safetensors file as a read-only array by name, of any shape, in the file's dtype.
 
-    Raises UnusableError where its header is not to be trusted or names another dtype than those of WRITTEN.
+    Raises UnusableError where its header is not to be trusted or names another dtype than those of WRITTEN, or where
+    the file is cut short meanwhile.
     """
     names = {code: name for name, code in WRITTEN.items()}
     tensors = {}
@@ -33,11 +34,14 @@ def map_tensors(path: Path) -> dict[str, ndarray]:
                 " the file again."
             )
         dtype = np.dtype(names[tensor.dtype]).newbyteorder("<")
-        tensors[name] = (
-            np.memmap(path, dtype, "r", tensor.begin, tensor.shape).view(ndarray)
-            if tensor.nbytes
-            else np.empty(tensor.shape, dtype)
-        )
+        try:
+            tensors[name] = (
+                np.memmap(path, dtype, "r", tensor.begin, tensor.shape).view(ndarray)
+                if tensor.nbytes
+                else np.empty(tensor.shape, dtype)
+            )
+        except ValueError as error:  # cut short since its header was read
+            raise UnusableError(f"{path}: {error}. Leave the file alone while it is read, and run again.") from None
     return tensors
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from reapkit.core.errors import ReapkitError
 
-NETWORK_FAILED, PACKAGE_MISSING, UNSPELLABLE, CUT_SHORT = -1, -2, -3, -4
+NETWORK_FAILED, PACKAGE_MISSING, UNSPELLABLE, CUT_SHORT, NOWHERE = -1, -2, -3, -4, -5
 """Numbers of ours for what is no number of the system's."""
 WAYS_OUT = {
     errno.ENOSPC: "Free some space, or choose a place on another disk",
@@ -42,6 +42,7 @@ WAYS_OUT = {
     errno.ESTALE: "The network file system lost the file: mount it again",
     NETWORK_FAILED: "Check the network",
     PACKAGE_MISSING: "Install reapkit and the packages it needs again (pip install)",
+    NOWHERE: "Set TMPDIR to a folder that can be written to",
     CUT_SHORT: "Free some space on its disk",
     UNSPELLABLE: "Set the locale to one of UTF-8, such as LC_ALL=C.UTF-8",
 }
@@ -88,6 +89,16 @@ def refusal_in(error: BaseException) -> SystemRefusal | None:
     return None
 
 
+def hub_cache_refusal(error: BaseException) -> str | None:
+    """What the machine refused while something went into the hub's cache, behind whatever error tells of it; None where
+    it is about something else, such as the network."""
+    refusal = refusal_in(error)
+    if refusal is None or refusal.number not in HIDDEN:
+        return None
+    full = refusal.number in (errno.ENOSPC, errno.EDQUOT)
+    return refusal.told(way_out="Free some space, or set HF_HOME to a folder on another disk" if full else None)
+
+
 def _chain(error: BaseException) -> Iterator[BaseException]:
     """The error, what it was raised from, and what was being dealt with then."""
     each: BaseException | None = error
@@ -100,6 +111,8 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 def _refusal(error: BaseException) -> SystemRefusal | None:
     if isinstance(error, OSError) and error.errno:
+        if "temporary directory" in str(error.strerror):  # Python's own words
+            return SystemRefusal(NOWHERE, str(error.strerror))
         files = tuple(os.fsdecode(name) for name in (error.filename, error.filename2) if _is_name(name))
         return SystemRefusal(error.errno, error.strerror or os.strerror(error.errno), files)
     if isinstance(error, MemoryError):

@@ -3,8 +3,8 @@ config and headers alone; torch-free."""
 
 from __future__ import annotations
 
+import os
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -135,7 +135,7 @@ def _place(plan: Plan, setting: str) -> Path:
         from huggingface_hub import constants
 
         return Path(constants.HF_HUB_CACHE)
-    return Path(tempfile.gettempdir())
+    return Path(os.environ.get("TMPDIR") or "/tmp")
 
 
 def _existing(path: Path) -> Path:

@@ -18,6 +18,7 @@ from reapkit.core.atomic_files import sync
 from reapkit.core.errors import StageFailed
 from reapkit.core.formatting import gigabytes
 from reapkit.core.progress import Task
+from reapkit.core.refusals import WAYS_OUT
 from reapkit.pruning.byte_ranges import Run, Shard
 from reapkit.pruning.shard_writer import FILES, Machinery, ShardFile
 
@@ -90,9 +91,8 @@ def explained(source: Path, out: Path) -> Iterator[None]:
             errno.ENOENT: f"{place} vanished while {source} was read. Restore it, then run again.",
             errno.EIO: f"{place}: the disk reported a failure. Check it, then run again.",
         }
-        raise StageFailed(
-            advice.get(error.errno, f"{place}: {error.strerror or error}. Finished shards are kept; run again.")
-        ) from error
+        otherwise = f"{place}: {error.strerror or error}. {WAYS_OUT.get(error.errno or 0, 'Check the disk')}, then run"
+        raise StageFailed(advice.get(error.errno, f"{otherwise} again: finished shards are kept.")) from error
 
 
 def _partial(out: Path, shard: Shard) -> Path:

@@ -121,6 +121,9 @@ def serve() -> None:
     os.dup2(2, 1)  # what imports print is no answer
     for name in PRELOADED:
         importlib.import_module(name)
+    import encodings.idna
+    import encodings.utf_8_sig  # noqa: F401 (codecs that users without our files would look for)
+
     import torch
 
     torch.set_num_threads(1)

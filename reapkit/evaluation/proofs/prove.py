@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from reapkit.core.atomic_files import naming
 from reapkit.core.errors import StageFailed
 from reapkit.core.programs import run_program
 from reapkit.evaluation.proofs.proof import Proof
@@ -77,7 +78,8 @@ def prove(request: Request) -> list[Proof]:
     process dies."""
     with tempfile.TemporaryDirectory(prefix="reapkit-verify-") as scratch:
         question, answer = Path(scratch) / "request.json", Path(scratch) / "proofs.json"
-        question.write_text(json.dumps(request.to_json()))
+        with naming(question):
+            question.write_text(json.dumps(request.to_json()))
         environment = dict(
             os.environ,
             PYTHONPATH=os.pathsep.join([str(Path(__file__).parents[3]), *filter(None, [os.environ.get("PYTHONPATH")])]),

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from reapkit.checkpoint.checkpoint import Checkpoint
+from reapkit.core.atomic_files import naming
 from reapkit.core.errors import StageFailed, UnusableError
 from reapkit.core.programs import run_program
 from reapkit.evaluation.serving.reference import Greedy, greedy, prompts_for
@@ -184,7 +185,8 @@ def ask_vllm(
 def _one_process(python: Path, request: Mapping[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="reapkit-serving-") as scratch:
         question, answer = Path(scratch) / "request.json", Path(scratch) / "answer.json"
-        question.write_text(json.dumps(request))
+        with naming(question):
+            question.write_text(json.dumps(request))
         run = run_program([python, HERE / "vllm_process.py", question, answer], directory=scratch)
         if not answer.is_file():  # it is there from the first directory on
             raise UnusableError(f"{python}: vLLM's process {run.how}: {(run.stderr or run.stdout).strip()[-2000:]}")
