@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from reapkit.cli.app import Json, app, out
+from reapkit.core.atomic_files import making
 from reapkit.core.errors import RecipeError, UnusableError
 from reapkit.core.formatting import plural
 from reapkit.report.inspection.render import table
@@ -45,7 +46,8 @@ def merge(
     for directory in observations:
         require_as_written(Path(directory))
     merged = reduce(add, (Observation.load(Path(directory)) for directory in observations))
-    merged.save(output)
+    with making(output) as directory:
+        merged.save(directory)
     facts = {"directory": str(output), "tokens": int(merged.tokens.sum()), "sources": list(merged.sources)}
     print(
         json.dumps(facts)
@@ -194,7 +196,8 @@ def import_(
     if output.exists():
         raise RecipeError(f"{output}: the directory exists already. Choose another with -o.")
     found = read_foreign(file, None if model is None else Checkpoint.open(model).architecture)
-    found.save(output)
+    with making(output) as directory:
+        found.save(directory)
     if isinstance(found, Selection):
         facts = {
             "directory": str(output),

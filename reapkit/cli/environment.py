@@ -3,6 +3,7 @@ Torch-free."""
 
 from __future__ import annotations
 
+import codecs
 import errno
 import io
 import os
@@ -13,6 +14,25 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
 from reapkit.core.refusals import SystemRefusal, refusal_in
+
+ESCAPED = "reapkit.escaped"
+"""How characters are written that a stream's encoding lacks: bytes of file names that are none as they are, others as
+\\xe4."""
+
+
+def _escaped(error: UnicodeError) -> tuple[bytes, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    lacking = error.object[error.start : error.end]
+    return b"".join(map(_bytes_of, lacking)), error.end
+
+
+def _bytes_of(character: str) -> bytes:
+    byte = ord(character) - 0xDC00  # as the surrogateescape of file names has it
+    return bytes([byte]) if 0x80 <= byte <= 0xFF else character.encode("ascii", "backslashreplace")
+
+
+codecs.register_error(ESCAPED, _escaped)
 
 
 class _Forgiving(io.FileIO):
@@ -27,6 +47,16 @@ class _Forgiving(io.FileIO):
         except OSError as error:
             self.failure = self.failure or error
             return memoryview(data).nbytes
+
+
+def spell_every_name() -> None:
+    """Starts the process anew, in Python's UTF-8 mode, where the locale cannot spell every file's name: the names in
+    recipes are UTF-8 in any locale. Standard streams keep the locale's encoding."""
+    if sys.flags.utf8_mode or sys.getfilesystemencoding() == "utf-8":
+        return
+    encoding = sys.stdout.encoding if sys.stdout else "ascii"
+    environment = {"PYTHONIOENCODING": encoding, **os.environ, "PYTHONUTF8": "1"}
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
 def steady_streams() -> None:
@@ -47,7 +77,7 @@ def _steady(stream: TextIO | None, descriptor: int) -> TextIO:
     text = io.TextIOWrapper(
         io.BufferedWriter(raw),
         encoding=encoding,
-        errors="backslashreplace" if errors == "strict" else errors,
+        errors=ESCAPED if errors in ("strict", "surrogateescape") else errors,
         line_buffering=at_once,
     )
     if stream:

@@ -18,7 +18,7 @@ import typer
 from reapkit import __version__
 from reapkit.cli import directories, looking, recipes
 from reapkit.cli.app import app
-from reapkit.cli.environment import output_failure, steady_streams
+from reapkit.cli.environment import output_failure, spell_every_name, steady_streams
 from reapkit.cli.following import follow, follower_code
 from reapkit.cli.global_flags import HELP, GlobalFlags, give, given, taken
 from reapkit.core import bus_errors, ranks, stop_requests
@@ -45,6 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs the command line and exits with the documented code."""
     own_process = arguments is None
     if own_process:
+        spell_every_name()
         steady_streams()
         bus_errors.listen(_bus_error)
     arguments = list(sys.argv[1:] if arguments is None else arguments)

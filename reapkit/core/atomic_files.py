@@ -61,6 +61,24 @@ def replacing(target: Path) -> Generator[Path, None, None]:
 
 
 @contextmanager
+def making(target: Path) -> Generator[Path, None, None]:
+    """A directory beside `target` to fill: at the block's end it gets the name `target`, which must not exist, unless
+    the block failed; then nothing is left of it. Raises OSError where the disk refuses."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{uuid4().hex[:8]}.partial")
+    try:
+        partial.mkdir()
+        yield partial
+        partial.rename(target)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) and _named(error).startswith(str(partial)):
+            _raise_about(target, error)
+        raise
+    sync(target.parent)
+
+
+@contextmanager
 def naming(path: Path) -> Generator[None]:
     """Gives an OSError of the block that names no file, as those of writes are, the name `path`."""
     try:
@@ -113,8 +131,8 @@ def write_bytes(target: Path, content: bytes) -> None:
 
 
 def write_text(target: Path, text: str) -> None:
-    """UTF-8, line ends as they are in `text`."""
-    write_bytes(target, text.encode())
+    """UTF-8, line ends as they are in `text`; bytes of file names that are no UTF-8 as JSON says them, \\udcff."""
+    write_bytes(target, text.encode(errors="backslashreplace"))
 
 
 def write_json(target: Path, value: Any) -> None:

@@ -12,7 +12,7 @@ def digest(value: Any) -> str:
     """sha256 (hex) of `value` as canonical JSON: sorted keys, no spaces, UTF-8. Raises TypeError for what JSON cannot
     say."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()  # names of files need not be UTF-8
 
 
 def digest_file(path: Path) -> str:

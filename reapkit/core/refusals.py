@@ -10,14 +10,13 @@ from __future__ import annotations
 import errno
 import os
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from reapkit.core.errors import ReapkitError
 
-NETWORK_FAILED, PACKAGE_MISSING, UNSPELLABLE, CUT_SHORT, NOWHERE = -1, -2, -3, -4, -5
+NETWORK_FAILED, PACKAGE_MISSING, CUT_SHORT, NOWHERE = -1, -2, -3, -4
 """Numbers of ours for what is no number of the system's."""
 WAYS_OUT = {
     errno.ENOSPC: "Free some space, or choose a place on another disk",
@@ -44,7 +43,6 @@ WAYS_OUT = {
     PACKAGE_MISSING: "Install reapkit and the packages it needs again (pip install)",
     NOWHERE: "Set TMPDIR to a folder that can be written to",
     CUT_SHORT: "Free some space on its disk",
-    UNSPELLABLE: "Set the locale to one of UTF-8, such as LC_ALL=C.UTF-8",
 }
 """What to do where the system refuses, by number."""
 HIDDEN = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO}
@@ -127,8 +125,6 @@ def _refusal(error: BaseException) -> SystemRefusal | None:
         return SystemRefusal(NETWORK_FAILED, f"{type(error).__name__}: {text}".rstrip(": ."))
     if isinstance(error, ImportError) and not (error.name or "").startswith("reapkit."):
         return SystemRefusal(PACKAGE_MISSING, f"a package cannot be imported: {text}".rstrip("."))
-    if isinstance(error, UnicodeEncodeError) and sys.getfilesystemencoding() != "utf-8":
-        return SystemRefusal(UNSPELLABLE, f"the locale's encoding, {error.encoding}, cannot spell {error.object!a}")
     if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
         return SystemRefusal(0, text.rstrip(".") or type(error).__name__)
     return None

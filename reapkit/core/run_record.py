@@ -35,7 +35,8 @@ COMING = Published("", -1, -1)
 
 
 def read_record(path: Path) -> dict[str, Published]:
-    """What runs published at `path`, by name relative to it. Raises UnusableError for a record that cannot be read."""
+    """What runs published at `path`, by name relative to it. Raises UnusableError for a record that is none,
+    OSError where the system refuses it."""
     try:
         files = parse_json((path / RECORD).read_text(encoding="utf-8"))["files"]
         if not all(_is_sane(facts) for facts in files.values()):
@@ -44,8 +45,9 @@ def read_record(path: Path) -> dict[str, Published]:
     except FileNotFoundError:
         return {}
     except NotADirectoryError:
-        raise UnusableError(f"{path}: is a file. Choose another output.directory.") from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        file = next(each for each in (path, *path.parents) if each.exists())
+        raise UnusableError(f"{file}: is a file. Choose another output.directory.") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UnusableError(
             f"{path / RECORD}: the record of what runs wrote there cannot be read ({type(error).__name__}: {error}). "
             "Move the directory away, or choose another output.directory."

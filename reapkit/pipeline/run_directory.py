@@ -24,6 +24,7 @@ from reapkit.core.locks import locked
 from reapkit.core.payload_files import files_below
 from reapkit.core.progress import Progress
 from reapkit.core.run_record import COMING, RECORD, Published, is_below, read_record
+from reapkit.pipeline.published_names import inner_names, is_planned, top_names
 from reapkit.planning.plan import Plan
 
 LOCK = ".reapkit-run.lock"
@@ -32,8 +33,6 @@ SHARED = ".safetensors"
 ASIDE = ".yours"
 """What is added to the name of a file that the user changed and a new run replaces."""
 READ_ONLY = 0o444
-WRITTEN = ("recipe.resolved.yaml", "lock.json", "run.json", "run.failed.json", "report.rejected.html")
-"""What a run writes beside its stages' results."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ class RunDirectory:
     def _earlier(self) -> dict[str, Any]:
         try:
             return dict(json.loads((self.path / "run.json").read_text(encoding="utf-8"))["stages"])
-        except (OSError, ValueError, TypeError, KeyError):
+        except (FileNotFoundError, ValueError, TypeError, KeyError):
             return {}
 
     def _announce(self, places: Iterable[str]) -> None:
@@ -171,10 +170,8 @@ def run_directory(plan: Plan) -> Path:
 def refuse_foreign(plan: Plan) -> None:
     """Raises RecipeError where the run's directory holds, under a name that the run would use, what no run put
     there."""
-    directories = [definition.directory for definition in plan.definitions if definition.directory is not None]
-    models = [f"{each.directory}.rejected" for each in plan.definitions if each.makes_model]
-    files = [definition.file for definition in plan.definitions if definition.file is not None]
-    if found := foreign(run_directory(plan), dict.fromkeys((*directories, *models, *files, *WRITTEN))):
+    path = run_directory(plan)
+    if found := foreign(path, top_names(plan)) or foreign_inside(path, inner_names(plan)):
         names = ", ".join(str(place) for place in found)
         raise RecipeError(
             [
@@ -198,6 +195,17 @@ def foreign(path: Path, names: Iterable[str]) -> list[Path]:
         filled = place.is_dir() and any(place.iterdir()) and not any(is_below(known, name) for known in ours)
         if alone or filled:
             found.append(place)
+    return found
+
+
+def foreign_inside(path: Path, planned: Mapping[str, tuple[str, ...]]) -> list[Path]:
+    """Files that others put into our directories at `path`, by directory under the names that are planned there."""
+    ours, found = read_record(path), []
+    for directory, names in planned.items():
+        for file in sorted((path / directory).rglob("*")):
+            name = file.relative_to(path / directory).as_posix()
+            if (file.is_symlink() or file.is_file()) and f"{directory}/{name}" not in ours and is_planned(name, names):
+                found.append(file)
     return found
 
 

@@ -56,6 +56,11 @@ def no_remark(summary: Mapping[str, Any]) -> str:
     return ""
 
 
+def nothing_shown(plan: Plan) -> Sequence[str]:
+    """No directory."""
+    return ()
+
+
 def nothing_written(plan: Plan) -> Sequence[DiskUse]:
     """Nothing worth counting."""
     return ()
@@ -71,6 +76,7 @@ class StageDefinition:
     those that the run does not have fall away. `waits_for`: stages that must be finished first and do not enter the
     key. `directory`: where its payload is published in the run directory; `file`: of its payload only this file is,
     beside the directories. `remark`: what is worth a word when it is done. `writes`: what it puts on disk.
+    `shows`: the names of the files in `directory`, as patterns, before it has run.
     """
 
     name: str
@@ -87,6 +93,7 @@ class StageDefinition:
     makes_model: bool = False
     remark: Callable[[Mapping[str, Any]], str] = no_remark
     writes: Callable[[Plan], Sequence[DiskUse]] = nothing_written
+    shows: Callable[[Plan], Sequence[str]] = nothing_shown
 
 
 @dataclass(frozen=True)

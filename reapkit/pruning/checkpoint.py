@@ -307,6 +307,12 @@ def companions(source: Checkpoint) -> tuple[list[str], tuple[str, ...]]:
     return copies, tuple(left_out)
 
 
+def written_names(source: Checkpoint) -> tuple[str, ...]:
+    """The names of the files that a directory made of the source may hold, shards as patterns."""
+    shards = ("model.safetensors", "model-*-of-*.safetensors", *source.shards)
+    return (*shards, INDEX, "config.json", MANIFEST, f"{RAGGED_MODULE}.py", *QUANTIZER_FILES, *companions(source)[0])
+
+
 def _is_other_weight(name: str) -> bool:
     """Weights beside the ones in use, and their indexes: they would hold the experts that were dropped."""
     folder, _, file = name.rpartition("/")

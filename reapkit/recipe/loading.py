@@ -78,6 +78,8 @@ def find_recipe(name: str) -> Path:
         for candidate in (folder / name, folder / f"{name}.yaml"):
             if candidate.is_file():
                 return candidate
+    if path.is_dir():
+        raise RecipeError(f"{name}: is a folder. Give the recipe's file, or the name of a shipped recipe.")
     known = sorted(
         {str(file.relative_to(folder).with_suffix("")) for folder in SHIPPED for file in folder.rglob("*.yaml")}
     )

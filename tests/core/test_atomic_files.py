@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 from reapkit.core import atomic_files
 from reapkit.core.atomic_files import (
     copy_file,
+    making,
     remove_unfinished,
     replacing,
     reserve,
@@ -42,6 +43,9 @@ def refused(code: int, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
 def test_text_json_and_copies_have_the_bytes_that_were_given(tmp_path: Path) -> None:
     write_text(tmp_path / "deep" / "down" / "text", "a\r\né\n")
     assert (tmp_path / "deep" / "down" / "text").read_bytes() == b"a\r\n\xc3\xa9\n"
+    write_text(tmp_path / "name", json.dumps({"é": "\udcff"}, ensure_ascii=False))
+    assert (tmp_path / "name").read_bytes() == b'{"\xc3\xa9": "\\udcff"}'
+    assert json.loads((tmp_path / "name").read_text()) == {"é": "\udcff"}
     write_json(tmp_path / "json", {"é": [1, None]})
     assert (tmp_path / "json").read_bytes() == b'{\n "\\u00e9": [\n  1,\n  null\n ]\n}\n'
     (tmp_path / "link").symlink_to("json")
@@ -174,3 +178,24 @@ def test_a_map_of_a_reserved_file_can_be_written_or_the_disk_says_so_before(tmp_
         assert refusal.value.filename == str(disk / "too large")
         with filled(disk), pytest.raises(OSError, match="No space left on device"):
             hidden_file(disk / "hidden", 1000, 64, torch.float32).zero_()
+
+
+def test_a_directory_is_there_with_all_its_files_or_not_at_all(tmp_path: Path) -> None:
+    with making(tmp_path / "deep" / "made") as directory:
+        write_text(directory / "first", "1")
+        write_text(directory / "in" / "second", "2")
+        assert not (tmp_path / "deep" / "made").exists()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["deep", "first", "in", "made", "second"]
+    with pytest.raises(ValueError, match="no"), making(tmp_path / "failed") as directory:
+        write_text(directory / "first", "1")
+        raise ValueError("no")
+    with mounted(tmp_path / "disk", "size=64k") as disk, filled(disk):
+        with pytest.raises(OSError, match="No space left on device") as refusal, making(disk / "made") as directory:
+            write_text(directory / "first", "1" * 10_000)
+        assert refusal.value.filename == str(disk / "made") and os.listdir(disk) == [".filler"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("mine")
+    with pytest.raises(OSError), making(tmp_path / "mine") as directory:
+        write_text(directory / "file", "other")
+    assert (tmp_path / "mine" / "file").read_text() == "mine"
+    assert sorted(os.listdir(tmp_path)) == ["deep", "disk", "mine"]

@@ -16,6 +16,7 @@ from reapkit.core.errors import RecipeError, UnusableError
 from reapkit.core.progress import SILENT
 from reapkit.core.run_record import RECORD
 from reapkit.pipeline.planned import load_and_plan
+from reapkit.pipeline.published_names import inner_names, is_planned
 from reapkit.pipeline.run import walk
 from reapkit.pipeline.run_directory import RunDirectory, foreign
 from reapkit.pruning.manifest import check_directory
@@ -152,6 +153,47 @@ def test_a_damaged_record_is_refused_not_overwritten(tmp_path: Path, text: str) 
 
 def settings(tmp_path: Path, *more: str) -> tuple[str, ...]:
     return (*SMALL, f"runtime.store={tmp_path / 'store'}", f"output.directory={tmp_path / 'run'}", *more)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pruned/model-00001-of-00002.safetensors",
+        "pruned/tokenizer.json",
+        "pruned.rejected/README.md",
+        "packs/512/tokens.safetensors",
+        "observation/trace.safetensors",
+        "selection/candidates/mine/selection.json",
+    ],
+)
+def test_a_users_file_in_our_folder_is_refused_where_a_later_run_needs_its_name(tmp_path: Path, name: str) -> None:
+    directory = name.partition("/")[0]
+    with RunDirectory.opened(tmp_path / "run", SILENT) as run:
+        run.mirror(artifact(tmp_path, "a", {"ours.txt": "ours"}), directory)
+    for free in ("notes.txt", "adapter_model.safetensors", "README.md.yours"):
+        (tmp_path / "run" / directory / free).write_text("the user's")
+    load_and_plan("demo", settings(tmp_path))
+    (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "run" / name).write_text("the user's")
+    with pytest.raises(RecipeError) as refused:
+        load_and_plan("demo", settings(tmp_path))
+    told = str(refused.value)
+    assert (
+        f"a run would write {tmp_path / 'run' / name}, and reapkit did not make what is there. Choose another" in told
+    )
+    assert not (tmp_path / "store").exists() or not list((tmp_path / "store").glob("calibrate-*"))
+    assert (tmp_path / "run" / name).read_text() == "the user's"
+
+
+def test_the_names_that_a_run_needs_are_those_that_it_writes(tmp_path: Path) -> None:
+    """Patterns of stages that have not run cover every file that they show."""
+    plan = load_and_plan("demo", settings(tmp_path, "prune.repair=ridge"))
+    planned = inner_names(plan)
+    run = walk(plan)
+    shown = [file.relative_to(run.directory) for file in run.directory.rglob("*") if file.is_file()]
+    inside = [(file.parts[0], "/".join(file.parts[1:])) for file in shown if len(file.parts) > 1]
+    assert {name for name, _ in inside} >= {"calibration", "packs", "observation", "selection", "repair", "pruned"}
+    assert not [each for each in inside if not is_planned(each[1], planned[each[0]])]
 
 
 @pytest.mark.parametrize(

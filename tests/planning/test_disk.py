@@ -35,7 +35,7 @@ def planned(root: Path, *overrides: str) -> Plan:
 
 
 def free(nbytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=nbytes))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=nbytes, total=10**15))
 
 
 def test_every_stage_says_what_it_writes() -> None:

@@ -64,6 +64,8 @@ def artifacts(directory: Path) -> dict[str, str]:
     found = {}
     for manifest in sorted((directory / "runs/.store").glob("*/manifest.json")):
         payload = manifest.parent / "payload"
+        if ".damaged" in manifest.parent.name:
+            continue
         if json.loads(manifest.read_text())["stage"] in TIMED or not payload.is_dir():
             continue
         sha = hashlib.sha256()

@@ -46,6 +46,7 @@ STAGE = StageDefinition(
     version=1,
     run=run,
     writes=stage_disk.calibrate,
+    shows=lambda plan: ("tokens.safetensors", "calibration.json"),
     directory="calibration",
     fields=("calibration",),
     content=_content,

@@ -160,6 +160,7 @@ STAGE = StageDefinition(
     version=4,
     run=run,
     writes=stage_disk.evaluate,
+    shows=lambda plan: ("evaluation.json", "selection.json"),
     directory="evaluation",
     fields=("evaluate.packs", "evaluate.extra_packs", "evaluate.gates", "evaluate.controls", "evaluate.generation"),
     inputs=lambda recipe: ("packs", "select", "repair"),

@@ -48,6 +48,7 @@ STAGE = StageDefinition(
     version=1,
     run=run,
     writes=_writes,
+    shows=lambda plan: ("observation.safetensors", "observation.json", "trace.safetensors"),
     directory="observation",
     content=lambda plan: {"imported": _imported(plan).content, "model": plan.identities.model},
     wanted=lambda plan: plan.imported is not None,

@@ -97,6 +97,7 @@ STAGE = StageDefinition(
     version=1,
     run=run,
     writes=stage_disk.observe,
+    shows=lambda plan: ("observation.safetensors", "observation.json", "trace.safetensors"),
     directory="observation",
     fields=("observe",),
     content=_content,

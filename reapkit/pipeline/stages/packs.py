@@ -38,6 +38,11 @@ STAGE = StageDefinition(
     version=2,
     run=run,
     writes=stage_disk.packs,
+    shows=lambda plan: tuple(
+        f"{length}/{file}"
+        for length in plan.recipe.evaluate.packs.lengths
+        for file in ("tokens.safetensors", "calibration.json")
+    ),
     directory="packs",
     fields=("evaluate.packs", "evaluate.extra_packs"),
     content=lambda plan: {"extra_sources": plan.identities.extra_sources},

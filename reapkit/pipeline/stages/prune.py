@@ -11,7 +11,7 @@ from reapkit.pipeline.stages.repair import load_repaired
 from reapkit.planning import stage_disk
 from reapkit.planning.plan import Plan
 from reapkit.planning.stage_definitions import StageDefinition
-from reapkit.pruning.checkpoint import prune_checkpoint
+from reapkit.pruning.checkpoint import prune_checkpoint, written_names
 from reapkit.selection.selection import Selection
 
 
@@ -61,6 +61,7 @@ STAGE = StageDefinition(
     version=1,
     run=run,
     writes=stage_disk.prune,
+    shows=lambda plan: written_names(plan.checkpoint),
     directory="pruned",
     fields=("prune.mtp", "prune.repair", "prune.layout", "output.max_shard_bytes"),
     content=_content,

@@ -12,6 +12,7 @@ from reapkit.planning import stage_disk
 from reapkit.planning.plan import Plan
 from reapkit.planning.quantization_memory import quantize_memory
 from reapkit.planning.stage_definitions import StageDefinition
+from reapkit.pruning.checkpoint import written_names
 from reapkit.pruning.manifest import read_manifest, seal
 from reapkit.recipe.schema import Recipe
 
@@ -73,6 +74,7 @@ STAGE = StageDefinition(
     version=3,
     run=run,
     writes=stage_disk.quantize,
+    shows=lambda plan: written_names(plan.checkpoint),
     directory="quantized",
     fields=("quantize", "output.max_shard_bytes"),
     inputs=_inputs,

@@ -66,6 +66,7 @@ STAGE = StageDefinition(
     version=1,
     run=run,
     writes=stage_disk.repair,
+    shows=lambda plan: ("*/repair.json", "*/layer-*.safetensors"),
     directory="repair",
     fields=("prune.repair",),
     content=lambda plan: {"model": plan.identities.model},

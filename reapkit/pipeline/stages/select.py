@@ -70,6 +70,7 @@ STAGE = StageDefinition(
     version=1,
     run=run,
     writes=stage_disk.select,
+    shows=lambda plan: ("index.json", "selection.json", "candidates/*/selection.json"),
     directory="selection",
     fields=(
         "saliency",
