@@ -168,7 +168,7 @@ def test_a_new_metric_is_one_record_for_the_page_and_the_card(facts) -> None:
 
 
 def test_a_new_metric_is_one_record_for_the_comparison_of_runs(facts) -> None:
-    run = {"sizes": [], "verdict": "pass", "measured": "quantized", "length": "512", "name": "r"}
+    run = {"sizes": [], "verdict": "pass", "measured": "quantized", "length": "512", "name": "r", "tone": "pass"}
     quality = facts.verification["metrics"]["quantized"]["512"]
     found = {
         "runs": {"A": run | {"quality": quality}},
