@@ -12,8 +12,10 @@ from transformers import PreTrainedModel
 
 from reapkit.calibration.tokens import CalibrationTokens
 from reapkit.core.progress import SILENT, Progress
+from reapkit.evaluation import generation
 from reapkit.evaluation.outputs import EAFT, BaseOutputs, Pack, base_outputs, compare, describe_base, measure
 from reapkit.model.loading import load_model
+from reapkit.recipe.schema import GenerationSpec
 
 
 def final_packs(tokens: Mapping[int, CalibrationTokens]) -> dict[int, Pack]:
@@ -104,3 +106,48 @@ class Yardstick:
         finally:
             del model
             gc.collect()
+
+
+def continued(
+    path: Path,
+    pack: Pack,
+    spec: GenerationSpec,
+    tokenizer: Any = None,
+    *,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    batch_tokens: int = 16384,
+    title: str | None = None,
+    progress: Progress = SILENT,
+) -> dict[str, Any] | None:
+    """What a directory's model writes after the prompts that `evaluate` drew from the pack: `{"generation": {group:
+    shares over continuations}, "examples": [{"source", "prompt", "text"}]}`; None where the pack gives no prompt.
+
+    The shares are the model's own, without the differences from the base; examples need a tokenizer.
+    """
+    prompts = generation.draw_prompts(pack, spec.prompts)
+    if not prompts:
+        return None
+    model = load_model(path, device=device, trust_remote_code=trust_remote_code)
+    try:
+        written = generation.write(
+            model,
+            prompts,
+            max_new_tokens=spec.max_new_tokens,
+            batch_tokens=batch_tokens,
+            title=title or f"generate {path.name}",
+            progress=progress,
+        )
+    finally:
+        del model
+        gc.collect()
+    sources = pack.tokens.sources
+    shares = generation.summarize(written, written, prompts, sources, pack.outside, tokenizer)
+    shown = generation.examples(written, written, prompts, sources, tokenizer) if tokenizer else []
+    return {
+        "generation": {
+            group: {name: found for name, found in metrics.items() if not name.endswith("_delta")}
+            for group, metrics in shares.items()
+        },
+        "examples": [{"source": each["source"], "prompt": each["prompt"], "text": each["base"]} for each in shown],
+    }

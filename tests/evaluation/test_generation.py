@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 
+from reapkit.evaluation.directory import continued
 from reapkit.evaluation.generation import Continuation, Prompt, draw_prompts, examples, summarize, write
 from reapkit.evaluation.outputs import Pack
+from reapkit.recipe.schema import GenerationSpec
 from tests.support import tiny
 from tests.support.held_out import held_out
 
@@ -129,3 +131,27 @@ def test_tool_calls_are_judged_where_prompt_and_reference_have_them():
     assert "tool_prompts" not in found["prose"]
     shown = examples(base, written, prompts, ("tools", "prose"), Text())
     assert [each["source"] for each in shown] == ["tools", "prose"] and shown[1]["candidate"] == bad
+
+
+class Letters:
+    """Token ids as text."""
+
+    def decode(self, tokens):
+        return " ".join(map(str, tokens))
+
+
+def test_a_directory_continues_the_prompts_that_the_masks_continued(model, pack, tmp_path):
+    tiny.save_hub_layout(model, tmp_path / "quantized")
+    prompts, sources = draw_prompts(pack, 6), pack.tokens.sources
+    own = write(model, prompts, max_new_tokens=4)
+    found = continued(tmp_path / "quantized", pack, GenerationSpec(prompts=6, max_new_tokens=4), Letters())
+    expected = summarize(own, own, prompts, sources, pack.outside, Letters())
+    assert set(found["generation"]) == {"all", "code", "prose", "french"}
+    for group, metrics in found["generation"].items():
+        assert metrics == {name: value for name, value in expected[group].items() if not name.endswith("_delta")}
+    for shown in found["examples"]:
+        first = next(i for i, prompt in enumerate(prompts) if sources[prompt.source] == shown["source"])
+        assert shown["prompt"] == Letters().decode(prompts[first].tokens)
+        assert shown["text"] == Letters().decode(own["greedy"][first].tokens)
+    assert len(found["examples"]) == 3
+    assert continued(tmp_path / "quantized", pack, GenerationSpec(prompts=6, max_new_tokens=4))["examples"] == []

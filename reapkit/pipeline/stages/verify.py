@@ -46,6 +46,7 @@ def run(context: Context) -> dict[str, Any]:
     compared = {"base": context.model_directory, final: result}
     throughput = _throughput(context, compared)
     benchmarks = _benchmarks(context, compared)
+    continuations = _continuations(context, final, result)
     verdict, results, advice = _judge(context, metrics)
     write_json(
         context.payload / "verify.json",
@@ -59,6 +60,7 @@ def run(context: Context) -> dict[str, Any]:
             "verdict": verdict,
             "advice": advice,
             "lm_eval": benchmarks,
+            "continuations": continuations,
         },
     )
     return {
@@ -245,6 +247,32 @@ def _benchmarks(context: Context, directories: dict[str, Path]) -> dict[str, Any
     }
 
 
+def _continuations(context: Context, name: str, directory: Path) -> dict[str, Any] | None:
+    """The quantized model's continuations of the prompts that base and candidates continued; the pruned one's are the
+    mask's. None where none were asked for, or the model does not fit into memory."""
+    from reapkit.calibration.identity import tokenizer_identity
+    from reapkit.evaluation.bench import packs_of_part
+    from reapkit.evaluation.directory import continued
+    from reapkit.model.loading import load_tokenizer
+    from reapkit.quantization.quiet import quiet
+
+    spec, packs = context.recipe.evaluate.generation, packs_of_part(load_packs(context), "decide")
+    if name != "quantized" or spec is None or context.streams or not packs:
+        return None
+    with quiet():
+        return continued(
+            _readable(context, name, directory),
+            packs[max(packs)],
+            spec,
+            load_tokenizer(context.model_directory) if tokenizer_identity(context.model_directory) else None,
+            device=context.device,
+            trust_remote_code=context.recipe.model.trust_remote_code,
+            batch_tokens=context.recipe.runtime.batch_tokens,
+            title=f"generate {name}",
+            progress=context.progress,
+        )
+
+
 def _probe(context: Context) -> list[list[int]]:
     """Two real rows on which logits are compared."""
     tokens = next(iter(load_packs(context).values()))
@@ -317,12 +345,13 @@ def _content(plan: Plan) -> dict[str, Any]:
 
 STAGE = StageDefinition(
     name="verify",
-    version=4,
+    version=5,
     run=run,
     writes=stage_disk.verify,
     file="verify.json",
     fields=(
         "evaluate.gates_quantized",
+        "evaluate.generation",
         "evaluate.lm_eval",
         "evaluate.throughput",
         "evaluate.equal_bytes",
