@@ -1,6 +1,8 @@
 # Every target needs Python >= 3.11 and a package index; nothing else, and nothing twice. `make types` also fetches
 # pyright, through npm.
 PYTHON ?= python3
+# The tested version; any build of it, CPU or CUDA. Only `make` installs it: pip leaves the torch that is there alone.
+TORCH := torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -22,10 +24,10 @@ types: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu and not long"
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(TORCH)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(TORCH) --editable ".[dev]"
 	touch $(STAMP)
 
 clean:

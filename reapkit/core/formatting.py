@@ -126,6 +126,12 @@ def human_bytes(count: int | None) -> str:
     return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{value:.3g} {units[0]}"
 
 
+def byte_unit(nbytes: int) -> tuple[str, float]:
+    """The decimal unit that suits a size, and the bytes in it: ("GB", 1e9)."""
+    units = [("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)]
+    return next(((unit, size) for unit, size in units if nbytes >= size), ("B", 1.0))
+
+
 def gigabytes(nbytes: int | float, precision: str = ".1f") -> str:
     """Bytes in 10^9, whatever their size, as one compares what is needed with what is free: `0.3 GB`."""
     return f"{nbytes / 1e9:{precision}} GB"

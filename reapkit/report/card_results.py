@@ -133,10 +133,15 @@ def limits(facts: RunFacts, which: str) -> str:
     if facts.recipe.evaluate.lm_eval is None:
         lines.append("No task benchmark was run.")
     lines += [
-        f"Free continuations, pruned as a mask, share that loop: {share_with_interval(found)}; base:"
-        f" {share_with_interval(base)}."
-        for group, metric, base, found in generated(facts)
-        if group == UNION and metric == "loop_share"
+        f"Free continuations that loop: {share_with_interval(each.base)} of the base's,"
+        f" {share_with_interval(each.mask)} of the pruned model's (as a mask)"
+        + (
+            f", {share_with_interval(each.quantized)} of this one's."
+            if each.quantized and which == "quantized"
+            else "."
+        )
+        for each in generated(facts)
+        if each.group == UNION and each.metric == "loop_share"
     ]
     lines += _verdicts(facts, which)
     if never := (facts.selection.details.get("never_routed") if facts.selection else None):

@@ -82,28 +82,32 @@ def whiskers(
     whisker: str = "--muted",
 ) -> Trace:
     """A dot per name at its value with its interval; `found`: `{"value", "interval"}` each."""
-    values = [each["value"] for each in found]
-    ends = [each.get("interval") or (value, value) for each, value in zip(found, values, strict=True)]
-    error = {
-        "type": "data",
-        "symmetric": False,
-        "thickness": 2,
-        "width": 4,
-        "color": whisker,
-        "array": [max(0.0, high - value) for (_, high), value in zip(ends, values, strict=True)],
-        "arrayminus": [max(0.0, value - low) for (low, _), value in zip(ends, values, strict=True)],
-    }
     return {
         "type": "scatter",
         "mode": "markers",
-        "x": values,
+        "x": [each["value"] for each in found],
         "y": list(names),
-        "error_x": error,
+        "error_x": error_bars(found, whisker),
         "name": name,
         "text": list(labels),
         "marker": {"size": 10, "color": color, "symbol": symbol},
         "showlegend": bool(name),
         "hovertemplate": f"%{{y}}: %{{text}}<extra>{name}</extra>",
+    }
+
+
+def error_bars(found: Sequence[Mapping[str, Any]], color: str) -> dict[str, Any]:
+    """Intervals around values, `{"value", "interval"}` each; none where there is no interval."""
+    values = [each["value"] for each in found]
+    ends = [each.get("interval") or (value, value) for each, value in zip(found, values, strict=True)]
+    return {
+        "type": "data",
+        "symmetric": False,
+        "thickness": 2,
+        "width": 4,
+        "color": color,
+        "array": [max(0.0, high - value) for (_, high), value in zip(ends, values, strict=True)],
+        "arrayminus": [max(0.0, value - low) for (low, _), value in zip(ends, values, strict=True)],
     }
 
 
@@ -143,3 +147,8 @@ def names_axis(**extra: Any) -> dict[str, Any]:
 def upright(x: float, **style: Any) -> dict[str, Any]:
     """A line across the whole height at `x`."""
     return {"type": "line", "x0": x, "x1": x, "y0": 0, "y1": 1, "yref": "paper", "line": style}
+
+
+def across(y: float, **style: Any) -> dict[str, Any]:
+    """A line across the whole width at `y`."""
+    return {"type": "line", "x0": 0, "x1": 1, "xref": "paper", "y0": y, "y1": y, "line": style}

@@ -20,6 +20,7 @@ from reapkit.evaluation.outcome import Outcome, outcome
 from reapkit.planning.plan import Plan, Sizes
 from reapkit.recipe.schema import Recipe
 from reapkit.recipe.yaml_tree import walk
+from reapkit.report.serving_needs import PromptKind, cache_bytes_per_token, prompt_kind
 from reapkit.selection.selection import Selection
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class StageRow:
 @dataclass(frozen=True)
 class SourceModel:
     """The base model as its checkpoint describes it. `hub`: the source is a hub id. `license`: what its own card says,
-    or None."""
+    or None. `prompts`: what it is given; `cache_bytes`: of keys and values for a token, None where unknown."""
 
     source: str
     revision: str | None
@@ -50,6 +51,8 @@ class SourceModel:
     num_hidden_layers: int
     license: str | None
     identity: str
+    prompts: PromptKind = "text"
+    cache_bytes: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,6 +195,8 @@ def _source_model(plan: Plan) -> SourceModel:
         architecture.num_hidden_layers,
         license_of(plan.checkpoint.path),
         plan.checkpoint.identity,
+        prompt_kind(plan.checkpoint.path),
+        cache_bytes_per_token(plan.checkpoint.config),
     )
 
 

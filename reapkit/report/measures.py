@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
 from reapkit.core.formatting import percent
+from reapkit.evaluation.gates import UNION
 from reapkit.evaluation.metrics.metric import Metric
 from reapkit.evaluation.metrics.table import metric_of
 from reapkit.report.facts import RunFacts
@@ -42,21 +43,38 @@ def limit(metric: str, gate: Mapping[str, Any]) -> str:
     return f"at most {shown(metric, high)}" if high is not None else f"at least {shown(metric, low)}"
 
 
+def of_mix(entry: Mapping[str, Any], metric: str) -> Mapping[str, Any] | None:
+    """A candidate's metric over the whole mix, at the longest rows."""
+    metrics = entry.get("metrics") or {}
+    return metrics[max(metrics, key=int)].get(UNION, {}).get(metric) if metrics else None
+
+
 def badge(verdict: str, tone: str | None = None) -> Markup:
     """A verdict as a coloured word; its own tone, or this one."""
     return Markup('<span class="verdict {}">{}</span>').format(tone or TONES.get(verdict, "info"), verdict)
 
 
-def generated(facts: RunFacts) -> list[tuple[str, str, Mapping[str, Any] | None, Mapping[str, Any]]]:
-    """(group, metric, base's, candidate's) for every share measured on free continuations of the chosen candidate, else
-    nothing."""
+class ContinuationShare(NamedTuple):
+    """A share of free continuations, `{"value", "interval"}`, of the base, the chosen candidate as a mask and the
+    quantized model (None where it wrote none)."""
+
+    group: str
+    metric: str
+    base: Mapping[str, Any] | None
+    mask: Mapping[str, Any]
+    quantized: Mapping[str, Any] | None
+
+
+def generated(facts: RunFacts) -> list[ContinuationShare]:
+    """Every share measured on free continuations of the chosen candidate, else nothing."""
     evaluation = facts.evaluation
     chosen = next(
         (entry for entry in evaluation.get("candidates", ()) if entry["name"] == evaluation.get("chosen")), {}
     )
     base = evaluation.get("base_generation") or {}
+    quantized = (facts.verification.get("continuations") or {}).get("generation", {})
     return [
-        (group, metric, base.get(group, {}).get(metric), found)
+        ContinuationShare(group, metric, base.get(group, {}).get(metric), found, quantized.get(group, {}).get(metric))
         for group, metrics in (chosen.get("generation") or {}).items()
         for metric, found in metrics.items()
         if isinstance(found, Mapping) and not metric.endswith("_delta") and metric in base.get(group, {})

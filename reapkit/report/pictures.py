@@ -64,7 +64,7 @@ def write_pictures(page_html: Path, directory: Path) -> list[Path]:
     with browser() as chromium:
         page = chromium.new_page(viewport={"width": WIDTH, "height": 900})
         page.set_default_timeout(PATIENCE_MS)
-        page.goto(f"{Path(page_html).resolve().as_uri()}#draw=all&theme=light")
+        page.goto(f"{Path(page_html).resolve().as_uri()}#theme=light")
         if not page.locator(".chart").count():
             raise UnusableError(f"{page_html}: the page has no charts.")
         page.wait_for_function(DRAWN)

@@ -16,15 +16,18 @@ from reapkit.report.charts import axis, names_axis, upright, whiskers
 from reapkit.report.facts import RunFacts
 from reapkit.report.measures import (
     TONES,
+    ContinuationShare,
     axis_form,
     badge,
     generated,
     limit,
     measured_models,
+    of_mix,
     share_with_interval,
     shown,
     with_interval,
 )
+from reapkit.report.size_curve import size_curves
 
 # ---------------------------------------------------------------------------------------------- gates
 
@@ -37,6 +40,8 @@ def gates(facts: RunFacts) -> PageSection | None:
     metrics = [metric for metric in dict.fromkeys(gate["metric"] for gate in evaluation["gates"]) if metric in METRICS]
     charts = [chart for metric in metrics for chart in _gate_charts(evaluation, METRICS[metric])]
     blocks: list[Any] = [Grid(charts, wide=True)] if charts else []
+    if curves := size_curves(facts):
+        blocks.append(Grid(curves, wide=True))
     if bought := _bought(evaluation):
         blocks.append(bought)
     chosen = _chosen(evaluation)
@@ -60,18 +65,12 @@ def _chosen(evaluation: Mapping[str, Any]) -> Mapping[str, Any]:
     return next(entry for entry in evaluation["candidates"] if entry["name"] == evaluation["chosen"])
 
 
-def _of_mix(entry: Mapping[str, Any], metric: str) -> Mapping[str, Any] | None:
-    """A metric over the whole mix, at the longest rows."""
-    metrics = entry.get("metrics") or {}
-    return metrics[max(metrics, key=int)].get(UNION, {}).get(metric) if metrics else None
-
-
 def _bought(evaluation: Mapping[str, Any]) -> Note | None:
     """What the criterion bought: how much more the same budget loses under each control, paired row by row."""
     chosen, lines, tone = _chosen(evaluation), [], "good"
-    own = _of_mix(chosen, "kl_mean")
+    own = of_mix(chosen, "kl_mean")
     for control in evaluation.get("controls", ()):
-        kl, gain = _of_mix(control, "kl_mean"), _gain(control)
+        kl, gain = of_mix(control, "kl_mean"), _gain(control)
         if not own or not kl:
             continue
         said = f"{control['criterion']}: KL {shown('kl_mean', kl['value'])} against {shown('kl_mean', own['value'])}"
@@ -106,7 +105,7 @@ def _gate_charts(evaluation: Mapping[str, Any], metric: Metric) -> Iterator[Char
         (gate for gate in evaluation["gates"] if gate["metric"] == metric.name and gate["source"] == UNION), None
     )
     entries = [
-        (entry, _of_mix(entry, metric.name)) for entry in (*evaluation["candidates"], *evaluation.get("controls", ()))
+        (entry, of_mix(entry, metric.name)) for entry in (*evaluation["candidates"], *evaluation.get("controls", ()))
     ]
     entries = [(entry, measured) for entry, measured in entries if measured]
     if not entries or gate is None:
@@ -243,8 +242,8 @@ def quality(facts: RunFacts) -> PageSection | None:
     )
     blocks: list[Any] = [Grid(charts[:2], wide=True), *charts[2:], Folded("All numbers", [PageTable(columns, rows)])]
     if written := generated(facts):
-        union = [each for each in written if each[0] == UNION]
-        by_source = [each for each in written if each[0] != UNION]
+        union = [each for each in written if each.group == UNION]
+        by_source = [each for each in written if each.group != UNION]
         blocks += [
             _generation_table(facts, union, "Free continuations of held-out prompts"),
             Folded("Continuations, source by source", [_generation_table(facts, by_source)]),
@@ -253,31 +252,42 @@ def quality(facts: RunFacts) -> PageSection | None:
     return PageSection("quality", "Quality, source by source", blocks, lead, "Quality")
 
 
-def _generation_table(facts: RunFacts, written: Sequence[tuple[str, str, Any, Any]], title: str = "") -> PageTable:
+def _generation_table(facts: RunFacts, written: Sequence[ContinuationShare], title: str = "") -> PageTable:
+    quantized = any(each.quantized for each in written)
     rows = [
         (
-            "all of the mix" if group == UNION else group,
-            metric_of(metric).label,
-            share_with_interval(base),
-            share_with_interval(found),
+            "all of the mix" if each.group == UNION else each.group,
+            metric_of(each.metric).label,
+            share_with_interval(each.base),
+            share_with_interval(each.mask),
+            *([share_with_interval(each.quantized)] if quantized else []),
         )
-        for group, metric, base, found in written
+        for each in written
     ]
     columns = [("source", LEFT), ("share of continuations", LEFT), ("base", RIGHT), (f"{facts.chosen} (mask)", RIGHT)]
-    return PageTable(columns, rows, title)
+    return PageTable([*columns, ("quantized", RIGHT)] if quantized else columns, rows, title)
 
 
 def _examples(facts: RunFacts) -> list[Folded]:
-    """The same prompt continued by base and candidate, side by side."""
+    """The same prompt continued by base, candidate and quantized model, side by side."""
     examples = _chosen(facts.evaluation).get("examples") or ()
     if not examples:
         return []
-    rows = [
-        (each["source"], *(Markup("<pre>{}</pre>").format(each[name]) for name in ("prompt", "base", "candidate")))
+    final = (facts.verification.get("continuations") or {}).get("examples", ())
+    quantized = {(each["source"], each["prompt"]): each["text"] for each in final}
+    said = [
+        (each["prompt"], each["base"], each["candidate"])
+        + ((quantized.get((each["source"], each["prompt"]), "–"),) if quantized else ())
         for each in examples
     ]
+    rows = [
+        (each["source"], *(Markup("<pre>{}</pre>").format(text) for text in texts))
+        for each, texts in zip(examples, said, strict=True)
+    ]
     columns = [("source", LEFT), ("prompt", LEFT), ("base", LEFT), (f"{facts.chosen} (mask)", LEFT)]
-    return [Folded("What the models wrote", [PageTable(columns, rows)])]
+    return [
+        Folded("What the models wrote", [PageTable([*columns, ("quantized", LEFT)] if quantized else columns, rows)])
+    ]
 
 
 def _source_chart(found: Mapping[str, Mapping[str, Any]], metric: Metric) -> Chart:

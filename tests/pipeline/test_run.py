@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -204,6 +206,18 @@ def test_a_rejected_candidate_writes_no_model_and_says_what_would_pass(finished:
     page = (root / "rejected" / "report.html").read_text()
     assert "The first of these, to paste" in page and page.count(f"--set {advised}") >= 1
     assert name in page and "tried after the rejection" in page
+
+
+@pytest.mark.parametrize("which", ["pruned", "quantized"])
+def test_the_code_on_the_card_runs_as_it_stands(
+    finished: Run, which: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(finished.directory / which)
+    [code] = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(), flags=re.S)
+    named: dict[str, Any] = {}
+    exec(compile(code, "README.md", "exec"), named)  # what a reader would do
+    written = named["output"].shape[1] - named["inputs"]["input_ids"].shape[1]
+    assert 0 < written <= 64 and capsys.readouterr().out.strip()
 
 
 def test_a_rejection_may_be_a_warning(finished: Run, root: Path) -> None:

@@ -10,6 +10,7 @@ import yaml
 
 from reapkit.report.card import model_card
 from tests.support import synthetic_report as synthetic
+from tests.support.paths import ROOT
 
 
 def front_matter(card: str) -> dict:
@@ -77,6 +78,39 @@ def test_serving_follows_scheme_and_layout(facts):
     assert "vllm serve" not in model_card(dataclasses.replace(facts, pruned=ragged), "pruned")
     unread = dataclasses.replace(facts, quantization={**facts.quantization, "experts_reload_in_transformers": False})
     assert "AutoModelForCausalLM" not in model_card(unread, "quantized")
+
+
+def test_memory_to_serve_is_the_exact_bytes_and_says_what_it_leaves_out(facts):
+    said = model_card(facts, "quantized")
+    assert "Memory to serve: 0.0019 GB of weights (1,900,000 bytes); the cache of keys and values comes on top." in said
+    large = dataclasses.replace(facts.pruned, nbytes=15_312_345_678)
+    known = dataclasses.replace(facts, pruned=large, model=dataclasses.replace(facts.model, cache_bytes=98_304))
+    assert (
+        "15.31 GB of weights (15,312,345,678 bytes), and 0.0983 GB of keys and values for every 1,000 tokens"
+        in model_card(known, "pruned")
+    )
+
+
+@pytest.mark.parametrize("prompts", ["chat", "text", "tokens"])
+@pytest.mark.parametrize("target", [None, "me/mine"])
+def test_the_example_loads_what_the_card_is_about_and_generates(facts, prompts, target):
+    output = facts.recipe.output.model_copy(update={"push_to_hub": target})
+    given = dataclasses.replace(
+        facts,
+        model=dataclasses.replace(facts.model, prompts=prompts),
+        recipe=facts.recipe.model_copy(update={"output": output}),
+    )
+    card = model_card(given, "pruned")
+    [code] = re.findall(r"```python\n(.*?)```", card, flags=re.S)
+    compile(code, "card", "exec")
+    assert f'path = "{target or "."}"' in code and "model.generate(" in code
+    assert f"vllm serve {target or '.'}" in card
+    assert ("apply_chat_template" in code, "AutoTokenizer" in code) == (prompts == "chat", prompts != "tokens")
+
+
+def test_the_card_links_to_what_made_it(facts):
+    [homepage] = re.findall(r'Homepage = "(.+)"', (ROOT / "pyproject.toml").read_text())
+    assert f"Made with [reapkit]({homepage}) 0.1.0, torch 2.13.0, transformers 5.17.0." in model_card(facts, "pruned")
 
 
 def test_eaft_is_cited_only_where_it_was_used(facts):

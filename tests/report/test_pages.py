@@ -17,6 +17,7 @@ from reapkit.report.observation_report import observation_page, write_observatio
 from reapkit.report.page import as_json, render
 from reapkit.report.reroute_section import reroute_section
 from reapkit.report.run_report import run_page, write_run_report
+from reapkit.report.size_curve import measured_cuts, size_curves
 from reapkit.report.view import View
 from tests.support import synthetic_report as synthetic
 from tests.support.observations import in_cells
@@ -303,7 +304,94 @@ def test_free_continuations_are_shown_where_they_were_measured(finished):
         run_page(finished)
     )
     card = model_card(measured, "pruned")
-    assert "share that loop: 20.0 %" in card and "Free generation (loops" not in card
+    assert (
+        "20.0 % (10.0 % to 30.0 %) of the pruned model's (as a mask)" in card and "Free generation (loops" not in card
+    )
+
+
+def test_continuations_of_the_quantized_model_stand_beside_base_and_mask(finished):
+    shares = {"all": {"rows": 8, "loop_share": synthetic.measured(0.2, 0.1)}}
+    example = {"source": "code", "prompt": "sort", "base": "sorted(x)", "candidate": "sorted(y)"}
+    evaluation = {
+        **finished.evaluation,
+        "base_generation": {"all": {"rows": 8, "loop_share": synthetic.measured(0.1, 0.05)}},
+        "candidates": [{**finished.evaluation["candidates"][0], "generation": shares, "examples": [example]}],
+    }
+    written = {
+        "generation": {"all": {"rows": 8, "loop_share": synthetic.measured(0.4, 0.1)}},
+        "examples": [{"source": "code", "prompt": "sort", "text": "sorted(z)"}],
+    }
+    given = dataclasses.replace(
+        finished, evaluation=evaluation, verification={**finished.verification, "continuations": written}
+    )
+    tables = [block for block in blocks(run_page(given)) if isinstance(block, PageTable)]
+    [shares_table] = [table for table in tables if table.title.startswith("Free continuations")]
+    assert [name for name, _ in shares_table.columns][-3:] == ["base", "ratio-0.5 (mask)", "quantized"]
+    assert shares_table.rows[0][-1] == "40.0 % (30.0 % to 50.0 %)"
+    [texts] = [table for table in tables if ("prompt", "left") in table.columns]
+    assert [str(cell) for cell in texts.rows[0][1:]] == [
+        f"<pre>{said}</pre>" for said in ("sort", "sorted(x)", "sorted(y)", "sorted(z)")
+    ]
+    assert "40.0 % (30.0 % to 50.0 %) of this one's." in model_card(given, "quantized")
+    assert "of this one's" not in model_card(given, "pruned")
+
+
+def sized(facts, sizes: dict[str, int], *, search: dict[str, float] | None = None):
+    """The facts with these bytes per candidate; `search`: losses of cuts tried after a rejection."""
+    names = facts.evaluation["candidates"]
+    planned = {
+        entry["name"]: dataclasses.replace(facts.planned[entry["name"]], nbytes=sizes[entry["name"]]) for entry in names
+    }
+    tried = [
+        {
+            **synthetic.evaluation({name: loss}, synthetic.SOURCES[:3])["candidates"][0],
+            "bytes": sizes[name],
+            "removed": float(name.rpartition("-r")[2]),
+        }
+        for name, loss in (search or {}).items()
+    ]
+    evaluation = {**facts.evaluation, "search": tried or None}
+    return dataclasses.replace(facts, planned=planned, evaluation=evaluation)
+
+
+def test_every_measured_size_stands_on_the_curve_with_its_interval_and_the_limit(observed):
+    facts = sized(
+        synthetic.facts(rejected=True, observed=observed, losses={"reap-r0.5": 0.3, "random-r0.5": 0.4}),
+        {"reap-r0.5": 4_000_000, "random-r0.5": 4_000_000, "reap-r0.25": 5_500_000, "reap-r0.125": 6_500_000},
+        search={"reap-r0.25": 0.1, "reap-r0.125": 0.01},
+    )
+    kl, perplexity = size_curves(facts)
+    reap, random, base = kl.data
+    assert (reap["name"], random["name"]) == ("reap", "random")
+    assert reap["x"] == [6.5, 5.5, 4.0] and reap["y"] == pytest.approx([0.007, 0.07, 0.21])
+    assert reap["error_y"]["array"] == pytest.approx([0.002, 0.011, 0.031])
+    assert (base["x"], base["y"]) == ([7.3], [0.0])
+    assert [shape["y0"] for shape in kl.layout["shapes"]] == [0.05]
+    assert reap["marker"]["color"] == ["--good", "--bad", "--bad"]
+    assert kl.sentence.startswith("From 6.5 MB to 4 MB (base: 7.3 MB)") and "6.5 MB (reap-r0.125)" in kl.sentence
+    assert [shape["y0"] for shape in perplexity.layout["shapes"]] == [1.05]
+    assert {"size-kl-mean", "size-perplexity-ratio"} <= {getattr(block, "id", "") for block in blocks(run_page(facts))}
+
+
+def test_one_size_makes_no_curve(finished):
+    assert size_curves(finished) == []
+
+
+def test_cuts_searched_on_the_confirm_rows_are_not_joined_with_those_of_other_rows(observed):
+    facts = synthetic.facts(observed=observed, losses={"reap-r0.5": 0.01})
+    [entry] = facts.evaluation["candidates"]
+    worse = {"512": synthetic.groups(0.3, synthetic.SOURCES[:3])}
+    evaluation = {
+        **facts.evaluation,
+        "verdict": "reject",
+        "confirm": {**facts.evaluation["confirm"], "metrics": worse, "verdict": "reject"},
+        "search": [{**entry, "name": "reap-r0.25", "bytes": 5_000_000, "metrics": {"512": synthetic.groups(0.1, ())}}],
+    }
+    cuts = measured_cuts(dataclasses.replace(facts, evaluation=evaluation), "kl_mean")
+    assert [(cut.name, cut.measured["value"], cut.verdict) for cut in cuts] == [
+        ("reap-r0.25", pytest.approx(0.07), "pass"),
+        ("reap-r0.5", pytest.approx(0.21), "reject"),
+    ]
 
 
 def test_an_observation_of_few_rows_says_so(observed) -> None:

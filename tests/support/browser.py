@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from reapkit.core.errors import UnusableError
-from reapkit.report.pictures import DRAWN, PATIENCE_MS, browser
+from reapkit.report.pictures import PATIENCE_MS, browser
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -59,9 +59,32 @@ FLAWS = """() => {
     const isUnsaid = /\\b(NaN|undefined|null|None)\\b/.test(text.textContent);
     if (isUnsaid && !text.closest('pre')) flaws.push(`says '${text.textContent}'`);
     const at = far(text);
-    if (at.right > innerWidth + 1 && !text.closest('.links, .table'))
+    if (at.right > innerWidth + 1 && !text.closest('.table'))
       flaws.push(`'${text.textContent.slice(0, 40)}' leaves the page`);
   }
+  const words = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  const place = document.createRange();
+  for (let node; (node = words.nextNode()); ) {
+    if (node.parentElement.closest('code, pre, svg, script, style, noscript, select')) continue;
+    for (const word of node.data.matchAll(/\\S+/g)) {
+      if (word[0].length > 20 || /[-\u2010-\u2014\\/]/.test(word[0])) continue;  // may break
+      place.setStart(node, word.index);
+      place.setEnd(node, word.index + word[0].length);
+      if (new Set([...place.getClientRects()].map((box) => Math.round(box.top))).size > 1)
+        flaws.push(`breaks '${word[0]}'`);
+    }
+  }
+  const nav = document.querySelector('nav'), menu = nav.querySelector('details'), isFolded = !menu.open;
+  menu.open = true;
+  for (const link of nav.querySelectorAll('a')) {
+    const at = far(link), all = far(nav);
+    const isCut = at.left < all.left || at.right > all.right || !at.width;
+    const isFaded = getComputedStyle(link.parentElement).maskImage !== 'none';
+    if (isCut || isFaded) flaws.push(`the navigation cuts '${link.textContent}'`);
+  }
+  if (nav.querySelector('.links').scrollWidth > nav.querySelector('.links').clientWidth)
+    flaws.push('the navigation scrolls sideways');
+  menu.open = !isFolded;
   for (const table of document.querySelectorAll('.table')) {
     const beyond = table.scrollWidth - table.clientWidth;
     const title = table.closest('section').querySelector('h2').textContent;
@@ -107,10 +130,8 @@ def browser_or_skip() -> Iterator[Browser]:
 
 
 @contextmanager
-def opened(
-    chromium: Browser, file: Path, width: int = DESK, theme: str = "light", *, draw_all: bool = True
-) -> Iterator[Page]:
-    """The page with its script run; at its end nothing may have been written to the console."""
+def opened(chromium: Browser, file: Path, width: int = DESK, theme: str = "light") -> Iterator[Page]:
+    """The page once it is loaded; at its end nothing may have been written to the console."""
     context = chromium.new_context(
         viewport={"width": width, "height": 900}, color_scheme=theme, has_touch=width == PHONE, is_mobile=width == PHONE
     )
@@ -126,15 +147,14 @@ def opened(
             else None
         ),
     )
-    page.goto(file.resolve().as_uri() + ("#draw=all" if draw_all else ""))
-    page.wait_for_function(DRAWN)
+    page.goto(file.resolve().as_uri())
     yield page
     context.close()
     assert not said, "; ".join(said)
 
 
 def flaws(page: Page) -> list[str]:
-    """What is wrong with the page, in words; `draw_all` must have drawn it."""
+    """What is wrong with the page, in words."""
     return page.evaluate(FLAWS)
 
 

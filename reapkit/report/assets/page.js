@@ -16,15 +16,27 @@
       setTimeout(() => { button.textContent = "Copy"; }, 1500);
     });
   }
-  const links = new Map([...document.querySelectorAll(".links a")].map((link) => [link.hash.slice(1), link]));
-  const spy = new IntersectionObserver((entries) => {
-    for (const entry of entries) {
-      const link = links.get(entry.target.id);
-      link?.classList.toggle("here", entry.isIntersecting);
-      if (link && entry.isIntersecting) link.parentElement.scrollLeft = link.offsetLeft - link.parentElement.offsetLeft - 40;
-    }
-  }, { rootMargin: "-20% 0px -70% 0px" });
-  document.querySelectorAll("main > section").forEach((section) => spy.observe(section));
+  const nav = document.querySelector("nav"), menu = nav.querySelector(".menu"), here = document.getElementById("here");
+  const links = [...menu.querySelectorAll("a")], sections = links.map((link) => document.querySelector(link.hash));
+  const isWide = matchMedia("(min-width: 60rem)");
+  const measure = () => root.style.setProperty("--nav", `${getComputedStyle(nav).position === "sticky" ? nav.offsetHeight : 0}px`);
+  const follow = () => {  // the section that a quarter of the window has reached
+    const reached = sections.findLastIndex((section) => section.getBoundingClientRect().top < innerHeight / 4);
+    links.forEach((link, index) => link.classList.toggle("here", index === reached));
+    here.textContent = links[reached] ? `: ${links[reached].textContent}` : "";
+  };
+  const fold = () => {
+    if (isWide.matches) return;
+    menu.open = false;
+    measure();  // before the browser scrolls to the section
+  };
+  isWide.addEventListener("change", () => { menu.open = isWide.matches; });
+  menu.addEventListener("toggle", measure);
+  links.forEach((link) => link.addEventListener("click", fold));
+  fold();
+  new ResizeObserver(measure).observe(nav);
+  addEventListener("scroll", follow, { passive: true });
+  follow();
 
   const source = document.getElementById("page-data");
   if (!source) return;
@@ -258,24 +270,40 @@
     document.head.append(script);
   };
 
+  // The load event waits for the charts: who prints or photographs the page once it is loaded finds every one of them.
+  const holdLoad = () => {
+    const frame = document.createElement("iframe");
+    frame.hidden = true;
+    document.body.append(frame);
+    frame.contentDocument.open();  // a document that is still being written keeps this page loading
+    return () => frame.remove();
+  };
+  const nextTask = () => new Promise((done) => { setTimeout(done); });
+  const isInSight = (chart) => { const box = chart.getBoundingClientRect(); return box.bottom > 0 && box.top < innerHeight; };
+  const drawAll = async () => {  // what the reader sees first, then one chart at a time, so that the page answers meanwhile
+    const seen = charts.filter(isInSight);
+    seen.forEach(draw);
+    root.dataset.usable = "yes";
+    for (const chart of charts) {
+      if (drawn.has(chart)) continue;
+      await nextTask();
+      await draw(chart);
+    }
+  };
+
   showReadout();
-  loadPlotly().then(() => {
-    const onSight = new IntersectionObserver((entries) => {
-      for (const entry of entries) if (entry.isIntersecting) { onSight.unobserve(entry.target); draw(entry.target); }
-    }, { rootMargin: "600px 0px" });
-    charts.forEach((chart) => onSight.observe(chart));
+  const release = holdLoad();
+  loadPlotly().then(async () => {
     const redraw = () => drawn.forEach(draw);
     root.addEventListener("themechange", redraw);
-    const drawAll = () => charts.forEach((chart) => { if (!drawn.has(chart)) draw(chart); });
     const folds = [...document.querySelectorAll("details")];
     let opened = [], theme = "";
     window.addEventListener("beforeprint", () => {
       theme = root.dataset.theme;
       root.dataset.theme = "light";
-      redraw();
+      charts.forEach(draw);
       opened = folds.filter((fold) => !fold.open);
       opened.forEach((fold) => { fold.open = true; });
-      drawAll();
       charts.forEach((chart) => Plotly.relayout(chart, { width: chart.closest(".grid:not(.wide)") ? COLUMN_WIDTH : PAPER_WIDTH }));
     });
     window.addEventListener("afterprint", () => {
@@ -285,10 +313,10 @@
       charts.forEach((chart) => Plotly.relayout(chart, { width: null, autosize: true }));
     });
     folds.forEach((fold) => fold.addEventListener("toggle", () => fold.querySelectorAll(".chart").forEach((c) => drawn.has(c) && Plotly.Plots.resize(c))));
-    if (location.hash.includes("draw=all")) drawAll();
+    await drawAll();
     root.dataset.ready = "yes";
   }).catch((error) => {
     root.dataset.errors = String(error);
     for (const chart of charts) { chart.style.height = "auto"; chart.textContent = "This chart needs a browser of 2023 or later."; }
-  });
+  }).finally(release);
 })();
