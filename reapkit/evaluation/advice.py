@@ -89,7 +89,7 @@ def advice(evaluation: Mapping[str, Any]) -> str:
 def gate_lines(results: Sequence[Mapping[str, Any]], verdict: str) -> list[str]:
     """The gates with this verdict as an aligned table, and what their metrics mean."""
     found = [entry for entry in results if entry["verdict"] == verdict]
-    rows = [("gate", "source", "rows of", "measured", "limit", "beyond by"), *map(_cells, found)]
+    rows = [("gate", "source", "row length", "measured", "limit", "beyond by"), *map(_cells, found)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     table = [
         "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows

@@ -36,7 +36,7 @@ Fraction = Annotated[Decimal, BeforeValidator(_as_fraction)]
 
 @dataclass(frozen=True)
 class NameOf:
-    """Marks a string that names a record of a room above, such as a criterion. Which names there are is known there:
+    """Marks a string that names a record of a later folder, such as a criterion. Which names there are is known there:
     callers of the JSON schema and of the reference page pass them in, and the plan checks them."""
 
     kind: str

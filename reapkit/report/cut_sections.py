@@ -36,7 +36,7 @@ def slider(view: View) -> Slider:
 
 
 def cut(view: View) -> PageSection:
-    """Traffic and saliency mass deleted, over every ratio."""
+    """Traffic and saliency mass removed, over every ratio."""
     curve = statistics.cut_curve(view.summed, view.saliency)
     traffic = statistics.share_deleted(view.summed.count, view.dropped)
     mass = statistics.share_deleted(view.summed.gate_norm_sum, view.dropped)
@@ -45,13 +45,13 @@ def cut(view: View) -> PageSection:
         f" removed; random pruning would remove {percent(view.removed_share, 0)} of each. {_steepens(curve)}"
     )
     at = [k / view.experts for k in range(view.experts + 1)]
-    hover = "%{y:.1%} deleted at %{x:.1%}"
+    hover = "%{y:.1%} removed at %{x:.1%}"
     data = [
-        line(at, curve.traffic, "routing traffic", "--neutral", hover, markers=False),
+        line(at, curve.traffic, "routed traffic", "--neutral", hover, markers=False),
         line(at, curve.mass, "saliency mass", "--drop", hover, markers=False),
         reference([0, 1], [0, 1], "random"),
     ]
-    layout = {"xaxis": axis("experts removed", ".0%", range=[0, 1]), "yaxis": axis("deleted", ".0%", range=[0, 1.02])}
+    layout = {"xaxis": axis("experts removed", ".0%", range=[0, 1]), "yaxis": axis("removed", ".0%", range=[0, 1.02])}
     lead = (
         "This one observation allows any pruning ratio. Move the slider to change the cut; the heat map, the layer"
         " charts and the distributions follow."

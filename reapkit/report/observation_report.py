@@ -33,7 +33,7 @@ def observation_page(observation: Observation, selection: Selection | None = Non
     scored = count(int(observation.scored_tokens.sum()))
     subtitle = (
         f"{observation.model_type}, {plural(len(observation.layers), 'MoE layer')} of {observation.num_experts}"
-        f" experts, {scored} scored positions from {plural(len(observation.sources), 'source')}: every pruning decision"
+        f" experts, {scored} scored tokens from {plural(len(observation.sources), 'source')}: every pruning decision"
         " is made from these numbers."
     )
     return Page(

@@ -24,7 +24,7 @@ VARIABLES = (
     (
         "norm_max, gate_norm_max, activation_max",
         "max",
-        "largest norm, contribution and component, also over scored positions alone",
+        "largest norm, contribution and component, also over scored tokens alone",
     ),
     ("coactivation", "C", "positions that two experts share"),
     ("snapshots", "N, Σgn", "after 1/16, 1/8, 1/4 and 1/2 of the rows"),
@@ -59,7 +59,7 @@ def recorded(view: View) -> PageSection:
             ("MoE layers", count(len(view.layers)), f"layers {view.layers[0]} to {view.layers[-1]}{blocks}"),
             ("routed experts", count(view.experts), f"top-{observation.num_experts_per_tok} per token"),
             ("tokens read", count(tokens), plural(len(observation.sources), "source")),
-            ("positions scored", count(scored), f"{_share(scored, tokens)} of the tokens"),
+            ("scored tokens", count(scored), f"{_share(scored, tokens)} of the tokens"),
             ("expert decisions", count(routed), f"{number(routed / (len(view.layers) * view.experts))} per expert"),
         ]
     )
@@ -212,7 +212,7 @@ def _losses(
         "xgap": 3,
         "ygap": 3,
         "colorscale": shade("--drop-low", "--drop-high"),
-        "hovertemplate": "calibrated on %{y}: %{z:.1%} of %{x} deleted<extra></extra>",
+        "hovertemplate": "calibrated on %{y}: %{z:.1%} of %{x} removed<extra></extra>",
     }
     layout = {
         "xaxis": axis(side="top", showgrid=False),

@@ -46,7 +46,7 @@ class Position:
             return "Nothing removed."
         covered = mean(self.coverage)
         return (
-            f"Deletes {percent(self.traffic)} of the routed traffic and {percent(self.mass)} of the saliency mass;"
+            f"Removes {percent(self.traffic)} of the routed traffic and {percent(self.mass)} of the saliency mass;"
             f" random: {percent(self.removed)}. Tail risk {percent(mean(self.tail_risks), 0)}"
             + (f", redundancy coverage {percent(covered, 0)}." if covered is not None else ".")
         )

@@ -153,11 +153,11 @@ def _gate_sentence(
 
 
 def results_table(title: str, results: Sequence[Mapping[str, Any]]) -> PageTable:
-    """Each gate's limit, what was measured, and the room left or lacking."""
+    """Each gate's limit, what was measured, and the margin left or lacking."""
     rows = []
     for entry in results:
         metric, excess = entry["metric"], entry.get("excess")
-        room = "–" if excess is None else f"{shown(metric, abs(excess))} {'beyond' if excess > 0 else 'to spare'}"
+        margin = "–" if excess is None else f"{shown(metric, abs(excess))} {'beyond' if excess > 0 else 'to spare'}"
         value = with_interval(metric, entry) if entry.get("value") is not None else "not measured"
         rows.append(
             (
@@ -166,17 +166,17 @@ def results_table(title: str, results: Sequence[Mapping[str, Any]]) -> PageTable
                 entry["pack"] or "–",
                 limit(metric, entry),
                 value,
-                room,
+                margin,
                 badge(entry["verdict"]),
             )
         )
     columns = [
         ("gate", LEFT),
         ("source", LEFT),
-        ("rows of", RIGHT),
+        ("row length", RIGHT),
         ("limit", RIGHT),
         ("measured", RIGHT),
-        ("room", RIGHT),
+        ("margin", RIGHT),
         ("", LEFT),
     ]
     return PageTable(columns, rows, title)

@@ -92,7 +92,7 @@ def _tiles(facts: RunFacts) -> Tiles:
         change = signed_percent(last["perplexity_ratio"] - 1)
         items += [
             ("perplexity", arrow(f"{first['perplexity']:.3f}", f"{last['perplexity']:.3f}"), change),
-            ("same next token", percent(last["top1_agreement"]), f"KL {last['kl_mean']:.4f}"),
+            ("top-1 agreement", percent(last["top1_agreement"]), f"mean KL {last['kl_mean']:.4f}"),
         ]
     return Tiles(items)
 

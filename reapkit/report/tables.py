@@ -1,14 +1,11 @@
-"""Formats plans and results as tables for a terminal of 80 columns, and as JSON. Torch-free."""
+"""Formats plans and results as tables for a terminal, and as JSON. Torch-free."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict
 from typing import Any, Literal
-
-from rich import box
-from rich.table import Table
 
 from reapkit.core.formatting import human_bytes, human_count, human_experts, plural
 from reapkit.evaluation.metrics.table import in_view
@@ -16,19 +13,24 @@ from reapkit.planning.disk import file_systems
 from reapkit.planning.plan import Plan, Sizes
 from reapkit.planning.quantization_memory import quantize_memory
 from reapkit.planning.recipe_differences import RecipeDifference
+from reapkit.report.terminal_table import TerminalColumn, TerminalTable
 
 
-def _table(title: str, columns: Iterable[tuple[str, Literal["left", "right"]]]) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name, justify in columns:
-        table.add_column(name, justify=justify, overflow="fold")
-    return table
+def _table(
+    title: str, columns: Iterable[tuple[str, Literal["left", "right"]]], *, extra: Collection[str] = ()
+) -> TerminalTable:
+    """Left columns hold text that may wrap; those in `extra` go first where it is narrow."""
+    return TerminalTable(
+        title, [TerminalColumn(name, justify, justify == "left", name in extra) for name, justify in columns]
+    )
 
 
-def plan_tables(plan: Plan) -> list[Table | str]:
+def plan_tables(plan: Plan) -> list[TerminalTable | str]:
     """The stages, the sizes before and after, and what it takes."""
     stages = _table(
-        f"{plan.recipe.name}: stages", [("stage", "left"), ("state", "left"), ("key", "left"), ("why", "left")]
+        f"{plan.recipe.name}: stages",
+        [("stage", "left"), ("state", "left"), ("key", "left"), ("why", "left")],
+        extra=("key",),
     )
     for stage in plan.stages:
         stages.add_row(stage.name, "hit" if stage.hit else "will run", (stage.key or "later")[:12], stage.reason)
@@ -55,7 +57,7 @@ def plan_tables(plan: Plan) -> list[Table | str]:
     return [stages, sizes, *_estimate_tables(plan)]
 
 
-def _estimate_tables(plan: Plan) -> list[Table | str]:
+def _estimate_tables(plan: Plan) -> list[TerminalTable | str]:
     """Memory per placement, and what the observation costs."""
     found = plan.estimates
     memory = _table("memory", [("placement", "left"), ("device", "right"), ("host", "right"), ("", "left")])
@@ -106,7 +108,7 @@ def _estimate_tables(plan: Plan) -> list[Table | str]:
     return [memory, *_disk_tables(plan), "\n".join([*lines, *(f"note: {note}" for note in plan.notes)])]
 
 
-def _disk_tables(plan: Plan) -> list[Table | str]:
+def _disk_tables(plan: Plan) -> list[TerminalTable | str]:
     """What each stage puts on each disk, and whether there is room."""
     disks = file_systems(plan)
     written = _table("disk", [("stage", "left"), ("stays", "right"), ("meanwhile", "right"), ("where", "left")])
@@ -176,7 +178,7 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def difference_tables(difference: RecipeDifference) -> list[Table | str]:
+def difference_tables(difference: RecipeDifference) -> list[TerminalTable | str]:
     """The fields in which two recipes differ, and what that reruns."""
     fields = _table("fields that differ", [("field", "left"), ("first", "left"), ("second", "left")])
     for path, left, right in difference.fields:
@@ -194,7 +196,7 @@ def difference_tables(difference: RecipeDifference) -> list[Table | str]:
     return [fields, f"Stages that would rerun: {', '.join(difference.stages) or 'none'}"]
 
 
-def result_table(verification: Mapping[str, Any]) -> Table:
+def result_table(verification: Mapping[str, Any]) -> TerminalTable:
     """Base, pruned and quantized side by side: experts, bytes and the narrow view of metrics on the confirm rows."""
     table = _table(
         "Measured on held-out rows kept for the final numbers",

@@ -157,7 +157,7 @@ def test_rejection_says_which_gate_by_how_much_and_what_to_change(model, packs):
     assert all(entry["verdict"] == "reject" for entry in found["candidates"])
     lines = found["advice"].splitlines()
     assert lines[0] == "None of 2 candidates passes the gates; nearest is keep12 (12 experts kept): rejected."
-    assert lines[1].split() == ["gate", "source", "rows", "of", "measured", "limit", "beyond", "by"]
+    assert lines[1].split() == ["gate", "source", "row", "length", "measured", "limit", "beyond", "by"]
     assert lines[2].split()[:3] == ["kl_mean", "all", "24"] and " ≤ 1e-06 " in lines[2]
     by = found["candidates"][1]["gates"][0]["excess"]
     assert lines[2].endswith(f" {by:.3g}") and by > 0

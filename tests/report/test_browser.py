@@ -173,7 +173,7 @@ def test_the_slider_and_the_sentences_say_what_the_statistics_say(chromium, tmp_
         f"<figcaption>{caption}</figcaption>".replace("'", "&#39;") in written for caption in drawn
     )  # the script's own sentences are the page's
     assert (
-        f"Deletes {100 * curve.traffic[5]:.1f} % of the routed traffic and {100 * curve.mass[5]:.1f} % of the saliency"
+        f"Removes {100 * curve.traffic[5]:.1f} % of the routed traffic and {100 * curve.mass[5]:.1f} % of the saliency"
         " mass" in said
     )
     assert moved != drawn and title == "Layer 0"

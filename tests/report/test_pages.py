@@ -219,7 +219,7 @@ def test_a_rejected_run_names_gate_source_amount_and_what_to_change(observed):
         if isinstance(block, PageTable) and block.title.startswith("ratio-0.5, gate by gate")
     )
     assert table.rows[0][:6] == (
-        "perplexity against the base",
+        "perplexity ratio",
         "all",
         "512",
         "at most 1.050",

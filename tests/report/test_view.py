@@ -96,7 +96,7 @@ def test_the_readout_tells_what_goes(observed):
     decided = list(positions(view))[-1]
     traffic = statistics.share_deleted(view.summed.count, view.dropped)
     covered = statistics.redundancy_coverage(view.coactivation, view.dropped)
-    assert decided.readout.startswith(f"Deletes {percent(traffic)} of the routed traffic and ")
+    assert decided.readout.startswith(f"Removes {percent(traffic)} of the routed traffic and ")
     assert decided.readout.endswith(f", redundancy coverage {percent(sum(covered) / 4, 0)}.")
     assert "; random: 37.5 %. Tail risk " in decided.readout
 

@@ -190,7 +190,7 @@ def assert_readable(chromium: Browser, file: Path) -> None:
 def _assert_follows(page: Page) -> None:
     before = {name: held(page, name) for name in ("cut-curve", "heat", "floor")}
     read = page.locator("#readout").inner_text()
-    assert read.startswith("Deletes ")
+    assert read.startswith("Removes ")
     assert remove(page, 1) != read
     after = {name: held(page, name) for name in before}
     assert before["cut-curve"]["layout"]["shapes"] != after["cut-curve"]["layout"]["shapes"]

@@ -32,7 +32,7 @@ METRICS: Mapping[str, Metric] = {
         ),
         Metric(
             "perplexity_ratio",
-            "perplexity against the base",
+            "perplexity ratio",
             "perplexity ratio",
             "how much worse it predicts the text; 1 is as good as the base",
             "lower",
@@ -41,8 +41,8 @@ METRICS: Mapping[str, Metric] = {
         ),
         Metric(
             "kl_mean",
-            "mean KL from the base",
-            "KL",
+            "mean KL",
+            "mean KL",
             "how far its predictions are from the base's, in nats; 0 is the same",
             "lower",
             unit="nats",
@@ -52,8 +52,8 @@ METRICS: Mapping[str, Metric] = {
         ),
         Metric(
             "top1_agreement",
-            "same most likely token",
-            "same top-1",
+            "top-1 agreement",
+            "top-1 agreement",
             "share of tokens on which it would say what the base says",
             "higher",
             unit="share",

@@ -101,7 +101,7 @@
       spec.layout.shapes = [markAt(removed[at()])];
       if (state.decided) {
         const marker = (y, color, name) => ({ x: [removed[at()]], y: [y], mode: "markers", showlegend: false, name,
-          marker: { color, size: 11, line: { color: "--surface", width: 2 } }, hovertemplate: "%{y:.1%} deleted<extra>" + name + "</extra>" });
+          marker: { color, size: 11, line: { color: "--surface", width: 2 } }, hovertemplate: "%{y:.1%} removed<extra>" + name + "</extra>" });
         spec.data.push(marker(traffic[at()], "--neutral", "traffic, as decided"), marker(mass[at()], "--drop", "saliency mass, as decided"));
       }
       return spec;

@@ -170,9 +170,9 @@ def _shares_table(found: Mapping[str, Any]) -> Block:
     ]
     return table(
         "Requested and obtained shares",
-        ("source", "asked", "of the mix", "samples", "tokens", "scored"),
+        ("source", "requested", "share of the mix", "samples", "tokens", "scored"),
         rows,
-        left=("asked",),
+        left=("requested",),
     )
 
 

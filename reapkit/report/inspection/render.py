@@ -1,4 +1,4 @@
-"""Renders tables, lines and highlighted text for a terminal of 80 columns. Control characters in files are shown, not
+"""Renders tables, lines and highlighted text for a terminal. Control characters in files are shown, not
 obeyed."""
 
 from __future__ import annotations
@@ -7,13 +7,13 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rich import box
 from rich.console import Group
 from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 
-Block = Table | Text | Group | Padding
+from reapkit.report.terminal_table import TerminalColumn, TerminalTable
+
+Block = TerminalTable | Text | Group | Padding
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 """What a terminal might obey instead of showing: escape sequences, carriage returns, changes of direction."""
 SCORED_STYLE = "black on green"
@@ -28,17 +28,18 @@ def table(
     *,
     left: Sequence[str] = (),
     whole: Sequence[str] = (),
-) -> Table:
+) -> TerminalTable:
     """A table whose first column, and those named in `left`, hold text that may wrap unless in `whole`; the others hold
     numbers, set right."""
-    made = Table(title=Text(plain(title)), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for place, name in enumerate(columns):
-        text = place == 0 or name in left
-        made.add_column(
-            Text(plain(name)), justify="left" if text else "right", overflow="fold", no_wrap=not text or name in whole
-        )
+    made = TerminalTable(
+        plain(title),
+        [
+            TerminalColumn(plain(name), "left" if text else "right", text and name not in whole)
+            for name, text in ((name, place == 0 or name in left) for place, name in enumerate(columns))
+        ],
+    )
     for row in rows:
-        made.add_row(*(Text(plain(cell)) for cell in row))
+        made.add_row(*map(plain, row))
     return made
 
 

@@ -101,7 +101,7 @@ def _heading(found: Mapping[str, Any]) -> Block:
     how = f"{found['criterion']} ({found['formula']})" if found["formula"] else found["criterion"]
     name = f"{found['candidate']}: " if found["candidate"] else ""
     allocation = f", {found['allocation']} allocation" if found["allocation"] else ""
-    cost = f", {narrow_percent(_cost(found))} of the saliency" if _cost(found) is not None else ""
+    cost = f", {narrow_percent(_cost(found))} of the saliency mass" if _cost(found) is not None else ""
     top_k = f"; experts per token: {found['experts_per_token']}" if found["experts_per_token"] else ""
     return lines(
         f"selection {name}{how}{allocation}",

@@ -177,17 +177,17 @@ def test_a_new_metric_is_one_record_for_the_comparison_of_runs(facts) -> None:
         "fields": [],
         "selections": None,
     }
-    headings = [str(column.header) for block in runs.blocks(found) for column in getattr(block, "columns", ())]
+    headings = [column.name for block in runs.blocks(found) for column in getattr(block, "columns", ())]
     assert headings.count("surprised") == 1
     page = runs.page(found, {"A": "runs/a"})
     assert any("surprised" in columns for section in page.sections for columns in _columns(section.blocks))
 
 
 def test_a_new_metric_is_one_record_for_the_terminal_and_the_docs(facts, tmp_path) -> None:
-    assert "surprised" in [column.header for column in result_table(facts.verification).columns]
+    assert "surprised" in [column.name for column in result_table(facts.verification).columns]
     (tmp_path / "evaluation.json").write_text(json.dumps(facts.evaluation))
     inspected = inspection.facts(tmp_path)
     assert all(NEW.name in row for row in inspected["rows"])
     tables = [block for block in inspection.blocks(inspected, colour=False) if hasattr(block, "columns")]
-    assert sum("surprised" in [str(column.header) for column in table.columns] for table in tables) == 3
+    assert sum("surprised" in [column.name for column in table.columns] for table in tables) == 3
     assert "| `surprise` | surprise at the text | how often its brows go up | lower |" in metrics_table()
