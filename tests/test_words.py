@@ -21,7 +21,7 @@ FORBIDDEN = {
     r"same (next|most likely) token": "top-1 agreement",
     r"same top-1|top-1 same": "top-1 agreement",
     r"perplexity against the base": "perplexity ratio",
-    r"mean KL from the base|KL against the base": "mean KL",
+    r"KL (from|against) the base|(: |^)KL$": "mean KL",
     r"routing traffic": "routed traffic",
     r"positions scored|scored positions": "scored tokens",
 }

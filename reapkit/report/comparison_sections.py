@@ -61,7 +61,7 @@ def verdict_of_equal_bytes(facts: RunFacts) -> tuple[str, str]:
     pack = max(control["metrics"], key=int)
     own = facts.verification["metrics"][verified_rows(facts)[-1]["name"]][pack][UNION]["kl_mean"]
     other = control["metrics"][pack][UNION]["kl_mean"]
-    numbers = f"KL {shown('kl_mean', other['value'])} against {shown('kl_mean', own['value'])}"
+    numbers = f"mean KL {shown('kl_mean', other['value'])} against {shown('kl_mean', own['value'])}"
     if own["interval"] and other["interval"] and own["interval"][1] < other["interval"][0]:
         return "good", f"{control['note']} It is further from the base than the result: {numbers}."
     if own["interval"] and other["interval"] and other["interval"][1] < own["interval"][0]:
@@ -80,7 +80,7 @@ def speed(facts: RunFacts) -> PageSection | None:
     found = facts.verification.get("throughput")
     if not found:
         return None
-    columns = [("model", LEFT), ("engine", LEFT), *((metric.label, RIGHT) for metric in SPEEDS), ("", LEFT)]
+    columns = [("model", LEFT), ("engine", LEFT), *((metric.label, RIGHT) for metric in SPEEDS), ("remark", LEFT)]
     return PageSection(
         "speed", "Speed and memory", [PageTable(columns, list(speed_rows(found)))], speed_lead(found), "Speed"
     )

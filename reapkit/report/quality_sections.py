@@ -73,7 +73,8 @@ def _bought(evaluation: Mapping[str, Any]) -> Note | None:
         kl, gain = of_mix(control, "kl_mean"), _gain(control)
         if not own or not kl:
             continue
-        said = f"{control['criterion']}: KL {shown('kl_mean', kl['value'])} against {shown('kl_mean', own['value'])}"
+        values = f"{shown('kl_mean', kl['value'])} against {shown('kl_mean', own['value'])}"
+        said = f"{control['criterion']}: mean KL {values}"
         low, high = (gain or {}).get("interval") or (kl["value"] - own["value"],) * 2
         if low > 0:
             lines.append(f"{said}, {kl['value'] / max(own['value'], 1e-12):.3g} times as much.")
@@ -177,7 +178,7 @@ def results_table(title: str, results: Sequence[Mapping[str, Any]]) -> PageTable
         ("limit", RIGHT),
         ("measured", RIGHT),
         ("margin", RIGHT),
-        ("", LEFT),
+        ("verdict", LEFT),
     ]
     return PageTable(columns, rows, title)
 
@@ -208,7 +209,7 @@ def _candidate_table(facts: RunFacts, evaluation: Mapping[str, Any]) -> PageTabl
                 ": ".join(said) or "–",
             )
         )
-    columns = [("candidate", LEFT), ("experts", RIGHT), ("size", RIGHT), ("", LEFT), ("why", LEFT)]
+    columns = [("candidate", LEFT), ("experts", RIGHT), ("size", RIGHT), ("verdict", LEFT), ("why", LEFT)]
     return PageTable(columns, rows, "Every candidate, smallest first")
 
 

@@ -139,7 +139,7 @@ def proofs(facts: RunFacts) -> PageSection | None:
         )
         for proof in found
     ]
-    table = PageTable([("directory", LEFT), ("proof", LEFT), ("", LEFT), ("detail", LEFT)], rows)
+    table = PageTable([("directory", LEFT), ("proof", LEFT), ("verdict", LEFT), ("detail", LEFT)], rows)
     blocks: list[Any] = [Note("good" if held == len(tested) else "bad", said), table]
     if results := facts.verification.get("gates"):
         blocks.append(results_table("The final directory against its own gates", results))

@@ -142,7 +142,7 @@ def test_runs_are_ranked_only_where_their_numbers_can_be(root: Path) -> None:
     found = compared(root / "run-a", root / "run-b")
     assert (
         found["answer"]
-        == "B is closest to the base: KL 0.0500 (0.0400 to 0.0600), next A with 0.2000 (0.1800 to 0.2200); the"
+        == "B is closest to the base: mean KL 0.0500 (0.0400 to 0.0600), next A with 0.2000 (0.1800 to 0.2200); the"
         " intervals do not touch."
     )
     assert found["fields"] == [{"path": "prune.ratio", "values": {"A": 0.5, "B": 0.25}}]

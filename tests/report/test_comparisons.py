@@ -65,13 +65,13 @@ def control(loss):
 @pytest.mark.parametrize(
     ("loss", "tone", "words"),
     [
-        (2.0, "good", "It is further from the base than the result: KL 1.4000 against 0.0350."),
+        (2.0, "good", "It is further from the base than the result: mean KL 1.4000 against 0.0350."),
         (
             0.001,
             "warn",
-            "It is closer to the base than the result: KL 0.0007 against 0.0350. Here quantizing alone is better.",
+            "It is closer to the base than the result: mean KL 0.0007 against 0.0350. Here quantizing alone is better.",
         ),
-        (0.05, "info", "The two do not differ measurably on these rows: KL 0.0350 against 0.0350."),
+        (0.05, "info", "The two do not differ measurably on these rows: mean KL 0.0350 against 0.0350."),
     ],
 )
 def test_the_page_and_the_card_say_whether_pruning_was_worth_its_bytes(loss, tone, words):
@@ -134,16 +134,16 @@ def test_benchmarks_keep_lm_evals_names_and_errors():
 @pytest.mark.parametrize(
     ("interval", "tone", "words"),
     [
-        ([0.1, 0.3], "good", "frequency: KL 0.0210 against 0.0210, 1 times as much."),
+        ([0.1, 0.3], "good", "frequency: mean KL 0.0210 against 0.0210, 1 times as much."),
         (
             [-0.3, -0.1],
             "warn",
             (
-                "frequency: KL 0.0210 against 0.0210: the other criterion loses less. On this model and mix, try"
+                "frequency: mean KL 0.0210 against 0.0210: the other criterion loses less. On this model and mix, try"
                 " saliency.criterion: frequency."
             ),
         ),
-        ([-0.1, 0.1], "info", "frequency: KL 0.0210 against 0.0210: no measurable difference on these rows."),
+        ([-0.1, 0.1], "info", "frequency: mean KL 0.0210 against 0.0210: no measurable difference on these rows."),
     ],
 )
 def test_the_report_says_what_the_criterion_bought(interval, tone, words):

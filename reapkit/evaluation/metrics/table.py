@@ -106,13 +106,7 @@ METRICS: Mapping[str, Metric] = {
             same_as_base=0.0,
         ),
         Metric(
-            "kl_median",
-            "median KL from the base",
-            "KL median",
-            "the KL that half the tokens exceed",
-            "lower",
-            unit="nats",
-            digits=4,
+            "kl_median", "median KL", "KL median", "the KL that half the tokens exceed", "lower", unit="nats", digits=4
         ),
         Metric(
             "kl_p90",

@@ -30,7 +30,7 @@ def run(context: Context) -> dict[str, Any]:
 
 STAGE = StageDefinition(
     name="report",
-    version=6,
+    version=7,
     run=run,
     writes=stage_disk.report,
     file="report.html",

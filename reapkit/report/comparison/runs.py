@@ -169,7 +169,7 @@ def _answer(runs: Mapping[str, Any], comparable: bool, same_model: bool) -> str:
     best, *others = sorted(kl, key=lambda letter: kl[letter]["value"])
     second = others[0]
     told = (
-        f"{best} is closest to the base: KL {with_interval('kl_mean', kl[best])}, next {second} with"
+        f"{best} is closest to the base: mean KL {with_interval('kl_mean', kl[best])}, next {second} with"
         f" {with_interval('kl_mean', kl[second])}"
     )
     kinds = {letter: runs[letter]["measured"] for letter in (best, second)}
@@ -258,7 +258,7 @@ def _sources(measured: Mapping[str, Any]) -> Block:
         )
         for group in groups
     ]
-    return table("KL from the base, source by source", ("source", *measured), rows)
+    return table("Mean KL, source by source", ("source", *measured), rows)
 
 
 # ---------------------------------------------------------------------------------------------- the page
