@@ -18,9 +18,9 @@ from reapkit.calibration.draw_samples import Gathered, dropped_summary
 from reapkit.calibration.encoder import packing_of
 from reapkit.calibration.formats import describe
 from reapkit.calibration.inputs import Inputs
-from reapkit.calibration.packing import Piece, group_bounds, interleave, limit, pack, pieces_of
+from reapkit.calibration.packing import PARTS, Piece, group_bounds, interleave, limit, pack, pieces_of
 from reapkit.calibration.spans import WAYS
-from reapkit.calibration.tokens import PARTS, SUMMARY_FILE, TOKENS_FILE
+from reapkit.calibration.tokens import SUMMARY_FILE, TOKENS_FILE
 from reapkit.core.atomic_files import replacing, write_at, write_json
 from reapkit.core.errors import UnusableError
 from reapkit.core.mapped_safetensors import create_tensors

@@ -9,6 +9,8 @@ from fractions import Fraction
 
 import numpy as np
 
+PARTS = ("decide", "confirm")
+"""Of a pack, as `row_part` counts them: rows that decide between candidates, rows that give the final numbers."""
 GROUP_TOKENS = 1 << 16
 """Largest row group: what is lost at most when an observation is killed."""
 MIN_GROUPS = 16

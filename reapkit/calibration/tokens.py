@@ -20,14 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from reapkit.calibration.packing import PARTS
 from reapkit.core.errors import UnusableError
 from reapkit.core.json_text import parse_json
 from reapkit.core.mapped_safetensors import map_tensors
 
 TOKENS_FILE = "tokens.safetensors"
 SUMMARY_FILE = "calibration.json"
-PARTS = ("decide", "confirm")
-"""What `row_part` counts: rows that decide between candidates, rows that give the final numbers."""
 
 
 @dataclass(frozen=True)

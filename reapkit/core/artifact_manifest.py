@@ -117,6 +117,7 @@ KINDS = {
     "seconds": _is_number,
     "finished": lambda value: isinstance(value, str),
     "warnings": _are_texts,
+    "measurements": _are_texts,
     "files": _is_list_of_files,
 }
 """What each fact of a manifest must be, where it is there."""

@@ -1,8 +1,9 @@
 """Finds the artifacts of a store that no run uses any more, and removes them. Torch-free.
 
 A run is entered in `<store>/runs/` before it relies on an artifact, and stays there as long as its directory does. An
-artifact is in use where such a run names it, where the run.json of a run beside the store does, or where its files are
-hard-linked from elsewhere (a run that was moved). What another process works on is locked, and never touched.
+artifact is in use where such a run names it, where the run.json of a run beside the store does, where it is a
+measurement that such an artifact was made of, or where its files are hard-linked from elsewhere (a run that was moved).
+What another process works on is locked, and never touched.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ from __future__ import annotations
 import errno
 import re
 import shutil
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from reapkit.core.artifact_store import KEY_LETTERS, Damage, Store, artifact_in, unmake
+from reapkit.core.artifact_store import KEY_LETTERS, Artifact, Damage, Store, artifact_in, unmake
 from reapkit.core.atomic_files import write_json
 from reapkit.core.errors import UnusableError
 from reapkit.core.hashing import digest
@@ -30,6 +31,9 @@ IN_USE, LINKED, BUSY, UNFINISHED, DAMAGED = (
     "unfinished, can be resumed",
     "damaged, set aside",
 )
+
+MEASURING = "measuring "
+"""What the name begins with under which a run enters a measurement before its stage is finished and names it."""
 
 
 @dataclass(frozen=True)
@@ -67,13 +71,22 @@ def register(store: Store, run: Path, artifacts: Mapping[str, str]) -> None:
         ) from None
     try:
         with _registry(store):
-            file = store.root / "runs" / f"{digest(str(run))[:KEY_LETTERS]}.json"
+            file = _entry(store, run)
             known = _artifacts(file) if file.is_file() else {}
             if artifacts.items() - known.items() or not file.is_file():
                 write_json(file, {"directory": str(run), "artifacts": known | dict(artifacts)})
     except OSError as error:
         if error.errno not in (errno.EROFS, errno.EACCES) or not store.root.is_dir():
             raise
+
+
+def release_measurements(store: Store, run: Path) -> None:
+    """Lets go of the measurements that a run entered while it measured: the finished stage names those that it is made
+    of."""
+    with _registry(store):
+        file = _entry(store, run.resolve())
+        kept = {name: artifact for name, artifact in _artifacts(file).items() if not name.startswith(MEASURING)}
+        write_json(file, {"directory": str(run.resolve()), "artifacts": kept})
 
 
 def collect(store: Store, *, unfinished: bool = False, damaged: bool = False, dry_run: bool = False) -> Collected:
@@ -95,6 +108,11 @@ def collect(store: Store, *, unfinished: bool = False, damaged: bool = False, dr
                     unmake(directory)  # first: half of an artifact must not look like a whole one
                     shutil.rmtree(directory)
     return found
+
+
+def _entry(store: Store, run: Path) -> Path:
+    """The file in which a run's directory enters what it uses."""
+    return store.root / "runs" / f"{digest(str(run))[:KEY_LETTERS]}.json"
 
 
 def artifact_directories(store: Store) -> list[Path]:
@@ -135,7 +153,13 @@ def _used(store: Store, dry_run: bool) -> set[str]:
             file.unlink()
     for file in store.root.resolve().parent.glob("*/run.json"):
         used |= {str(stage["artifact"]) for stage in _read(file)["stages"].values()}
-    return used
+    return used | {measurement for name in used for measurement in _measurements(store.root / name)}
+
+
+def _measurements(directory: Path) -> Sequence[str]:
+    """What a stage's result was made of beside other stages' results."""
+    found = artifact_in(directory)
+    return found.manifest.get("measurements", ()) if isinstance(found, Artifact) else ()
 
 
 def _artifacts(file: Path) -> dict[str, str]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -15,18 +14,11 @@ from transformers import PreTrainedModel
 from reapkit.calibration.tokens import CalibrationTokens
 from reapkit.core.progress import Progress
 from reapkit.evaluation import generation
+from reapkit.evaluation.kept_outputs import load_hidden, load_signals, save_hidden, save_signals
+from reapkit.evaluation.measures import BASE, Measures, Of
 from reapkit.evaluation.metrics.rows import summarize_difference
 from reapkit.evaluation.metrics.signals import PositionSignals
-from reapkit.evaluation.outputs import (
-    BaseOutputs,
-    Pack,
-    base_outputs,
-    compare,
-    describe_base,
-    load_positions,
-    measure,
-    save_positions,
-)
+from reapkit.evaluation.outputs import BaseOutputs, Pack, base_hidden, compare, describe_base, describe_hidden, measure
 from reapkit.model.masking import masked
 from reapkit.pruning.refitted_weights import RepairedWeights, repaired
 from reapkit.recipe.schema import GenerationSpec
@@ -41,7 +33,8 @@ def packs_of_part(tokens: Mapping[int, CalibrationTokens], part: str) -> dict[in
 @dataclass(frozen=True)
 class MaskedCandidate:
     """A selection to try. `nbytes`: the pruned checkpoint's size; `control_of`: the candidate whose budget a control
-    shares; `weights`: its re-fitted experts; `ratio`: how a recipe says its budget.
+    shares; `weights`: its re-fitted experts; `ratio`: how a recipe says its budget; `of`: what names the mask where
+    measurements are kept.
     """
 
     name: str
@@ -50,6 +43,7 @@ class MaskedCandidate:
     control_of: str | None = None
     weights: RepairedWeights | None = None
     ratio: str | None = None
+    of: Of = ""
 
     @contextmanager
     def on(self, model: PreTrainedModel, layers: Collection[int] | None = None) -> Iterator[None]:
@@ -92,23 +86,25 @@ class Bench(ABC):
 
     packs: Mapping[int, Pack]
     eaft: Mapping[str, Any]
-    bases: Mapping[int, BaseOutputs]
     measures_all = False
     """Whether every candidate has been measured anyway, so that none need be left untried."""
 
     @abstractmethod
-    def positions(self, candidate: MaskedCandidate, length: int) -> PositionSignals:
+    def positions(self, candidate: MaskedCandidate | None, length: int) -> PositionSignals:
         """The candidate's signals at the measured positions of the pack of this length, each `[n]` as `PositionSignals`
-        says."""
+        says; of the base itself for None."""
 
     def base_metrics(self) -> dict[str, Any]:
         """The base's own numbers by length and group."""
-        return {str(length): describe_base(self.bases[length], pack, self.eaft) for length, pack in self.packs.items()}
+        return {
+            str(length): describe_base(self.positions(None, length), pack, self.eaft)
+            for length, pack in self.packs.items()
+        }
 
     def metrics(self, candidate: MaskedCandidate) -> dict[str, Any]:
         """The candidate's numbers by length and group."""
         return {
-            str(length): compare(self.bases[length], self.positions(candidate, length), pack, self.eaft)
+            str(length): compare(self.positions(None, length), self.positions(candidate, length), pack, self.eaft)
             for length, pack in self.packs.items()
         }
 
@@ -128,67 +124,95 @@ class Bench(ABC):
 
 
 @dataclass(frozen=True, eq=False)
-class MaskedBench(Bench):
-    """Masks the loaded base for each candidate; what a killed run finished is read back from `work_directory`."""
+class BaseRuns:
+    """A base that is loaded once something must be measured, on the packs of one part by length."""
 
-    model: PreTrainedModel
+    load: Callable[[], PreTrainedModel]
+    part: str
+    packs: Mapping[int, Pack]
+    batch_tokens: int
+    measures: Measures
+    progress: Progress
+    _signals: dict[int, PositionSignals] = field(default_factory=dict, init=False)
+    _outputs: dict[int, BaseOutputs] = field(default_factory=dict, init=False)
+
+    def signals(self, length: int) -> PositionSignals:
+        """The base's own signals on the pack of this length."""
+        if length not in self._signals:
+            self._signals[length] = self.measures.kept.get(
+                self.measures.signals(self.part, length, BASE, BASE),
+                lambda work: describe_hidden(
+                    self.load(), self.packs[length], self.outputs(length).hidden, self.measures.top_k
+                ),
+                save_signals,
+                load_signals,
+            )
+        return self._signals[length]
+
+    def outputs(self, length: int) -> BaseOutputs:
+        """What others are compared with on the pack of this length."""
+        if length not in self._outputs:
+            pack = self.packs[length]
+            hidden = self.measures.kept.get(
+                self.measures.hidden(self.part, length),
+                lambda work: base_hidden(
+                    self.load(), pack, batch_tokens=self.batch_tokens, work_directory=work, progress=self.progress
+                ),
+                save_hidden,
+                load_hidden,
+            )
+            self._outputs[length] = BaseOutputs.of(self.load(), pack, hidden)
+        return self._outputs[length]
+
+
+@dataclass(frozen=True, eq=False)
+class MaskedBench(Bench):
+    """Masks the base for each candidate; what was measured before is read where measurements are kept."""
+
+    base: BaseRuns
     packs: Mapping[int, Pack]
     eaft: Mapping[str, Any]
-    batch_tokens: int
-    work_directory: Path | None
-    progress: Progress
     writing: GenerationSpec | None = None
     tokenizer: Any = None
 
     @classmethod
     def of_part(
         cls,
-        model: PreTrainedModel,
+        load: Callable[[], PreTrainedModel],
         tokens: Mapping[int, CalibrationTokens],
         part: str,
-        work_directory: Path | None,
+        *,
+        batch_tokens: int,
+        measures: Measures,
+        progress: Progress,
         **settings: Any,
     ) -> MaskedBench:
-        return cls(
-            model,
-            packs_of_part(tokens, part),
-            work_directory=None if work_directory is None else work_directory / part,
-            **settings,
+        packs = packs_of_part(tokens, part)
+        return cls(BaseRuns(load, part, packs, batch_tokens, measures, progress), packs, **settings)
+
+    def positions(self, candidate: MaskedCandidate | None, length: int) -> PositionSignals:
+        if candidate is None:
+            return self.base.signals(length)
+        measures = self.base.measures
+        return measures.kept.get(
+            measures.signals(self.base.part, length, candidate.name, candidate.of),
+            lambda work: self._measured(candidate, length),
+            save_signals,
+            load_signals,
         )
 
-    @cached_property
-    def bases(self) -> dict[int, BaseOutputs]:
-        """The base's outputs by length, computed once."""
-        return {
-            length: base_outputs(
-                self.model,
-                pack,
-                batch_tokens=self.batch_tokens,
-                top_k=self.eaft["top_k"],
-                work_directory=self.work_directory,
-                progress=self.progress,
-            )
-            for length, pack in self.packs.items()
-        }
-
-    def positions(self, candidate: MaskedCandidate, length: int) -> PositionSignals:
-        path = None if self.work_directory is None else self.work_directory / f"{candidate.name}-{length}.safetensors"
-        if path is not None and path.is_file():
-            return load_positions(path)
-        base = self.bases[length]
-        with candidate.on(self.model):
-            found = measure(
-                self.model,
+    def _measured(self, candidate: MaskedCandidate, length: int) -> PositionSignals:
+        base, model = self.base.outputs(length), self.base.load()
+        with candidate.on(model):
+            return measure(
+                model,
                 self.packs[length],
                 base,
-                batch_tokens=self.batch_tokens,
-                top_k=self.eaft["top_k"],
+                batch_tokens=self.base.batch_tokens,
+                top_k=self.base.measures.top_k,
                 title=f"evaluate {candidate.name}",
-                progress=self.progress,
+                progress=self.base.progress,
             )
-        if path is not None:
-            save_positions(found, path)
-        return found
 
     @cached_property
     def prompts(self) -> list[generation.Prompt]:
@@ -201,27 +225,38 @@ class MaskedBench(Bench):
 
     @cached_property
     def _base_written(self) -> generation.Written:
-        return self._write("base")
+        return self._written(None)
 
-    def _write(self, name: str) -> generation.Written:
+    def _written(self, candidate: MaskedCandidate | None) -> generation.Written:
         assert self.writing is not None, "prompts are drawn where continuations are asked for"
-        return generation.write(
-            self.model,
-            self.prompts,
-            max_new_tokens=self.writing.max_new_tokens,
-            batch_tokens=self.batch_tokens,
-            title=f"generate {name}",
-            progress=self.progress,
+        name, of = (BASE, BASE) if candidate is None else (candidate.name, candidate.of)
+        measures = self.base.measures
+        return measures.kept.get(
+            measures.continuations(max(self.packs), name, of, self.writing),
+            lambda work: self._write(candidate, name),
+            generation.save_continuations,
+            generation.load_continuations,
         )
+
+    def _write(self, candidate: MaskedCandidate | None, name: str) -> generation.Written:
+        assert self.writing is not None, "prompts are drawn where continuations are asked for"
+        model = self.base.load()
+        with nullcontext() if candidate is None else candidate.on(model):
+            return generation.write(
+                model,
+                self.prompts,
+                max_new_tokens=self.writing.max_new_tokens,
+                batch_tokens=self.base.batch_tokens,
+                title=f"generate {name}",
+                progress=self.base.progress,
+            )
 
     def generation(self, candidate: MaskedCandidate | None) -> dict[str, Any]:
         """As `Bench.generation`; None where no generation was asked for or no prompt exists."""
         if not self.prompts:
             return super().generation(candidate)
-        base, written = self._base_written, self._base_written
-        if candidate is not None:
-            with candidate.on(self.model):
-                written = self._write(candidate.name)
+        base = self._base_written
+        written = base if candidate is None else self._written(candidate)
         pack = self.packs[max(self.packs)]
         shares = generation.summarize(base, written, self.prompts, pack.tokens.sources, pack.outside, self.tokenizer)
         shown = (

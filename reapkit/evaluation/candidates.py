@@ -6,19 +6,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from fractions import Fraction
+from functools import cache
 from itertools import groupby
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from reapkit.calibration.tokens import PARTS, CalibrationTokens
+from reapkit.calibration.packing import PARTS
+from reapkit.calibration.tokens import CalibrationTokens
 from reapkit.core.errors import UnusableError
 from reapkit.core.progress import SILENT, Progress
 from reapkit.evaluation.advice import advice
 from reapkit.evaluation.bench import Bench, MaskedBench, MaskedCandidate
 from reapkit.evaluation.gates import UNION, Gate, judge, overall
+from reapkit.evaluation.measures import Measures
 from reapkit.evaluation.metrics.table import is_generation
 from reapkit.evaluation.outputs import EAFT
 from reapkit.recipe.schema import GenerationSpec, ObserveSpec, SaliencySpec
@@ -43,7 +45,7 @@ def eaft_settings(saliency: SaliencySpec, observe: ObserveSpec) -> dict[str, Any
 
 
 def evaluate(
-    model: PreTrainedModel,
+    load: Callable[[], PreTrainedModel],
     packs: Mapping[int, CalibrationTokens],
     candidates: Sequence[MaskedCandidate],
     gates: Sequence[Gate],
@@ -56,11 +58,12 @@ def evaluate(
     steps: Mapping[str, Any] = MappingProxyType({}),
     batch_tokens: int = 16384,
     smaller_cut: SmallerCut | None = None,
-    work_directory: Path | None = None,
+    measures: Measures | None = None,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
-    """The verdict on `candidates` (masks on the loaded base `model`) with every number behind it; JSON-able.
+    """The verdict on `candidates` (masks on the base, which `load` gives) with every number behind it; JSON-able.
 
+    The base is loaded once something must be measured that `measures` does not find.
     `packs` by row length; their "decide" rows judge, their "confirm" rows (if any) give the winner's final numbers and
     verdict. Candidates are tried from the smallest to the largest; of the smallest size at which one passes, the one
     with the lowest kl_mean wins, larger ones are not tried. `controls` of the chosen candidate are measured, not
@@ -80,11 +83,15 @@ def evaluate(
 
     Raises UnusableError where no pack has a row to decide on.
     """
-    settings = {"eaft": eaft, "batch_tokens": batch_tokens, "progress": progress}
-    decide = MaskedBench.of_part(
-        model, packs, "decide", work_directory, writing=generation, tokenizer=tokenizer, **settings
-    )
-    confirm = MaskedBench.of_part(model, packs, "confirm", work_directory, **settings)
+    settings = {
+        "eaft": eaft,
+        "batch_tokens": batch_tokens,
+        "measures": measures or Measures(top_k=eaft["top_k"]),
+        "progress": progress,
+    }
+    once = cache(load)
+    decide = MaskedBench.of_part(once, packs, "decide", writing=generation, tokenizer=tokenizer, **settings)
+    confirm = MaskedBench.of_part(once, packs, "confirm", **settings)
     return give_verdict(
         decide,
         confirm,

@@ -4,14 +4,16 @@ demand."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain, zip_longest
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from reapkit.core.measurements import load_facts, save_facts
 from reapkit.core.progress import SILENT, Progress
 from reapkit.evaluation.gates import UNION
 from reapkit.evaluation.linear import fast_linear
@@ -45,6 +47,20 @@ class Continuation:
 
 Written = Mapping[str, Sequence[Continuation]]
 """Continuations of the same prompts by mode: greedy, sampled."""
+
+
+def save_continuations(written: Written, directory: Path) -> None:
+    """Tokens and end of every continuation, by mode."""
+    found = {mode: [asdict(each) for each in continuations] for mode, continuations in written.items()}
+    save_facts(found, directory)
+
+
+def load_continuations(directory: Path) -> Written:
+    """What `save_continuations` wrote."""
+    return {
+        mode: [Continuation(tuple(each["tokens"]), each["finished"]) for each in continuations]
+        for mode, continuations in load_facts(directory).items()
+    }
 
 
 def draw_prompts(pack: Pack, count: int) -> list[Prompt]:

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from reapkit.calibration.tokens import CalibrationTokens, batches
-from reapkit.core.atomic_files import replacing, reserve, sync, write_text
+from reapkit.core.atomic_files import sync, write_text
 from reapkit.core.errors import StageFailed, UnusableError
 from reapkit.core.hashing import digest
 from reapkit.core.progress import SILENT, Progress
@@ -30,6 +29,7 @@ from reapkit.evaluation.head import (
     logits,
     output_embeddings,
 )
+from reapkit.evaluation.kept_outputs import hidden_file
 from reapkit.evaluation.metrics import rows, signals
 from reapkit.evaluation.metrics.rows import RowIndex
 from reapkit.evaluation.metrics.signals import PositionSignals
@@ -59,6 +59,11 @@ class Pack:
         source = torch.tensor([int(self.tokens.row_source[row]) for row in self.rows], dtype=torch.int64)
         return RowIndex(torch.tensor(measured).cumsum(0), source, self.tokens.sources, self.outside)
 
+    @cached_property
+    def reference(self) -> Tensor:
+        """The token that follows each measured position, int64 `[n]`."""
+        return torch.cat([_reference(self.tokens.row(row)) for row in self.rows])
+
     @property
     def num_positions(self) -> int:
         return int(self.index.offsets[-1])
@@ -70,27 +75,31 @@ class Pack:
 
 @dataclass(frozen=True, eq=False)
 class BaseOutputs:
-    """The base at a pack's measured positions: final hidden states `[n, hidden]` (in memory or mapped from disk),
-    reference tokens `[n]` int64, signals, and the output embeddings that turn the hidden states into logits."""
+    """What others are compared with at a pack's measured positions: the base's final hidden states `[n, hidden]` (in
+    memory or mapped from disk), reference tokens `[n]` int64, and the output embeddings that turn the hidden states
+    into logits."""
 
     hidden: Tensor
     reference: Tensor
-    positions: PositionSignals
     embeddings: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, pack: Pack, hidden: Tensor) -> BaseOutputs:
+        """Of the base's own hidden states, by its own output embeddings."""
+        return cls(hidden, pack.reference, embedding_weights(model))
 
 
 @torch.no_grad()
-def base_outputs(
+def base_hidden(
     model: PreTrainedModel,
     pack: Pack,
     *,
     batch_tokens: int,
-    top_k: int = 20,
     work_directory: Path | None = None,
     progress: Progress = SILENT,
-) -> BaseOutputs:
-    """The base's outputs on a pack. With a `work_directory` hidden states live there and a killed run goes on where it
-    was.
+) -> Tensor:
+    """The base's final hidden states `[n, hidden]`, in its dtype, at the pack's measured positions. With a
+    `work_directory` they live in a file there, and a killed run goes on where it was.
 
     Raises UnusableError where the pack measures nothing, or where the model's logits are not a function of its hidden
     states.
@@ -101,13 +110,14 @@ def base_outputs(
             " scored token. Raise evaluate.packs.samples."
         )
     check_head(model, pack.tokens.row(pack.rows[0]).input_ids)
-    return outputs_of(model, pack, _kept_hidden(model, pack, batch_tokens, work_directory, progress), top_k)
+    return _kept_hidden(model, pack, batch_tokens, work_directory, progress)
 
 
 @torch.no_grad()
-def outputs_of(model: PreTrainedModel, pack: Pack, hidden: Tensor, top_k: int = 20) -> BaseOutputs:
-    """The base's outputs from its final hidden states `[n, hidden]`, in its dtype, at the pack's measured positions."""
-    reference, step = torch.cat([_reference(pack.tokens.row(row)) for row in pack.rows]), chunk_positions(model)
+def describe_hidden(model: PreTrainedModel, pack: Pack, hidden: Tensor, top_k: int = 20) -> PositionSignals:
+    """The base's signals `[n]`, on the CPU, from its final hidden states `[n, hidden]` at the pack's measured
+    positions."""
+    reference, step = pack.reference, chunk_positions(model)
     described = [
         _to_cpu(
             signals.describe(
@@ -116,7 +126,7 @@ def outputs_of(model: PreTrainedModel, pack: Pack, hidden: Tensor, top_k: int = 
         )
         for at in range(0, len(reference), step)
     ]
-    return BaseOutputs(hidden, reference, PositionSignals.concatenate(described), embedding_weights(model))
+    return PositionSignals.concatenate(described)
 
 
 def base_head(model: PreTrainedModel, base: BaseOutputs) -> Head:
@@ -181,30 +191,17 @@ def refuse_broken(found: PositionSignals, title: str) -> PositionSignals:
     return found
 
 
-def describe_base(base: BaseOutputs, pack: Pack, eaft: Mapping[str, Any] = EAFT) -> dict[str, Any]:
+def describe_base(base: PositionSignals, pack: Pack, eaft: Mapping[str, Any] = EAFT) -> dict[str, Any]:
     """The base's own numbers per group: `all` and each source (`rows.summarize_base`)."""
-    return rows.summarize_base(base.positions, pack.index, rows.regions(base.positions, pack.index, eaft))
+    return rows.summarize_base(base, pack.index, rows.regions(base, pack.index, eaft))
 
 
 def compare(
-    base: BaseOutputs, candidate: PositionSignals, pack: Pack, eaft: Mapping[str, Any] = EAFT
+    base: PositionSignals, candidate: PositionSignals, pack: Pack, eaft: Mapping[str, Any] = EAFT
 ) -> dict[str, Any]:
     """The candidate's numbers and distances per group, with paired intervals (`rows.summarize_candidate`)."""
-    own, of_base = (rows.regions(positions, pack.index, eaft) for positions in (candidate, base.positions))
-    return rows.summarize_candidate(base.positions, candidate, pack.index, of_base, own)
-
-
-def save_positions(positions: PositionSignals, path: Path) -> None:
-    """Writes the signals, each `[n]`, as safetensors under their names. A file that is there is complete."""
-    with replacing(path) as partial:
-        save_file(
-            {field.name: getattr(positions, field.name).contiguous() for field in fields(PositionSignals)}, partial
-        )
-
-
-def load_positions(path: Path) -> PositionSignals:
-    """What `save_positions` wrote."""
-    return PositionSignals(**load_file(path))
+    own, of_base = (rows.regions(positions, pack.index, eaft) for positions in (candidate, base))
+    return rows.summarize_candidate(base, candidate, pack.index, of_base, own)
 
 
 def _reference(row: Any) -> Tensor:
@@ -234,13 +231,6 @@ def _kept_hidden(
             parts.append(hidden.cpu())
             task.advance(len(hidden))
     return torch.cat(parts)
-
-
-def hidden_file(path: Path, positions: int, width: int, dtype: torch.dtype) -> Tensor:
-    """`[positions, width]` of `dtype` that lives in a file instead of in memory. Raises OSError where the disk has no
-    room for it."""
-    reserve(path, positions * width * dtype.itemsize)
-    return torch.from_file(str(path), shared=True, size=positions * width, dtype=dtype).view(-1, width)
 
 
 def _hidden_on_disk(model: PreTrainedModel, pack: Pack, batch_tokens: int, directory: Path, task: Any) -> Tensor:

@@ -3,7 +3,7 @@ memory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,24 +14,25 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from reapkit.calibration.tokens import PARTS, Batch, CalibrationTokens, batches
+from reapkit.calibration.packing import PARTS
+from reapkit.calibration.tokens import Batch, CalibrationTokens, batches
 from reapkit.core.progress import SILENT, Progress
 from reapkit.evaluation.bench import Bench, MaskedCandidate, packs_of_part
 from reapkit.evaluation.candidates import give_verdict
-from reapkit.evaluation.directory import Yardstick, final_packs
+from reapkit.evaluation.directory import FoundBase, Yardstick, final_packs
 from reapkit.evaluation.gates import Gate
 from reapkit.evaluation.head import require_same_logits
+from reapkit.evaluation.kept_outputs import hidden_file, load_hidden, load_signals, save_hidden, save_signals
 from reapkit.evaluation.linear import fast_linear
+from reapkit.evaluation.measures import BASE, Measures
 from reapkit.evaluation.metrics.signals import PositionSignals
 from reapkit.evaluation.outputs import (
     EAFT,
     BaseOutputs,
     Pack,
     base_head,
-    compare,
     compare_hidden,
-    hidden_file,
-    outputs_of,
+    describe_hidden,
     refuse_broken,
 )
 from reapkit.model.loading import final_hidden, head_logits
@@ -46,20 +47,30 @@ Place = tuple[str, int]
 
 @dataclass(frozen=True, eq=False)
 class StreamedBench(Bench):
-    """Numbers of a pass that has measured every candidate."""
+    """Numbers of a pass that has measured the base and every candidate."""
 
+    part: str
     packs: Mapping[int, Pack]
     eaft: Mapping[str, Any]
-    bases: Mapping[int, BaseOutputs]
-    found: Mapping[tuple[str, int], PositionSignals]
+    found: Mapping[tuple[str, Place], PositionSignals]
     measures_all = True
 
-    def positions(self, candidate: MaskedCandidate, length: int) -> PositionSignals:
-        return self.found[candidate.name, length]
+    def positions(self, candidate: MaskedCandidate | None, length: int) -> PositionSignals:
+        return self.found[BASE if candidate is None else candidate.name, (self.part, length)]
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """How passes go: positions at a time, bytes of waiting hidden states that the host holds, where the others wait."""
+
+    batch_tokens: int = 16384
+    hidden_bytes: int | None = None
+    offload_directory: Path | None = None
+    progress: Progress = SILENT
 
 
 def evaluate_streaming(
-    layered: LayeredModel,
+    load: Callable[[], LayeredModel],
     packs: Mapping[int, CalibrationTokens],
     candidates: Sequence[MaskedCandidate],
     gates: Sequence[Gate],
@@ -68,86 +79,74 @@ def evaluate_streaming(
     eaft: Mapping[str, Any] = EAFT,
     pack_samples: int | None = None,
     steps: Mapping[str, Any] = MappingProxyType({}),
-    batch_tokens: int = 16384,
-    hidden_bytes: int | None = None,
-    offload_directory: Path | None = None,
-    progress: Progress = SILENT,
+    measures: Measures | None = None,
+    **how: Any,
 ) -> dict[str, Any]:
-    """As `candidates.evaluate`, with one or two decoder layers in memory; generation is not measured.
+    """As `candidates.evaluate`, with one or two decoder layers in memory; generation is not measured. `how`: the
+    fields of `Streaming`.
 
-    Every weight is read once. Waiting hidden states of base and candidates take (1 + candidates) x tokens x hidden
-    numbers, on the host and, beyond `hidden_bytes`, in `offload_directory`. A killed pass begins again.
+    Every weight is read once, for what `measures` does not find. Waiting hidden states of base and candidates take
+    (1 + candidates) x tokens x hidden numbers, on the host and, beyond `hidden_bytes`, in `offload_directory`. A killed
+    pass begins again.
     """
     by_part = {part: packs_of_part(packs, part) for part in PARTS}
     places = {(part, length): pack for part, of_part in by_part.items() for length, pack in of_part.items()}
     tried = {each.name: each for each in (*candidates, *controls)}
-    layer_pass = LayerPass(layered, hidden_bytes, offload_directory)
-    bases, found = _PackPass(layered, layer_pass, places, tried, batch_tokens, eaft["top_k"], offload_directory).run(
-        progress
-    )
-    decide, confirm = (
-        StreamedBench(
-            by_part[part],
-            eaft,
-            {length: bases[part, length] for length in by_part[part]},
-            {(name, place[1]): positions for (name, place), positions in found.items() if place[0] == part},
-        )
-        for part in PARTS
-    )
+    found = _found(load, places, tried, measures or Measures(top_k=eaft["top_k"]), Streaming(**how))
+    decide, confirm = (StreamedBench(part, by_part[part], eaft, found) for part in PARTS)
     return give_verdict(decide, confirm, candidates, gates, controls=controls, pack_samples=pack_samples, steps=steps)
 
 
+def _found(
+    load: Callable[[], LayeredModel],
+    places: Mapping[Place, Pack],
+    tried: Mapping[str, MaskedCandidate],
+    measures: Measures,
+    how: Streaming,
+) -> dict[tuple[str, Place], PositionSignals]:
+    """The signals of the base and of everything that is tried, by name and pack: in one pass those that nobody has
+    measured yet."""
+    of = {BASE: BASE} | {name: each.of for name, each in tried.items()}
+    named = {(name, place): measures.signals(*place, name, of[name]) for name in of for place in places}
+    sought = {at: measures.kept.find(each, load_signals) for at, each in named.items()}
+    known = {at: positions for at, positions in sought.items() if positions is not None}
+    missing = {name for name, place in named if (name, place) not in known}
+    if not missing:
+        return known
+    candidates = {name: each for name, each in tried.items() if name in missing}
+    bases, measured = _PackPass(load(), places, candidates, measures, how).run()
+    return known | measured | {(BASE, place): positions for place, (positions, _) in bases.items()}
+
+
 def yardstick_streaming(
-    layered: LayeredModel,
+    load: Callable[[], LayeredModel],
     packs: Mapping[int, CalibrationTokens],
     *,
     eaft: Mapping[str, Any] = EAFT,
-    batch_tokens: int = 16384,
-    hidden_bytes: int | None = None,
-    offload_directory: Path | None = None,
-    progress: Progress = SILENT,
+    measures: Measures | None = None,
+    **how: Any,
 ) -> Yardstick:
-    """As `Yardstick.of`, of a base that never is in memory as a whole."""
-    final = final_packs(packs)
-    bases, _ = _PackPass(
-        layered,
-        LayerPass(layered, hidden_bytes, offload_directory),
-        {("final", length): pack for length, pack in final.items()},
-        {},
-        batch_tokens,
-        eaft["top_k"],
-        offload_directory,
-    ).run(progress)
-    return Yardstick(final, {length: bases["final", length] for length in final}, eaft, batch_tokens)
+    """As `Yardstick.of`, of a base that never is in memory as a whole. `how`: the fields of `Streaming`."""
+    used, settings = measures or Measures(top_k=eaft["top_k"]), Streaming(**how)
+
+    def find(places: Mapping[Place, Pack]) -> dict[Place, FoundBase]:
+        return _PackPass(load(), places, {}, used, settings).run()[0]
+
+    return Yardstick(final_packs(packs), find, eaft, settings.batch_tokens, used)
 
 
-def measure_streaming(
-    yardstick: Yardstick,
-    layered: LayeredModel,
-    *,
-    hidden_bytes: int | None = None,
-    offload_directory: Path | None = None,
-    progress: Progress = SILENT,
-) -> dict[str, Any]:
-    """As `Yardstick.measure`, of a model that never is in memory as a whole."""
-    own = yardstick_streaming(
-        layered,
-        {length: pack.tokens for length, pack in yardstick.packs.items()},
-        eaft=yardstick.eaft,
-        batch_tokens=yardstick.batch_tokens,
-        hidden_bytes=hidden_bytes,
-        offload_directory=offload_directory,
-        progress=progress,
-    )
+def measure_streaming(yardstick: Yardstick, layered: LayeredModel, **how: Any) -> dict[int, PositionSignals]:
+    """As `Yardstick.measure`, of a model that never is in memory as a whole. `how`: the fields of `Streaming`."""
+    places = {(part, length): pack for length, (part, pack) in yardstick.places.items()}
+    settings = Streaming(**{"batch_tokens": yardstick.batch_tokens, **how})
+    own, _ = _PackPass(layered, places, {}, Measures(top_k=yardstick.eaft["top_k"]), settings).run()
     found = {}
-    for length, pack in yardstick.packs.items():
-        base = yardstick.bases[length]
+    for (_, length), (_, outputs) in own.items():
+        base = yardstick.base(length)
         positions = compare_hidden(
-            layered.model, own.bases[length].hidden, base, 0, base_head(layered.model, base), yardstick.eaft["top_k"]
+            layered.model, outputs.hidden, base, 0, base_head(layered.model, base), yardstick.eaft["top_k"]
         )
-        found[str(length)] = compare(
-            base, refuse_broken(positions, f"verify {layered.path.name}"), pack, yardstick.eaft
-        )
+        found[length] = refuse_broken(positions, f"verify {layered.path.name}")
     return found
 
 
@@ -163,39 +162,43 @@ class _PackBatch:
 
 
 class _PackPass:
-    """Every batch of every pack through the base and all candidates, layer by layer."""
+    """Every batch of every pack through the base and all candidates, layer by layer; not through a base whose hidden
+    states are kept."""
 
     def __init__(
         self,
         layered: LayeredModel,
-        layer_pass: LayerPass,
         places: Mapping[Place, Pack],
         candidates: Mapping[str, MaskedCandidate],
-        batch_tokens: int,
-        top_k: int,
-        directory: Path | None,
+        measures: Measures,
+        how: Streaming,
     ):
-        self.layered, self.layer_pass, self.places, self.candidates = layered, layer_pass, places, candidates
-        self.top_k, self.directory = top_k, directory
-        self.variants: dict[str | None, list[_PackBatch]] = {
-            name: list(self._items(name, batch_tokens)) for name in (None, *candidates)
-        }
+        self.layered, self.places, self.candidates, self.measures, self.how = layered, places, candidates, measures, how
+        self.layer_pass = LayerPass(layered, how.hidden_bytes, how.offload_directory)
+        kept = {place: measures.kept.find(measures.hidden(*place), load_hidden) for place in places}
+        self.kept = {place: hidden for place, hidden in kept.items() if hidden is not None}
+        names = (*(() if len(self.kept) == len(places) else (None,)), *candidates)
+        self.variants: dict[str | None, list[_PackBatch]] = {name: list(self._items(name)) for name in names}
 
-    def _items(self, name: str | None, batch_tokens: int) -> Iterator[_PackBatch]:
+    def _items(self, name: str | None) -> Iterator[_PackBatch]:
         for place, pack in self.places.items():
-            for batch in batches(pack.tokens, pack.rows, batch_tokens):
+            for batch in batches(pack.tokens, pack.rows, self.how.batch_tokens):
                 yield _PackBatch(name, place, batch)
 
     @torch.no_grad()
-    def run(self, progress: Progress) -> tuple[dict[Place, BaseOutputs], dict[tuple[str, Place], PositionSignals]]:
-        """The base's outputs by pack, each candidate's signals by name and pack."""
+    def run(self) -> tuple[dict[Place, FoundBase], dict[tuple[str, Place], PositionSignals]]:
+        """The base by pack, each candidate's signals by name and pack."""
         layered, last = self.layered, len(self.layered.layers) - 1
         layered.load_rest()
-        bases: dict[Place, BaseOutputs] = {}
         found: dict[tuple[str, Place], PositionSignals] = {}
+        bases: dict[Place, FoundBase] = {}
+        if None not in self.variants:
+            bases = {place: self._described(place, hidden) for place, hidden in self.kept.items()}
+        if not self.variants:
+            return bases, found
         with (
             self.layer_pass as layer_pass,
-            progress.task("evaluate", total=last + 1, unit="layers") as task,
+            self.how.progress.task("evaluate", total=last + 1, unit="layers") as task,
             fast_linear(layered.model),
         ):
             probe = _Probe(layer_pass, layered.model, self._probe_ids())
@@ -232,28 +235,48 @@ class _PackPass:
         self,
         name: str | None,
         items: Sequence[_PackBatch],
-        bases: dict[Place, BaseOutputs],
+        bases: dict[Place, FoundBase],
         found: dict[tuple[str, Place], PositionSignals],
     ) -> None:
-        for place, pack in self.places.items():
-            hidden = torch.cat([item.hidden for item in items if item.place == place])
+        for place in self.places:
+            mine = [item for item in items if item.place == place]
+            hidden = torch.cat([item.hidden for item in mine])
+            for item in mine:
+                del item.hidden
             if name is None:
-                bases[place] = outputs_of(self.layered.model, pack, self._kept(hidden, place), self.top_k)
+                bases[place] = self._described(place, self._kept(hidden, place))
             else:
-                base = bases[place]
-                positions = compare_hidden(
-                    self.layered.model, hidden, base, 0, base_head(self.layered.model, base), self.top_k
-                )
-                found[name, place] = refuse_broken(positions, f"evaluate {name}")
-        for item in items:
-            del item.hidden  # candidates' wait for no one
+                found[name, place] = self._compared(name, place, hidden, bases[place][1])
+
+    def _compared(self, name: str, place: Place, hidden: Tensor, base: BaseOutputs) -> PositionSignals:
+        def compared(work: Path | None) -> PositionSignals:
+            model = self.layered.model
+            positions = compare_hidden(model, hidden, base, 0, base_head(model, base), self.measures.top_k)
+            return refuse_broken(positions, f"evaluate {name}")
+
+        measure = self.measures.signals(*place, name, self.candidates[name].of)
+        return self.measures.kept.get(measure, compared, save_signals, load_signals)
+
+    def _described(self, place: Place, hidden: Tensor) -> FoundBase:
+        """The base, from its hidden states, which stay until the last candidate is compared."""
+        model, pack = self.layered.model, self.places[place]
+        positions = self.measures.kept.get(
+            self.measures.signals(*place, BASE, BASE),
+            lambda work: describe_hidden(model, pack, hidden, self.measures.top_k),
+            save_signals,
+            load_signals,
+        )
+        return positions, BaseOutputs.of(model, pack, hidden)
 
     def _kept(self, hidden: Tensor, place: Place) -> Tensor:
-        """The base's hidden states stay until the last candidate is compared: on disk where there is a directory."""
-        if self.directory is None:
+        """The base's hidden states, out of memory where there is a place for them."""
+        measures, directory = self.measures, self.how.offload_directory
+        if measures.kept.keeps:
+            return measures.kept.get(measures.hidden(*place), lambda work: hidden, save_hidden, load_hidden)
+        if directory is None:
             return hidden
-        self.directory.mkdir(parents=True, exist_ok=True)
-        path = self.directory / f"base-{place[0]}-{place[1]}.bin"
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / f"base-{place[0]}-{place[1]}.bin"
         mapped = hidden_file(path, len(hidden), hidden.shape[-1], hidden.dtype)
         path.unlink()  # the mapping keeps the bytes until it is gone
         return mapped.copy_(hidden)

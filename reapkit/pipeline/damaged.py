@@ -41,17 +41,24 @@ class SoundPlans:
         """Whether the artifact is another than the plan found: set aside, or its files listed."""
         if stage.key is None:
             return False
-        name = store.directory(stage.name, stage.key).name
-        full = self._full and name not in self._seen
-        self._seen.add(name)
         if stage.artifact is not None and stage.artifact.files is None and stage.artifact.has_payload:
             return self._listed(store, stage, stage.key)
-        if damage_of(store, stage.name, stage.key, full=full, progress=self._progress) is None:
+        return self.set_aside_damaged(store, stage.name, stage.key)
+
+    def set_aside_damaged(self, store: Store, stage: str, key: str) -> bool:
+        """Looks at one artifact, of a stage or a measurement; whether it was damaged, and so is no longer there.
+
+        Raises as `of`.
+        """
+        name = store.directory(stage, key).name
+        full = self._full and name not in self._seen
+        self._seen.add(name)
+        if damage_of(store, stage, key, full=full, progress=self._progress) is None:
             return False
         try:
-            with store.locked(stage.name, stage.key, lambda: self._wait(stage)):
-                damage = damage_of(store, stage.name, stage.key, full=full, progress=self._progress)
-                return self._set_aside(store, stage, damage)  # None by now: another process dealt with it
+            with store.locked(stage, key, lambda: self._wait(stage)):
+                damage = damage_of(store, stage, key, full=full, progress=self._progress)
+                return self._set_aside(store, stage, key, damage)  # None by now: another process dealt with it
         except OSError as error:
             raise UnusableError(
                 f"{store.root / name}: the artifact is damaged, and cannot be set aside ({error.strerror}). Make the"
@@ -61,7 +68,7 @@ class SoundPlans:
     def _listed(self, store: Store, stage: Stage, key: str) -> bool:
         """An artifact of an earlier reapkit gets the list of its files; in a store that is read-only it has none."""
         try:
-            with store.locked(stage.name, key, lambda: self._wait(stage)):
+            with store.locked(stage.name, key, lambda: self._wait(stage.name)):
                 found = store.find(stage.name, key)
                 if not isinstance(found, Artifact) or found.files is not None or not found.has_payload:
                     return True
@@ -71,14 +78,14 @@ class SoundPlans:
                         f"{stage.name}: {found.directory.name} is from an earlier reapkit; its files were hashed, and"
                         " will be checked from now on"
                     )
-                return self._set_aside(store, stage, damage)
+                return self._set_aside(store, stage.name, key, damage)
         except OSError:
             return False
 
-    def _set_aside(self, store: Store, stage: Stage, damage: Damage | None) -> bool:
+    def _set_aside(self, store: Store, stage: str, key: str, damage: Damage | None) -> bool:
         if damage is None:
             return True
-        directory = store.directory(stage.name, str(stage.key))
+        directory = store.directory(stage, key)
         kept = damaged_name(directory).name
         self._damaged[directory.name] += 1
         if self._damaged[directory.name] > MOST_LOOKS:
@@ -87,11 +94,11 @@ class SoundPlans:
                 " memory of this machine does not keep what is written. Choose another runtime.store, or machine."
             )
         self._progress.warn(
-            f"{stage.name}: {directory.name} is damaged: {damage}. "
+            f"{stage}: {directory.name} is damaged: {damage}. "
             + (f"What does not belong there was moved to {kept}." if damage.extras else f"Kept as {kept}; made again.")
         )
         store.set_aside(directory, damage.extras)
         return not damage.extras
 
-    def _wait(self, stage: Stage) -> None:
-        self._progress.say(f"{stage.name}: another run is working on this stage; waiting")
+    def _wait(self, stage: str) -> None:
+        self._progress.say(f"{stage}: another run is working on this stage; waiting")

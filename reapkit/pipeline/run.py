@@ -17,7 +17,7 @@ from reapkit.core.atomic_files import write_text
 from reapkit.core.bus_errors import during
 from reapkit.core.errors import RecipeError, RejectedByGates, StageFailed, UnusableError
 from reapkit.core.formatting import human_bytes
-from reapkit.core.garbage_collection import register
+from reapkit.core.garbage_collection import register, release_measurements
 from reapkit.core.json_text import parse_json
 from reapkit.core.notebook import html_table
 from reapkit.core.progress import SILENT, Progress
@@ -27,11 +27,13 @@ from reapkit.evaluation.metrics.table import in_view
 from reapkit.evaluation.outcome import Outcome, outcome
 from reapkit.evaluation.task_benchmarks import require_lm_eval
 from reapkit.pipeline.damaged import SoundPlans
+from reapkit.pipeline.measurements import KeptMeasurements
 from reapkit.pipeline.planned import make_plan
 from reapkit.pipeline.run_directory import RunDirectory, refuse_foreign, run_directory
 from reapkit.pipeline.stages.context import Context
 from reapkit.planning.disk import missing_disk, tight_disk
 from reapkit.planning.lock import make_lock, versions
+from reapkit.planning.measuring import reason
 from reapkit.planning.plan import Plan
 from reapkit.planning.stage_definitions import Stage
 from reapkit.pruning.checkpoint import MANIFEST
@@ -52,6 +54,7 @@ class Run:
     executed: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     ranks: Alone = ALONE
+    sound: SoundPlans = field(default_factory=SoundPlans)
 
     def __repr__(self) -> str:
         done = ", ".join(self.executed) or "nothing"
@@ -174,21 +177,21 @@ def walk(
     hits = {stage.name: stage.artifact.directory.name for stage in plan.stages if stage.artifact and stage.hit}
     register(plan.store, run_directory(plan), hits)
     with RunDirectory.opened(run_directory(plan), progress) as directory:
-        return _walk(plan, directory, until, progress, ranks, SoundPlans(full=check, progress=progress))
+        return _walk(
+            Run(plan, directory, ranks=ranks, sound=SoundPlans(full=check, progress=progress)), until, progress
+        )
 
 
-def _walk(
-    plan: Plan, directory: RunDirectory, until: str | None, progress: Progress, ranks: Alone, sound: SoundPlans
-) -> Run:
+def _walk(run: Run, until: str | None, progress: Progress) -> Run:
+    plan = run.plan
     reads_model = set(plan.leading_to(until)) - {"select"} - ({"observe"} if plan.imported else set())
-    plan = plan.downloaded() if reads_model else plan.anew()  # to decide anew takes no weights
+    run.plan = plan = plan.downloaded() if reads_model else plan.anew()  # to decide anew takes no weights
     _check_raw_recipe(plan.loaded)
     if plan.recipe.evaluate.lm_eval is not None and "verify" in plan.leading_to(until):
         require_lm_eval()  # now, not after everything else
-    run = Run(plan, directory, ranks=ranks)
-    ranks.share(plan.store.root)
+    run.ranks.share(plan.store.root)
     try:
-        while not _came_to_its_end(run, sound, until, progress):
+        while not _came_to_its_end(run, until, progress):
             pass
     except BaseException as error:
         with suppress(OSError):  # a full disk must not hide why the run ended
@@ -212,24 +215,24 @@ def _make_runs_folder(*parents: Path) -> None:
             write_text(folder / ".gitignore", "*\n")
 
 
-def _came_to_its_end(run: Run, sound: SoundPlans, until: str | None, progress: Progress) -> bool:
+def _came_to_its_end(run: Run, until: str | None, progress: Progress) -> bool:
     """Carries out the stages in their order; False where it must begin anew: what was sound when the run began, which
     may be hours ago, is damaged now."""
     run.artifacts.clear()
-    run.plan = sound.of(run.plan, until)  # now: before this, a model was downloaded, or another run waited for
+    run.plan = run.sound.of(run.plan, until)  # now: before this, a model was downloaded, or another run waited for
     for name in run.plan.leading_to(until):
         if undecided := run.plan.stage(name).key is None:
             run.plan = run.plan.decided(run.summary("evaluate")["chosen"])
         time_passed = run.executed and not run.plan.stage(name).hit
-        if (undecided or time_passed) and not _is_sound(run, sound, until):
+        if (undecided or time_passed) and not _is_sound(run, until):
             return False
         _one_stage(run, name, until, progress)
-    return not run.executed or _is_sound(run, sound, until)
+    return not run.executed or _is_sound(run, until)
 
 
-def _is_sound(run: Run, sound: SoundPlans, until: str | None) -> bool:
+def _is_sound(run: Run, until: str | None) -> bool:
     """Whether the plan's artifacts are as they were; where they are not, the plan is made anew."""
-    before, run.plan = run.plan, sound.of(run.plan, until)
+    before, run.plan = run.plan, run.sound.of(run.plan, until)
     return run.plan is before
 
 
@@ -281,7 +284,7 @@ def _finished(run: Run, stage: Stage, progress: Progress) -> Artifact:
         made = store.get(stage.name, key)  # by whoever held the lock
         if made is not None and made.has_payload:
             return made
-        progress.say(f"{stage.name}: running ({stage.reason})")
+        progress.say(f"{stage.name}: running ({reason(run.plan, stage)})")
         artifact = _execute(run, stage, progress)
     progress.say(
         f"{stage.name}: done in {artifact.manifest['seconds']:.0f} s{stage.definition.remark(artifact.summary)}"
@@ -299,7 +302,8 @@ def _execute(run: Run, stage: Stage, progress: Progress) -> Artifact:
     work = payload.parent / "work"
     work.mkdir(exist_ok=True)
     inputs = {name: run.artifacts[name] for name in (*stage.inputs, *stage.after)}
-    context = Context(run.plan, inputs, payload, work, listening, run.ranks)
+    measurements = KeptMeasurements(store, run.directory, run.sound, listening)
+    context = Context(run.plan, inputs, payload, work, listening, run.ranks, measurements=measurements)
     started = time.time()
     try:
         with during(stage.name):
@@ -315,6 +319,7 @@ def _execute(run: Run, stage: Stage, progress: Progress) -> Artifact:
                     "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                     "versions": versions(),
                     "warnings": listening.heard,
+                    "measurements": sorted(measurements.used),
                 },
                 hashes=context.hashes,
                 progress=progress,
@@ -324,6 +329,9 @@ def _execute(run: Run, stage: Stage, progress: Progress) -> Artifact:
             raise
         raise StageFailed(f"{stage.name}: {refusal.told()} It resumes where it stopped.") from error
     shutil.rmtree(work, ignore_errors=True)  # only now: a run that is killed while files are hashed resumes from it
+    if measurements.used:
+        release_measurements(store, run.directory)
+        progress.say(f"{stage.name}: {measurements}")
     return artifact
 
 

@@ -27,6 +27,7 @@ from reapkit.core.notebook import html_table
 from reapkit.observation.external import ImportedObservation
 from reapkit.planning.checks import checked_candidates, recipe_problems
 from reapkit.planning.estimates import Estimates, Machine, estimate, machine_memory
+from reapkit.planning.measuring import reason
 from reapkit.planning.stage_definitions import Stage, StageDefinition, resolve_stages
 from reapkit.quantization.schemes import scheme_of
 from reapkit.quantization.sizes import quantized_bytes
@@ -104,7 +105,7 @@ class Plan:
         return f"<Plan {self.recipe.name}: {model}; to run: {', '.join(runs) or 'nothing'}>"
 
     def _repr_html_(self) -> str:
-        stages = [(stage.name, "hit" if stage.hit else "will run", stage.reason) for stage in self.stages]
+        stages = [(stage.name, "hit" if stage.hit else "will run", reason(self, stage)) for stage in self.stages]
         sizes = {"base": self.base} | {candidate.name: self.pruned(candidate) for candidate in self.candidates}
         rows = [
             (name, human_experts(size.experts), human_count(size.parameters), human_bytes(size.nbytes))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from reapkit.core.artifact_check import glance
 from reapkit.core.artifact_store import Artifact, Damage, Store
 from reapkit.core.hashing import digest
+from reapkit.core.measurements import Measure
 from reapkit.planning.rerun_reasons import why_new
 from reapkit.recipe.schema import Recipe
 
@@ -61,6 +62,16 @@ def nothing_shown(plan: Plan) -> Sequence[str]:
     return ()
 
 
+def nothing_measured(plan: Plan, inputs: Mapping[str, Artifact]) -> Sequence[Measure]:
+    """No measurement that is kept."""
+    return ()
+
+
+def nothing_more(plan: Plan) -> str:
+    """Nothing to add."""
+    return ""
+
+
 def nothing_written(plan: Plan) -> Sequence[DiskUse]:
     """Nothing worth counting."""
     return ()
@@ -76,7 +87,9 @@ class StageDefinition:
     those that the run does not have fall away. `waits_for`: stages that must be finished first and do not enter the
     key. `directory`: where its payload is published in the run directory; `file`: of its payload only this file is,
     beside the directories. `remark`: what is worth a word when it is done. `writes`: what it puts on disk.
-    `shows`: the names of the files in `directory`, as patterns, before it has run.
+    `shows`: the names of the files in `directory`, as patterns, before it has run. `measures`: what it measures at
+    most, each kept as an artifact of its own, once its inputs are there. `afterwards`: what its verdict may make it
+    measure beyond that.
     """
 
     name: str
@@ -94,6 +107,8 @@ class StageDefinition:
     remark: Callable[[Mapping[str, Any]], str] = no_remark
     writes: Callable[[Plan], Sequence[DiskUse]] = nothing_written
     shows: Callable[[Plan], Sequence[str]] = nothing_shown
+    measures: Callable[[Plan, Mapping[str, Artifact]], Sequence[Measure]] = nothing_measured
+    afterwards: Callable[[Plan], str] = nothing_more
 
 
 @dataclass(frozen=True)

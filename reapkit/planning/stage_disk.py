@@ -26,6 +26,7 @@ from reapkit.planning.disk_use import (
     pack_rows,
     streams,
 )
+from reapkit.planning.measuring import unmeasured
 from reapkit.planning.model_disk import (
     PACKED_PARTS,
     companion_bytes,
@@ -60,6 +61,10 @@ SIGNALS_BYTES = 5 * 4 + 8
 METRICS_BYTES = 4096
 """Of one candidate on the rows of one length and source, in evaluation.json."""
 SMALLER_CUTS = 4
+MEASUREMENT_FILES = 7
+"""Of one measurement: what was measured, its shape, manifest, lock and who uses it."""
+CONTINUED_BYTES = 16
+"""Of one token that was written, in JSON."""
 PAGE_BYTES, PAGE_EXPERT_BYTES = 2_400_000, 64
 CARD_BYTES = 32_768
 FACTS_BYTES = 65_536
@@ -186,17 +191,30 @@ def _waiting(plan: Plan, tokens: int, models: int) -> int:
 
 
 def evaluate(plan: Plan) -> tuple[DiskUse, ...]:
-    """Numbers; meanwhile the base's hidden states at the measured positions, and every candidate's signals."""
-    found, models = pack_rows(plan), _candidates(plan) + SMALLER_CUTS + 1
+    """Numbers, and what they are made of: the base's hidden states at the measured positions, every candidate's
+    signals, continuations; but for what was measured before."""
+    found, models = pack_rows(plan), 1 + _candidates(plan)
+    copied = on_disk(_numbers(plan, models + SMALLER_CUTS)) + on_disk(_selection_bytes(plan))
     positions = sum(rows.signals for rows in found.values())
-    hidden = hidden_bytes(plan, positions)
-    copied = on_disk(_numbers(plan, models)) + on_disk(_selection_bytes(plan))
-    files = 4 * len(found) * models
-    if not streams(plan):
-        return (DiskUse(STORE, copied, on_disk(hidden + models * positions * SIGNALS_BYTES, files), copied=copied),)
-    waiting = _waiting(plan, sum(rows.tokens for rows in found.values()), 1 + _candidates(plan))
-    offloaded = [DiskUse(OFFLOAD, meanwhile=on_disk(hidden + waiting, 4))] if offloads(plan) else []
-    return (DiskUse(STORE, copied, copied=copied), *offloaded)
+    signals = on_disk(positions * SIGNALS_BYTES + _continuations(plan), 2 * MEASUREMENT_FILES * len(found) + 1)
+    measured = ceil(unmeasured(plan, "evaluate", ("signals", "continuations")) * models * signals)
+    measured += SMALLER_CUTS * signals if not streams(plan) else 0
+    measured += ceil(unmeasured(plan, "evaluate", ("hidden",)) * _hidden_kept(plan))
+    use = DiskUse(STORE, copied + measured, copied=copied)
+    waiting = _waiting(plan, sum(rows.tokens for rows in found.values()), models)
+    return (use, *([DiskUse(OFFLOAD, meanwhile=on_disk(waiting, 4))] if waiting else ()))
+
+
+def _hidden_kept(plan: Plan) -> int:
+    """The base's hidden states at the measured positions of every pack."""
+    found = pack_rows(plan)
+    hidden = hidden_bytes(plan, sum(rows.signals for rows in found.values()))
+    return on_disk(hidden, 2 * MEASUREMENT_FILES * len(found))
+
+
+def _continuations(plan: Plan) -> int:
+    spec = plan.recipe.evaluate.generation
+    return 0 if spec is None else 2 * spec.prompts * (64 + spec.max_new_tokens * CONTINUED_BYTES)
 
 
 def _numbers(plan: Plan, models: int) -> int:
@@ -240,15 +258,21 @@ def verify(plan: Plan) -> tuple[DiskUse, ...]:
     """Numbers; meanwhile hidden states, and models that are written in plain numbers to be measured."""
     recipe, found = plan.recipe, pack_rows(plan)
     positions = sum(rows.signals for rows in found.values())
-    hidden = hidden_bytes(plan, positions)
-    plain = _plain_directory(plan, plan.kept(largest(plan))) if _needs_dense(plan) else 0
-    control = _plain_directory(plan) if recipe.evaluate.equal_bytes else 0
-    meanwhile = (0 if streams(plan) else on_disk(hidden, 4)) + plain + control
-    copied = on_disk(_numbers(plan, 4))
+    left = unmeasured(plan, "verify", ("signals",))
+    plain = _plain_directory(plan, plan.kept(largest(plan))) if left and _needs_dense(plan) else 0
+    control = _plain_directory(plan) if left and recipe.evaluate.equal_bytes else 0
+    models = 4
+    measured = ceil(left * models * on_disk(positions * SIGNALS_BYTES, MEASUREMENT_FILES * len(found)))
+    measured += on_disk(3 * FACTS_BYTES, 3 * MEASUREMENT_FILES)  # proofs, speeds, task benchmarks
+    measured += _hidden_kept(plan) if left and not plan.stage("evaluate").must_run else 0
+    copied = on_disk(_numbers(plan, models))
     waiting = _waiting(plan, sum(rows.tokens for rows in found.values()), 2)
-    offloaded = on_disk(waiting + hidden, 4) if offloads(plan) else 0
-    uses = [DiskUse(STORE, copied, meanwhile, copied=copied), DiskUse(TEMPORARY, meanwhile=on_disk(FACTS_BYTES, 2))]
-    return (*uses, *([DiskUse(OFFLOAD, meanwhile=offloaded)] if streams(plan) and offloaded else ()))
+    offloaded = on_disk(waiting + hidden_bytes(plan, positions), 4) if streams(plan) and offloads(plan) else 0
+    uses = [
+        DiskUse(STORE, copied + measured, plain + control, copied=copied),
+        DiskUse(TEMPORARY, meanwhile=on_disk(FACTS_BYTES, 2)),
+    ]
+    return (*uses, *([DiskUse(OFFLOAD, meanwhile=offloaded)] if offloaded else ()))
 
 
 def _plain_directory(plan: Plan, kept: Mapping[int, int] | None = None) -> int:

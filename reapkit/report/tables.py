@@ -10,6 +10,7 @@ from typing import Any, Literal
 from reapkit.core.formatting import human_bytes, human_count, human_experts, plural
 from reapkit.evaluation.metrics.table import in_view
 from reapkit.planning.disk import file_systems
+from reapkit.planning.measuring import measuring, reason
 from reapkit.planning.plan import Plan, Sizes
 from reapkit.planning.quantization_memory import quantize_memory
 from reapkit.planning.recipe_differences import RecipeDifference
@@ -33,7 +34,7 @@ def plan_tables(plan: Plan) -> list[TerminalTable | str]:
         extra=("key",),
     )
     for stage in plan.stages:
-        stages.add_row(stage.name, "hit" if stage.hit else "will run", (stage.key or "later")[:12], stage.reason)
+        stages.add_row(stage.name, "hit" if stage.hit else "will run", (stage.key or "later")[:12], reason(plan, stage))
     architecture = plan.checkpoint.architecture
     title = (
         f"{plan.recipe.model.source}: {architecture.model_type}, {architecture.num_hidden_layers} layers,"
@@ -160,8 +161,11 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
                 "stage": s.name,
                 "state": "hit" if s.hit else "run",
                 "key": s.key,
-                "reason": s.reason,
+                "reason": reason(plan, s),
                 "inputs": list(s.inputs),
+                "measures": None
+                if (found := measuring(plan, s)) is None
+                else {"there": len(found.there), "missing": [each.title for each in found.missing]},
             }
             for s in plan.stages
         ],

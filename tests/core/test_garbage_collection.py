@@ -11,7 +11,7 @@ import pytest
 
 from reapkit.core.artifact_store import Artifact, Store
 from reapkit.core.errors import UnusableError
-from reapkit.core.garbage_collection import collect, register
+from reapkit.core.garbage_collection import MEASURING, collect, register, release_measurements
 from tests.support.command import command
 
 
@@ -58,6 +58,21 @@ def test_only_what_no_run_uses_is_removed(store: Store, tmp_path: Path) -> None:
         f"prune-{'d' * 12}",
     }
     assert not list((store.root / "runs").glob("*.json"))
+
+
+def test_measurements_stay_with_what_was_made_of_them(store: Store, tmp_path: Path) -> None:
+    for letter in "abc":
+        made(store, "signals", letter)
+    used, entered, neither = (f"signals-{letter * 12}" for letter in "abc")
+    key = "e" * 64
+    store.begin("evaluate", key, resume=False)
+    store.finish("evaluate", key, {"summary": {}, "measurements": [used]})
+    register(store, tmp_path / "run", {"evaluate": f"evaluate-{'e' * 12}", f"{MEASURING}{entered}": entered})
+    assert [each.artifact for each in collect(store).removed] == [neither]
+    release_measurements(store, tmp_path / "run")
+    assert [each.artifact for each in collect(store).removed] == [entered]
+    register(store, tmp_path / "run", {"evaluate": f"evaluate-{'f' * 12}"})  # judged anew
+    assert {each.artifact for each in collect(store).removed} == {used, f"evaluate-{'e' * 12}"}
 
 
 def test_work_in_progress_and_partial_work_stay(store: Store) -> None:

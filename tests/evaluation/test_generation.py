@@ -144,7 +144,7 @@ def test_a_directory_continues_the_prompts_that_the_masks_continued(model, pack,
     tiny.save_hub_layout(model, tmp_path / "quantized")
     prompts, sources = draw_prompts(pack, 6), pack.tokens.sources
     own = write(model, prompts, max_new_tokens=4)
-    found = continued(tmp_path / "quantized", pack, GenerationSpec(prompts=6, max_new_tokens=4), Letters())
+    found = continued(lambda: tmp_path / "quantized", pack, GenerationSpec(prompts=6, max_new_tokens=4), Letters())
     expected = summarize(own, own, prompts, sources, pack.outside, Letters())
     assert set(found["generation"]) == {"all", "code", "prose", "french"}
     for group, metrics in found["generation"].items():
@@ -154,4 +154,6 @@ def test_a_directory_continues_the_prompts_that_the_masks_continued(model, pack,
         assert shown["prompt"] == Letters().decode(prompts[first].tokens)
         assert shown["text"] == Letters().decode(own["greedy"][first].tokens)
     assert len(found["examples"]) == 3
-    assert continued(tmp_path / "quantized", pack, GenerationSpec(prompts=6, max_new_tokens=4))["examples"] == []
+    assert (
+        continued(lambda: tmp_path / "quantized", pack, GenerationSpec(prompts=6, max_new_tokens=4))["examples"] == []
+    )

@@ -6,7 +6,7 @@ from torch.nn.functional import linear
 
 from reapkit.evaluation import linear as module
 from reapkit.evaluation.linear import fast_linear, widened_linear
-from reapkit.evaluation.outputs import Pack, base_outputs, compare, measure
+from reapkit.evaluation.outputs import BaseOutputs, Pack, base_hidden, compare, describe_hidden, measure
 from reapkit.evaluation.streaming import yardstick_streaming
 from reapkit.model.streaming.layers import LayeredModel
 from tests.support import tiny
@@ -66,15 +66,18 @@ def test_a_bfloat16_models_numbers_are_its_own(tmp_path, monkeypatch, counted):
     for capability in ("AVX2", "AVX512"):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
         before = len(counted)
-        base = base_outputs(model, pack, batch_tokens=64)
-        itself = compare(base, measure(model, pack, base, batch_tokens=64), pack)["all"]
+        base = BaseOutputs.of(model, pack, base_hidden(model, pack, batch_tokens=64))
+        own = describe_hidden(model, pack, base.hidden)
+        itself = compare(own, measure(model, pack, base, batch_tokens=64), pack)["all"]
         assert itself["kl_mean"] == {"value": 0.0, "interval": [0.0, 0.0]} and itself["js_distance"]["value"] == 0
-        found[capability] = base.positions.nll.mean().item()
+        found[capability] = own.nll.mean().item()
         assert (len(counted) > before) == (capability == "AVX2")
     assert found["AVX2"] == pytest.approx(found["AVX512"], rel=1e-3)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     before = len(counted)
-    streamed = yardstick_streaming(LayeredModel(tmp_path / "model", dtype="bfloat16"), {24: tokens}, batch_tokens=64)
+    streamed = yardstick_streaming(
+        lambda: LayeredModel(tmp_path / "model", dtype="bfloat16"), {24: tokens}, batch_tokens=64
+    )
     assert streamed.base_metrics["24"]["all"]["nll"]["value"] > 0 and len(counted) - before > 3 * len(
         model.model.layers
     )

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from reapkit.checkpoint.checkpoint import Checkpoint
+from reapkit.core.artifact_store import Store
 from reapkit.evaluation import bench
 from reapkit.evaluation import candidates as module
 from reapkit.evaluation.advice import summary_rows
@@ -17,8 +18,11 @@ from reapkit.evaluation.bench import Bench, MaskedBench, MaskedCandidate, packs_
 from reapkit.evaluation.candidates import eaft_settings, evaluate, give_verdict
 from reapkit.evaluation.directory import Yardstick
 from reapkit.evaluation.gates import Gate, resolve
+from reapkit.evaluation.measures import Measures
 from reapkit.evaluation.outputs import EAFT
 from reapkit.model.loading import load_model
+from reapkit.pipeline.damaged import SoundPlans
+from reapkit.pipeline.measurements import KeptMeasurements
 from reapkit.pruning.checkpoint import prune_checkpoint
 from reapkit.recipe.schema import GenerationSpec, ObserveSpec, SaliencySpec
 from reapkit.selection.selection import LayerSelection, Selection
@@ -57,7 +61,7 @@ def packs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def loose(model, packs):
     given = [candidate(12), candidate(8), candidate(8, "other8", seed=3)]
-    return evaluate(model, packs, given, LOOSE, controls=[candidate(8, "control", seed=9)], **SETTINGS)
+    return evaluate(lambda: model, packs, given, LOOSE, controls=[candidate(8, "control", seed=9)], **SETTINGS)
 
 
 def test_the_smallest_that_passes_wins_and_larger_ones_are_not_tried(loose):
@@ -90,7 +94,7 @@ def test_a_control_is_compared_with_the_chosen_row_by_row(loose):
 
 def test_a_control_that_is_better_is_advised(model, packs):
     worse, better = candidate(5, "worse"), candidate(14, "better", control_of="worse")
-    found = evaluate(model, {24: packs[24]}, [worse], TIGHT, controls=[better], **SETTINGS)
+    found = evaluate(lambda: model, {24: packs[24]}, [worse], TIGHT, controls=[better], **SETTINGS)
     assert found["controls"][0]["against"]["24"]["all"]["kl_mean_delta"]["interval"][1] < 0
     assert "    --set saliency.criterion=random" in found["advice"]
     assert "    --set prune.ratio=0.3438" in found["advice"]
@@ -107,13 +111,15 @@ def test_a_control_that_is_better_is_advised(model, packs):
     ],
 )
 def test_a_smaller_cut_is_advised_in_the_field_that_the_recipe_uses(model, packs, steps, override):
-    found = evaluate(model, {24: packs[24]}, [candidate(12)], TIGHT, steps=steps, **SETTINGS)
+    found = evaluate(lambda: model, {24: packs[24]}, [candidate(12)], TIGHT, steps=steps, **SETTINGS)
     assert f"    --set {override}" in found["advice"].splitlines()
 
 
 def test_what_keeps_the_size_is_advised_before_a_smaller_cut(model, packs):
     steps = {"same_size": [{"override": "saliency.reduction=sum", "why": "rank by sums"}]}
-    lines = evaluate(model, {24: packs[24]}, [candidate(12)], TIGHT, steps=steps, **SETTINGS)["advice"].splitlines()
+    lines = evaluate(lambda: model, {24: packs[24]}, [candidate(12)], TIGHT, steps=steps, **SETTINGS)[
+        "advice"
+    ].splitlines()
     overrides = [line for line in lines if line.startswith("    --set ")]
     assert overrides[:2] == ["    --set saliency.reduction=sum", "    --set prune.ratio=0.125"]
 
@@ -129,7 +135,7 @@ def test_an_evaluation_is_json_and_names_every_group(loose):
 
 
 def test_confirm_rows_are_others_than_those_that_decided(model, packs, loose):
-    confirm = Yardstick.of(model, packs, batch_tokens=64)
+    confirm = Yardstick.of(lambda: model, packs, batch_tokens=64)
     assert confirm.base_metrics == loose["confirm"]["base"] != loose["base"]
 
 
@@ -147,12 +153,14 @@ def test_of_equal_size_the_one_nearer_to_the_base_wins_in_whatever_order(packs, 
 
 def test_controls_of_other_candidates_are_left_out(model, packs):
     controls = [candidate(8, "mine", seed=5, control_of="keep8"), candidate(12, "theirs", seed=5, control_of="keep12")]
-    found = evaluate(model, {24: packs[24]}, [candidate(8), candidate(12)], LOOSE, controls=controls, **SETTINGS)
+    found = evaluate(
+        lambda: model, {24: packs[24]}, [candidate(8), candidate(12)], LOOSE, controls=controls, **SETTINGS
+    )
     assert [control["name"] for control in found["controls"]] == ["mine"]
 
 
 def test_rejection_says_which_gate_by_how_much_and_what_to_change(model, packs):
-    found = evaluate(model, packs, [candidate(8), candidate(12)], TIGHT, **SETTINGS)
+    found = evaluate(lambda: model, packs, [candidate(8), candidate(12)], TIGHT, **SETTINGS)
     assert found["verdict"] == "reject" and found["winner"] is None and found["chosen"] == "keep12"
     assert all(entry["verdict"] == "reject" for entry in found["candidates"])
     lines = found["advice"].splitlines()
@@ -170,11 +178,11 @@ def test_rejection_says_which_gate_by_how_much_and_what_to_change(model, packs):
 
 
 def test_undecided_says_how_many_samples_it_would_take(model, packs):
-    first = evaluate(model, packs, [candidate(8)], LOOSE, **SETTINGS)["candidates"][0]["metrics"]["24"]["all"][
+    first = evaluate(lambda: model, packs, [candidate(8)], LOOSE, **SETTINGS)["candidates"][0]["metrics"]["24"]["all"][
         "kl_mean"
     ]
     limit = (first["value"] + first["interval"][1]) / 2
-    found = evaluate(model, {24: packs[24]}, [candidate(8)], [Gate("kl_mean", max=limit)], **SETTINGS)
+    found = evaluate(lambda: model, {24: packs[24]}, [candidate(8)], [Gate("kl_mean", max=limit)], **SETTINGS)
     assert found["verdict"] == "undecided" and found["winner"] is None and found["chosen"] == "keep8"
     [result] = found["candidates"][0]["gates"]
     assert result["more_rows"] == pytest.approx(18, abs=1)
@@ -186,7 +194,7 @@ def test_undecided_says_how_many_samples_it_would_take(model, packs):
 def test_a_winner_that_fails_on_the_confirm_rows_is_no_winner(model, packs, monkeypatch):
     confirm = module._confirm
     monkeypatch.setattr(module, "_confirm", lambda bench, chosen, gates: confirm(bench, chosen, TIGHT))
-    found = evaluate(model, packs, [candidate(8)], LOOSE, **SETTINGS)
+    found = evaluate(lambda: model, packs, [candidate(8)], LOOSE, **SETTINGS)
     assert found["verdict"] == "reject" and found["winner"] is None and found["candidates"][0]["verdict"] == "pass"
     assert (
         "The candidate keep8 (8 experts kept): rejected on the confirm rows, after passing on the others."
@@ -196,9 +204,9 @@ def test_a_winner_that_fails_on_the_confirm_rows_is_no_winner(model, packs, monk
 
 def test_without_confirm_rows_the_deciding_ones_are_final(model, tmp_path):
     pack = {24: held_out(tmp_path, parts="decide")}
-    found = evaluate(model, pack, [candidate(8)], LOOSE, **SETTINGS)
+    found = evaluate(lambda: model, pack, [candidate(8)], LOOSE, **SETTINGS)
     assert found["confirm"] is None and found["winner"] == "keep8"
-    assert Yardstick.of(model, pack, batch_tokens=64).base_metrics == found["base"]
+    assert Yardstick.of(lambda: model, pack, batch_tokens=64).base_metrics == found["base"]
 
 
 class Known(Bench):
@@ -296,26 +304,29 @@ def test_a_limit_on_text_where_none_is_written_is_not_a_matter_of_samples(packs)
 
 
 def test_a_killed_evaluation_goes_on_with_the_candidates_it_finished(model, packs, tmp_path, monkeypatch):
-    pack, given = {24: packs[24]}, [candidate(8), candidate(12)]
-    undisturbed = evaluate(model, pack, given, TIGHT, **SETTINGS)
-    real, measured = MaskedBench.positions, []
+    pack, given = {24: packs[24]}, [candidate(8, of="8"), candidate(12, of="12")]
+    undisturbed = evaluate(lambda: model, pack, given, TIGHT, **SETTINGS)
+    real, measured = bench.measure, []
 
-    def killed(self, each, length):
-        if each.name == "keep12":
+    def killed(*args, title, **kwargs):
+        if title == "evaluate keep12":
             raise KeyboardInterrupt
-        return real(self, each, length)
+        return real(*args, title=title, **kwargs)
 
-    monkeypatch.setattr(MaskedBench, "positions", killed)
+    def kept():
+        return Measures(kept=KeptMeasurements(Store(tmp_path / "store"), tmp_path / "run", SoundPlans(), module.SILENT))
+
+    monkeypatch.setattr(bench, "measure", killed)
     with pytest.raises(KeyboardInterrupt):
-        evaluate(model, pack, given, TIGHT, work_directory=tmp_path, **SETTINGS)
-    monkeypatch.setattr(MaskedBench, "positions", real)
-    real_measure = bench.measure
+        evaluate(lambda: model, pack, given, TIGHT, measures=kept(), **SETTINGS)
     monkeypatch.setattr(
-        bench, "measure", lambda *args, **kwargs: measured.append(kwargs["title"]) or real_measure(*args, **kwargs)
+        bench, "measure", lambda *args, **kwargs: measured.append(kwargs["title"]) or real(*args, **kwargs)
     )
-    again = evaluate(model, pack, given, TIGHT, work_directory=tmp_path, **SETTINGS)
+    again = evaluate(lambda: model, pack, given, TIGHT, measures=kept(), **SETTINGS)
     assert again == undisturbed
     assert measured == ["evaluate keep12", "evaluate keep12"]  # decide, then confirm
+    measured.clear()
+    assert evaluate(lambda: 1 / 0, pack, given, TIGHT, measures=kept(), **SETTINGS) == undisturbed and not measured
 
 
 def test_summary_rows_show_base_candidates_controls_and_the_confirmed_choice(loose):
@@ -350,10 +361,11 @@ def test_a_masked_candidate_has_the_pruned_checkpoints_own_numbers(model, packs,
     tiny.save_hub_layout(model, tmp_path / "base")
     chosen = candidate(8, experts_per_token=3)
     prune_checkpoint(Checkpoint.open(tmp_path / "base"), chosen.selection, tmp_path / "pruned", max_shard_bytes=10**9)
-    yardstick = Yardstick.of(model, packs, batch_tokens=64)
+    yardstick = Yardstick.of(lambda: model, packs, batch_tokens=64)
     assert load_model(tmp_path / "pruned").config.num_experts == 8
-    on_disk = yardstick.measure_directory(tmp_path / "pruned")
-    confirm = MaskedBench.of_part(model, packs, "confirm", None, eaft=EAFT, batch_tokens=64, progress=module.SILENT)
+    on_disk = yardstick.metrics(yardstick.measure_directory(tmp_path / "pruned"))
+    how = {"eaft": EAFT, "batch_tokens": 64, "measures": Measures(), "progress": module.SILENT}
+    confirm = MaskedBench.of_part(lambda: model, packs, "confirm", **how)
     as_mask = confirm.metrics(chosen)
     for length, groups in as_mask.items():
         for group, metrics in groups.items():
@@ -364,13 +376,13 @@ def test_a_masked_candidate_has_the_pruned_checkpoints_own_numbers(model, packs,
                         group,
                         name,
                     )
-    unpruned = yardstick.measure_directory(tmp_path / "base")
+    unpruned = yardstick.metrics(yardstick.measure_directory(tmp_path / "base"))
     assert unpruned["24"]["all"]["kl_mean"]["value"] == pytest.approx(0, abs=1e-6)  # another kernel on load
 
 
 def test_generation_is_measured_and_judged(model, packs):
     found = evaluate(
-        model,
+        lambda: model,
         packs,
         [candidate(8)],
         resolve({"loop_share_delta": {"max": 1.0}}),

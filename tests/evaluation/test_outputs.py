@@ -8,7 +8,7 @@ import torch
 from reapkit.calibration.tokens import batches
 from reapkit.core.errors import StageFailed, UnusableError
 from reapkit.evaluation import head, outputs
-from reapkit.evaluation.outputs import Pack, base_outputs, compare, describe_base, measure
+from reapkit.evaluation.outputs import BaseOutputs, Pack, base_hidden, compare, describe_base, describe_hidden, measure
 from reapkit.model.masking import masked
 from tests.support import tiny
 from tests.support.held_out import held_out
@@ -29,7 +29,12 @@ def pack(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def base(model, pack):
-    return base_outputs(model, pack, batch_tokens=BATCH)
+    return BaseOutputs.of(model, pack, base_hidden(model, pack, batch_tokens=BATCH))
+
+
+@pytest.fixture(scope="module")
+def own(model, pack, base):
+    return describe_hidden(model, pack, base.hidden)
 
 
 def plain_log_probabilities(model, pack):
@@ -47,7 +52,7 @@ def plain_log_probabilities(model, pack):
 
 
 @torch.no_grad()
-def test_a_masked_candidate_equals_plain_forwards(model, pack, base):
+def test_a_masked_candidate_equals_plain_forwards(model, pack, base, own):
     with masked(model, KEEP):
         candidate = measure(model, pack, base, batch_tokens=BATCH)
         log_q, _, _ = plain_log_probabilities(model, pack)
@@ -56,7 +61,7 @@ def test_a_masked_candidate_equals_plain_forwards(model, pack, base):
     kl = (log_p.exp() * (log_p - log_q)).sum(-1)
     assert torch.equal(base.reference, reference)
     assert torch.allclose(candidate.kl.double(), kl, rtol=1e-3, atol=1e-6)
-    found = compare(base, candidate, pack)
+    found = compare(own, candidate, pack)
     for group in ("all", "code", "prose", "french"):
         inside = torch.tensor([name != "french" if group == "all" else name == group for name in source])
         nll, base_nll = (-each[at, reference][inside].mean().item() for each in (log_q, log_p))
@@ -65,15 +70,15 @@ def test_a_masked_candidate_equals_plain_forwards(model, pack, base):
         assert found[group]["kl_mean"]["value"] == pytest.approx(kl[inside].mean().item(), rel=1e-4)
         same = (log_p.argmax(-1) == log_q.argmax(-1))[inside].double().mean().item()
         assert found[group]["top1_agreement"]["value"] == pytest.approx(same)
-        assert describe_base(base, pack)[group]["perplexity"]["value"] == pytest.approx(math.exp(base_nll), rel=1e-5)
+        assert describe_base(own, pack)[group]["perplexity"]["value"] == pytest.approx(math.exp(base_nll), rel=1e-5)
     low, high = found["all"]["kl_mean"]["interval"]
     assert low < found["all"]["kl_mean"]["value"] < high
 
 
-def test_base_against_itself_is_exactly_zero(model, pack, base):
+def test_base_against_itself_is_exactly_zero(model, pack, base, own):
     for found in (measure(model, pack, base, batch_tokens=BATCH), _all_kept(model, pack, base)):
         assert found.kl.abs().max() == 0
-        same = compare(base, found, pack)["all"]
+        same = compare(own, found, pack)["all"]
         assert same["perplexity_ratio"] == {"value": 1.0, "interval": [1.0, 1.0]}
         assert same["top1_agreement"]["value"] == 1.0 and same["js_distance"]["value"] == 0.0
 
@@ -103,15 +108,15 @@ def test_hidden_states_on_disk_equal_those_in_memory_and_a_killed_run_goes_on(mo
 
     monkeypatch.setattr(outputs, "batches", killed_after_two)
     with pytest.raises(KeyboardInterrupt):
-        base_outputs(model, pack, batch_tokens=BATCH, work_directory=tmp_path)
+        base_hidden(model, pack, batch_tokens=BATCH, work_directory=tmp_path)
     monkeypatch.setattr(outputs, "batches", real)
     monkeypatch.setattr(outputs, "hidden_states", lambda *args: seen.append(args[1].shape) or head.hidden_states(*args))
-    again = base_outputs(model, pack, batch_tokens=BATCH, work_directory=tmp_path)
+    again = base_hidden(model, pack, batch_tokens=BATCH, work_directory=tmp_path)
     total = len(list(batches(pack.tokens, pack.rows, BATCH)))
     assert len(seen) - 1 == total - 2  # one token tells width and dtype
-    assert torch.equal(again.hidden, base.hidden)
+    assert torch.equal(again, base.hidden)
     seen.clear()
-    base_outputs(model, pack, batch_tokens=BATCH, work_directory=tmp_path)
+    base_hidden(model, pack, batch_tokens=BATCH, work_directory=tmp_path)
     assert len(seen) == 1
 
 
@@ -149,7 +154,7 @@ def test_a_head_that_reads_more_than_hidden_states_is_refused(model, monkeypatch
 def test_a_pack_without_measured_positions_is_refused(model, tmp_path):
     silent = held_out(tmp_path, lengths=(1, 1, 1))
     with pytest.raises(UnusableError, match="pack of 24 tokens measures no position: its 3 rows"):
-        base_outputs(model, Pack.part(silent, "decide", 24), batch_tokens=BATCH)
+        base_hidden(model, Pack.part(silent, "decide", 24), batch_tokens=BATCH)
 
 
 def test_logits_that_are_not_finite_are_no_measurement(pack, base):

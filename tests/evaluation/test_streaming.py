@@ -1,19 +1,26 @@
 """Streaming evaluation has the resident one's numbers, whatever the architecture, and reads every layer once."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
 from reapkit.checkpoint.checkpoint import Checkpoint
+from reapkit.core.artifact_store import Store
+from reapkit.core.progress import SILENT
+from reapkit.evaluation import streaming
 from reapkit.evaluation.bench import MaskedCandidate
 from reapkit.evaluation.candidates import evaluate
 from reapkit.evaluation.directory import Yardstick
 from reapkit.evaluation.gates import Gate
+from reapkit.evaluation.measures import Measures
 from reapkit.evaluation.streaming import evaluate_streaming, measure_streaming, yardstick_streaming
 from reapkit.model.loading import load_model
 from reapkit.model.routed_experts import find_experts
 from reapkit.model.streaming.layers import LayeredModel
+from reapkit.pipeline.damaged import SoundPlans
+from reapkit.pipeline.measurements import KeptMeasurements
 from reapkit.pruning.checkpoint import prune_checkpoint
 from reapkit.selection.selection import LayerSelection, Selection
 from tests.support import tiny
@@ -43,12 +50,12 @@ def test_the_numbers_are_the_resident_ones(model_type, tmp_path, monkeypatch):
         candidate(model, "most", 12, experts_per_token=2 if model_type == "qwen3_moe" else None),
     ]
     control = [candidate(model, "control", 8, seed=1)]
-    resident = evaluate(model, packs, given, GATES, controls=control, batch_tokens=64)
+    resident = evaluate(lambda: model, packs, given, GATES, controls=control, batch_tokens=64)
     layered, read = LayeredModel(tmp_path / "model", dtype="float32"), []
     load = layered.load_ahead
     monkeypatch.setattr(layered, "load_ahead", lambda layer: read.append(layer) or load(layer))
     streamed = evaluate_streaming(
-        layered,
+        lambda: layered,
         packs,
         given,
         GATES,
@@ -85,7 +92,7 @@ def test_an_unmasked_candidate_is_exactly_the_base(tmp_path):
     model = tiny.build("qwen3_moe")
     tiny.save_hub_layout(model, tmp_path / "model")
     found = evaluate_streaming(
-        LayeredModel(tmp_path / "model", dtype="float32"),
+        lambda: LayeredModel(tmp_path / "model", dtype="float32"),
         {24: held_out(tmp_path / "pack")},
         [candidate(model, "whole", 16)],
         GATES,
@@ -100,10 +107,44 @@ def test_a_directory_measured_in_streaming_has_its_resident_numbers(tmp_path):
     chosen = candidate(model, "half", 8).selection
     prune_checkpoint(Checkpoint.open(tmp_path / "base"), chosen, tmp_path / "pruned", max_shard_bytes=10**9)
     packs = {24: held_out(tmp_path / "pack")}
-    resident = Yardstick.of(load_model(tmp_path / "base", dtype="float32"), packs, batch_tokens=64)
-    streamed = yardstick_streaming(LayeredModel(tmp_path / "base", dtype="float32"), packs, batch_tokens=64)
+    resident = Yardstick.of(lambda: load_model(tmp_path / "base", dtype="float32"), packs, batch_tokens=64)
+    streamed = yardstick_streaming(lambda: LayeredModel(tmp_path / "base", dtype="float32"), packs, batch_tokens=64)
     assert_close(streamed.base_metrics, resident.base_metrics)
     assert_close(
-        measure_streaming(streamed, LayeredModel(tmp_path / "pruned", dtype="float32")),
-        resident.measure_directory(tmp_path / "pruned"),
+        streamed.metrics(measure_streaming(streamed, LayeredModel(tmp_path / "pruned", dtype="float32"))),
+        resident.metrics(resident.measure_directory(tmp_path / "pruned")),
     )
+
+
+def test_a_further_candidate_goes_through_the_layers_alone(tmp_path, monkeypatch):
+    tiny.save_hub_layout(tiny.build("qwen3_moe"), tmp_path / "model")
+    packs = {24: held_out(tmp_path / "pack")}
+    model = load_model(tmp_path / "model", dtype="float32")
+    half, most = (replace(candidate(model, name, kept), of=name) for name, kept in (("half", 8), ("most", 12)))
+
+    def streamed(load, given, measures=None, **how):
+        return evaluate_streaming(load, packs, given, GATES, batch_tokens=64, measures=measures, **how)
+
+    def kept():
+        return Measures(kept=KeptMeasurements(Store(tmp_path / "store"), tmp_path / "run", SoundPlans(), SILENT))
+
+    def layered():
+        return LayeredModel(tmp_path / "model", dtype="float32")
+
+    passed = []
+    collect = streaming._PackPass._collect
+
+    def noted(self, name, *arguments):
+        passed.append(name)
+        return collect(self, name, *arguments)
+
+    monkeypatch.setattr(streaming._PackPass, "_collect", noted)
+    first = streamed(layered, [half], kept())
+    assert passed == [None, "half"] and first == streamed(layered, [half])
+    passed.clear()
+    assert streamed(lambda: 1 / 0, [half], kept()) == first, "what is there is judged without the model"
+    both = streamed(layered, [half, most], kept(), offload_directory=tmp_path / "offload")
+    assert passed == ["most"] and both == streamed(layered, [half, most])
+    yardstick = yardstick_streaming(layered, packs, batch_tokens=64, measures=kept())
+    assert yardstick.base_metrics == first["confirm"]["base"]
+    assert passed == ["most", None, "half", "most"], "no pass for what the evaluation measured"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from reapkit.core.artifact_store import Artifact
+from reapkit.core.measurements import KEPT_NOWHERE, Measurements
 from reapkit.core.progress import Progress
 from reapkit.core.ranks import ALONE, Alone
 from reapkit.planning.plan import Plan
@@ -21,8 +22,8 @@ class Context:
     """What a stage gets: the plan, its finished inputs by stage name, an empty payload directory and a directory for
     partial work.
 
-    `hashes`: where it notes the sha256 (hex) of files that it took while it wrote them, by their path in the payload:
-    they are not read again.
+    `measurements`: where what was measured before is found. `hashes`: where it notes the sha256 (hex) of files that it
+    took while it wrote them, by their path in the payload: they are not read again.
     """
 
     plan: Plan
@@ -32,6 +33,7 @@ class Context:
     progress: Progress
     ranks: Alone = ALONE
     hashes: dict[str, str] = field(default_factory=dict)
+    measurements: Measurements = KEPT_NOWHERE
 
     @property
     def recipe(self) -> Recipe:

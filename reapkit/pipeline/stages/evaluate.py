@@ -12,11 +12,14 @@ from reapkit.calibration.identity import tokenizer_identity
 from reapkit.core.atomic_files import write_json
 from reapkit.core.errors import RecipeError
 from reapkit.evaluation.gates import Gate, resolve
+from reapkit.evaluation.measures import mask
 from reapkit.observation.observation import Observation
 from reapkit.pipeline.stages.context import Context
+from reapkit.pipeline.stages.measured import EVALUATE_VERSION, evaluated, hidden_of, measures_of, weight_files
 from reapkit.pipeline.stages.repair import load_repaired
 from reapkit.pipeline.stages.select import load_selections
 from reapkit.planning import stage_disk
+from reapkit.planning.plan import Plan
 from reapkit.planning.stage_definitions import StageDefinition
 from reapkit.recipe.schema import Gates
 from reapkit.selection.candidates import ratio_removing
@@ -42,17 +45,21 @@ def run(context: Context) -> dict[str, Any]:
     selections = {name: selection.decoder(context.plan.checkpoint.architecture) for name, selection in decided.items()}
     nbytes = {candidate.name: context.plan.pruned(candidate).nbytes for candidate in context.plan.candidates}
     weights = load_repaired(context, list(selections))
-    tried = [
-        MaskedCandidate(name, selections[name], nbytes[name], weights=weights.get(name)) for name in index["candidates"]
-    ]
+    masks = {
+        name: {"weights": weights.get(name), "of": mask(selection, weight_files(context.inputs, name))}
+        for name, selection in selections.items()
+    }
+    measures = measures_of(context.plan, context.inputs["packs"], context.measurements)
+    tried = [MaskedCandidate(name, selections[name], nbytes[name], **masks[name]) for name in index["candidates"]]
     compared = {
         "controls": [
-            MaskedCandidate(name, selections[name], control_of=candidate, weights=weights.get(name))
+            MaskedCandidate(name, selections[name], control_of=candidate, **masks[name])
             for name, candidate in index["controls"].items()
         ],
         "eaft": eaft_settings(recipe.saliency, recipe.observe),
         "pack_samples": spec.packs.samples,
         "steps": _steps(context),
+        "measures": measures,
         "batch_tokens": recipe.runtime.batch_tokens,
         "progress": context.progress,
     }
@@ -60,20 +67,21 @@ def run(context: Context) -> dict[str, Any]:
     gates, packs = gates_of(spec.gates, context), load_packs(context)
     if context.streams:
         evaluation = evaluate_streaming(
-            LayeredModel(context.model_directory, **where), packs, tried, gates, **compared, **context.streaming
+            lambda: LayeredModel(context.model_directory, **where), packs, tried, gates, **compared, **context.streaming
         )
     else:
         evaluation = evaluate(
-            load_model(context.model_directory, **where),
+            lambda: load_model(context.model_directory, **where),
             packs,
             tried,
             gates,
             generation=spec.generation,
             tokenizer=_tokenizer(context),
             smaller_cut=_smaller_cut(context),
-            work_directory=context.work,
             **compared,
         )
+    for each in hidden_of(measures, context.inputs["packs"]):  # further candidates are compared with them
+        measures.kept.find(each, lambda directory: directory)
     write_json(context.payload / "evaluation.json", evaluation)
     decided[evaluation["chosen"]].save(context.payload)
     return {name: evaluation[name] for name in ("chosen", "verdict", "advice")}
@@ -101,11 +109,17 @@ def _steps(context: Context) -> dict[str, Any]:
     return {"grid": prune.candidates is not None, "budget": budget, "same_size": same_size}
 
 
+def _searches(plan: Plan) -> bool:
+    """Whether smaller cuts are tried after a rejection: where layers stream, or weights are re-fitted, each would take
+    a pass of its own."""
+    return plan.recipe.prune.repair is None and plan.estimates.placement == "resident"
+
+
 def _smaller_cut(context: Context) -> SmallerCut | None:
     """Decides the recipe's candidates anew with fewer removals; None where each would have to be re-fitted first."""
     from reapkit.evaluation.bench import MaskedCandidate
 
-    if context.recipe.prune.repair is not None:
+    if not _searches(context.plan):
         return None
     plan, grid = context.plan, {candidate.name: candidate for candidate in context.plan.candidates}
     num_experts = max(plan.base.experts.values())
@@ -124,7 +138,8 @@ def _smaller_cut(context: Context) -> SmallerCut | None:
             )
         except RecipeError:  # nothing would be removed, or the caps leave no room
             return None
-        return MaskedCandidate(smaller.name, selection, plan.pruned(smaller).nbytes, ratio=f"{ratio.normalize():f}")
+        size, said = plan.pruned(smaller).nbytes, f"{ratio.normalize():f}"
+        return MaskedCandidate(smaller.name, selection, size, ratio=said, of=mask(selection))
 
     return smaller_cut
 
@@ -157,9 +172,11 @@ def _spoken(summary: Mapping[str, Any]) -> str:
 
 STAGE = StageDefinition(
     name="evaluate",
-    version=4,
+    version=EVALUATE_VERSION,
     run=run,
     writes=stage_disk.evaluate,
+    measures=evaluated,
+    afterwards=lambda plan: "a rejection measures smaller cuts" if _searches(plan) else "",
     shows=lambda plan: ("evaluation.json", "selection.json"),
     directory="evaluation",
     fields=("evaluate.packs", "evaluate.extra_packs", "evaluate.gates", "evaluate.controls", "evaluate.generation"),

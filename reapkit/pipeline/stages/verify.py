@@ -4,29 +4,46 @@ reserved for them."""
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reapkit.checkpoint.architecture import text_config
 from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.core.atomic_files import write_json
 from reapkit.core.errors import StageFailed
 from reapkit.core.formatting import human_experts
+from reapkit.core.measurements import load_facts, save_facts
 from reapkit.evaluation.advice import final_advice
-from reapkit.evaluation.equal_bytes import equal_bytes, next_scheme
+from reapkit.evaluation.equal_bytes import next_scheme
 from reapkit.evaluation.gates import UNION, judge, overall
 from reapkit.evaluation.metrics.table import in_view
 from reapkit.evaluation.task_benchmarks import run_benchmarks
 from reapkit.pipeline.stages.context import Context
 from reapkit.pipeline.stages.evaluate import gates_of, load_packs
+from reapkit.pipeline.stages.measured import (
+    LABELS,
+    VERIFY_VERSION,
+    equal_bytes_control,
+    fitting,
+    measures_of,
+    named_directories,
+    proofs_of,
+    rounded_as,
+    speed_of,
+    tasks_of,
+    verified,
+)
 from reapkit.planning import stage_disk
 from reapkit.planning.plan import Plan
 from reapkit.planning.stage_definitions import StageDefinition
+from reapkit.recipe.schema import LmEvalSpec
 from reapkit.selection.selection import Selection
 
 if TYPE_CHECKING:
     from reapkit.evaluation.directory import Yardstick
+    from reapkit.evaluation.metrics.signals import PositionSignals
 
 
 PROBE_TOKENS = 64
@@ -34,11 +51,16 @@ PROBE_TOKENS = 64
 
 def run(context: Context) -> dict[str, Any]:
     directories = {LABELS[stage]: context.inputs[stage].payload for stage in LABELS if stage in context.inputs}
-    proofs = _prove(context, directories)
+    kept, named = context.measurements, named_directories(context.inputs)
+    proofs = kept.get(
+        proofs_of(context.plan, context.inputs), lambda work: _prove(context, directories), save_facts, load_facts
+    )
     yardstick, (final, result) = _yardstick(context), list(directories.items())[-1]
     metrics = {"base": yardstick.base_metrics}
     for name, directory in directories.items():
-        metrics[name] = _measured(context, yardstick, name, directory)
+        metrics[name] = yardstick.metrics(
+            yardstick.signals(name, named[name], partial(_measured, context, yardstick, name, directory))
+        )
     rows = [
         _row(name, context.model_directory if name == "base" else directories[name], metrics[name]) for name in metrics
     ]
@@ -72,9 +94,6 @@ def run(context: Context) -> dict[str, Any]:
     }
 
 
-LABELS = {"prune": "pruned", "quantize": "quantized"}
-
-
 def _yardstick(context: Context) -> Yardstick:
     """The base on rows that no decision has seen; the model leaves memory before the next one is loaded."""
     from reapkit.evaluation.candidates import eaft_settings
@@ -87,17 +106,20 @@ def _yardstick(context: Context) -> Yardstick:
     where = {"device": context.device, "trust_remote_code": recipe.model.trust_remote_code}
     common = {
         "eaft": eaft_settings(recipe.saliency, recipe.observe),
+        "measures": measures_of(context.plan, context.inputs["packs"], context.measurements),
         "batch_tokens": recipe.runtime.batch_tokens,
         "progress": context.progress,
     }
     if context.streams:
-        return yardstick_streaming(LayeredModel(context.model_directory, **where), packs, **common, **context.streaming)
-    return Yardstick.of(load_model(context.model_directory, **where), packs, work_directory=context.work, **common)
+        return yardstick_streaming(
+            lambda: LayeredModel(context.model_directory, **where), packs, **common, **context.streaming
+        )
+    return Yardstick.of(lambda: load_model(context.model_directory, **where), packs, **common)
 
 
-def _measured(context: Context, yardstick: Yardstick, name: str, directory: Path) -> dict[str, Any]:
-    """A directory's numbers against the base; a quantized one that no loader here takes apart is unpacked to disk
-    first."""
+def _measured(context: Context, yardstick: Yardstick, name: str, directory: Path) -> Mapping[int, PositionSignals]:
+    """What a directory says beside the base, by row length; a quantized one that no loader here takes apart is unpacked
+    to disk first."""
     from reapkit.evaluation.streaming import measure_streaming
     from reapkit.model.streaming.layers import LayeredModel
     from reapkit.quantization.quiet import quiet
@@ -139,17 +161,21 @@ def _equal_bytes(context: Context, yardstick: Yardstick, result: Path) -> dict[s
     from reapkit.quantization.quiet import quiet
     from reapkit.quantization.rounded import write_rounded
 
-    base = Checkpoint.open(context.model_directory)
-    found = equal_bytes(base, context.recipe.quantize, Checkpoint.open(result).nbytes)
+    found = equal_bytes_control(context.plan, result)
     if found.spec is None:
         return found.to_json() | {"metrics": None}
-    rounded = context.work / "equal-bytes"
-    shutil.rmtree(rounded, ignore_errors=True)
-    with quiet():
-        write_rounded(base, found.spec, rounded, device=context.device, progress=context.progress)
-    metrics = _measured(context, yardstick, f"{found.scheme}, unpruned", rounded)
-    shutil.rmtree(rounded)
-    return found.to_json() | {"metrics": metrics}
+    spec, rounded, title = found.spec, context.work / "equal-bytes", f"{found.scheme}, unpruned"
+
+    def measured() -> Mapping[int, PositionSignals]:
+        shutil.rmtree(rounded, ignore_errors=True)
+        with quiet():
+            write_rounded(context.plan.checkpoint, spec, rounded, device=context.device, progress=context.progress)
+        signals = _measured(context, yardstick, title, rounded)
+        shutil.rmtree(rounded)
+        return signals
+
+    signals = yardstick.signals(str(found.scheme), rounded_as(spec), measured)
+    return found.to_json() | {"metrics": yardstick.metrics(signals)}
 
 
 def _control_row(control: dict[str, Any], base: dict[str, Any]) -> dict[str, Any] | None:
@@ -169,15 +195,9 @@ def _throughput(context: Context, directories: dict[str, Path]) -> list[dict[str
     """Speed and memory of base and result, as many tokens as the model has positions for."""
     from reapkit.evaluation.throughput import measure_throughput
 
-    spec = context.recipe.evaluate.throughput
-    if spec is None:
+    if context.recipe.evaluate.throughput is None:
         return []
-    longest = text_config(context.plan.checkpoint.config).get("max_position_embeddings")
-    if isinstance(longest, int):
-        new = max(1, min(spec.new_tokens, longest // 2))
-        spec = spec.model_copy(
-            update={"new_tokens": new, "prompt_tokens": max(1, min(spec.prompt_tokens, longest - new - 2))}
-        )
+    spec = fitting(context.plan, context.recipe.evaluate.throughput)
     skip = (
         dict.fromkeys(directories, "the model does not fit into this machine's memory, so transformers cannot load it")
         if context.streams
@@ -185,14 +205,18 @@ def _throughput(context: Context, directories: dict[str, Path]) -> list[dict[str
     )
     if "quantized" in directories and _needs_dense(context):
         skip |= {"quantized": skip.get("quantized", "transformers cannot load this scheme's routed experts")}
-    with context.progress.task("throughput"):
-        return measure_throughput(
-            directories,
-            spec,
-            device=context.device,
-            skip=skip,
-            trust_remote_code=context.recipe.model.trust_remote_code,
-        )
+
+    def measured(work: Path | None) -> list[dict[str, Any]]:
+        with context.progress.task("throughput"):
+            return measure_throughput(
+                directories,
+                spec,
+                device=context.device,
+                skip=skip,
+                trust_remote_code=context.recipe.model.trust_remote_code,
+            )
+
+    return context.measurements.get(speed_of(context.plan, context.inputs, spec), measured, save_facts, load_facts)
 
 
 def _prove(context: Context, directories: dict[str, Path]) -> list[dict[str, Any]]:
@@ -223,28 +247,45 @@ def _prove(context: Context, directories: dict[str, Path]) -> list[dict[str, Any
 
 def _benchmarks(context: Context, directories: dict[str, Path]) -> dict[str, Any] | None:
     """Task benchmarks of base and result, lm-eval's own output kept beside verify.json."""
-    from reapkit.quantization.quiet import quiet
-
-    spec, recipe = context.recipe.evaluate.lm_eval, context.recipe
+    spec = context.recipe.evaluate.lm_eval
     if spec is None:
         return None
-    with quiet():
-        directories = {name: _readable(context, name, directory) for name, directory in directories.items()}
-    tasks = [
-        str(recipe_file) if (recipe_file := context.plan.loaded.directory / task).is_file() else task
-        for task in spec.tasks
-    ]
-    return {
-        name: run_benchmarks(
-            directory,
-            tasks,
-            context.payload / "lm_eval" / name,
-            limit=spec.limit,
-            device=context.device,
-            trust_remote_code=recipe.model.trust_remote_code,
+    found = {}
+    for name, directory in directories.items():
+        found[name], output = context.measurements.get(
+            tasks_of(context.plan, context.inputs, name, spec),
+            partial(_tested, context, spec, name, directory),
+            _save_tasks,
+            lambda kept: (load_facts(kept), kept / "lm_eval"),
         )
-        for name, directory in directories.items()
-    }
+        shutil.copytree(output, context.payload / "lm_eval" / name, dirs_exist_ok=True)
+    return found
+
+
+def _tested(
+    context: Context, spec: LmEvalSpec, name: str, directory: Path, work: Path | None
+) -> tuple[dict[str, Any], Path]:
+    """The numbers of one directory, and where lm-eval's output lies."""
+    from reapkit.quantization.quiet import quiet
+
+    with quiet():
+        directory = _readable(context, name, directory)
+    beside = context.plan.loaded.directory
+    output = (work or context.work) / "lm_eval"
+    return run_benchmarks(
+        directory,
+        [str(file) if (file := beside / task).is_file() else task for task in spec.tasks],
+        output,
+        limit=spec.limit,
+        device=context.device,
+        trust_remote_code=context.recipe.model.trust_remote_code,
+    ), output
+
+
+def _save_tasks(found: tuple[dict[str, Any], Path], directory: Path) -> None:
+    facts, output = found
+    save_facts(facts, directory)
+    shutil.move(output, directory / "lm_eval")
 
 
 def _continuations(context: Context, name: str, directory: Path) -> dict[str, Any] | None:
@@ -261,13 +302,15 @@ def _continuations(context: Context, name: str, directory: Path) -> dict[str, An
         return None
     with quiet():
         return continued(
-            _readable(context, name, directory),
+            lambda: _readable(context, name, directory),
             packs[max(packs)],
             spec,
             load_tokenizer(context.model_directory) if tokenizer_identity(context.model_directory) else None,
             device=context.device,
             trust_remote_code=context.recipe.model.trust_remote_code,
             batch_tokens=context.recipe.runtime.batch_tokens,
+            measures=measures_of(context.plan, context.inputs["packs"], context.measurements),
+            of=named_directories(context.inputs)[name],
             title=f"generate {name}",
             progress=context.progress,
         )
@@ -345,9 +388,10 @@ def _content(plan: Plan) -> dict[str, Any]:
 
 STAGE = StageDefinition(
     name="verify",
-    version=5,
+    version=VERIFY_VERSION,
     run=run,
     writes=stage_disk.verify,
+    measures=verified,
     file="verify.json",
     fields=(
         "evaluate.gates_quantized",
