@@ -82,14 +82,18 @@ def rejected(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def copied_inputs(rejected: Path, root: Path) -> None:
+    """What the evaluation reads, without a measurement."""
+    for stage in ("calibrate", "packs", "observe", "select"):
+        [artifact] = [path for path in (rejected / "store").glob(f"{stage}-*") if path.is_dir()]
+        shutil.copytree(artifact, root / "store" / artifact.name)
+
+
 @pytest.fixture(scope="module")
 def fresh(rejected: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Everything measured under the loose limits, in a store that holds no measurement."""
     root = tmp_path_factory.mktemp("fresh")
-    for name in ("calibrate", "packs", "observe", "select"):
-        for artifact in (rejected / "store").glob(f"{name}-*"):
-            if artifact.is_dir():
-                shutil.copytree(artifact, root / "store" / artifact.name)
+    copied_inputs(rejected, root)
     return applied(root, LOOSE)
 
 
@@ -159,26 +163,26 @@ def test_the_plan_says_that_only_judging_is_left(root: Path) -> None:
 
 
 def test_the_plan_names_what_is_left_to_measure(root: Path) -> None:
-    grid = "prune={candidates: {ratio: [0.5, 0.25]}}"
+    grid = "prune={candidates: {ratio: [0.5, 0.375]}}"
     applied(root, LOOSE, grid, until="select")
     [told] = [stage for stage in plan_as_json(planned(root, LOOSE, grid))["stages"] if stage["stage"] == "evaluate"]
-    missing = ["reap-r0.25 (128 tokens, decide)", "reap-r0.25 (128 tokens, confirm)", "reap-r0.25 (continuations)"]
-    assert told["measures"]["missing"] == [*missing, "random-beside-reap-r0.25 (128 tokens, decide)"]
+    missing = ["reap-r0.375 (128 tokens, decide)", "reap-r0.375 (128 tokens, confirm)", "reap-r0.375 (continuations)"]
+    assert told["measures"]["missing"] == [*missing, "random-beside-reap-r0.375 (128 tokens, decide)"]
     assert f"measures at most {', '.join(missing)} and 1 more; 9 measurements are there" in told["reason"]
 
 
-def test_disk_is_counted_for_what_is_not_there(root: Path) -> None:
+def test_disk_is_counted_for_what_is_not_there(rejected: Path, root: Path, fresh: Run) -> None:
     def planned_bytes(root: Path) -> int:
         [disk] = file_systems(planned(root, LOOSE), until="evaluate")
         return sum(use.kept for stage, use in disk.uses if stage == "evaluate")
 
-    applied(root / "bare", LOOSE, until="select")
+    def on_disk(*kinds: str) -> int:
+        names = [name for name in fresh.artifacts["evaluate"].manifest["measurements"] if name.startswith(kinds)]
+        return sum(file.stat().st_size for name in names for file in (fresh.plan.store.root / name).rglob("*"))
+
+    copied_inputs(rejected, root / "bare")
     bare, again = planned_bytes(root / "bare"), planned_bytes(root)
-    run = applied(root / "bare", LOOSE)
-    stored = [run.plan.store.root / name for name in run.artifacts["evaluate"].manifest["measurements"]]
-    hidden = [each for each in stored if each.name.startswith("hidden-")]
-    assert bare > sum(file.stat().st_size for each in stored for file in each.rglob("*"))
-    assert bare - again > sum(file.stat().st_size for each in hidden for file in each.rglob("*")) > 0
+    assert bare > on_disk("hidden", "signals", "continuations") and bare - again > on_disk("hidden") > 0
 
 
 # ---------------------------------------------------------------------------------------------- one thing is measured
@@ -205,10 +209,7 @@ def test_a_killed_run_goes_on_with_what_was_not_finished(
     fresh: Run, rejected: Path, tmp_path: Path, measured: list[str], monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
     module, name = (bench, "measure") if at.startswith("evaluate") else (generation, "write")
-    for stage in ("calibrate", "packs", "observe", "select"):
-        for artifact in (rejected / "store").glob(f"{stage}-*"):
-            if artifact.is_dir():
-                shutil.copytree(artifact, tmp_path / "store" / artifact.name)
+    copied_inputs(rejected, tmp_path)
     plain = getattr(module, name)
 
     def killed(*arguments: Any, **how: Any) -> Any:
@@ -255,7 +256,7 @@ def test_other_limits_on_the_final_directory_load_nothing(
     root: Path, measured: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     proved: list[Any] = []
-    proof = Proof("loads", "pruned", True, "as it should")
+    proof = Proof("loads", True, "as it should", directory="pruned")
     monkeypatch.setattr(proving, "prove", lambda request: proved.append(request) or [proof])
     run = applied(root, LOOSE, until="verify")
     assert measured == ["measure pruned"], "the base's own numbers are those that the evaluation measured"
