@@ -24,18 +24,20 @@ def hidden_file(path: Path, positions: int, width: int, dtype: torch.dtype) -> T
 
 
 def save_hidden(hidden: Tensor, directory: Path) -> None:
-    """Hidden states `[n, width]` as raw numbers, shape and dtype beside them; a file that they live in is moved."""
+    """Hidden states `[n, width]` of any float dtype as raw numbers, shape and dtype beside them; a file that they live in
+    is moved."""
     target, lives_in = directory / f"{HIDDEN}.bin", hidden.untyped_storage().filename
     if lives_in is not None:
         Path(lives_in).replace(target)
     else:
-        hidden_file(target, *hidden.shape, hidden.dtype).copy_(hidden)
+        positions, width = hidden.shape
+        hidden_file(target, positions, width, hidden.dtype).copy_(hidden)
         sync(target)
     write_json(directory / f"{HIDDEN}.json", {"shape": list(hidden.shape), "dtype": str(hidden.dtype)})
 
 
 def load_hidden(directory: Path) -> Tensor:
-    """What `save_hidden` wrote, mapped from its file."""
+    """What `save_hidden` wrote, `[n, width]` in its dtype, mapped from its file."""
     facts = parse_json((directory / f"{HIDDEN}.json").read_text(encoding="utf-8"))
     positions, width = facts["shape"]
     dtype = getattr(torch, facts["dtype"].removeprefix("torch."))

@@ -85,7 +85,7 @@ class BaseOutputs:
 
     @classmethod
     def of(cls, model: PreTrainedModel, pack: Pack, hidden: Tensor) -> BaseOutputs:
-        """Of the base's own hidden states, by its own output embeddings."""
+        """Of the base's own hidden states `[n, hidden]`, in its dtype, by its own output embeddings."""
         return cls(hidden, pack.reference, embedding_weights(model))
 
 
@@ -115,8 +115,8 @@ def base_hidden(
 
 @torch.no_grad()
 def describe_hidden(model: PreTrainedModel, pack: Pack, hidden: Tensor, top_k: int = 20) -> PositionSignals:
-    """The base's signals `[n]`, on the CPU, from its final hidden states `[n, hidden]` at the pack's measured
-    positions."""
+    """The base's signals `[n]`, on the CPU, from its final hidden states `[n, hidden]`, in its dtype, at the pack's
+    measured positions."""
     reference, step = pack.reference, chunk_positions(model)
     described = [
         _to_cpu(
