@@ -24,8 +24,8 @@ def hidden_file(path: Path, positions: int, width: int, dtype: torch.dtype) -> T
 
 
 def save_hidden(hidden: Tensor, directory: Path) -> None:
-    """Hidden states `[n, width]` of any float dtype as raw numbers, shape and dtype beside them; a file that they live in
-    is moved."""
+    """Hidden states `[n, width]` of any float dtype as raw numbers, shape and dtype beside them; a file that they live
+    in is moved."""
     target, lives_in = directory / f"{HIDDEN}.bin", hidden.untyped_storage().filename
     if lives_in is not None:
         Path(lives_in).replace(target)
