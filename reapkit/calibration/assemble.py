@@ -18,16 +18,14 @@ from reapkit.calibration.draw_samples import Gathered, dropped_summary
 from reapkit.calibration.encoder import packing_of
 from reapkit.calibration.formats import describe
 from reapkit.calibration.inputs import Inputs
+from reapkit.calibration.noticed import hidden_tools, noticed, refuse_unclosed, scored_little, unread
 from reapkit.calibration.packing import PARTS, Piece, group_bounds, interleave, limit, pack, pieces_of
 from reapkit.calibration.spans import WAYS
 from reapkit.calibration.tokens import SUMMARY_FILE, TOKENS_FILE
 from reapkit.core.atomic_files import replacing, write_at, write_json
-from reapkit.core.errors import UnusableError
 from reapkit.core.mapped_safetensors import create_tensors
 from reapkit.recipe.schema import TokensFormat
 
-LOW_SCORED_SHARE = 0.05
-"""Below this share of scored tokens a source is mostly context, and the user is told."""
 EXAMPLE_TOKENS = 400
 """Tokens of the sample that is shown of each source."""
 
@@ -67,14 +65,17 @@ def assemble(
     Raises UnusableError naming every source of which nothing would be scored.
     """
     calibration = inputs.calibration
+    refuse_unclosed(gathered, calibration.spans)
     plan = _plan(inputs, streams)
     bounds, snapshots = group_bounds(plan.lengths)
     with replacing(out / TOKENS_FILE) as partial:
         counts = _write(inputs, gathered, plan, partial, about["kind"] == "packs")
         sources = [_source_summary(inputs, source, number, plan, counts) for number, source in enumerate(gathered)]
-        warnings = _check(calibration.score, sources) + _silent_calls(sources, gathered)
+        warnings = scored_little(calibration.score, sources) + hidden_tools(sources, gathered)
         for warning in warnings:
             inputs.progress.warn(warning)
+        for note in unread(sources):
+            inputs.progress.say(note)
     summary = {
         "version": 1,
         **about,
@@ -235,6 +236,7 @@ def _source_summary(
         "rows_read": read,
         "order": source.walk.order,
         "dropped": dropped_summary([entry for entry in (*samples.dropped, *source.refused) if entry[0] < read]),
+        **noticed(samples, chosen),
         "sha256": hashlib.sha256("".join(hashes).encode()).hexdigest(),
         "example": _example(inputs, source, pieces),
         "indices": [source.walk.number(samples.positions[sample]) for sample in chosen],
@@ -278,46 +280,6 @@ def _example(inputs: Inputs, source: Gathered, pieces: Sequence[Piece]) -> list[
     borders = [0, *(np.flatnonzero(np.diff(marks)) + 1).tolist(), len(ids)]
     in_words = str if isinstance(source.format, TokensFormat) else inputs.tokenizer().decode
     return [[in_words(ids[start:stop].tolist()), bool(marks[start])] for start, stop in itertools.pairwise(borders)]
-
-
-def _check(score: str, sources: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Warnings about sources of which little is scored. Raises UnusableError where nothing is, although completions
-    are."""
-    silent = [source for source in sources if score == "completion" and not source["scored_tokens"]]
-    if silent:
-        raise UnusableError(
-            "\n".join(
-                f"source '{source['name']}': none of its {source['tokens']:,} tokens is scored; assistant tokens were"
-                f" sought by {source['spans_text']}. {_way_out(source)}"
-                for source in silent
-            )
-        )
-    return [
-        f"source '{source['name']}': {source['scored_tokens']:,} of {source['tokens']:,} tokens are scored "
-        f"({source['scored_tokens'] / source['tokens']:.1%}); the rest is context and says nothing about experts. "
-        f"{_way_out(source)}"
-        for source in sources
-        if score == "completion" and source["scored_tokens"] < LOW_SCORED_SHARE * source["tokens"]
-    ]
-
-
-def _silent_calls(sources: Sequence[Mapping[str, Any]], gathered: Sequence[Gathered]) -> list[str]:
-    return [
-        f"source '{source['name']}': the chat template never mentions tool_calls, so its {source['tool_calls']} calls"
-        " are not rendered. Give calibration.chat_template."
-        for source, made in zip(sources, gathered, strict=True)
-        if source["tool_calls"] and not made.shows_calls
-    ]
-
-
-def _way_out(source: Mapping[str, Any]) -> str:
-    if source["samples_cut"]:
-        return f"{source['samples_cut']} samples were cut; try calibration.overflow: window, or a larger max_length."
-    if "markers" in source["spans"]:
-        return "Compare calibration.spans with how the samples are rendered."
-    if "generation" in source["spans"]:
-        return "Check the template's {% generation %} blocks, or give calibration.spans."
-    return "Check the source's assistant turns, or choose calibration.score: all."
 
 
 def _duplicates(gathered: Sequence[Gathered]) -> dict[str, int]:

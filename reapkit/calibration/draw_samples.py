@@ -3,14 +3,16 @@ there are enough."""
 
 from __future__ import annotations
 
+import re
 from collections import Counter, deque
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
-from reapkit.calibration.encoder import Encoder, format_of, packing_of
+from reapkit.calibration.encoder import UNUSABLE, Encoder, format_of, packing_of
 from reapkit.calibration.formats import Format
 from reapkit.calibration.held_out import HeldOut
 from reapkit.calibration.inputs import Inputs
@@ -23,6 +25,8 @@ from reapkit.recipe.schema import CalibrationSpec, MixEntry
 
 BLOCK = 256
 """Samples that are tokenized together and journalled together."""
+JUDGED_ROWS = 1024
+"""Rows after which a source with too many unusable ones is given up."""
 MOST_REFUSED = 64
 """Samples of an endless source that may be refused for each that is wanted, before it counts as too small."""
 
@@ -59,7 +63,6 @@ class Gathered:
     chosen: Sequence[int]
     refused: Sequence[tuple[int, str, str]]
     target: Target
-    shows_calls: bool
 
 
 def gather(inputs: Inputs, entry: MixEntry, target: Target, held_out: HeldOut | None = None, skip: int = 0) -> Gathered:
@@ -82,7 +85,7 @@ def gather(inputs: Inputs, entry: MixEntry, target: Target, held_out: HeldOut | 
         inputs.progress.task(f"tokenize {entry.name}", target.amount, target.unit) as task,
     ):
         chosen, refused = _fill(samples, walk, encoder, target, end_token, held_out, task)
-    return Gathered(entry, walk, format, samples, chosen, refused, target, encoder.shows_calls)
+    return Gathered(entry, walk, format, samples, chosen, refused, target)
 
 
 def _row_tokens(
@@ -136,14 +139,30 @@ def _fill(
                     chosen.append(number)
                     reached += step
                     task.advance(step)
+            _refuse_unusable(samples, walk, encoder.calibration.max_dropped, done=reached >= wanted)
             if reached >= wanted:
                 return chosen, refused
             if walk.length is None and len(refused) > MOST_REFUSED * wanted:
                 raise UnusableError(_too_few(samples, refused, walk, target, reached))
             encoded = blocks.send(wanted - reached if target.samples is not None else None)
             if not encoded:
+                _refuse_unusable(samples, walk, encoder.calibration.max_dropped, done=True)
                 raise UnusableError(_too_few(samples, refused, walk, target, reached))
             append(samples, encoded, seen, contents)
+
+
+def _refuse_unusable(samples: Samples, walk: Walk, limit: Decimal, *, done: bool) -> None:
+    """Raises UnusableError where more rows than allowed cannot be used; before all are read, where so many were read
+    that it would hardly become better."""
+    bad = [(reason, place) for _, reason, place in sorted(samples.dropped) if reason.startswith(UNUSABLE)]
+    if len(bad) <= limit * samples.next_position or not (done or samples.next_position >= JUDGED_ROWS):
+        return
+    shown = "\n".join(f"  {place}: {reason.removeprefix(UNUSABLE)}" for reason, place in bad[:3])
+    raise UnusableError(
+        f"source '{walk.name}': {len(bad)} of {samples.next_position} rows cannot be used, but calibration.max_dropped"
+        f" allows {limit:.2%}. The first of them:\n{shown}\nCorrect these rows, choose another `format`, or raise"
+        " calibration.max_dropped."
+    )
 
 
 def _refusal(samples: Samples, number: int, read: Reader, held_out: HeldOut) -> str | None:
@@ -192,10 +211,16 @@ def _too_few(
 
 
 def dropped_summary(dropped: Sequence[tuple[int, str, str]]) -> dict[str, dict[str, Any]]:
-    """Reason to count and first place, in order of first appearance on the walk."""
-    dropped = sorted(dropped, key=lambda entry: entry[0])
+    """Reason to count and first place, in order of first appearance on the walk. Rows with the same fault, at whatever
+    turn or token, count together."""
+    dropped = [(position, _kind(reason), place) for position, reason, place in sorted(dropped)]
     counts = Counter(reason for _, reason, _ in dropped)
     first: dict[str, str] = {}
     for _, reason, place in dropped:
         first.setdefault(reason, place)
     return {reason: {"count": counts[reason], "first": first[reason]} for reason in first}
+
+
+def _kind(reason: str) -> str:
+    """A reason without what differs from row to row."""
+    return re.sub(r"\b\d+\b", "N", re.split(r"\. |; | \(", reason)[0]) if reason.startswith(UNUSABLE) else reason

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from reapkit.calibration import spans
-from reapkit.calibration.formats import Format, Sample, recognise, to_sample
+from reapkit.calibration.formats import Format, Sample, columns_read, recognise, to_sample
+from reapkit.calibration.renderer import Renderer, SourceRefused
 from reapkit.calibration.row_readers import MAX_SAMPLE_BYTES, too_long
 from reapkit.calibration.sources import Walk
-from reapkit.calibration.template_process import TemplateProcess
+from reapkit.calibration.template_fit import TurnsHidden
+from reapkit.calibration.template_process import TemplateProcess, TemplateStopped
 from reapkit.calibration.token_journal import Encoded
+from reapkit.calibration.turns import unread_keys
 from reapkit.core.errors import UnusableError
 from reapkit.recipe.schema import CalibrationSpec, MixEntry, TokensFormat
 
@@ -36,60 +40,75 @@ class Encoder:
     ):
         self.calibration, self.format, self.vocabulary = calibration, format, vocabulary
         self._load, self._template = tokenizer, template
-        self._renderer: spans.Renderer | None = None
+        self._renderer: Renderer | None = None
         self._process = TemplateProcess()
         self._lock = threading.Lock()
 
     @property
-    def renderer(self) -> spans.Renderer:
+    def renderer(self) -> Renderer:
         """Made when first needed: sources of token ids need no tokenizer at all."""
         if self._renderer is None:
-            self._renderer = spans.Renderer(self.calibration, self._load(), self._template, self._process)
+            self._renderer = Renderer(self.calibration, self._load(), self._template, self._process)
         return self._renderer
 
     def close(self) -> None:
         """Ends what is being rendered, in whichever thread, and renders no more."""
         self._process.close()
 
-    @property
-    def shows_calls(self) -> bool:
-        """Whether the chat template mentions tool calls at all; sources of token ids use none."""
-        return isinstance(self.format, TokensFormat) or self.renderer.shows_calls
-
     def encode(self, walk: Walk, positions: Sequence[int]) -> list[Encoded]:
         """The walk's rows at `positions` as samples, fewer where a stream ends. May run in several threads.
 
-        Raises UnusableError naming source and row: broken data is an error, empty data is dropped and counted.
+        Rows that are empty or cannot be rendered come back dropped, with the reason. Raises UnusableError naming source
+        and row for what is wrong with the recipe, the template or the model, whatever the row.
         """
         with self._lock:  # templates record their spans in shared state; rendering would not run in parallel anyway
             results, waiting = self._render(walk, positions)
         tokenized = spans.encode([rendered for _, rendered in waiting], self.renderer.tokenizer) if waiting else []
         for (number, rendered), (ids, marks) in zip(waiting, tokenized, strict=True):
-            results[number] = self._tokenized(results[number], ids, marks, rendered.way)
+            results[number] = self._tokenized(results[number], ids, marks, rendered.way, rendered.notes)
         return results
 
     def _render(self, walk: Walk, positions: Sequence[int]) -> tuple[list[Encoded], list[tuple[int, spans.Rendered]]]:
         """Every row as a finished or dropped sample, or as one that waits for the tokenizer, by its number."""
         results: list[Encoded] = []
         waiting: list[tuple[int, spans.Rendered]] = []
-        for position, row in zip(positions, walk.read(positions), strict=False):
+        for position, row in zip(positions, walk.read_each(positions), strict=False):
+            place = walk.rows.place(walk.number(position))
             try:
-                sample = to_sample(row, self.format)
-                item = Encoded(
-                    position,
-                    walk.rows.place(walk.number(position)),
-                    self._unfit(sample),
-                    sample.content_hash(),
-                    tool_calls=sample.tool_calls,
-                )
-                if sample.input_ids is not None and not item.dropped:
-                    item = self._given(item, sample)
-                elif not item.dropped:
-                    waiting.append((len(results), self.renderer.render(sample)))
-                results.append(item)
-            except ValueError as error:
+                if isinstance(row, ValueError):
+                    raise row
+                item, rendered = self._sample(position, place, row)
+                if rendered is not None:
+                    waiting.append((len(results), rendered))
+            except (SourceRefused, TurnsHidden, TemplateStopped) as error:
                 raise UnusableError(f"{walk.place(position)}: {error}.") from None
+            except (ValueError, RecursionError) as error:
+                item = Encoded(position, place, unusable(str(error).removeprefix(f"{place}: ")))
+            results.append(item)
         return results, waiting
+
+    def _sample(self, position: int, place: str, row: Mapping[str, Any]) -> tuple[Encoded, spans.Rendered | None]:
+        """The row's sample, and its text where it waits for the tokenizer."""
+        sample = to_sample(row, self.format)
+        item = Encoded(
+            position,
+            place,
+            self._unfit(sample),
+            sample.content_hash(),
+            tool_calls=sample.tool_calls,
+            unread=self._unread(row, sample),
+        )
+        if item.dropped:
+            return item, None
+        if sample.input_ids is not None:
+            return self._given(item, sample), None
+        return item, self.renderer.render(sample)
+
+    def _unread(self, row: Mapping[str, Any], sample: Sample) -> frozenset[str]:
+        """What of a row nothing reads: columns, and keys of turns that the template does not name either."""
+        columns = {column for column, value in row.items() if value is not None} - columns_read(self.format, row)
+        keys = unread_keys(sample.messages or [])
+        return frozenset(columns | {f"turns' {key}" for key in keys if not self.renderer.reads(key)})
 
     def _unfit(self, sample: Sample) -> str | None:
         if sample.size == 0:
@@ -100,21 +119,40 @@ class Encoder:
 
     def _given(self, item: Encoded, sample: Sample) -> Encoded:
         ids = np.array(sample.input_ids, np.int32)
-        if self.vocabulary is not None and len(ids) and int(ids.max()) >= self.vocabulary:
-            raise ValueError(f"token id {int(ids.max())}, but the model knows ids below {self.vocabulary}")
         marks = np.ones(len(ids), np.uint8) if sample.assistant is None else np.array(sample.assistant, np.uint8)
         return self._tokenized(item, ids, marks, "whole text" if sample.assistant is None else "as given")
 
-    def _tokenized(self, item: Encoded, ids: np.ndarray, marks: np.ndarray, way: str) -> Encoded:
+    def _tokenized(
+        self, item: Encoded, ids: np.ndarray, marks: np.ndarray, way: str, notes: spans.Notes = spans.NOTHING
+    ) -> Encoded:
         dropped = "near-empty" if len(ids) < MIN_TOKENS else None
-        return Encoded(item.position, item.place, dropped, item.content, ids, marks, way, item.tool_calls)
+        if self.vocabulary is not None and len(ids) and int(ids.max()) >= self.vocabulary:
+            dropped = unusable(f"token id {int(ids.max())}, but the model knows ids below {self.vocabulary}")
+        return replace(item, dropped=dropped, input_ids=ids, assistant=marks, way=way, notes=notes)
+
+
+UNUSABLE = "unusable: "
+"""What the reason of a row that cannot be read or rendered begins with."""
+
+
+LONGEST_REASON = 300
+FIRST_ROWS = 16
+"""Rows of which one must be readable for the format to be seen."""
+
+
+def unusable(message: str) -> str:
+    """The reason to drop a row of which `message` says what is wrong."""
+    return UNUSABLE + message.rstrip(".")[:LONGEST_REASON]
 
 
 def format_of(entry: MixEntry, walk: Walk) -> Format:
     """The recipe's format, or the one the first row's columns show. Raises UnusableError naming the source."""
     if entry.format is not None:
         return entry.format
-    first = walk.read([0]) if walk.length != 0 else []
+    found = walk.read_each(range(FIRST_ROWS if walk.length is None else min(FIRST_ROWS, walk.length)))
+    first = [row for row in found if not isinstance(row, ValueError)]
+    if found and not first:
+        raise UnusableError(f"source '{entry.name}', {found[0]}")
     if not first:
         raise UnusableError(
             f"source '{entry.name}': {entry.source} has no rows. Give a source with rows, or remove this one."

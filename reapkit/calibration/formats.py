@@ -3,25 +3,47 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from reapkit.calibration.turns import Message, from_json, read_call, read_turns
 from reapkit.core.hashing import digest
 from reapkit.recipe.schema import MessagesFormat, PromptFormat, TextFormat, TokensFormat, XlamFormat
 
 Format = TextFormat | PromptFormat | MessagesFormat | XlamFormat | TokensFormat
 
-_SPEAKERS = {
-    "human": "user",
-    "gpt": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "observation": "tool",
-}
-"""Roles of the older `{from, value}` turns."""
+CHATS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "turns")
+"""Columns of turns, the first that a row has is read."""
+PAIRS = (
+    ("instruction", "output"),
+    ("prompt", "completion"),
+    ("instruction", "response"),
+    ("instruction", "completion"),
+    ("prompt", "response"),
+    ("prompt", "output"),
+    ("prompt", "chosen"),
+    ("query", "response"),
+    ("query", "answer"),
+    ("question", "answer"),
+    ("question", "response"),
+    ("question", "solution"),
+    ("problem", "solution"),
+    ("problem", "answer"),
+    ("user", "assistant"),
+    ("input", "output"),
+    ("input", "response"),
+)
+"""Columns of a prompt and its completion; the first pair that a row has is read."""
+CHOSEN = "chosen"
+"""The preferred conversation of a preference dataset that has no prompt column."""
+TEXTS = ("text", "content")
+INPUTS = ("input", "context")
+"""What an `instruction` is about, in a column of its own."""
+SYSTEMS = ("system", "system_prompt")
+TOOLS = ("tools", "functions")
+HISTORY = "history"
+"""Earlier pairs of question and answer."""
 
 _JSON_TYPES = {
     "str": "string",
@@ -60,7 +82,7 @@ class Sample:
         if self.text is not None:
             return len(self.text.strip())
         return sum(
-            len(turn["content"].strip()) + sum(len(str(call)) for call in turn.get("tool_calls", ()))
+            len((turn["content"] or "").strip()) + sum(len(str(call)) for call in turn.get("tool_calls", ()))
             for turn in self.messages or ()
         )
 
@@ -96,22 +118,17 @@ def recognise(columns: Iterable[str]) -> Format:
     names = set(columns)
     if {"query", "tools", "answers"} <= names:
         return XlamFormat()
-    for column in ("messages", "conversations", "conversation"):
+    for column in CHATS:
         if column in names:
             return MessagesFormat(messages=column)
-    for prompt, completion in (
-        ("instruction", "output"),
-        ("prompt", "completion"),
-        ("instruction", "response"),
-        ("prompt", "response"),
-        ("question", "answer"),
-        ("problem", "solution"),
-    ):
+    for prompt, completion in PAIRS:
         if {prompt, completion} <= names:
             return PromptFormat(prompt=prompt, completion=completion)
+    if CHOSEN in names:
+        return MessagesFormat(messages=CHOSEN)
     if "input_ids" in names:
         return TokensFormat()
-    for column in ("text", "content"):
+    for column in TEXTS:
         if column in names:
             return TextFormat(text=column)
     raise ValueError(
@@ -125,6 +142,29 @@ def describe(format: Format) -> dict[str, Any]:
     return format.model_dump(exclude_none=True)
 
 
+def columns_read(format: Format, row: Mapping[str, Any]) -> set[str]:
+    """The columns of a row that make its sample."""
+    match format:
+        case TextFormat(text=column):
+            return {column}
+        case PromptFormat():
+            beside = (
+                _about(row, format),
+                _system(row, format.system),
+                _tools_column(row, format.tools),
+                _pairs(format),
+            )
+            return {format.prompt, format.completion, *(column for column in beside if column)}
+        case MessagesFormat(messages=column, tools=tools):
+            beside = (_system(row, format.system), _tools_column(row, tools))
+            return {column, *(column for column in beside if column)}
+        case XlamFormat():
+            return {"query", "answers", "tools"}
+        case TokensFormat(tokens=column, assistant_mask=mask):
+            return {column, *([mask] if mask else [])}
+    raise AssertionError(format)
+
+
 def to_sample(row: Mapping[str, Any], format: Format) -> Sample:
     """The row as a sample; null content gives an empty one (`size` 0).
 
@@ -133,18 +173,14 @@ def to_sample(row: Mapping[str, Any], format: Format) -> Sample:
     match format:
         case TextFormat(text=column):
             return Sample(text=_text(row, column))
-        case PromptFormat(prompt=prompt, completion=completion):
-            asked, answered = _text(row, prompt), _text(row, completion)
-            if not asked.strip() or not answered.strip():
-                return Sample(text="")
-            return Sample(messages=[{"role": "user", "content": asked}, {"role": "assistant", "content": answered}])
+        case PromptFormat():
+            return _answered(row, format)
         case MessagesFormat(messages=column, tools=tools):
-            turns = _decoded(row, column)
+            turns = from_json(_column(row, column), f"column '{column}'")
             if not turns:
                 return Sample(text="")
-            schemas = _decoded(row, tools) if tools else row.get("tools")
             return Sample(
-                messages=_turns(turns, column), tools=_tools(_from_json(schemas, tools or "tools"), tools or "tools")
+                messages=[*_instructed(row, format.system), *read_turns(turns, column)], tools=_tools(row, tools)
             )
         case XlamFormat():
             return _xlam(row)
@@ -168,90 +204,91 @@ def _text(row: Mapping[str, Any], column: str) -> str:
     return value
 
 
-def _from_json(value: Any, column: str) -> Any:
-    if not isinstance(value, str):
-        return _without_nulls(value)
-    if not value.strip():
-        return None
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"column '{column}' holds broken JSON ({error})") from None
-
-
 def _decoded(row: Mapping[str, Any], column: str) -> Any:
-    return _from_json(_column(row, column), column)
+    return from_json(_column(row, column), f"column '{column}'")
 
 
-def _without_nulls(value: Any) -> Any:
-    """Columnar files give every record every key of every other record; those nulls were never written by anyone."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+def _beside(row: Mapping[str, Any], named: str | None, usual: Iterable[str]) -> str | None:
+    """The column that the recipe names, else the first of the usual ones that a row has."""
+    return named or next((column for column in usual if row.get(column) is not None), None)
+
+
+def _about(row: Mapping[str, Any], format: PromptFormat) -> str | None:
+    return _beside(row, format.input, INPUTS if format.prompt == "instruction" else ())
+
+
+def _system(row: Mapping[str, Any], named: str | None) -> str | None:
+    return _beside(row, named, SYSTEMS)
+
+
+def _tools_column(row: Mapping[str, Any], named: str | None) -> str | None:
+    return _beside(row, named, TOOLS)
+
+
+def _instructed(row: Mapping[str, Any], named: str | None) -> list[Message]:
+    """The system's turn where a column holds one."""
+    column = _system(row, named)
+    text = _text(row, column) if column else ""
+    return [{"role": "system", "content": text}] if text.strip() else []
+
+
+def _answered(row: Mapping[str, Any], format: PromptFormat) -> Sample:
+    """System, earlier pairs, prompt and completion as a conversation. Prompt and completion are texts or turns."""
+    asked = _said(row, format.prompt, "user")
+    answered = _said(row, format.completion, "assistant")
+    if (column := _about(row, format)) and (text := _text(row, column)).strip():
+        asked = [*asked[:-1], _joined(asked[-1], text)] if asked else [{"role": "user", "content": text}]
+    if not asked or not answered:
+        return Sample(text="")
+    if answered[: len(asked)] == asked:  # preferences repeat the prompt in what was chosen
+        asked = []
+    return Sample(
+        messages=[*_instructed(row, format.system), *_earlier(row, format), *asked, *answered],
+        tools=_tools(row, format.tools),
+    )
+
+
+def _said(row: Mapping[str, Any], column: str, role: str) -> list[Message]:
+    """A column's turns, or its text as a turn of `role`; none where it is blank."""
+    value = _column(row, column)
     if isinstance(value, (list, tuple)):
-        return [_without_nulls(item) for item in value]
-    return value
+        return read_turns(list(value), column)
+    text = _text(row, column)
+    return [{"role": role, "content": text}] if text.strip() else []
 
 
-def _turns(value: Any, column: str) -> list[dict[str, Any]]:
-    if not isinstance(value, list) or not all(isinstance(turn, Mapping) for turn in value):
-        raise ValueError(f"column '{column}' is not a list of turns")
-    return [_turn(turn, number) for number, turn in enumerate(value, 1)]
+def _joined(turn: Message, text: str) -> Message:
+    return {**turn, "content": f"{turn['content'].rstrip()}\n\n{text}"}
 
 
-def _turn(turn: Mapping[str, Any], number: int) -> dict[str, Any]:
-    role = turn.get("role")
-    content = turn.get("content")
-    if role is None and "from" in turn:
-        role, content = _SPEAKERS.get(turn["from"], turn["from"]), turn.get("value")
-    if not isinstance(role, str) or not role:
-        raise ValueError(f"turn {number} has no role; it has {', '.join(turn) or 'no key'}")
-    kept = {
-        key: item
-        for key, item in turn.items()
-        if key not in ("role", "content", "tool_calls", "from", "value") and item is not None
-    }
-    calls = turn.get("tool_calls")
-    if isinstance(calls, str):
-        calls = _from_json(calls, f"turn {number}: tool_calls")
-    result = {"role": role, "content": _content(content, number), **kept}
-    if calls:
-        result["tool_calls"] = [_call(call, number) for call in calls]
-    return result
+def _pairs(format: PromptFormat) -> str | None:
+    """The column of earlier pairs, which stands beside `instruction` alone."""
+    return HISTORY if format.prompt == "instruction" else None
 
 
-def _content(content: Any, number: int) -> str:
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        return content
-    blocks: list[Any] = content if isinstance(content, list) else [None]
-    if all(isinstance(block, Mapping) and isinstance(block.get("text"), str) for block in blocks):
-        return "".join(block["text"] for block in blocks)
-    raise ValueError(f"turn {number} holds content that is neither text nor a list of text blocks")
+def _earlier(row: Mapping[str, Any], format: PromptFormat) -> list[Message]:
+    pairs = from_json(row.get(HISTORY), f"column '{HISTORY}'") if _pairs(format) else None
+    pairs = pairs or []
+    if not isinstance(pairs, (list, tuple)) or not all(
+        isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
+        for pair in pairs
+    ):
+        raise ValueError(f"column '{HISTORY}' is not a list of [question, answer] pairs")
+    turns: list[Message] = []
+    for asked, answered in pairs:
+        turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+    return turns
 
 
-def _call(call: Any, number: int) -> dict[str, Any]:
-    if not isinstance(call, Mapping):
-        raise ValueError(f"turn {number} has a tool call that is not a mapping")
-    function = call.get("function", call)
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise ValueError(f"turn {number} has a tool call without a function name")
-    arguments = function.get("arguments", {})
-    if isinstance(arguments, str):
-        with suppress(
-            ValueError, RecursionError
-        ):  # a model may have written broken JSON; templates that print it keep it as it is
-            arguments = json.loads(arguments) if arguments.strip() else {}
-    identity = {"id": call["id"]} if call.get("id") is not None else {}
-    return {**identity, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
-
-
-def _tools(value: Any, column: str) -> list[dict[str, Any]] | None:
+def _tools(row: Mapping[str, Any], named: str | None) -> list[dict[str, Any]] | None:
+    if (column := _tools_column(row, named)) is None:
+        return None
+    value = _decoded(row, column)
     if not value:
         return None
-    if not isinstance(value, list):
+    if not isinstance(value, (list, tuple)):
         raise ValueError(f"column '{column}' is not a list of tool schemas")
-    tools = [_from_json(tool, column) for tool in value]
+    tools = [from_json(tool, f"column '{column}'") for tool in value]
     if not all(isinstance(tool, Mapping) for tool in tools):
         raise ValueError(f"column '{column}' holds a tool schema that is not a mapping")
     return [dict(tool) if "function" in tool else {"type": "function", "function": dict(tool)} for tool in tools]
@@ -268,7 +305,7 @@ def _xlam(row: Mapping[str, Any]) -> Sample:
     return Sample(
         messages=[
             {"role": "user", "content": query},
-            {"role": "assistant", "content": "", "tool_calls": [_call(answer, 2) for answer in answers]},
+            {"role": "assistant", "content": None, "tool_calls": [read_call(answer, "turn 2") for answer in answers]},
         ],
         tools=[_xlam_tool(tool) for tool in tools],
     )

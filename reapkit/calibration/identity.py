@@ -33,9 +33,14 @@ def template_identity(template: str | None, directory: Path) -> str | None:
 
 
 def source_identity(entry: MixEntry, directory: Path) -> dict[str, Any]:
-    """What names the content of a mix entry: generator version, file hashes, or hub id with its revision."""
+    """What names the content of a mix entry: generator version, file hashes, or hub id with its revision; and, of rows
+    that others wrote, the rules by which they are read."""
     if entry.source.startswith("builtin:"):
         return {"builtin": entry.source.removeprefix("builtin:"), "generators": _generators_identity()}
+    return {**_outside_identity(entry, directory), "reading": READING}
+
+
+def _outside_identity(entry: MixEntry, directory: Path) -> dict[str, Any]:
     if is_local_data(entry.source, directory) and (folder := local_path(entry.source, directory)).is_dir():
         inside = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
         return {
@@ -46,6 +51,8 @@ def source_identity(entry: MixEntry, directory: Path) -> dict[str, Any]:
     return {"hub": entry.source, "config": entry.config, "split": entry.split, "revision": entry.revision}
 
 
+READING = 2
+"""The version of the rules by which rows become samples; raised when the same row gives another sample."""
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".txt", ".csv", ".tsv", ".arrow", ".gz", ".zst")
 """No hub dataset is named so: a source that ends like this is a file, also where it does not exist."""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from reapkit.calibration.identity import source_identity, tokenizer_identity
-from reapkit.calibration.spans import read_template
+from reapkit.calibration.renderer import read_template
 from reapkit.checkpoint.architecture import text_config, whole_number
 from reapkit.core.errors import UnusableError
 from reapkit.core.hashing import digest
@@ -17,7 +17,7 @@ from reapkit.core.json_text import parse_json
 from reapkit.core.progress import Progress
 from reapkit.recipe.schema import CalibrationSpec, MixEntry
 
-VERSION = 1
+VERSION = 2
 """Of the tokens' meaning; raise it when the same recipe would give other tokens."""
 
 

@@ -179,7 +179,10 @@ class ArrowRows:
 
     def read(self, numbers: Sequence[int]) -> list[Mapping[str, Any]]:
         columns = self.dataset[list(map(int, numbers))]
-        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        return [
+            dict(zip(columns, map(_without_nulls, values), strict=True))
+            for values in zip(*columns.values(), strict=True)
+        ]
 
     def place(self, number: int) -> str:
         return f"{self.title} row {number}"
@@ -201,12 +204,24 @@ class StreamedRows:
         if self._next is None or numbers[0] < self._next:
             self._iterator, self._next = filter(self.keep, self.dataset), 0
         skipped = numbers[0] - self._next
-        rows = list(itertools.islice(self._iterator, skipped, skipped + len(numbers)))
+        rows = [
+            {column: _without_nulls(value) for column, value in row.items()}
+            for row in itertools.islice(self._iterator, skipped, skipped + len(numbers))
+        ]
         self._next = numbers[0] + len(rows)
         return rows
 
     def place(self, number: int) -> str:
         return f"{self.title} streamed row {number}"
+
+
+def _without_nulls(value: Any) -> Any:
+    """Columnar files give every record every key of every other record; those nulls were never written by anyone."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, (list, tuple)):
+        return [_without_nulls(item) for item in value]
+    return value
 
 
 def too_long(size: int | None) -> str:

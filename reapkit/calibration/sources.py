@@ -66,6 +66,18 @@ class Walk:
     def place(self, position: int) -> str:
         return f"source '{self.name}', {self.rows.place(self.number(position))}"
 
+    def read_each(self, positions: Sequence[int]) -> list[Mapping[str, Any] | ValueError]:
+        """As `read`, with what is wrong with a row in its place where it alone cannot be read. Raises UnusableError
+        where more than single rows cannot."""
+        try:
+            return list(self.rows.read([self.number(position) for position in positions]))
+        except ValueError as error:
+            if isinstance(self.rows, StreamedRows):
+                raise UnusableError(f"source '{self.name}', {error}") from None
+            if len(positions) == 1:
+                return [error]
+        return [row for position in positions for row in self.read_each([position])]
+
     def read(self, positions: Sequence[int]) -> list[Mapping[str, Any]]:
         """Rows in the order of `positions`; fewer at the end of a stream. Raises UnusableError naming source and
         row."""

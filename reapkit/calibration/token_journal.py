@@ -10,14 +10,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
+from reapkit.calibration.spans import NOTHING, Notes
 from reapkit.core.atomic_files import naming
 from reapkit.core.json_text import parse_json
 from reapkit.core.locks import locked
@@ -26,8 +27,8 @@ from reapkit.core.progress import SILENT, Progress
 DUPLICATE, HELD_OUT = "duplicate", "in the calibration"
 """Reasons to drop a sample that only the samples before it, or the calibration, can tell."""
 
-PER_SAMPLE = ("positions", "lengths", "last_assistant", "last_token", "tool_calls", "hashes", "ways")
-FACTS = {"next_position", *PER_SAMPLE, "dropped"}
+PER_SAMPLE = ("positions", "lengths", "last_assistant", "last_token", "tool_calls", "hashes", "ways", "notes")
+FACTS = {"next_position", *PER_SAMPLE, "dropped", "unread"}
 """What a block's line holds, beside its sha256."""
 Reader = Callable[[int, int, int], tuple[np.ndarray, np.ndarray]]
 """From (sample, start, stop) to those tokens' ids int32 [stop - start] and marks uint8 [stop - start], off the disk."""
@@ -35,7 +36,8 @@ Reader = Callable[[int, int, int], tuple[np.ndarray, np.ndarray]]
 
 @dataclass(frozen=True)
 class Encoded:
-    """One tokenized sample, or why there is none: `dropped` is None or the reason."""
+    """One tokenized sample, or why there is none: `dropped` is None or the reason. `unread`: columns of its row and
+    keys of its turns that nothing reads."""
 
     position: int
     place: str
@@ -45,6 +47,8 @@ class Encoded:
     assistant: np.ndarray | None = None
     way: str = ""
     tool_calls: int = 0
+    notes: Notes = NOTHING
+    unread: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -60,6 +64,8 @@ class Samples:
     hashes: list[str] = field(default_factory=list)
     dropped: list[tuple[int, str, str]] = field(default_factory=list)
     ways: list[str] = field(default_factory=list)
+    notes: list[Sequence[int]] = field(default_factory=list)
+    unread: set[str] = field(default_factory=set)
     next_position: int = 0
 
     def __len__(self) -> int:
@@ -166,7 +172,9 @@ def append(samples: Samples, block: list[Encoded], seen: set[str], held_out: Col
         "tool_calls": [item.tool_calls for item in accepted],
         "hashes": [item.content for item in accepted],
         "ways": [item.way for item in accepted],
+        "notes": [astuple(item.notes) for item in accepted],
         "dropped": dropped,
+        "unread": sorted({name for item in block for name in item.unread}),
     }
     ids = b"".join(item.input_ids.astype("<i4").tobytes() for item in accepted)
     marks = b"".join(item.assistant.tobytes() for item in accepted)
@@ -187,4 +195,5 @@ def _add(samples: Samples, block: dict[str, Any]) -> None:
     for name in PER_SAMPLE:
         getattr(samples, name).extend(block[name])
     samples.dropped.extend((position, reason, place) for position, reason, place in block["dropped"])
+    samples.unread |= set(block["unread"])
     samples.next_position = block["next_position"]

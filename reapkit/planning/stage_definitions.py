@@ -16,6 +16,7 @@ from reapkit.core.artifact_store import Artifact, Damage, Store
 from reapkit.core.hashing import digest
 from reapkit.core.measurements import Measure
 from reapkit.planning.rerun_reasons import why_new
+from reapkit.recipe.key_values import key_values
 from reapkit.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ class Stage:
 
 def fields_of(recipe: Recipe, paths: Sequence[str]) -> dict[str, Any]:
     """The values at dotted paths of a recipe, as JSON data. Raises KeyError for a path that the schema lacks."""
-    dumped = recipe.model_dump(mode="json")
+    dumped = key_values(recipe)
     return {path: _at(dumped, path) for path in paths}
 
 

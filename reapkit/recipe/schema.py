@@ -55,6 +55,12 @@ class ByteCount:
         }
 
 
+@dataclass(frozen=True)
+class Later:
+    """Marks a field that came to the language when results existed: its default adds nothing to keys."""
+
+
+LATER = Later()
 NAME_OF = "x-name-of"
 CriterionName = Annotated[str, NameOf("criterion")]
 SchemeName = Annotated[str, NameOf("scheme")]
@@ -99,12 +105,19 @@ class TextFormat(Section):
 
 
 class PromptFormat(Section):
-    """A prompt column and a completion column, rendered as one user and one assistant turn."""
+    """A prompt column and a completion column: one user and one assistant turn, or lists of turns."""
 
     prompt: str
     """The column with the user's turn."""
     completion: str
     """The column with the assistant's turn."""
+    input: str | None = None
+    """The column with what the prompt is about, added to the user's turn; null: `input` or `context` beside
+    `instruction`."""
+    system: str | None = None
+    """The column with the system's turn; null: `system` or `system_prompt`, where a row has it."""
+    tools: str | None = None
+    """The column with the tool schemas; null: `tools` or `functions`, where a row has it."""
 
 
 class MessagesFormat(Section):
@@ -113,7 +126,9 @@ class MessagesFormat(Section):
     messages: str
     """The column with the turns."""
     tools: str | None = None
-    """The column with the tool schemas, if any."""
+    """The column with the tool schemas; null: `tools` or `functions`, where a row has it."""
+    system: str | None = None
+    """The column with the system's turn; null: `system` or `system_prompt`, where a row has it."""
 
 
 class XlamFormat(Section):
@@ -231,6 +246,8 @@ class CalibrationSpec(Section):
     """Path of a Jinja template, where the model ships none or one without assistant marks."""
     seed: int = Field(default=42, ge=0)
     """Draws the samples."""
+    max_dropped: Annotated[Fraction, Field(ge=0, le=1), LATER] = Decimal("0.01")
+    """Share of a source's rows that may be dropped because they cannot be read or rendered; more is an error."""
     mix: tuple[MixEntry, ...] = Field(min_length=1)
     """The sources and their weights."""
 

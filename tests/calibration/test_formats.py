@@ -82,7 +82,7 @@ def test_calls_are_decoded_and_wrapped() -> None:
     sample = to_sample({"messages": json.dumps(turns), "tools": json.dumps(tools)}, MESSAGES)
     assert sample.messages[1] == {
         "role": "assistant",
-        "content": "",
+        "content": None,
         "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": None}}}],
     }
     assert sample.messages[2] == {"role": "tool", "content": "3", "tool_call_id": "c1"}
@@ -90,8 +90,8 @@ def test_calls_are_decoded_and_wrapped() -> None:
     assert sample.tool_calls == 1
 
 
-def test_columnar_nulls_that_nobody_wrote_are_gone() -> None:
-    """Parquet gives every call the arguments of every other call."""
+def test_nulls_within_json_lines_stay() -> None:
+    """Somebody wrote them; nulls of columnar files are removed where those are read."""
     call = {"function": {"name": "add", "arguments": {"a": 1, "city": None}}}
     sample = to_sample(
         {
@@ -102,7 +102,14 @@ def test_columnar_nulls_that_nobody_wrote_are_gone() -> None:
         },
         MESSAGES,
     )
-    assert sample.messages[1]["tool_calls"][0]["function"]["arguments"] == {"a": 1}
+    assert sample.messages == [
+        {"role": "user", "content": "x"},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 1, "city": None}}}],
+        },
+    ]
 
 
 def test_xlam() -> None:
@@ -128,7 +135,7 @@ def test_xlam() -> None:
         {"role": "user", "content": "weather?"},
         {
             "role": "assistant",
-            "content": "",
+            "content": None,
             "tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}],
         },
     ]
@@ -170,7 +177,7 @@ def test_tokens() -> None:
         (
             {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
             MESSAGES,
-            "turn 1 holds content that is neither text nor a list of text blocks",
+            "turn 1 holds a content part of type 'image'",
         ),
         (
             {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"function": {}}]}]},

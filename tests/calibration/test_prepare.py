@@ -253,36 +253,108 @@ class TestAccount:
         )
         assert tokens.summary["duplicates"] == {"one/two": 1}
 
-    def test_calls_that_the_template_ignores_are_told(self, home: Path) -> None:
-        (home / "chat.jinja").write_text("{% for m in messages %}{{ m.content + ' <eos> ' }}{% endfor %}")
+    @pytest.mark.parametrize(
+        ("printed", "hidden"),
+        [
+            ("", "the call of 'f' in turn 2"),
+            ("{{ tool_calls_are_not_read }}", "the call of 'f' in turn 2"),
+            ("{% if m.tool_calls %}{{ m.tool_calls[0].function.name }}{% endif %}", "the arguments of 'f' in turn 2"),
+            (
+                "{% for c in m.tool_calls or [] %}{{ c.function.name ~ c.function.arguments.q }}{% endfor %}",
+                "the arguments of 'f' in turn 2",
+            ),
+        ],
+    )
+    def test_calls_that_the_template_hides_refuse_the_source(self, home: Path, printed: str, hidden: str) -> None:
+        """Whatever stands in its text."""
+        (home / "chat.jinja").write_text(
+            "{% for m in messages %}{{ m.content + ' <eos> ' }}" + printed + "{% endfor %}"
+        )
         call = {
             "role": "assistant",
             "content": "a1 a2 a3",
-            "tool_calls": [{"function": {"name": "f", "arguments": {}}}],
+            "tool_calls": [{"function": {"name": "f", "arguments": {"q": 1, "user": "b1"}}}],
         }
-        write_lines(home / "chat.jsonl", [{"messages": [{"role": "user", "content": "b1 b2"}, call]}])
-        warned: list[str] = []
+        write_lines(home / "chat.jsonl", [{"messages": [{"role": "user", "content": "f q 1 user b1"}, call]}])
+        with pytest.raises(
+            UnusableError, match=rf"source 'chat', chat.jsonl:1: the chat template does not show {hidden}"
+        ):
+            made(home, spec({"name": "chat", "source": "chat.jsonl"}, chat_template="chat.jinja"))
+
+    @pytest.mark.parametrize(
+        ("content", "expected"),
+        [
+            ("{{ m.content }}", "b1 <eos> [f] [a1] [1] [<eos>]"),
+            ("{{ m.content if m.content is string else '' }}", "b1 <eos> [f] [a1] [1] [<eos>]"),
+            ("{{ m.content + '' }}", "b1 <eos> [f] [a1] [1] [<eos>]"),
+            ("{{ 'a2' if m.content is none else m.content }}", "b1 <eos> [a2] [f] [a1] [1] [<eos>]"),
+        ],
+    )
+    def test_what_was_not_said_beside_calls_stays_null(self, home: Path, content: str, expected: str) -> None:
+        """As empty text only where null would be printed as a word, or refused, or where calls show only then."""
+        (home / "chat.jinja").write_text(
+            "{% for m in messages %}" + content + "{% for c in m.tool_calls or [] %} {{ c.function.name }}"
+            "{% for k, v in c.function.arguments.items() %} {{ k }} {{ v }}{% endfor %}{% endfor %}{{ ' <eos> ' }}"
+            "{% endfor %}"
+        )
+        call = {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"function": {"name": "f", "arguments": {"a1": "1"}}}],
+        }
+        write_lines(home / "chat.jsonl", [{"messages": [{"role": "user", "content": "b1"}, call]}])
+        _, rows = made(home, spec({"name": "chat", "source": "chat.jsonl"}, chat_template="chat.jinja"))
+        assert rows == [expected.replace("[f]", "[<unk>]").replace("[1]", "[<unk>]")]
+
+    def test_calls_that_show_only_beside_empty_text(self, home: Path) -> None:
+        (home / "chat.jinja").write_text(
+            "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% for c in m.tool_calls or [] %}"
+            " {{ c.function.name }}{% for k, v in c.function.arguments.items() %} {{ k }} {{ v }}{% endfor %}"
+            "{% endfor %}{% endif %}{{ ' <eos> ' }}{% endfor %}"
+        )
+        call = {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"function": {"name": "a1", "arguments": {"a2": "a3"}}}],
+        }
+        write_lines(home / "chat.jsonl", [{"messages": [{"role": "user", "content": "b1 b2 b3"}, call]}])
+        _, rows = made(home, spec({"name": "chat", "source": "chat.jsonl"}, chat_template="chat.jinja"))
+        assert rows == ["b1 b2 b3 <eos> [a1] [a2] [a3] [<eos>]"]
+
+    def test_tools_that_the_template_hides_are_told(self, home: Path) -> None:
+        (home / "chat.jinja").write_text("{% for m in messages %}{{ m.content + ' <eos> ' }}{% endfor %}")
+        turns = [{"role": "user", "content": "b1 b2 b3"}, {"role": "assistant", "content": "a1 a2 a3"}]
+        write_lines(home / "chat.jsonl", [{"messages": turns, "tools": [{"name": "b1", "parameters": {}}]}])
+        tokens, _ = made(home, spec({"name": "chat", "source": "chat.jsonl"}, chat_template="chat.jinja"))
+        assert tokens.summary["warnings"] == [
+            "source 'chat': the chat template does not show the tools' schemas, which 1 samples have. Give"
+            " calibration.chat_template."
+        ]
+
+    def test_what_nothing_reads_is_named_once(self, home: Path) -> None:
+        turns = [{"role": "user", "content": "b1 b2 b3", "mood": "good"}, {"role": "assistant", "content": "a1 a2 a3"}]
+        rows = [{"messages": turns, "score": 1, "empty": None}, {"messages": [*turns, *turns], "lang": "en"}]
+        write_lines(home / "chat.jsonl", rows)
+        said: list[str] = []
 
         class Listening(Progress):
-            def warn(self, text: str) -> None:
-                warned.append(text)
+            def say(self, text: str) -> None:
+                said.append(text)
 
-        prepare(
-            spec({"name": "chat", "source": "chat.jsonl"}, chat_template="chat.jinja"),
+        summary = prepare(
+            spec({"name": "chat", "source": "chat.jsonl"}, samples=2),
             home / "tokenizer",
             home,
             home / "out",
             Listening(),
         )
-        assert warned == [
-            "source 'chat': the chat template never mentions tool_calls, so its 1 calls are not rendered. Give"
-            " calibration.chat_template."
-        ]
+        assert summary["sources"][0]["unread"] == ["lang", "score", "turns' mood"]
+        assert said == ["source 'chat': not read: lang, score, turns' mood. Name columns in `format` to read them."]
 
     def test_templates_that_print_arguments_as_text(self, home: Path) -> None:
         (home / "chat.jinja").write_text(
             "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}{{ ' <call> ' +"
-            " c.function.arguments }}{% endfor %}{{ ' <eos> ' }}{% endfor %}"
+            " c.function.name + ' ' + c.function.arguments }}{% endfor %}{{ ' <eos> ' }}{% endfor %}"
         )
         call = {
             "role": "assistant",
@@ -291,7 +363,7 @@ class TestAccount:
         }
         write_lines(home / "chat.jsonl", [{"messages": [{"role": "user", "content": "b1 b2"}, call]}])
         _, rows = made(home, spec({"name": "chat", "source": "chat.jsonl"}, chat_template="chat.jinja"))
-        assert rows == ["b1 b2 <eos> [a1] [a2] [a3] [<call>] [<unk>] [<unk>] [<eos>]"]
+        assert rows == ["b1 b2 <eos> [a1] [a2] [a3] [<call>] [<unk>] [<unk>] [<unk>] [<eos>]"]
 
 
 class TestTokenIds:
@@ -317,7 +389,8 @@ class TestTokenIds:
         (tmp_path / "config.json").write_text('{"vocab_size": 50}')
         write_lines(tmp_path / "ids.jsonl", [{"input_ids": [1, 2, 50]}])
         with pytest.raises(
-            UnusableError, match=r"source 'ids', ids\.jsonl:1: token id 50, but the model knows ids below 50\."
+            UnusableError,
+            match=r"source 'ids': 1 of 1 rows(.|\n)*ids\.jsonl:1: token id 50, but the model knows ids below 50\n",
         ):
             prepare(spec({"name": "ids", "source": "ids.jsonl"}), tmp_path, tmp_path, tmp_path / "out")
 

@@ -15,10 +15,11 @@ import pytest
 
 from reapkit.calibration import sources
 from reapkit.calibration.builtin import generators
+from reapkit.calibration.encoder import format_of
 from reapkit.calibration.prepare import prepare
 from reapkit.calibration.sources import PACK_START, Walk, open_walk, permutation
 from reapkit.core.errors import UnusableError
-from reapkit.recipe.schema import MixEntry
+from reapkit.recipe.schema import MixEntry, TextFormat
 from tests.support.words import spec, word_tokenizer, write_lines
 
 ROWS = [
@@ -156,9 +157,9 @@ def test_held_out_rows_are_drawn_from_the_other_end(tmp_path: Path) -> None:
     assert np.array_equal(front[::-1], back)
 
 
-def prepared(directory: Path, source: str, **fields: object) -> None:
+def prepared(directory: Path, source: str, **fields: object) -> dict:
     word_tokenizer(directory / "tokenizer", ["row number of the file"])
-    prepare(
+    return prepare(
         spec({"name": "data", "source": source}, **{"samples": 20, "packing": "none", **fields}),
         directory / "tokenizer",
         directory,
@@ -167,15 +168,15 @@ def prepared(directory: Path, source: str, **fields: object) -> None:
 
 
 class TestBadData:
-    """Each ends in one error that names source and row."""
+    """Each ends in one error that names source and row, where more rows are bad than may be dropped."""
 
     def test_broken_json_in_row_17(self, tmp_path: Path) -> None:
         write_lines(tmp_path / "data.jsonl", [*ROWS[:16], '{"text": "unfinished', *ROWS[16:19]])
         with pytest.raises(
             UnusableError,
             match=(
-                r"^source 'data', data.jsonl:17: invalid JSON \(Unterminated string .*\). Every line must hold one"
-                r" JSON object.$"
+                r"^source 'data': 1 of 20 rows cannot be used, but calibration.max_dropped allows 1.00%\. The first of"
+                r" them:\n  data\.jsonl:17: invalid JSON \(Unterminated string .*\)\. Every line must"
             ),
         ):
             prepared(tmp_path, "data.jsonl")
@@ -195,7 +196,11 @@ class TestBadData:
     def test_a_missing_column(self, tmp_path: Path) -> None:
         write_lines(tmp_path / "data.jsonl", [*ROWS[:19], {"body": "x"}])
         with pytest.raises(
-            UnusableError, match=r"^source 'data', data\.jsonl:20: column 'text' is missing; the row has body\.$"
+            UnusableError,
+            match=(
+                r"^source 'data': 1 of 20 rows cannot be used, but calibration.max_dropped allows 1.00%\. The first of"
+                r" them:\n  data\.jsonl:20: column 'text' is missing; the row has body\n"
+            ),
         ):
             prepared(tmp_path, "data.jsonl")
 
@@ -204,8 +209,8 @@ class TestBadData:
         with pytest.raises(
             UnusableError,
             match=(
-                r"^source 'data', data\.jsonl:20: one sample has more than 8,388,608 bytes; the limit is 8,388,608\."
-                r" Split it into several rows\.$"
+                r"^source 'data': 1 of 20 rows cannot be used, but calibration.max_dropped allows 1.00%\. The first of"
+                r" them:\n  data\.jsonl:20: one sample has more than 8,388,608 bytes; the limit is 8,388,608\."
             ),
         ):
             prepared(tmp_path, "data.jsonl")
@@ -221,7 +226,10 @@ class TestBadData:
         )
         with pytest.raises(
             UnusableError,
-            match=r"^source 'data', data.jsonl:20: not UTF-8 at byte 13 \(0xe9\). Convert the file to UTF-8.$",
+            match=(
+                r"^source 'data': 1 of 20 rows cannot be used, but calibration.max_dropped allows 1.00%\. The first of"
+                r" them:\n  data\.jsonl:20: not UTF-8 at byte 13 \(0xe9\)\."
+            ),
         ):
             prepared(tmp_path, "data.jsonl")
 
@@ -229,15 +237,53 @@ class TestBadData:
         good = [{"messages": [{"role": "user", "content": f"row number {number}"}]} for number in range(19)]
         write_lines(tmp_path / "data.jsonl", [*good, {"messages": [{"content": "row"}]}])
         with pytest.raises(
-            UnusableError, match=r"^source 'data', data\.jsonl:20: turn 1 has no role; it has content\.$"
+            UnusableError,
+            match=(
+                r"^source 'data': 1 of 20 rows cannot be used, but calibration.max_dropped allows 1.00%\. The first of"
+                r" them:\n  data\.jsonl:20: turn 1 has no role; it has content\n"
+            ),
         ):
             (tmp_path / "chat.jinja").write_text("{{ messages[0].content }}")
             prepared(tmp_path, "data.jsonl", chat_template="chat.jinja")
 
     def test_half_a_surrogate_pair(self, tmp_path: Path) -> None:
         write_lines(tmp_path / "data.jsonl", [*ROWS[:19], '{"text": "broken emoji \\ud83d"}'])
-        with pytest.raises(UnusableError, match=r"^source 'data', data\.jsonl:20: half of a surrogate pair"):
+        with pytest.raises(
+            UnusableError,
+            match=(
+                r"^source 'data': 1 of 20 rows cannot be used, but calibration.max_dropped allows 1.00%\. The first of"
+                r" them:\n  data\.jsonl:20: half of a surrogate pair"
+            ),
+        ):
             prepared(tmp_path, "data.jsonl")
+
+    def test_few_are_dropped_and_counted_by_reason(self, tmp_path: Path) -> None:
+        rows = [{"text": f"row number {number}"} for number in range(30)]
+        write_lines(tmp_path / "data.jsonl", [*rows, '{"text": "unfinished', {"text": 3}, {"text": 4}])
+        summary = prepared(tmp_path, "data.jsonl", samples=30, max_dropped=0.1)
+        dropped = summary["sources"][0]["dropped"]
+        assert {reason: found["count"] for reason, found in dropped.items()} == {
+            "unusable: invalid JSON": 1,
+            "unusable: column 'text' holds int, not text": 2,
+        }
+
+    def test_whether_a_run_ends_does_not_depend_on_the_draw(self, tmp_path: Path) -> None:
+        """The first row of the walk tells the format; where it is bad, another one does."""
+        rows = [{"text": f"row number {number}"} for number in range(150)]
+        write_lines(tmp_path / "data.jsonl", [*rows, "{"])
+        for seed in range(151):
+            calibration = spec({"name": "data", "source": "data.jsonl"}, samples=150, seed=seed)
+            walk = open_walk(calibration.mix[0], tmp_path, seed=seed)
+            assert format_of(calibration.mix[0], walk) == TextFormat(text="text")
+        assert prepared(tmp_path, "data.jsonl", samples=150)["sources"][0]["samples"] == 150
+
+    def test_deeply_nested_json(self, tmp_path: Path) -> None:
+        rows = [{"messages": [{"role": "user", "content": f"row number {number}"}]} for number in range(19)]
+        deep = '{"messages": [{"role": "user", "content": "row"}], "tools": ' + "[" * 100_000 + "]" * 100_000 + "}"
+        write_lines(tmp_path / "data.jsonl", [*rows, deep])
+        (tmp_path / "chat.jinja").write_text("{{ messages[0].content }}")
+        with pytest.raises(UnusableError, match=r"1 of 20 rows cannot be used(.|\n)*data\.jsonl:20: invalid JSON"):
+            prepared(tmp_path, "data.jsonl", chat_template="chat.jinja", score="all")
 
     def test_no_file(self, tmp_path: Path) -> None:
         with pytest.raises(UnusableError, match="'data': no file matches"):

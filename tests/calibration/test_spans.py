@@ -83,8 +83,9 @@ class TestGeneration:
             [chat(("user", "weather Rome"), call("search", q="Rome"), ("tool", "sunny"), ("assistant", "it is sunny"))],
         )
         assert rows == [
-            "<|im_start|> user weather Rome <|im_end|> <|im_start|> assistant [<call>] [search] [</call>] [<|im_end|>] "
-            "<|im_start|> tool sunny <|im_end|> <|im_start|> assistant [it] [is] [sunny] [<|im_end|>]"
+            "<|im_start|> user weather Rome <|im_end|>"
+            " <|im_start|> assistant [<call>] [search] [q] [Rome] [</call>] [<|im_end|>]"
+            " <|im_start|> tool sunny <|im_end|> <|im_start|> assistant [it] [is] [sunny] [<|im_end|>]"
         ]
 
     def test_agrees_with_transformers(self, tmp_path: Path) -> None:
@@ -173,16 +174,6 @@ class TestPrefix:
         _, rows = prepared(tmp_path, GLM, [chat(("user", "hello"), answer)])
         assert rows == ["<s> <|user|> hello <|assistant|> <think> [how] [are] [you] [</think>] [good]"]
 
-    def test_glm_that_drops_earlier_thoughts_is_refused_with_the_way_out(self, tmp_path: Path) -> None:
-        answer = {"role": "assistant", "content": "good", "reasoning_content": "how are you"}
-        with pytest.raises(
-            UnusableError,
-            match=r"source 'chat', data.jsonl:1: the chat template rewrites earlier turns: turn 2 .*Give markers, e.g. "
-            r'calibration.spans: \{"start": "<\|assistant\|><think>", "end": "<eos>"\}, or a '
-            r"calibration.chat_template with \{% generation %\} blocks",
-        ):
-            prepared(tmp_path, GLM, [chat(("user", "hello"), answer, ("user", "fine"), ("assistant", "thanks"))])
-
     def test_harmony_channels_and_calls(self, tmp_path: Path) -> None:
         tokens, rows = prepared(
             tmp_path,
@@ -205,14 +196,6 @@ class TestPrefix:
             " [<|return|>]"
         ]
 
-    def test_harmony_with_two_answers_is_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(UnusableError, match="rewrites earlier turns: turn 2"):
-            prepared(
-                tmp_path,
-                HARMONY,
-                [chat(("user", "hello"), ("assistant", "good"), ("user", "fine"), ("assistant", "thanks"))],
-            )
-
     def test_qwen_thoughts(self, tmp_path: Path) -> None:
         answer = {"role": "assistant", "content": "good", "reasoning_content": "how are you"}
         _, rows = prepared(
@@ -225,16 +208,6 @@ class TestPrefix:
             ),
             "<|im_start|> user hello <|im_end|> <|im_start|> assistant [<think>] [</think>] [fine] [<|im_end|>]",
         ]
-
-    def test_qwen_with_two_user_turns_is_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(
-            UnusableError, match=r'e.g. calibration.spans: \{"start": "<\|im_start\|> assistant ", "end": "<eos>"\}'
-        ):
-            prepared(
-                tmp_path,
-                QWEN,
-                [chat(("user", "hello"), ("assistant", "good"), ("user", "fine"), ("assistant", "thanks"))],
-            )
 
     def test_many_calls_in_a_row(self, tmp_path: Path) -> None:
         """Agentic data: the tool turns between are context, every assistant turn counts."""
@@ -253,10 +226,154 @@ class TestPrefix:
             ],
         )
         assert rows == [
-            "<|im_start|> user find the bug <|im_end|> <|im_start|> assistant [<call>] [search] [</call>] [<|im_end|>] "
-            "<|im_start|> tool line two <|im_end|> <|im_start|> assistant [<call>] [read] [</call>] [<|im_end|>] "
+            "<|im_start|> user find the bug <|im_end|>"
+            " <|im_start|> assistant [<call>] [search] [q] [bug] [</call>] [<|im_end|>]"
+            " <|im_start|> tool line two <|im_end|>"
+            " <|im_start|> assistant [<call>] [read] [q] [file] [</call>] [<|im_end|>] "
             "<|im_start|> tool main.py <|im_end|> <|im_start|> assistant [it] [is] [in] [line] [two] [<|im_end|>]"
         ]
+
+
+class TestShown:
+    """Templates that render earlier turns otherwise than last ones."""
+
+    def test_glm_drops_earlier_thoughts(self, tmp_path: Path) -> None:
+        answer = {"role": "assistant", "content": "good", "reasoning_content": "how are you"}
+        tokens, rows = prepared(
+            tmp_path, GLM, [chat(("user", "hello"), answer, ("user", "fine"), ("assistant", "thanks"))]
+        )
+        assert way(tokens) == ["shown"]
+        assert rows == [
+            "<s> <|user|> hello <|assistant|> [</think>] [good] <|user|> fine <|assistant|> [</think>] [thanks]"
+        ]
+        assert tokens.summary["sources"][0]["thoughts_left_out"] == 1
+
+    def test_harmony_ends_the_last_turn_otherwise(self, tmp_path: Path) -> None:
+        tokens, rows = prepared(
+            tmp_path,
+            HARMONY,
+            [chat(("user", "hello"), ("assistant", "good"), ("user", "fine"), ("assistant", "thanks"))],
+        )
+        assert way(tokens) == ["shown"]
+        assert rows == [
+            "<|start|> user <|message|> hello <|end|> <|start|> assistant [<|channel|>] [final] [<|message|>] [good]"
+            " [<|end|>] <|start|> user <|message|> fine <|end|> <|start|> assistant [<|channel|>] [final] [<|message|>]"
+            " [thanks] [<|return|>]"
+        ]
+
+    def test_qwen_with_two_user_turns(self, tmp_path: Path) -> None:
+        tokens, rows = prepared(
+            tmp_path, QWEN, [chat(("user", "hello"), ("assistant", "good"), ("user", "fine"), ("assistant", "thanks"))]
+        )
+        assert way(tokens) == ["shown"]
+        assert rows == [
+            "<|im_start|> user hello <|im_end|> <|im_start|> assistant [good] [<|im_end|>] <|im_start|> user fine"
+            " <|im_end|> <|im_start|> assistant [<think>] [</think>] [thanks] [<|im_end|>]"
+        ]
+
+    def test_thoughts_within_the_content(self, tmp_path: Path) -> None:
+        """Published templates take the thought out of the content of earlier turns."""
+        template = QWEN.replace("m.content +", "(m.content.split('</think>')[-1] if not loop.last else m.content) +")
+        thought = ("assistant", "<think> how are you </think> good")
+        tokens, rows = prepared(
+            tmp_path, template, [chat(("user", "hello"), thought, ("user", "fine"), ("assistant", "thanks"))]
+        )
+        assert way(tokens) == ["shown"]
+        assert rows[0].startswith(
+            "<|im_start|> user hello <|im_end|> <|im_start|> assistant [good] [<|im_end|>] <|im_start|> user"
+        )
+        assert tokens.summary["sources"][0]["thoughts_left_out"] == 1
+
+    def test_turns_that_end_with_the_text_alone(self, tmp_path: Path) -> None:
+        """The last turn ends with <eos>, earlier ones with nothing: the next turn's header is nobody's answer."""
+        template = (
+            "{%- for m in messages %}{{ '<|' + m.role + '|> ' + m.content + ' ' }}{% if loop.last %}{{ eos_token }}"
+            "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|> ' }}{% endif %}"
+        )
+        tokens, rows = prepared(
+            tmp_path,
+            template,
+            [chat(("user", "hello"), ("assistant", "good"), ("user", "fine"), ("assistant", "thanks"))],
+        )
+        assert way(tokens) == ["shown"]
+        assert rows == ["<|user|> hello <|assistant|> [good] <|user|> fine <|assistant|> [thanks] [<eos>]"]
+
+    @pytest.mark.parametrize("template", [PLAIN_CHATML, GLM, HARMONY, QWEN])
+    def test_the_assistant_speaks_first(self, tmp_path: Path, template: str) -> None:
+        """Neither the first token nor tools nor the header are the assistant's."""
+        turns = [("assistant", "hello there"), ("user", "how are you"), ("assistant", "fine")]
+        tokens, rows = prepared(
+            tmp_path, template, [chat(*turns) | {"tools": [{"type": "function", "function": {"name": "search"}}]}]
+        )
+        assert way(tokens) == ["shown"]
+        expected = {
+            PLAIN_CHATML: "<|im_start|> assistant [hello] [there] [<|im_end|>] <|im_start|> user how are you <|im_end|>"
+            " <|im_start|> assistant [fine] [<|im_end|>]",
+            GLM: "<s> <|system|> tools search <|assistant|> [</think>] [hello] [there] <|user|> how are you"
+            " <|assistant|> [</think>] [fine]",
+            HARMONY: "<|start|> assistant [<|channel|>] [final] [<|message|>] [hello] [there] [<|end|>] <|start|> user"
+            " <|message|> how are you <|end|> <|start|> assistant [<|channel|>] [final] [<|message|>] [fine]"
+            " [<|return|>]",
+            QWEN: "<|im_start|> assistant [hello] [there] [<|im_end|>] <|im_start|> user how are you <|im_end|>"
+            " <|im_start|> assistant [<think>] [</think>] [fine] [<|im_end|>]",
+        }[template]
+        assert rows[0].endswith(expected)
+
+    def test_the_same_words_in_other_turns_are_not_mistaken(self, tmp_path: Path) -> None:
+        _, rows = prepared(
+            tmp_path,
+            QWEN,
+            [chat(("user", "good"), ("assistant", "good"), ("user", "good good"), ("assistant", "good"))],
+        )
+        assert rows == [
+            "<|im_start|> user good <|im_end|> <|im_start|> assistant [good] [<|im_end|>] <|im_start|> user good good"
+            " <|im_end|> <|im_start|> assistant [<think>] [</think>] [good] [<|im_end|>]"
+        ]
+
+    @pytest.mark.parametrize("template", [PLAIN_CHATML, GLM, HARMONY])
+    def test_finds_what_prefixes_find(self, template: str, tmp_path: Path) -> None:
+        import random
+
+        from reapkit.calibration.renderer import Renderer, _Chat, prefix_spans
+        from reapkit.calibration.shown_turns import shown_turns
+        from reapkit.calibration.template_process import TemplateProcess
+
+        tokenizer = word_tokenizer(tmp_path, [VOCABULARY], template)
+        renderer = Renderer(spec({"name": "x", "source": "y.jsonl"}), tokenizer, None, TemplateProcess())
+        rendering = _Chat(renderer._apply, template, None, False)
+        draw, compared = random.Random(tmp_path.name), 0
+        for _ in range(60):
+            turns: list[dict] = [{"role": "user", "content": draw.choice(["hello", "fine", "good good"])}]
+            for _ in range(draw.randint(1, 4)):
+                turns.append(
+                    draw.choice(
+                        [call("search", q=draw.choice(["Rome", "bug"])), *chat(("assistant", "good"))["messages"]]
+                    )
+                )
+                turns.append(
+                    {
+                        "role": "tool" if turns[-1].get("tool_calls") else "user",
+                        "content": draw.choice(["fine", "good"]),
+                    }
+                )
+            turns.append({"role": "assistant", "content": draw.choice(["thanks", "good"])})
+            whole = rendering.text(turns)
+            nested = prefix_spans(turns, whole, rendering.text)
+            if nested is None:
+                continue
+            compared += 1
+            found = shown_turns(turns, whole, rendering.text, tuple(tokenizer.get_added_vocab()))
+            assert [whole[a:b] for a, b in found.spans] == [whole[a:b] for a, b in nested]
+        assert compared > 5
+
+    def test_a_template_that_changes_what_is_said_is_refused(self, tmp_path: Path) -> None:
+        template = QWEN.replace("m.content +", "(m.content.lstrip('g') if not loop.last else m.content) +")
+        with pytest.raises(UnusableError, match=r"(?s)1 of 1 rows cannot be used.*changes what is said"):
+            prepared(
+                tmp_path,
+                template,
+                [chat(("user", "hello"), ("assistant", "good"), ("user", "fine"), ("assistant", "thanks"))],
+            )
 
 
 class TestOwnTemplate:

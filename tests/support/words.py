@@ -38,8 +38,9 @@ SPECIAL = (
 )
 
 CHATML = """{%- if tools %}{{ '<|system|> ' + (tools | tojson) + ' <|im_end|> ' }}{% endif %}{%- for m in messages %}
-{%- if m.role == 'assistant' %}{{ '<|im_start|> assistant ' }}{% generation %}{{ m.content }}
-{%- for c in m.tool_calls or [] %}{{ ' <call> ' + c.function.name + ' </call>' }}{% endfor %}
+{%- if m.role == 'assistant' %}{{ '<|im_start|> assistant ' }}{% generation %}{{ m.content or '' }}
+{%- for c in m.tool_calls or [] %}{{ ' <call> ' + c.function.name }}
+{%- for k, v in c.function.arguments.items() %}{{ ' ' ~ k ~ ' ' ~ v }}{% endfor %}{{ ' </call>' }}{% endfor %}
 {{- ' <|im_end|>' }}{% endgeneration %}{{ ' ' }}
 {%- else %}{{ '<|im_start|> ' + m.role + ' ' + m.content + ' <|im_end|> ' }}{% endif %}
 {%- endfor %}{%- if add_generation_prompt %}{{ '<|im_start|> assistant ' }}{% endif %}"""
