@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from reapkit.calibration.formats import Sample
-from reapkit.calibration.shown_turns import NotFound, Render, shared_length, shown_turns
+from reapkit.calibration.shown_turns import NotFound, Render, opening, shared_length, shown_turns
 from reapkit.calibration.spans import Notes, Rendered, closed_spans
 from reapkit.calibration.template_fit import Fitter, in_parts
 from reapkit.calibration.template_process import TemplateProcess, TemplateRefused, TemplateStopped
@@ -74,28 +74,29 @@ class Renderer:
                 template, lambda turns, tools: self._apply(template, turns, tools, False, False)
             )
         fitter = self._fitters[template]
-        messages, as_parts = fitter.fitted(sample.messages, sample.tools)
-        chat = _Chat(self._apply, template, sample.tools, as_parts)
-        hidden = int(bool(sample.tools) and not fitter.shows_tools(chat.given(messages), sample.tools))
+        messages, way = fitter.fitted(sample.messages, sample.tools)
+        chat = _Chat(self._apply, template, sample.tools, way.as_parts)
+        hidden = bool(sample.tools) and not fitter.shows_tools(chat.given(messages), sample.tools)
+        notes = Notes(int(hidden), way.left_out)
         if self.markers is None and GENERATION.search(template):
             text, spans = chat.marked(messages)
-            return Rendered(text, spans, "generation", False, Notes(hidden))
+            return Rendered(text, spans, "generation", False, notes)
         text = chat.text(messages)
         if self.markers is not None:
-            return self._between_markers(chat, messages, text, hidden)
+            return self._between_markers(chat, messages, text, notes)
         if self.score == "all":
-            return Rendered(text, [], "none", False, Notes(hidden))
+            return Rendered(text, [], "none", False, notes)
         nested = prefix_spans(messages, text, chat.text)
         if nested is not None:
-            return Rendered(text, nested, "prefix", False, Notes(hidden))
+            return Rendered(text, nested, "prefix", False, notes)
         try:
-            shown = shown_turns(messages, text, chat.text, self._added)
+            spans = shown_turns(messages, text, chat.text, self._added).spans
         except NotFound as error:
             raise ValueError(
                 f"{error}, so that its assistant tokens cannot be found. Give a calibration.chat_template with"
                 " {% generation %} blocks, or render the chats yourself into a text column and give calibration.spans"
             ) from None
-        return Rendered(text, shown.spans, "shown", False, Notes(hidden, shown.left_out))
+        return Rendered(text, spans, "shown", False, notes)
 
     def _render_text(self, text: str) -> Rendered:
         bos = self.tokenizer.bos_token
@@ -106,7 +107,7 @@ class Renderer:
         notes = Notes(marked=len(found), unclosed=sum(not closed for _, closed in found))
         return Rendered(text, [span for span, _ in found], "markers", special, notes)
 
-    def _between_markers(self, chat: _Chat, messages: list[Message], text: str, hidden: int) -> Rendered:
+    def _between_markers(self, chat: _Chat, messages: list[Message], text: str, notes: Notes) -> Rendered:
         assert self.markers is not None
         found = closed_spans(text, self.markers)
         spans = [span for span, _ in found]
@@ -122,7 +123,7 @@ class Renderer:
                 " another role says. Correct the markers, or remove them: without markers each turn is looked for in"
                 " what the template renders"
             )
-        notes = Notes(hidden, marked=len(found), unclosed=sum(not closed for _, closed in found))
+        notes = replace(notes, marked=len(found), unclosed=sum(not closed for _, closed in found))
         return Rendered(text, spans, "markers", False, notes)
 
     @cached_property
@@ -191,8 +192,11 @@ def prefix_spans(messages: Sequence[Message], whole: str, render: Render) -> lis
             before = prompt if nests else render(messages[:number])
             if not whole.startswith(upto) or not upto.startswith(before):
                 return None
-            shared = 0 if nests else shared_length(prompt.removeprefix(before), upto[len(before) :])
-            spans.append((len(before) + shared, len(upto)))
+            start = len(before) + (0 if nests else shared_length(prompt.removeprefix(before), upto[len(before) :]))
+            if messages[number - 1]["role"] != "user":  # some prompts add nothing behind a tool's answer
+                header = opening(messages, render)
+                start += len(header) if upto.startswith(header, start) else 0
+            spans.append((start, len(upto)))
     except TemplateStopped:
         raise
     except ValueError:

@@ -26,22 +26,18 @@ class NotFound(ValueError):
 
 @dataclass(frozen=True)
 class Shown:
-    """Character spans of assistant turns, those of what others say, and pieces of thoughts that the template left
-    out."""
+    """Character spans of assistant turns, and those of what others say."""
 
     spans: list[tuple[int, int]]
     others: list[tuple[int, int]]
-    left_out: int
 
 
 @dataclass(frozen=True)
 class _Turn:
-    """Where a message's pieces stand in the text without marks (`first` None: none of it is shown), and how many pieces
-    of thoughts are missing; nothing else may."""
+    """Where a message's pieces stand in the text without marks; `first` None: none of it is shown."""
 
     first: int | None
     last: int
-    missing: int
 
 
 def shown_turns(messages: Sequence[Message], whole: str, render: Render, added: Sequence[str]) -> Shown:
@@ -51,26 +47,24 @@ def shown_turns(messages: Sequence[Message], whole: str, render: Render, added: 
     Raises NotFound where the template changes what is said, or does not show it.
     """
     found = _found(messages, whole, render)
-    spans, others, left_out = [], [], 0
-    opening: str | None = None
+    spans, others = [], []
+    header = opening(messages, render)
     for number, (message, turn) in enumerate(zip(messages, found, strict=True)):
         if message["role"] != "assistant":
             if turn.first is not None:
                 others.append((turn.first, turn.last))
             continue
-        left_out += turn.missing
         if turn.first is None:
             continue  # a thought alone, which the template left out
-        opening = _opening(messages, render) if opening is None else opening
         begin = max((each.last for each in found[:number]), default=0)
         after = [each.first for each in found[number + 1 :] if each.first is not None]
         end = min(after, default=len(whole))
-        start = _behind(opening, whole[begin : turn.first], render)
+        start = _behind(header, whole[begin : turn.first], render)
         if start is None:
             raise NotFound(f"the chat template does not render turn {number + 1} as an assistant's")
-        stop = _ending(messages[: number + 1], whole[turn.last : end], opening, render, added, last=not after)
+        stop = _ending(messages[: number + 1], whole[turn.last : end], header, render, added, last=not after)
         spans.append((begin + start, turn.last + stop))
-    return Shown(spans, others, left_out)
+    return Shown(spans, others)
 
 
 def marked(messages: Sequence[Message]) -> tuple[list[Message], list[range], set[int]]:
@@ -132,7 +126,6 @@ def _found(messages: Sequence[Message], whole: str, render: Render) -> list[_Tur
         _Turn(
             min((places.opens[piece] for piece in own if piece in places.opens), default=None),
             max((places.closes[piece] for piece in own if piece in places.closes), default=0),
-            sum(piece not in places.opens for piece in own),
         )
         for own in numbers
     ]
@@ -165,7 +158,7 @@ def _places(text: str) -> _Places:
     return _Places("".join(plain), opens, {piece: place for piece, place in closes.items() if piece in opens})
 
 
-def _opening(messages: Sequence[Message], render: Render) -> str:
+def opening(messages: Sequence[Message], render: Render) -> str:
     """What a generation prompt adds: the header of an assistant's turn, perhaps with the beginning of a thought."""
     asked: Sequence[Message] = [{"role": "user", "content": "x"}]
     for number, message in enumerate(messages):

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from reapkit.calibration.template_process import TemplateRefused
-from reapkit.calibration.turns import REASONING, REASONING_KEYS, Message, said_pieces
+from reapkit.calibration.turns import REASONING, REASONING_KEYS, THOUGHT, Message, said_pieces
 
 Tools = list[dict[str, Any]] | None
 Render = Callable[[Sequence[Message], Tools], str]
@@ -24,11 +24,12 @@ Render = Callable[[Sequence[Message], Tools], str]
 @dataclass(frozen=True)
 class Way:
     """How a template takes a conversation: null beside calls as empty text, arguments of calls as JSON text, content as
-    a list of parts."""
+    a list of parts. `left_out`: pieces of thoughts that it does not show."""
 
     empty: bool = False
     as_text: bool = False
     as_parts: bool = False
+    left_out: int = 0
 
 
 class TurnsHidden(ValueError):
@@ -53,8 +54,8 @@ class Fitter:
         self._ways: dict[str, Way | ValueError] = {}
         self._tools: dict[str, bool] = {}
 
-    def fitted(self, messages: Sequence[Message], tools: Tools) -> tuple[list[Message], bool]:
-        """The conversation as this template reads it, and whether its content goes in parts (`in_parts`).
+    def fitted(self, messages: Sequence[Message], tools: Tools) -> tuple[list[Message], Way]:
+        """The conversation as this template reads it, up to its content in parts (`in_parts`), and the way.
 
         `developer` is `system` where the template knows none, thoughts have its name, what was not said beside calls
         stays null where it can, arguments are objects unless it takes text.
@@ -68,7 +69,7 @@ class Fitter:
         way = self._ways[shape]
         if isinstance(way, ValueError):
             raise way
-        return _in_way(spelled, way), way.as_parts
+        return _in_way(spelled, way), way
 
     def shows_tools(self, messages: Sequence[Message], tools: Tools) -> bool:
         """Whether the template shows the tools' schemas in a conversation of this shape."""
@@ -92,7 +93,7 @@ class Fitter:
 
     def _way(self, messages: list[Message], tools: Tools) -> Way | ValueError:
         """The first way that shows everything, or why there is none."""
-        probe, wanted, keys = _probe(messages)
+        probe, wanted, thoughts, keys = _probe(messages)
         nulls = any(message["content"] is None for message in messages)
         calls = any(message.get("tool_calls") for message in messages)
         refused: TemplateRefused | None = None
@@ -111,7 +112,7 @@ class Fitter:
             if missing := [what for sentinel, what in wanted if sentinel not in text]:
                 hidden = hidden or missing
             else:
-                shown.append((way, text))
+                shown.append((replace(way, left_out=sum(thought not in text for thought in thoughts)), text))
         if not shown:
             if hidden is None:
                 return ValueError(f"the chat template refuses this conversation ({refused})")
@@ -123,7 +124,9 @@ class Fitter:
         first, text = as_json[0]
         if not first.empty:  # a null that is printed as a word was not meant to be read
             for way, other in as_json:
-                if way == replace(first, empty=True) and other.count("None") < text.count("None"):
+                if replace(way, left_out=0) == replace(first, empty=True, left_out=0) and other.count(
+                    "None"
+                ) < text.count("None"):
                     return way
         return first
 
@@ -170,11 +173,12 @@ def _form(value: Any) -> Any:
     return type(value).__name__
 
 
-def _probe(messages: Sequence[Message]) -> tuple[list[Message], list[tuple[str, str]], list[str]]:
+def _probe(messages: Sequence[Message]) -> tuple[list[Message], list[tuple[str, str]], list[str], list[str]]:
     """The conversation with texts and calls that occur nowhere else; those that must be shown, each with what it stands
-    for; and the arguments' keys."""
+    for; those of thoughts, which may be left out; and the arguments' keys."""
     wanted: list[tuple[str, str]] = []
     keys: list[str] = []
+    thoughts: list[str] = []
     numbers = iter(range(1, 1 << 30))
 
     def changed(value: Any, what: str) -> Any:
@@ -198,14 +202,21 @@ def _probe(messages: Sequence[Message]) -> tuple[list[Message], list[tuple[str, 
         wanted.append((text := f"reapkitQvalue{next(numbers)}Q", what))
         return text
 
+    def thought(text: str) -> str:
+        if not text.strip() or THOUGHT.fullmatch(text):
+            return text
+        thoughts.append(f"reapkitQthought{next(numbers)}Q")
+        return thoughts[-1]
+
     out = []
     for turn, message in enumerate(messages, 1):
         made = dict(message)
         if message["content"]:
             parts = said_pieces(message["content"])
-            if parts[-1].strip():  # what comes before is a thought, which may be left out
+            if parts[-1].strip():
                 parts[-1] = changed(parts[-1], f"what turn {turn} says")
-            made["content"] = "".join(parts)
+            made["content"] = "".join([*map(thought, parts[:-1]), parts[-1]])
+        made.update((key, thought(message[key])) for key in REASONING_KEYS if isinstance(message.get(key), str))
         if message.get("tool_calls"):
             made["tool_calls"] = []
             for call in message["tool_calls"]:
@@ -215,4 +226,4 @@ def _probe(messages: Sequence[Message]) -> tuple[list[Message], list[tuple[str, 
                 arguments = changed(function["arguments"], f"the arguments of '{function['name']}' in turn {turn}")
                 made["tool_calls"].append({**call, "function": {"name": name, "arguments": arguments}})
         out.append(made)
-    return out, wanted, keys
+    return out, wanted, thoughts, keys

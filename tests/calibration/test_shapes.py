@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from reapkit.calibration.formats import columns_read, recognise, to_sample
-from reapkit.calibration.turns import SPEAKERS, read_turns, unread_keys
+from reapkit.calibration.formats import CHATS, INPUTS, PAIRS, SYSTEMS, TEXTS, TOOLS, columns_read, recognise, to_sample
+from reapkit.calibration.turns import CONTENT_KEYS, REASONING_KEYS, ROLE_KEYS, SPEAKERS, read_turns, unread_keys
 
 
 def user(text: str) -> dict:
@@ -282,3 +283,11 @@ def test_keys_of_turns_that_only_a_template_could_read() -> None:
 def test_nulls_of_columns_are_no_content() -> None:
     row = {"instruction": "Say hello.", "input": None, "output": "hello", "system": None}
     assert to_sample(row, recognise(row)).messages == [user("Say hello."), says("hello")]
+
+
+def test_the_page_says_every_name_that_is_read() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "datasets.md").read_text()
+    pairs = [name for pair in PAIRS for name in pair]
+    spellings = [each for all in SPEAKERS.values() for each in all]
+    names = [*CHATS, *INPUTS, *SYSTEMS, *TEXTS, *TOOLS, *CONTENT_KEYS, *REASONING_KEYS, *ROLE_KEYS, *pairs, *spellings]
+    assert [name for name in names if f"`{name}`" not in page] == []

@@ -41,7 +41,7 @@ def test_files_that_are_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         done = command("validate", name)
         assert done.code == 2 and done.stderr.strip() == said
     done = command("validate", "folder.yaml")
-    assert done.code == 2 and "the recipe file does not exist" in done.stderr
+    assert done.code == 2 and "folder.yaml: is a folder" in done.stderr
 
 
 def test_an_unknown_recipe_names_the_shipped_ones() -> None:
