@@ -15,6 +15,17 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def proofs_in_forks() -> Iterator[None]:
+    """Runs that tests make prove their results in a fork instead of a fresh process; tests of the proofs do not."""
+    from reapkit.evaluation.proofs import prove
+    from tests.support.forked_program import run_or_fork
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(prove, "run_program", run_or_fork)
+        yield
+
+
 @pytest.fixture
 def layer_blocks() -> Iterator[None]:
     """Streamed layers are overwritten when they are dropped, and the test fails if one was still looked at or handed

@@ -204,7 +204,7 @@ class StreamedRows:
         if self._next is None or numbers[0] < self._next:
             self._iterator, self._next = filter(self.keep, self.dataset), 0
         skipped = numbers[0] - self._next
-        rows = [
+        rows: list[Mapping[str, Any]] = [
             {column: _without_nulls(value) for column, value in row.items()}
             for row in itertools.islice(self._iterator, skipped, skipped + len(numbers))
         ]

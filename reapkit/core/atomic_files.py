@@ -80,11 +80,11 @@ def making(target: Path) -> Generator[Path, None, None]:
 
 @contextmanager
 def naming(path: Path) -> Generator[None]:
-    """Gives an OSError of the block that names no file, as those of writes are, the name `path`."""
+    """Gives an error of the block that names no file, as those of writes and of safetensors are, the name `path`."""
     try:
         yield
-    except OSError as error:
-        if not _named(error):
+    except (OSError, SafetensorError) as error:
+        if not (isinstance(error, OSError) and _named(error)):
             _raise_about(path, error)
         raise
 

@@ -15,6 +15,10 @@ from reapkit.core.atomic_files import replacing
 from reapkit.core.errors import StageFailed
 
 
+PIECE = 1 << 24
+"""Bytes that are hashed at once."""
+
+
 def save_partial(tensors: Mapping[str, Tensor], file: Path) -> None:
     """Writes tensors of any shape and dtype to a safetensors file."""
     held = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
@@ -22,13 +26,15 @@ def save_partial(tensors: Mapping[str, Tensor], file: Path) -> None:
 
 
 def save_by_rename(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """As `save_partial`; a file that exists is complete, and outlives a power cut."""
+    """Writes tensors of any shape and dtype by another name first: a file that exists is complete, and outlives a power
+    cut."""
     with replacing(file) as partial:
         save_partial(tensors, partial)
 
 
 def load_partial(file: Path, device: str = "cpu") -> dict[str, Tensor]:
-    """The tensors of such a file, in their shapes and dtypes. One of an earlier reapkit has no sha256.
+    """The tensors of such a file, of any shape and dtype, in memory of their own. A file of an earlier reapkit has no
+    sha256.
 
     Raises StageFailed where they have other bytes than were written.
     """
@@ -48,7 +54,8 @@ def _sha256(tensors: Mapping[str, Tensor]) -> str:
     sha = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        for piece in tensor.reshape(-1).view(torch.uint8).split(PIECE):
+            sha.update(piece.clone().numpy().data)  # memory that numpy has seen can no longer be freed and taken back
     return sha.hexdigest()
 
 

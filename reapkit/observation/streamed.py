@@ -26,7 +26,7 @@ from reapkit.model.streaming.lockstep import Forward
 from reapkit.observation.accumulate import LayerSums, Positions, refuse_unusable
 from reapkit.observation.mtp_blocks import MtpBlocks
 from reapkit.observation.observation import Observation
-from reapkit.observation.partial_files import load_partial, save_partial
+from reapkit.observation.partial_files import load_partial, save_by_rename
 from reapkit.observation.reroute_sample import Capture
 from reapkit.observation.session import BatchWatch, Session
 from reapkit.observation.wave_sums import WaveSums, assemble
@@ -296,7 +296,7 @@ class _WavePass:
         directory.mkdir(exist_ok=True)
         for item in waiting:
             with self.layer_pass.at_hand(item.forward) as hidden:
-                save_partial({"hidden": hidden}, directory / f"{item.name}.safetensors")
+                save_by_rename({"hidden": hidden}, directory / f"{item.name}.safetensors")
                 checksums[item.name] = item.forward.others()
         facts = {"returns_tuple": self.layer_pass.output_kinds(layer), "checksums": checksums}
         write_text(directory / "facts.json", json.dumps(facts))

@@ -187,9 +187,10 @@ def refuse_foreign(plan: Plan) -> None:
 def foreign(path: Path, names: Iterable[str]) -> list[Path]:
     """Which of the names that a run would write at `path` are there and hold something that reapkit did not put
     there."""
-    ours = read_record(path)
+    there = [name for name in names if (path / name).is_symlink() or (path / name).exists()]
+    ours = read_record(path)  # after looking: what another run makes meanwhile is recorded before it is there
     found = []
-    for name in names:
+    for name in there:
         place = path / name
         alone = place.is_symlink() or (place.is_file() and name not in ours)
         filled = place.is_dir() and any(place.iterdir()) and not any(is_below(known, name) for known in ours)
@@ -200,13 +201,18 @@ def foreign(path: Path, names: Iterable[str]) -> list[Path]:
 
 def foreign_inside(path: Path, planned: Mapping[str, tuple[str, ...]]) -> list[Path]:
     """Files that others put into our directories at `path`, by directory under the names that are planned there."""
-    ours, found = read_record(path), []
-    for directory, names in planned.items():
-        for file in sorted((path / directory).rglob("*")):
-            name = file.relative_to(path / directory).as_posix()
-            if (file.is_symlink() or file.is_file()) and f"{directory}/{name}" not in ours and is_planned(name, names):
-                found.append(file)
-    return found
+    there = [
+        (file, directory, file.relative_to(path / directory).as_posix())
+        for directory in planned
+        for file in sorted((path / directory).rglob("*"))
+        if file.is_symlink() or file.is_file()
+    ]
+    ours = read_record(path)  # after looking, as above
+    return [
+        file
+        for file, directory, name in there
+        if f"{directory}/{name}" not in ours and is_planned(name, planned[directory])
+    ]
 
 
 def _sources(artifact: Artifact) -> dict[str, Content]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -22,6 +22,7 @@ from compressed_tensors.offload.module import offload_module, remove_module_offl
 from torch import nn
 from transformers import PreTrainedModel
 
+from reapkit.core.atomic_files import naming
 from reapkit.model.loading import load_model
 from reapkit.model.streaming.layers import LayeredModel
 from reapkit.quantization.names import LoadedNames
@@ -46,11 +47,14 @@ def taken_apart(
         offload.mkdir(parents=True)
     model = None
     try:
-        with quiet():
-            model, names = (
-                _in_memory(path, trust_remote_code) if offload is None else _on_disk(path, offload, trust_remote_code)
-            )
-        yield model, names
+        with naming(offload) if offload is not None else nullcontext():
+            with quiet():
+                model, names = (
+                    _in_memory(path, trust_remote_code)
+                    if offload is None
+                    else _on_disk(path, offload, trust_remote_code)
+                )
+            yield model, names
     finally:
         if model is not None:
             _empty(model)

@@ -29,6 +29,7 @@ import torch
 from reapkit.core.dtypes import DTYPES
 from reapkit.core.safetensors_header import read_header
 from reapkit.pipeline.planned import make_plan
+from reapkit.pipeline.published_names import inner_names, is_planned
 from reapkit.pipeline.run import Run, walk
 from reapkit.recipe.loading import load
 from tests.support.paths import TESTS
@@ -219,3 +220,13 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+
+
+def test_the_names_that_a_run_needs_are_those_that_it_writes(run: Run, tmp_path: Path) -> None:
+    """Patterns of stages that have not run cover every file that they show."""
+    where = (f"runtime.store={tmp_path / 'store'}", f"output.directory={tmp_path / 'run'}", "runtime.device=cpu")
+    planned = inner_names(make_plan(load("demo", (*SMALL, *where))))
+    shown = [file.relative_to(run.directory) for file in run.directory.rglob("*") if file.is_file()]
+    inside = [(file.parts[0], "/".join(file.parts[1:])) for file in shown if len(file.parts) > 1]
+    assert {name for name, _ in inside} >= {"calibration", "packs", "observation", "selection", "repair", "pruned"}
+    assert not [each for each in inside if not is_planned(each[1], planned[each[0]])]

@@ -16,7 +16,6 @@ from reapkit.core.errors import RecipeError, UnusableError
 from reapkit.core.progress import SILENT
 from reapkit.core.run_record import RECORD
 from reapkit.pipeline.planned import load_and_plan
-from reapkit.pipeline.published_names import inner_names, is_planned
 from reapkit.pipeline.run import walk
 from reapkit.pipeline.run_directory import RunDirectory, foreign
 from reapkit.pruning.manifest import check_directory
@@ -183,17 +182,6 @@ def test_a_users_file_in_our_folder_is_refused_where_a_later_run_needs_its_name(
     )
     assert not (tmp_path / "store").exists() or not list((tmp_path / "store").glob("calibrate-*"))
     assert (tmp_path / "run" / name).read_text() == "the user's"
-
-
-def test_the_names_that_a_run_needs_are_those_that_it_writes(tmp_path: Path) -> None:
-    """Patterns of stages that have not run cover every file that they show."""
-    plan = load_and_plan("demo", settings(tmp_path, "prune.repair=ridge"))
-    planned = inner_names(plan)
-    run = walk(plan)
-    shown = [file.relative_to(run.directory) for file in run.directory.rglob("*") if file.is_file()]
-    inside = [(file.parts[0], "/".join(file.parts[1:])) for file in shown if len(file.parts) > 1]
-    assert {name for name, _ in inside} >= {"calibration", "packs", "observation", "selection", "repair", "pruned"}
-    assert not [each for each in inside if not is_planned(each[1], planned[each[0]])]
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import IO, Any
 
 from tests.support.command import Finished
+from tests.support.forked_program import run_or_fork
 from tests.support.paths import ROOT
 
 CLOSED, NOBODY = "closed", "nobody"
@@ -172,6 +173,7 @@ def _prepare(request: Request) -> None:
     os.environ |= dict(request.environment)
     os.chdir(request.directory)
     sys.argv = ["reapkit", *request.arguments]
+    sys.modules["reapkit.evaluation.proofs.prove"].__dict__["run_program"] = run_or_fork
     for name, soft in request.limits.items():
         number = getattr(resource, f"RLIMIT_{name}")
         resource.setrlimit(number, (soft, resource.getrlimit(number)[1]))

@@ -1,0 +1,64 @@
+"""Python modules that reapkit starts as programs, forked off the process that would start them: tests that are not
+about the program itself are spared its imports."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from reapkit.core.programs import Ended, run_program
+
+MODULES = ("reapkit.evaluation.proofs",)
+
+
+def run_or_fork(
+    command: Sequence[str | os.PathLike[str]],
+    *,
+    environment: Mapping[str, str] | None = None,
+    directory: str | Path | None = None,
+) -> Ended:
+    """As `run_program`; `python -m` one of MODULES runs in a fork."""
+    parts = [os.fspath(part) for part in command]
+    if parts[:2] != [sys.executable, "-m"] or parts[2] not in MODULES:
+        return run_program(command, environment=environment, directory=directory)
+    with TemporaryDirectory(prefix="forked-") as scratch:
+        outputs = [Path(scratch) / name for name in ("stdout", "stderr")]
+        pid = os.fork()
+        if not pid:
+            _run(parts[2:], outputs, environment, directory)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        return Ended(code, *(file.read_text(encoding="utf-8", errors="replace") for file in outputs))
+
+
+def _run(
+    arguments: Sequence[str],
+    outputs: Sequence[Path],
+    environment: Mapping[str, str] | None,
+    directory: str | Path | None,
+) -> None:
+    code = 1
+    try:
+        for descriptor, file in enumerate(outputs, 1):
+            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT, 0o600), descriptor)
+        sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
+        if environment is not None:
+            os.environ.update(environment)
+        if directory is not None:
+            os.chdir(directory)
+        sys.argv = list(arguments)
+        try:
+            runpy.run_module(arguments[0], run_name="__main__", alter_sys=False)
+            code = 0
+        except SystemExit as ended:
+            code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
