@@ -14,7 +14,6 @@ from torch import Tensor
 from reapkit.core.atomic_files import replacing
 from reapkit.core.errors import StageFailed
 
-
 PIECE = 1 << 24
 """Bytes that are hashed at once."""
 

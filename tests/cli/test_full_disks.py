@@ -61,7 +61,7 @@ LONG = {
     "quantize, layers on disk": (
         "quantize",
         ("--set=quantize.method=gptq", "--set=runtime.placement=streaming"),
-        (0, 900 * KILOBYTE, 8000 * KILOBYTE),
+        (0, 900 * KILOBYTE),
     ),
     "verify": ("verify", ("--set=evaluate.equal_bytes=true",), (0, 3000 * KILOBYTE)),
     "observe, re-routed": ("observe", ("--set=observe.reroute_tokens=64",), (0, 12 * KILOBYTE, 60 * KILOBYTE)),
