@@ -3,10 +3,14 @@ programs that tests start, also where a shell started the tests in the backgroun
 """
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import pytest
 import torch
+
+from reapkit.core.programs import Ended, run_program
+from tests.support.forked import Forks, forking
+from tests.support.forked_program import is_forked, run_in
 
 torch.set_num_threads(1)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # every child would inherit it
@@ -15,14 +19,29 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+@pytest.fixture(scope="session")
+def commands() -> Iterator[Forks]:
+    """Commands that are forked off one process, which has everything imported."""
+    with forking() as forks:
+        yield forks
+
+
 @pytest.fixture(scope="session", autouse=True)
-def proofs_in_forks() -> Iterator[None]:
-    """Runs that tests make prove their results in a fork instead of a fresh process; tests of the proofs do not."""
+def proofs_in_forks(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Runs that tests make prove their results in a fork of that process; tests of the proofs start a fresh one."""
     from reapkit.evaluation.proofs import prove
-    from tests.support.forked_program import run_or_fork
+
+    def run(
+        command: Sequence[str], *, environment: Mapping[str, str] | None = None, directory: str | None = None
+    ) -> Ended:
+        command: Sequence[str], *, environment: Mapping[str, str] | None = None, directory: str | None = None
+    ) -> Ended:
+        if is_forked(command):
+            return run_in(request.getfixturevalue("commands"), command, environment)
+        return run_program(command, environment=environment, directory=directory)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(prove, "run_program", run_or_fork)
+        patched.setattr(prove, "run_program", run)
         yield
 
 

@@ -1,20 +1,13 @@
-"""Commands that are forked off one process, and a small run that they can break."""
+"""A small run that commands can break."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support.broken_machines import finished_run
-from tests.support.forked import Forks, forking
-
-
-@pytest.fixture(scope="session")
-def commands() -> Iterator[Forks]:
-    with forking() as forks:
-        yield forks
+from tests.support.forked import Forks
 
 
 @pytest.fixture(scope="session")

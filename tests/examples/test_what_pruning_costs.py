@@ -15,6 +15,9 @@ SCRIPT = ROOT / "examples" / "what_pruning_costs.py"
 HALF = Decimal("0.5")
 
 
+pytestmark = pytest.mark.long
+
+
 @pytest.fixture(scope="module")
 def script():
     spec = importlib.util.spec_from_file_location("what_pruning_costs", SCRIPT)

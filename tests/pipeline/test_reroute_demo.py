@@ -34,6 +34,7 @@ SMALL = (
 )
 
 
+@pytest.mark.long
 def test_a_run_decides_by_removal_paths(tmp_path: Path) -> None:
     recipe = load(
         ROOT / "recipes" / "demo.yaml",

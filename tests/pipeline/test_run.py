@@ -247,6 +247,7 @@ def test_a_rejected_quantization_is_not_published_and_names_the_next_scheme(fini
     assert (root / "unpublished" / "report.html").is_file()
 
 
+@pytest.mark.long
 def test_where_the_pruning_alone_is_too_much_no_scheme_is_advised(finished: Run, root: Path) -> None:
     strict = recipe(
         root, "evaluate.gates_quantized={kl_mean: {max: 0.000001}}", f"output.directory={root / 'hopeless'}"
@@ -380,6 +381,7 @@ def test_interrupted_while_it_evaluates_it_keeps_what_was_measured(
     assert fingerprint(tmp_path / "run" / "evaluation") == fingerprint(root / "run" / "evaluation")
 
 
+@pytest.mark.long
 def test_streaming_gives_the_same_observation_and_the_same_numbers(finished: Run, root: Path, tmp_path: Path) -> None:
     with two_threads():  # as the resident run
         streamed = apply(recipe(tmp_path, "runtime.placement=streaming"), until="verify")
@@ -418,6 +420,7 @@ def test_another_content_of_a_task_file_is_another_verification(finished: Run, r
     assert keys[0] == keys[2] != keys[1]
 
 
+@pytest.mark.long
 def test_layers_may_keep_different_numbers(finished: Run, root: Path) -> None:
     ragged = recipe(
         root,

@@ -23,7 +23,7 @@ from tests.support.tiny_tokens import tiny_tokens
     ("model_type", "method"),
     [
         ("qwen3_moe", "gptq"),
-        ("gpt_oss", "gptq"),
+        pytest.param("gpt_oss", "gptq", marks=pytest.mark.long),
         *(
             pytest.param(name, method, marks=pytest.mark.long)
             for name, method in (("mixtral", "gptq"), ("deepseek_v3", "gptq"), ("qwen3_moe", "awq"))

@@ -145,7 +145,7 @@ def _forked(request: Request) -> int:
     code = 99
     try:
         _prepare(request)
-        code = _run()
+        code = _run(request.before)
     finally:
         os._exit(code)
 
@@ -177,15 +177,15 @@ def _prepare(request: Request) -> None:
     for name, soft in request.limits.items():
         number = getattr(resource, f"RLIMIT_{name}")
         resource.setrlimit(number, (soft, resource.getrlimit(number)[1]))
-    exec(request.before, {})
 
 
-def _run() -> int:
+def _run(before: str) -> int:
     import atexit
 
     from reapkit.cli.main import main
 
     try:
+        exec(before, {})
         main()
     except SystemExit as ended:
         for stream in (sys.stdout, sys.stderr):

@@ -1,5 +1,9 @@
-"""Python modules that reapkit starts as programs, forked off the process that would start them: tests that are not
-about the program itself are spared its imports."""
+"""Python modules that reapkit starts as programs, forked off a process that has everything imported: tests that are not
+about the program itself are spared its imports.
+
+Only a process that has never computed with several threads may be forked: a child that waits for threads of its parent
+waits for ever.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +14,34 @@ import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from reapkit.core.programs import Ended, run_program
 
+if TYPE_CHECKING:
+    from tests.support.forked import Forks
+
 MODULES = ("reapkit.evaluation.proofs",)
+
+
+def is_forked(command: Sequence[str | os.PathLike[str]]) -> bool:
+    """Whether the command is `python -m` one of MODULES."""
+    parts = [os.fspath(part) for part in command]
+    return parts[:2] == [sys.executable, "-m"] and parts[2] in MODULES
+
+
+def run_in(forks: Forks, command: Sequence[str | os.PathLike[str]], environment: Mapping[str, str] | None) -> Ended:
+    """A command for which `is_forked` holds, as a fork of the process behind `forks`."""
+    module, *arguments = [os.fspath(part) for part in command[2:]]
+    before = (
+        "import runpy, sys, traceback\n"
+        f"sys.argv = {[module, *arguments]!r}\n"
+        f"try:\n    runpy.run_module({module!r}, run_name='__main__')\n"
+        "except Exception:\n    traceback.print_exc()\n    raise SystemExit(1)\n"
+        "raise SystemExit(0)"
+    )
+    ended = forks.run(directory=Path.cwd(), before=before, **dict(environment or {}))
+    return Ended(ended.code, ended.stdout, ended.stderr)
 
 
 def run_or_fork(
@@ -22,15 +50,14 @@ def run_or_fork(
     environment: Mapping[str, str] | None = None,
     directory: str | Path | None = None,
 ) -> Ended:
-    """As `run_program`; `python -m` one of MODULES runs in a fork."""
-    parts = [os.fspath(part) for part in command]
-    if parts[:2] != [sys.executable, "-m"] or parts[2] not in MODULES:
+    """As `run_program`; a command for which `is_forked` holds runs in a fork of this process."""
+    if not is_forked(command):
         return run_program(command, environment=environment, directory=directory)
     with TemporaryDirectory(prefix="forked-") as scratch:
         outputs = [Path(scratch) / name for name in ("stdout", "stderr")]
         pid = os.fork()
         if not pid:
-            _run(parts[2:], outputs, environment, directory)
+            _run([os.fspath(part) for part in command[2:]], outputs, environment, directory)
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         return Ended(code, *(file.read_text(encoding="utf-8", errors="replace") for file in outputs))
 
