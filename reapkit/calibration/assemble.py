@@ -84,6 +84,7 @@ def assemble(
         "overflow": calibration.overflow,
         "max_length": calibration.max_length,
         "seed": calibration.seed,
+        **({"date": calibration.date} if calibration.date else {}),
         "rows": len(plan.rows),
         "tokens": int(sum(plan.lengths)),
         "scored_tokens": int(counts["scored"].sum()),

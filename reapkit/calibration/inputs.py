@@ -81,6 +81,7 @@ class Inputs:
                 calibration.spans and calibration.spans.model_dump(mode="json"),
                 held_out and sorted(held_out),
                 skip,
+                *([calibration.date] if calibration.date else []),
             ]
         )
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from reapkit.calibration.assemble import Stream, assemble
+from reapkit.calibration.clock import dated
 from reapkit.calibration.draw_samples import Target, gather
 from reapkit.calibration.held_out import held_out_from
 from reapkit.calibration.inputs import Inputs
@@ -37,6 +38,7 @@ def prepare(
 
     Raises UnusableError naming source and row, or the source of which nothing would be scored.
     """
+    calibration = dated(calibration, Path(tokenizer_directory), Path(recipe_directory))
     inputs = Inputs(
         calibration,
         Path(tokenizer_directory),
@@ -84,6 +86,7 @@ def prepare_packs(
     Raises UnusableError as `prepare` does, RecipeError where an extra pack has the name of a source of the mix.
     """
     _check_names(calibration, evaluate)
+    calibration = dated(calibration, Path(tokenizer_directory), Path(recipe_directory))
     calibration = calibration.model_copy(update={"max_length": length})
     inputs = Inputs(
         calibration,

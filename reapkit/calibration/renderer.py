@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from reapkit.calibration.clock import CLOCK
 from reapkit.calibration.formats import Sample
 from reapkit.calibration.shown_turns import NotFound, Render, opening, shared_length, shown_turns
 from reapkit.calibration.spans import Notes, Rendered, closed_spans
@@ -39,6 +40,7 @@ class Renderer:
     ):
         self.tokenizer = tokenizer
         self.score = calibration.score
+        self.date = calibration.date
         self.markers = calibration.spans
         self.own_template = own_template
         self._process = process
@@ -69,6 +71,11 @@ class Renderer:
             return self._render_text(sample.text)
         assert sample.messages is not None, "samples of tokens are not rendered"
         template = self.template(sample.tools)
+        if self.date is None and CLOCK in template:
+            raise SourceRefused(
+                "the chat template reads the clock, which no file of the model showed. Copy it into a file, and give it"
+                " as calibration.chat_template"
+            )
         if template not in self._fitters:
             self._fitters[template] = Fitter(
                 template, lambda turns, tools: self._apply(template, turns, tools, False, False)
@@ -133,6 +140,7 @@ class Renderer:
     def _apply(self, template: str, messages: Sequence[Message], tools: Any, prompt: bool, marked: bool) -> Any:
         rendered, spans = self._process.render(
             template,
+            self.date,
             conversations=[list(messages)],
             tools=tools,
             add_generation_prompt=prompt,

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import random
 import resource
 import signal
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
+
+from reapkit.calibration.clock import CLOCK, strftime_on
 
 RENDER_SECONDS = 20.0
 """What one rendering may take; those of ordinary templates take a thousandth of a second."""
@@ -39,13 +42,13 @@ class TemplateProcess:
         self._connection: Connection | None = None
         self._closed = False
 
-    def render(self, template: str, **arguments: Any) -> Any:
-        """What `render_jinja_template` gives for one conversation. Raises TemplateRefused where the template raises an
+    def render(self, template: str, date: str | None = None, **arguments: Any) -> Any:
+        """What `render_jinja_template` gives for one conversation on a date (YYYY-MM-DD), the same each time. Raises TemplateRefused where the template raises an
         error, TemplateStopped where it takes too long or the process was ended.
         """
         process, connection = self._started()
         try:
-            connection.send((template, arguments))
+            connection.send((template, date, arguments))
             done, answer = connection.recv()
         except (EOFError, OSError):
             process.join()
@@ -105,18 +108,21 @@ def _serve(connection: Connection, theirs: Connection, parent: int) -> None:
             if os.getppid() != parent:
                 os._exit(0)
         try:
-            template, arguments = connection.recv()
+            template, date, arguments = connection.recv()
         except EOFError:
             os._exit(0)
         signal.setitimer(signal.ITIMER_REAL, RENDER_SECONDS)
-        answer = _answer(template, arguments)
+        answer = _answer(template, date, arguments)
         connection.send(answer)
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def _answer(template: str, arguments: dict[str, Any]) -> tuple[bool, Any]:
+def _answer(template: str, date: str | None, arguments: dict[str, Any]) -> tuple[bool, Any]:
     from transformers.utils.chat_template_utils import render_jinja_template
 
+    if date is not None:
+        arguments = {**arguments, CLOCK: strftime_on(date)}  # shadows transformers' own
+    random.seed(0)  # Jinja's filter `random` and its `lipsum` draw from here
     try:
         return True, render_jinja_template(chat_template=template, **arguments)
     except Exception as error:

@@ -173,6 +173,7 @@ def walk(
     if tight := tight_disk(plan, until):
         progress.warn(f"disk: {tight}")
     _make_runs_folder(run_directory(plan).parent, plan.store.root.parent)
+    plan = plan.date_kept()
     # entered before the plan that counts looks at the store, so that nobody clears away in between what it found
     hits = {stage.name: stage.artifact.directory.name for stage in plan.stages if stage.artifact and stage.hit}
     register(plan.store, run_directory(plan), hits)

@@ -20,6 +20,7 @@ from reapkit.core.atomic_files import write_json
 from reapkit.core.errors import RecipeError, UnusableError
 from reapkit.core.hashing import digest
 from reapkit.core.json_text import parse_json
+from reapkit.planning.template_date import template_date
 from reapkit.recipe.loading import LoadedRecipe
 from reapkit.recipe.schema import MixEntry
 
@@ -69,6 +70,7 @@ def make_lock(loaded: LoadedRecipe) -> dict[str, Any]:
         },
         "sources": {place: _source(entry, directory) for place, entry in entries.items()},
         "versions": versions(),
+        **({"date": date} if (date := template_date(loaded, checkpoint.path)) else {}),
     }
 
 
@@ -125,7 +127,8 @@ def read_lock(path: Path) -> dict[str, Any]:
 
 
 def revisions(lock: Mapping[str, Any], loaded: LoadedRecipe) -> list[str]:
-    """The `--set` overrides that pin what the recipe leaves open: hub revisions of the model and of its datasets."""
+    """The `--set` overrides that pin what the recipe leaves open: hub revisions of the model and of its datasets, and
+    the date that chat templates see."""
     pins = {"model": lock["model"]["revision"]} if loaded.model.revision is None else {}
     entries = {f"calibration.mix.{entry.name}": entry for entry in loaded.calibration.mix}
     pins |= {
@@ -133,7 +136,11 @@ def revisions(lock: Mapping[str, Any], loaded: LoadedRecipe) -> list[str]:
         for place, entry in entries.items()
         if entry.revision is None
     }
-    return [f"{place}.revision='{revision}'" for place, revision in pins.items() if revision]
+    dates = [lock["date"]] if lock.get("date") and loaded.calibration.date is None else []
+    return [
+        *(f"{place}.revision='{revision}'" for place, revision in pins.items() if revision),
+        *(f"calibration.date='{date}'" for date in dates),
+    ]
 
 
 def check_lock(lock: Mapping[str, Any], loaded: LoadedRecipe, own_digest: str, path: Path) -> None:

@@ -29,11 +29,12 @@ from reapkit.planning.checks import checked_candidates, recipe_problems
 from reapkit.planning.estimates import Estimates, Machine, estimate, machine_memory
 from reapkit.planning.measuring import reason
 from reapkit.planning.stage_definitions import Stage, StageDefinition, resolve_stages
+from reapkit.planning.template_date import date_note, keep_date, template_date
 from reapkit.quantization.schemes import scheme_of
 from reapkit.quantization.sizes import quantized_bytes
 from reapkit.quantization.targets import targets
 from reapkit.recipe.loading import LoadedRecipe
-from reapkit.recipe.schema import Recipe
+from reapkit.recipe.schema import CalibrationSpec, Recipe
 from reapkit.selection.candidates import Candidate, budget_notes
 from reapkit.selection.criteria.registry import criterion_fingerprint
 
@@ -59,6 +60,7 @@ class Identities:
     extra_sources: Sequence[Any]
     criteria: Mapping[str, str]
     task_files: Mapping[str, str]
+    date: str | None = None
 
     @classmethod
     def of(cls, loaded: LoadedRecipe, checkpoint: Checkpoint, grid: Sequence[Candidate]) -> Identities:
@@ -72,6 +74,7 @@ class Identities:
             [source_identity(entry, directory) for entry in recipe.evaluate.extra_packs],
             _own_criteria(grid, recipe.evaluate.controls),
             _task_files(loaded),
+            template_date(loaded, checkpoint.path),
         )
 
 
@@ -127,6 +130,14 @@ class Plan:
         """The same plan, its stages looked up in the store now: an evaluation that is there has decided."""
         return _judged(replace(self, winner=self.candidates[0].name if len(self.candidates) == 1 else None))
 
+    def date_kept(self) -> Plan:
+        """The same plan, its store keeping the date that chat templates see: another run may just have fixed it."""
+        date = self.identities.date
+        if date is None or self.recipe.calibration.date is not None:
+            return self
+        kept = keep_date(self.store, date)
+        return self if kept == date else replace(self, identities=replace(self.identities, date=kept)).anew()
+
     def decided(self, winner: str) -> Plan:
         """The same plan, now that the evaluation has chosen a candidate by name."""
         return replace(self, winner=winner)
@@ -150,6 +161,11 @@ class Plan:
     def recipe(self) -> Recipe:
         return self.loaded
 
+    @property
+    def calibration(self) -> CalibrationSpec:
+        """The recipe's, on the date that its chat templates see."""
+        return self.recipe.calibration.model_copy(update={"date": self.identities.date})
+
     def stage(self, name: str) -> Stage:
         return next(stage for stage in self.stages if stage.name == name)
 
@@ -168,6 +184,8 @@ class Plan:
         notes = budget_notes(
             self.candidates[0].prune(self.recipe.prune), self.checkpoint.architecture, tuple(self.layout.layers)
         )
+        if self.identities.date is not None:
+            notes.append(date_note(self.loaded, self.identities.date))
         why = (
             why_unobserved(self.checkpoint, self.layout, trust_remote_code=self.recipe.model.trust_remote_code)
             if self.imported is None

@@ -5,11 +5,13 @@ Each field's docstring is its description in `reapkit schema`.
 
 from __future__ import annotations
 
+import datetime
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -60,7 +62,24 @@ class Later:
     """Marks a field that came to the language when results existed: its default adds nothing to keys."""
 
 
+@dataclass(frozen=True)
+class Resolved:
+    """Marks a field that enters keys through what a stage makes of it, where it matters: its value adds nothing."""
+
+
+def _as_date(value: str) -> str:
+    try:
+        if datetime.date.fromisoformat(value).isoformat() == value:
+            return value
+    except ValueError:
+        pass
+    raise ValueError("must be a date as YYYY-MM-DD")
+
+
+Date = Annotated[str, AfterValidator(_as_date), Field(json_schema_extra={"format": "date"})]
+"""A day, as YYYY-MM-DD."""
 LATER = Later()
+RESOLVED = Resolved()
 NAME_OF = "x-name-of"
 CriterionName = Annotated[str, NameOf("criterion")]
 SchemeName = Annotated[str, NameOf("scheme")]
@@ -246,6 +265,9 @@ class CalibrationSpec(Section):
     """Path of a Jinja template, where the model ships none or one without assistant marks."""
     seed: int = Field(default=42, ge=0)
     """Draws the samples."""
+    date: Annotated[Date | None, RESOLVED] = None
+    """The day (YYYY-MM-DD) that chat templates see where they read the clock; null: that of the store's first run with
+    such a template, which the store and `reapkit lock` keep."""
     max_dropped: Annotated[Fraction, Field(ge=0, le=1), LATER] = Decimal("0.01")
     """Share of a source's rows that may be dropped because they cannot be read or rendered; more is an error."""
     mix: tuple[MixEntry, ...] = Field(min_length=1)

@@ -174,6 +174,7 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
         "quantize_memory": quantizing and asdict(quantizing),
         "disk_shortage": "\n".join(disk.shortage for disk in disks if disk.shortage) or None,
         "notes": list(plan.notes),
+        "date": plan.identities.date,
         "base": sizes(plan.base),
         "candidates": [
             {"name": c.name, "pruned": sizes(plan.pruned(c)), "quantized_bytes": plan.quantized_nbytes(c)}

@@ -15,7 +15,7 @@ def run(context: Context) -> dict[str, Any]:
 
     with context.sample_cache() as cache:
         summary = prepare(
-            context.recipe.calibration,
+            context.plan.calibration,
             context.model_directory,
             context.plan.loaded.directory,
             context.payload,
@@ -38,7 +38,8 @@ def shares(summary: dict[str, Any]) -> dict[str, Any]:
 
 def _content(plan: Plan) -> dict[str, Any]:
     known = plan.identities
-    return {"sources": known.sources, "tokenizer": known.tokenizer, "chat_template": known.chat_template}
+    found = {"sources": known.sources, "tokenizer": known.tokenizer, "chat_template": known.chat_template}
+    return found | ({"date": known.date} if known.date else {})
 
 
 STAGE = StageDefinition(

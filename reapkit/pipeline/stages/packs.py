@@ -18,7 +18,7 @@ def run(context: Context) -> dict[str, Any]:
     for length in recipe.evaluate.packs.lengths:
         with context.sample_cache() as cache:
             summary = prepare_packs(
-                recipe.calibration,
+                context.plan.calibration,
                 recipe.evaluate,
                 length,
                 context.inputs["calibrate"].payload,

@@ -71,6 +71,7 @@ def facts(directory: Path) -> dict[str, Any]:
     return {
         "of": summary["kind"],
         **about,
+        "date": summary.get("date"),
         "parts": summary.get("parts"),
         "extra": summary.get("extra", []),
         "sources": sources,
@@ -118,7 +119,8 @@ def _heading(found: Mapping[str, Any]) -> Block:
     )
     return lines(
         f"{found['of']}: requested {asked}; rows of at most {found['max_length']:,} tokens",
-        f"packing {found['packing']}, overflow {found['overflow']}, score {found['score']}, seed {found['seed']}",
+        f"packing {found['packing']}, overflow {found['overflow']}, score {found['score']}, seed {found['seed']}"
+        + (f", chat templates see {found['date']}" if found["date"] else ""),
         f"tokenizer {found['tokenizer'][:12]}",
         *([parts] if parts else []),
     )
