@@ -20,7 +20,8 @@ from reapkit.calibration.formats import describe
 from reapkit.calibration.inputs import Inputs
 from reapkit.calibration.noticed import hidden_tools, noticed, refuse_unclosed, scored_little, unread
 from reapkit.calibration.packing import PARTS, Piece, group_bounds, interleave, limit, pack, pieces_of
-from reapkit.calibration.spans import WAYS
+from reapkit.calibration.spans import WAYS, Notes
+from reapkit.calibration.token_journal import Samples
 from reapkit.calibration.tokens import SUMMARY_FILE, TOKENS_FILE
 from reapkit.core.atomic_files import replacing, write_at, write_json
 from reapkit.core.mapped_safetensors import create_tensors
@@ -204,7 +205,7 @@ def _source_summary(
     rows = [row for row, (owner, _, _) in enumerate(plan.rows) if owner == number]
     pieces = [piece for row in rows for piece in plan.rows[row][2]]
     hashes = [samples.hashes[sample] for sample in chosen]
-    lengths = np.array([samples.lengths[sample] for sample in chosen])
+    lengths = np.array([_whole_length(samples, sample) for sample in chosen])
     read = samples.positions[chosen[-1]] + 1 if chosen else 0
     packing = packing_of(inputs.calibration, source.format)
     kept = sum(piece.stop - piece.start for piece in pieces)
@@ -217,11 +218,12 @@ def _source_summary(
         "revision": source.walk.revision,
         "filter": entry.filter,
         "weight": str(entry.weight),
+        **({"max_tokens": entry.max_tokens} if entry.max_tokens else {}),
         "format": describe(source.format),
         "packing": packing,
         "spans": ways,
         "spans_text": "; ".join(WAYS[way] for way in ways),
-        "asked": {source.target.unit: source.target.amount},
+        "asked": dict(source.asked),
         "samples": len(chosen),
         "rows": len(rows),
         "tokens": sum(map(len, pieces)),
@@ -264,7 +266,12 @@ def _samples_cut(pieces: Sequence[Piece], source: Gathered) -> int:
     kept = Counter[int]()
     for piece in pieces:
         kept[piece.sample] += piece.stop - piece.start
-    return sum(kept[sample] < source.samples.lengths[sample] for sample in source.chosen)
+    return sum(kept[sample] < _whole_length(source.samples, sample) for sample in source.chosen)
+
+
+def _whole_length(samples: Samples, sample: int) -> int:
+    """Tokens of a sample before its source's `max_tokens` cut it."""
+    return samples.lengths[sample] + Notes(*samples.notes[sample]).shortened
 
 
 def _example(inputs: Inputs, source: Gathered, pieces: Sequence[Piece]) -> list[list[Any]]:

@@ -5,23 +5,23 @@ from __future__ import annotations
 
 import re
 from collections import Counter, deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
-from dataclasses import dataclass
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
 from decimal import Decimal
+from functools import cached_property
 from typing import Any
 
 from reapkit.calibration.encoder import UNUSABLE, Encoder, format_of, packing_of
 from reapkit.calibration.formats import Format
 from reapkit.calibration.held_out import HeldOut
 from reapkit.calibration.inputs import Inputs
-from reapkit.calibration.packing import pieces_of
+from reapkit.calibration.packing import Piece, pieces_of
 from reapkit.calibration.sources import Walk, open_walk
 from reapkit.calibration.token_journal import Encoded, Reader, Samples, append, opened
 from reapkit.core.errors import UnusableError
-from reapkit.core.progress import Task
-from reapkit.recipe.schema import CalibrationSpec, MixEntry
+from reapkit.recipe.schema import MixEntry
 
 BLOCK = 256
 """Samples that are tokenized together and journalled together."""
@@ -54,6 +54,7 @@ class Gathered:
     """A source's samples: those of `samples` with the numbers `chosen`, ascending.
 
     `refused`: what stands before the last of them and may not be held out, as `samples.dropped` lists the others.
+    `asked`: what the recipe asks of the source, by unit.
     """
 
     entry: MixEntry
@@ -63,6 +64,7 @@ class Gathered:
     chosen: Sequence[int]
     refused: Sequence[tuple[int, str, str]]
     target: Target
+    asked: Mapping[str, int]
 
 
 def gather(inputs: Inputs, entry: MixEntry, target: Target, held_out: HeldOut | None = None, skip: int = 0) -> Gathered:
@@ -72,82 +74,142 @@ def gather(inputs: Inputs, entry: MixEntry, target: Target, held_out: HeldOut | 
     read. Raises UnusableError naming the source, and the row where one is at fault; where too few are left,
     with what was dropped and why.
     """
+    with (
+        drawing(inputs, entry, held_out, skip) as source,
+        inputs.progress.task(f"tokenize {entry.name}", target.amount, target.unit) as task,
+    ):
+        reached = 0
+        while reached < target.amount:
+            number = source.next(target.amount - reached if target.samples is not None else None, target)
+            step = 1 if target.samples is not None else source.row_tokens(number)
+            reached += step
+            task.advance(step)
+        source.refuse_unusable()
+        return source.gathered(target, {target.unit: target.amount})
+
+
+@dataclass
+class Drawing:
+    """A source whose usable samples are taken one by one, in its order."""
+
+    inputs: Inputs
+    entry: MixEntry
+    walk: Walk
+    format: Format
+    samples: Samples
+    usable: Generator[int, tuple[int | None, int]]
+    refused: list[tuple[int, str, str]]
+    chosen: list[int] = field(default_factory=list)
+
+    def next(self, missing: int | None, target: Target) -> int:
+        """The number of the next usable sample, which is chosen by that; `missing`: how many are needed at most, where
+        that is known.
+
+        Raises UnusableError where the source ends before the target is met.
+        """
+        try:
+            number = self.usable.send((missing, target.amount))
+        except StopIteration:
+            self.refuse_unusable()
+            raise UnusableError(self._too_few(target)) from None
+        self.chosen.append(number)
+        return number
+
+    def refuse_unusable(self) -> None:
+        """Raises UnusableError where more of the rows that were read than allowed cannot be used."""
+        _refuse_unusable(self.samples, self.walk, self.inputs.calibration.max_dropped, done=True)
+
+    @property
+    def packing(self) -> str:
+        return packing_of(self.inputs.calibration, self.format)
+
+    @cached_property
+    def _end_token(self) -> int | None:
+        return self.inputs.end_token() if self.packing == "concat" else None
+
+    def pieces(self, number: int) -> list[Piece]:
+        """What a sample brings into rows, after overflow and with its end token."""
+        calibration, samples = self.inputs.calibration, self.samples
+        return pieces_of(
+            number,
+            samples.lengths[number],
+            samples.last_assistant[number],
+            samples.last_token[number] == self._end_token,
+            calibration.max_length,
+            calibration.overflow,
+            self.packing,
+        )
+
+    def row_tokens(self, number: int) -> int:
+        return sum(map(len, self.pieces(number)))
+
+    def gathered(self, target: Target, asked: Mapping[str, int]) -> Gathered:
+        """What was chosen for the target; `asked`: what the recipe asks of the source, by unit."""
+        return Gathered(self.entry, self.walk, self.format, self.samples, self.chosen, self.refused, target, asked)
+
+    def _too_few(self, target: Target) -> str:
+        reasons = dropped_summary([*self.samples.dropped, *self.refused])
+        dropped = "; ".join(f"{entry['count']} {reason} (first: {entry['first']})" for reason, entry in reasons.items())
+        reached = len(self.chosen) if target.samples is not None else sum(map(self.row_tokens, self.chosen))
+        return (
+            f"source '{self.walk.name}' yields {reached} of {target.amount} {target.unit}:"
+            f" {self.samples.next_position} rows were read"
+            + (f", dropped: {dropped}" if dropped else "")
+            + f". Give it more data, a smaller weight, or lower {target.field}."
+        )
+
+
+@contextmanager
+def drawing(
+    inputs: Inputs, entry: MixEntry, held_out: HeldOut | None = None, skip: int = 0
+) -> Generator[Drawing, None, None]:
+    """A mix entry to draw from, for the block; arguments and errors are those of `gather`."""
     walk = open_walk(
         entry, inputs.recipe_directory, seed=inputs.calibration.seed, held_out=held_out is not None, skip=skip
     )
     format = format_of(entry, walk)
-    encoder = Encoder(inputs.calibration, format, inputs.tokenizer, inputs.template, inputs.vocabulary)
-    end_token = inputs.end_token() if packing_of(inputs.calibration, format) == "concat" else None
+    encoder = Encoder(
+        inputs.calibration, format, inputs.tokenizer, inputs.template, inputs.vocabulary, entry.max_tokens
+    )
     contents = None if held_out is None else held_out.contents
     directory = inputs.work / f"{entry.name}-{inputs.part_key(entry, contents, skip)[:12]}"
+    refused: list[tuple[int, str, str]] = []
     with (
         opened(directory, inputs.progress) as samples,
-        inputs.progress.task(f"tokenize {entry.name}", target.amount, target.unit) as task,
+        closing(_usable(samples, walk, encoder, held_out, refused)) as usable,
     ):
-        chosen, refused = _fill(samples, walk, encoder, target, end_token, held_out, task)
-    return Gathered(entry, walk, format, samples, chosen, refused, target)
+        next(usable)
+        yield Drawing(inputs, entry, walk, format, samples, usable, refused)
 
 
-def _row_tokens(
-    samples: Samples, number: int, calibration: CalibrationSpec, packing: str, end_token: int | None
-) -> int:
-    """Tokens that a sample brings into rows, after overflow and with its end token."""
-    pieces = pieces_of(
-        number,
-        samples.lengths[number],
-        samples.last_assistant[number],
-        samples.last_token[number] == end_token,
-        calibration.max_length,
-        calibration.overflow,
-        packing,
-    )
-    return sum(map(len, pieces))
+def _usable(
+    samples: Samples, walk: Walk, encoder: Encoder, held_out: HeldOut | None, refused: list[tuple[int, str, str]]
+) -> Generator[int, tuple[int | None, int]]:
+    """The numbers of the samples that may be used, first those that earlier runs left, then others, which are appended;
+    ends where the source does. What may not be held out is added to `refused`.
 
-
-def _fill(
-    samples: Samples,
-    walk: Walk,
-    encoder: Encoder,
-    target: Target,
-    end_token: int | None,
-    held_out: HeldOut | None,
-    task: Task,
-) -> tuple[list[int], list[tuple[int, str, str]]]:
-    """Appends to `samples` until the target is met; returns the numbers of those that are used (earlier runs may have
-    left more), and what was refused among them."""
+    Begins with -1. Sent how many are missing at most (None: unknown), and how many are wanted altogether.
+    """
     seen, contents = set(samples.hashes), held_out.contents if held_out else ()
-    chosen: list[int] = []
-    refused: list[tuple[int, str, str]] = []
-    looked_at = reached = 0
-    wanted = target.amount
-    packing = packing_of(encoder.calibration, encoder.format)
+    looked_at = 0
+    missing, wanted = yield -1
     with closing(_blocks(walk, encoder, samples.next_position)) as blocks:
         next(blocks)
         while True:
             with samples.reader() as read:
-                while looked_at < len(samples) and reached < wanted:
+                while looked_at < len(samples):
                     number, looked_at = looked_at, looked_at + 1
                     if held_out and (reason := _refusal(samples, number, read, held_out)):
                         position = samples.positions[number]
                         refused.append((position, reason, walk.rows.place(walk.number(position))))
                         continue
-                    step = (
-                        1
-                        if target.samples is not None
-                        else _row_tokens(samples, number, encoder.calibration, packing, end_token)
-                    )
-                    chosen.append(number)
-                    reached += step
-                    task.advance(step)
-            _refuse_unusable(samples, walk, encoder.calibration.max_dropped, done=reached >= wanted)
-            if reached >= wanted:
-                return chosen, refused
+                    missing, wanted = yield number
+            _refuse_unusable(samples, walk, encoder.calibration.max_dropped, done=False)
             if walk.length is None and len(refused) > MOST_REFUSED * wanted:
-                raise UnusableError(_too_few(samples, refused, walk, target, reached))
-            encoded = blocks.send(wanted - reached if target.samples is not None else None)
+                return
+            encoded = blocks.send(missing)
             if not encoded:
-                _refuse_unusable(samples, walk, encoder.calibration.max_dropped, done=True)
-                raise UnusableError(_too_few(samples, refused, walk, target, reached))
+                return
             append(samples, encoded, seen, contents)
 
 
@@ -195,19 +257,6 @@ def _blocks(walk: Walk, encoder: Encoder, start: int) -> Generator[list[Encoded]
                 missing = yield waiting.popleft()[1].result()
         finally:
             encoder.close()  # before the threads are waited for: a template may be endless
-
-
-def _too_few(
-    samples: Samples, refused: Sequence[tuple[int, str, str]], walk: Walk, target: Target, reached: int
-) -> str:
-    reasons = dropped_summary([*samples.dropped, *refused])
-    dropped = "; ".join(f"{entry['count']} {reason} (first: {entry['first']})" for reason, entry in reasons.items())
-    return (
-        f"source '{walk.name}' yields {reached} of {target.amount} {target.unit}: {samples.next_position} rows were"
-        " read"
-        + (f", dropped: {dropped}" if dropped else "")
-        + f". Give it more data, a smaller weight, or lower {target.field}."
-    )
 
 
 def dropped_summary(dropped: Sequence[tuple[int, str, str]]) -> dict[str, dict[str, Any]]:

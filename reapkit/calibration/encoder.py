@@ -11,6 +11,7 @@ import numpy as np
 
 from reapkit.calibration import spans
 from reapkit.calibration.formats import Format, Sample, columns_read, recognise, to_sample
+from reapkit.calibration.packing import cut
 from reapkit.calibration.renderer import Renderer, SourceRefused
 from reapkit.calibration.row_readers import MAX_SAMPLE_BYTES, too_long
 from reapkit.calibration.sources import Walk
@@ -37,8 +38,10 @@ class Encoder:
         tokenizer: Callable[[], Any],
         template: str | None,
         vocabulary: int | None,
+        max_tokens: int | None = None,
     ):
         self.calibration, self.format, self.vocabulary = calibration, format, vocabulary
+        self.max_tokens = max_tokens
         self._load, self._template = tokenizer, template
         self._renderer: Renderer | None = None
         self._process = TemplateProcess()
@@ -128,7 +131,18 @@ class Encoder:
         dropped = "near-empty" if len(ids) < MIN_TOKENS else None
         if self.vocabulary is not None and len(ids) and int(ids.max()) >= self.vocabulary:
             dropped = unusable(f"token id {int(ids.max())}, but the model knows ids below {self.vocabulary}")
+        ids, marks, left_out = self._shortened(ids, marks)
+        notes = replace(notes, shortened=left_out)
         return replace(item, dropped=dropped, input_ids=ids, assistant=marks, way=way, notes=notes)
+
+    def _shortened(self, ids: np.ndarray, marks: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+        """At most the source's `max_tokens` of a sample, and how many were left out."""
+        if self.max_tokens is None or len(ids) <= self.max_tokens:
+            return ids, marks, 0
+        marked = np.flatnonzero(marks)
+        last = int(marked[-1]) if len(marked) else -1
+        [(start, stop), *_] = cut(len(ids), last, self.max_tokens, self.calibration.overflow)
+        return ids[start:stop], marks[start:stop], len(ids) - self.max_tokens
 
 
 UNUSABLE = "unusable: "

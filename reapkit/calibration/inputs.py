@@ -15,6 +15,7 @@ from reapkit.core.errors import UnusableError
 from reapkit.core.hashing import digest
 from reapkit.core.json_text import parse_json
 from reapkit.core.progress import Progress
+from reapkit.recipe.key_values import key_values
 from reapkit.recipe.schema import CalibrationSpec, MixEntry
 
 VERSION = 2
@@ -73,7 +74,7 @@ class Inputs:
             [
                 VERSION,
                 source_identity(entry, self.recipe_directory),
-                entry.model_dump(mode="json", exclude={"weight"}),
+                {name: value for name, value in key_values(entry).items() if name != "weight"},
                 self.tokenizer_hash,
                 calibration.seed,
                 calibration.score,
@@ -82,6 +83,7 @@ class Inputs:
                 held_out and sorted(held_out),
                 skip,
                 *([calibration.date] if calibration.date else []),
+                *([calibration.overflow == "window"] if entry.max_tokens else []),
             ]
         )
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from reapkit.calibration.assemble import Stream, assemble
+from reapkit.calibration.balance import gather_balanced
 from reapkit.calibration.clock import dated
 from reapkit.calibration.draw_samples import Target, gather
 from reapkit.calibration.held_out import held_out_from
@@ -32,7 +33,8 @@ def prepare(
 ) -> dict[str, Any]:
     """Writes the calibration's tokens below `out` and returns what `calibration.json` says.
 
-    Samples (or tokens) are split over the mix by largest remainder and met exactly. The same recipe, data and tokenizer
+    Samples (or tokens) are split over the mix by largest remainder and met exactly, or drawn so that the sources have
+    their shares of what `calibration.balance` says. The same recipe, data and tokenizer
     give the same bytes. Tokenized samples are kept below `work` (default: inside `out`, removed at the end), from where
     a killed run goes on; a folder that is kept serves other sizes, lengths and packings of the same sources too.
 
@@ -48,16 +50,23 @@ def prepare(
         progress,
     )
     unit, amount = calibration.asked
-    if unit == "samples":
-        targets = [Target(samples=count) for count in _shares(amount, calibration.mix, "calibration.samples")]
+    about: dict[str, Any] = {"kind": "calibration", "asked": {unit: amount}}
+    if calibration.shared_out == unit:
+        gathered = [gather(inputs, *each) for each in zip(calibration.mix, _targets(calibration), strict=True)]
     else:
-        weights = [entry.weight for entry in calibration.mix]
-        targets = [Target(tokens=count, field="calibration.tokens") for count in largest_remainder(amount, weights)]
-    gathered = [gather(inputs, entry, target) for entry, target in zip(calibration.mix, targets, strict=True)]
+        gathered = gather_balanced(inputs)
+        about["balance"] = calibration.shared_out
     streams = [Stream(number, source, source.chosen) for number, source in enumerate(gathered)]
-    return assemble(
-        inputs, gathered, streams, out, {"kind": "calibration", "asked": {unit: amount}}, removable=work is None
-    )
+    return assemble(inputs, gathered, streams, out, about, removable=work is None)
+
+
+def _targets(calibration: CalibrationSpec) -> list[Target]:
+    """What each source of the mix must reach where the weights are shares of what the mix is measured in."""
+    unit, amount = calibration.asked
+    if unit == "samples":
+        return [Target(samples=count) for count in _shares(amount, calibration.mix, "calibration.samples")]
+    weights = [entry.weight for entry in calibration.mix]
+    return [Target(tokens=count, field="calibration.tokens") for count in largest_remainder(amount, weights)]
 
 
 def prepare_packs(

@@ -29,12 +29,14 @@ WAYS = {
 @dataclass(frozen=True)
 class Notes:
     """What a sample's rendering showed: tool schemas that the template hides (0 or 1), pieces of thoughts that it left
-    out, spans between markers and those of them that no end marker closes."""
+    out, spans between markers and those of them that no end marker closes; and how many of its tokens the source's
+    `max_tokens` left out."""
 
     hidden_tools: int = 0
     left_out: int = 0
     marked: int = 0
     unclosed: int = 0
+    shortened: int = 0
 
 
 NOTHING = Notes()

@@ -43,8 +43,10 @@ class TemplateProcess:
         self._closed = False
 
     def render(self, template: str, date: str | None = None, **arguments: Any) -> Any:
-        """What `render_jinja_template` gives for one conversation on a date (YYYY-MM-DD), the same each time. Raises TemplateRefused where the template raises an
-        error, TemplateStopped where it takes too long or the process was ended.
+        """What `render_jinja_template` gives for one conversation on a date (YYYY-MM-DD), the same each time.
+
+        Raises TemplateRefused where the template raises an error, TemplateStopped where it takes too long or the
+        process was ended.
         """
         process, connection = self._started()
         try:

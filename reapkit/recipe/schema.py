@@ -239,6 +239,9 @@ class MixEntry(Section):
     """Share of samples (or of tokens) in the mix, normalised over all entries."""
     format: Format | None = None
     """How a row becomes a sample; null: detected from the columns."""
+    max_tokens: Annotated[Annotated[int, Field(ge=2)] | None, LATER] = None
+    """Tokens of a sample that are used: a longer one is cut before it is packed, as `overflow` cuts (window: the last
+    ones that hold an assistant span; else the first ones). null: as many as it has."""
     filter: dict[str, Any] | None = None
     """Keep only rows whose columns have these values."""
 
@@ -268,6 +271,10 @@ class CalibrationSpec(Section):
     date: Annotated[Date | None, RESOLVED] = None
     """The day (YYYY-MM-DD) that chat templates see where they read the clock; null: that of the store's first run with
     such a template, which the store and `reapkit lock` keep."""
+    balance: Annotated[Literal["samples", "tokens", "scored_tokens"] | None, LATER] = None
+    """What the weights are shares of: samples are drawn so that each source has its share of them, of the tokens, or of
+    the scored tokens (what counts), to within one sample. null: of what the mix is measured in, `samples` or `tokens`.
+    Held-out packs always have shares of samples."""
     max_dropped: Annotated[Fraction, Field(ge=0, le=1), LATER] = Decimal("0.01")
     """Share of a source's rows that may be dropped because they cannot be read or rendered; more is an error."""
     mix: tuple[MixEntry, ...] = Field(min_length=1)
@@ -280,6 +287,11 @@ class CalibrationSpec(Section):
             return "samples", self.samples
         assert self.tokens is not None, "either `samples` or `tokens` is given: _check"
         return "tokens", self.tokens
+
+    @property
+    def shared_out(self) -> Literal["samples", "tokens", "scored_tokens"]:
+        """What the weights are shares of."""
+        return self.balance or self.asked[0]
 
     @model_validator(mode="after")
     def _check(self) -> CalibrationSpec:

@@ -103,6 +103,8 @@ def calibration(facts: RunFacts) -> PageSection | None:
     lead = (
         f"Rows of up to {found.get('max_length', '–')} tokens, packing {found.get('packing', '–')}, scored:"
         f" {found.get('score', '–')}, seed {found.get('seed', '–')}."
+        + (f" Weights are shares of {found['balance'].replace('_', ' ')}." if found.get("balance") else "")
+        + (f" Chat templates see {found['date']}." if found.get("date") else "")
     )
     return PageSection("calibration", "Calibration mix", blocks, lead, "Calibration")
 

@@ -65,7 +65,8 @@ def test_a_template_without_clock_has_no_date(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "file", ["chat_template.jinja", "additional_chat_templates/tool_use.jinja", "chat_template.json", "tokenizer_config.json"]
+    "file",
+    ["chat_template.jinja", "additional_chat_templates/tool_use.jinja", "chat_template.json", "tokenizer_config.json"],
 )
 def test_every_place_of_a_template_is_looked_at(tmp_path: Path, file: str) -> None:
     calibration = spec({"name": "chat", "source": "data.jsonl"})
@@ -80,7 +81,9 @@ def test_every_place_of_a_template_is_looked_at(tmp_path: Path, file: str) -> No
 
 def test_a_clock_that_no_file_shows_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clock, "reads_clock", lambda *_: False)  # as for a tokenizer whose own code brings the template
-    with pytest.raises(UnusableError, match=r"data.jsonl:1: the chat template reads the clock.*calibration\.chat_templ"):
+    with pytest.raises(
+        UnusableError, match=r"data.jsonl:1: the chat template reads the clock.*calibration\.chat_templ"
+    ):
         made(tmp_path)
 
 

@@ -22,7 +22,12 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A recipe with a template of its own that reads the clock."""
     monkeypatch.chdir(tmp_path)
     rows = [
-        {"messages": [{"role": "user", "content": f"how many are {n}"}, {"role": "assistant", "content": f"{n} are {n}"}]}
+        {
+            "messages": [
+                {"role": "user", "content": f"how many are {n}"},
+                {"role": "assistant", "content": f"{n} are {n}"},
+            ]
+        }
         for n in range(12)
     ]
     write_lines(tmp_path / "data.jsonl", rows)

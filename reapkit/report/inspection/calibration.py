@@ -56,7 +56,9 @@ KEPT = (
     "sha256",
     "example",
 )
-SHARED = ("samples", "tokens", "scored_tokens")
+SHARED_OUT = {"samples": "samples", "tokens": "tokens", "scored_tokens": "scored tokens"}
+"""What weights may share out, and how it is called."""
+SHARED = tuple(SHARED_OUT)
 
 
 def facts(directory: Path) -> dict[str, Any]:
@@ -72,6 +74,7 @@ def facts(directory: Path) -> dict[str, Any]:
         "of": summary["kind"],
         **about,
         "date": summary.get("date"),
+        "balance": summary.get("balance"),
         "parts": summary.get("parts"),
         "extra": summary.get("extra", []),
         "sources": sources,
@@ -117,8 +120,9 @@ def _heading(found: Mapping[str, Any]) -> Block:
     parts = "; ".join(
         f"{name}: {part['rows']:,} rows, {part['samples']:,} samples" for name, part in (found["parts"] or {}).items()
     )
+    balance = f", weights sharing out {SHARED_OUT[found['balance']]}" if found["balance"] else ""
     return lines(
-        f"{found['of']}: requested {asked}; rows of at most {found['max_length']:,} tokens",
+        f"{found['of']}: requested {asked}{balance}; rows of at most {found['max_length']:,} tokens",
         f"packing {found['packing']}, overflow {found['overflow']}, score {found['score']}, seed {found['seed']}"
         + (f", chat templates see {found['date']}" if found["date"] else ""),
         f"tokenizer {found['tokenizer'][:12]}",
@@ -158,7 +162,7 @@ def _amounts(found: Mapping[str, Any]) -> Block:
 
 def _shares_table(found: Mapping[str, Any]) -> Block:
     def asked(source: Mapping[str, Any]) -> str:
-        amounts = ", ".join(f"{amount:,} {unit}" for unit, amount in source["asked"].items())
+        amounts = ", ".join(f"{amount:,} {SHARED_OUT[unit]}" for unit, amount in source["asked"].items())
         return amounts if source["shares"]["asked"] is not None else f"{amounts} (extra)"
 
     rows = [

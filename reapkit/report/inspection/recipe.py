@@ -47,7 +47,7 @@ def _mix(recipe: Recipe) -> list[dict[str, Any]]:
     calibration = recipe.calibration
     unit, total = calibration.asked
     weights = [entry.weight for entry in calibration.mix]
-    amounts = largest_remainder(total, weights)
+    amounts = largest_remainder(total, weights) if calibration.shared_out == unit else [None] * len(weights)
     return [
         {
             "name": entry.name,
@@ -65,7 +65,13 @@ def blocks(found: Mapping[str, Any], *, colour: bool) -> list[Block]:
     recipe = found["recipe"]
     unit = "samples" if recipe["calibration"]["samples"] is not None else "tokens"
     mix = [
-        (entry["name"], entry["source"], entry["weight"], narrow_percent(entry["share"]), entry[unit])
+        (
+            entry["name"],
+            entry["source"],
+            entry["weight"],
+            narrow_percent(entry["share"]),
+            "-" if entry[unit] is None else entry[unit],
+        )
         for entry in found["mix"]
     ]
     fields = [
