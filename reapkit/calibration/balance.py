@@ -33,10 +33,11 @@ def gather_balanced(inputs: Inputs) -> list[Gathered]:
         counters = [_Counter(source, calibration.shared_out) for source in sources]
         for counter in counters:
             stack.callback(counter.close)
+        field = f"calibration.{unit}"
+        wanted = Target(**{unit: asked}, field=field, of_mix=True)
         reached = last = 0
         while reached < asked:
             last = min(range(len(sources)), key=lambda i: (counters[i].amount * costs[i], len(sources[i].chosen), i))
-            wanted = Target(samples=asked) if unit == "samples" else Target(tokens=asked, field="calibration.tokens")
             number = sources[last].next(asked - reached if unit == "samples" else None, wanted)
             tokens = counters[last].add(number)
             step = 1 if unit == "samples" else tokens
@@ -46,9 +47,9 @@ def gather_balanced(inputs: Inputs) -> list[Gathered]:
             source.refuse_unusable()
         too_many = reached - asked  # tokens of the last sample
         targets = [
-            Target(samples=len(source.chosen))
+            Target(samples=len(source.chosen), field=field)
             if unit == "samples"
-            else Target(tokens=counter.tokens - (too_many if place == last else 0), field="calibration.tokens")
+            else Target(tokens=counter.tokens - (too_many if place == last else 0), field=field)
             for place, (source, counter) in enumerate(zip(sources, counters, strict=True))
         ]
         shares = largest_remainder(sum(counter.amount for counter in counters), weights)

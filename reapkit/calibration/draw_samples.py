@@ -33,12 +33,13 @@ MOST_REFUSED = 64
 
 @dataclass(frozen=True)
 class Target:
-    """When a source has enough: so many samples, or so many tokens in its rows; and which field of the recipe says
-    so."""
+    """When a source has enough: so many samples, or so many tokens in its rows; which field of the recipe says so, and
+    whether it is the whole mix that must reach it."""
 
     samples: int | None = None
     tokens: int | None = None
     field: str = "calibration.samples"
+    of_mix: bool = False
 
     @property
     def unit(self) -> str:
@@ -151,8 +152,9 @@ class Drawing:
         reasons = dropped_summary([*self.samples.dropped, *self.refused])
         dropped = "; ".join(f"{entry['count']} {reason} (first: {entry['first']})" for reason, entry in reasons.items())
         reached = len(self.chosen) if target.samples is not None else sum(map(self.row_tokens, self.chosen))
+        share = f"{target.unit}, too few for its share" if target.of_mix else f"of {target.amount} {target.unit}"
         return (
-            f"source '{self.walk.name}' yields {reached} of {target.amount} {target.unit}:"
+            f"source '{self.walk.name}' yields {reached} {share}:"
             f" {self.samples.next_position} rows were read"
             + (f", dropped: {dropped}" if dropped else "")
             + f". Give it more data, a smaller weight, or lower {target.field}."

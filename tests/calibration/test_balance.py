@@ -113,9 +113,11 @@ def test_a_killed_draw_goes_on_to_equal_bytes(home: Path, monkeypatch: pytest.Mo
 
 
 def test_a_source_that_is_too_small_is_named(home: Path) -> None:
-    chats(home / "few.jsonl", "a", 2, 4)
+    chats(home / "few.jsonl", "a", 4, 4)
     few = {"name": "few", "source": "few.jsonl"}
-    with pytest.raises(UnusableError, match=r"source 'few' yields 4 of 30 samples: 4 rows were read.*calibration.samp"):
+    with pytest.raises(
+        UnusableError, match=r"'few' yields 4 samples, too few for its share: 4 rows were.*calibration.samp"
+    ):
         made(home, spec(few, LONG, samples=30, packing="none", balance="scored_tokens"))
 
 
@@ -124,7 +126,7 @@ def test_a_source_of_which_nothing_is_scored_does_not_take_all(home: Path) -> No
         home / "asked.jsonl", [{"messages": [{"role": "user", "content": f"c{n} c1 c2 c3"}]} for n in range(50)]
     )
     asked = {"name": "asked", "source": "asked.jsonl"}
-    with pytest.raises(UnusableError, match="source 'asked': none of its .* tokens is scored"):
+    with pytest.raises(UnusableError, match=r"source 'asked': none of its .* tokens is scored"):
         made(home, spec(asked, LONG, samples=20, packing="none", balance="scored_tokens"))
 
 

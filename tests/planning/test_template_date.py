@@ -109,6 +109,6 @@ def test_a_date_that_cannot_be_read_is_an_error() -> None:
     Path("runs/.store/date.json").write_text("{}")
     done = command("plan", "r.yaml")
     assert done.code == 3 and "it names no date" in done.stderr and "calibration.date" in done.stderr
-    for wrong in ("2025-3-3", "yesterday", "20250303"):
+    for wrong in ("2025-3-3", "yesterday", "2025-02-30"):
         done = command("plan", "r.yaml", "--set", f"calibration.date={wrong}")
         assert done.code == 2 and "must be a date as YYYY-MM-DD" in done.stderr
