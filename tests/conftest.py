@@ -34,8 +34,6 @@ def proofs_in_forks(request: pytest.FixtureRequest) -> Iterator[None]:
     def run(
         command: Sequence[str], *, environment: Mapping[str, str] | None = None, directory: str | None = None
     ) -> Ended:
-        command: Sequence[str], *, environment: Mapping[str, str] | None = None, directory: str | None = None
-    ) -> Ended:
         if is_forked(command):
             return run_in(request.getfixturevalue("commands"), command, environment)
         return run_program(command, environment=environment, directory=directory)
