@@ -29,6 +29,8 @@ runtime: {device: cpu, batch_tokens: 256}
 STAGES = ("calibrate", "packs", "observe", "select", "evaluate", "prune", "quantize", "verify", "report")
 TIMED = ("verify", "report")
 """Stages whose results hold times, so that no two are equal."""
+MEASUREMENTS = ("hidden", "signals", "continuations", "proofs", "throughput", "benchmarks")
+"""What `evaluate` and `verify` measured, which they would find again."""
 NO_DEFECT = ("Traceback", "internal error", "Exception ignored", "lost sys.stderr", "Fatal Python error")
 
 
@@ -44,7 +46,8 @@ def copied(finished: Path, target: Path, *without: str, link: bool = False) -> P
     """The same at `target`, without the artifacts of these stages and without the run; `link`: sharing its bytes."""
     target.mkdir(parents=True, exist_ok=True)
     shutil.copy(finished / "small.yaml", target)
-    left_out = shutil.ignore_patterns("runs", "*.lock", *(f"{stage}-*" for stage in without))
+    gone = (*without, *(MEASUREMENTS if "verify" in without else ()))
+    left_out = shutil.ignore_patterns("runs", "*.lock", *(f"{stage}-*" for stage in gone))
     shutil.copytree(
         finished / "runs/.store",
         target / "runs/.store",
