@@ -13,7 +13,7 @@ from reapkit.calibration.clock import CLOCK
 from reapkit.calibration.formats import Sample
 from reapkit.calibration.shown_turns import NotFound, Render, opening, shared_length, shown_turns
 from reapkit.calibration.spans import Notes, Rendered, closed_spans
-from reapkit.calibration.template_fit import Fitter, in_parts
+from reapkit.calibration.template_fit import Fitter, Way, in_parts
 from reapkit.calibration.template_process import TemplateProcess, TemplateRefused, TemplateStopped
 from reapkit.calibration.turns import Message
 from reapkit.checkpoint.locate import local_path
@@ -62,6 +62,20 @@ class Renderer:
         own = self.own_template if self.own_template is not None else self.tokenizer.chat_template
         return key in str(own)
 
+    def prompt(self, sample: Sample) -> tuple[list[Message], str] | None:
+        """What a chat sample says before the assistant first speaks, and the text after which the model would go on;
+        None where nothing is said before, or the sample is no chat.
+
+        Raises as `render`.
+        """
+        turns = sample.messages or []
+        first = next((place for place, turn in enumerate(turns) if turn["role"] == "assistant"), len(turns))
+        asked = turns[:first]
+        if not any(turn["role"] == "user" for turn in asked):
+            return None
+        messages, _, chat = self._fitted(replace(sample, messages=asked))
+        return asked, chat.text(messages, prompt=True)
+
     def render(self, sample: Sample) -> Rendered:
         """Text and spans of a text or chat sample.
 
@@ -69,20 +83,8 @@ class Renderer:
         """
         if sample.text is not None:
             return self._render_text(sample.text)
-        assert sample.messages is not None, "samples of tokens are not rendered"
-        template = self.template(sample.tools)
-        if self.date is None and CLOCK in template:
-            raise SourceRefused(
-                "the chat template reads the clock, which no file of the model showed. Copy it into a file, and give it"
-                " as calibration.chat_template"
-            )
-        if template not in self._fitters:
-            self._fitters[template] = Fitter(
-                template, lambda turns, tools: self._apply(template, turns, tools, False, False)
-            )
-        fitter = self._fitters[template]
-        messages, way = fitter.fitted(sample.messages, sample.tools)
-        chat = _Chat(self._apply, template, sample.tools, way.as_parts)
+        messages, way, chat = self._fitted(sample)
+        template, fitter = chat.template, self._fitters[chat.template]
         hidden = bool(sample.tools) and not fitter.shows_tools(chat.given(messages), sample.tools)
         notes = Notes(int(hidden), way.left_out)
         if self.markers is None and GENERATION.search(template):
@@ -104,6 +106,22 @@ class Renderer:
                 " {% generation %} blocks, or render the chats yourself into a text column and give calibration.spans"
             ) from None
         return Rendered(text, spans, "shown", False, notes)
+
+    def _fitted(self, sample: Sample) -> tuple[list[Message], Way, _Chat]:
+        """A chat's turns as its template reads them, how that is, and what renders them."""
+        assert sample.messages is not None, "samples of tokens are not rendered"
+        template = self.template(sample.tools)
+        if self.date is None and CLOCK in template:
+            raise SourceRefused(
+                "the chat template reads the clock, which no file of the model showed. Copy it into a file, and give it"
+                " as calibration.chat_template"
+            )
+        if template not in self._fitters:
+            self._fitters[template] = Fitter(
+                template, lambda turns, tools: self._apply(template, turns, tools, False, False)
+            )
+        messages, way = self._fitters[template].fitted(sample.messages, sample.tools)
+        return messages, way, _Chat(self._apply, template, sample.tools, way.as_parts)
 
     def _render_text(self, text: str) -> Rendered:
         bos = self.tokenizer.bos_token

@@ -16,7 +16,7 @@ from typing import Any, cast
 import typer
 
 from reapkit import __version__
-from reapkit.cli import directories, looking, recipes
+from reapkit.cli import answers, directories, looking, recipes
 from reapkit.cli.app import app
 from reapkit.cli.environment import output_failure, spell_every_name, steady_streams
 from reapkit.cli.following import follow, follower_code
@@ -25,9 +25,9 @@ from reapkit.core import bus_errors, ranks, stop_requests
 from reapkit.core.errors import ReapkitError, RecipeError, StageFailed, UnusableError
 from reapkit.core.refusals import SystemRefusal, refusal_in
 
-__all__ = ["app", "directories", "looking", "main", "recipes"]
+__all__ = ["answers", "app", "directories", "looking", "main", "recipes"]
 
-ROOMS = [room.__name__ for room in (recipes, looking, directories)]
+ROOMS = [room.__name__ for room in (recipes, answers, looking, directories)]
 app.registered_commands.sort(key=lambda command: ROOMS.index(command.callback.__module__))  # as --help lists them
 
 for _command in app.registered_commands:

@@ -100,7 +100,6 @@ def write(
     progress: Progress = SILENT,
 ) -> Written:
     """Greedy and sampled continuations of every prompt, in the prompts' order; the same seed gives the same ones."""
-    ends = _end_tokens(model)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].tokens))
     written: dict[str, list[Any]] = {mode: [None] * len(prompts) for mode in MODES}
     with (
@@ -110,20 +109,32 @@ def write(
     ):
         torch.manual_seed(seed)
         for mode, settings in MODES.items():
-            config = GenerationConfig(
-                max_new_tokens=max_new_tokens,
-                num_beams=1,
-                eos_token_id=ends or None,
-                pad_token_id=ends[0] if ends else 0,
-                **settings,
-            )
+            config = how(model, max_new_tokens, **settings)
             for chosen in _batched(order, prompts, max_new_tokens, batch_tokens):
-                ids, attended = _left_padded([prompts[i].tokens for i in chosen], model)
-                tokens = generate(model, ids, attended, generation_config=config)[:, ids.shape[1] :]
-                for i, row in zip(chosen, tokens.tolist(), strict=True):
-                    written[mode][i] = _until_end(row, ends)
+                for i, each in zip(chosen, continued(model, [prompts[i].tokens for i in chosen], config), strict=True):
+                    written[mode][i] = each
                 task.advance(len(chosen))
     return written
+
+
+def how(model: PreTrainedModel, max_new_tokens: int, **settings: Any) -> GenerationConfig:
+    """How `continued` writes: until one of the model's own end tokens, in `MODES` or another way."""
+    ends = _end_tokens(model)
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        num_beams=1,
+        eos_token_id=ends or None,
+        pad_token_id=ends[0] if ends else 0,
+        **settings,
+    )
+
+
+@torch.no_grad()
+def continued(model: PreTrainedModel, prompts: Sequence[Sequence[int]], config: GenerationConfig) -> list[Continuation]:
+    """What the model writes behind each of the prompts, as one batch, by its own `generate`."""
+    ids, attended = _left_padded(prompts, model)
+    tokens = generate(model, ids, attended, generation_config=config)[:, ids.shape[1] :]
+    return [_until_end(row, _end_tokens(model)) for row in tokens.tolist()]
 
 
 def _batched(

@@ -172,7 +172,7 @@ def walk(
         raise UnusableError(f"disk: {shortage}")
     if tight := tight_disk(plan, until):
         progress.warn(f"disk: {tight}")
-    _make_runs_folder(run_directory(plan).parent, plan.store.root.parent)
+    make_runs_folder(run_directory(plan).parent, plan.store.root.parent)
     plan = plan.date_kept()
     # entered before the plan that counts looks at the store, so that nobody clears away in between what it found
     hits = {stage.name: stage.artifact.directory.name for stage in plan.stages if stage.artifact and stage.hit}
@@ -208,7 +208,7 @@ def _walk(run: Run, until: str | None, progress: Progress) -> Run:
     return run
 
 
-def _make_runs_folder(*parents: Path) -> None:
+def make_runs_folder(*parents: Path) -> None:
     """A folder `runs` that is not there yet is made with a .gitignore: what it will hold is large, and can be made
     again."""
     for folder in parents:
