@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,14 +101,15 @@ class Server:
     def __call__(self, prompts: Sequence[Sequence[int]], first: int) -> list[Answer]:
         """Answers of a batch, all asked at once. Raises StageFailed where the server stops answering, UnusableError
         where it refuses a prompt."""
-        with ThreadPoolExecutor(len(prompts)) as threads:
+        threads = ThreadPoolExecutor(len(prompts))
+        try:
             waiting = [threads.submit(self._answer, list(ids), first + i) for i, ids in enumerate(prompts)]
-            try:
-                return [each.result() for each in waiting]
-            except BaseException:
-                threads.shutdown(wait=False, cancel_futures=True)
-                self.close()  # ends what is being asked
-                raise
+            done, _ = wait(waiting, return_when=FIRST_EXCEPTION)
+            for each in done:
+                each.result()  # raises what stopped the wait
+            return [each.result() for each in waiting]
+        finally:  # after an error or Ctrl-C nobody waits for the others' answers, which may take minutes
+            threads.shutdown(wait=False, cancel_futures=True)
 
     def close(self) -> None:
         self._client.close()

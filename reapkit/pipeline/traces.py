@@ -68,7 +68,7 @@ def make_traces(plan: Plan, asked: Asked, progress: Progress = SILENT) -> dict[s
             answers = [Answer(*each) for batch in kept.batches for each in batch]
             record = _write(plan, asked, settings, prompts, skipped, answers)
             kept.path.unlink()
-    except (OSError, MemoryError) as error:
+    except Exception as error:
         if (refusal := refusal_in(error)) is None:
             raise
         raise StageFailed(f"traces: {refusal.told()} It goes on where it stopped.") from error

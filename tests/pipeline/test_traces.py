@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -251,6 +252,25 @@ def test_what_cannot_be_asked_is_said(server: Fake) -> None:
         made(asked("d.jsonl", 2, url(server), max_new_tokens=16))
     with pytest.raises(RecipeError, match=r"--source: found 'code'\. Choose one of tools"):
         made(Asked(Sampling(16), 2, Path("e.jsonl"), source="code"))
+
+
+def test_an_error_waits_for_no_other_answer(server: Fake) -> None:
+    first, over = threading.Lock(), threading.Event()
+
+    def answer(body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        if first.acquire(blocking=False):
+            return 400, {"error": "no"}
+        over.wait(30)
+        return said(body)
+
+    server.answer = answer
+    begin = time.monotonic()
+    try:
+        with pytest.raises(UnusableError, match=r"status 400"):
+            made(asked(prompts=4, server=url(server)))
+        assert time.monotonic() - begin < 15
+    finally:
+        over.set()
 
 
 def test_a_full_disk_loses_nothing(server: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
