@@ -216,7 +216,7 @@ def _source_summary(
         "config": entry.config,
         "split": entry.split,
         "revision": source.walk.revision,
-        "filter": entry.filter,
+        "filter": entry.model_dump(mode="json")["filter"],
         "weight": str(entry.weight),
         **({"max_tokens": entry.max_tokens} if entry.max_tokens else {}),
         "format": describe(source.format),

@@ -6,18 +6,36 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
+from codecs import BOM_UTF8
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from reapkit.calibration.data_files import (
+    DAMAGED,
+    LINES,
+    PACKED,
+    TABLES,
+    is_local_data,
+    kind_of,
+    misplaced,
+    saved_files,
+    saved_splits,
+    source_files,
+    unpacked_stream,
+)
 from reapkit.calibration.formats import recognise, to_sample
-from reapkit.calibration.identity import is_local_data, source_files
+from reapkit.calibration.row_filter import missing_column
 from reapkit.calibration.row_readers import MAX_SAMPLE_BYTES
+from reapkit.calibration.table_files import first_row
 from reapkit.checkpoint.locate import local_path
 from reapkit.core.errors import Problem, UnusableError
 from reapkit.recipe.schema import MixEntry
+from reapkit.recipe.split_expression import split_parts
 
-LINES = (".jsonl", ".ndjson")
+FILTERED_ROWS = 1000
+"""Rows of which one must have a filtered column: lines may leave out what is null."""
 
 
 def first_row_problems(entry: MixEntry, path: str, directory: Path) -> list[Problem]:
@@ -25,12 +43,21 @@ def first_row_problems(entry: MixEntry, path: str, directory: Path) -> list[Prob
     that do not lie on this machine. Relative files start from `directory`."""
     if entry.source.startswith("builtin:") or not is_local_data(entry.source, directory):
         return []
-    if local_path(entry.source, directory).is_dir():
-        return []  # a dataset in the hub's layout: only `datasets` can say
-    try:
-        files = [Path(file) for file in source_files(entry, directory)]
-    except UnusableError:
-        return [Problem(f"{path}.source", _nowhere(entry.source, directory))]
+    if wrong := misplaced(entry, directory):
+        field, message = wrong
+        return [Problem(f"{path}.{field}", f"found {message}")]
+    place = local_path(entry.source, directory)
+    if place.is_dir():
+        splits = saved_splits(place)
+        if splits is None:
+            return []  # a dataset in the hub's layout: only `datasets` can say
+        folders = {splits[part.name]: None for part in split_parts(entry.split)}
+        files = [folder / saved_files(folder)[-1] for folder in folders]
+    else:
+        try:
+            files = source_files(entry, directory)
+        except UnusableError:
+            return [Problem(f"{path}.source", _nowhere(entry.source, directory))]
     problems = [_file_problem(file, entry, path) for file in files]
     return [problem for problem in problems if problem is not None][:1]
 
@@ -57,10 +84,10 @@ def _file_problem(file: Path, entry: MixEntry, path: str) -> Problem | None:
         return None
     if not row:
         return Problem(f"{path}.source", f"{file.name} has no rows. Give a file with rows, or remove this source.")
-    if missing := [column for column in entry.filter or {} if column not in row]:
+    if entry.filter and (column := missing_column(_first_rows(file, row), entry)) is not None:
         return Problem(
-            f"{path}.filter.{missing[0]}",
-            f"{file.name} has no column '{missing[0]}'; its first row has {', '.join(row)}. Filter by one of these.",
+            f"{path}.filter.{column}",
+            f"{file.name} has no column '{column}'; its first row has {', '.join(row)}. Filter by one of these.",
         )
     try:
         to_sample(row, entry.format or recognise(row))
@@ -74,33 +101,53 @@ def _first_row(file: Path) -> Mapping[str, Any] | None:
 
     Raises ValueError for a row that cannot be read, OSError for a file.
     """
-    suffix = file.suffix.lower()
-    if suffix == ".parquet":
-        return _first_of_table(file)
-    if suffix not in (*LINES, ".json", ".txt"):
-        return {"text": "a document"} if file.stat().st_size else {}
-    with file.open("rb") as stream:
-        while (line := stream.readline(MAX_SAMPLE_BYTES)).isspace():
-            pass
+    kind = kind_of(file)
+    if kind in TABLES:
+        return first_row(file)
+    with _readable(file) as stream:
+        if kind not in (*LINES, ".json", ".txt"):
+            return {"text": "a document"} if stream.read(1) else {}
+        line = _next_line(stream)
     if not line:
         return {}
-    if suffix == ".txt":
+    if kind == ".txt":
         return {"text": line.decode("utf-8")}
-    if suffix == ".json" and line.lstrip().startswith(b"["):
-        return None
-    row = json.loads(line.decode("utf-8-sig"))
+    return None if kind == ".json" and line.lstrip().startswith(b"[") else _object(line)
+
+
+def _first_rows(file: Path, row: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The first row, and of lines those behind it that can be read."""
+    yield row
+    if kind_of(file) not in (*LINES, ".json"):
+        return
+    with _readable(file) as stream:
+        _next_line(stream)
+        for _ in range(FILTERED_ROWS - 1):
+            if not (line := _next_line(stream)):
+                return
+            with suppress(ValueError):
+                yield _object(line)
+
+
+@contextmanager
+def _readable(file: Path) -> Generator[IO[bytes]]:
+    """The file's content, unpacked. What is wrong with its compression is a ValueError."""
+    with unpacked_stream(file) as stream:
+        try:
+            yield stream
+        except DAMAGED as error:
+            raise ValueError(f"cannot be unpacked ({error})" if file.suffix.lower() in PACKED else str(error)) from None
+
+
+def _next_line(stream: IO[bytes]) -> bytes:
+    """The next line that is not blank, without a byte order mark; empty at the end."""
+    while (line := stream.readline(MAX_SAMPLE_BYTES).removeprefix(BOM_UTF8)).isspace():
+        pass
+    return line
+
+
+def _object(line: bytes) -> Mapping[str, Any]:
+    row = json.loads(line.decode("utf-8"))
     if not isinstance(row, Mapping):
         raise ValueError(f"the first line is {type(row).__name__}, not an object")
     return row
-
-
-def _first_of_table(file: Path) -> Mapping[str, Any]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.ParquetFile(file)
-        rows = next(table.iter_batches(batch_size=1), None)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"not a parquet file ({error})") from None
-    return {} if rows is None or not len(rows) else rows.to_pylist()[0]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from reapkit.calibration.turns import Message, from_json, read_call, read_turns
+from reapkit.calibration.turns import Message, from_json, read_call, read_turns, unmarked
 from reapkit.core.hashing import digest
 from reapkit.recipe.schema import MessagesFormat, PromptFormat, TextFormat, TokensFormat, XlamFormat
 
@@ -201,7 +201,7 @@ def _text(row: Mapping[str, Any], column: str) -> str:
         return ""
     if not isinstance(value, str):
         raise ValueError(f"column '{column}' holds {type(value).__name__}, not text")
-    return value
+    return unmarked(value)
 
 
 def _decoded(row: Mapping[str, Any], column: str) -> Any:

@@ -8,9 +8,8 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from reapkit.calibration.identity import source_identity, tokenizer_identity
+from reapkit.calibration.identity import source_identity, tokenizer_identity, vocabulary
 from reapkit.calibration.renderer import read_template
-from reapkit.checkpoint.architecture import text_config, whole_number
 from reapkit.core.errors import UnusableError
 from reapkit.core.hashing import digest
 from reapkit.core.json_text import parse_json
@@ -49,7 +48,7 @@ class Inputs:
             config = parse_json((self.tokenizer_directory / "config.json").read_text(encoding="utf-8"), infinite=True)
         except (OSError, ValueError):
             return None
-        return whole_number(config, "vocab_size") or whole_number(text_config(config), "vocab_size")
+        return vocabulary(config)
 
     def tokenizer(self) -> Any:
         """Loaded when first asked for: sources of token ids need none. Raises UnusableError where it cannot be
@@ -76,6 +75,7 @@ class Inputs:
                 source_identity(entry, self.recipe_directory),
                 {name: value for name, value in key_values(entry).items() if name != "weight"},
                 self.tokenizer_hash,
+                self.vocabulary,
                 calibration.seed,
                 calibration.score,
                 self.template,

@@ -65,8 +65,8 @@ def _targets(calibration: CalibrationSpec) -> list[Target]:
     unit, amount = calibration.asked
     if unit == "samples":
         return [Target(samples=count) for count in _shares(amount, calibration.mix, "calibration.samples")]
-    weights = [entry.weight for entry in calibration.mix]
-    return [Target(tokens=count, field="calibration.tokens") for count in largest_remainder(amount, weights)]
+    shares = _shares(amount, calibration.mix, "calibration.tokens", "token")
+    return [Target(tokens=count, field="calibration.tokens") for count in shares]
 
 
 def prepare_packs(
@@ -158,18 +158,18 @@ def _counts(calibration: CalibrationSpec, evaluate: EvaluateSpec) -> list[int]:
     return counts
 
 
-def _shares(samples: int, entries: Sequence[MixEntry], field: str) -> list[int]:
-    """Samples of each source by largest remainder. Raises RecipeError naming those that would get none."""
+def _shares(amount: int, entries: Sequence[MixEntry], field: str, unit: str = "sample") -> list[int]:
+    """Samples (or tokens) of each source by largest remainder. Raises RecipeError naming those that would get none."""
     weights = [entry.weight for entry in entries]
-    counts = largest_remainder(samples, weights)
+    counts = largest_remainder(amount, weights)
     if without := [entry.name for entry, count in zip(entries, counts, strict=True) if not count]:
         enough = ceil(sum(weights) / min(weights))
         raise RecipeError(
             [
                 Problem(
                     field,
-                    f"{samples}, but with {len(entries)} sources and these weights {', '.join(without)} would get no"
-                    f" sample. Choose at least {enough}.",
+                    f"{amount}, but with {len(entries)} sources and these weights {', '.join(without)} would get no"
+                    f" {unit}. Choose at least {enough}.",
                 )
             ]
         )

@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import itertools
 import json
+from codecs import BOM_UTF8
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from reapkit.calibration.builtin import generators
+from reapkit.calibration.data_files import DATA_SUFFIXES, LocalFile
 from reapkit.core.errors import UnusableError
 
 MAX_SAMPLE_BYTES = 8 << 20
@@ -64,12 +65,12 @@ class Generated:
 class LineRows:
     """One row per line that is not blank: JSON objects, or text in a column `text`. Only line offsets are in memory."""
 
-    def __init__(self, path: Path, json_lines: bool):
-        self.path, self.json_lines = path, json_lines
+    def __init__(self, file: LocalFile, json_lines: bool):
+        self.file, self.json_lines = file, json_lines
         starts, numbers, position = [], [], 0
-        with path.open("rb") as stream:
+        with file.path.open("rb") as stream:
             for number, line in enumerate(stream, 1):
-                if not line.isspace():
+                if line.removeprefix(BOM_UTF8).strip():
                     starts.append(position)
                     numbers.append(number)
                 position += len(line)
@@ -77,7 +78,7 @@ class LineRows:
         self.total = len(starts)
 
     def read(self, numbers: Sequence[int]) -> list[Mapping[str, Any]]:
-        with self.path.open("rb") as stream:
+        with self.file.path.open("rb") as stream:
             return [self._row(stream, number) for number in numbers]
 
     def _row(self, stream: Any, number: int) -> Mapping[str, Any]:
@@ -85,7 +86,7 @@ class LineRows:
         line = stream.readline(MAX_SAMPLE_BYTES + 1)
         if len(line) > MAX_SAMPLE_BYTES:
             raise ValueError(f"{self.place(number)}: {too_long(None)}")
-        text = _utf8(line, self.place(number)).rstrip("\r\n")
+        text = _utf8(line.removeprefix(BOM_UTF8), self.place(number)).rstrip("\r\n")
         if not self.json_lines:
             return {"text": text}
         try:
@@ -101,14 +102,14 @@ class LineRows:
         return row
 
     def place(self, number: int) -> str:
-        return f"{self.path.name}:{self.numbers[number]}"
+        return f"{self.file.name}:{self.numbers[number]}"
 
 
 class Records:
     """The objects of one JSON array, all in memory."""
 
-    def __init__(self, path: Path, records: list[Any]):
-        self.path, self.records, self.total = path, records, len(records)
+    def __init__(self, name: str, records: list[Any]):
+        self.name, self.records, self.total = name, records, len(records)
 
     def read(self, numbers: Sequence[int]) -> list[Mapping[str, Any]]:
         for number in numbers:
@@ -117,7 +118,7 @@ class Records:
         return [self.records[number] for number in numbers]
 
     def place(self, number: int) -> str:
-        return f"{self.path.name} record {number + 1}"
+        return f"{self.name} record {number + 1}"
 
 
 class Document:
@@ -125,20 +126,20 @@ class Document:
 
     total = 1
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, file: LocalFile):
+        self.file = file
 
     def read(self, numbers: Sequence[int]) -> list[Mapping[str, Any]]:
         return [self._row for _ in numbers]
 
     @cached_property
     def _row(self) -> Mapping[str, Any]:
-        if (size := self.path.stat().st_size) > MAX_SAMPLE_BYTES:
-            raise ValueError(f"{self.path.name}: {too_long(size)}")
-        return {"text": _utf8(self.path.read_bytes(), self.path.name)}
+        if (size := self.file.path.stat().st_size) > MAX_SAMPLE_BYTES:
+            raise ValueError(f"{self.file.name}: {too_long(size)}")
+        return {"text": _utf8(self.file.path.read_bytes().removeprefix(BOM_UTF8), self.file.name)}
 
     def place(self, number: int) -> str:
-        return self.path.name
+        return self.file.name
 
 
 class Joined:
@@ -148,6 +149,10 @@ class Joined:
         self.parts = parts
         self.offsets = np.cumsum([0, *(part.total for part in parts)])
         self.total = int(self.offsets[-1])
+
+    def only(self, columns: Sequence[str]) -> Joined:
+        """As that of `ArrowRows`, where parts are tables."""
+        return Joined([part.only(columns) if isinstance(part, ArrowRows) else part for part in self.parts])
 
     def _locate(self, number: int) -> tuple[CountedRows, int]:
         part = int(np.searchsorted(self.offsets, number, side="right")) - 1
@@ -166,16 +171,18 @@ class Joined:
 
 
 class ArrowRows:
-    """A dataset in Arrow files, memory-mapped by `datasets`; `revision` is the hub's commit."""
+    """A dataset in Arrow files, memory-mapped by `datasets`; `revision` is the hub's commit, `held` what must not go
+    while it is read."""
 
-    def __init__(self, dataset: Any, title: str, revision: str | None = None):
+    def __init__(self, dataset: Any, title: str, revision: str | None = None, held: Any = None):
         self.dataset, self.title, self.total, self.revision = dataset, title, len(dataset), revision
+        self.held = held
 
     def only(self, columns: Sequence[str]) -> ArrowRows:
-        """The same rows with these columns alone, where it has them all; reading long texts just to filter takes
+        """The same rows with these columns alone, where it has one of them; reading long texts just to filter takes
         minutes."""
-        known = set(columns) <= set(self.dataset.column_names)
-        return ArrowRows(self.dataset.select_columns(list(columns)), self.title) if known else self
+        known = [column for column in columns if column in self.dataset.column_names]
+        return ArrowRows(self.dataset.select_columns(known), self.title) if known else self
 
     def read(self, numbers: Sequence[int]) -> list[Mapping[str, Any]]:
         columns = self.dataset[list(map(int, numbers))]
@@ -235,4 +242,7 @@ def _utf8(data: bytes, place: str) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         found = f"byte {error.start} (0x{data[error.start]:02x})"
-        raise ValueError(f"{place}: not UTF-8 at {found}. Convert the file to UTF-8.") from None
+        raise ValueError(
+            f"{place}: not UTF-8 at {found}. Save the file as UTF-8, or give it the suffix of what it holds:"
+            f" {', '.join(DATA_SUFFIXES)}."
+        ) from None

@@ -5,16 +5,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from codecs import BOM_UTF8
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
-from reapkit.calibration.identity import is_local_data, source_files
+from reapkit.calibration.data_files import LINES, TABLES, LocalFile, is_local_data, misplaced, source_files
+from reapkit.calibration.hub_files import fetched, has_path, hub_address, pinned
+from reapkit.calibration.row_filter import passes
 from reapkit.calibration.row_readers import (
     ArrowRows,
     CountedRows,
@@ -26,15 +28,12 @@ from reapkit.calibration.row_readers import (
     Rows,
     StreamedRows,
 )
+from reapkit.calibration.tables import STREAM_BUFFER, open_dataset, open_saved, open_tables
 from reapkit.checkpoint.locate import local_path
 from reapkit.core.errors import UnusableError
-from reapkit.core.refusals import hub_cache_refusal
 from reapkit.recipe.schema import MixEntry
+from reapkit.recipe.split_expression import split_parts
 
-STREAM_ABOVE_BYTES = 2 << 30
-"""Hub datasets that are larger, or of unknown size, are streamed instead of downloaded."""
-STREAM_BUFFER = 10_000
-"""Rows among which a stream is shuffled."""
 PACK_START = 1 << 32
 """The first generated row of held-out packs. No calibration reads so far, so packs do not depend on its size."""
 
@@ -69,14 +68,13 @@ class Walk:
     def read_each(self, positions: Sequence[int]) -> list[Mapping[str, Any] | ValueError]:
         """As `read`, with what is wrong with a row in its place where it alone cannot be read. Raises UnusableError
         where more than single rows cannot."""
+        numbers = [self.number(position) for position in positions]
+        if not isinstance(self.rows, StreamedRows):
+            return _read_each(self.rows, numbers)
         try:
-            return list(self.rows.read([self.number(position) for position in positions]))
+            return list(self.rows.read(numbers))
         except ValueError as error:
-            if isinstance(self.rows, StreamedRows):
-                raise UnusableError(f"source '{self.name}', {error}") from None
-            if len(positions) == 1:
-                return [error]
-        return [row for position in positions for row in self.read_each([position])]
+            raise UnusableError(f"source '{self.name}', {error}") from None
 
     def read(self, positions: Sequence[int]) -> list[Mapping[str, Any]]:
         """Rows in the order of `positions`; fewer at the end of a stream. Raises UnusableError naming source and
@@ -103,13 +101,31 @@ def open_walk(entry: MixEntry, recipe_directory: Path, *, seed: int, held_out: b
                 f"source '{entry.name}': generated rows have no columns, so they cannot be filtered. Remove `filter`."
             )
         return Walk(entry.name, generated, "generated", None, PACK_START if held_out else 0)
-    local = is_local_data(entry.source, recipe_directory)
-    rows = _open_files(entry, recipe_directory, seed) if local else open_dataset(entry, entry.source, seed)
+    rows = _open_outside(entry, recipe_directory, seed)
     if isinstance(rows, StreamedRows):
         return Walk(entry.name, rows, f"stream shuffled over {STREAM_BUFFER} rows", None, skip if held_out else 0)
-    kept = _filtered(rows, entry)
+    kept = _filtered(rows, _taken(rows, entry, recipe_directory), entry)
     numbers = kept[permutation(len(kept), seed, entry.name)]
     return Walk(entry.name, rows, "permutation", numbers[::-1] if held_out else numbers)
+
+
+def _open_outside(entry: MixEntry, recipe_directory: Path, seed: int) -> CountedRows | StreamedRows:
+    if is_local_data(entry.source, recipe_directory):
+        return _open_local(entry, recipe_directory, seed)
+    if (address := hub_address(entry.source)) is None:
+        return open_dataset(entry, entry.source, seed)
+    if not address.path:
+        return open_dataset(entry.model_copy(update={"revision": pinned(entry, address)}), address.name, seed)
+    return _open_files(fetched(address, entry), entry)
+
+
+def _taken(rows: CountedRows, entry: MixEntry, recipe_directory: Path) -> np.ndarray:
+    """The numbers of the rows that the recipe's split takes; int64. What `datasets` opens by its split is taken
+    whole."""
+    by_name = not is_local_data(entry.source, recipe_directory) and not has_path(entry.source)
+    if by_name or local_path(entry.source, recipe_directory).is_dir():
+        return np.arange(rows.total)
+    return np.concatenate([np.array(part.rows(rows.total), np.int64) for part in split_parts(entry.split)])
 
 
 def permutation(count: int, seed: int, name: str) -> np.ndarray:
@@ -121,159 +137,113 @@ def permutation(count: int, seed: int, name: str) -> np.ndarray:
     return np.argsort(np.random.PCG64(key).random_raw(count), kind="stable") if count else np.empty(0, np.int64)
 
 
-def _filtered(rows: CountedRows, entry: MixEntry) -> np.ndarray:
+def _filtered(rows: CountedRows, numbers: np.ndarray, entry: MixEntry) -> np.ndarray:
+    """Those of `numbers` whose rows pass the filter; a row that cannot be read does not end the run here."""
     if not entry.filter:
-        return np.arange(rows.total)
-    kept = []
-    looked_at = rows.only(tuple(entry.filter)) if isinstance(rows, ArrowRows) else rows
-    for chunk in _chunks(rows.total, 1000):
-        try:
-            read = looked_at.read(chunk)
-        except ValueError as error:
-            raise UnusableError(f"source '{entry.name}', {error}") from None
-        kept += [number for number, row in zip(chunk, read, strict=True) if passes(row, entry, rows.place(number))]
+        return numbers
+    looked_at = rows.only(tuple(entry.filter)) if isinstance(rows, (ArrowRows, Joined)) else rows
+    kept, missing, seen = [], dict.fromkeys(entry.filter), FirstValues(entry.filter)
+    first: int | None = None
+    for start in range(0, len(numbers), 1000):
+        chunk = numbers[start : start + 1000].tolist()
+        for number, row in zip(chunk, _read_each(looked_at, chunk), strict=True):
+            if isinstance(row, ValueError):
+                kept.append(number)  # told with the others that cannot be read
+                continue
+            first = number if first is None else first
+            missing = {column: None for column in missing if column not in row}
+            seen.add(row)
+            if passes(row, entry):
+                kept.append(number)
+    if missing and first is not None:
+        _refuse_missing(next(iter(missing)), rows, first, entry)
     if not kept:
         raise UnusableError(
-            f"source '{entry.name}': none of {rows.total} rows passes the filter {entry.filter}."
+            f"source '{entry.name}': none of {len(numbers)} rows passes the filter {_shown(entry)}: {seen.told()}."
             " Change or remove `filter`."
         )
     return np.array(kept)
 
 
-def _chunks(total: int, size: int) -> Iterator[range]:
-    return (range(start, min(start + size, total)) for start in range(0, total, size))
+def _read_each(rows: Rows, numbers: Sequence[int]) -> list[Mapping[str, Any] | ValueError]:
+    """Rows by number, with what is wrong with a row in its place where it cannot be read."""
+    try:
+        return list(rows.read(numbers))
+    except ValueError as error:
+        if len(numbers) == 1:
+            return [error]
+    return [row for number in numbers for row in _read_each(rows, [number])]
 
 
-def passes(row: Mapping[str, Any], entry: MixEntry, place: str) -> bool:
-    """Whether every filtered column holds the value, or one of the values where the filter lists several."""
-    for column, wanted in (entry.filter or {}).items():
-        if column not in row:
-            raise UnusableError(
-                f"source '{entry.name}', {place}: the filter's column '{column}' is missing; the row has"
-                f" {', '.join(row)}. Filter by one of these."
-            )
-        found = row[column]
-        if found != wanted and not (isinstance(wanted, list) and found in wanted):
-            return False
-    return True
+def _refuse_missing(column: str, rows: Rows, number: int, entry: MixEntry) -> None:
+    [row] = rows.read([number])
+    raise UnusableError(
+        f"source '{entry.name}', {rows.place(number)}: the filter's column '{column}' is missing; the row has"
+        f" {', '.join(row)}. Filter by one of these."
+    )
 
 
-def _open_files(entry: MixEntry, recipe_directory: Path, seed: int) -> CountedRows | StreamedRows:
+def _shown(entry: MixEntry) -> Any:
+    return entry.model_dump(mode="json")["filter"]
+
+
+class FirstValues:
+    """The first values of the filtered columns, to show where no row passes."""
+
+    MOST = 5
+
+    def __init__(self, columns: Iterable[str]):
+        self.values: dict[str, dict[str, None]] = {column: {} for column in columns}
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        for column, values in self.values.items():
+            if len(values) < self.MOST:
+                values[repr(row.get(column))[:40]] = None
+
+    def told(self) -> str:
+        return "; ".join(f"'{column}' holds {', '.join(values)}" for column, values in self.values.items())
+
+
+def _open_local(entry: MixEntry, recipe_directory: Path, seed: int) -> CountedRows | StreamedRows:
     path = local_path(entry.source, recipe_directory)
+    if wrong := misplaced(entry, recipe_directory):
+        field, message = wrong
+        raise UnusableError(f"source '{entry.name}': {field}: {message}")
     if path.is_dir():
-        return open_dataset(entry, str(path), seed)
-    files = [Path(file) for file in source_files(entry, recipe_directory)]
-    tables = [file for file in files if file.suffix == ".parquet"]
-    parts = [_open_file(file, entry) for file in files if file.suffix != ".parquet"]
-    if tables:
-        parts.append(_open_parquet(tables, entry))
+        return open_saved(entry, path) or open_dataset(entry, str(path), seed)
+    return _open_files(source_files(entry, recipe_directory), entry)
+
+
+def _open_files(paths: Sequence[Path], entry: MixEntry) -> CountedRows:
+    """The rows of files in the order of their names."""
+    try:
+        files = [LocalFile(path) for path in paths]
+    except ValueError as error:
+        raise UnusableError(f"source '{entry.name}', {error}.") from None
+    parts: list[CountedRows] = []
+    for kind, found in groupby(files, lambda file: file.kind):
+        group = list(found)
+        parts += open_tables(group, entry) if kind in TABLES else [_open_file(file, entry) for file in group]
     return parts[0] if len(parts) == 1 else Joined(parts)
 
 
-def _open_file(path: Path, entry: MixEntry) -> CountedRows:
+def _open_file(file: LocalFile, entry: MixEntry) -> CountedRows:
     """.jsonl and .ndjson: a row per line; .json: an array, or lines; .txt: a row per line; any other: the file is one
     row."""
-    suffix = path.suffix.lower()
-    if suffix in (".jsonl", ".ndjson"):
-        return LineRows(path, json_lines=True)
-    if suffix == ".json":
-        return _open_json(path, entry)
-    return LineRows(path, json_lines=False) if suffix == ".txt" else Document(path)
+    if file.kind in LINES:
+        return LineRows(file, json_lines=True)
+    if file.kind == ".json":
+        return _open_json(file, entry)
+    return LineRows(file, json_lines=False) if file.kind == ".txt" else Document(file)
 
 
-def _open_json(path: Path, entry: MixEntry) -> CountedRows:
-    with path.open("rb") as stream:
-        if not stream.read(64).lstrip().startswith(b"["):
-            return LineRows(path, json_lines=True)
+def _open_json(file: LocalFile, entry: MixEntry) -> CountedRows:
+    with file.path.open("rb") as stream:
+        if not stream.read(64).removeprefix(BOM_UTF8).lstrip().startswith(b"["):
+            return LineRows(file, json_lines=True)
     try:
-        return Records(path, json.loads(path.read_bytes()))
+        return Records(file.name, json.loads(file.path.read_bytes()))
     except (ValueError, RecursionError) as error:
         raise UnusableError(
-            f"source '{entry.name}', {path.name}: invalid JSON ({error}). Give a JSON array of objects, or JSON lines."
+            f"source '{entry.name}', {file.name}: invalid JSON ({error}). Give a JSON array of objects, or JSON lines."
         ) from None
-
-
-def _open_parquet(files: Sequence[Path], entry: MixEntry) -> ArrowRows:
-    import datasets
-
-    try:
-        with _quiet(datasets):
-            table = datasets.load_dataset("parquet", data_files=[str(file) for file in files], split="train")
-    except Exception as error:
-        if told := hub_cache_refusal(error):
-            raise UnusableError(f"source '{entry.name}': {told}") from None
-        raise UnusableError(
-            f"source '{entry.name}', {', '.join(file.name for file in files)}: {_reason(error)}"
-        ) from None
-    return ArrowRows(table, files[0].name if len(files) == 1 else f"{len(files)} parquet files")
-
-
-def open_dataset(entry: MixEntry, path: str, seed: int) -> ArrowRows | StreamedRows:
-    """A dataset in the hub's layout, from the hub or a local directory; streamed where it is large.
-
-    Raises UnusableError naming source, reason and what would help.
-    """
-    import datasets
-
-    try:
-        with _quiet(datasets):
-            builder = datasets.load_dataset_builder(path, entry.config, revision=entry.revision)
-            if _bytes_of(builder, entry) > STREAM_ABOVE_BYTES:
-                stream = cast("datasets.IterableDataset", builder.as_streaming_dataset(split=entry.split))  # one split
-                return StreamedRows(
-                    stream.shuffle(seed=seed, buffer_size=STREAM_BUFFER),
-                    entry.source,
-                    lambda row: passes(row, entry, entry.source),
-                    _commit(builder, entry),
-                )
-            table = datasets.load_dataset(path, entry.config, split=entry.split, revision=entry.revision)
-            return ArrowRows(table, entry.source, _commit(builder, entry))
-    except UnusableError:
-        raise
-    except Exception as error:  # datasets raises about twenty kinds here; all mean that this source cannot be read
-        if told := hub_cache_refusal(error):
-            raise UnusableError(f"source '{entry.name}': {told}") from None
-        raise UnusableError(
-            f"source '{entry.name}': {entry.source} (config {entry.config}, split {entry.split}) cannot be opened: "
-            f"{_reason(error)} Check the name, config and split, the network, and `hf auth login` for gated data; "
-            "or give local files."
-        ) from None
-
-
-def _commit(builder: Any, entry: MixEntry) -> str | None:
-    """The commit in the hub's file addresses (hf://datasets/org/name@commit/...), else what the recipe says."""
-    files = (builder.config.data_files or {}).get(entry.split) or [""]
-    found = re.search(r"@([0-9a-f]{40})/", str(files[0]))
-    return found.group(1) if found else entry.revision
-
-
-def _bytes_of(builder: Any, entry: MixEntry) -> float:
-    """Download size of the split, from the dataset card or the hub's file list; infinite where neither says."""
-    if builder.info.download_size:
-        return builder.info.download_size
-    files = (builder.config.data_files or {}).get(entry.split)
-    if not files:
-        return float("inf")
-    if not any(str(file).startswith("hf://") for file in files):
-        return sum(Path(file).stat().st_size for file in files)
-    from huggingface_hub import HfFileSystem
-
-    hub = HfFileSystem()
-    return sum(hub.info(file)["size"] for file in files[:64]) * max(1, len(files) / 64)
-
-
-def _reason(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:300]}" if text else type(error).__name__
-
-
-@contextmanager
-def _quiet(datasets: Any) -> Iterator[None]:
-    """`datasets` draws bars of its own; ours are the only ones."""
-    disabled = datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if not disabled:
-            datasets.enable_progress_bars()

@@ -44,6 +44,11 @@ def read_turns(value: Any, column: str) -> list[Message]:
     return [message for number, turn in enumerate(value, 1) for message in _messages(turn, number)]
 
 
+def unmarked(text: str) -> str:
+    """The text without a byte order mark at its start, which editors write and nobody says."""
+    return text.removeprefix("\ufeff")
+
+
 def said_pieces(content: str) -> list[str]:
     """The content taken apart at the tags of thoughts, which are the odd items; templates do so too."""
     return THOUGHT.split(content)
@@ -76,10 +81,10 @@ def from_json(value: Any, place: str) -> Any:
     """What a JSON text says, None for a blank one; anything else as it is. Raises ValueError for broken JSON."""
     if not isinstance(value, str):
         return value
-    if not value.strip():
+    if not unmarked(value).strip():
         return None
     try:
-        return json.loads(value)
+        return json.loads(unmarked(value))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{place} holds broken JSON ({error})") from None
 
@@ -89,6 +94,7 @@ def _messages(turn: Mapping[str, Any], number: int) -> list[Message]:
     place = f"turn {number}"
     role = _role(turn, place)
     content = next((turn[key] for key in CONTENT_KEYS if key in turn), None)
+    content = unmarked(content) if isinstance(content, str) else content
     kept = {key: value for key, value in turn.items() if key not in (*ROLE_KEYS, *CONTENT_KEYS) and value is not None}
     calls = kept.pop("tool_calls", None)
     calls = [read_call(call, place) for call in _listed(from_json(calls, f"{place}: tool_calls"))]
@@ -160,7 +166,7 @@ def _parts(
         else:
             what = f"a content part of type '{kind}'" if kind else f"a content part that is {type(part).__name__}"
             raise ValueError(f"{place} holds {what}; reapkit reads text, thoughts, tool calls and their results")
-    return "".join(texts) if texts else None
+    return unmarked("".join(texts)) if texts else None
 
 
 def _result(part: Mapping[str, Any], place: str) -> Message:

@@ -6,6 +6,7 @@ weights take.
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Generator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -22,14 +23,24 @@ from reapkit.core.safetensors_header import FIRST_READ_BYTES, MAX_HEADER_BYTES
 TOKENIZER_FILES = (
     "tokenizer*",
     "*.jinja",
-    "vocab*",
+    "chat_template.json",
+    "*vocab*",
     "merges*",
     "special_tokens_map.json",
     "added_tokens.json",
+    "tekken.json",
+    "normalizer.json",
+    "bpe.codes",
+    "dict.txt",
     "*.model",
+    "*.spm",
     "*.tiktoken",
 )
-PLANNED_FILES = ("config.json", INDEX, *TOKENIZER_FILES)
+TEMPLATES = "additional_chat_templates"
+"""The folder of a tokenizer's named chat templates, one `.jinja` file each."""
+TOKENIZER_EXTRAS = ("*.py", f"{TEMPLATES}/*.jinja")
+"""What a tokenizer reads beside its own files: code that it brings (and whatever that imports), named templates."""
+PLANNED_FILES = ("config.json", INDEX, *TOKENIZER_FILES, *TOKENIZER_EXTRAS)
 NEVER_FETCHED = ("*.bin", "*.pth", "*.gguf", "original/*")
 CONNECTIONS = 16
 
@@ -47,16 +58,14 @@ def hub_checkpoint(repository: str, revision: str | None) -> Checkpoint:
         info = HfApi().model_info(
             repository, revision=revision, files_metadata=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
         )
-        files = {file.rfilename: file for file in info.siblings or () if "/" not in file.rfilename}
+        files = {file.rfilename: file for file in info.siblings or () if _is_read(file.rfilename)}
         _check_listing(repository, files)
         unhashed = [
             name for name, file in files.items() if name.endswith(".safetensors") and file.lfs is None
         ]  # small: kept in git itself
         planned = [name for name in files if any(fnmatchcase(name, pattern) for pattern in PLANNED_FILES)]
         path = Path(
-            snapshot_download(
-                repository, revision=info.sha, allow_patterns=planned + unhashed, tqdm_class=_silent_bar()
-            )
+            snapshot_download(repository, revision=info.sha, allow_patterns=planned + unhashed, tqdm_class=silent_bar())
         )
         shards = _indexed(path) or {name for name in files if name.endswith(".safetensors")}
         remote = [files[name] for name in sorted(shards) if name in files and files[name].lfs is not None]
@@ -102,21 +111,31 @@ def hub_revision(repository: str, kind: str) -> str:
 
     Raises UnusableError where neither the hub nor the cache knows it.
     """
+    if (commit := known_commit(repository, kind, None)) is None:
+        raise UnusableError(
+            f"{repository}: its commit cannot be determined. Go online, or write `revision:` into the recipe."
+        )
+    return commit
+
+
+def known_commit(repository: str, kind: str, revision: str | None) -> str | None:
+    """The commit that a revision (default: the main branch) of a hub repository names now, or that the local cache
+    holds for it; None where neither the hub nor the cache knows it."""
     import httpx
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HFValidationError
 
+    if revision is not None and re.fullmatch("[0-9a-f]{40}", revision):
+        return revision
     try:
-        found = HfApi().repo_info(repository, repo_type=kind, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
-        return cast(str, found.sha)
-    except (httpx.HTTPError, HFValidationError, OSError) as error:
-        cached = Path(constants.HF_HUB_CACHE) / f"{kind}s--{repository.replace('/', '--')}" / "refs" / "main"
-        if cached.is_file():
-            return cached.read_text(encoding="utf-8").strip()
-        raise UnusableError(
-            f"{repository}: its commit cannot be determined ({type(error).__name__}). Go online, or write"
-            " `revision:` into the recipe."
-        ) from None
+        found = HfApi().repo_info(
+            repository, repo_type=kind, revision=revision, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
+        )
+        return found.sha
+    except (httpx.HTTPError, HFValidationError, OSError):
+        folder = Path(constants.HF_HUB_CACHE) / f"{kind}s--{repository.replace('/', '--')}" / "refs"
+        cached = folder / (revision or "main")
+        return cached.read_text(encoding="utf-8").strip() if cached.is_file() else None
 
 
 def _cached(repository: str, revision: str | None, patterns: Iterable[str]) -> Path | None:
@@ -142,6 +161,11 @@ def _cached(repository: str, revision: str | None, patterns: Iterable[str]) -> P
 def _indexed(path: Path) -> set[str]:
     """The shards that the index of a directory names; none where it has no index."""
     return set(read_index(path / INDEX).values()) if (path / INDEX).is_file() else set()
+
+
+def _is_read(name: str) -> bool:
+    """Whether a plan or a run reads a repository's file: those at its top, and named templates."""
+    return "/" not in name or name.rpartition("/")[0] == TEMPLATES
 
 
 def _check_listing(repository: str, names: Iterable[str]) -> None:
@@ -195,7 +219,7 @@ def _read(repository: str, commit: str, shard: str, begin: int, end: int) -> byt
     return response.content if response.status_code == 206 else response.content[begin:end]
 
 
-def _silent_bar() -> type:
+def silent_bar() -> type:
     """A plan shows no bars for the few small files it fetches."""
     from huggingface_hub.utils import tqdm
 

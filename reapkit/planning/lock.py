@@ -76,11 +76,9 @@ def make_lock(loaded: LoadedRecipe) -> dict[str, Any]:
 
 def _source(entry: MixEntry, directory: Path) -> dict[str, Any]:
     identity = source_identity(entry, directory)
-    return (
-        identity | {"revision": entry.revision or hub_revision(entry.source, "dataset")}
-        if "hub" in identity
-        else identity
-    )
+    if "hub" in identity and identity["revision"] is None:
+        return identity | {"revision": hub_revision(identity["hub"], "dataset")}
+    return identity
 
 
 def _model_revision(loaded: LoadedRecipe, path: Path) -> str | None:
@@ -131,6 +129,7 @@ def revisions(lock: Mapping[str, Any], loaded: LoadedRecipe) -> list[str]:
     the date that chat templates see."""
     pins = {"model": lock["model"]["revision"]} if loaded.model.revision is None else {}
     entries = {f"calibration.mix.{entry.name}": entry for entry in loaded.calibration.mix}
+    entries |= {f"evaluate.extra_packs.{entry.name}": entry for entry in loaded.evaluate.extra_packs}
     pins |= {
         place: lock["sources"].get(place, {}).get("revision")
         for place, entry in entries.items()

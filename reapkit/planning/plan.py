@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from reapkit.calibration.identity import source_identity, template_identity, tokenizer_identity
+from reapkit.calibration.identity import pinned_entries, source_identity, template_identity, tokenizer_identity
 from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.checkpoint.expert_layout import Layout
 from reapkit.checkpoint.locate import model_checkpoint
@@ -34,7 +34,7 @@ from reapkit.quantization.schemes import scheme_of
 from reapkit.quantization.sizes import quantized_bytes
 from reapkit.quantization.targets import targets
 from reapkit.recipe.loading import LoadedRecipe
-from reapkit.recipe.schema import CalibrationSpec, Recipe
+from reapkit.recipe.schema import CalibrationSpec, EvaluateSpec, Recipe
 from reapkit.selection.candidates import Candidate, budget_notes
 from reapkit.selection.criteria.registry import criterion_fingerprint
 
@@ -163,8 +163,16 @@ class Plan:
 
     @property
     def calibration(self) -> CalibrationSpec:
-        """The recipe's, on the date that its chat templates see."""
-        return self.recipe.calibration.model_copy(update={"date": self.identities.date})
+        """The recipe's calibration, on the date that its chat templates see and with the commits of hub datasets that
+        the keys name."""
+        mix = pinned_entries(self.recipe.calibration.mix, self.identities.sources)
+        return self.recipe.calibration.model_copy(update={"mix": mix, "date": self.identities.date})
+
+    @property
+    def evaluation(self) -> EvaluateSpec:
+        """The recipe's evaluation, with the commits of hub datasets that the keys name."""
+        extra = pinned_entries(self.recipe.evaluate.extra_packs, self.identities.extra_sources)
+        return self.recipe.evaluate.model_copy(update={"extra_packs": extra})
 
     def stage(self, name: str) -> Stage:
         return next(stage for stage in self.stages if stage.name == name)

@@ -147,7 +147,7 @@ def _not_allowed(value: Any, expected: str, path: str) -> str:
     if isinstance(value, str) and value in names:
         return f"found the text '{value}', must be the number {value}. Remove the quotes."
     names = [name.strip("'") for name in names]
-    fields = [name for model in models_at(path) for name in model.model_fields]
+    fields = [name for model in models_at(path) for name in _spelled(model)]
     mapping = f", or a mapping of {', '.join(fields)}" if fields else ""
     return f"found {shown(value)}. Allowed: {', '.join(names)}{mapping}.{closest(str(value), names)}"
 
@@ -164,14 +164,22 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
 def models_at(path: str) -> list[type[BaseModel]]:
     """The recipe's models that may stand at a path such as `calibration.mix[0]`."""
     models: list[type[BaseModel]] = [Recipe]
-    for part in (piece.split("[")[0] for piece in path.split(".") if piece):
-        models = [
-            inner
-            for model in models
-            if part in model.model_fields
-            for inner in _models(model.model_fields[part].annotation)
-        ]
+    parts = iter([piece.split("[")[0] for piece in path.split(".") if piece])
+    for part in parts:
+        fields = [model.model_fields[part] for model in models if part in model.model_fields]
+        models = [inner for field in fields for inner in _models(field.annotation)]
+        if models and any(_is_mapping(field.annotation) for field in fields) and next(parts, None) is None:
+            return []  # its keys are the user's
     return models
+
+
+def _is_mapping(annotation: Any) -> bool:
+    return get_origin(annotation) is dict or any(get_origin(kind) is dict for kind in get_args(annotation))
+
+
+def _spelled(model: type[BaseModel]) -> list[str]:
+    """A model's fields as recipes spell them."""
+    return [field.alias or name for name, field in model.model_fields.items()]
 
 
 def may_be_null(path: str) -> bool:
@@ -189,7 +197,7 @@ def _takes_none(annotation: Any) -> bool:
 
 
 def _fields_at(parent: Node, root: Node, path: str) -> list[str]:
-    return list(dict.fromkeys(name for model in models_at(path) for name in model.model_fields))
+    return list(dict.fromkeys(name for model in models_at(path) for name in _spelled(model)))
 
 
 def _description(path: str) -> str:

@@ -6,6 +6,7 @@ Each field's docstring is its description in `reapkit schema`.
 from __future__ import annotations
 
 import datetime
+import re
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Annotated, Any, Literal
@@ -19,10 +20,15 @@ from pydantic import (
     Field,
     GetJsonSchemaHandler,
     Tag,
+    WithJsonSchema,
+    field_validator,
+    model_serializer,
     model_validator,
 )
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
+
+from reapkit.recipe.split_expression import split_parts
 
 
 def _as_fraction(value: Any) -> Any:
@@ -221,20 +227,87 @@ class Spans(Section):
     """Text (or one of several texts) that closes the turn. The closing marker itself is scored, too."""
 
 
+def _range_end(value: Any) -> Any:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float, str))):
+        raise ValueError("must be a number, or text such as a date")
+    return value
+
+
+RangeEnd = Annotated[
+    Any,
+    BeforeValidator(_range_end),
+    WithJsonSchema({"anyOf": [{"type": name} for name in ("number", "string", "null")]}),
+]
+
+
+class Condition(Section):
+    """What a column must hold to pass a filter; all parts that are given must hold."""
+
+    min: RangeEnd = None
+    """The least value: a number, or text (dates in ISO form)."""
+    max: RangeEnd = None
+    """The greatest value."""
+    not_: Any = Field(default=None, alias="not")
+    """The value, or list of values, that the column must not hold; null: it must hold something."""
+    matches: str | None = None
+    """A regular expression (Python's) of which the text must hold a match."""
+
+    @property
+    def excludes(self) -> bool:
+        """Whether `not` is given, null being a value too."""
+        return "not_" in self.model_fields_set
+
+    @field_validator("matches")
+    @classmethod
+    def _check_matches(cls, value: str | None) -> str | None:
+        try:
+            re.compile(value or "")
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(f"which is no regular expression ({error})") from None
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> Condition:
+        if not self.excludes and self.min is None and self.max is None and self.matches is None:
+            raise ValueError("is empty. Give at least one of min, max, not, matches")
+        if isinstance(self.not_, dict):
+            raise ValueError("`not` takes a value or a list of values")
+        if self.min is not None and self.max is not None:
+            if isinstance(self.min, str) != isinstance(self.max, str):
+                raise ValueError("`min` and `max` must both be numbers, or both be text")
+            if self.min > self.max:
+                raise ValueError(f"`min` ({self.min}) is above `max` ({self.max}), so no row would pass")
+        return self
+
+    @model_serializer
+    def _given(self) -> dict[str, Any]:
+        """As written: null is a value of `not`, and what is not there asks for nothing."""
+        fields = type(self).model_fields
+        return {fields[name].alias or name: getattr(self, name) for name in fields if name in self.model_fields_set}
+
+
+Wanted = Annotated[
+    Annotated[Condition, Tag("(mapping)")] | Annotated[Any, Tag("(list)")] | Annotated[Any, Tag("(scalar)")],
+    Discriminator(_by_shape),
+]
+"""What a column must hold: a value, one of a list of values, or a condition."""
+
+
 class MixEntry(Section):
     """One source of calibration samples."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     """The source's name in tables, statistics and `saliency.mix`."""
     source: str
-    """Hub dataset id, local JSONL/JSON/parquet/text file or glob (relative to the recipe), or
-    `builtin:code|tools|prose|math`."""
+    """Hub dataset id, files of one (`hf://datasets/org/name/path`), local file, pattern or folder (relative to the
+    recipe), or `builtin:code|tools|prose|math`; which files are read is in docs/datasets.md."""
     config: str | None = None
-    """The hub dataset's configuration."""
+    """The dataset's configuration."""
     split: str = "train"
-    """The hub dataset's split."""
+    """The dataset's split, a part of it (`train[:1000]`, `train[10%:20%]`) or a sum (`train+test`); of files only
+    `train` and parts of it."""
     revision: str | None = None
-    """The hub dataset's commit; `reapkit lock` pins it."""
+    """The hub dataset's commit; `reapkit lock` pins it. Without it the commit of the day is read and is in the key."""
     weight: Fraction = Field(default=Decimal(1), gt=0)
     """Share of samples (or of tokens) in the mix, normalised over all entries."""
     format: Format | None = None
@@ -242,8 +315,16 @@ class MixEntry(Section):
     max_tokens: Annotated[Annotated[int, Field(ge=2)] | None, LATER] = None
     """Tokens of a sample that are used: a longer one is cut before it is packed, as `overflow` cuts (window: the last
     ones that hold an assistant span; else the first ones). null: as many as it has."""
-    filter: dict[str, Any] | None = None
-    """Keep only rows whose columns have these values."""
+    filter: dict[str, Wanted] | None = None
+    """Keep only rows whose columns hold this: `{language: en}`, one of several (`{language: [en, de]}`), a range
+    (`{stars: {min: 4, max: 5}}`), anything but (`{topic: {not: [news, null]}}`) or what a regular expression finds
+    (`{topic: {matches: "^math"}}`)."""
+
+    @field_validator("split")
+    @classmethod
+    def _check_split(cls, value: str) -> str:
+        split_parts(value)
+        return value
 
 
 class CalibrationSpec(Section):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from reapkit.calibration.identity import is_local_data
+from reapkit.calibration.data_files import is_local_data
 from reapkit.core.artifact_store import Artifact
 from reapkit.evaluation.outcome import Outcome, outcome
 from reapkit.planning.plan import Plan, Sizes

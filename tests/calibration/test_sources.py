@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from reapkit.calibration import sources
+from reapkit.calibration import tables
 from reapkit.calibration.builtin import generators
 from reapkit.calibration.encoder import format_of
 from reapkit.calibration.prepare import prepare
@@ -93,7 +93,7 @@ def test_hub_layout_with_splits(tmp_path: Path) -> None:
 
 
 def test_large_datasets_are_streamed_in_a_seeded_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "STREAM_ABOVE_BYTES", 0)
+    monkeypatch.setattr(tables, "STREAM_ABOVE_BYTES", 0)
     dataset_directory(tmp_path / "set")
 
     def streamed(seed: int, **fields: object) -> list[str]:
@@ -318,6 +318,6 @@ def test_filter_of_a_table_reads_its_columns_only(tmp_path: Path) -> None:
 def test_the_hubs_commit_is_read_from_its_file_addresses() -> None:
     address = f"hf://datasets/org/name@{'0a' * 20}/data/train.parquet"
     builder = SimpleNamespace(config=SimpleNamespace(data_files={"train": [address]}))
-    assert sources._commit(builder, entry("org/name")) == "0a" * 20
+    assert tables._commit(builder, entry("org/name")) == "0a" * 20
     builder = SimpleNamespace(config=SimpleNamespace(data_files=None))
-    assert sources._commit(builder, entry("org/name", revision="main")) == "main"
+    assert tables._commit(builder, entry("org/name", revision="main")) == "main"

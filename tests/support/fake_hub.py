@@ -1,5 +1,5 @@
-"""A hub on 127.0.0.1 that serves directories as model repositories and counts the bytes of their files that it gave
-away."""
+"""A hub on 127.0.0.1 that serves directories as repositories (of datasets, where their id begins so) and counts the
+bytes of their files that it gave away."""
 
 from __future__ import annotations
 
@@ -27,9 +27,12 @@ class Repository:
     lfs: bool = True
     gated: bool = False
     hashes: Mapping[str, str] = field(default_factory=dict)
+    commit: str = COMMIT
 
     def files(self) -> list[str]:
-        return sorted(path.name for path in self.directory.iterdir())
+        return sorted(
+            path.relative_to(self.directory).as_posix() for path in self.directory.rglob("*") if path.is_file()
+        )
 
     def size(self, name: str) -> int:
         return (self.directory / name).stat().st_size
@@ -96,14 +99,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, body: bool) -> None:
         parts = unquote(urlsplit(self.path).path).strip("/").split("/")
-        is_api = parts[:2] == ["api", "models"]
+        is_api = parts[0] == "api"
         is_elsewhere = parts[0] == "elsewhere"
-        owner, name, *rest = [*parts[2 * is_api + is_elsewhere :], "", ""]
-        repository = self.server.hub.repositories.get(f"{owner}/{name}")
-        what, revision, file, *_ = [*rest, "", "", ""]
+        parts = parts[is_api + is_elsewhere :]
+        kind = parts[0] if parts[0] in ("models", "datasets") else ""
+        owner, name, *rest = [*parts[bool(kind) :], "", ""]
+        repository = self.server.hub.repositories.get(f"{'datasets/' * (kind == 'datasets')}{owner}/{name}")
+        what, revision, file = rest[0], rest[1], "/".join(rest[2:]).strip("/")
         if repository is None:
             self._refuse(404, "RepoNotFound")
-        elif what in ("revision", "tree", "resolve") and revision not in ("main", COMMIT):
+        elif what in ("revision", "tree", "resolve") and revision not in ("main", repository.commit):
             self._refuse(404, "RevisionNotFound")
         elif is_api:
             self._send(
@@ -160,7 +165,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _facts(repository: Repository, name: str) -> dict[str, str]:
     etag, is_large = f'"{repository.etag(name)}"', repository.sha256(name) is not None
-    return {"ETag": etag, "X-Repo-Commit": COMMIT} | (
+    return {"ETag": etag, "X-Repo-Commit": repository.commit} | (
         {"X-Linked-Etag": etag, "X-Linked-Size": str(repository.size(name))} if is_large else {}
     )
 
@@ -174,7 +179,7 @@ def _info(name: str, repository: Repository) -> dict:
         "_id": "0",
         "id": name,
         "modelId": name,
-        "sha": COMMIT,
+        "sha": repository.commit,
         "private": False,
         "tags": [],
         "downloads": 0,

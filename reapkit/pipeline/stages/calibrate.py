@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from reapkit.calibration.identity import tokenizer_facts
 from reapkit.pipeline.stages.context import Context
 from reapkit.planning import stage_disk
 from reapkit.planning.plan import Plan
@@ -39,7 +41,16 @@ def shares(summary: dict[str, Any]) -> dict[str, Any]:
 def _content(plan: Plan) -> dict[str, Any]:
     known = plan.identities
     found = {"sources": known.sources, "tokenizer": known.tokenizer, "chat_template": known.chat_template}
-    return found | ({"date": known.date} if known.date else {})
+    return found | ({"date": known.date} if known.date else {}) | tokenizer_of_rows(plan, known.sources)
+
+
+def tokenizer_of_rows(plan: Plan, sources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What else decides how rows that others wrote become tokens; nothing where all rows are generated."""
+    if all("builtin" in source for source in sources):
+        return {}
+    trusted = plan.recipe.model.trust_remote_code
+    facts = tokenizer_facts(plan.identities.tokenizer, plan.checkpoint.config, trust_remote_code=trusted)
+    return {"tokenizer_facts": facts}
 
 
 STAGE = StageDefinition(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from reapkit.pipeline.stages.calibrate import shares
+from reapkit.pipeline.stages.calibrate import shares, tokenizer_of_rows
 from reapkit.pipeline.stages.context import Context
 from reapkit.planning import stage_disk
 from reapkit.planning.stage_definitions import StageDefinition
@@ -19,7 +19,7 @@ def run(context: Context) -> dict[str, Any]:
         with context.sample_cache() as cache:
             summary = prepare_packs(
                 context.plan.calibration,
-                recipe.evaluate,
+                context.plan.evaluation,
                 length,
                 context.inputs["calibrate"].payload,
                 context.model_directory,
@@ -45,6 +45,9 @@ STAGE = StageDefinition(
     ),
     directory="packs",
     fields=("evaluate.packs", "evaluate.extra_packs"),
-    content=lambda plan: {"extra_sources": plan.identities.extra_sources},
+    content=lambda plan: {
+        "extra_sources": plan.identities.extra_sources,
+        **tokenizer_of_rows(plan, plan.identities.extra_sources),
+    },
     inputs=lambda recipe: ("calibrate",),
 )
