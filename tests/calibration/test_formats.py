@@ -210,3 +210,32 @@ def test_equal_content_has_equal_hashes_whatever_the_format() -> None:
     pair = to_sample({"q": "hello", "a": "good"}, PromptFormat(prompt="q", completion="a"))
     assert chat.content_hash() == pair.content_hash()
     assert chat.content_hash() != Sample(messages=TURNS[:1]).content_hash()
+
+
+MARK = "\ufeff"
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"text": f"{MARK}one{MARK}two"}, Sample(text=f"one{MARK}two")),
+        (
+            {"prompt": f"{MARK}ask", "completion": f"{MARK}tell"},
+            Sample(messages=[{"role": "user", "content": "ask"}, {"role": "assistant", "content": "tell"}]),
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": f"{MARK}tell"}]},
+            Sample(messages=[{"role": "assistant", "content": "tell"}]),
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": [{"type": "text", "text": f"{MARK}tell"}]}]},
+            Sample(messages=[{"role": "assistant", "content": "tell"}]),
+        ),
+        (
+            {"messages": MARK + '[{"role": "assistant", "content": "tell"}]'},
+            Sample(messages=[{"role": "assistant", "content": "tell"}]),
+        ),
+    ],
+)
+def test_a_byte_order_mark_at_the_start_is_nobodys_text(row: dict, expected: Sample) -> None:
+    assert to_sample(row, recognise(row)) == expected

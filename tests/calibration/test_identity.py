@@ -26,6 +26,7 @@ from reapkit.pipeline.planned import make_plan
 from reapkit.planning.lock import make_lock, revisions
 from reapkit.recipe.loading import load
 from reapkit.recipe.schema import MixEntry
+from tests.support.command import command
 from tests.support.fake_hub import COMMIT, Hub, Repository, serve
 from tests.support.words import write_lines
 
@@ -313,3 +314,25 @@ def test_what_of_a_model_counts_for_the_calibration(
     finally:
         (model / "model" / name).write_text(original)
     assert calibrate_key(model, "data.jsonl") == before
+
+
+def test_a_tokenizer_longer_than_the_embedding_ends_in_an_error_that_names_source_and_row(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the command: exit code 3, before anything is observed."""
+    shutil.copytree(model / "model", tmp_path / "model")
+    size = json.loads((tmp_path / "model/config.json").read_text())["vocab_size"]
+    tokenizer = json.loads((tmp_path / "model/tokenizer.json").read_text())
+    extra = {"id": size, "content": "<extra>", "special": False, "normalized": False}
+    tokenizer["added_tokens"].append(extra | dict.fromkeys(("single_word", "lstrip", "rstrip"), False))
+    (tmp_path / "model/tokenizer.json").write_text(json.dumps(tokenizer))
+    write_lines(tmp_path / "data.jsonl", [{"text": "a plain row of words"}, {"text": "a row with one <extra> token"}])
+    recipe = (
+        RECIPE.replace("SOURCE", "data.jsonl").replace("builtin:demo", "./model").replace("samples: 4", "samples: 2")
+    )
+    (tmp_path / "r.yaml").write_text(recipe)
+    monkeypatch.chdir(tmp_path)
+    done = command("apply", "r.yaml", "--until", "calibrate")
+    assert done.code == 3
+    assert "source 'd': 1 of 2 rows cannot be used, but calibration.max_dropped allows 1.00%." in done.stderr
+    assert f"data.jsonl:2: token id {size}, but the model knows ids below {size}" in done.stderr

@@ -692,6 +692,17 @@ class TestPacks:
         packs = self.packs(home, big_mix(home), self.evaluate(6, extra_packs=uneven), out="uneven")
         assert [source["samples"] for source in packs.summary["sources"]][3:] == [4, 1]
 
+    def test_a_source_that_would_get_no_token_is_named_with_how_many_are_enough(self, home: Path) -> None:
+        calibration = big_mix(home).model_copy(update={"samples": None, "tokens": 1})
+        with pytest.raises(
+            RecipeError,
+            match=(
+                r"^calibration\.tokens: 1, but with 3 sources and these weights two, tools would get no token\."
+                r" Choose at least 4\.$"
+            ),
+        ):
+            made(home, calibration)
+
     def test_summary_is_plain_json(self, home: Path) -> None:
         made(home, big_mix(home))
         self.packs(home, big_mix(home), self.evaluate())
