@@ -60,7 +60,14 @@ def test_after_an_ended_row_the_next_is_rendered_and_after_close_none(monkeypatc
         process.render("x", **CHAT)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(signal.SIGINT, marks=pytest.mark.long),
+        signal.SIGTERM,
+        pytest.param(signal.SIGHUP, marks=pytest.mark.long),
+    ],
+)
 def test_a_signal_ends_a_run_whose_template_is_endless(tmp_path: Path, number: int) -> None:
     (tmp_path / "loop.jinja").write_text(LOOP)
     fields = {"runtime.store": "store", "output.directory": "run", "calibration.chat_template": "loop.jinja"}

@@ -113,7 +113,7 @@ ABSURD = [
 ]
 
 
-@pytest.mark.parametrize("overrides", [(), ("quantize.scheme=W4A16",)])
+@pytest.mark.parametrize("overrides", [(), pytest.param(("quantize.scheme=W4A16",), marks=pytest.mark.long)])
 def test_absurd_values_of_any_field_of_a_config_are_refused_or_harmless(model, overrides):
     """Whatever stands in a field, the plan is made or says what is wrong with the file; it never ends in a defect."""
     original, refused = (model / "config.json").read_text(), 0

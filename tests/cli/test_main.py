@@ -21,7 +21,7 @@ from tests.support.paths import ROOT
 DEMO = str(ROOT / "recipes" / "demo.yaml")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.long)])
 def test_a_signal_saves_and_says_how_to_go_on(number: int, tmp_path: Path) -> None:
     where = [f"--set=runtime.store={tmp_path / 'store'}", f"--set=output.directory={tmp_path / 'run'}"]
     process = subprocess.Popen(

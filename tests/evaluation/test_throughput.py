@@ -91,6 +91,7 @@ def test_speeds_are_tokens_over_the_median_of_their_own_seconds():
     assert found["prefill_tokens_per_s"] == 20 and found["decode_tokens_per_s"] == 2 and found["idle_bytes"] == 11
 
 
+@pytest.mark.long
 def test_memory_of_the_process_that_started_it_is_not_counted():
     large = bytearray(600_000_000)  # a parent's peak, which getrusage would hand on to its child
     large[::4096] = b"x" * len(large[::4096])

@@ -36,9 +36,9 @@ from tests.support.paths import TESTS
 
 GOLDEN = TESTS / "pipeline" / "golden.json"
 SMALL = (
-    "calibration.samples=32",
+    "calibration.samples=16",
     "calibration.max_length=512",
-    "evaluate.packs={samples: 16, lengths: [512]}",
+    "evaluate.packs={samples: 8, lengths: [512]}",
     "evaluate.generation={prompts: 2, max_new_tokens: 8}",
     "evaluate.throughput=null",
     "evaluate.gates={kl_mean: {max: 5}}",

@@ -28,6 +28,7 @@ from reapkit.pipeline.planned import make_plan
 from reapkit.pipeline.run import Run, apply
 from reapkit.quantization.checkpoint import quantize_checkpoint
 from reapkit.recipe.loading import LoadedRecipe, load
+from tests.support.broken_machines import MEASUREMENTS
 from tests.support.browser import assert_readable, browser_or_skip
 from tests.support.command import command
 from tests.support.paths import ROOT
@@ -128,6 +129,7 @@ def test_the_plan_foretold_the_bytes(finished: Run) -> None:
     assert Checkpoint.open(finished.directory / "quantized").nbytes == finished.plan.quantized_nbytes(candidate)
 
 
+@pytest.mark.long
 def test_its_reports_can_be_read_in_a_browser(finished: Run, root: Path) -> None:
     with pytest.raises(RejectedByGates):
         apply(recipe(root, "evaluate.gates={kl_mean: {max: 0.000001}}", f"output.directory={root / 'rejected'}"))
@@ -367,7 +369,9 @@ def test_interrupted_while_it_evaluates_it_keeps_what_was_measured(
     shutil.copytree(
         root / "store",
         tmp_path / "store",
-        ignore=shutil.ignore_patterns("evaluate-*", "prune-*", "quantize-*", "verify-*"),
+        ignore=shutil.ignore_patterns(
+            "evaluate-*", "prune-*", "quantize-*", "verify-*", *(f"{name}-*" for name in MEASUREMENTS)
+        ),
     )
     with pytest.raises(KeyboardInterrupt):
         apply(recipe(tmp_path), until="evaluate", progress=Interrupting("evaluate random", 100))

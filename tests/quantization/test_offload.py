@@ -22,7 +22,7 @@ from tests.support.tiny_tokens import tiny_tokens
 @pytest.mark.parametrize(
     ("model_type", "method"),
     [
-        ("qwen3_moe", "gptq"),
+        pytest.param("qwen3_moe", "gptq", marks=pytest.mark.long),
         pytest.param("gpt_oss", "gptq", marks=pytest.mark.long),
         *(
             pytest.param(name, method, marks=pytest.mark.long)

@@ -41,6 +41,7 @@ def test_a_run_is_readable_everywhere(chromium, rejected, tmp_path):
     assert_readable(chromium, tmp_path / "run.html")
 
 
+@pytest.mark.long
 def test_a_large_observation_is_readable_everywhere(chromium, big):
     assert_readable(chromium, big)
 
@@ -82,6 +83,7 @@ def test_the_navigation_names_the_section_that_is_read(chromium, tmp_path):
             assert slider["y"] >= nav["y"] + nav["height"]  # it stays in sight below the navigation, however many lines
 
 
+@pytest.mark.long
 def test_a_large_observation_is_small_and_quick(chromium, big):
     """Time is what the page's own thread takes of a processor: that on an idle machine, however busy this one is."""
     assert big.stat().st_size <= LARGEST_PAGE

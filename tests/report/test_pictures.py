@@ -42,6 +42,7 @@ def test_every_chart_of_a_run_becomes_a_picture(can_browse, tmp_path):
     assert "**Size on disk.** 5.4 MB of 7.3 MB were saved" in captions
 
 
+@pytest.mark.long
 def test_export_draws_an_observation_without_its_tables(can_browse, tmp_path):
     synthetic.observation().save(tmp_path / "observation")
     done = command("export", tmp_path / "observation", "--png", tmp_path / "figures")
