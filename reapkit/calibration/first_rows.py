@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from codecs import BOM_UTF8
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -72,7 +73,8 @@ def _nowhere(source: str, directory: Path) -> str:
     near = difflib.get_close_matches(missing, [found.name for found in folder.iterdir()], n=1, cutoff=0.6)
     hint = f" Did you mean '{near[0]}'?" if near else ""
     what = "no file matches this pattern" if any(mark in source for mark in "*?[") else "the file does not exist"
-    return f"found '{source}', but {what} (looked in {folder}).{hint} Paths start from the recipe's folder."
+    looked = os.path.normpath(folder)
+    return f"found '{source}', but {what} (looked in {looked}).{hint} Paths start from the recipe's folder."
 
 
 def _file_problem(file: Path, entry: MixEntry, path: str) -> Problem | None:

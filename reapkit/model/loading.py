@@ -4,7 +4,10 @@ logits."""
 from __future__ import annotations
 
 import json
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,7 +38,7 @@ def load_model(
     path = Path(path)
     config = load_config(path, trust_remote_code=trust_remote_code)
     implementation = {} if device != "cpu" else {"experts_implementation": "eager"}
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _bars_on_terminals():
         warnings.filterwarnings(
             "ignore", message="You passed `quantization_config`"
         )  # that we override how it loads is meant
@@ -55,6 +58,20 @@ def load_model(
             " transformers would initialise them randomly. Download the checkpoint again."
         )
     return widened(model.eval().requires_grad_(False), model.dtype)
+
+
+@contextmanager
+def _bars_on_terminals() -> Iterator[None]:
+    """Inside the block transformers draws no progress bars into files and pipes."""
+    bars = transformers.utils.logging
+    if (sys.stderr is not None and sys.stderr.isatty()) or not bars.is_progress_bar_enabled():
+        yield
+        return
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        bars.enable_progress_bar()
 
 
 def widened(module: M, dtype: torch.dtype) -> M:

@@ -113,8 +113,17 @@ ABSURD = [
 ]
 
 
-@pytest.mark.parametrize("overrides", [(), pytest.param(("quantize.scheme=W4A16",), marks=pytest.mark.long)])
-def test_absurd_values_of_any_field_of_a_config_are_refused_or_harmless(model, overrides):
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
+        ((), 0),
+        *(
+            pytest.param(overrides, part, marks=pytest.mark.long)
+            for overrides, part in (((), 1), ((), 2), *((("quantize.scheme=W4A16",), part) for part in range(3)))
+        ),
+    ],
+)
+def test_absurd_values_of_any_field_of_a_config_are_refused_or_harmless(model, overrides, part):
     """Whatever stands in a field, the plan is made or says what is wrong with the file; it never ends in a defect."""
     original, refused = (model / "config.json").read_text(), 0
     fields = [
@@ -125,18 +134,17 @@ def test_absurd_values_of_any_field_of_a_config_are_refused_or_harmless(model, o
         "quantization_config",
         "text_config",
     ]
-    for field in fields:
-        for value in ABSURD:
-            (model / "config.json").write_text(original)
-            say(model, **{field: value})
-            begin = time.process_time()
-            try:
-                plan(model, *overrides)
-            except ReapkitError as error:
-                assert error.exit_code in (2, 3)
-                refused += 1
-            assert time.process_time() - begin < 5, (field, value)
-    assert refused > 60
+    for field, value in [(field, value) for field in fields for value in ABSURD][part::3]:
+        (model / "config.json").write_text(original)
+        say(model, **{field: value})
+        begin = time.process_time()
+        try:
+            plan(model, *overrides)
+        except ReapkitError as error:
+            assert error.exit_code in (2, 3)
+            refused += 1
+        assert time.process_time() - begin < 5, (field, value)
+    assert refused > 20
 
 
 def test_infinity_may_stand_where_models_are_published_with_it(model):
