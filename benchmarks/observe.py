@@ -27,8 +27,9 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from reapkit.calibration.tokens import Batch
+from reapkit.model.expert_calls import intercepted
 from reapkit.model.loading import final_hidden
-from reapkit.model.routed_experts import find_experts, intercepted
+from reapkit.model.routed_experts import find_experts
 from reapkit.observation.accumulate import GroupSums
 from reapkit.observation.eaft_trace import GroupTraces
 from reapkit.observation.session import BatchWatch, Session

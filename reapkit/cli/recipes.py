@@ -136,7 +136,8 @@ def _apply(
     made = load_and_plan(recipe, overrides, observation=_directory_of(observation))
     quiet_libraries()
     from reapkit.cli.progress_bars import make_progress
-    from reapkit.pipeline.run import describe, walk
+    from reapkit.pipeline.run import walk
+    from reapkit.pipeline.run_state import describe
 
     run = walk(made, until=until, progress=make_progress(), ranks=current(), check=check)
     if as_json:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from reapkit.calibration.tokens import Batch
 from reapkit.core.errors import UnusableError
-from reapkit.model.routed_experts import Experts, RoutedExperts, intercepted
+from reapkit.model.expert_calls import intercepted
+from reapkit.model.routed_experts import Experts, RoutedExperts
 from reapkit.model.streaming.layers import LayeredModel
 
 NOT_ADDED = 0.05

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from reapkit.checkpoint.projection_names import ROUTER_MODULES
 from reapkit.core.errors import UnusableError
-from reapkit.model.routed_experts import Experts, RoutedExperts, find_experts, intercepted
+from reapkit.model.expert_calls import intercepted
+from reapkit.model.routed_experts import Experts, RoutedExperts, find_experts
 
 TOP_K_NAMES = (
     "top_k",

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from reapkit.calibration.tokens import Batch
 from reapkit.core.errors import UnusableError
-from reapkit.model.routed_experts import Pairs, RoutedExperts
+from reapkit.model.expert_pairs import Pairs
+from reapkit.model.routed_experts import RoutedExperts
 from reapkit.observation.observation import MAXIMA, SUMS
 
 

@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 from reapkit.checkpoint.architecture import Architecture
 from reapkit.checkpoint.projection_names import Role
 from reapkit.core.errors import UnusableError
+from reapkit.model.expert_calls import intercepted
 from reapkit.model.masking import sliced_routing
-from reapkit.model.routed_experts import Experts, RoutedExperts, intercepted
+from reapkit.model.routed_experts import Experts, RoutedExperts
 from reapkit.observation.rerouting import (
     PROJECTED,
     InnerProducts,

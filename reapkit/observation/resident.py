@@ -14,8 +14,10 @@ from reapkit.calibration.tokens import CalibrationTokens, batches
 from reapkit.core.progress import SILENT, Progress, Task
 from reapkit.core.ranks import ALONE, Alone
 from reapkit.model.causal_lm import input_weight
+from reapkit.model.expert_calls import intercepted
+from reapkit.model.expert_pairs import observed_forward
 from reapkit.model.loading import final_hidden
-from reapkit.model.routed_experts import Experts, RoutedExperts, find_experts, intercepted, observed_forward
+from reapkit.model.routed_experts import Experts, RoutedExperts, find_experts
 from reapkit.observation.accumulate import GroupSums
 from reapkit.observation.eaft_cells import PILOT_POSITIONS
 from reapkit.observation.group_sums import Partials

@@ -17,7 +17,8 @@ from reapkit.calibration.tokens import Batch, CalibrationTokens
 from reapkit.core.errors import UnusableError
 from reapkit.core.hashing import digest
 from reapkit.core.ranks import ALONE, Alone
-from reapkit.model.routed_experts import Experts, Pairs, RoutedExperts, find_experts, kernels_on, observed_forward
+from reapkit.model.expert_pairs import Pairs, kernels_on, observed_forward
+from reapkit.model.routed_experts import Experts, RoutedExperts, find_experts
 from reapkit.observation.accumulate import Positions
 from reapkit.observation.eaft_cells import TableSums
 from reapkit.observation.eaft_signals import signals_of_hidden

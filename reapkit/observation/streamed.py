@@ -18,8 +18,10 @@ from reapkit.calibration.tokens import CalibrationTokens, batches
 from reapkit.core.atomic_files import write_text
 from reapkit.core.progress import SILENT, Progress, Task
 from reapkit.core.ranks import ALONE, Alone
+from reapkit.model.expert_calls import intercepted
+from reapkit.model.expert_pairs import Pairs
 from reapkit.model.loading import final_hidden
-from reapkit.model.routed_experts import Experts, Pairs, RoutedExperts, intercepted
+from reapkit.model.routed_experts import Experts, RoutedExperts
 from reapkit.model.streaming.layer_pass import LayerPass, in_turn
 from reapkit.model.streaming.layers import LayeredModel
 from reapkit.model.streaming.lockstep import Forward

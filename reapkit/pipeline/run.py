@@ -3,119 +3,36 @@ directory."""
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
-from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
 
 from reapkit.core.artifact_store import Artifact
 from reapkit.core.atomic_files import write_text
 from reapkit.core.bus_errors import during
 from reapkit.core.errors import RecipeError, RejectedByGates, StageFailed, UnusableError
-from reapkit.core.formatting import human_bytes
 from reapkit.core.garbage_collection import register, release_measurements
-from reapkit.core.json_text import parse_json
-from reapkit.core.notebook import html_table
 from reapkit.core.progress import SILENT, Progress
 from reapkit.core.ranks import ALONE, Alone
 from reapkit.core.refusals import refusal_in
-from reapkit.evaluation.metrics.table import in_view
-from reapkit.evaluation.outcome import Outcome, outcome
 from reapkit.evaluation.task_benchmarks import require_lm_eval
 from reapkit.pipeline.damaged import SoundPlans
 from reapkit.pipeline.measurements import KeptMeasurements
 from reapkit.pipeline.planned import make_plan
+from reapkit.pipeline.publishing import drop_unwanted, keep_attempt, publish, push
 from reapkit.pipeline.run_directory import RunDirectory, refuse_foreign, run_directory
+from reapkit.pipeline.run_state import Run, directory_of
 from reapkit.pipeline.stages.context import Context
 from reapkit.planning.disk import missing_disk, tight_disk
-from reapkit.planning.lock import make_lock, versions
+from reapkit.planning.lock import versions
 from reapkit.planning.measuring import reason
 from reapkit.planning.plan import Plan
 from reapkit.planning.stage_definitions import Stage
-from reapkit.pruning.checkpoint import MANIFEST
-from reapkit.pruning.manifest import sealed_with
 from reapkit.recipe.loading import LoadedRecipe, as_loaded
 from reapkit.recipe.schema import Recipe
-from reapkit.report.facts import recipe_yaml
 from reapkit.report.run_report import unfinished_report
-
-
-@dataclass(repr=False)
-class Run:
-    """What a walk did: artifacts by stage, which stages were executed, seconds and warnings."""
-
-    plan: Plan
-    published: RunDirectory
-    artifacts: dict[str, Artifact] = field(default_factory=dict)
-    executed: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    ranks: Alone = ALONE
-    sound: SoundPlans = field(default_factory=SoundPlans)
-
-    def __repr__(self) -> str:
-        done = ", ".join(self.executed) or "nothing"
-        return f"<Run {self.plan.recipe.name} in {self.directory}: {self.outcome.headline}; ran: {done}>"
-
-    def _repr_html_(self) -> str:
-        stages = [
-            (name, "ran" if name in self.executed else "in the store", f"{artifact.manifest['seconds']:.1f} s")
-            for name, artifact in self.artifacts.items()
-        ]
-        made = html_table(f"{self.plan.recipe.name}: {self.outcome.headline}", ("stage", "", "took"), stages)
-        rows = self.summary("verify").get("rows", ())
-        columns = in_view("narrow")
-        measured = [
-            (
-                row["name"],
-                row["experts"],
-                human_bytes(row["bytes"]),
-                *(metric.show(row.get(metric.name)) for metric in columns),
-            )
-            for row in rows
-        ]
-        names = ("", "experts", "size", *(metric.label for metric in columns))
-        return made + (html_table("measured on held-out rows", names, measured) if measured else "")
-
-    @property
-    def directory(self) -> Path:
-        """Where its results are."""
-        return self.published.path
-
-    @property
-    def got_as_far(self) -> bool:
-        """Whether it came at least as far as the run whose results are in its directory."""
-        names = [definition.name for definition in self.plan.definitions]
-        earlier = [names.index(name) for name in self.published.earlier_stages() if name in names]
-        return max((names.index(name) for name in self.artifacts), default=-1) >= max(earlier, default=-1)
-
-    @property
-    def models(self) -> tuple[Stage, ...]:
-        """The stages of this run whose models were made, the final one last."""
-        return tuple(
-            stage for stage in self.plan.stages if stage.definition.makes_model and stage.name in self.artifacts
-        )
-
-    @property
-    def outcome(self) -> Outcome:
-        """What was judged, by which gates, and how the final directory stands to the same limits."""
-        return outcome(self._record("evaluate", "evaluation.json"), self._record("verify", "verify.json"))
-
-    def _record(self, stage: str, file: str) -> Mapping[str, Any] | None:
-        artifact = self.artifacts.get(stage)
-        return (
-            parse_json((artifact.payload / file).read_bytes())
-            if artifact is not None and artifact.has_payload
-            else None
-        )
-
-    def summary(self, stage: str) -> Mapping[str, Any]:
-        """What the stage reported, or nothing if it did not come to it."""
-        artifact = self.artifacts.get(stage)
-        return artifact.summary if artifact else {}
 
 
 class _Listening(Progress):
@@ -196,15 +113,15 @@ def _walk(run: Run, until: str | None, progress: Progress) -> Run:
             pass
     except BaseException as error:
         with suppress(OSError):  # a full disk must not hide why the run ended
-            _keep_attempt(run, error)
+            keep_attempt(run, error)
         raise
     if warning := run.outcome.warning:
         progress.warn(warning)
         run.warnings.append(warning)
-    _publish(run, proven="verify" in run.artifacts or until in {stage.name for stage in run.models})
-    _drop_unwanted(run)
+    publish(run, proven="verify" in run.artifacts or until in {stage.name for stage in run.models})
+    drop_unwanted(run)
     _stop_if_final_rejected(run)
-    _push(run, progress)
+    push(run, progress)
     return run
 
 
@@ -243,28 +160,6 @@ def _one_stage(run: Run, name: str, until: str | None, progress: Progress) -> No
         _stop_if_rejected(run, progress)
         if name == until and run.got_as_far:
             run.published.put("report.html", unfinished_report(run.plan, run.artifacts))
-
-
-def _push(run: Run, progress: Progress) -> None:
-    """Uploads the final directory, card included, where the recipe says so and the run came to its end."""
-    repository = run.plan.recipe.output.push_to_hub
-    if repository is None or "report" not in run.artifacts or not run.models:
-        return
-    final = run.directory / _name(run.models[-1])
-    import httpx
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
-    progress.say(f"upload: {repository}")
-    try:
-        HfApi().create_repo(repository, exist_ok=True)
-        HfApi().upload_folder(
-            repo_id=repository, folder_path=final, commit_message=f"{run.plan.recipe.name} by reapkit"
-        )
-    except (httpx.HTTPError, OfflineModeIsEnabled, OSError) as error:
-        raise StageFailed(
-            f"upload to {repository} failed: {error}. The result is in {final}; run the same command again to retry."
-        ) from error
 
 
 def _finished(run: Run, stage: Stage, progress: Progress) -> Artifact:
@@ -354,7 +249,7 @@ def _stop_if_rejected(run: Run, progress: Progress) -> None:
 def _stop_if_final_rejected(run: Run) -> None:
     """A rejected directory is not published; an undecided one is there, and the command says so."""
     summary, evaluate = run.summary("verify"), run.plan.recipe.evaluate
-    final = run.directory / _name(run.models[-1]) if run.models else run.directory
+    final = run.directory / directory_of(run.models[-1]) if run.models else run.directory
     where = {
         "reject": f"The rejected model was kept as {final}.rejected and was not uploaded.",
         "undecided": f"The model was written to {final} and was not uploaded.",
@@ -364,96 +259,3 @@ def _stop_if_final_rejected(run: Run) -> None:
         raise RejectedByGates(told).with_facts(
             verdict=summary["verdict"], directory=str(run.directory), report="report.html"
         )
-
-
-def _drop_unwanted(run: Run) -> None:
-    """Payloads of models that `output.keep` does not name go once the verified result is there."""
-    for stage in run.models if "report" in run.artifacts else ():
-        if stage.definition.directory not in run.plan.recipe.output.keep:
-            run.artifacts[stage.name].drop_payload()
-            run.published.remove(_name(stage))
-
-
-def _keep_attempt(run: Run, error: BaseException) -> None:
-    """What a run that did not come to its end leaves: its results, unless those of one that got further are there."""
-    if run.got_as_far and run.artifacts:
-        _publish(run, proven=False)
-    told = {"error": f"{type(error).__name__}: {error}", "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-    run.published.put("run.failed.json", _json(describe(run) | told))
-
-
-def _publish(run: Run, *, proven: bool) -> None:
-    """The run directory as DESIGN lays it out, and what this run did.
-
-    Models stay in the store until their proofs hold (`proven`), or nobody asked for proofs.
-    """
-    for stage in run.plan.stages:
-        artifact = run.artifacts.get(stage.name)
-        if artifact is None or not artifact.has_payload:
-            continue
-        if stage.definition.makes_model:
-            if proven:
-                _publish_model(run, stage)
-        elif stage.definition.file is not None:
-            run.published.put(stage.definition.file, artifact.payload / stage.definition.file)
-        else:
-            run.published.mirror(artifact, _name(stage))
-    if run.got_as_far or not run.published.holds({name: artifact.key for name, artifact in run.artifacts.items()}):
-        run.published.put("recipe.resolved.yaml", recipe_yaml(run.plan.recipe).encode())
-        run.published.put("lock.json", _json(make_lock(run.plan.loaded) | {"drawn": _drawn(run)}))
-        run.published.put("run.json", _json(describe(run)))
-        run.published.remove("run.failed.json")
-
-
-def _publish_model(run: Run, stage: Stage) -> None:
-    """A model directory with its card; the final one of a rejected run under a name that nobody takes for a result."""
-    name, artifact = _name(stage), run.artifacts[stage.name]
-    rejected = f"{name}.rejected"
-    final = stage.name == run.models[-1].name
-    wrong = final and run.summary("verify").get("verdict") == "reject"
-    run.published.remove(name if wrong else rejected)
-    others, report = {}, run.artifacts.get("report")
-    if report is not None and (card := report.payload / f"{name}.md").is_file():
-        others["README.md"] = card.read_bytes()
-    others |= {MANIFEST: sealed_with(artifact.payload, others)}
-    run.published.mirror(artifact, rejected if wrong else name, others)
-
-
-def _name(stage: Stage) -> str:
-    """The directory in which the run shows the payload of a stage that has one."""
-    return cast(str, stage.definition.directory)
-
-
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=1) + "\n").encode()
-
-
-def _drawn(run: Run) -> dict[str, Any]:
-    """Which rows of each source the calibration took, by index, and the hash of their texts."""
-    artifact = run.artifacts.get("calibrate")
-    if artifact is None or not artifact.has_payload:
-        return {}
-    summary = json.loads((artifact.payload / "calibration.json").read_text(encoding="utf-8"))
-    return {source["name"]: {"indices": source["indices"], "sha256": source["sha256"]} for source in summary["sources"]}
-
-
-def describe(run: Run) -> dict[str, Any]:
-    """What ran, from what, in which time, with which versions."""
-    stages = {}
-    for name, artifact in run.artifacts.items():
-        stages[name] = {
-            "key": artifact.key,
-            "artifact": artifact.directory.name,
-            "executed": name in run.executed,
-            "seconds": artifact.manifest["seconds"],
-            "summary": dict(artifact.summary),
-        }
-    return {
-        "name": run.plan.recipe.name,
-        "recipe": run.plan.loaded.shown,
-        "model": run.plan.recipe.model.source,
-        "outcome": {"word": run.outcome.word, "sentence": run.outcome.sentence},
-        "stages": stages,
-        "warnings": list(dict.fromkeys(run.warnings)),
-        "versions": versions(),
-    }

@@ -27,7 +27,7 @@ from reapkit.planning.lock import make_lock, revisions
 from reapkit.recipe.loading import load
 from reapkit.recipe.schema import MixEntry
 from tests.support.command import command
-from tests.support.fake_hub import COMMIT, Hub, Repository, serve
+from tests.support.fake_hub import COMMIT, Hub, Repository, reached, serve
 from tests.support.words import write_lines
 
 BESIDE = Path(generators.__file__).parent
@@ -198,15 +198,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     for name in ("data/a.jsonl", "data/b[1].jsonl", "c.csv"):
         (folder / name).write_text("text\nfrom c\n" if name == "c.csv" else json.dumps({"text": f"from {name}"}) + "\n")
     with serve() as hub:
-        for name, value in {
-            "ENDPOINT": hub.endpoint,
-            "HUGGINGFACE_CO_URL_TEMPLATE": hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_HUB_CACHE": str(tmp_path / "cache"),
-            "HF_HUB_OFFLINE": False,
-        }.items():
-            monkeypatch.setattr(constants, name, value)
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        close_session()
+        reached(hub, tmp_path / "cache", monkeypatch)
         hub.repositories["datasets/org/data"] = Repository(folder)
         yield hub
     close_session()

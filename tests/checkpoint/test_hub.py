@@ -24,7 +24,7 @@ from reapkit.pipeline.planned import make_plan
 from reapkit.planning.lock import make_lock
 from reapkit.planning.starting_recipe import starting_recipe
 from reapkit.recipe.loading import load
-from tests.support.fake_hub import COMMIT, Hub, Repository, serve
+from tests.support.fake_hub import COMMIT, Hub, Repository, reached, serve
 from tests.support.paths import ROOT
 from tests.support.published_models import write, write_checkpoint
 
@@ -43,15 +43,7 @@ quantize: {group_size: 64}
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A hub with the packaged model as org/demo, an empty cache, and a recipe beside it."""
     with serve() as hub:
-        for name, value in {
-            "ENDPOINT": hub.endpoint,
-            "HUGGINGFACE_CO_URL_TEMPLATE": hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_HUB_CACHE": str(tmp_path / "cache"),
-            "HF_HUB_OFFLINE": False,
-        }.items():
-            monkeypatch.setattr(constants, name, value)
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        close_session()
+        reached(hub, tmp_path / "cache", monkeypatch)
         monkeypatch.chdir(tmp_path)
         (tmp_path / "r.yaml").write_text(RECIPE)
         hub.repositories["org/demo"] = Repository(MODEL_DIRECTORY)

@@ -12,9 +12,10 @@ from safetensors import safe_open
 from reapkit.core.errors import UnusableError
 from reapkit.healing.refit import repair
 from reapkit.healing.ridge import STRENGTHS, ExpertFeatures, descend
+from reapkit.model.expert_calls import intercepted
 from reapkit.model.loading import final_hidden, load_model
 from reapkit.model.masking import masked
-from reapkit.model.routed_experts import find_experts, intercepted
+from reapkit.model.routed_experts import find_experts
 from reapkit.model.streaming.layers import LayeredModel
 from reapkit.pruning.refitted_weights import RepairedWeights, repaired
 from reapkit.selection.selection import LayerSelection, Selection

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from reapkit.model.routed_experts import _grouped, _loop_over_experts, find_experts, intercepted, observed_forward
+from reapkit.model.expert_calls import intercepted
+from reapkit.model.expert_pairs import _grouped, _loop_over_experts, observed_forward
+from reapkit.model.routed_experts import find_experts
 from tests.support import tiny
 
 IDS = torch.randint(3, 250, (2, 19), generator=torch.Generator().manual_seed(3))

@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 
-from reapkit.model.routed_experts import Pairs
+from reapkit.model.expert_pairs import Pairs
 from reapkit.observation.accumulate import LayerSums, Positions
 from reapkit.observation.observation import MAXIMA, SUMS
 

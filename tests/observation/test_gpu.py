@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from reapkit.calibration.tokens import CalibrationTokens
+from reapkit.model.expert_calls import intercepted
+from reapkit.model.expert_pairs import kernels_on, observed_forward
 from reapkit.model.loading import load_model
-from reapkit.model.routed_experts import find_experts, intercepted, kernels_on, observed_forward
+from reapkit.model.routed_experts import find_experts
 from reapkit.observation.observation import MAXIMA, SUMS, Observation
 from reapkit.observation.resident import observe
 from reapkit.observation.streamed import observe_streaming

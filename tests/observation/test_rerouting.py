@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from reapkit.model.expert_calls import intercepted
+from reapkit.model.expert_pairs import observed_forward
 from reapkit.model.masking import masked
-from reapkit.model.routed_experts import find_experts, intercepted, observed_forward
+from reapkit.model.routed_experts import find_experts
 from reapkit.observation.reroute_layer import Router, is_local, measure_layer
 from reapkit.observation.rerouting import InnerProducts, Vectors, projection
 from tests.support import tiny

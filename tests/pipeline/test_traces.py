@@ -24,6 +24,8 @@ from reapkit.planning.lock import make_lock
 from tests.support.command import command
 
 SMALL = ("runtime.batch_tokens=1024", "runtime.store=store")
+SETTINGS = tuple(each for setting in SMALL for each in ("--set", setting))
+ASKING = ("traces", "r.yaml", "--prompts", 6, "--max-new-tokens", 48, "-o", "out.jsonl", *SETTINGS)
 RECIPE = (
     "version: 1\nname: mine\nmodel: {source: 'builtin:demo'}\n"
     "calibration: {samples: 4, max_length: 256, mix: [SOURCES]}\nprune: {ratio: 0.5}\nquantize: {group_size: 64}\n"
@@ -54,20 +56,7 @@ def rows(file: str = "out.jsonl") -> list[dict[str, Any]]:
 
 
 def test_answers_that_ended_are_a_source(home: Path) -> None:
-    done = command(
-        "traces",
-        "r.yaml",
-        "--prompts",
-        6,
-        "--max-new-tokens",
-        48,
-        "--set",
-        SMALL[0],
-        "--set",
-        SMALL[1],
-        "-o",
-        "out.jsonl",
-    )
+    done = command(*ASKING)
     assert done.code == 0, done.stderr
     record = json.loads(record_path(Path("out.jsonl")).read_text())
     kept, counts = rows(), record["counts"]
@@ -83,28 +72,8 @@ def test_answers_that_ended_are_a_source(home: Path) -> None:
     )
     locked = make_lock(load_and_plan("r.yaml", SMALL).loaded)["sources"]["calibration.mix.tools-traces"]
     assert record["file"]["sha256"] in locked["files"].values()
-    assert (
-        json.loads(
-            command(
-                "traces",
-                "r.yaml",
-                "--source",
-                "tools",
-                "--prompts",
-                6,
-                "--max-new-tokens",
-                48,
-                "--set",
-                SMALL[0],
-                "--set",
-                SMALL[1],
-                "-o",
-                "out.jsonl",
-                "--json",
-            ).stdout
-        )["counts"]
-        == counts
-    )
+    again = command(*ASKING, "--source", "tools", "--json")
+    assert again.json()["counts"] == counts
 
 
 def test_a_killed_run_goes_on_to_equal_bytes_and_a_finished_one_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,10 +193,7 @@ def test_a_server_that_stops_answering_loses_nothing(server: Fake, monkeypatch: 
         url(server),
         "-o",
         "a.jsonl",
-        "--set",
-        SMALL[0],
-        "--set",
-        SMALL[1],
+        *SETTINGS,
         "--json",
     )
     assert failed.code == StageFailed.exit_code == failed.json()["exit"]

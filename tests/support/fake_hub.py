@@ -15,6 +15,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import pytest
+from huggingface_hub import constants
+from huggingface_hub.utils import close_session
+
 COMMIT = "c0ffee" + "0" * 34
 
 
@@ -198,3 +202,16 @@ def _tree(repository: Repository) -> list[dict]:
 def _lfs(repository: Repository, file: str, key: str) -> dict:
     sha256 = repository.sha256(file)
     return {"lfs": {key: sha256, "size": repository.size(file), "pointerSize": 134}} if sha256 else {}
+
+
+def reached(hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on huggingface_hub asks this hub, and keeps what it gets in `cache`."""
+    for name, value in {
+        "ENDPOINT": hub.endpoint,
+        "HUGGINGFACE_CO_URL_TEMPLATE": hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_CACHE": str(cache),
+        "HF_HUB_OFFLINE": False,
+    }.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    close_session()

@@ -15,13 +15,12 @@ from reapkit.core.atomic_files import write_json
 from reapkit.core.errors import StageFailed
 from reapkit.core.formatting import human_experts
 from reapkit.core.measurements import load_facts, save_facts
-from reapkit.evaluation.advice import final_advice
-from reapkit.evaluation.equal_bytes import next_scheme
-from reapkit.evaluation.gates import UNION, judge, overall
+from reapkit.evaluation.gates import UNION
 from reapkit.evaluation.metrics.table import in_view
 from reapkit.evaluation.task_benchmarks import run_benchmarks
 from reapkit.pipeline.stages.context import Context
-from reapkit.pipeline.stages.evaluate import gates_of, load_packs
+from reapkit.pipeline.stages.evaluate import load_packs
+from reapkit.pipeline.stages.final_verdict import judged
 from reapkit.pipeline.stages.measured import (
     LABELS,
     VERIFY_VERSION,
@@ -69,7 +68,7 @@ def run(context: Context) -> dict[str, Any]:
     throughput = _throughput(context, compared)
     benchmarks = _benchmarks(context, compared)
     continuations = _continuations(context, final, result)
-    verdict, results, advice = _judge(context, metrics)
+    verdict, results, advice = judged(context, metrics)
     write_json(
         context.payload / "verify.json",
         {
@@ -342,44 +341,6 @@ def _row(name: str, directory: Path, metrics: dict[str, Any]) -> dict[str, Any]:
         **values[UNION],
         "per_source": {group: found for group, found in values.items() if group != UNION},
     }
-
-
-def _judge(context: Context, metrics: dict[str, Any]) -> tuple[str, list[dict[str, Any]], str]:
-    """The verdict on the last directory, each gate's result, and what to do about it."""
-    recipe, gates = context.recipe, gates_of(context.recipe.evaluate.gates_quantized, context)
-    if not gates:
-        return "not judged", [], ""
-    results = judge(list(metrics.values())[-1], gates)
-    verdict = overall(results)
-    return (
-        verdict,
-        [result.to_json() for result in results],
-        (
-            ""
-            if verdict == "pass"
-            else final_advice(
-                results,
-                judge(metrics["pruned"], gates) if "quantized" in metrics else None,
-                method=recipe.quantize.method,
-                next_scheme=_next_scheme(context),
-                removed=_removed(context),
-                samples=recipe.evaluate.packs.samples,
-            )
-        ),
-    )
-
-
-def _next_scheme(context: Context) -> tuple[str, float] | None:
-    if "quantize" not in context.inputs:
-        return None
-    nbytes = Checkpoint.open(context.inputs["quantize"].payload).nbytes
-    return next_scheme(Checkpoint.open(context.inputs["prune"].payload), context.recipe.quantize, nbytes)
-
-
-def _removed(context: Context) -> float:
-    """The share of routed experts that the pruning took."""
-    before = sum(context.plan.base.experts.values())
-    return 1 - sum(map(int, context.inputs["prune"].summary["experts"].values())) / before
 
 
 def _content(plan: Plan) -> dict[str, Any]:
