@@ -14,6 +14,7 @@ from reapkit.calibration.draw_samples import Drawing, Gathered, Target, drawing
 from reapkit.calibration.inputs import Inputs
 from reapkit.calibration.packing import largest_remainder
 from reapkit.calibration.token_journal import Reader
+from reapkit.core.errors import Problem, RecipeError
 
 
 def gather_balanced(inputs: Inputs) -> list[Gathered]:
@@ -21,7 +22,8 @@ def gather_balanced(inputs: Inputs) -> list[Gathered]:
 
     The next sample is always one of the source that has least for its weight. So a source has at most what its weight
     gives it beside any other source, and one sample more. The order depends on the samples alone: it is the same after
-    a kill. Raises UnusableError as `gather`.
+    a kill. Raises UnusableError as `gather`, RecipeError naming
+    the sources of which nothing would be read.
     """
     calibration = inputs.calibration
     unit, asked = calibration.asked
@@ -45,6 +47,10 @@ def gather_balanced(inputs: Inputs) -> list[Gathered]:
             task.advance(step)
         for source in sources:
             source.refuse_unusable()
+        if without := [source.entry.name for source in sources if not source.chosen]:
+            raise RecipeError(
+                [Problem(field, f"{asked}, but {', '.join(without)} would get none of them. Choose more.")]
+            )
         too_many = reached - asked  # tokens of the last sample
         targets = [
             Target(samples=len(source.chosen), field=field)

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from reapkit.calibration.template_process import TemplateStopped
 from reapkit.calibration.turns import REASONING_KEYS, Message, said_pieces
 
 FIRST_MARK = 0xF0000
@@ -48,7 +49,7 @@ def shown_turns(messages: Sequence[Message], whole: str, render: Render, added: 
     """
     found = _found(messages, whole, render)
     spans, others = [], []
-    header = opening(messages, render)
+    header, user = opening(messages, render), _user_header(render)
     for number, (message, turn) in enumerate(zip(messages, found, strict=True)):
         if message["role"] != "assistant":
             if turn.first is not None:
@@ -59,10 +60,11 @@ def shown_turns(messages: Sequence[Message], whole: str, render: Render, added: 
         begin = max((each.last for each in found[:number]), default=0)
         after = [each.first for each in found[number + 1 :] if each.first is not None]
         end = min(after, default=len(whole))
-        start = _behind(header, whole[begin : turn.first], render)
+        start = _behind(header, whole[begin : turn.first], user)
         if start is None:
             raise NotFound(f"the chat template does not render turn {number + 1} as an assistant's")
-        stop = _ending(messages[: number + 1], whole[turn.last : end], header, render, added, last=not after)
+        rest = whole[turn.last : end]
+        stop = _ending(rest, _tail(messages[: number + 1], render), header, user, added) if after else len(rest)
         spans.append((begin + start, turn.last + stop))
     return Shown(spans, others)
 
@@ -165,21 +167,28 @@ def opening(messages: Sequence[Message], render: Render) -> str:
         if number and message["role"] == "assistant" and messages[number - 1]["role"] == "user":
             asked = messages[:number]
             break
+    before, prompt = _tried(render, asked), _tried(render, asked, prompt=True)
+    return prompt[shared_length(before, prompt) :] if before else ""
+
+
+def _tried(render: Render, messages: Sequence[Message], prompt: bool = False) -> str:
+    """The rendering of a conversation that the template may refuse, then nothing."""
     try:
-        before, prompt = render(asked), render(asked, prompt=True)
+        return render(messages, prompt=prompt)
+    except TemplateStopped:
+        raise
     except ValueError:
         return ""
-    return prompt[shared_length(before, prompt) :]
 
 
-def _behind(opening: str, text: str, render: Render) -> int | None:
-    """Where in `text` the longest beginning of the opening ends, the last place where there are several.
+def _behind(opening: str, text: str, user: str) -> int | None:
+    """Where in `text` the longest beginning of the opening ends, the last place where there are several; `user`: a
+    user's header.
 
-    None where no more of it is there than a user's header has too; the text's end where generation prompts add nothing.
+    None where no more of it is there than that header has too; the text's end where generation prompts add nothing.
     """
     if not opening:
         return len(text)
-    user = _user_header(render)
     common = max((length for length in range(len(opening)) if opening[:length] in user), default=0)
     for length in range(len(opening), common, -1):
         if (place := text.rfind(opening[:length])) >= 0:
@@ -187,23 +196,19 @@ def _behind(opening: str, text: str, render: Render) -> int | None:
     return None
 
 
-def _ending(
-    upto: Sequence[Message], rest: str, opening: str, render: Render, added: Sequence[str], *, last: bool
-) -> int:
+def _tail(upto: Sequence[Message], render: Render) -> str:
+    """What follows the last words of a conversation that ends here; nothing where the template refuses it."""
+    places = _places(_tried(render, marked(upto)[0]))
+    return places.plain[max(places.closes.values(), default=len(places.plain)) :]
+
+
+def _ending(rest: str, tail: str, opening: str, user: str, added: Sequence[str]) -> int:
     """How many characters of `rest`, which lies between a turn's last piece and the next turn's first, are the turn's.
 
-    The turn's own end is what follows it in a rendering that ends with it. Where the template ends earlier turns
-    otherwise, it is what stands before the next turn's header, which begins as the opening does or with a token that a
-    conversation of a user alone has too.
+    The turn's own end is `tail`, what follows it where the conversation ends with it. Where the template ends earlier
+    turns otherwise, it is what stands before the next turn's header, which begins as the opening does or with a token
+    that a user's header has too.
     """
-    if last:
-        return len(rest)
-    tail = ""
-    try:
-        places = _places(render(marked(upto)[0]))
-        tail = places.plain[max(places.closes.values(), default=len(places.plain)) :]
-    except ValueError:
-        pass  # a conversation that ends there is refused: the header alone tells
     if tail and rest.startswith(tail):
         return len(tail)
     place = shared_length(tail, rest)
@@ -211,7 +216,7 @@ def _ending(
     place = token[0] if token else place
     if (header := _token_over(opening, 0, added)) and (begins := rest.find(header[1], place)) >= 0:
         return begins
-    if token is None or token[1] in _user_header(render):
+    if token is None or token[1] in user:
         return place
     return place + len(token[1])
 
@@ -228,11 +233,9 @@ def _token_over(text: str, place: int, added: Sequence[str]) -> tuple[int, str] 
 
 
 def _user_header(render: Render) -> str:
+    """What stands before the words of a user who speaks first."""
     mark = chr(FIRST_MARK)
-    try:
-        return render([{"role": "user", "content": mark}]).partition(mark)[0]
-    except ValueError:
-        return ""
+    return _tried(render, [{"role": "user", "content": mark}]).partition(mark)[0]
 
 
 def shared_length(one: str, other: str) -> int:

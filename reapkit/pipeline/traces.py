@@ -3,6 +3,7 @@ itself."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reapkit.checkpoint.architecture import text_config
-from reapkit.core.atomic_files import replacing, write_json
+from reapkit.core.atomic_files import write_bytes, write_json
 from reapkit.core.errors import RecipeError, StageFailed, UnusableError
 from reapkit.core.hashing import digest, digest_file
 from reapkit.core.json_text import parse_json
@@ -245,12 +246,11 @@ def _write(
             f"traces: none of {len(prompts)} answers ended within {asked.sampling.max_new_tokens} tokens. Raise"
             " --max-new-tokens, choose another --temperature, or other prompts."
         )
-    with replacing(asked.output) as partial:
-        partial.write_text("".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows), encoding="utf-8")
+    content = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows).encode()
     ended = sum(answer.ended for answer in answers)
     record = {
         "format": FORMAT,
-        "file": {"name": asked.output.name, "sha256": digest_file(asked.output)},
+        "file": {"name": asked.output.name, "sha256": hashlib.sha256(content).hexdigest()},
         **settings,
         "skipped": dict(skipped),
         "answered_as": sorted({answer.by for answer in answers}),
@@ -262,7 +262,8 @@ def _write(
         },
         "versions": versions(),
     }
-    write_json(record_path(asked.output), record)
+    write_json(record_path(asked.output), record)  # first: a file without its record would be somebody else's
+    write_bytes(asked.output, content)
     return record
 
 

@@ -10,7 +10,7 @@ import pytest
 from reapkit.calibration import draw_samples, encoder
 from reapkit.calibration.prepare import prepare
 from reapkit.calibration.tokens import CalibrationTokens
-from reapkit.core.errors import UnusableError
+from reapkit.core.errors import RecipeError, UnusableError
 from reapkit.core.hashing import digest_file
 from reapkit.recipe.schema import CalibrationSpec
 from reapkit.report.inspection import calibration as inspection
@@ -65,6 +65,12 @@ def test_weights_share_out_scored_tokens(home: Path) -> None:
     assert [source["shares"]["scored_tokens"] for source in found["sources"]] == [0.5, 0.5]
     heading = str(inspection.blocks(found, colour=False)[0])
     assert "requested 13 samples, weights sharing out scored tokens;" in heading
+
+
+def test_a_source_that_would_get_nothing_is_named(home: Path) -> None:
+    with pytest.raises(RecipeError, match=r"calibration\.tokens.*: 4, but long would get none of them"):
+        made(home, spec(SHORT, LONG, tokens=4, packing="none", balance="samples"))
+    assert not (home / "out" / "calibration.json").exists()
 
 
 @pytest.mark.parametrize("score", ["completion", "all"])

@@ -366,6 +366,40 @@ class TestShown:
             assert [whole[a:b] for a, b in found.spans] == [whole[a:b] for a, b in nested]
         assert compared > 5
 
+    def test_a_template_that_was_stopped_is_not_taken_for_one_that_refuses(self) -> None:
+        from reapkit.calibration.shown_turns import shown_turns
+        from reapkit.calibration.template_process import TemplateStopped
+
+        turns = chat(("user", "hello"), ("assistant", "good"), ("user", "fine"), ("assistant", "thanks"))["messages"]
+        for last in range(1, 5):
+            rendered: list[int] = []
+
+            def render(
+                given: list[dict], prompt: bool = False, rendered: list[int] = rendered, last: int = last
+            ) -> str:
+                rendered.append(len(given))
+                if len(rendered) > last:
+                    raise TemplateStopped("rendering was stopped")
+                return "".join(f"<{turn['role']}>{turn['content']}<end>" for turn in given) + "<assistant>" * prompt
+
+            with pytest.raises(TemplateStopped):
+                shown_turns(turns, render(turns), render, ("<end>", "<user>", "<assistant>"))
+
+    def test_every_conversation_is_rendered_once(self) -> None:
+        """The whole with marks, a prompt with and without its header, a user alone, and one for each earlier answer."""
+        from reapkit.calibration.shown_turns import shown_turns
+
+        asked = [("user", "hello"), ("assistant", "good")] * 3
+        rendered = []
+
+        def render(given: list[dict], prompt: bool = False) -> str:
+            rendered.append((len(given), prompt))
+            return "".join(f"<{turn['role']}>{turn['content']}<end>" for turn in given) + "<assistant>" * prompt
+
+        turns = chat(*asked)["messages"]
+        found = shown_turns(turns, render(turns), render, ("<end>", "<user>", "<assistant>"))
+        assert len(found.spans) == 3 and len(rendered) == 1 + 1 + 2 + 1 + 2
+
     def test_a_template_that_changes_what_is_said_is_refused(self, tmp_path: Path) -> None:
         template = QWEN.replace("m.content +", "(m.content.lstrip('g') if not loop.last else m.content) +")
         with pytest.raises(UnusableError, match=r"(?s)1 of 1 rows cannot be used.*changes what is said"):

@@ -258,6 +258,17 @@ def test_a_full_disk_loses_nothing(server: Fake, monkeypatch: pytest.MonkeyPatch
     assert made(asked("a.jsonl", 8, url(server)))["counts"]["asked"] == 8 and len(server.asked) - before == 4
 
 
+def test_a_run_that_dies_before_the_file_is_there_goes_on(server: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its record is there first: what it made is not taken for somebody else's."""
+    with monkeypatch.context() as dies:
+        dies.setattr(traces, "write_bytes", lambda path, content: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            made(asked("a.jsonl", 4, url(server)))
+    before = len(server.asked)
+    record = made(asked("a.jsonl", 4, url(server)))
+    assert len(server.asked) == before and record["file"]["sha256"] == digest_file(Path("a.jsonl"))
+
+
 def test_a_thought_that_the_template_opens_is_part_of_the_answer(server: Fake, home: Path) -> None:
     (home / "think.jinja").write_text(
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
