@@ -29,7 +29,7 @@ class Measuring:
 
     def __str__(self) -> str:
         if not self.missing:
-            return "judged again from measurements that are there: 0 s"
+            return "nothing is measured: it is judged again from what was measured"
         names = list(dict.fromkeys(measure.title for measure in self.missing))
         said = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
         return f"measures at most {said}; {plural(len(self.there), 'measurement')} are there"

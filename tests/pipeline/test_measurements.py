@@ -154,8 +154,8 @@ def test_the_plan_says_that_only_judging_is_left(root: Path) -> None:
     [told] = [stage for stage in plan_as_json(plan)["stages"] if stage["stage"] == "evaluate"]
     assert told["state"] == "run" and told["measures"] == {"there": 9, "missing": []}
     assert told["reason"] == (
-        "evaluate.gates.kl_mean.max: 1e-06 → 50.0; judged again from measurements that are there: 0 s; a rejection"
-        " measures smaller cuts"
+        "evaluate.gates.kl_mean.max: 1e-06 → 50.0; nothing is measured: it is judged again from what was measured; a"
+        " rejection measures smaller cuts"
     )
     assert told["reason"] in plan._repr_html_()
     first = plan_as_json(planned(root / "elsewhere", LOOSE))["stages"]
@@ -267,7 +267,7 @@ def test_other_limits_on_the_final_directory_load_nothing(
     monkeypatch.setattr("reapkit.model.loading.load_model", None)
     judged = "evaluate.gates_quantized={kl_mean: {max: 0.000001}}"
     [told] = [s for s in plan_as_json(planned(root, LOOSE, judged))["stages"] if s["stage"] == "verify"]
-    assert told["reason"].endswith("; judged again from measurements that are there: 0 s")
+    assert told["reason"].endswith("; nothing is measured: it is judged again from what was measured")
     with pytest.raises(RejectedByGates):
         applied(root, LOOSE, judged, until="verify")
     again = json.loads((root / "run" / "verify.json").read_text())
