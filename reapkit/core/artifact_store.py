@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -185,6 +185,33 @@ class Store:
 def artifact_in(directory: Path) -> Artifact | Damage | None:
     """The artifact whose directory that is; the damage where its manifest is not as it was written; None where there
     is none."""
+    return undisturbed(directory, lambda: _artifact_in(directory))
+
+
+def undisturbed(directory: Path, look: Callable[[], Artifact | Damage | None]) -> Artifact | Damage | None:
+    """What `look()` finds in an artifact's directory. Without its lock another run may take it away or finish it
+    halfway through, which looks like damage: then it is looked at again."""
+    while True:
+        before = _state(directory)
+        found = look()
+        if not isinstance(found, Damage) or _state(directory) == before:
+            return found
+
+
+def _state(directory: Path) -> list[tuple[int, int] | None]:
+    """What changes when files are added to the directory or its payload, or taken out, or it is another one."""
+    found: list[tuple[int, int] | None] = []
+    for place in (directory, directory / "payload"):
+        try:
+            facts = place.stat()
+        except OSError:
+            found.append(None)
+        else:
+            found.append((facts.st_ino, facts.st_mtime_ns))
+    return found
+
+
+def _artifact_in(directory: Path) -> Artifact | Damage | None:
     try:
         facts = read_manifest_text((directory / MANIFEST).read_bytes())
     except (FileNotFoundError, NotADirectoryError):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from reapkit.core.artifact_check import glance
-from reapkit.core.artifact_store import Artifact, Damage, Store
+from reapkit.core.artifact_store import Artifact, Damage, Store, undisturbed
 from reapkit.core.hashing import digest
 from reapkit.core.measurements import Measure
 from reapkit.planning.rerun_reasons import why_new
@@ -168,10 +168,9 @@ def resolve_stages(plan: Plan) -> tuple[Stage, ...]:
         parents = {name: keys[name] for name in inputs[stage.name]}
         known = content is not None and all(parents.values())
         keys[stage.name] = _key(stage, specs[stage.name], parents) if known else None
-    found = {name: plan.store.find(name, key) if key else None for name, key in keys.items()}
-    damaged = {name: damage for name, each in found.items() if (damage := _damage(each)) is not None}
-    sound = {name: each for name, each in found.items() if isinstance(each, Artifact) and name not in damaged}
-    artifacts = {name: sound.get(name) for name in keys}
+    found = {name: _found(plan.store, name, key) if key else None for name, key in keys.items()}
+    damaged = {name: each for name, each in found.items() if isinstance(each, Damage)}
+    artifacts = {name: each if isinstance(each, Artifact) else None for name, each in found.items()}
     made = _made_before(plan.store, [name for name, key in keys.items() if key and artifacts[name] is None])
 
     def why(name: str) -> str:
@@ -196,10 +195,15 @@ def resolve_stages(plan: Plan) -> tuple[Stage, ...]:
     )
 
 
-def _damage(found: Artifact | Damage | None) -> Damage | None:
-    """What can be told without reading files that makes the artifact unusable."""
-    damage = glance(found) if isinstance(found, Artifact) else found
-    return None if damage is None or damage.extras else damage
+def _found(store: Store, stage: str, key: str) -> Artifact | Damage | None:
+    """The artifact, or what can be told without reading its files that makes it unusable."""
+
+    def look() -> Artifact | Damage | None:
+        found = store.find(stage, key)
+        damage = glance(found) if isinstance(found, Artifact) else None
+        return found if damage is None or damage.extras else damage
+
+    return undisturbed(store.directory(stage, key), look)
 
 
 def _key(stage: StageDefinition, spec: Mapping[str, Any], parents: Mapping[str, str | None]) -> str:

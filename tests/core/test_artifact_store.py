@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from reapkit.core.artifact_manifest import HEX_LETTERS, manifest_text, read_manifest_text
-from reapkit.core.artifact_store import Damage, Store, link_or_copy
+from reapkit.core.artifact_store import Artifact, Damage, Store, link_or_copy, undisturbed
 from reapkit.core.errors import StageFailed
 from tests.support.artifacts import KEY, finished, note_reads
 from tests.support.damage import flip
@@ -141,6 +141,39 @@ def test_a_manifest_that_was_lost_is_told_from_unfinished_work(tmp_path: Path) -
     assert store.find("prune", KEY) == Damage("manifest.json", "is missing") and store.get("prune", KEY) is None
     store.begin("prune", KEY, resume=True)
     assert store.find("prune", KEY) is None
+
+
+def test_an_artifact_that_another_run_finishes_meanwhile_is_not_taken_for_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path)
+    manifest, aside = finished(store, files={"one": b"1"}).directory / "manifest.json", tmp_path / "aside"
+    manifest.rename(aside)
+    read = Path.read_bytes
+
+    def finished_after_the_look(path: Path) -> bytes:
+        try:
+            return read(path)
+        finally:
+            if path == manifest and aside.exists():
+                aside.rename(manifest)
+
+    monkeypatch.setattr(Path, "read_bytes", finished_after_the_look)
+    assert isinstance(store.find("prune", KEY), Artifact)
+
+
+def test_an_artifact_that_another_run_takes_away_meanwhile_is_looked_for_again(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    artifact = finished(store, files={"one": b"1"})
+
+    def look() -> Artifact | Damage | None:
+        found = store.find("prune", KEY)
+        if isinstance(found, Artifact):
+            store.set_aside(artifact.directory)
+            return Damage("payload/one", "is missing")
+        return found
+
+    assert undisturbed(artifact.directory, look) is None
 
 
 def test_another_stages_manifest_is_noticed(tmp_path: Path) -> None:
