@@ -57,8 +57,8 @@ def _redirect(site: RoutedExperts, call: Experts) -> Callable[[], None]:
     if site.gate_on_input:
         block = cast("Llama4TextMoe", site.block)
         undo = _give_forward(block, functools.partial(_gate_on_input_block, block))
-    elif site.linearised:
-        undo = _give_forward(module, functools.partial(_dispatch_linearised, module))
+    elif site.linearised or site.own_loop:
+        undo = _give_forward(module, functools.partial(_dispatch_own, module))
     else:
         config, previous = module.config, module.config._experts_implementation
         config._experts_implementation = IMPLEMENTATION
@@ -92,9 +92,7 @@ def _dispatch(module: nn.Module, hidden: Tensor, index: Tensor, gates: Tensor) -
     return call(hidden, index, gates)
 
 
-def _dispatch_linearised(
-    module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-) -> Tensor:
+def _dispatch_own(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     return module.__dict__["_routed_call"](hidden_states, top_k_index, top_k_weights)
 
 
@@ -113,7 +111,7 @@ def _original(module: nn.Module) -> Experts:
 def _plain(site: RoutedExperts) -> Experts:
     if site.gate_on_input:
         return functools.partial(_sum_over_pairs, site)
-    if site.linearised:
+    if site.linearised or site.own_loop:
         return functools.partial(type(site.module).forward, site.module)
     name = site.module.config._experts_implementation
     if name in (None, "eager", IMPLEMENTATION):

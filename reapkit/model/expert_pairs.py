@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from reapkit.checkpoint.projection_names import Role
-from reapkit.model.routed_experts import RoutedExperts, first_role, weight_and_bias
+from reapkit.model.routed_experts import RoutedExperts, activated, first_role, is_transposed, weight_and_bias
 
 if TYPE_CHECKING:
     from reapkit.model.routed_experts import ExpertsModule
@@ -91,8 +91,7 @@ def _grouped(
         module = site.module
         ends = torch.searchsorted(expert, torch.arange(site.num_experts, device=expert.device), right=True).int()
         inner = _grouped_linear(module, first_role(module), x, expert, ends)
-        inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
-        y = _grouped_linear(module, Role.DOWN, inner, expert, ends)
+        y = _grouped_linear(module, Role.DOWN, activated(module, inner), expert, ends)
     norm, peak = _sizes(y)
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order), device=order.device)
@@ -104,7 +103,7 @@ def _grouped(
 def _grouped_linear(module: ExpertsModule, role: Role, rows: Tensor, expert: Tensor, ends: Tensor) -> Tensor:
     """`_linear` on rows [pairs, in] sorted by expert; `ends` int32 [experts]: where each expert's rows end."""
     weight, bias = weight_and_bias(module, role)
-    out = nn.functional.grouped_mm(rows, weight if module.is_transposed else weight.transpose(-2, -1), offs=ends)
+    out = nn.functional.grouped_mm(rows, weight if is_transposed(module) else weight.transpose(-2, -1), offs=ends)
     return out if bias is None else out.add_(bias[expert])
 
 

@@ -18,6 +18,8 @@ from transformers import PreTrainedModel
 from transformers.utils.quantization_config import Mxfp4Config
 
 from reapkit.core.errors import UnusableError
+from reapkit.model.causal_lm import decoder
+from reapkit.model.fitting_class import missing_weights
 from reapkit.model.ragged_modeling import ragged
 
 RAGGED_KEY = "num_routed_experts_per_layer"
@@ -52,11 +54,8 @@ def load_model(
             **implementation,
             **dequantized(config),
         )
-    if missing := sorted(info["missing_keys"]):
-        raise UnusableError(
-            f"{path}: {len(missing)} tensors that {type(model).__name__} needs are missing, such as {missing[0]};"
-            " transformers would initialise them randomly. Download the checkpoint again."
-        )
+    if missing := info["missing_keys"]:
+        raise missing_weights(path, model, missing)
     return widened(model.eval().requires_grad_(False), model.dtype)
 
 
@@ -140,20 +139,14 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
 # ---------------------------------------------------------------------------------------------- the two halves
 
 
-def final_hidden(model: nn.Module, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+def final_hidden(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
     """The hidden states that the head reads, [batch, tokens, hidden] in the model's dtype, of `input_ids` and perhaps
     `position_ids` int64 [batch, tokens]. Right padding needs no mask: nothing looks ahead."""
     positions = {} if position_ids is None else {"position_ids": position_ids}
     return decoder(model)(input_ids=input_ids, use_cache=False, **positions)[0]
 
 
-def decoder(model: Any) -> nn.Module:
-    """The part of a causal LM that its forward calls for the final hidden states."""
-    base = model.base_model
-    return model.model if base is model else base  # llama4 names a prefix that it does not have
-
-
-def head_logits(model: nn.Module, hidden: Tensor) -> Tensor:
+def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Logits, float32 [positions, vocabulary], of final hidden states [positions, hidden] in the model's dtype.
 
     The model's own forward runs with its decoder replaced by `hidden`, so scaling and soft-capping of logits are the

@@ -8,6 +8,7 @@ trust_remote_code=True)` finds it through `auto_map`.
 
 import contextlib
 import functools
+import importlib
 import inspect
 import sys
 import threading
@@ -52,16 +53,25 @@ def _counting(init, counts):
     return __init__
 
 
+def _modules(base, config):
+    """The modelling files of a class and of its text model, which a wrapper may have from another architecture."""
+    text = type(config).__module__.replace(".configuration_", ".modeling_")
+    with contextlib.suppress(ImportError):
+        importlib.import_module(text)
+    return [sys.modules[name] for name in dict.fromkeys((base.__module__, text)) if name in sys.modules]
+
+
 @contextlib.contextmanager
-def per_layer_experts(module, config):
-    """Inside the block the decoder layers of the modelling file `module` see their own number of experts while they are
-    built."""
+def per_layer_experts(base, config):
+    """Inside the block the decoder layers of a model class see their own number of experts while they are built;
+    `config` is that of its text model."""
     counts = expert_counts(config)
     layers = [
         cls
-        for cls in vars(module).values()
-        if inspect.isclass(cls)
-        and issubclass(cls, GradientCheckpointingLayer)
+        for cls in dict.fromkeys(
+            cls for module in _modules(base, config) for cls in vars(module).values() if inspect.isclass(cls)
+        )
+        if issubclass(cls, GradientCheckpointingLayer)
         and {"config", "layer_idx"} <= set(inspect.signature(cls.__init__).parameters)
         and "__init__" in vars(cls)
     ]
@@ -83,10 +93,9 @@ def per_layer_experts(module, config):
 def ragged(base):
     """The subclass of a transformers model class that gives every layer its own number of experts; it keeps the base's
     name."""
-    module = sys.modules[base.__module__]
 
     def __init__(self, config, *args, **kwargs):
-        with per_layer_experts(module, config.get_text_config()):
+        with per_layer_experts(base, config.get_text_config()):
             base.__init__(self, config, *args, **kwargs)
 
     body = {"__module__": __name__, "__init__": __init__, "__doc__": base.__doc__}

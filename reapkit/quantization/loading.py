@@ -23,9 +23,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from reapkit.core.atomic_files import naming
+from reapkit.model.loaded_names import LoadedNames
 from reapkit.model.loading import load_model
 from reapkit.model.streaming.layers import LayeredModel
-from reapkit.quantization.names import LoadedNames
 from reapkit.quantization.quiet import quiet
 
 if TYPE_CHECKING:

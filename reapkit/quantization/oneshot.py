@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from reapkit.calibration.tokens import CalibrationTokens, batches
 from reapkit.core.errors import StageFailed
 from reapkit.core.progress import Progress
+from reapkit.model.routed_experts import decoder_layers
 from reapkit.quantization.dense import relative_error
 from reapkit.recipe.schema import QuantizeSpec
 
@@ -104,7 +105,7 @@ def run_oneshot(
     """
     from llmcompressor import oneshot  # pyright: ignore[reportPrivateImportUsage]
 
-    layers = decoder_layers(model)
+    layers = decoder_layers(model)[1]
     passes = 1 if spec.method == "autoround" else 2
     with (
         progress.task(
@@ -131,16 +132,6 @@ class _NoProcessor:
 
     def save_pretrained(self, directory: str) -> None:
         pass
-
-
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The model's decoder layers."""
-    count = model.config.get_text_config().num_hidden_layers
-    return next(
-        module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count and name.endswith("layers")
-    )
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.checkpoint.projection_names import LINEARISED, expert_tensor
 from reapkit.core.errors import UnusableError
-from reapkit.quantization.names import LoadedNames
+from reapkit.model.loaded_names import LoadedNames
 from reapkit.quantization.targets import Matrix, Targets, expert_pieces
 from reapkit.quantization.writing import read_tensor
 

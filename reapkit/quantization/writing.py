@@ -22,6 +22,8 @@ from reapkit.core.atomic_files import copy_file, replacing, write_text
 from reapkit.core.dtypes import BITS, FLOATS, torch_dtypes
 from reapkit.core.progress import Progress
 from reapkit.core.safetensors_header import read_header
+from reapkit.model.loaded_names import LoadedNames
+from reapkit.model.loading import load_config, model_class
 from reapkit.pruning.config_edits import edit_json
 from reapkit.quantization.formats import quantization_config
 from reapkit.quantization.targets import Targets
@@ -102,7 +104,7 @@ def finish_directory(
     """Adds everything but the weights; config.json is the source's own text plus `quantization_config`."""
     copy_companions(checkpoint, out)
     ignore = sorted(
-        {"lm_head", *plan.left, *_loaded_names(checkpoint, plan.left, trust_remote_code), *_stacked_patterns(plan)}
+        {"lm_head", *plan.left, *_loaded_names(checkpoint, plan, trust_remote_code), *_stacked_patterns(plan)}
     )
     text = (checkpoint.path / "config.json").read_text(encoding="utf-8")
     write_index(out)
@@ -170,12 +172,17 @@ def measure(out: Path, plan: Targets, written: Mapping[str, list[str]]) -> dict[
     }
 
 
-def _loaded_names(checkpoint: Checkpoint, modules: Mapping[str, str], trust_remote_code: bool) -> set[str]:
-    """What transformers calls these modules once loaded; engines match `ignore` against either spelling."""
-    from reapkit.quantization.names import LoadedNames
-
-    names = LoadedNames.of_checkpoint(checkpoint, trust_remote_code=trust_remote_code)
-    return {names.rename(f"{module}.weight").removesuffix(".weight") for module in modules}
+def _loaded_names(checkpoint: Checkpoint, plan: Targets, trust_remote_code: bool) -> set[str]:
+    """What transformers calls the modules that are left alone, once loaded, and every other linear module of its class
+    that no quantized matrix becomes; engines match `ignore` against either spelling."""
+    config = load_config(checkpoint.path, trust_remote_code=trust_remote_code)
+    kind = model_class(config, trust_remote_code)
+    names = LoadedNames.of_class(kind, config, trust_remote_code=trust_remote_code)
+    left = {target for module in plan.left for target in names.targets(f"{module}.weight")}
+    quantized = {target for name in plan.matrices for target in names.targets(name)}
+    return {target.removesuffix(".weight") for target in left} | {
+        module for module in names.linears if f"{module}.weight" not in quantized
+    }
 
 
 def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:

@@ -48,7 +48,19 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "model_type", ["qwen3_moe", "glm4_moe", "mixtral", "gpt_oss", "olmoe", "deepseek_v3", "qwen3_next", "qwen3_vl_moe"]
+    "model_type",
+    [
+        "qwen3_moe",
+        "glm4_moe",
+        "mixtral",
+        "gpt_oss",
+        "olmoe",
+        "deepseek_v3",
+        "qwen3_next",
+        "qwen3_vl_moe",
+        "llama4",
+        "mistral3",
+    ],
 )
 def test_ragged_checkpoints_load_in_transformers_and_equal_the_masked_original(tmp_path, model_type, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))

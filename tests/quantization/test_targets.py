@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from reapkit.checkpoint.checkpoint import Checkpoint
+from reapkit.model.loaded_names import LoadedNames
+from reapkit.model.loading import load_config, model_class
+from reapkit.quantization.formats import preset
 from reapkit.quantization.targets import matches, targets
+from reapkit.quantization.writing import finish_directory
 from reapkit.recipe.schema import QuantizeSpec
-from tests.support.tiny import build, save_hub_layout
+from tests.support.tiny import WRAPPERS, build, save_hub_layout
 
 W3 = QuantizeSpec(scheme="W3A16", group_size=32)
 
@@ -70,3 +76,23 @@ def test_patterns() -> None:
         and matches("lm_head", ["lm_head"])
         and not matches("lm_heads", ["lm_head"])
     )
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_ignore_names_every_linear_that_the_loader_makes_beside_the_quantized_ones(
+    wrapper: str, tmp_path: Path
+) -> None:
+    """step's fused vision matrices, which end in no `.weight`, are split while they are loaded."""
+    source = save_hub_layout(build(wrapper, dtype=torch.bfloat16), tmp_path / "source")
+    checkpoint = Checkpoint.open(source)
+    plan = targets(checkpoint, W3)
+    (tmp_path / "out").mkdir()
+    finish_directory(checkpoint, tmp_path / "out", preset(W3), plan, trust_remote_code=False)
+    ignore = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"]
+    config = load_config(source)
+    names = LoadedNames.of_class(model_class(config), config)
+    made = {target.removesuffix(".weight") for name in plan.matrices for target in names.targets(name)}
+    assert names.linears - made and not names.linears - made - set(ignore)
+    assert not made & set(ignore) and not {matrix.module for matrix in plan.matrices.values()} & set(ignore)
+    if wrapper == "step3p7":
+        assert "model.vision_model.layers.0.self_attn.q_proj" in ignore

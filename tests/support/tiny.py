@@ -135,7 +135,72 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         ),
     ),
 }
-NOT_OBSERVED: dict[str, dict[str, Any]] = {  # transformers dispatches their experts itself, so only their files are cut
+VISION = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, patch_size=4)
+QWEN_VISION = dict(
+    depth=3,
+    hidden_size=32,
+    intermediate_size=64,
+    num_heads=2,
+    patch_size=4,
+    out_hidden_size=64,
+    num_position_embeddings=16,
+)
+ROPE = dict(rope_type="default", rope_theta=10000.0)
+WRAPPERS: dict[str, dict[str, Any]] = {  # towers around a text model, each of as many layers as it has
+    "llama4": dict(
+        text_config=dict(
+            COMMON, **{**LOCAL, "num_experts_per_tok": 1}, intermediate_size_mlp=64, interleave_moe_layer_step=1
+        ),
+        vision_config=dict(
+            VISION, image_size=16, vision_output_dim=64, projector_input_dim=64, projector_output_dim=64
+        ),
+    ),
+    "qwen3_5_moe": dict(
+        text_config=dict(
+            COMMON,
+            **QWEN,
+            **SHARED,
+            **LINEAR,
+            rope_parameters=dict(ROPE, mrope_section=[2, 1, 1], partial_rotary_factor=0.5),
+        ),
+        vision_config=QWEN_VISION,
+    ),
+    "gemma4": dict(
+        text_config=dict(
+            COMMON,
+            num_experts=16,
+            top_k_experts=4,
+            moe_intermediate_size=32,
+            enable_moe_block=True,
+            vocab_size_per_layer_input=256,
+            hidden_size_per_layer_input=8,
+        ),
+        vision_config=dict(VISION, num_key_value_heads=2, head_dim=16),
+        audio_config=None,
+    ),
+    "mistral3": dict(
+        text_config=dict(
+            COMMON,
+            model_type="mistral4",
+            **ROUTED,
+            n_group=1,
+            topk_group=1,
+            **{**MLA, "head_dim": 16},
+            rope_parameters=dict(
+                rope_type="yarn",
+                rope_theta=10000.0,
+                factor=4.0,
+                original_max_position_embeddings=64,
+                beta_fast=32.0,
+                beta_slow=1.0,
+                mscale=1.0,
+                mscale_all_dim=1.0,
+                llama_4_scaling_beta=0.1,
+                partial_rotary_factor=0.5,
+            ),
+        ),
+        vision_config=dict(VISION, model_type="pixtral", image_size=16, head_dim=16),
+    ),
     "step3p7": dict(
         text_config=dict(
             COMMON,
@@ -144,21 +209,19 @@ NOT_OBSERVED: dict[str, dict[str, Any]] = {  # transformers dispatches their exp
             moe_intermediate_size=32,
             share_expert_dim=32,
             num_sliding_attention_heads=4,
+            sliding_window=16,
             layer_types=["full_attention"] * 3,
             mlp_layer_types=["dense", "sparse", "sparse"],
         ),
-        vision_config=dict(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            patch_size=4,
-            image_size=16,
-        ),
+        vision_config=dict(VISION, image_size=16),
         image_token_id=255,
-    )
+    ),
 }
 MULTIMODAL = {
+    "llama4": transformers.Llama4ForConditionalGeneration,
+    "qwen3_5_moe": transformers.Qwen3_5MoeForConditionalGeneration,
+    "gemma4": transformers.Gemma4ForConditionalGeneration,
+    "mistral3": transformers.Mistral3ForConditionalGeneration,
     "qwen3_vl_moe": transformers.Qwen3VLMoeForConditionalGeneration,
     "step3p7": transformers.Step3p7ForConditionalGeneration,
 }
@@ -176,9 +239,7 @@ def build(model_type: str, dtype: torch.dtype = torch.float32, seed: int = 0, **
     are drawn too.
     """
     common = {} if model_type in MULTIMODAL else COMMON
-    config = AutoConfig.for_model(
-        model_type, **{**common, **{**ARCHITECTURES, **NOT_OBSERVED}[model_type], **overrides}
-    )
+    config = AutoConfig.for_model(model_type, **{**common, **{**ARCHITECTURES, **WRAPPERS}[model_type], **overrides})
     torch.manual_seed(seed)
     auto = MULTIMODAL.get(model_type)
     model = auto(config) if auto else transformers.AutoModelForCausalLM.from_config(config)

@@ -27,9 +27,9 @@ from transformers.quantizers.auto import get_hf_quantizer
 from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.checkpoint.projection_names import expert_tensor
 from reapkit.checkpoint.shard_reader import ShardReader
-from reapkit.core.errors import UnusableError
+from reapkit.model.fitting_class import missing_weights
 from reapkit.model.loading import dequantized, load_config, model_class, widened
-from reapkit.model.routed_experts import find_experts
+from reapkit.model.routed_experts import decoder_layers
 from reapkit.model.streaming.device_copies import Accelerator, StagedCopies, accelerator
 from reapkit.model.streaming.layer_memory import Arena, Arenas, Event, host_memory
 from reapkit.model.streaming.tensor_loading import Filling, Fillings, Stored, place_all
@@ -77,9 +77,7 @@ class LayeredModel:
         self._conversions = cast(  # who makes the list and who takes it name its type differently
             "list[WeightConverter | WeightRenaming]", get_model_conversion_mapping(self.model, None, self._quantizer)
         )
-        first = find_experts(self.model)[0]
-        self.prefix = first.name.partition(f".{first.layer}.")[0]
-        self.layers = cast(nn.ModuleList, self.model.get_submodule(self.prefix))
+        self.prefix, self.layers = decoder_layers(self.model)
         self._renamings = [entry for entry in self._conversions if isinstance(entry, WeightRenaming)]
         self._converters = [entry for entry in self._conversions if isinstance(entry, WeightConverter)]
         self._expected = self.model.state_dict()  # on meta: names and shapes
@@ -272,10 +270,7 @@ class LayeredModel:
     def _refuse_missing(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
         missing = [name for name, parameter in parameters if parameter.device.type == "meta"]
         if missing:
-            raise UnusableError(
-                f"{self.path}: {len(missing)} tensors that {type(self.model).__name__} needs are missing, such as "
-                f"{missing[0]}. Download the checkpoint again."
-            )
+            raise missing_weights(self.path, self.model, missing)
 
 
 def _keep_few_kernels() -> None:

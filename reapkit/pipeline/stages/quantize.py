@@ -71,7 +71,7 @@ def _inputs(recipe: Recipe) -> tuple[str, ...]:
 
 STAGE = StageDefinition(
     name="quantize",
-    version=3,
+    version=4,
     run=run,
     writes=stage_disk.quantize,
     shows=lambda plan: written_names(plan.checkpoint),
