@@ -27,9 +27,9 @@ from reapkit.calibration.data_files import (
     unpacked_stream,
 )
 from reapkit.calibration.formats import recognise, to_sample
-from reapkit.calibration.row_filter import missing_column
+from reapkit.calibration.row_filter import missing_column, passes
 from reapkit.calibration.row_readers import MAX_SAMPLE_BYTES
-from reapkit.calibration.table_files import first_row
+from reapkit.calibration.table_files import head
 from reapkit.checkpoint.locate import local_path
 from reapkit.core.errors import Problem, UnusableError
 from reapkit.recipe.schema import MixEntry
@@ -47,20 +47,32 @@ def first_row_problems(entry: MixEntry, path: str, directory: Path) -> list[Prob
     if wrong := misplaced(entry, directory):
         field, message = wrong
         return [Problem(f"{path}.{field}", f"found {message}")]
-    place = local_path(entry.source, directory)
-    if place.is_dir():
-        splits = saved_splits(place)
-        if splits is None:
-            return []  # a dataset in the hub's layout: only `datasets` can say
-        folders = {splits[part.name]: None for part in split_parts(entry.split)}
-        files = [folder / saved_files(folder)[-1] for folder in folders]
-    else:
-        try:
-            files = source_files(entry, directory)
-        except UnusableError:
-            return [Problem(f"{path}.source", _nowhere(entry.source, directory))]
+    try:
+        files = _files(entry, directory)
+    except UnusableError:
+        return [Problem(f"{path}.source", _nowhere(entry.source, directory))]
     problems = [_file_problem(file, entry, path) for file in files]
     return [problem for problem in problems if problem is not None][:1]
+
+
+def first_rows(entry: MixEntry, directory: Path, most: int) -> Iterator[Mapping[str, Any]]:
+    """At most so many rows at the head of a local source's first file, those that can be read and pass the source's
+    filter; none where `first_row_problems` has something to say, or only the whole file would tell."""
+    if first_row_problems(entry, "", directory) or not (files := _files(entry, directory)):
+        return
+    if row := _first_row(files[0]):
+        yield from (each for each in _first_rows(files[0], row, most) if passes(each, entry))
+
+
+def _files(entry: MixEntry, directory: Path) -> list[Path]:
+    """The files that are looked at; none of a dataset in the hub's layout, of which only `datasets` can say more.
+    Raises UnusableError where there are none."""
+    place = local_path(entry.source, directory)
+    if not place.is_dir():
+        return source_files(entry, directory)
+    splits = saved_splits(place)
+    folders = {} if splits is None else {splits[part.name]: None for part in split_parts(entry.split)}
+    return [folder / saved_files(folder)[-1] for folder in folders]
 
 
 def _nowhere(source: str, directory: Path) -> str:
@@ -105,7 +117,7 @@ def _first_row(file: Path) -> Mapping[str, Any] | None:
     """
     kind = kind_of(file)
     if kind in TABLES:
-        return first_row(file)
+        return next(iter(rows), {}) if (rows := head(file, 1)) is not None else None
     with _readable(file) as stream:
         if kind not in (*LINES, ".json", ".txt"):
             return {"text": "a document"} if stream.read(1) else {}
@@ -117,14 +129,16 @@ def _first_row(file: Path) -> Mapping[str, Any] | None:
     return None if kind == ".json" and line.lstrip().startswith(b"[") else _object(line)
 
 
-def _first_rows(file: Path, row: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """The first row, and of lines those behind it that can be read."""
+def _first_rows(file: Path, row: Mapping[str, Any], most: int = FILTERED_ROWS) -> Iterator[Mapping[str, Any]]:
+    """The first row, and those behind it that can be read, of at most so many."""
     yield row
+    if kind_of(file) in TABLES:
+        yield from (head(file, most) or [])[1:]
     if kind_of(file) not in (*LINES, ".json"):
         return
     with _readable(file) as stream:
         _next_line(stream)
-        for _ in range(FILTERED_ROWS - 1):
+        for _ in range(most - 1):
             if not (line := _next_line(stream)):
                 return
             with suppress(ValueError):

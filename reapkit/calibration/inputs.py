@@ -88,6 +88,11 @@ class Inputs:
         )
 
 
+def load_tokenizer(directory: Path, trust_remote_code: bool) -> Any:
+    """The tokenizer of a model directory. Raises UnusableError where it cannot be loaded."""
+    return _load_tokenizer(directory, trust_remote_code, digest(tokenizer_identity(directory)))
+
+
 @lru_cache(maxsize=2)
 def _load_tokenizer(directory: Path, trust_remote_code: bool, identity: str) -> Any:
     """The tokenizer of a directory; `identity` makes sure that changed files are read again."""

@@ -30,23 +30,23 @@ def columns(path: Path) -> Any:
             return _arrow(stream)[0].remove_metadata()
 
 
-def first_row(path: Path) -> Mapping[str, Any] | None:
-    """The first row; an empty one where there is none, None where only the whole file would tell. Raises ValueError
-    where the file cannot be read."""
+def head(path: Path, most: int) -> list[Mapping[str, Any]] | None:
+    """At most so many of the first rows; None where only the whole file would tell. Raises ValueError where the file
+    cannot be read."""
     with _explained(path), unpacked_stream(path) as stream:
         if kind_of(path) in SEPARATORS:
-            rows = _csv(stream, path, 1).to_dict("records")
+            rows = _csv(stream, path, most).to_dict("records")
         elif path.suffix.lower() in PACKED:
             return None  # such tables are read from their end
         elif kind_of(path) == ".arrow":
             batch = next((batch for batch in _arrow(stream)[1] if len(batch)), None)
-            rows = [] if batch is None else batch.slice(0, 1).to_pylist()
+            rows = [] if batch is None else batch.slice(0, most).to_pylist()
         else:
             import pyarrow.parquet as pq
 
-            batch = next(pq.ParquetFile(path).iter_batches(batch_size=1), None)
+            batch = next(pq.ParquetFile(path).iter_batches(batch_size=most), None)
             rows = [] if batch is None else batch.to_pylist()
-    return {str(name): value for name, value in rows[0].items()} if rows else {}
+    return [{str(name): value for name, value in row.items()} for row in rows]
 
 
 def _csv(stream: IO[bytes], path: Path, rows: int) -> Any:

@@ -145,6 +145,7 @@ class Yardstick:
 
 def continued(
     find: Callable[[], Path],
+    base: Callable[[], PreTrainedModel],
     pack: Pack,
     spec: GenerationSpec,
     tokenizer: Any = None,
@@ -157,41 +158,45 @@ def continued(
     title: str = "generate",
     progress: Progress = SILENT,
 ) -> dict[str, Any] | None:
-    """What the model of the directory that `find` gives writes after the prompts that `evaluate` drew from the pack:
-    `{"generation": {group: shares over continuations}, "examples": [{"source", "prompt", "text"}]}`; None where the
-    pack gives no prompt. It is loaded unless `measures` finds what `of` wrote before.
-
-    The shares are the model's own, without the differences from the base; examples need a tokenizer.
+    """What the model of the directory that `find` gives writes after the prompts that `evaluate` drew from the pack,
+    beside what `base` wrote: `{"generation": {group: shares over continuations}, "examples": [{"source", "prompt",
+    "text"}]}`; None where the pack gives no prompt. A model is loaded only where `measures` does not find what it wrote
+    before, one at a time. Examples need a tokenizer.
     """
     prompts = generation.draw_prompts(pack, spec.prompts)
     if not prompts:
         return None
-
-    def write(work: Path | None) -> generation.Written:
-        model = load_model(find(), device=device, trust_remote_code=trust_remote_code)
-        try:
-            return generation.write(
-                model,
-                prompts,
-                max_new_tokens=spec.max_new_tokens,
-                batch_tokens=batch_tokens,
-                title=title,
-                progress=progress,
-            )
-        finally:
-            del model
-            gc.collect()
-
     used = measures or Measures()
-    measure = used.continuations(pack.length, title.removeprefix("generate "), of, spec)
-    written = used.kept.get(measure, write, generation.save_continuations, generation.load_continuations)
+
+    def written(name: str, of: Of, load: Callable[[], PreTrainedModel]) -> generation.Written:
+        def write(work: Path | None) -> generation.Written:
+            model = load()
+            try:
+                return generation.write(
+                    model,
+                    prompts,
+                    max_new_tokens=spec.max_new_tokens,
+                    batch_tokens=batch_tokens,
+                    title=f"generate {name}",
+                    progress=progress,
+                )
+            finally:
+                del model
+                gc.collect()
+
+        measure = used.continuations(pack.length, name, of, spec)
+        return used.kept.get(measure, write, generation.save_continuations, generation.load_continuations)
+
+    of_base = written(BASE, BASE, base)
+    own = written(
+        title.removeprefix("generate "),
+        of,
+        lambda: load_model(find(), device=device, trust_remote_code=trust_remote_code),
+    )
     sources = pack.tokens.sources
-    shares = generation.summarize(written, written, prompts, sources, pack.outside, tokenizer)
-    shown = generation.examples(written, written, prompts, sources, tokenizer) if tokenizer else []
+    shares = generation.summarize(of_base, own, prompts, sources, pack.outside, tokenizer)
+    shown = generation.examples(of_base, own, prompts, sources, tokenizer) if tokenizer else []
     return {
-        "generation": {
-            group: {name: found for name, found in metrics.items() if not name.endswith("_delta")}
-            for group, metrics in shares.items()
-        },
-        "examples": [{"source": each["source"], "prompt": each["prompt"], "text": each["base"]} for each in shown],
+        "generation": shares,
+        "examples": [{"source": each["source"], "prompt": each["prompt"], "text": each["candidate"]} for each in shown],
     }

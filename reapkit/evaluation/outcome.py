@@ -84,8 +84,10 @@ def _beside_the_limits(
     evaluation: Mapping[str, Any], verification: Mapping[str, Any], name: str, pruning: str
 ) -> Outcome:
     """A final directory that no gates judged, beside the limits that judged the pruning."""
-    gates = [Gate(**gate) for gate in evaluation.get("gates", ()) if not is_generation(gate["metric"])]
-    results = judge(verification["metrics"][name], gates)
+    texts = verification.get("continuations") if name == "quantized" else None
+    written = [Gate(**gate) for gate in evaluation.get("gates", ())]
+    gates = [gate for gate in written if texts or not is_generation(gate.metric)]
+    results = judge(verification["metrics"][name] | ({"generation": texts["generation"]} if texts else {}), gates)
     against = overall(results)
     judged = f"evaluate.gates judged the pruning alone, as a mask: {pruning}. The {name} model was not judged"
     if against == "pass" or not gates:

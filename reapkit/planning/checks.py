@@ -151,26 +151,30 @@ def _criteria(recipe: Recipe) -> dict[str, str]:
 
 
 def _unmeasured_gates(recipe: Recipe) -> list[Problem]:
-    """Limits, of those that the user wrote, on what would never be measured: the verdict could only be undecided."""
-    evaluate, problems = recipe.evaluate, []
-    for field, instead in (
-        ("gates", "Set evaluate.generation, or remove it." if evaluate.generation is None else None),
-        (
-            "gates_quantized",
-            "Continuations are judged before the model is written. Move the limit to evaluate.gates, or remove it.",
-        ),
-    ):
-        limits = getattr(evaluate, field)
-        written = set() if limits is None or isinstance(limits, str) else set(limits.model_dump(exclude_none=True))
-        problems += [
-            Problem(
-                f"evaluate.{field}.{metric}",
-                f"is a limit on generated text, but the recipe generates no text. {instead}",
-            )
-            for metric in sorted(filter(is_generation, written))
-            if instead
-        ]
-    return problems
+    """Limits, of those that the user wrote, on text that would never be generated: the verdict could only be
+    undecided."""
+    if recipe.evaluate.generation is not None:
+        return []
+    return [
+        Problem(
+            f"evaluate.{field}.{metric}",
+            "is a limit on generated text, but the recipe generates no text. Set evaluate.generation, or remove it.",
+        )
+        for field, metric in written_text_gates(recipe)
+    ]
+
+
+def written_text_gates(recipe: Recipe) -> list[tuple[str, str]]:
+    """Field and metric of each limit on generated text that the recipe itself sets; those of a preset are not
+    required."""
+    limits = {field: getattr(recipe.evaluate, field) for field in ("gates", "gates_quantized")}
+    return [
+        (field, metric)
+        for field, found in limits.items()
+        if found is not None and not isinstance(found, str)
+        for metric in sorted(found.model_dump(exclude_none=True))
+        if is_generation(metric)
+    ]
 
 
 def _missing_tasks(loaded: LoadedRecipe) -> list[Problem]:

@@ -25,7 +25,7 @@ from reapkit.core.formatting import human_bytes, human_count, human_experts, ran
 from reapkit.core.hashing import digest_file
 from reapkit.core.notebook import html_table
 from reapkit.observation.external import ImportedObservation
-from reapkit.planning.checks import checked_candidates, recipe_problems
+from reapkit.planning.checks import checked_candidates, recipe_problems, written_text_gates
 from reapkit.planning.estimates import Estimates, Machine, estimate, machine_memory
 from reapkit.planning.measuring import reason
 from reapkit.planning.stage_definitions import Stage, StageDefinition, resolve_stages
@@ -288,7 +288,17 @@ def make_plan(
         )
     identities = Identities.of(loaded, checkpoint, grid)
     made = Plan(loaded, tuple(definitions), checkpoint, grid, identities, machine_memory(), imported, mtp)
+    if made.estimates.placement == "streaming" and (limits := written_text_gates(loaded)):
+        raise loaded.located(RecipeError([_never_generated(*each) for each in limits]))
     return made.anew()
+
+
+def _never_generated(field: str, metric: str) -> Problem:
+    return Problem(
+        f"evaluate.{field}.{metric}",
+        "is a limit on generated text, but this model does not fit into memory, and one that is streamed layer by layer"
+        " generates none. Remove the limit, or run where the model fits (runtime.placement: resident).",
+    )
 
 
 def _checkpoint(loaded: LoadedRecipe, observation: Path | None, download: bool) -> Checkpoint:

@@ -83,3 +83,18 @@ def test_what_was_judged_by_which_gates_is_said() -> None:
         "The final model is rejected by evaluate.gates_quantized; the pruning, judged as a mask by"
         " evaluate.gates: pass."
     )
+
+
+def texts(low: float, high: float) -> dict[str, Any]:
+    return {
+        "generation": {"all": {"rows": 64, "loop_share_delta": {"value": (low + high) / 2, "interval": [low, high]}}}
+    }
+
+
+@pytest.mark.parametrize(("low", "high", "breaks"), [(0.02, 0.08, True), (-0.02, 0.03, False), (-0.05, -0.01, False)])
+def test_the_final_model_breaks_limits_on_text_too(low: float, high: float, breaks: bool) -> None:
+    verification = verified(0.01, 0.02) | {"continuations": texts(low, high)}
+    found = outcome(evaluated("pass"), verification)
+    assert ("breaks the same limits" in found.sentence) == breaks
+    if breaks:
+        assert [result.gate.metric for result in found.breaking] == ["loop_share_delta"]

@@ -277,6 +277,23 @@ def test_other_limits_on_the_final_directory_load_nothing(
     }
 
 
+def test_the_final_directory_is_judged_by_its_own_continuations(
+    root: Path, measured: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proving, "prove", lambda request: [Proof("loads", True, "as it should", directory="pruned")])
+    applied(root, LOOSE)
+    measured.clear()
+    limits = "evaluate.gates_quantized={preset: strict, loop_share_delta: {max: 1.0}, kl_mean: {max: 50}}"
+    with pytest.raises(RejectedByGates):  # the preset's other limits
+        applied(root, LOOSE, limits, until="verify")
+    assert measured == ["measure pruned", "generate pruned"], "the base's texts are those of the evaluation"
+    found = json.loads((root / "run" / "verify.json").read_text())
+    [loops] = [each for each in found["gates"] if each["metric"] == "loop_share_delta"]
+    chosen = json.loads((root / "run" / "evaluation" / "evaluation.json").read_text())["candidates"][0]
+    assert loops["verdict"] == "pass" and loops["pack"] == "generation"
+    assert loops["value"] == chosen["generation"]["all"]["loop_share_delta"]["value"], "the mask's, once more"
+
+
 # ---------------------------------------------------------------------------------------------- the store
 
 

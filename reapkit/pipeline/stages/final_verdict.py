@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from reapkit.checkpoint.checkpoint import Checkpoint
@@ -12,12 +13,17 @@ from reapkit.pipeline.stages.context import Context
 from reapkit.pipeline.stages.evaluate import gates_of
 
 
-def judged(context: Context, metrics: dict[str, Any]) -> tuple[str, list[dict[str, Any]], str]:
-    """The verdict on the last directory, each gate's result, and what to do about it."""
+def judged(
+    context: Context, metrics: dict[str, Any], continuations: Mapping[str, Mapping[str, Any] | None]
+) -> tuple[str, list[dict[str, Any]], str]:
+    """The verdict on the last directory, each gate's result, and what to do about it. `metrics` by directory, and
+    continuations of those that wrote some."""
     recipe, gates = context.recipe, gates_of(context.recipe.evaluate.gates_quantized, context)
     if not gates:
         return "not judged", [], ""
-    results = judge(list(metrics.values())[-1], gates)
+    texts = {name: {"generation": each["generation"]} for name, each in continuations.items() if each is not None}
+    measured = {name: each | texts.get(name, {}) for name, each in metrics.items()}
+    results = judge(list(measured.values())[-1], gates)
     verdict = overall(results)
     return (
         verdict,
@@ -27,7 +33,7 @@ def judged(context: Context, metrics: dict[str, Any]) -> tuple[str, list[dict[st
             if verdict == "pass"
             else final_advice(
                 results,
-                judge(metrics["pruned"], gates) if "quantized" in metrics else None,
+                judge(measured["pruned"], gates) if "quantized" in measured else None,
                 method=recipe.quantize.method,
                 next_scheme=_next_scheme(context),
                 removed=_removed(context),

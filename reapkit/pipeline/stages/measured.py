@@ -13,12 +13,14 @@ from reapkit.core.artifact_store import Artifact
 from reapkit.core.mapped_safetensors import map_tensors
 from reapkit.core.measurements import KEPT_NOWHERE, Measure, Measurements
 from reapkit.evaluation.equal_bytes import EqualBytes, equal_bytes
+from reapkit.evaluation.gates import resolve
 from reapkit.evaluation.measures import BASE, Measures, Of, mask
+from reapkit.evaluation.metrics.table import is_generation
 from reapkit.pipeline.stages.select import load_selections
 from reapkit.planning.plan import Plan
 from reapkit.recipe.schema import LmEvalSpec, QuantizeSpec, ThroughputSpec
 
-EVALUATE_VERSION, VERIFY_VERSION = 4, 5
+EVALUATE_VERSION, VERIFY_VERSION = 4, 6
 """Of the stages: another version measures everything anew."""
 LABELS = {"prune": "pruned", "quantize": "quantized"}
 """What the directories are called that stages write."""
@@ -82,6 +84,18 @@ def named_directories(inputs: Mapping[str, Artifact]) -> dict[str, dict[str, Any
     return {LABELS[stage]: {stage: inputs[stage].key, "verify": VERIFY_VERSION} for stage in LABELS if stage in inputs}
 
 
+def continuing(plan: Plan, named: Mapping[str, Any]) -> list[str]:
+    """The written directories whose continuations are looked at: the quantized one, beside those of base and mask. The
+    pruned one's are the mask's, and written anew only where its gates judge them. None of a model that is streamed."""
+    spec = plan.recipe.evaluate
+    if spec.generation is None or plan.estimates.placement != "resident":
+        return []
+    limits = spec.gates_quantized
+    gates = resolve(limits if limits is None or isinstance(limits, str) else limits.model_dump(exclude_none=True))
+    judged = any(is_generation(gate.metric) for gate in gates)
+    return [name for name in named if name == "quantized" or judged]
+
+
 def rounded_as(spec: QuantizeSpec) -> dict[str, Any]:
     """What names the unpruned model rounded to nearest."""
     settings = spec.model_dump(mode="json", include={"scheme", "group_size", "ignore"})
@@ -123,8 +137,12 @@ def verified(plan: Plan, inputs: Mapping[str, Artifact]) -> list[Measure]:
     parts = parts_of(inputs["packs"], spec.packs.lengths)
     for length, each in parts.items():
         found += [measures.signals(each[-1], length, name, what) for name, what in of.items()]
-    if spec.generation is not None and "quantized" in named and plan.estimates.placement == "resident":
-        found.append(measures.continuations(max(parts), "quantized", named["quantized"], spec.generation))
+    if spec.generation is not None:
+        for name in continuing(plan, named):
+            found += [
+                measures.continuations(max(parts), *each, spec.generation)
+                for each in ((BASE, BASE), (name, named[name]))
+            ]
     if spec.throughput is not None:
         found.append(speed_of(plan, inputs, fitting(plan, spec.throughput)))
     if spec.lm_eval is not None:

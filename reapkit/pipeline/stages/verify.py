@@ -24,6 +24,7 @@ from reapkit.pipeline.stages.final_verdict import judged
 from reapkit.pipeline.stages.measured import (
     LABELS,
     VERIFY_VERSION,
+    continuing,
     equal_bytes_control,
     fitting,
     measures_of,
@@ -67,8 +68,8 @@ def run(context: Context) -> dict[str, Any]:
     compared = {"base": context.model_directory, final: result}
     throughput = _throughput(context, compared)
     benchmarks = _benchmarks(context, compared)
-    continuations = _continuations(context, final, result)
-    verdict, results, advice = judged(context, metrics)
+    continuations = {name: _continuations(context, name, directories[name]) for name in continuing(context.plan, named)}
+    verdict, results, advice = judged(context, metrics, continuations)
     write_json(
         context.payload / "verify.json",
         {
@@ -81,7 +82,7 @@ def run(context: Context) -> dict[str, Any]:
             "verdict": verdict,
             "advice": advice,
             "lm_eval": benchmarks,
-            "continuations": continuations,
+            "continuations": continuations.get("quantized"),
         },
     )
     return {
@@ -288,25 +289,27 @@ def _save_tasks(found: tuple[dict[str, Any], Path], directory: Path) -> None:
 
 
 def _continuations(context: Context, name: str, directory: Path) -> dict[str, Any] | None:
-    """The quantized model's continuations of the prompts that base and candidates continued; the pruned one's are the
-    mask's. None where none were asked for, or the model does not fit into memory."""
+    """A directory's continuations of the prompts that base and candidates continued, beside the base's; None where
+    there are no prompts."""
     from reapkit.calibration.identity import tokenizer_identity
     from reapkit.evaluation.bench import packs_of_part
     from reapkit.evaluation.directory import continued
-    from reapkit.model.loading import load_tokenizer
+    from reapkit.model.loading import load_model, load_tokenizer
     from reapkit.quantization.quiet import quiet
 
+    where = {"device": context.device, "trust_remote_code": context.recipe.model.trust_remote_code}
     spec, packs = context.recipe.evaluate.generation, packs_of_part(load_packs(context), "decide")
-    if name != "quantized" or spec is None or context.streams or not packs:
+    assert spec is not None, "a directory continues what candidates continued"
+    if not packs:
         return None
     with quiet():
         return continued(
             lambda: _readable(context, name, directory),
+            lambda: load_model(context.model_directory, **where),
             packs[max(packs)],
             spec,
             load_tokenizer(context.model_directory) if tokenizer_identity(context.model_directory) else None,
-            device=context.device,
-            trust_remote_code=context.recipe.model.trust_remote_code,
+            **where,
             batch_tokens=context.recipe.runtime.batch_tokens,
             measures=measures_of(context.plan, context.inputs["packs"], context.measurements),
             of=named_directories(context.inputs)[name],
