@@ -108,7 +108,7 @@ class Plan:
         return f"<Plan {self.recipe.name}: {model}; to run: {', '.join(runs) or 'nothing'}>"
 
     def _repr_html_(self) -> str:
-        stages = [(stage.name, "hit" if stage.hit else "will run", reason(self, stage)) for stage in self.stages]
+        stages = [(stage.name, "done" if stage.hit else "will run", reason(self, stage)) for stage in self.stages]
         sizes = {"base": self.base} | {candidate.name: self.pruned(candidate) for candidate in self.candidates}
         rows = [
             (name, human_experts(size.experts), human_count(size.parameters), human_bytes(size.nbytes))
