@@ -12,8 +12,4 @@ import yaml
 def table(name: str) -> dict[str, Any]:
     """The content of `name`.yaml, read once; it is shared, so it must not be changed."""
     text = (files("reapkit.calibration.builtin") / f"{name}.yaml").read_text(encoding="utf-8")
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
-    try:
-        return loader.get_single_data()
-    finally:
-        loader.dispose()
+    return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
