@@ -23,6 +23,8 @@ WHOLE_NUMBERS = (
 """Fields that sizes and costs are computed from; where layers differ, they list a number for each."""
 LARGEST = 1 << 31
 """No field that counts something of a model is larger."""
+HASHED = re.compile(r"(?:^|_)hash(?:ed)?(?:_|$)")
+"""In the name of a layer's kind: its tokens go to experts by a table."""
 MTP_COUNT = re.compile(r"(?=.*(?:^|_)(?:mtp|nextn)(?:_|$))(?=.*(?:num|layers|modules|depth))")
 """Fields that say how many multi-token-prediction blocks there are."""
 
@@ -109,6 +111,14 @@ def _groups(text: Mapping[str, Any], key: str) -> int:
     return whole_number(text, key) or 1
 
 
+def _hashed_layers(text: Mapping[str, Any]) -> tuple[int, ...]:
+    """The layers that config.json says are routed by a table: listed by kind, or the first so many (deepseek_v4)."""
+    kinds = text.get("mlp_layer_types")
+    if isinstance(kinds, list):
+        return tuple(layer for layer, kind in enumerate(kinds) if isinstance(kind, str) and HASHED.search(kind))
+    return tuple(range(min(whole_number(text, "num_hash_layers") or 0, _num_hidden_layers(text))))
+
+
 def _num_hidden_layers(config: Mapping[str, Any]) -> int:
     value = config.get("num_hidden_layers", config.get("num_layers"))
     if value is None:  # nemotron_h may say it by listing the layers
@@ -126,7 +136,8 @@ class Architecture:
     """The routing of a MoE as its config declares it.
 
     `n_group` > 1: experts are routed in groups of `num_experts // n_group`, of which `topk_group` are eligible per
-    token.
+    token. `tables`: the layers, by decoder index, in which a fixed table says which experts a token goes to: their
+    router cannot choose others, so they keep all of theirs.
     """
 
     model_type: str
@@ -135,6 +146,7 @@ class Architecture:
     num_experts_per_tok: int
     n_group: int = 1
     topk_group: int = 1
+    tables: tuple[int, ...] = ()
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Architecture:
@@ -162,6 +174,7 @@ class Architecture:
             top_k,
             n_group=_groups(text, "n_group"),
             topk_group=_groups(text, "topk_group"),
+            tables=_hashed_layers(text),
         )
 
     @property

@@ -8,7 +8,7 @@ import os
 import stat
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import isinf
 from pathlib import Path
@@ -100,8 +100,11 @@ class Checkpoint:
 
     @cached_property
     def architecture(self) -> Architecture:
-        """What config.json says about the experts. Raises UnusableError where it names none."""
-        return Architecture.from_config(self.config)
+        """What config.json says about the experts, and the headers of tables that route to them. Raises UnusableError
+        where it names none, or as `layout` does."""
+        declared = Architecture.from_config(self.config)
+        tables = {index for index, layer in self.layout.layers.items() if layer.table} | set(declared.tables)
+        return replace(declared, tables=tuple(sorted(tables)))
 
     @cached_property
     def layout(self) -> Layout:

@@ -38,7 +38,7 @@ def masked(model: nn.Module, keep: Mapping[int, Sequence[int]], experts_per_toke
     kept ones alone. Layers that `keep` does not name stay whole. `experts_per_token` overrides top-k everywhere.
 
     Raises UnusableError where a layer has no routed experts, keeps too few, keeps unequal numbers per routing group, or
-    routes by a fixed table.
+    would lose experts that a fixed table routes to.
     """
     with masked_sites(find_experts(model), keep, experts_per_token):
         yield
@@ -50,6 +50,7 @@ def masked_sites(
 ) -> Iterator[None]:
     """As `masked`, of these experts, which may be those of multi-token-prediction blocks."""
     sites = {site.layer: site for site in found}
+    keep = {layer: kept for layer, kept in keep.items() if layer not in sites or not _stays_whole(sites[layer], kept)}
     if unknown := sorted(set(keep) - set(sites)):
         raise UnusableError(f"layers {unknown} have no routed experts to mask; the MoE layers are {sorted(sites)}.")
     kept = {layer: torch.tensor(sorted(keep[layer])) for layer in keep}
@@ -61,6 +62,21 @@ def masked_sites(
                 stack.enter_context(_routing_to(site, experts_per_token))
         stack.enter_context(intercepted(found, _back_to_original(kept, experts_per_token)))
         yield
+
+
+def _stays_whole(site: RoutedExperts, kept: Sequence[int]) -> bool:
+    """Whether a layer that a fixed table routes keeps all its experts, as it must: nothing of it is masked."""
+    return has_table(site) and sorted(kept) == list(range(site.num_experts))
+
+
+def has_table(site: RoutedExperts) -> bool:
+    """Whether the router reads the experts of a token from a table of numbers, instead of choosing them."""
+    return any(
+        not tensor.is_floating_point() and tensor.numel() > 1
+        for name, module in routing_modules(site)
+        if name
+        for tensor in module.buffers(recurse=False)
+    )
 
 
 def _back_to_original(kept: Mapping[int, Tensor], experts_per_token: int | None) -> Callable[..., Tensor]:
@@ -148,14 +164,12 @@ def _refuse_bad_keep(site: RoutedExperts, kept: Tensor) -> None:
         raise UnusableError(
             f"{where}: kept experts {kept.tolist()} are not distinct numbers from 0 to {site.num_experts - 1}."
         )
-    for name, module in routing_modules(site):
-        if name and any(
-            not tensor.is_floating_point() and tensor.numel() > 1 for tensor in module.buffers(recurse=False)
-        ):
-            raise UnusableError(
-                f"{where}: the router reads expert numbers from a fixed table, so its experts cannot be dropped."
-                " Exclude the layer with a cap {layers: ..., keep_all: true}."
-            )
+    if has_table(site):
+        raise UnusableError(
+            f"{where}: the router reads expert numbers from a fixed table, so its experts cannot be dropped."
+            " Keep all of them."
+        )
+    for _, module in routing_modules(site):
         groups = next((vars(module)[key] for key in GROUP_NAMES if isinstance(vars(module).get(key), int)), 1)
         if groups > 1:
             per_group = torch.bincount(kept // (site.num_experts // groups), minlength=groups).tolist()

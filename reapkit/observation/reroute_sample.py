@@ -21,7 +21,7 @@ from reapkit.calibration.tokens import Batch, CalibrationTokens
 from reapkit.core.errors import UnusableError
 from reapkit.core.progress import Progress
 from reapkit.core.ranks import ALONE, Alone
-from reapkit.model.masking import sliced_routing
+from reapkit.model.masking import has_table, sliced_routing
 from reapkit.model.routed_experts import RoutedExperts
 from reapkit.observation.observation import Reroute
 from reapkit.observation.partial_files import load_partial, save_by_rename
@@ -132,7 +132,7 @@ class Capture:
         at = [
             number * width + offset for number, row in enumerate(batch.rows) for offset in self.positions.get(row, ())
         ]
-        return hidden.reshape(-1, hidden.shape[-1])[torch.tensor(at, dtype=torch.int64, device=hidden.device)]
+        return hidden.reshape(batch.input_ids.numel(), -1)[torch.tensor(at, dtype=torch.int64, device=hidden.device)]
 
     def keep_group(self, group: int, layers: Sequence[int]) -> None:
         """Writes what the group's batches left in these layers."""
@@ -158,7 +158,12 @@ class Capture:
                 dtype=torch.int64,
             )
             inputs, residual = (torch.cat([part[name] for part in parts]) for name in ("inputs", "residual"))
-            save_by_rename(measure_layer(self.model, site, inputs, residual, source, self._scored), done)
+            found = (
+                _unmeasured(site.num_experts, len(self._scored))
+                if has_table(site)
+                else measure_layer(self.model, site, inputs, residual, source, self._scored)
+            )
+            save_by_rename(found, done)
         self._read.clear()
         for file in files:
             file.unlink(missing_ok=True)
@@ -197,7 +202,10 @@ class Capture:
 
 
 def refuse_unfit(model: PreTrainedModel, site: RoutedExperts) -> None:
-    """Raises UnusableError where re-routing is not a weighted sum that the block alone computes."""
+    """Raises UnusableError where re-routing is not a weighted sum that the block alone computes. A layer that a fixed
+    table routes loses no expert, so nothing is measured there."""
+    if has_table(site):
+        return
     model_type = model.config.get_text_config().model_type
     if site.gate_on_input:
         why = "the gate weight scales the expert's input, so the outputs are not a sum weighted by gates"
@@ -210,6 +218,15 @@ def refuse_unfit(model: PreTrainedModel, site: RoutedExperts) -> None:
         f"observe.reroute_tokens: layer {site.layer} of model_type '{model_type}' cannot be re-routed: {why}. Set"
         " observe.reroute_tokens to 0 and choose another criterion."
     )
+
+
+def _unmeasured(experts: int, sources: int) -> dict[str, Tensor]:
+    """The paths, as `measure_layer` gives them, of a layer that loses none of its experts."""
+    return {
+        "order": torch.full((sources + 2, experts), -1),
+        "error": torch.zeros(sources + 2, experts, dtype=torch.float64),
+        "single": torch.zeros(sources, experts, dtype=torch.float64),
+    }
 
 
 def decoder_layer(model: PreTrainedModel, site: RoutedExperts) -> nn.Module:

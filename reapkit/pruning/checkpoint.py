@@ -174,8 +174,7 @@ def _kept(layout: Layout, selection: Selection, source: Checkpoint, drop_mtp: bo
         if layer.table and len(chosen) < layer.num_experts:
             raise UnusableError(
                 f"layer {index} assigns tokens to experts by a fixed table ({layer.table}); dropping an expert "
-                f"would leave its tokens without one. Exclude the layer with a cap {{layers: [{index}], "
-                "keep_all: true}}."
+                "would leave its tokens without one. Give a selection that keeps all of them."
             )
         if len(chosen) < top_k:
             raise UnusableError(

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import yaml
 
-from reapkit.core.formatting import count, human_bytes, human_count, human_experts, listed, percent
+from reapkit.core.formatting import count, human_bytes, human_count, human_experts, listed, percent, ranges
 from reapkit.planning.plan import Sizes
 from reapkit.report.card_results import limits, proofs, results
 from reapkit.report.card_use import recipe, serving
@@ -16,6 +16,7 @@ from reapkit.report.facts import RunFacts
 from reapkit.report.markdown import escaped, fenced, table
 from reapkit.selection.criteria.criterion import Criterion
 from reapkit.selection.criteria.registry import described
+from reapkit.selection.selection import Selection
 
 WrittenModel = Literal["pruned", "quantized"]
 """The models that a run writes, by what their directories are called."""
@@ -211,7 +212,7 @@ def _method(facts: RunFacts, sizes: Sizes, which: str) -> str:
         (f"Each routed expert got a saliency by `{criterion.name}`{formula}: {criterion.explanation}."),
         (
             f"{least} went; {human_experts(sizes.experts)} of {human_experts(facts.base.experts)} stay."
-            f" {_protected(details)}Router rows were removed with their experts."
+            f" {_protected(details)}{_by_table(selection)}Router rows were removed with their experts."
         ),
     ]
     if selection and selection.experts_per_token:
@@ -238,6 +239,11 @@ def _protected(details: Mapping[str, Any]) -> str:
         if sizes
         else ""
     )
+
+
+def _by_table(selection: Selection | None) -> str:
+    layers = selection.table_layers if selection else ()
+    return f"A fixed table routes the tokens of layers {ranges(layers)}, which keep all experts. " if layers else ""
 
 
 def _citation(facts: RunFacts) -> str:

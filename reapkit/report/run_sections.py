@@ -7,13 +7,14 @@ from typing import Any
 
 from markupsafe import Markup
 
-from reapkit.core.formatting import arrow, count, extreme, listed, percent, plural, seconds
+from reapkit.core.formatting import arrow, count, extreme, listed, percent, plural, ranges, seconds
 from reapkit.report.blocks import LEFT, RIGHT, Chart, Code, Folded, Note, PageSection, PageTable
 from reapkit.report.charts import axis
 from reapkit.report.charts import rows as lying_bars
 from reapkit.report.facts import RunFacts, StageRow
 from reapkit.report.measures import badge
 from reapkit.report.quality_sections import results_table
+from reapkit.selection.selection import TABLE
 
 FACTS = [("", LEFT), ("", LEFT)]
 
@@ -46,6 +47,8 @@ def decision(facts: RunFacts) -> PageSection | None:
             f"{plural(len(details.get('near_ties') or ()), 'pair')} that may be decided differently on another device",
         ),
     ]
+    if selection.table_layers:
+        rows.append(("layers kept whole", f"{ranges(selection.table_layers)} ({TABLE})"))
     if details.get("mix"):
         rows.append(("post-hoc mix", listed((f"{name} {weight}" for name, weight in details["mix"].items()), 12)))
     if selection.experts_per_token:

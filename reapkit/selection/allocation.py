@@ -14,6 +14,7 @@ from math import inf
 
 from reapkit.core.errors import Problem, RecipeError
 from reapkit.selection.layer_budget import LayerBudget
+from reapkit.selection.selection import TABLE
 
 NEVER_ROUTED = -inf
 BY_HAND, SUPER, CORE = "protected by hand", "super expert", "core"
@@ -198,6 +199,8 @@ def reasons(
 def _kept_reason(
     ranking: LayerRanking, expert: int, position: int, count: int, plain: bool, budget: LayerBudget, cut: float | None
 ) -> str:
+    if budget.table:
+        return TABLE
     if expert in ranking.protected:
         return ranking.protected[expert]
     if count == len(ranking.saliency):

@@ -117,9 +117,14 @@ def candidates(
 
 
 def budget_notes(prune: PruneSpec, architecture: Architecture, layers: Sequence[int]) -> list[str]:
-    """What the plan says aloud about one candidate's budget: dense layers that a range skips, counts that rounding
-    raised."""
+    """What the plan says aloud about one candidate's budget: layers that a table routes, dense layers that a range
+    skips, counts that rounding raised."""
     notes = []
+    if tables := [layer for layer in layers if layer in architecture.tables]:
+        notes.append(
+            f"Layers {ranges(tables)} keep all {architecture.num_experts} experts: a fixed table says which experts a"
+            " token goes to, and their router cannot choose others."
+        )
     for i, cap in enumerate(prune.caps):
         if dense := layer_range(cap.layers, layers, architecture.num_hidden_layers).dense:
             notes.append(f"prune.caps[{i}].layers skips the dense layers {ranges(dense)}.")

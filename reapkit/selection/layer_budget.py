@@ -5,7 +5,7 @@ Every contradiction between the budget, the caps and the model's routing is foun
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from fractions import Fraction
@@ -23,13 +23,15 @@ class LayerBudget:
     """How many of a layer's experts are kept, with the steps that led there.
 
     `wanted` is what the ratio says, `rounded` after groups and `multiple_of`, `kept` after the caps, `least` the fewest
-    that the layer's caps and the model's routing allow (what `allocation: global` may go down to).
+    that the layer's caps and the model's routing allow (what `allocation: global` may go down to). `table`: a fixed
+    table routes the layer's tokens, so it keeps all its experts.
     """
 
     wanted: int
     rounded: int
     kept: int
     least: int
+    table: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def layer_budgets(prune: PruneSpec, architecture: Architecture, layers: Sequence
         _routing(prune, architecture).least_experts, kept_unit(prune, architecture), architecture.num_experts
     )
     budgets = {
-        layer: LayerBudget(wanted, rounded, max(rounded, least), max(routable, least))
+        layer: LayerBudget(wanted, rounded, max(rounded, least), max(routable, least), layer in architecture.tables)
         for layer, least in floors.items()
     }
     if not problems:
@@ -65,8 +67,8 @@ def layer_budgets(prune: PruneSpec, architecture: Architecture, layers: Sequence
         problems.append(
             Problem(
                 budget_path(prune),
-                f"{found(prune)}, but the caps keep every expert of every layer, so "
-                "nothing is removed. Loosen prune.caps.",
+                f"{found(prune)}, but {_who_keeps(budgets)} every expert of every layer, so nothing is removed."
+                + (" Loosen prune.caps." if prune.caps else " Choose another model."),
             )
         )
     if problems:
@@ -164,10 +166,10 @@ def _explicit_count(
 def _cap_floors(
     prune: PruneSpec, architecture: Architecture, layers: Sequence[int], problems: list[Problem]
 ) -> dict[int, int]:
-    """The fewest experts that the caps leave in each layer, divisible by the unit unless it is all of them; 0 without a
-    cap."""
-    floors = dict.fromkeys(layers, 0)
+    """The fewest experts that tables and caps leave in each layer, divisible by the unit unless it is all of them; 0
+    without either."""
     experts = architecture.num_experts
+    floors = {layer: experts if layer in architecture.tables else 0 for layer in layers}
     for i, cap in enumerate(prune.caps):
         try:
             capped = layer_range(cap.layers, layers, architecture.num_hidden_layers).layers
@@ -201,6 +203,15 @@ def _check_routing(prune: PruneSpec, architecture: Architecture, rounded: int, p
     """Top-k must still find its experts, group by group."""
     least, routing = _least(prune, architecture), _routing(prune, architecture)
     top_k = routing.num_experts_per_tok
+    if architecture.tables and top_k != architecture.num_experts_per_tok:
+        problems.append(
+            Problem(
+                "prune.experts_per_token",
+                f"{top_k}, but a fixed table routes the tokens of layers {ranges(architecture.tables)} to"
+                f" {architecture.num_experts_per_tok} experts each, which cannot be changed. Remove the field.",
+            )
+        )
+        return
     source = "prune.experts_per_token" if prune.experts_per_token is not None else "num_experts_per_tok"
     needs = f"{architecture.model_type} routes each token to {top_k} experts ({source})"
     if architecture.n_group > 1:
@@ -240,11 +251,19 @@ def _check_routing(prune: PruneSpec, architecture: Architecture, rounded: int, p
 def _check_layout(
     prune: PruneSpec, architecture: Architecture, budgets: dict[int, LayerBudget], problems: list[Problem]
 ) -> None:
-    """With `layout: uniform` the caps must leave the same count everywhere."""
+    """With `layout: uniform` tables and caps must leave the same count everywhere."""
     counts = {budget.kept for budget in budgets.values()}
     if prune.layout == "ragged" or len(counts) == 1:
         return
     experts, rounded = architecture.num_experts, min(counts)
+    if architecture.tables:
+        problems.append(
+            Problem(
+                "prune.layout",
+                f"uniform, but a fixed table routes the tokens of layers {ranges(architecture.tables)}, which therefore"
+                f" keep all {experts} experts, while the others keep {rounded}. Set prune.layout: ragged.",
+            )
+        )
     for i, cap in enumerate(prune.caps):
         kept = _round_up(_cap_count(cap, experts), kept_unit(prune, architecture), experts)
         if kept > rounded:
@@ -267,6 +286,10 @@ def _check_layout(
                     + ", or set prune.layout: ragged.",
                 )
             )
+
+
+def _who_keeps(budgets: Mapping[int, LayerBudget]) -> str:
+    return "fixed tables keep" if all(budget.table for budget in budgets.values()) else "the caps keep"
 
 
 def _check_protected(

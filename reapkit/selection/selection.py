@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from reapkit.checkpoint.architecture import Architecture
 
 FORMAT_VERSION = 1
+TABLE = "routed by a fixed table"
+"""Why the experts of a layer stay whose router reads them from a table."""
 MOST_DIGITS = 6
 
 
@@ -58,6 +60,11 @@ class Selection:
             self,
             layers={layer: chosen for layer, chosen in self.layers.items() if layer < architecture.num_hidden_layers},
         )
+
+    @property
+    def table_layers(self) -> tuple[int, ...]:
+        """Layers that keep all their experts because a fixed table routes their tokens."""
+        return tuple(layer for layer, chosen in self.layers.items() if set(chosen.reasons.values()) == {TABLE})
 
     @property
     def warnings(self) -> tuple[str, ...]:

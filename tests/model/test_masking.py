@@ -152,3 +152,18 @@ def test_keeping_every_expert_changes_nothing():
     before = logits(model)
     with masked(model, {layer: range(16) for layer in range(3)}):
         assert torch.equal(logits(model), before)
+
+
+@torch.no_grad()
+def test_a_layer_that_a_table_routes_stays_whole_while_the_rest_is_masked():
+    model = tiny.build("deepseek_v4")
+    keep = {0: list(range(16)), 1: list(range(0, 16, 2)), 2: list(range(4, 12))}
+    with masked(model, keep):
+        got = model(IDS, use_cache=False).logits
+    with oracle(model, keep):
+        expected = model(IDS, use_cache=False).logits
+    assert (got - expected).abs().max() <= 1e-5
+    assert not torch.allclose(got, model(IDS, use_cache=False).logits)
+    refused = pytest.raises(UnusableError, match="layer 0: the router reads expert numbers from a fixed table")
+    with refused, masked(model, {0: list(range(15))}):
+        pass

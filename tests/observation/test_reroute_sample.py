@@ -213,3 +213,12 @@ def test_every_other_architecture_is_rerouted_by_its_own_block(model_type: str, 
     assert (
         last > observation.reroute.error[:, -1, :1]
     ).all() or model_type == "ernie4_5_moe"  # whose tiny router sends all tokens the same way
+
+
+def test_nothing_is_measured_where_a_table_routes(tmp_path: Path) -> None:
+    path, tokens = prepared("deepseek_v4", tmp_path)
+    found = resident(path, tokens, tmp_path / "work")
+    assert found.reroute is not None and found.reroute.measured.tolist() == [False, True, True]
+    assert np.isfinite(found.reroute.error).all() and (found.reroute.error[1:] > 0).any()
+    streamed = observe_streaming(path, tokens, SPEC, batch_tokens=48, work_directory=tmp_path / "streamed")
+    assert saved(found, tmp_path / "one") == saved(streamed, tmp_path / "other")

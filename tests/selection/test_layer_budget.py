@@ -290,3 +290,29 @@ def test_every_problem_is_reported_at_once() -> None:
         "prune.caps[0].layers",
         "prune.caps[1].min_experts",
     ]
+
+
+HASHED = Architecture("deepseek_v4", 43, 256, 6, tables=(0, 1, 2))
+
+
+def test_layers_that_a_table_routes_keep_all_by_themselves() -> None:
+    found = layer_budgets(prune(ratio=0.5, layout="ragged"), HASHED, tuple(range(43)))
+    assert {layer for layer, budget in found.items() if budget.kept == 256 == budget.least} == {0, 1, 2}
+    assert {layer for layer, budget in found.items() if budget.table} == {0, 1, 2}
+    assert {budget.kept for layer, budget in found.items() if layer > 2} == {128}
+
+
+def test_what_a_table_does_not_allow_is_refused() -> None:
+    layers = tuple(range(43))
+    assert refusal(HASHED, layers, ratio=0.5) == [
+        "prune.layout: uniform, but a fixed table routes the tokens of layers 0-2, which therefore keep all 256"
+        " experts, while the others keep 128. Set prune.layout: ragged."
+    ]
+    assert refusal(HASHED, layers, ratio=0.5, layout="ragged", experts_per_token=4) == [
+        "prune.experts_per_token: 4, but a fixed table routes the tokens of layers 0-2 to 6 experts each, which cannot"
+        " be changed. Remove the field."
+    ]
+    assert refusal(HASHED, (0, 1, 2), ratio=0.5) == [
+        "prune.ratio: 0.5, but fixed tables keep every expert of every layer, so nothing is removed. Choose another"
+        " model."
+    ]

@@ -51,6 +51,17 @@ def test_layers_are_decoder_indices() -> None:
     assert chosen.details["protected"]["protected by hand"] == {"9": [0, 1]}
 
 
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+def test_a_layer_that_a_table_routes_keeps_all_and_says_so(allocation: str) -> None:
+    observation = observe_routing(random_routing(4), trace=False)
+    spec = prune(ratio=0.5, layout="ragged", allocation=allocation, protect={"experts": {"1": [3]}})
+    chosen = select(observation, saliency_spec(), spec, dataclasses.replace(TOY, tables=(1,)))
+    assert chosen.layers[1].keep == tuple(range(8)) and chosen.table_layers == (1,)
+    assert set(chosen.layers[1].reasons.values()) == {"routed by a fixed table"}
+    assert sum(len(layer.drop) for layer in chosen.layers.values()) == 8
+    assert Selection.from_json(chosen.to_json()).table_layers == (1,)
+
+
 def test_super_experts_exceed_the_percentile_and_a_tenth_of_the_maximum_early_enough() -> None:
     values = torch.rand(8, 64, generator=torch.Generator().manual_seed(0))
     values[1, 5], values[5, 7], values[6, 9], values[2, 2] = 300.0, 90.0, 200.0, 25.0

@@ -217,6 +217,24 @@ WRAPPERS: dict[str, dict[str, Any]] = {  # towers around a text model, each of a
         image_token_id=255,
     ),
 }
+TABLES: dict[str, dict[str, Any]] = {  # the first layer's tokens go to experts by a table
+    "deepseek_v4": dict(
+        n_routed_experts=16,
+        num_experts_per_tok=4,
+        moe_intermediate_size=32,
+        num_hash_layers=1,
+        head_dim=32,
+        num_key_value_heads=1,
+        q_lora_rank=16,
+        o_groups=2,
+        o_lora_rank=16,
+        **INDEXER,
+        layer_types=["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"],
+        hc_mult=2,
+        sliding_window=16,
+        num_nextn_predict_layers=0,
+    )
+}
 MULTIMODAL = {
     "llama4": transformers.Llama4ForConditionalGeneration,
     "qwen3_5_moe": transformers.Qwen3_5MoeForConditionalGeneration,
@@ -239,7 +257,9 @@ def build(model_type: str, dtype: torch.dtype = torch.float32, seed: int = 0, **
     are drawn too.
     """
     common = {} if model_type in MULTIMODAL else COMMON
-    config = AutoConfig.for_model(model_type, **{**common, **{**ARCHITECTURES, **WRAPPERS}[model_type], **overrides})
+    config = AutoConfig.for_model(
+        model_type, **{**common, **{**ARCHITECTURES, **WRAPPERS, **TABLES}[model_type], **overrides}
+    )
     torch.manual_seed(seed)
     auto = MULTIMODAL.get(model_type)
     model = auto(config) if auto else transformers.AutoModelForCausalLM.from_config(config)
@@ -251,6 +271,9 @@ def build(model_type: str, dtype: torch.dtype = torch.float32, seed: int = 0, **
                 tensor.add_(0.2 * torch.randn_like(tensor))
             elif name.endswith(("router.bias", "gate.bias")):
                 tensor.copy_(0.5 * torch.randn_like(tensor))
+            elif name.endswith("tid2eid"):
+                rows = [torch.randperm(config.num_local_experts)[: tensor.shape[1]] for _ in range(len(tensor))]
+                tensor.copy_(torch.stack(rows))
             elif tensor.dim() >= 2 and "embed" not in name and "norm" not in name and "conv" not in name:
                 tensor.mul_(4)
     return model.to(dtype).eval()

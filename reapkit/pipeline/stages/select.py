@@ -67,7 +67,7 @@ def load_selections(payload: Any, names: list[str]) -> dict[str, Selection]:
 
 STAGE = StageDefinition(
     name="select",
-    version=1,
+    version=2,
     run=run,
     writes=stage_disk.select,
     shows=lambda plan: ("index.json", "selection.json", "candidates/*/selection.json"),
