@@ -29,6 +29,7 @@ from reapkit.calibration.row_readers import (
     StreamedRows,
 )
 from reapkit.calibration.tables import STREAM_BUFFER, open_dataset, open_saved, open_tables
+from reapkit.checkpoint.hub import known_commit
 from reapkit.checkpoint.locate import local_path
 from reapkit.core.errors import UnusableError
 from reapkit.recipe.schema import MixEntry
@@ -112,10 +113,15 @@ def open_walk(entry: MixEntry, recipe_directory: Path, *, seed: int, held_out: b
 def _open_outside(entry: MixEntry, recipe_directory: Path, seed: int) -> CountedRows | StreamedRows:
     if is_local_data(entry.source, recipe_directory):
         return _open_local(entry, recipe_directory, seed)
-    if (address := hub_address(entry.source)) is None:
-        return open_dataset(entry, entry.source, seed)
-    if not address.path:
-        return open_dataset(entry.model_copy(update={"revision": pinned(entry, address)}), address.name, seed)
+    address = hub_address(entry.source)
+    if address is None or not address.path:
+        name, revision = (entry.source, entry.revision) if address is None else (address.name, pinned(entry, address))
+        if (commit := known_commit(name, "dataset", revision)) is None and revision is None:
+            raise UnusableError(
+                f"source '{entry.name}': the hub cannot be asked which commit {name} has, and the local cache holds"
+                " none or several. Go online, or write `revision:` beside the source."
+            )
+        return open_dataset(entry.model_copy(update={"revision": commit or revision}), name, seed)
     return _open_files(fetched(address, entry), entry)
 
 

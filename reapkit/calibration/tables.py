@@ -25,6 +25,9 @@ STREAM_ABOVE_BYTES = 2 << 30
 STREAM_BUFFER = 10_000
 """Rows among which a stream is shuffled."""
 LONGEST_REASON = 800
+COMMIT = re.compile("[0-9a-f]{40}")
+CACHED = ("Using the latest cached version", "Found the latest cached dataset")
+"""How `datasets` begins to say that it is offline."""
 
 
 def open_tables(files: Sequence[LocalFile], entry: MixEntry) -> list[ArrowRows]:
@@ -123,6 +126,7 @@ def _opened(entry: MixEntry, path: str, seed: int) -> ArrowRows | StreamedRows:
     import datasets
 
     builder = datasets.load_dataset_builder(path, entry.config, revision=entry.revision)
+    _refuse_another_commit(builder.hash, entry)
     if _bytes_of(builder, entry) > STREAM_ABOVE_BYTES:
         return StreamedRows(
             _stream(builder, entry).shuffle(seed=seed, buffer_size=STREAM_BUFFER),
@@ -132,6 +136,16 @@ def _opened(entry: MixEntry, path: str, seed: int) -> ArrowRows | StreamedRows:
         )
     table = datasets.load_dataset(path, entry.config, split=entry.split, revision=entry.revision)
     return ArrowRows(table, entry.source, _commit(builder, entry))
+
+
+def _refuse_another_commit(found: str | None, entry: MixEntry) -> None:
+    """Offline `datasets` takes what its cache holds, whatever revision was asked for."""
+    wanted = entry.revision
+    if wanted and found and found != wanted and COMMIT.fullmatch(wanted) and COMMIT.fullmatch(found):
+        raise UnusableError(
+            f"source '{entry.name}': {entry.source} is wanted at commit {wanted}, but the local cache holds {found}. Go"
+            " online, or change `revision:`."
+        )
 
 
 def _passes(row: Mapping[str, Any], entry: MixEntry) -> bool:
@@ -230,14 +244,15 @@ def quiet() -> Iterator[list[str]]:
 
 
 class _Unread(logging.Filter):
-    """Takes messages about files that cannot be read out of a log."""
+    """Takes messages about files that cannot be read, and about its cache, out of a log."""
 
     def __init__(self) -> None:
         super().__init__()
         self.paths: list[str] = []
 
     def filter(self, record: logging.LogRecord) -> bool:
-        found = re.match(r"Failed to (?:read|load JSON from) file '(.+?)' with error", record.getMessage())
+        message = record.getMessage()
+        found = re.match(r"Failed to (?:read|load JSON from) file '(.+?)' with error", message)
         if found is not None and found[1] not in self.paths:
             self.paths.append(found[1])
-        return found is None
+        return found is None and not message.startswith(CACHED)

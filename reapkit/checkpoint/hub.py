@@ -120,7 +120,8 @@ def hub_revision(repository: str, kind: str) -> str:
 
 def known_commit(repository: str, kind: str, revision: str | None) -> str | None:
     """The commit that a revision (default: the main branch) of a hub repository names now, or that the local cache
-    holds for it; None where neither the hub nor the cache knows it."""
+    holds for it; None where neither the hub nor the cache knows it. Files that were fetched by their commit leave no
+    name in the cache: of one commit alone it is clear that it is meant."""
     import httpx
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HFValidationError
@@ -133,9 +134,12 @@ def known_commit(repository: str, kind: str, revision: str | None) -> str | None
         )
         return found.sha
     except (httpx.HTTPError, HFValidationError, OSError):
-        folder = Path(constants.HF_HUB_CACHE) / f"{kind}s--{repository.replace('/', '--')}" / "refs"
-        cached = folder / (revision or "main")
-        return cached.read_text(encoding="utf-8").strip() if cached.is_file() else None
+        folder = Path(constants.HF_HUB_CACHE) / f"{kind}s--{repository.replace('/', '--')}"
+        named = folder / "refs" / (revision or "main")
+        if named.is_file():
+            return named.read_text(encoding="utf-8").strip()
+        commits = [found.name for found in folder.glob("snapshots/*")] if revision in (None, "main") else []
+        return commits[0] if len(commits) == 1 else None
 
 
 def _cached(repository: str, revision: str | None, patterns: Iterable[str]) -> Path | None:

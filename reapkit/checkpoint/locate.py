@@ -28,6 +28,15 @@ def local_path(source: str, directory: Path) -> Path:
     return path if path.is_absolute() else directory / path
 
 
+def model_directory(model: ModelSpec, directory: Path) -> Path | None:
+    """Where the model lies on this machine; None of one that does not, or not whole."""
+    if model.source.startswith("builtin:"):
+        return MODEL_DIRECTORY
+    if is_local(model.source, directory):
+        return local_path(model.source, directory)
+    return cached_snapshot(model.source, model.revision)
+
+
 def model_checkpoint(model: ModelSpec, directory: Path, *, download: bool = False) -> Checkpoint:
     """The model as its config and headers describe it: packaged, local, in the hub's cache, or else from the hub's
     metadata.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from reapkit.checkpoint.locate import model_checkpoint
-from reapkit.core.errors import Problem, ReapkitError, RecipeError
+from reapkit.checkpoint.locate import model_directory
+from reapkit.core.errors import Problem, ReapkitError, RecipeError, UnusableError
 from reapkit.pipeline.run_directory import refuse_foreign
 from reapkit.pipeline.stages.every_stage import STAGES
 from reapkit.planning import plan as planning
@@ -63,15 +63,15 @@ def _rendering_problems(loaded: LoadedRecipe) -> list[Problem]:
     if not listed:
         return []
     try:
-        checkpoint = model_checkpoint(loaded.model, loaded.directory)
-    except ReapkitError:
+        model = model_directory(loaded.model, loaded.directory)
+    except UnusableError:
         return []  # said already
-    if not any((checkpoint.path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+    if model is None or not any((model / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         return []
     from reapkit.calibration.first_rendered import rendering_problems
 
     problems = rendering_problems(
-        calibration, listed, checkpoint.path, loaded.directory, trust_remote_code=loaded.model.trust_remote_code
+        calibration, listed, model, loaded.directory, trust_remote_code=loaded.model.trust_remote_code
     )
     return list(loaded.located(RecipeError(problems)).problems)
 

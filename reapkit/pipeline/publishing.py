@@ -9,7 +9,8 @@ from typing import Any
 from reapkit.core.errors import StageFailed
 from reapkit.core.progress import Progress
 from reapkit.pipeline.run_state import Run, describe, directory_of
-from reapkit.planning.lock import make_lock
+from reapkit.planning.lock import lock_of, source_entries
+from reapkit.planning.plan import Plan
 from reapkit.planning.stage_definitions import Stage
 from reapkit.pruning.checkpoint import MANIFEST
 from reapkit.pruning.manifest import sealed_with
@@ -34,9 +35,16 @@ def publish(run: Run, *, proven: bool) -> None:
             run.published.mirror(artifact, directory_of(stage))
     if run.got_as_far or not run.published.holds({name: artifact.key for name, artifact in run.artifacts.items()}):
         run.published.put("recipe.resolved.yaml", recipe_yaml(run.plan.recipe).encode())
-        run.published.put("lock.json", _json(make_lock(run.plan.loaded) | {"drawn": _drawn(run)}))
+        run.published.put("lock.json", _json(_lock(run.plan) | {"drawn": _drawn(run)}))
         run.published.put("run.json", _json(describe(run)))
         run.published.remove("run.failed.json")
+
+
+def _lock(plan: Plan) -> dict[str, Any]:
+    """The lock of what this run read, wherever the hub and the files have moved meanwhile."""
+    known = plan.identities
+    sources = dict(zip(source_entries(plan.loaded), (*known.sources, *known.extra_sources), strict=True))
+    return lock_of(plan.loaded, plan.checkpoint, known.tokenizer, sources, known.date)
 
 
 def _publish_model(run: Run, stage: Stage) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from reapkit.calibration.identity import source_identity, tokenizer_identity
+from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.checkpoint.hub import hub_revision
 from reapkit.checkpoint.locate import is_local, model_checkpoint
 from reapkit.core.atomic_files import write_json
@@ -22,7 +23,7 @@ from reapkit.core.hashing import digest
 from reapkit.core.json_text import parse_json
 from reapkit.planning.template_date import template_date
 from reapkit.recipe.loading import LoadedRecipe
-from reapkit.recipe.schema import MixEntry
+from reapkit.recipe.schema import MixEntry, Recipe
 
 FORMAT = 1
 PACKAGES = (
@@ -54,24 +55,40 @@ def make_lock(loaded: LoadedRecipe) -> dict[str, Any]:
 
     Raises UnusableError where a model, source or hub revision cannot be found.
     """
-    recipe, directory = loaded, loaded.directory
-    checkpoint = model_checkpoint(recipe.model, directory)
-    entries = {f"calibration.mix.{entry.name}": entry for entry in recipe.calibration.mix}
-    entries |= {f"evaluate.extra_packs.{entry.name}": entry for entry in recipe.evaluate.extra_packs}
+    checkpoint = model_checkpoint(loaded.model, loaded.directory)
+    sources = {place: _source(entry, loaded.directory) for place, entry in source_entries(loaded).items()}
+    tokenizer = tokenizer_identity(checkpoint.path)
+    return lock_of(loaded, checkpoint, tokenizer, sources, template_date(loaded, checkpoint.path))
+
+
+def lock_of(
+    loaded: LoadedRecipe,
+    checkpoint: Checkpoint,
+    tokenizer: Mapping[str, str],
+    sources: Mapping[str, Mapping[str, Any]],
+    date: str | None,
+) -> dict[str, Any]:
+    """The lock of a recipe whose model, tokenizer, sources (by place, see `source_entries`) and date are known."""
     return {
         "format": FORMAT,
-        "name": recipe.name,
+        "name": loaded.name,
         "recipe": recipe_digest(loaded),
         "model": {
-            "source": recipe.model.source,
+            "source": loaded.model.source,
             "revision": _model_revision(loaded, checkpoint.path),
             "identity": checkpoint.identity,
-            "tokenizer": tokenizer_identity(checkpoint.path),
+            "tokenizer": dict(tokenizer),
         },
-        "sources": {place: _source(entry, directory) for place, entry in entries.items()},
+        "sources": dict(sources),
         "versions": versions(),
-        **({"date": date} if (date := template_date(loaded, checkpoint.path)) else {}),
+        **({"date": date} if date else {}),
     }
+
+
+def source_entries(recipe: Recipe) -> dict[str, MixEntry]:
+    """The sources of the mix and of the extra packs, by their place in a lock."""
+    entries = {f"calibration.mix.{entry.name}": entry for entry in recipe.calibration.mix}
+    return entries | {f"evaluate.extra_packs.{entry.name}": entry for entry in recipe.evaluate.extra_packs}
 
 
 def _source(entry: MixEntry, directory: Path) -> dict[str, Any]:

@@ -34,7 +34,9 @@ def plan_tables(plan: Plan) -> list[TerminalTable | str]:
         extra=("key",),
     )
     for stage in plan.stages:
-        stages.add_row(stage.name, "done" if stage.hit else "will run", (stage.key or "later")[:12], reason(plan, stage))
+        stages.add_row(
+            stage.name, "done" if stage.hit else "will run", (stage.key or "later")[:12], reason(plan, stage)
+        )
     architecture = plan.checkpoint.architecture
     title = (
         f"{plan.recipe.model.source}: {architecture.model_type}, {architecture.num_hidden_layers} layers,"

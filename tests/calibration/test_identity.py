@@ -22,6 +22,7 @@ from reapkit.calibration.sources import open_walk
 from reapkit.checkpoint.hub import known_commit
 from reapkit.checkpoint.locate import MODEL_DIRECTORY
 from reapkit.core.errors import UnusableError
+from reapkit.pipeline import publishing
 from reapkit.pipeline.planned import make_plan
 from reapkit.planning.lock import make_lock, revisions
 from reapkit.recipe.loading import load
@@ -227,6 +228,27 @@ class TestHub:
         assert named(Path("."), "org/other")["revision"] is None  # nothing of it can be read here
         with pytest.raises(UnusableError, match=r"source 'data': hf://datasets/org/other/a\.jsonl cannot be fetched"):
             texts("hf://datasets/org/other/a.jsonl")
+
+    def test_offline_one_cached_commit_alone_is_meant(self, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert texts("hf://datasets/org/data/data/a.jsonl", revision=COMMIT) == ["from data/a.jsonl"]  # leaves no name
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        close_session()
+        assert known_commit("org/data", "dataset", None) == known_commit("org/data", "dataset", "main") == COMMIT
+        assert known_commit("org/data", "dataset", "v2") is None
+        (Path(constants.HF_HUB_CACHE) / "datasets--org--data" / "snapshots" / MOVED).mkdir()
+        assert known_commit("org/data", "dataset", None) is None
+        with pytest.raises(UnusableError, match="the local cache holds none or several"):
+            texts("org/data")
+
+    def test_a_runs_lock_says_what_was_read(self, hub: Hub, tmp_path: Path) -> None:
+        write_lines(tmp_path / "local.jsonl", [{"text": "one"}])
+        (tmp_path / "r.yaml").write_text(RECIPE.replace("SOURCE", "org/data", 1).replace("SOURCE", "local.jsonl"))
+        plan = make_plan(load(tmp_path / "r.yaml"))
+        lock = make_lock(plan.loaded)
+        assert publishing._lock(plan) == lock
+        hub.repositories["datasets/org/data"].commit = MOVED
+        write_lines(tmp_path / "local.jsonl", [{"text": "two"}])
+        assert publishing._lock(plan) == lock != make_lock(plan.loaded)
 
     def test_files_of_a_dataset(self, hub: Hub) -> None:
         assert texts("hf://datasets/org/data/data/*.jsonl") == ["from data/a.jsonl", "from data/b[1].jsonl"]

@@ -107,7 +107,7 @@ class _Handler(BaseHTTPRequestHandler):
         is_elsewhere = parts[0] == "elsewhere"
         parts = parts[is_api + is_elsewhere :]
         kind = parts[0] if parts[0] in ("models", "datasets") else ""
-        owner, name, *rest = [*parts[bool(kind) :], "", ""]
+        owner, name, *rest = [*parts[bool(kind) :], "", "", ""]
         repository = self.server.hub.repositories.get(f"{'datasets/' * (kind == 'datasets')}{owner}/{name}")
         what, revision, file = rest[0], rest[1], "/".join(rest[2:]).strip("/")
         if repository is None:
