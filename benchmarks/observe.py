@@ -27,7 +27,6 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from reapkit.calibration.tokens import Batch
-from reapkit.model.expert_calls import intercepted
 from reapkit.model.loading import final_hidden
 from reapkit.model.routed_experts import find_experts
 from reapkit.observation.accumulate import GroupSums
@@ -179,7 +178,7 @@ def main() -> None:
         with watching(model, batch, eaft) as watch:
 
             def observed(watch: BatchWatch = watch, eaft: bool = eaft) -> None:
-                with intercepted(watch.session.sites, watch):
+                with watch.session.watching(lambda: watch):
                     hidden = final_hidden(model, ids)
                 if eaft:
                     for site in watch.session.sites:

@@ -50,8 +50,9 @@ Experts = Callable[
 
 @dataclass(frozen=True, eq=False)
 class RoutedExperts:
-    """The routed experts of one decoder layer: the module that is called with (hidden, index, gates), and the block
-    that calls it.
+    """The routed experts of one decoder layer: the module that is called with (hidden, index, gates), the block that
+    calls it, and the layer whose output is the residual stream behind them (the block itself where layers have no
+    numbers).
     """
 
     layer: int
@@ -59,6 +60,7 @@ class RoutedExperts:
     module: ExpertsModule
     block: nn.Module
     num_experts: int
+    decoder_layer: nn.Module
     gate_on_input: bool = False
     linearised: bool = False
     own_loop: bool = False
@@ -169,11 +171,11 @@ def _experts_by_layer(model: nn.Module, part: nn.Module) -> dict[int, list[Route
             own_loop = not (adapted or linearised or is_dispatched(module)) and is_called_alike(module)
             if adapted or linearised or own_loop or is_dispatched(module):
                 path = f"{name}.{child}" if name else child
-                layer = next((int(part) for part in path.split(".") if part.isdigit()), 0)
+                layer, place = _numbered(path)
+                around = model.get_submodule(place) if place else block
+                experts = cast("ExpertsModule", module)
                 found.setdefault(layer, []).append(
-                    RoutedExperts(
-                        layer, path, cast("ExpertsModule", module), block, _count(module), adapted, linearised, own_loop
-                    )
+                    RoutedExperts(layer, path, experts, block, _count(module), around, adapted, linearised, own_loop)
                 )
     return found
 
@@ -190,6 +192,13 @@ def is_called_alike(module: nn.Module) -> bool:
         and up.shape[0] == down.shape[0] == getattr(module, "num_experts", None)
         and up.shape[1:] == (2 * down.shape[2], down.shape[1])
     )
+
+
+def _numbered(path: str) -> tuple[int, str | None]:
+    """The layer that a module's path names first, and the path up to there; (0, None) where it names none."""
+    parts = path.split(".")
+    at = next((at for at, part in enumerate(parts) if part.isdigit()), None)
+    return (0, None) if at is None else (int(parts[at]), ".".join(parts[: at + 1]))
 
 
 def is_dispatched(module: nn.Module) -> bool:

@@ -13,7 +13,9 @@ from reapkit.calibration.tokens import Batch
 from reapkit.core.errors import UnusableError
 from reapkit.model.expert_pairs import Pairs
 from reapkit.model.routed_experts import RoutedExperts
-from reapkit.observation.observation import MAXIMA, SUMS
+from reapkit.observation.observation import MAXIMA, RELATIVE, SUMS
+
+SMALLEST_RESIDUAL = 1e-15  # a residual stream of nothing but zeros divides by this instead
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,12 +65,14 @@ class LayerSums:
         self.maxima = torch.zeros(self.bins, len(MAXIMA), dtype=torch.float32, device=device)
         self.coactivation = torch.zeros(num_sources, num_experts, num_experts, dtype=torch.int64, device=device)
 
-    def add(self, pairs: Pairs, positions: Positions) -> None:
-        """Adds one call of the experts; `pairs` covers every position of the batch, padding too."""
+    def add(self, pairs: Pairs, positions: Positions, residual: Tensor) -> None:
+        """Adds one call of the experts; `pairs` covers every position of the batch, padding too. `residual`: float32
+        [positions], ‖r‖ behind the layer."""
         token = torch.div(pairs.order, pairs.top_k, rounding_mode="floor")
         g, n = pairs.gate.double(), pairs.norm.double()
         gn = g * n
-        terms = torch.stack([torch.ones_like(g), g, n, gn, gn * gn], dim=1)
+        relative = gn / residual.double().clamp_min(SMALLEST_RESIDUAL)[token]
+        terms = torch.stack([torch.ones_like(g), g, n, gn, gn * gn, relative * relative], dim=1)
         sizes = torch.stack([pairs.norm, pairs.gate * pairs.norm, pairs.peak], dim=1)
         valid, scored = positions.valid[token], positions.scored[token]
         if token.device.type == "cpu":
@@ -78,7 +82,7 @@ class LayerSums:
         self._add_coactivation(token, pairs.expert, positions)
 
     def _add_by_bin(self, key: Tensor, terms: Tensor, sizes: Tensor, valid: Tensor, scored: Tensor) -> None:
-        """Pair by pair into its bin, in order: `key` int64 [pairs], `terms` float64 [pairs, 5], `sizes` float32 [pairs,
+        """Pair by pair into its bin, in order: `key` int64 [pairs], `terms` float64 [pairs, 6], `sizes` float32 [pairs,
         3]."""
         trash = self.bins - 1
         self.sums += torch.zeros_like(self.sums).index_add_(0, torch.where(scored, key, trash), terms)
@@ -143,8 +147,8 @@ class GroupSums:
         self.tokens = torch.zeros(num_sources, dtype=torch.int64)
         self.scored_tokens = torch.zeros(num_sources, dtype=torch.int64)
 
-    def add(self, site: RoutedExperts, pairs: Pairs, positions: Positions) -> None:
-        self.layers[site.layer].add(pairs, positions)
+    def add(self, site: RoutedExperts, pairs: Pairs, positions: Positions, residual: Tensor) -> None:
+        self.layers[site.layer].add(pairs, positions, residual)
 
     def count_tokens(self, batch: Batch) -> None:
         """Counts a batch's positions on the host."""
@@ -165,12 +169,23 @@ def refuse_unusable(site: RoutedExperts, tensors: Mapping[str, Tensor]) -> None:
     """Raises UnusableError naming the layer and the first expert with a statistic that is not finite.
 
     `tensors`: the layer's statistics [S, E] by the names of SUMS (float64) and MAXIMA (float32); others are not read.
+    What an expert itself put out comes first: one that is broken spoils the layer's output for all that share a token
+    with it.
     """
-    broken = torch.stack([~tensors[name].isfinite().all(dim=0) for name in (*SUMS, *MAXIMA)]).any(dim=0)
-    if broken.any():
-        dtype = str(next(site.module.parameters()).dtype).removeprefix("torch.")
-        raise UnusableError(
-            f"observe: found NaN or infinity in layer {site.layer}, expert {int(broken.nonzero()[0])}"
-            f" ({int(broken.sum())} of {len(broken)} experts of this layer), computed in {dtype}. Load the model in"
-            " bfloat16 or float32, or download the checkpoint again."
-        )
+    own = [name for name in (*SUMS, *MAXIMA) if name != RELATIVE]
+    broken, behind = (
+        torch.stack([~tensors[name].isfinite().all(dim=0) for name in names]).any(dim=0) for names in (own, (RELATIVE,))
+    )
+    if not broken.any() and not behind.any():
+        return
+    dtype = str(next(site.module.parameters()).dtype).removeprefix("torch.")
+    place = (
+        f"layer {site.layer}, expert {int(broken.nonzero()[0])} ({int(broken.sum())} of {len(broken)} experts of this"
+        " layer)"
+        if broken.any()
+        else f"what layer {site.layer} passes on"
+    )
+    raise UnusableError(
+        f"observe: found NaN or infinity in {place}, computed in {dtype}. Load the model in bfloat16 or float32, or"
+        " download the checkpoint again."
+    )

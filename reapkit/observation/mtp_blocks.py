@@ -102,7 +102,10 @@ class MtpBlocks:
         self.device = device
         self.model = _loaded(model, layers, device)
         found = {site.layer: site for site in find_experts(self.model)}
-        self.sites = tuple(replace(found[number], layer=layer) for number, layer in enumerate(layers))
+        self.sites = tuple(
+            replace(found[number], layer=layer, decoder_layer=_decoder_layer(block))
+            for number, (layer, block) in enumerate(zip(layers, self.model.layers, strict=True))
+        )
 
     def run(self, input_ids: Tensor, hidden: Tensor, entering: Callable[[RoutedExperts, int], Slots]) -> list[Tensor]:
         """Runs every block on rows `input_ids` int64 [b, t] whose final hidden states are `hidden` [b, t, hidden]; each
@@ -165,8 +168,13 @@ def _loaded(model: PreTrainedModel, layers: Sequence[int], device: torch.device)
             ) from error
     widened(blocks.layers.eval().requires_grad_(False), model.dtype)
     for block, layer in zip(blocks.layers, layers, strict=True):
-        _unround(block.get_submodule("mtp_block"), layer, model)
+        _unround(_decoder_layer(block), layer, model)
     return blocks
+
+
+def _decoder_layer(block: nn.Module) -> nn.Module:
+    """What of a block is a layer like the decoder's."""
+    return block.get_submodule("mtp_block")
 
 
 def _unround(block: nn.Module, layer: int, model: PreTrainedModel) -> None:

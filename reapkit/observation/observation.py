@@ -20,7 +20,8 @@ from reapkit.core.mapped_safetensors import as_arrays, map_tensors
 from reapkit.observation.eaft_table import EaftTable
 from reapkit.observation.recorded_facts import read_facts
 
-SUMS = ("count", "gate_sum", "norm_sum", "gate_norm_sum", "gate_norm_sq_sum")
+RELATIVE = "relative_sq_sum"
+SUMS = ("count", "gate_sum", "norm_sum", "gate_norm_sum", "gate_norm_sq_sum", RELATIVE)
 MAXIMA = (
     "norm_max",
     "gate_norm_max",
@@ -128,8 +129,8 @@ class Columns(dict[str, ndarray]):
 
     def __missing__(self, name: str) -> ndarray:
         raise UnusableError(
-            f"this observation has no {name}; the tool that made the observation did not measure it. Choose a"
-            " criterion that does not need it, or observe with reapkit."
+            f"this observation has no {name}; the tool that made the observation, or the version of reapkit, did not"
+            " measure it. Choose a criterion that does not need it, or observe with this version of reapkit."
         )
 
 
@@ -140,8 +141,10 @@ class Observation:
 
     `layers`: decoder indices; numbers behind the decoder's are multi-token-prediction blocks, which run at all
     positions but the first few of a row. `tokens`, `scored_tokens`: int64 [S], positions that are not padding, and
-    those that are scored. `statistics`: float64 [L, S, E] each, by the names of SUMS: N, Σg, Σn, Σgn, Σ(gn)², with g
-    the gate weight as the model hands it to its experts and n the L2 norm of the expert's output before the gate.
+    those that are scored. `statistics`: float64 [L, S, E] each, by the names of SUMS: N, Σg, Σn, Σgn, Σ(gn)²,
+    Σ(gn/‖r‖)², with g the gate weight as the model hands it to its experts, n the L2 norm of the expert's output before
+    the gate, and r the residual stream behind the layer, its output (of a multi-token-prediction block, the output of
+    its decoder layer). One that was not measured is left out.
     `maxima`: float32 [L, S, E] each, by the names of MAXIMA: over every position that is not padding, and (`…_scored`)
     over the scored ones. `coactivation`: int64 [L, S, E, E], positions routed to both. `snapshots`: float64 [4, L, S,
     E], `count` and `gate_norm_sum` after 1/16, 1/8, 1/4 and 1/2 of the rows. `eaft`: the trace, or a table. `reroute`:
@@ -272,10 +275,10 @@ class Observation:
             a,
             tokens=a.tokens + b.tokens,
             scored_tokens=a.scored_tokens + b.scored_tokens,
-            statistics={name: a.statistics[name] + b.statistics[name] for name in SUMS},
-            maxima={name: np.maximum(a.maxima[name], b.maxima[name]) for name in MAXIMA},
+            statistics={name: a.statistics[name] + b.statistics[name] for name in _in_both(a.statistics, b.statistics)},
+            maxima={name: np.maximum(a.maxima[name], b.maxima[name]) for name in _in_both(a.maxima, b.maxima)},
             coactivation=coactivation,
-            snapshots={name: a.snapshots[name] + b.snapshots[name] for name in SNAPSHOTS},
+            snapshots={name: a.snapshots[name] + b.snapshots[name] for name in _in_both(a.snapshots, b.snapshots)},
             eaft=trace,
             reroute=None,
         )
@@ -313,6 +316,11 @@ class Observation:
             "num_experts_per_tok": self.num_experts_per_tok,
             "entropy_top_k": self.meta.get("entropy_top_k"),
         }
+
+
+def _in_both(mine: Mapping[str, ndarray], theirs: Mapping[str, ndarray]) -> list[str]:
+    """Columns that both observations have: another tool, or an older version, measured fewer."""
+    return [name for name in mine if name in theirs]
 
 
 def _reroute(tensors: Mapping[str, ndarray]) -> Reroute | None:

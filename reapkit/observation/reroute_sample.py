@@ -43,7 +43,7 @@ def sampled_positions(tokens: CalibrationTokens, count: int) -> dict[int, list[i
     ]
     totals = [sum(scored[row] for row in rows) for rows in by_source]
     draw, chosen = np.random.default_rng(SEED), {}
-    for rows, total, share in zip(by_source, totals, _equal_shares(totals, count), strict=True):
+    for rows, total, share in zip(by_source, totals, equal_shares(totals, count), strict=True):
         ranks = np.sort(draw.choice(total, share, replace=False, shuffle=False))
         ends = np.cumsum([scored[row] for row in rows])
         for number, row in enumerate(rows):
@@ -54,8 +54,9 @@ def sampled_positions(tokens: CalibrationTokens, count: int) -> dict[int, list[i
     return chosen
 
 
-def _equal_shares(totals: Sequence[int], count: int) -> list[int]:
-    """The smallest source first, each takes an equal part of what is left, or all it has."""
+def equal_shares(totals: Sequence[int], count: int) -> list[int]:
+    """What each source, of which there are `totals`, gives to `count`: the smallest source first, each an equal part of
+    what is left, or all it has."""
     shares = [0] * len(totals)
     for left, source in zip(
         range(len(totals), 0, -1), sorted(range(len(totals)), key=lambda s: (totals[s], s)), strict=True
@@ -100,7 +101,7 @@ class Capture:
         handles = []
         for site in self.sites:
             handles.append(site.block.register_forward_pre_hook(self._before(site), with_kwargs=True))
-            handles.append(decoder_layer(self.model, site).register_forward_hook(self._after(site)))
+            handles.append(site.decoder_layer.register_forward_hook(self._after(site)))
         try:
             yield
         finally:
@@ -209,7 +210,7 @@ def refuse_unfit(model: PreTrainedModel, site: RoutedExperts) -> None:
     model_type = model.config.get_text_config().model_type
     if site.gate_on_input:
         why = "the gate weight scales the expert's input, so the outputs are not a sum weighted by gates"
-    elif site.block is decoder_layer(model, site):
+    elif site.block is site.decoder_layer:
         why = "the experts have no block of their own, so the router cannot be run again alone"
     else:
         with sliced_routing(site, torch.arange(site.num_experts)):  # raises where a router has no rows to leave out
@@ -227,8 +228,3 @@ def _unmeasured(experts: int, sources: int) -> dict[str, Tensor]:
         "error": torch.zeros(sources + 2, experts, dtype=torch.float64),
         "single": torch.zeros(sources, experts, dtype=torch.float64),
     }
-
-
-def decoder_layer(model: PreTrainedModel, site: RoutedExperts) -> nn.Module:
-    """The decoder layer that holds the experts."""
-    return model.get_submodule(f"{site.name.partition(f'.{site.layer}.')[0]}.{site.layer}")

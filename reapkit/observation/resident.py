@@ -71,7 +71,7 @@ def observe(
     todo = ranks.agreed("todo", lambda: [group for group in range(len(tokens.groups)) if not partials.has(group)])
     count = sum(int(tokens.row_lengths[row]) for group in todo for row in tokens.groups[group])
     with session.sampling(), progress.task("observe", total=count, unit="tokens") as task:
-        done = _Together(ranks, task)
+        done = Together(ranks, task)
         for group in (todo[number] for number in ranks.claims("group", len(todo))):
             partials.write(group, _sum_group(model, session, group, batch_tokens, done.advance))
             if session.table is not None:
@@ -122,7 +122,7 @@ def _unwatched(site: RoutedExperts, hidden: Tensor, index: Tensor, gates: Tensor
     return observed_forward(site, hidden, index, gates)[0]
 
 
-class _Together:
+class Together:
     """Shows what all ranks have done."""
 
     def __init__(self, ranks: Alone, task: Task):
@@ -139,7 +139,7 @@ class _Together:
 
 def _observe_batch(model: PreTrainedModel, watch: BatchWatch, device: torch.device) -> None:
     positions = None if watch.batch.position_ids is None else watch.batch.position_ids.to(device)
-    with intercepted(watch.session.sites, watch):
+    with watch.session.watching(lambda: watch):
         hidden = final_hidden(model, watch.batch.input_ids.to(device), positions)
         watch.predict_further(hidden)
     for site in watch.session.sites:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ from reapkit.calibration.tokens import Batch, CalibrationTokens
 from reapkit.core.errors import UnusableError
 from reapkit.core.hashing import digest
 from reapkit.core.ranks import ALONE, Alone
+from reapkit.model.expert_calls import intercepted
 from reapkit.model.expert_pairs import Pairs, kernels_on, observed_forward
+from reapkit.model.layer_outputs import layer_outputs
 from reapkit.model.routed_experts import Experts, RoutedExperts, find_experts
 from reapkit.observation.accumulate import Positions
 from reapkit.observation.eaft_cells import TableSums
@@ -30,7 +32,7 @@ from reapkit.observation.observation import MAXIMA, SUMS, Observation, Trace
 from reapkit.observation.reroute_sample import Capture
 from reapkit.recipe.schema import ObserveSpec
 
-FILES = 2
+FILES = 3
 """The file format of unfinished work. Raise it when the format changes, so that older work is not resumed."""
 TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 
@@ -108,6 +110,19 @@ class Session:
         sample = Capture(model, decoder, tokens, directory, spec.reroute_tokens) if spec.reroute_tokens else None
         return cls(sites, tokens, spec, directory, trace, starts, top_k, text.model_type, meta, sample, mtp)
 
+    @contextmanager
+    def watching(self, watch: Callable[[], BatchWatch]) -> Iterator[None]:
+        """Inside the block every call of the watched experts, and what leaves their layers, goes to the `watch` of the
+        batch whose forward runs. As hooks on layers, it must begin before a forward that waits in front of a layer."""
+
+        def on_experts(site: RoutedExperts, hidden: Tensor, index: Tensor, gates: Tensor, inner: Experts) -> Tensor:
+            return watch()(site, hidden, index, gates)
+
+        with ExitStack() as stack:
+            stack.enter_context(intercepted(self.sites, on_experts))
+            stack.enter_context(layer_outputs(self.sites, lambda site, output: watch().leaving(site, output)))
+            yield
+
     def sampling(self) -> AbstractContextManager[None]:
         """What the reroute criterion needs of the sampled tokens is kept inside."""
         return nullcontext() if self.sample is None else self.sample.watching()
@@ -155,17 +170,18 @@ class BatchWatch:
 
     session: Session
     batch: Batch
-    add: Callable[[RoutedExperts, Pairs, Positions], None]
+    add: Callable[[RoutedExperts, Pairs, Positions, Tensor], None]
     trace_at: int = 0
 
     def __post_init__(self) -> None:
         self._host = Positions.of(self.batch)
         self._positions: dict[torch.device, Positions] = {}
         self._routed: dict[int, tuple[Tensor, Tensor]] = {}
+        self._entered: dict[int, tuple[Pairs, Positions]] = {}
         self._slots: dict[int, Slots] = {}
 
-    def __call__(self, site: RoutedExperts, hidden: Tensor, index: Tensor, gates: Tensor, inner: Experts) -> Tensor:
-        """The handler of `intercepted`."""
+    def __call__(self, site: RoutedExperts, hidden: Tensor, index: Tensor, gates: Tensor) -> Tensor:
+        """What the experts put out; their pairs wait for what leaves the layer."""
         slots = self._slots.get(site.layer)
         positions = self.positions_on(hidden.device) if slots is None else slots.positions.to(hidden.device)
         if hidden.shape[0] != len(positions.source):
@@ -177,11 +193,20 @@ class BatchWatch:
         if self.session.sample is not None and slots is None:
             self.session.sample.note(site, self.batch)
         out, pairs = observed_forward(site, hidden, index, gates)
-        self.add(site, pairs, positions)
+        self._entered[site.layer] = pairs, positions
         if self.session.trace is not None:
             routed = self._of_signals(index, pairs, positions.signal)
             self._routed[site.layer] = routed if slots is None else slots.spread(*routed)
         return out
+
+    def leaving(self, site: RoutedExperts, output: Tensor) -> None:
+        """Adds the layer's pairs, now that its `output` is there: positions by whatever the layer passes on of each, in
+        the model's dtype. Layers whose experts were not called add nothing."""
+        if site.layer in self._entered:
+            pairs, positions = self._entered.pop(site.layer)
+            passed_on = output.reshape(len(positions.source), -1)
+            residual = torch.linalg.vector_norm(passed_on, dim=1, dtype=torch.float32).to(pairs.norm.device)
+            self.add(site, pairs, positions, residual)
 
     def predict_further(self, hidden: Tensor) -> None:
         """Runs the multi-token-prediction blocks that are watched on the batch's final hidden states [batch, tokens,
@@ -222,7 +247,15 @@ class BatchWatch:
 
     def finish(self, model: PreTrainedModel, hidden: Tensor) -> None:
         """Writes p and H of the batch's signals into the trace, where there is one, from its final hidden states
-        [batch, tokens, hidden] in the model's dtype."""
+        [batch, tokens, hidden] in the model's dtype.
+
+        Raises UnusableError where a layer's experts were called and nothing was seen to leave the layer.
+        """
+        if self._entered:
+            raise UnusableError(
+                f"layer {min(self._entered)} called its experts, but its own output was never seen: this architecture"
+                " does not run its decoder layers as modules. This model cannot be observed."
+            )
         if (trace := self.session.trace) is not None:
             for name, values in zip(("p", "h", "source"), self.signals(model, hidden), strict=True):
                 trace.write(name, self.trace_at, values)

@@ -18,10 +18,9 @@ from reapkit.calibration.tokens import CalibrationTokens, batches
 from reapkit.core.atomic_files import write_text
 from reapkit.core.progress import SILENT, Progress, Task
 from reapkit.core.ranks import ALONE, Alone
-from reapkit.model.expert_calls import intercepted
 from reapkit.model.expert_pairs import Pairs
 from reapkit.model.loading import final_hidden
-from reapkit.model.routed_experts import Experts, RoutedExperts
+from reapkit.model.routed_experts import RoutedExperts
 from reapkit.model.streaming.layer_pass import LayerPass, in_turn
 from reapkit.model.streaming.layers import LayeredModel
 from reapkit.model.streaming.lockstep import Forward
@@ -98,7 +97,7 @@ def observe_streaming(
     with (
         layer_pass,
         session.sampling(),
-        intercepted(session.sites, pass_.on_experts),
+        session.watching(pass_.watch),
         progress.task("observe", total=len(waves) * len(layered.layers), unit="layers") as task,
     ):
         for wave in waves:
@@ -187,8 +186,9 @@ class _WavePass:
         self.sums: dict[int, LayerSums] = {}
         self.num_experts = max(site.num_experts for site in session.sites)
 
-    def on_experts(self, site: RoutedExperts, hidden: Tensor, index: Tensor, gates: Tensor, inner: Experts) -> Tensor:
-        return cast(BatchWatch, self.current)(site, hidden, index, gates, inner)
+    def watch(self) -> BatchWatch:
+        """Of the batch whose forward runs."""
+        return cast(BatchWatch, self.current)
 
     def run(self, wave: Wave, task: Task) -> None:
         waiting = list(self._batches(wave.groups))
@@ -276,8 +276,8 @@ class _WavePass:
                 at += watch.num_signals
                 yield _Waiting(watch, group, number)
 
-    def _add(self, site: RoutedExperts, pairs: Pairs, positions: Positions) -> None:
-        self.sums[site.layer].add(pairs, positions)
+    def _add(self, site: RoutedExperts, pairs: Pairs, positions: Positions, residual: Tensor) -> None:
+        self.sums[site.layer].add(pairs, positions, residual)
 
     def _forward(self, item: _Waiting) -> Callable[[], None]:
         batch, device, model = item.watch.batch, self.layered.device, self.layered.model

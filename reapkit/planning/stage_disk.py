@@ -50,8 +50,8 @@ SAMPLE_FACTS_BYTES = 192
 """Of a sample in calibration.json or in the journal: its hash, its number, its lengths."""
 EXAMPLE_BYTES = 16_384
 """Of a source in calibration.json: its example, and what was counted."""
-STATISTICS_BYTES = 5 * 8 + 6 * 4
-"""Of an expert in one layer and source: five sums, six maxima."""
+STATISTICS_BYTES = 6 * 8 + 6 * 4
+"""Of an expert in one layer and source: six sums, six maxima."""
 SNAPSHOT_BYTES = 4 * 2 * 8
 TABLE_CELLS = 32 * 16
 SELECTION_BYTES = 96

@@ -73,9 +73,15 @@ def saliency_table(observation: Observation) -> pa.Table:
         "expert": pa.array(experts.astype(np.int32)),
         "source": pa.array([sources[i] for i in source_index.tolist()]),
     }
-    sums = {name: _with_all(observation.statistics[name], "sum").ravel() for name in SUMS}
+    sums = {
+        name: _with_all(observation.statistics[name], "sum").ravel() for name in SUMS if name in observation.statistics
+    }
     columns |= {name: pa.array(values.astype(np.int64) if name == "count" else values) for name, values in sums.items()}
-    columns |= {name: pa.array(_with_all(observation.maxima[name], "max").ravel()) for name in MAXIMA}
+    columns |= {
+        name: pa.array(_with_all(observation.maxima[name], "max").ravel())
+        for name in MAXIMA
+        if name in observation.maxima
+    }
     columns["saliency_mean"] = pa.array(sums["gate_norm_sum"] / np.maximum(sums["count"], 1), mask=sums["count"] == 0)
     return pa.table(columns)
 

@@ -21,6 +21,7 @@ VARIABLES = (
     ("gate_sum", "Σg", "gate weight that the model multiplied its output with"),
     ("norm_sum", "Σn", "L2 norm of its output before the gate"),
     ("gate_norm_sum, gate_norm_sq_sum", "Σgn, Σ(gn)²", "what it added to the layer's output"),
+    ("relative_sq_sum", "Σ(gn/‖r‖)²", "the same as a squared share of the residual stream behind the layer"),
     (
         "norm_max, gate_norm_max, activation_max",
         "max",

@@ -33,6 +33,7 @@ class Totals:
     norm_sum: ndarray
     gate_norm_sum: ndarray
     gate_norm_sq_sum: ndarray
+    relative_sq_sum: ndarray
     norm_max: ndarray
     gate_norm_max: ndarray
     activation_max: ndarray

@@ -14,7 +14,7 @@ from reapkit.observation.observation import MAXIMA, SUMS
 SOURCES, EXPERTS, TOP_K = 3, 7, 2
 
 
-def one_call(seed: int) -> tuple[Pairs, Positions]:
+def one_call(seed: int) -> tuple[Pairs, Positions, torch.Tensor]:
     """Five rows of up to nine tokens; source 2 has no row, expert 6 no token, and one token chooses expert 3 twice."""
     draw = torch.Generator().manual_seed(seed)
     shape, source = (5, 9), torch.tensor([0, 1, 0, 1, 1])
@@ -34,13 +34,14 @@ def one_call(seed: int) -> tuple[Pairs, Positions]:
         rows,
         shape,
     )
-    return Pairs(order, expert, gate, norm, peak, TOP_K), positions
+    residual = torch.rand(45, generator=draw) * (torch.arange(45) != 11)  # one position's stream is nothing but zeros
+    return Pairs(order, expert, gate, norm * (order // TOP_K != 11), peak, TOP_K), positions, residual
 
 
-def looped(calls: list[tuple[Pairs, Positions]]) -> dict[str, torch.Tensor]:
+def looped(calls: list[tuple[Pairs, Positions, torch.Tensor]]) -> dict[str, torch.Tensor]:
     sums = {name: torch.zeros(SOURCES, EXPERTS, dtype=torch.float64) for name in SUMS}
     maxima = {name: torch.zeros(SOURCES, EXPERTS, dtype=torch.float64) for name in MAXIMA}
-    for pairs, positions in calls:
+    for pairs, positions, residual in calls:
         for order, expert, *sizes in zip(
             pairs.order.tolist(),
             pairs.expert.tolist(),
@@ -50,7 +51,8 @@ def looped(calls: list[tuple[Pairs, Positions]]) -> dict[str, torch.Tensor]:
             token, (g, n, peak) = order // TOP_K, sizes
             at = int(positions.source[token]), expert
             if positions.scored[token]:
-                for name, value in zip(SUMS, (1, g, n, g * n, (g * n) ** 2), strict=True):
+                relative = g * n / float(residual[token]) if n else 0.0
+                for name, value in zip(SUMS, (1, g, n, g * n, (g * n) ** 2, relative**2), strict=True):
                     sums[name][at] += value
             for name, value in zip(MAXIMA, (n, g * n, peak) * 2, strict=True):
                 if (positions.scored if name.endswith("_scored") else positions.valid)[token]:
@@ -66,12 +68,12 @@ def test_both_ways_of_adding_equal_a_loop_over_pairs(seed: int, way: str, monkey
         waiting = iter(calls)
 
         def by_row(key, *arguments):
-            pairs, positions = next(waiting)
+            pairs, positions, _ = next(waiting)
             layer._add_by_row(pairs.order // TOP_K * EXPERTS + pairs.expert, *arguments, positions)
 
         monkeypatch.setattr(layer, "_add_by_bin", by_row)
-    for pairs, positions in calls:
-        layer.add(pairs, positions)
+    for call in calls:
+        layer.add(*call)
     found, expected = layer.tensors(), looped(calls)
     for name, values in expected.items():
         assert torch.allclose(found[name].double(), values, rtol=1e-6 if name in MAXIMA else 1e-14), name
@@ -79,7 +81,7 @@ def test_both_ways_of_adding_equal_a_loop_over_pairs(seed: int, way: str, monkey
 
 
 def test_an_infinite_size_of_padding_is_not_counted():
-    pairs, positions = one_call(5)
+    pairs, positions, _ = one_call(5)
     token = pairs.order // TOP_K
     pairs.norm[~positions.valid[token]] = torch.inf
     layer = LayerSums(SOURCES, EXPERTS, torch.device("cpu"))

@@ -52,17 +52,21 @@ def transformers_blocks(model) -> MtpModel:
 
 @torch.no_grad()
 def drafted(model, blocks: MtpModel, ids: torch.Tensor) -> list[tuple]:
-    """(site, hidden, index, gates) of every block while transformers drafts behind one row [1, tokens]; a deeper
-    block's last position reads a drafted token.
+    """(site, hidden, index, gates, norms of what the block's decoder layer puts out) of every block while transformers
+    drafts behind one row [1, tokens]; a deeper block's last position reads a drafted token.
     """
-    calls, sites = [], find_experts(blocks)
-    for site in sites:
+    calls, sites, hooks = [], find_experts(blocks), []
+    for site, block in zip(sites, blocks.layers, strict=True):
 
         def call(*args, site=site, forward=site.module.forward, **kwargs):
             calls.append((site, *args, *kwargs.values()))
             return forward(*args, **kwargs)
 
+        def behind(layer, args, output):
+            calls[-1] += ((output if isinstance(output, torch.Tensor) else output[0])[0].double().norm(dim=1),)
+
         site.module.forward = call
+        hooks.append(block.mtp_block.register_forward_hook(behind))
     length = ids.shape[1]
     positions = torch.arange(1, length)[None]
     blocks(
@@ -72,8 +76,9 @@ def drafted(model, blocks: MtpModel, ids: torch.Tensor) -> list[tuple]:
         positions,
         MtpCache(config=model.config.get_mtp_config()),
     )
-    for site in sites:
+    for site, hook in zip(sites, hooks, strict=True):
         del site.module.forward
+        hook.remove()
     return calls
 
 
@@ -94,7 +99,7 @@ def naive(
         row, s = tokens.row(number), int(tokens.row_source[number])
         if len(row.input_ids) < 2:
             continue
-        for block, (site, hidden, index, gates) in enumerate(drafted(model, blocks, row.input_ids[None])):
+        for block, (site, hidden, index, gates, residual) in enumerate(drafted(model, blocks, row.input_ids[None])):
             outputs = expert_outputs(site, hidden, index)
             for slot in range(len(row.input_ids) - 1 - block):
                 position, chosen = slot + 1 + block, index[slot].tolist()
@@ -107,7 +112,8 @@ def naive(
                         for key in (name, name + "_scored") if scored else (name,):
                             maxima[key][block, s, e] = max(maxima[key][block, s, e], value)
                     if scored:
-                        for name, value in zip(SUMS, (1, g, n, g * n, (g * n) ** 2), strict=True):
+                        values = (1, g, n, g * n, (g * n) ** 2, (g * n / float(residual[slot])) ** 2)
+                        for name, value in zip(SUMS, values, strict=True):
                             sums[name][block, s, e] += value
                         together[block, s, e, chosen] += 1
     return sums, maxima, together, routed
@@ -233,7 +239,7 @@ def test_isolated_samples_share_no_block_and_count_as_rows_of_their_own(tmp_path
         for sample in row.sample.unique().tolist():
             ids = row.input_ids[row.sample == sample][None]
             if ids.shape[1] > 1:
-                ((site, hidden, index, gates),) = drafted(model, blocks, ids)
+                ((site, hidden, index, gates, _),) = drafted(model, blocks, ids)
                 outputs = expert_outputs(site, hidden, index)
                 for slot in range(len(index)):
                     for i, e in enumerate(index[slot].tolist()):

@@ -6,13 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from reapkit.core.errors import UnusableError
 from reapkit.observation.observation import MAXIMA, SUMS, Observation
 from reapkit.observation.resident import observe
 from reapkit.recipe.schema import ObserveSpec
+from reapkit.report.export import export
+from reapkit.selection.saliency import saliency
 from tests.support import tiny
+from tests.support.specs import saliency_spec
 from tests.support.tiny_tokens import tiny_tokens
 
 
@@ -74,6 +78,28 @@ def test_other_sources_stand_beside_each_other(observed, tmp_path: Path):
     assert both.eaft.source.tolist().count(2) == second.eaft.source.tolist().count(1)
     both.save(tmp_path / "both")
     assert np.array_equal(Observation.load(tmp_path / "both").eaft.routed(0)[0], both.eaft.routed(0)[0])
+
+
+def test_an_older_observation_is_read_added_and_exported_and_lacks_what_it_did_not_measure(observed, tmp_path: Path):
+    _, first, second = observed
+    older = {name: values for name, values in first.statistics.items() if name != "relative_sq_sum"}
+    replace(first, statistics=older).save(tmp_path / "older")
+    loaded = Observation.load(tmp_path / "older")
+    assert set(loaded.statistics) == {*SUMS} - {"relative_sq_sum"}
+    for both in (loaded + second, second + loaded):
+        assert set(both.statistics) == set(loaded.statistics)
+        assert np.array_equal(both.statistics["count"], (first + second).statistics["count"])
+    export(loaded, tmp_path / "exported")
+    assert "relative_sq_sum" not in pq.read_table(tmp_path / "exported" / "saliency.parquet").column_names
+    assert np.array_equal(saliency(loaded, saliency_spec("reap")), saliency(first, saliency_spec("reap")))
+    with pytest.raises(
+        UnusableError,
+        match=(
+            r"this observation has no relative_sq_sum; the tool that made the observation, or the version of reapkit,"
+            r" did not measure it\. Choose a criterion that does not need it, or observe with this version of reapkit\."
+        ),
+    ):
+        saliency(loaded, saliency_spec("reap-relative"))
 
 
 def test_different_models_do_not_add(observed):

@@ -15,12 +15,13 @@ from reapkit.selection.totals import Totals, totals
 from tests.support.observations import observe_routing, random_routing, repeated
 from tests.support.specs import saliency_spec
 
-NAIVE = {  # (what a slot adds, whether a mean is taken)
-    "reap": (lambda g, n: g * n, True),
-    "ean": (lambda g, n: n, False),
-    "ean-mean": (lambda g, n: n, True),
-    "frequency": (lambda g, n: 1.0, False),
-    "weighted-frequency": (lambda g, n: g, False),
+NAIVE = {  # (what a slot adds, of gate, norm and the residual stream's norm, and whether a mean is taken)
+    "reap": (lambda g, n, r: g * n, True),
+    "reap-relative": (lambda g, n, r: (g * n / r) ** 2, False),
+    "ean": (lambda g, n, r: n, False),
+    "ean-mean": (lambda g, n, r: n, True),
+    "frequency": (lambda g, n, r: 1.0, False),
+    "weighted-frequency": (lambda g, n, r: g, False),
 }
 
 
@@ -29,14 +30,16 @@ def naive(
 ) -> list[list[float]]:
     adds, by_mean = NAIVE[criterion]
     mean = by_mean if mean is None else mean
-    expert, gate, norm, scored = (getattr(routing, name).tolist() for name in ("expert", "gate", "norm", "scored"))
+    expert, gate, norm, scored, residual = (
+        getattr(routing, name).tolist() for name in ("expert", "gate", "norm", "scored", "residual")
+    )
     rows = []
     for layer in range(len(expert)):
         sums, counts = [0.0] * experts, [0] * experts
         for t in range(len(scored)):
             for slot, e in enumerate(expert[layer][t]):
                 if scored[t]:
-                    sums[e] += adds(gate[layer][t][slot], norm[layer][t][slot])
+                    sums[e] += adds(gate[layer][t][slot], norm[layer][t][slot], residual[layer][t])
                     counts[e] += 1
         rows.append([-math.inf if not n else s / (n + prior) if mean else s for s, n in zip(sums, counts, strict=True)])
     return rows
@@ -47,6 +50,14 @@ def test_against_a_naive_double_loop(criterion: str) -> None:
     routing = random_routing(1, dead=(3,))
     found = saliency(observe_routing(routing, trace=False), saliency_spec(criterion))
     np.testing.assert_allclose(found, naive(routing, criterion), rtol=1e-12, atol=0)
+
+
+def test_a_sum_by_nature_is_divided_by_nothing() -> None:
+    observation = observe_routing(random_routing(1), trace=False)
+    plain = saliency(observation, saliency_spec("reap-relative"))
+    for values in ({"reduction": "mean"}, {"reduction": "sum"}, {"prior_count": 7.5}):
+        assert np.array_equal(saliency(observation, saliency_spec("reap-relative", **values)), plain)
+        assert formula(saliency_spec("reap-relative", **values)) == "Σ(gn/‖r‖)²"
 
 
 @pytest.mark.parametrize("criterion", ["reap", "ean-mean"])
@@ -63,7 +74,7 @@ def test_reduction_and_prior_count(criterion: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "criterion", ["reap", "ean", "ean-mean", "frequency", "weighted-frequency", "random", "eaft-reap"]
+    "criterion", ["reap", "reap-relative", "ean", "ean-mean", "frequency", "weighted-frequency", "random", "eaft-reap"]
 )
 def test_experts_never_routed_rank_last_and_never_become_nan(criterion: str) -> None:
     found = saliency(observe_routing(random_routing(3, dead=(2, 5))), saliency_spec(criterion))

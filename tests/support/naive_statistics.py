@@ -34,6 +34,25 @@ def captured_calls(model, ids):
     return calls, logits
 
 
+def captured_residuals(model, ids):
+    """What each MoE layer passes on, [positions, hidden] by layer: the residual stream, from hooks on the layers."""
+    passed, hooks = {}, []
+    for site in find_experts(model):
+        layer = model.get_submodule(site.name[: site.name.index(f".{site.layer}.") + len(f".{site.layer}")])
+        hooks.append(
+            layer.register_forward_hook(
+                lambda module, args, output, number=site.layer: passed.__setitem__(
+                    number, (output if isinstance(output, torch.Tensor) else output[0]).flatten(0, 1).cpu().double()
+                )
+            )
+        )
+    with torch.no_grad():
+        model(ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return passed
+
+
 def expert_outputs(site, hidden, index):
     """{expert: {token: f(x)}}, through the class's own forward with a gate of one, on the tokens the expert was chosen
     for."""
@@ -58,7 +77,9 @@ def naive(model, tokens, batch_tokens):
     for group in tokens.groups:
         for batch in batches(tokens, group, batch_tokens):
             calls, _ = captured_calls(model, batch.input_ids.to(model.device))
+            residuals = captured_residuals(model, batch.input_ids.to(model.device))
             for layer, (site, hidden, index, gates) in enumerate(calls.values()):
+                behind = residuals[site.layer]
                 outputs, index, gates = expert_outputs(site, hidden, index), index.cpu(), gates.cpu()
                 for row, length in enumerate(batch.lengths.tolist()):
                     for t in range(length):
@@ -75,7 +96,9 @@ def naive(model, tokens, batch_tokens):
                                 for key in (name, name + "_scored") if scored else (name,):
                                     maxima[key][layer, s, e] = max(maxima[key][layer, s, e], value)
                             if scored:
-                                for name, value in zip(SUMS, (1, g, n, g * n, (g * n) ** 2), strict=True):
+                                relative = g * n / math.sqrt(float((behind[where] ** 2).sum()))
+                                values = (1, g, n, g * n, (g * n) ** 2, relative**2)
+                                for name, value in zip(SUMS, values, strict=True):
                                     sums[name][layer, s, e] += value
                                 coactivation[layer, s, e, experts] += 1
     return sums, maxima, coactivation

@@ -17,7 +17,7 @@ from reapkit.observation.observation import MAXIMA, SUMS, Observation, Trace
 @dataclass(frozen=True, eq=False)
 class Routing:
     """Positions and their routing: `source`, `scored`, `signal`, `p`, `h` [T]; `expert`, `gate`, `norm`, `peak` [L, T,
-    k]."""
+    k]; `residual` [L, T]."""
 
     source: Tensor
     scored: Tensor
@@ -28,6 +28,7 @@ class Routing:
     peak: Tensor
     p: Tensor
     h: Tensor
+    residual: Tensor
 
 
 def random_routing(
@@ -60,12 +61,13 @@ def random_routing(
         norm * 0.5,
         torch.rand(tokens, generator=draw),
         torch.rand(tokens, generator=draw),
+        1 + 9 * torch.rand(layers, tokens, generator=draw),
     )
 
 
 def repeated(routing: Routing, positions: Tensor) -> Routing:
     """The routing of `positions` only, in that order; an index may stand there several times."""
-    by_layer = {name: getattr(routing, name)[:, positions] for name in ("expert", "gate", "norm", "peak")}
+    by_layer = {name: getattr(routing, name)[:, positions] for name in ("expert", "gate", "norm", "peak", "residual")}
     return Routing(
         **{name: getattr(routing, name)[positions] for name in ("source", "scored", "signal", "p", "h")}, **by_layer
     )
@@ -88,7 +90,7 @@ def observe_routing(
     experts_of, gates, norms, peaks_of = (
         getattr(routing, name).tolist() for name in ("expert", "gate", "norm", "peak")
     )
-    source_of, scored = routing.source.tolist(), routing.scored.tolist()
+    source_of, scored, residuals = routing.source.tolist(), routing.scored.tolist(), routing.residual.tolist()
 
     def cells() -> list[list[list[float]]]:
         return [[[0.0] * experts for _ in sources] for _ in range(depth)]
@@ -108,7 +110,8 @@ def observe_routing(
                         largest[column][layer][s][e] = max(largest[column][layer][s][e], value)
                 if not scored[t]:
                     continue
-                for name, value in zip(SUMS, (1.0, g, n, g * n, (g * n) ** 2), strict=True):
+                relative = g * n / residuals[layer][t]
+                for name, value in zip(SUMS, (1.0, g, n, g * n, (g * n) ** 2, relative**2), strict=True):
                     added[name][layer][s][e] += value
                 for step, fraction in enumerate((16, 8, 4, 2)):
                     if t < tokens / fraction:

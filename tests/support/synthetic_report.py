@@ -71,6 +71,7 @@ def observation(
             "norm_sum": count * norm,
             "gate_norm_sum": mass,
             "gate_norm_sq_sum": mass * norm * gate * 1.2,
+            "relative_sq_sum": mass * norm * gate * 0.012,
         },
         {name: highest.clone() for name in MAXIMA},
         together,

@@ -94,12 +94,12 @@ def _content(plan: Plan) -> dict[str, Any]:
 
 STAGE = StageDefinition(
     name="observe",
-    version=1,
+    version=2,
     run=run,
     writes=stage_disk.observe,
     shows=lambda plan: ("observation.safetensors", "observation.json", "trace.safetensors"),
     directory="observation",
-    fields=("observe",),
+    fields=("observe.eaft", "observe.entropy_top_k", "observe.reroute_tokens", "observe.trace_bytes"),
     content=_content,
     inputs=lambda recipe: ("calibrate",),
     wanted=lambda plan: plan.imported is None,

@@ -27,12 +27,24 @@ from reapkit.selection.criteria.ean_mean import EAN_MEAN
 from reapkit.selection.criteria.frequency import FREQUENCY
 from reapkit.selection.criteria.random_control import RANDOM
 from reapkit.selection.criteria.reap import REAP
+from reapkit.selection.criteria.reap_relative import REAP_RELATIVE
 from reapkit.selection.criteria.reroute import REROUTE, REROUTE_SINGLE
 from reapkit.selection.criteria.weighted_frequency import WEIGHTED_FREQUENCY
 
 BUILTIN: dict[str, Criterion] = {
     record.name: record
-    for record in (REAP, EAFT_REAP, FREQUENCY, WEIGHTED_FREQUENCY, EAN, EAN_MEAN, REROUTE, REROUTE_SINGLE, RANDOM)
+    for record in (
+        REAP,
+        REAP_RELATIVE,
+        EAFT_REAP,
+        FREQUENCY,
+        WEIGHTED_FREQUENCY,
+        EAN,
+        EAN_MEAN,
+        REROUTE,
+        REROUTE_SINGLE,
+        RANDOM,
+    )
 }
 """Criteria by name, in the order in which people read them. To add a criterion, write its record in a file beside this
 one and list it here."""
