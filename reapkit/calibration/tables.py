@@ -16,6 +16,7 @@ from reapkit.calibration.row_filter import missing_column, passes
 from reapkit.calibration.row_readers import ArrowRows, StreamedRows
 from reapkit.calibration.table_files import AS_WRITTEN, SEPARATORS, columns
 from reapkit.core.errors import UnusableError
+from reapkit.core.hashing import digest, digest_file
 from reapkit.core.refusals import hub_cache_refusal
 from reapkit.recipe.schema import MixEntry
 from reapkit.recipe.split_expression import SplitPart, split_parts
@@ -66,14 +67,24 @@ def _load(files: Sequence[LocalFile], found: Sequence[Any]) -> Any:
     if kind in SEPARATORS:
         features = datasets.Features({column: datasets.Value("string") for column in found})
         options = {"sep": SEPARATORS[kind], "features": features, **AS_WRITTEN}
-    if files[0].packed:  # what was unpacked goes, and so does what is made of it
-        options["cache_dir"] = str(files[0].path.parent)
+    paths = [file.path for file in files]
+    # what was unpacked goes, and so does what is made of it
+    options["cache_dir"] = str(paths[0].parent) if files[0].packed else cache_of(paths)
     return datasets.load_dataset(
         "csv" if kind in SEPARATORS else kind[1:],
         data_files=[_escaped(file.path) for file in files],
         split="train",
         **options,
     )
+
+
+def cache_of(files: Sequence[Path]) -> str:
+    """Where `datasets` keeps the tables that it makes of these files: a place named by their bytes. It names its own by
+    their paths and times, so that a file which was exchanged under its old time would be read as it was before."""
+    import datasets
+
+    content = digest([[str(file), digest_file(file)] for file in files])
+    return str(Path(datasets.config.HF_DATASETS_CACHE) / f"by-content-{content[:24]}")
 
 
 def _escaped(path: Path) -> str:
@@ -125,7 +136,10 @@ def open_dataset(entry: MixEntry, path: str, seed: int) -> ArrowRows | StreamedR
 def _opened(entry: MixEntry, path: str, seed: int) -> ArrowRows | StreamedRows:
     import datasets
 
-    builder = datasets.load_dataset_builder(path, entry.config, revision=entry.revision)
+    own: dict[str, Any] = {}
+    if Path(path).is_dir():  # not on the hub, whose files a commit names
+        own["cache_dir"] = cache_of(sorted(file for file in Path(path).rglob("*") if file.is_file()))
+    builder = datasets.load_dataset_builder(path, entry.config, revision=entry.revision, **own)
     _refuse_another_commit(builder.hash, entry)
     if _bytes_of(builder, entry) > STREAM_ABOVE_BYTES:
         return StreamedRows(
@@ -134,7 +148,7 @@ def _opened(entry: MixEntry, path: str, seed: int) -> ArrowRows | StreamedRows:
             lambda row: _passes(row, entry),
             _commit(builder, entry),
         )
-    table = datasets.load_dataset(path, entry.config, split=entry.split, revision=entry.revision)
+    table = datasets.load_dataset(path, entry.config, split=entry.split, revision=entry.revision, **own)
     return ArrowRows(table, entry.source, _commit(builder, entry))
 
 

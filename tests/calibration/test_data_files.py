@@ -7,6 +7,7 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -363,3 +364,23 @@ class TestDamaged:
             "data.bin: not UTF-8 at byte 1 (0x8b). Save the file as UTF-8, or give it the suffix of what it holds:"
             " .jsonl, .ndjson, .json, .txt, .parquet, .csv, .tsv, .arrow, .gz, .zst, .bz2, .xz."
         )
+
+
+def test_a_file_that_is_exchanged_under_its_old_time_is_read_anew(tmp_path: Path) -> None:
+    """`datasets` keeps what it made of a path, size and time."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for source in ("d.csv", "d.parquet", "d.arrow", "folder"):
+        for text in ("first words", "other words"):
+            table = pa.table({"text": [text]})
+            place = folder / "train.csv" if source == "folder" else tmp_path / source
+            if source == "d.arrow":
+                with pa.OSFile(str(place), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+                    writer.write_table(table)
+            elif source == "d.parquet":
+                pq.write_table(table, place)
+            else:
+                place.write_text(f"text\n{text}\n")
+            os.utime(place, (1e9, 1e9))
+            found = MixEntry.model_validate({"name": "d", "source": source})
+            assert [row["text"] for row in open_walk(found, tmp_path, seed=1).read([0])] == [text], source
