@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from decimal import Decimal
-from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +12,11 @@ from reapkit.calibration.clock import dated
 from reapkit.calibration.draw_samples import Target, gather
 from reapkit.calibration.held_out import held_out_from
 from reapkit.calibration.inputs import Inputs
-from reapkit.calibration.packing import largest_remainder
+from reapkit.calibration.shares import mix_shares, pack_shares
 from reapkit.calibration.tokens import PARTS, CalibrationTokens
 from reapkit.core.errors import Problem, RecipeError
 from reapkit.core.progress import SILENT, Progress
-from reapkit.recipe.schema import CalibrationSpec, EvaluateSpec, MixEntry
+from reapkit.recipe.schema import CalibrationSpec, EvaluateSpec
 
 
 def prepare(
@@ -62,11 +60,9 @@ def prepare(
 
 def _targets(calibration: CalibrationSpec) -> list[Target]:
     """What each source of the mix must reach where the weights are shares of what the mix is measured in."""
-    unit, amount = calibration.asked
-    if unit == "samples":
-        return [Target(samples=count) for count in _shares(amount, calibration.mix, "calibration.samples")]
-    shares = _shares(amount, calibration.mix, "calibration.tokens", "token")
-    return [Target(tokens=count, field="calibration.tokens") for count in shares]
+    if calibration.asked[0] == "samples":
+        return [Target(samples=count) for count in mix_shares(calibration)]
+    return [Target(tokens=count, field="calibration.tokens") for count in mix_shares(calibration)]
 
 
 def prepare_packs(
@@ -114,7 +110,7 @@ def prepare_packs(
     rows_read = {source["name"]: source["rows_read"] for source in calibrated.summary["sources"]}
     packs = evaluate.packs
     entries = (*calibration.mix, *evaluate.extra_packs)
-    targets = [Target(samples=count, field="evaluate.packs.samples") for count in _counts(calibration, evaluate)]
+    targets = [Target(samples=count, field="evaluate.packs.samples") for count in pack_shares(calibration, evaluate)]
     gathered = [
         gather(inputs, entry, target, held_out, skip=rows_read.get(entry.name, 0))
         for entry, target in zip(entries, targets, strict=True)
@@ -146,34 +142,6 @@ def _check_names(calibration: CalibrationSpec, evaluate: EvaluateSpec) -> None:
                 for name in doubled
             ]
         )
-
-
-def _counts(calibration: CalibrationSpec, evaluate: EvaluateSpec) -> list[int]:
-    """Samples of every source of the mix, then of every extra pack."""
-    samples, extra = evaluate.packs.samples, evaluate.extra_packs
-    counts = _shares(samples, calibration.mix, "evaluate.packs.samples")
-    if extra:
-        total = max(len(extra), samples * len(extra) // len(calibration.mix))
-        counts += [max(1, count) for count in largest_remainder(total, [entry.weight for entry in extra])]
-    return counts
-
-
-def _shares(amount: int, entries: Sequence[MixEntry], field: str, unit: str = "sample") -> list[int]:
-    """Samples (or tokens) of each source by largest remainder. Raises RecipeError naming those that would get none."""
-    weights = [entry.weight for entry in entries]
-    counts = largest_remainder(amount, weights)
-    if without := [entry.name for entry, count in zip(entries, counts, strict=True) if not count]:
-        enough = ceil(sum(weights) / min(weights))
-        raise RecipeError(
-            [
-                Problem(
-                    field,
-                    f"{amount}, but with {len(entries)} sources and these weights {', '.join(without)} would get no"
-                    f" {unit}. Choose at least {enough}.",
-                )
-            ]
-        )
-    return counts
 
 
 def _is_confirm(sample: int, share: Decimal) -> bool:

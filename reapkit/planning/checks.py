@@ -6,6 +6,7 @@ from pathlib import Path
 
 from reapkit.calibration.builtin import generators
 from reapkit.calibration.first_rows import first_row_problems
+from reapkit.calibration.shares import share_problems
 from reapkit.checkpoint.architecture import text_config
 from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.checkpoint.expert_layout import Layout
@@ -43,6 +44,7 @@ def recipe_problems(loaded: LoadedRecipe, observation: Path | None) -> list[Prob
     problems = _candidate_problems(loaded) + _source_problems(loaded) + _mix_problems(loaded)
     problems += [] if observation is not None else _data_problems(loaded)
     problems += [] if observation is not None else _unmeasured(loaded)
+    problems += share_problems(loaded.calibration, loaded.evaluate, calibrates=observation is None)
     problems += _unmeasured_gates(loaded) + _missing_tasks(loaded) + _gate_problems(loaded)
     problems += [
         problem
