@@ -19,13 +19,13 @@ from reapkit.checkpoint.architecture import Architecture
 from reapkit.checkpoint.expert_layout import Layout
 from reapkit.checkpoint.layout_reading import read_layout
 from reapkit.checkpoint.links import refuse_links_out
+from reapkit.checkpoint.weight_files import WeightFiles, refuse_adapter, weight_files
 from reapkit.core.errors import UnusableError
 from reapkit.core.hashing import digest, digest_file
 from reapkit.core.json_text import parse_json
 from reapkit.core.safetensors_header import TensorInfo, read_header_text, tensors_of
 
 HASHED_SHARD_BYTES = 64_000_000  # a tenth of a second; larger shards are hashed while observe first reads them
-INDEX = "model.safetensors.index.json"
 LONGEST_NAME = 255
 """Bytes of a file's name on common file systems."""
 
@@ -71,6 +71,8 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
     stored: str | None = None
     """sha256 of index and headers as they are stored; None for tensors that were never read."""
+    weights: WeightFiles = field(default_factory=lambda: WeightFiles(()))
+    """The files that the tensors come from, as the loader finds them."""
     shard_hashes: Mapping[str, str] = field(default_factory=dict)
     """sha256 of the shards that are not on this machine."""
 
@@ -94,7 +96,7 @@ class Checkpoint:
             return cls(
                 path,
                 config,
-                *_read_tensors(path, absent or {}),
+                *_read_tensors(path, config, absent or {}),
                 {name: shard.sha256 for name, shard in (absent or {}).items()},
             )
 
@@ -119,6 +121,11 @@ class Checkpoint:
     def shards(self) -> tuple[str, ...]:
         """The files that hold tensors, sorted by name."""
         return tuple(sorted({tensor.shard for tensor in self.tensors.values()}))
+
+    @cached_property
+    def unheld(self) -> tuple[str, ...]:
+        """Tensors that the index names and no shard holds: the loader does not look for them."""
+        return tuple(sorted(self.weights.tensors - self.tensors.keys()))
 
     @cached_property
     def nbytes(self) -> int:
@@ -148,43 +155,26 @@ class Checkpoint:
         )
 
 
-def _read_tensors(path: Path, absent: Mapping[str, AbsentShard]) -> tuple[dict[str, TensorInfo], str]:
-    """The tensors of all shards that the index names, or without an index of all there are; of two of one name the
-    index chooses. And the sha256 of all that was read.
+def _read_tensors(
+    path: Path, config: Mapping[str, Any], absent: Mapping[str, AbsentShard]
+) -> tuple[dict[str, TensorInfo], str, WeightFiles]:
+    """The tensors of all shards that the loader reads, of two of one name the last; the sha256 of all that was read;
+    and the files.
 
-    Raises UnusableError naming what is missing or contradictory.
+    Raises UnusableError naming what is missing.
     """
-    index = path / INDEX
-    weight_map = read_index(index) if index.is_file() else None
-    sha = hashlib.sha256(index.read_bytes() if weight_map is not None else b"")
-    if weight_map is not None:
-        shards = sorted(set(weight_map.values()))
-    else:
-        shards = sorted({file.name for file in path.glob("*.safetensors")} | absent.keys())
-    if not shards:
-        raise UnusableError(
-            f"{path}: there are no safetensors weights. reapkit reads safetensors only; convert .bin files first."
-        )
+    lying = {entry.name for entry in path.iterdir() if entry.is_file()} | absent.keys()
+    refuse_adapter(path, lying)
+    files = weight_files(path, lying, config, lambda name: read_index(path / name))
+    sha = hashlib.sha256(b"" if files.index is None else (path / files.index).read_bytes())
     tensors: dict[str, TensorInfo] = {}
-    for shard in shards:
-        if shard not in absent and not (path / shard).is_file():
+    for shard in files.shards:
+        if shard not in lying:
             raise UnusableError(f"{path}: shard {shard} is missing. Download it again.")
         size, text = absent[shard][:2] if shard in absent else read_header_text(path / shard)
         sha.update(f"{shard}\n{len(text)}\n".encode() + text)
-        found = tensors_of(path / shard, size, text)
-        if weight_map is not None and list(map(weight_map.get, found)) != [shard] * len(found):
-            found = {name: tensor for name, tensor in found.items() if weight_map.get(name, shard) == shard}
-        if not tensors.keys().isdisjoint(found):
-            twice = next(name for name in found if name in tensors)
-            raise UnusableError(
-                f"{path}: tensor {twice} lies in {tensors[twice].shard} and in {shard}. Remove the stale one."
-            )
-        tensors.update(found)
-    if weight_map is not None and (lost := sorted(weight_map.keys() - tensors.keys())):
-        raise UnusableError(
-            f"{path}: the index names {len(lost)} tensors that no shard holds, such as {lost[0]}. Download it again."
-        )
-    return tensors, sha.hexdigest()
+        tensors.update(tensors_of(path / shard, size, text))
+    return tensors, sha.hexdigest(), files
 
 
 @contextmanager

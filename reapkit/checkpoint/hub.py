@@ -6,6 +6,7 @@ weights take.
 
 from __future__ import annotations
 
+import glob
 import re
 import struct
 from collections.abc import Generator, Iterable, Mapping
@@ -15,8 +16,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, cast
 
-from reapkit.checkpoint.checkpoint import INDEX, AbsentShard, Checkpoint, read_index
+from reapkit.checkpoint.checkpoint import AbsentShard, Checkpoint, read_index
+from reapkit.checkpoint.companions import OF_OTHER_FORMATS
+from reapkit.checkpoint.weight_files import ADAPTER, INDEX_ENDING, WeightFiles, is_found, is_stray, weight_files
 from reapkit.core.errors import UnusableError
+from reapkit.core.json_text import parse_json
 from reapkit.core.refusals import hub_cache_refusal
 from reapkit.core.safetensors_header import FIRST_READ_BYTES, MAX_HEADER_BYTES
 
@@ -40,8 +44,12 @@ TEMPLATES = "additional_chat_templates"
 """The folder of a tokenizer's named chat templates, one `.jinja` file each."""
 TOKENIZER_EXTRAS = ("*.py", f"{TEMPLATES}/*.jinja")
 """What a tokenizer reads beside its own files: code that it brings (and whatever that imports), named templates."""
-PLANNED_FILES = ("config.json", INDEX, *TOKENIZER_FILES, *TOKENIZER_EXTRAS)
+PLANNED_FILES = ("config.json", ADAPTER, f"*{INDEX_ENDING}", *TOKENIZER_FILES, *TOKENIZER_EXTRAS)
 NEVER_FETCHED = ("*.bin", "*.pth", "*.gguf", "original/*")
+PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".mp4", ".mov", ".wav", ".mp3", ".pdf", ".gitattributes")
+"""Endings of what a repository shows people beside its model."""
+READ_IN_FOLDERS = (".py", ".json", ".jinja", ".txt", ".model", ".tiktoken")
+"""Endings of what a run may read, or copy, in the folders of a repository: code, configs, vocabularies, templates."""
 CONNECTIONS = 16
 
 
@@ -52,27 +60,74 @@ def hub_checkpoint(repository: str, revision: str | None) -> Checkpoint:
     shards only headers are read. Raises UnusableError where the hub cannot be reached, does not give the repository, or
     holds no safetensors there.
     """
-    from huggingface_hub import HfApi, constants, snapshot_download
-
     with _explained(repository, revision, "is not in the local hub cache with all its safetensors"):
-        info = HfApi().model_info(
-            repository, revision=revision, files_metadata=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
-        )
-        files = {file.rfilename: file for file in info.siblings or () if _is_read(file.rfilename)}
-        _check_listing(repository, files)
-        unhashed = [
-            name for name, file in files.items() if name.endswith(".safetensors") and file.lfs is None
-        ]  # small: kept in git itself
-        planned = [name for name in files if any(fnmatchcase(name, pattern) for pattern in PLANNED_FILES)]
-        path = Path(
-            snapshot_download(repository, revision=info.sha, allow_patterns=planned + unhashed, tqdm_class=silent_bar())
-        )
-        shards = _indexed(path) or {name for name in files if name.endswith(".safetensors")}
-        remote = [files[name] for name in sorted(shards) if name in files and files[name].lfs is not None]
-        absent = (
-            {} if cached_snapshot(repository, info.sha) else _absent_shards(repository, cast(str, info.sha), remote)
-        )
+        commit, files = _listing(repository, revision)
+        path = _planned(repository, commit, files)
+        shards = [files[name] for name in _weights(repository, path, files).shards if name in files]
+        remote = [file for file in shards if file.lfs is not None]
+        if small := [file.rfilename for file in shards if file.lfs is None]:  # kept in git itself
+            _planned(repository, commit, files, small)
+        absent = {} if cached_snapshot(repository, commit) else _absent_shards(repository, commit, remote)
     return Checkpoint.open(path, absent=absent)
+
+
+def _listing(repository: str, revision: str | None) -> tuple[str, dict[str, Any]]:
+    """The commit that a revision names now, and its files by name. Raises UnusableError where they are no checkpoint,
+    and what the hub's client raises."""
+    from huggingface_hub import HfApi, constants
+
+    info = HfApi().model_info(
+        repository, revision=revision, files_metadata=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
+    )
+    files = {file.rfilename: file for file in info.siblings or ()}
+    _check_listing(repository, [name for name in files if "/" not in name])
+    return cast(str, info.sha), files
+
+
+def _planned(repository: str, revision: str | None, files: Iterable[str], more: Iterable[str] = ()) -> Path:
+    """The snapshot's directory once the files that a plan reads are there, and some more."""
+    from huggingface_hub import snapshot_download
+
+    names = [name for name in files if _is_read(name) and any(fnmatchcase(name, one) for one in PLANNED_FILES)]
+    return Path(
+        snapshot_download(
+            repository, revision=revision, allow_patterns=_exactly([*names, *more]), tqdm_class=silent_bar()
+        )
+    )
+
+
+def _exactly(names: Iterable[str]) -> list[str]:
+    """Patterns that match these names alone."""
+    return [glob.escape(name) for name in names]
+
+
+def _weights(repository: str, path: Path, names: Iterable[str]) -> WeightFiles:
+    """The files of weights among a repository's, by config and indexes in the snapshot. Raises UnusableError where the
+    loader would read none."""
+    at_top = {name for name in names if "/" not in name}
+    return weight_files(f"model.source: {repository}", at_top, _config(path), lambda name: read_index(path / name))
+
+
+def _config(path: Path) -> Mapping[str, Any]:
+    """The snapshot's config.json; empty where it cannot be read, which is said where the checkpoint is opened."""
+    try:
+        config = parse_json((path / "config.json").read_text(encoding="utf-8"), infinite=True)
+    except ValueError:
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def used_files(names: Iterable[str], weights: WeightFiles) -> list[str]:
+    """Those of a repository's files that a run reads or copies: the weights that the loader takes, and everything small
+    that travels with them; no other formats, precisions or checkpoints."""
+    return [name for name in names if _is_used(name, weights)]
+
+
+def _is_used(name: str, weights: WeightFiles) -> bool:
+    if "/" not in name:
+        return not is_stray(name, weights.shards, weights.index) and not name.lower().endswith(PICTURES)
+    folder = name.split("/")[0]
+    return folder not in OF_OTHER_FORMATS and name.endswith(READ_IN_FOLDERS) and ".index" not in name
 
 
 def cached_snapshot(repository: str, revision: str | None) -> Path | None:
@@ -83,9 +138,10 @@ def cached_snapshot(repository: str, revision: str | None) -> Path | None:
     path = _cached(repository, revision, PLANNED_FILES)
     if path is None or not (path / "config.json").is_file():
         return None
-    if shards := _indexed(path):
-        return path if all((path / shard).is_file() for shard in shards) else None
-    return _cached(repository, revision, ("*.safetensors",)) if any(path.glob("*.safetensors")) else None
+    lying = {entry.name for entry in path.iterdir() if entry.is_file()}
+    if not is_found(lying, _config(path)):
+        return None
+    return path if lying.issuperset(_weights(repository, path, lying).shards) else None
 
 
 def download_snapshot(repository: str, revision: str | None) -> Path:
@@ -99,7 +155,10 @@ def download_snapshot(repository: str, revision: str | None) -> Path:
 
     with _explained(repository, revision, "could not be downloaded"):
         try:
-            return Path(snapshot_download(repository, revision=revision, ignore_patterns=list(NEVER_FETCHED)))
+            commit, files = _listing(repository, revision)
+            path = _planned(repository, revision, files)  # under the revision's own name, by which it is found offline
+            used = used_files(files, _weights(repository, path, files))
+            return Path(snapshot_download(repository, revision=commit, allow_patterns=_exactly(used)))
         except (httpx.HTTPError, OSError):
             if (path := cached_snapshot(repository, revision)) is None:
                 raise
@@ -160,11 +219,6 @@ def _cached(repository: str, revision: str | None, patterns: Iterable[str]) -> P
             )
         except LocalEntryNotFoundError:
             return None
-
-
-def _indexed(path: Path) -> set[str]:
-    """The shards that the index of a directory names; none where it has no index."""
-    return set(read_index(path / INDEX).values()) if (path / INDEX).is_file() else set()
 
 
 def _is_read(name: str) -> bool:

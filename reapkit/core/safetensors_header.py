@@ -126,13 +126,14 @@ def _parse_header(text: bytes) -> dict[str, Any]:
     """The header as JSON. Raises ValueError where it gives a name twice, of which a parser would keep one.
 
     Names given twice leave quotes in the text for which nothing parsed accounts; only then the text is parsed pair by
-    pair.
+    pair. Half a character in JSON's escapes, which the format's own parser refuses too, is a ValueError as well.
     """
     header = json.loads(text)
     metadata = header.get("__metadata__")
     expected = 10 * (len(header) - 1) + 2 + 4 * len(metadata) if isinstance(metadata, dict) else 10 * len(header)
     if text.count(b'"') == expected and b"\\" not in text:
         return header
+    json.dumps(header, ensure_ascii=False).encode()
     return json.loads(text, object_pairs_hook=_unique)
 
 

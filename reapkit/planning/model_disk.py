@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from math import ceil
 from typing import TYPE_CHECKING
 
-from reapkit.checkpoint.checkpoint import INDEX
+from reapkit.checkpoint.weight_files import INDEX
 from reapkit.core.dtypes import BITS
 from reapkit.planning.disk_use import STORE, DiskUse, in_blocks, on_disk
 from reapkit.planning.estimates import layer_weights

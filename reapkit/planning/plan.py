@@ -15,6 +15,7 @@ from typing import Any
 
 from reapkit.calibration.identity import pinned_entries, source_identity, template_identity, tokenizer_identity
 from reapkit.checkpoint.checkpoint import Checkpoint
+from reapkit.checkpoint.companions import companions, stray_note, unheld_note
 from reapkit.checkpoint.expert_layout import Layout
 from reapkit.checkpoint.locate import model_checkpoint
 from reapkit.checkpoint.mtp_support import mtp_notes, observed_mtp, why_unobserved
@@ -192,6 +193,7 @@ class Plan:
         notes = budget_notes(
             self.candidates[0].prune(self.recipe.prune), self.checkpoint.architecture, tuple(self.layout.layers)
         )
+        notes += [*stray_note(companions(self.checkpoint)[1]), *unheld_note(self.checkpoint)]
         if self.identities.date is not None:
             notes.append(date_note(self.loaded, self.identities.date))
         why = (

@@ -17,7 +17,6 @@ from reapkit.core.errors import UnusableError
 from reapkit.core.safetensors_header import TensorInfo
 
 Run = tuple[str, int, int]  # shard, first byte, number of bytes
-INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -254,4 +253,5 @@ def _raw_header(source: Checkpoint, shard: str) -> bytes:
 def _metadata(source: Checkpoint, shard: str) -> dict[str, str]:
     """The source's own metadata; loaders want to read `format` there."""
     found = json.loads(_raw_header(source, shard)[8:]).get("__metadata__")
-    return {"format": "pt", **{str(key): str(value) for key, value in (found or {}).items()}}
+    said = found if isinstance(found, dict) else {}
+    return {"format": "pt", **{str(key): str(value) for key, value in said.items()}}

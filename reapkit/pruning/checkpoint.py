@@ -3,23 +3,25 @@ Torch-free."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from reapkit.checkpoint import companions as travelling
 from reapkit.checkpoint.architecture import text_config
 from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.checkpoint.expert_layout import Layout, is_mtp_name
+from reapkit.checkpoint.weight_files import EXPLICIT, INDEX
 from reapkit.core.atomic_files import copy_file, remove_unfinished, write_bytes, write_json
 from reapkit.core.errors import StageFailed, UnusableError
+from reapkit.core.formatting import listed
 from reapkit.core.hashing import digest
 from reapkit.core.json_text import parse_json
 from reapkit.core.payload_files import sha256_of
 from reapkit.core.progress import SILENT, Progress
 from reapkit.core.safetensors_header import TensorInfo
-from reapkit.pruning.byte_ranges import INDEX, Shard, cut_tensors, encode_index, lay_out
+from reapkit.pruning.byte_ranges import Shard, cut_tensors, encode_index, lay_out
 from reapkit.pruning.config_edits import (
     Counts,
     Renumber,
@@ -35,7 +37,6 @@ from reapkit.selection.selection import Selection
 
 MANIFEST = "reapkit.json"
 QUANTIZER_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quantization_config.json")
-OTHER_WEIGHTS = (".bin", ".pth", ".pt", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data")
 RAGGED_KEY = "num_routed_experts_per_layer"
 RAGGED_MODULE = "modeling_ragged"
 
@@ -121,8 +122,8 @@ def prune_checkpoint(
         )
     if left_out:
         progress.warn(
-            f"prune: {len(left_out)} files that hold the unpruned weights in other formats were not copied, such as "
-            f"{left_out[0]}."
+            f"prune: not copied, since the loader does not read them and they hold the unpruned weights:"
+            f" {listed(left_out)}."
         )
     return PrunedCheckpoint(out, written, kept, drop_mtp and bool(found.mtp_tensors), left_out)
 
@@ -264,6 +265,8 @@ def _edited_texts(
         texts[f"{RAGGED_MODULE}.py"] = (Path(__file__).parents[1] / "model/ragged_modeling.py").read_text(
             encoding="utf-8"
         )
+    if source.config.get(EXPLICIT) is not None:
+        edits[(EXPLICIT,)] = None  # what is written has the names that are looked for without it
     texts["config.json"] = edit_json(_exact_text(source.path / "config.json"), edits)
     for name in QUANTIZER_FILES:
         if (source.path / name).is_file():
@@ -289,38 +292,14 @@ def _auto_map(model_class: str) -> dict[str, str]:
 
 
 def companions(source: Checkpoint) -> tuple[list[str], tuple[str, ...]]:
-    """(files to copy, weights in other formats to leave out), relative to the source."""
-    copies, left_out = [], []
-    written = {*source.shards, INDEX, "config.json", MANIFEST, f"{RAGGED_MODULE}.py", *QUANTIZER_FILES}
-    for directory, folders, files in os.walk(source.path):
-        folders[:] = sorted(folder for folder in folders if not folder.startswith(".") and folder != "__pycache__")
-        for file in sorted(files):
-            path = Path(directory, file)
-            name = path.relative_to(source.path).as_posix()
-            if name in written or not path.is_file() or file.endswith((".incomplete", ".lock", ".partial")):
-                continue
-            if _is_other_weight(name):
-                left_out.append(name)
-            else:
-                copies.append(name)
-    return copies, tuple(left_out)
+    """(files to copy, other weights to leave out), relative to the source."""
+    return travelling.companions(source, {"config.json", INDEX, MANIFEST, f"{RAGGED_MODULE}.py", *QUANTIZER_FILES})
 
 
 def written_names(source: Checkpoint) -> tuple[str, ...]:
     """The names of the files that a directory made of the source may hold, shards as patterns."""
     shards = ("model.safetensors", "model-*-of-*.safetensors", *source.shards)
     return (*shards, INDEX, "config.json", MANIFEST, f"{RAGGED_MODULE}.py", *QUANTIZER_FILES, *companions(source)[0])
-
-
-def _is_other_weight(name: str) -> bool:
-    """Weights beside the ones in use, and their indexes: they would hold the experts that were dropped."""
-    folder, _, file = name.rpartition("/")
-    beside = not folder or folder.split("/")[0] in ("original", "metal", "onnx", "gguf")
-    return (
-        file.endswith(OTHER_WEIGHTS)
-        or (".index" in file and file.endswith(".json"))
-        or (beside and file.endswith(".safetensors"))
-    )
 
 
 def _plan_key(

@@ -17,20 +17,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from reapkit.checkpoint.checkpoint import Checkpoint
+from reapkit.checkpoint.companions import companions
 from reapkit.checkpoint.projection_names import COMPRESSED_PARTS, CONSTANT_PARTS, expert_modules
+from reapkit.checkpoint.weight_files import INDEX
 from reapkit.core.atomic_files import copy_file, replacing, write_text
 from reapkit.core.dtypes import BITS, FLOATS, torch_dtypes
 from reapkit.core.progress import Progress
 from reapkit.core.safetensors_header import read_header
 from reapkit.model.loaded_names import LoadedNames
 from reapkit.model.loading import load_config, model_class
+from reapkit.pruning.checkpoint import QUANTIZER_FILES
 from reapkit.pruning.config_edits import edit_json
 from reapkit.quantization.formats import quantization_config
 from reapkit.quantization.targets import Targets
 
-INDEX = "model.safetensors.index.json"
-ABOUT_THE_SOURCE = ("config.json", INDEX, "README.md", "recipe.yaml", "reapkit.json")
-OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
+ABOUT_THE_SOURCE = ("config.json", INDEX, "README.md", "recipe.yaml", "reapkit.json", *QUANTIZER_FILES)
 
 
 class ShardWriter:
@@ -121,18 +122,15 @@ def _stacked_patterns(plan: Targets) -> set[str]:
 
 
 def copy_companions(checkpoint: Checkpoint, out: Path) -> None:
-    """Copies what is no weight: tokenizer, chat template, generation config, the checkpoint's own code; not its
-    card."""
-    for file in sorted(checkpoint.path.iterdir()):
-        if (
-            file.is_file()
-            and file.suffix not in OTHER_WEIGHTS
-            and file.name not in ABOUT_THE_SOURCE
-            and file.suffix != ".safetensors"
-        ):
-            copy_file(file, out / file.name)
-        elif file.suffix != ".safetensors":
-            (out / file.name).unlink(missing_ok=True)  # llm-compressor copies everything
+    """Copies what travels with the weights: tokenizer, chat templates, processor and generation configs, the
+    checkpoint's own code; not what is about the source alone, and no other weights of it."""
+    copies, strays = companions(checkpoint)
+    for name in (*copies, *strays, *checkpoint.shards):
+        if name in ABOUT_THE_SOURCE or name not in copies:  # llm-compressor copies everything
+            if not name.endswith(("/", ".safetensors")):
+                (out / name).unlink(missing_ok=True)
+        else:
+            copy_file(checkpoint.path / name, out / name)
 
 
 def write_index(out: Path) -> None:

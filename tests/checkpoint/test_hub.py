@@ -70,15 +70,15 @@ def test_a_plan_from_metadata_has_the_keys_of_the_downloaded_model(hub: Hub, mon
     assert keys() == planned and hub.served == served
 
 
-@pytest.mark.parametrize("num_shards", [1, 2, 4])
+@pytest.mark.parametrize(("num_shards", "is_indexed"), [(1, True), (2, True), (4, True), (1, False)])
 @pytest.mark.parametrize("lfs", [True, False])
-@pytest.mark.parametrize("is_indexed", [True, False])
 def test_the_identity_is_that_of_the_downloaded_model(
     hub: Hub, tmp_path: Path, num_shards: int, lfs: bool, is_indexed: bool
 ) -> None:
     model = write_checkpoint(tmp_path / "model", {"model_type": "x"}, iter(TENSORS), num_shards=num_shards)
     if not is_indexed:
         (model / "model.safetensors.index.json").unlink()
+        (model / "model-00001-of-00001.safetensors").rename(model / "model.safetensors")
     for i, shard in enumerate(sorted(model.glob("*.safetensors"))):
         shard.write_bytes(shard.read_bytes()[:-1] + bytes([i]))
     hub.repositories["org/x"] = Repository(model, lfs)

@@ -58,7 +58,7 @@ def _content(plan: Plan) -> dict[str, Any] | None:
 
 STAGE = StageDefinition(
     name="prune",
-    version=1,
+    version=2,
     run=run,
     writes=stage_disk.prune,
     shows=lambda plan: written_names(plan.checkpoint),

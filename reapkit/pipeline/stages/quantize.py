@@ -71,7 +71,7 @@ def _inputs(recipe: Recipe) -> tuple[str, ...]:
 
 STAGE = StageDefinition(
     name="quantize",
-    version=4,
+    version=5,
     run=run,
     writes=stage_disk.quantize,
     shows=lambda plan: written_names(plan.checkpoint),
