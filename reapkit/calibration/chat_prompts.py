@@ -17,6 +17,7 @@ from reapkit.calibration.sources import Walk, open_walk
 from reapkit.calibration.template_fit import TurnsHidden
 from reapkit.calibration.template_process import TemplateProcess, TemplateStopped
 from reapkit.core.errors import UnusableError
+from reapkit.core.formatting import plural
 from reapkit.core.hashing import digest
 from reapkit.recipe.schema import MixEntry
 
@@ -56,6 +57,7 @@ def draw_chat_prompts(
     walk = open_walk(entry, inputs.recipe_directory, seed=inputs.calibration.seed)
     found: dict[str, ChatPrompt] = {}
     skipped: Counter[str] = Counter()
+    unreadable: list[str] = []
     with closing(TemplateProcess()) as process, inputs.progress.task(f"read {entry.name}", count, "prompts") as task:
         renderer = Renderer(inputs.calibration, inputs.tokenizer(), inputs.template, process)
         format = format_of(entry, walk)
@@ -65,7 +67,10 @@ def draw_chat_prompts(
             rows = walk.read_each(block)
             for place, row in zip(block, rows, strict=False):
                 prompt = _prompt(renderer, walk, place, row, format)
-                if isinstance(prompt, str):
+                if isinstance(prompt, ValueError):
+                    unreadable.append(str(prompt).rstrip("."))
+                    skipped[UNREADABLE] += 1
+                elif isinstance(prompt, str):
                     skipped[prompt] += 1
                 elif longest is not None and len(prompt.input_ids) > longest:
                     skipped[TOO_LONG] += 1
@@ -77,6 +82,11 @@ def draw_chat_prompts(
             position = block.stop
             if len(rows) < len(block) or sum(skipped.values()) > MOST_SKIPPED * (len(found) + count):
                 break
+    if unreadable:
+        inputs.progress.warn(
+            f"source '{entry.name}': {plural(len(unreadable), 'row')} left out that cannot be rendered. The first:"
+            f" {unreadable[0]}."
+        )
     if not found:
         told = ", ".join(f"{number} {reason}" for reason, number in skipped.items())
         raise UnusableError(
@@ -88,8 +98,8 @@ def draw_chat_prompts(
 
 def _prompt(
     renderer: Renderer, walk: Walk, place: int, row: Mapping[str, Any] | ValueError, format: Format
-) -> ChatPrompt | str:
-    """The prompt of the row at a place of the walk, or why it has none."""
+) -> ChatPrompt | str | ValueError:
+    """The prompt of the row at a place of the walk, or why it has none: an error where the row cannot be rendered."""
     try:
         if isinstance(row, ValueError):
             raise row
@@ -97,8 +107,9 @@ def _prompt(
         rendered = renderer.prompt(sample)
     except (SourceRefused, TurnsHidden, TemplateStopped) as error:
         raise UnusableError(f"{walk.place(place)}: {error}.") from None
-    except (ValueError, RecursionError):
-        return UNREADABLE
+    except (ValueError, RecursionError) as error:
+        told = str(error).removeprefix(f"{walk.rows.place(walk.number(place))}: ")
+        return ValueError(f"{walk.rows.place(walk.number(place))}: {told}")
     if rendered is None:
         return NO_PROMPT
     messages, text = rendered

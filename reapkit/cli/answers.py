@@ -76,9 +76,12 @@ def traces(
         print(json.dumps({"path": str(output), "record": str(record_path(output)), **record}))
         return
     counts = record["counts"]
+    skipped = ", ".join(f"{number} {reason}" for reason, number in record["skipped"].items())
     print(
         f"{output}: {plural(counts['kept'], 'conversation')} of {plural(counts['asked'], 'prompt')};"
-        f" {counts['not_ended']} did not end, {counts['empty']} were empty. To calibrate on it:"
+        f" {counts['not_ended']} did not end, {counts['empty']} were empty."
+        + (f" Rows without a prompt: {skipped}." if skipped else "")
+        + " To calibrate on it:"
     )
     place = os.path.relpath(output.resolve(), made.loaded.directory.resolve())
     print(

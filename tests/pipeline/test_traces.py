@@ -22,6 +22,7 @@ from reapkit.pipeline.planned import load_and_plan
 from reapkit.pipeline.traces import Asked, make_traces, record_path
 from reapkit.planning.lock import make_lock
 from tests.support.command import command
+from tests.support.words import write_lines
 
 SMALL = ("runtime.batch_tokens=1024", "runtime.store=store")
 SETTINGS = tuple(each for setting in SMALL for each in ("--set", setting))
@@ -267,6 +268,19 @@ def test_a_run_that_dies_before_the_file_is_there_goes_on(server: Fake, monkeypa
     before = len(server.asked)
     record = made(asked("a.jsonl", 4, url(server)))
     assert len(server.asked) == before and record["file"]["sha256"] == digest_file(Path("a.jsonl"))
+
+
+def test_rows_that_give_no_prompt_are_told(server: Fake, home: Path) -> None:
+    asks = [{"messages": [{"role": "user", "content": f"why is {number} so"}]} for number in range(4)]
+    asks[1]["messages"][0]["role"] = "usr"
+    write_lines(home / "d.jsonl", [*asks, {"messages": [{"role": "assistant", "content": "good day"}]}])
+    Path("r.yaml").write_text(RECIPE.replace("SOURCES", "{name: d, source: d.jsonl}"))
+    done = command("traces", "r.yaml", "--server", url(server), *(part for each in SMALL for part in ("--set", each)))
+    assert done.code == 0, done.stderr
+    assert "of 3 prompts" in done.stdout
+    assert "Rows without a prompt: 1 cannot be rendered, 1 no prompt." in done.stdout
+    said = " ".join(done.stderr.split())
+    assert "source 'd': 1 row left out that cannot be rendered. The first: d.jsonl:2: " in said and "'usr'" in said
 
 
 def test_a_thought_that_the_template_opens_is_part_of_the_answer(server: Fake, home: Path) -> None:
