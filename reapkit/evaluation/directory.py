@@ -74,7 +74,13 @@ class Yardstick:
 
     @cached_property
     def _of_base(self) -> dict[int, PositionSignals]:
-        return self.signals(BASE, BASE, lambda: {length: found for length, (found, _) in self._bases.items()})
+        named = {length: self.measures.signals(part, length, BASE, BASE) for length, (part, _) in self.places.items()}
+        kept = {length: self.measures.kept.find(each, load_signals) for length, each in named.items()}
+        if all(found is not None for found in kept.values()):
+            return {length: found for length, found in kept.items() if found is not None}
+        # found before they are kept: finding them may keep the same
+        bases = self._bases
+        return self.signals(BASE, BASE, lambda: {length: found for length, (found, _) in bases.items()})
 
     def base(self, length: int) -> BaseOutputs:
         """What others are compared with on the pack of this length."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -34,6 +35,7 @@ class KeptMeasurements(Measurements):
         self._store, self._run, self._sound, self._progress = store, run, sound, progress
         self.used: set[str] = set()
         self.made: list[str] = []
+        self._making: set[str] = set()
 
     def __str__(self) -> str:
         """How much of what was used is new."""
@@ -55,9 +57,22 @@ class KeptMeasurements(Measurements):
     ) -> T:
         found = self._found(measure)
         if found is None:
-            with self._store.locked(measure.kind, measure.key, lambda: self._wait(measure)):
+            with (
+                self._not_within_itself(measure),
+                self._store.locked(measure.kind, measure.key, lambda: self._wait(measure)),
+            ):
                 found = self._there(measure) or self._made(measure, make, save)  # by whoever held the lock
         return load(found.payload)
+
+    @contextmanager
+    def _not_within_itself(self, measure: Measure) -> Generator[None]:
+        """A measure that is made of itself would wait for its own lock without end."""
+        assert measure.key not in self._making, f"{measure.title} is measured while it is being measured"
+        self._making.add(measure.key)
+        try:
+            yield
+        finally:
+            self._making.discard(measure.key)
 
     def _found(self, measure: Measure) -> Artifact | None:
         name = self._store.directory(measure.kind, measure.key).name

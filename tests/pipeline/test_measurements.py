@@ -277,6 +277,21 @@ def test_other_limits_on_the_final_directory_load_nothing(
     }
 
 
+@pytest.mark.parametrize("placement", ["resident", "streaming"])
+def test_a_store_that_lost_its_measurements_measures_them_again(
+    placement: str, rejected: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proving, "prove", lambda request: [Proof("loads", True, "as it should", directory="pruned")])
+    settings = (LOOSE, f"runtime.placement={placement}", "evaluate.generation=null")
+    copied_inputs(rejected, tmp_path)
+    before = json.loads((applied(tmp_path, *settings, until="verify").directory / "verify.json").read_text())
+    for kind in ("signals", "hidden", "verify"):
+        for found in (tmp_path / "store").glob(f"{kind}-*"):
+            shutil.rmtree(found) if found.is_dir() else found.unlink()
+    after = json.loads((applied(tmp_path, *settings, until="verify").directory / "verify.json").read_text())
+    assert after == before
+
+
 def test_the_final_directory_is_judged_by_its_own_continuations(
     root: Path, measured: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -359,3 +374,13 @@ def test_a_measurement_is_found_by_what_it_measures_alone(tmp_path: Path) -> Non
     assert kept_here.find(Measure("signals", 1, {"of": "base"}, "called otherwise"), load_facts) == 1
     for other in (Measure("signals", 2, {"of": "base"}, "base"), Measure("signals", 1, {"of": "mask"}, "base")):
         assert kept_here.find(other, load_facts) is None
+
+
+def test_a_measure_that_needs_itself_is_a_defect_and_not_a_wait(root: Path) -> None:
+    kept, measure = shelf(root, Heard()), Measure("signals", 1, {"of": "itself"}, "itself")
+
+    def make(work: Path | None) -> Any:
+        return kept.get(measure, make, save_facts, load_facts)
+
+    with pytest.raises(AssertionError, match="itself is measured while it is being measured"):
+        make(None)
