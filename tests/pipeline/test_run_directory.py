@@ -23,9 +23,12 @@ from tests.support.heard import Heard
 from tests.support.paths import ROOT
 
 SMALL = (
-    "calibration.samples=32",
+    "calibration.samples=16",
     "calibration.max_length=512",
-    "evaluate.packs={samples: 16, lengths: [512]}",
+    "evaluate.packs={samples: 8, lengths: [512]}",
+    "evaluate.throughput=null",
+    "evaluate.equal_bytes=false",
+    "evaluate.controls=[]",
     "evaluate.gates={kl_mean: {max: 9}}",
     "evaluate.generation=null",
     "quantize.scheme=null",
