@@ -103,6 +103,36 @@ def _first_integer(config: Mapping[str, Any], keys: tuple[str, ...]) -> int | No
     return None
 
 
+def _refuse_several(config: Mapping[str, Any], text: Mapping[str, Any], model_type: str) -> None:
+    """Raises UnusableError where there are several language models with experts, or several kinds of experts in a
+    layer, each with a router of its own."""
+    for key in EXPERT_COUNT_KEYS:
+        listed = text.get(key)
+        depth = _num_hidden_layers(text) if isinstance(listed, list) else 0
+        if isinstance(listed, list) and 1 < len(listed) != depth:
+            raise UnusableError(
+                f"config.json: {key} lists {len(listed)} numbers of experts for {depth} layers: those of several"
+                " modalities share a layer, each with a router of its own, and reapkit prunes layers with one set of"
+                " routed experts. Choose the model's version for text."
+            )
+    if _first_integer(text, EXPERT_COUNT_KEYS) is None and (inner := list(_with_experts(config))):
+        raise UnusableError(
+            f"config.json: model_type '{model_type}' keeps its experts in {' and '.join(inner)},"
+            " and reapkit prunes models with one language model at the top of their config. Choose a checkpoint of one"
+            " of them."
+        )
+
+
+def _with_experts(config: Mapping[str, Any], path: str = "") -> Iterator[str]:
+    """The sections of a config that count experts."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            here = f"{path}.{key}" if path else key
+            if _first_integer(value, EXPERT_COUNT_KEYS) is not None:
+                yield here
+            yield from _with_experts(value, here)
+
+
 def _shown(number: int) -> str:
     return str(number)[:40]
 
@@ -154,6 +184,7 @@ class Architecture:
         text = text_config(config)
         experts, top_k = _first_integer(text, EXPERT_COUNT_KEYS), _first_integer(text, TOP_K_KEYS)
         model_type = str(text.get("model_type") or config.get("model_type") or "unknown")
+        _refuse_several(config, text, model_type)
         if experts is None or top_k is None:
             missing = f"none of {', '.join(EXPERT_COUNT_KEYS if experts is None else TOP_K_KEYS)}"
             raise UnusableError(

@@ -56,7 +56,7 @@ def load_model(
         )
     if missing := info["missing_keys"]:
         raise missing_weights(path, model, missing)
-    return widened(model.eval().requires_grad_(False), model.dtype)
+    return narrow_norms(widened(model.eval().requires_grad_(False), model.dtype))
 
 
 @contextmanager
@@ -85,6 +85,17 @@ def widened(module: M, dtype: torch.dtype) -> M:
         ):
             parameter.data = parameter.data.to(dtype)
     return module
+
+
+def narrow_norms(model: PreTrainedModel) -> PreTrainedModel:
+    """`model` with norms that put out its dtype, where the class keeps their weights in float32 (deepseek_v4): the
+    linear layers behind them take no other, and those that would cast are dequantized here."""
+    dtype = model.dtype
+    if dtype != torch.float32 and any("norm" in name for name in model._keep_in_fp32_modules_strict or ()):
+        for module in model.modules():
+            if type(module).__name__.endswith("Norm") and getattr(module, "weight", None) is not None:
+                module.register_forward_hook(lambda module, args, output: output.to(dtype))
+    return model
 
 
 def load_config(path: str | Path, *, trust_remote_code: bool = False) -> transformers.PretrainedConfig:

@@ -58,3 +58,15 @@ def test_mtp_block_is_on_disk_and_left_alone(tmp_path: Path):
     model.set_experts_implementation("eager")
     with torch.no_grad():
         assert torch.equal(loaded(IDS, use_cache=False).logits, model(IDS, use_cache=False).logits)
+
+
+@torch.no_grad()
+def test_norms_that_are_kept_in_float32_feed_layers_in_the_models_dtype(tmp_path: Path):
+    """deepseek_v4 in bfloat16, as its dequantized weights are: transformers' own forward stops at the first layer."""
+    path = tiny.save_hub_layout(tiny.build("deepseek_v4", dtype=torch.bfloat16), tmp_path)
+    with tiny.quiet():
+        loaded, plain = load_model(path), load_model(path, dtype="float32")
+    assert loaded.model.layers[0].input_layernorm.weight.dtype == torch.float32
+    assert final_hidden(loaded, IDS).dtype == torch.bfloat16
+    exact, rounded = (model(IDS, use_cache=False).logits.float() for model in (plain, loaded))
+    assert (exact - rounded).norm() <= 0.1 * exact.norm()

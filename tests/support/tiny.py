@@ -263,6 +263,11 @@ def build(model_type: str, dtype: torch.dtype = torch.float32, seed: int = 0, **
     torch.manual_seed(seed)
     auto = MULTIMODAL.get(model_type)
     model = auto(config) if auto else transformers.AutoModelForCausalLM.from_config(config)
+    return decisive(model, config).to(dtype).eval()
+
+
+def decisive(model: nn.Module, config: Any) -> nn.Module:
+    """The model with matrices drawn larger, and what a checkpoint would have trained drawn too."""
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             if any(
@@ -275,8 +280,8 @@ def build(model_type: str, dtype: torch.dtype = torch.float32, seed: int = 0, **
                 rows = [torch.randperm(config.num_local_experts)[: tensor.shape[1]] for _ in range(len(tensor))]
                 tensor.copy_(torch.stack(rows))
             elif tensor.dim() >= 2 and "embed" not in name and "norm" not in name and "conv" not in name:
-                tensor.mul_(4)
-    return model.to(dtype).eval()
+                tensor.copy_(4 * tensor if tensor.any() else 0.08 * torch.randn_like(tensor))
+    return model
 
 
 def save_hub_layout(model: nn.Module, path: str | Path, *, mtp: int = 0, max_shard_size: str = "50GB") -> Path:

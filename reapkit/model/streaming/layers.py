@@ -28,7 +28,7 @@ from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.checkpoint.projection_names import expert_tensor
 from reapkit.checkpoint.shard_reader import ShardReader
 from reapkit.model.fitting_class import missing_weights
-from reapkit.model.loading import dequantized, load_config, model_class, widened
+from reapkit.model.loading import dequantized, load_config, model_class, narrow_norms, widened
 from reapkit.model.routed_experts import decoder_layers
 from reapkit.model.streaming.device_copies import Accelerator, StagedCopies, accelerator
 from reapkit.model.streaming.layer_memory import Arena, Arenas, Event, host_memory
@@ -324,7 +324,7 @@ def _skeleton(config: transformers.PretrainedConfig, dtype: torch.dtype, trust_r
             model = cls.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
         else:
             model = cls._from_config(config, dtype=dtype)
-    return model.eval().requires_grad_(False)
+    return narrow_norms(model.eval().requires_grad_(False))
 
 
 def _rebuild_buffers(model: PreTrainedModel, device: torch.device) -> None:
