@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
-from typing import cast
+from typing import Any, cast
 
 from reapkit.cli.app import quiet_libraries
 from reapkit.core.errors import ReapkitError, StageFailed
@@ -17,9 +17,7 @@ def follow(team: Team, debug: bool) -> int:
     quiet_libraries()
     try:
         for job in team.jobs():
-            from reapkit.observation.job import help_with
-
-            help_with(job, team)
+            _help_with(job, team)
         return cast(int, team.outcome())  # the jobs end once it is known
     except KeyboardInterrupt:
         raise
@@ -29,6 +27,18 @@ def follow(team: Team, debug: bool) -> int:
         code, text = _described(error)
         team.fail(code, text)
         return follower_code(team, code)
+
+
+def _help_with(job: dict[str, Any], team: Team) -> None:
+    """Does a share of what rank 0 asks for, and frees what it took for it."""
+    from reapkit.evaluation.knockout import job as knockouts
+    from reapkit.observation.job import help_with, let_go
+
+    if job.get("kind") != knockouts.KIND:
+        help_with(job, team)
+        return
+    knockouts.KnockoutJob.of_json(job).run(team)
+    let_go()
 
 
 def follower_code(team: Team, code: int) -> int:

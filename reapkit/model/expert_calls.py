@@ -56,9 +56,9 @@ def _redirect(site: RoutedExperts, call: Experts) -> Callable[[], None]:
         return functools.partial(module.__dict__.__setitem__, "_routed_call", outer)
     if site.gate_on_input:
         block = cast("Llama4TextMoe", site.block)
-        undo = _give_forward(block, functools.partial(_gate_on_input_block, block))
+        undo = give_forward(block, functools.partial(_gate_on_input_block, block))
     elif site.linearised or site.own_loop:
-        undo = _give_forward(module, functools.partial(_dispatch_own, module))
+        undo = give_forward(module, functools.partial(_dispatch_own, module))
     else:
         config, previous = module.config, module.config._experts_implementation
         config._experts_implementation = IMPLEMENTATION
@@ -71,7 +71,7 @@ def _redirect(site: RoutedExperts, call: Experts) -> Callable[[], None]:
     return restore
 
 
-def _give_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
+def give_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
     """Gives this one module another forward; what is returned takes it away again."""
     before = module.__dict__.get("forward")
     module.forward = forward

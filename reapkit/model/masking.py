@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reapkit.checkpoint.projection_names import ROUTER_MODULES
+from reapkit.checkpoint.projection_names import LOADED, ROUTER_MODULES, Role
 from reapkit.core.errors import UnusableError
 from reapkit.model.expert_calls import intercepted
 from reapkit.model.routed_experts import Experts, RoutedExperts, find_experts
@@ -121,6 +121,49 @@ def sliced_routing(site: RoutedExperts, kept: Tensor) -> Iterator[None]:
             store[key] = value
 
 
+@contextmanager
+def without_expert(site: RoutedExperts, expert: int) -> Iterator[Tensor | None]:
+    """Inside the block the router never chooses `expert`, and gates are what the others then get; yields what maps the
+    router's numbers back to the original experts, int64 [kept experts], or None where they are the original ones.
+
+    The expert's row is sliced away. A router that scores equal groups cannot lose a single row: there the bias that is
+    added to the scores it chooses by is minus infinity for the expert. Raises UnusableError for one with neither way.
+    """
+    if not _is_grouped(site):
+        kept = torch.tensor([other for other in range(site.num_experts) if other != expert])
+        with sliced_routing(site, kept):
+            yield kept
+        return
+    undo: list[tuple[dict[str, Any], str, Any]] = []
+    try:
+        for _, module in routing_modules(site):
+            for store in (module._parameters, module._buffers):
+                for key, tensor in list(store.items()):
+                    if tensor is not None and LOADED.router_role(key) is Role.CORRECTION:
+                        lowered = tensor.detach().clone()
+                        lowered.view(-1)[expert] = -torch.inf
+                        as_held = nn.Parameter(lowered, requires_grad=False) if store is module._parameters else lowered
+                        _set(undo, store, key, as_held)
+        if not undo:
+            raise UnusableError(
+                f"layer {site.layer}: the router scores groups of experts and adds no bias to the scores that it"
+                " chooses by, so one expert alone cannot be taken out. Choose another criterion."
+            )
+        yield None
+    finally:
+        for store, key, value in reversed(undo):
+            store[key] = value
+
+
+def _is_grouped(site: RoutedExperts) -> bool:
+    """Whether the router limits its choice to the best of several groups of experts."""
+    return any(_groups(module) > 1 for _, module in routing_modules(site))
+
+
+def _groups(module: nn.Module) -> int:
+    return next((vars(module)[key] for key in GROUP_NAMES if isinstance(vars(module).get(key), int)), 1)
+
+
 def slice_routing(site: RoutedExperts, kept: Tensor, undo: list[tuple[dict[str, Any], str, Any]]) -> None:
     """Slices the router to the rows of `kept` (int64 [kept experts], ascending); what each (store, key) held before is
     appended to `undo`.
@@ -170,7 +213,7 @@ def _refuse_bad_keep(site: RoutedExperts, kept: Tensor) -> None:
             " Keep all of them."
         )
     for _, module in routing_modules(site):
-        groups = next((vars(module)[key] for key in GROUP_NAMES if isinstance(vars(module).get(key), int)), 1)
+        groups = _groups(module)
         if groups > 1:
             per_group = torch.bincount(kept // (site.num_experts // groups), minlength=groups).tolist()
             if len(set(per_group)) > 1:

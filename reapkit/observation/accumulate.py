@@ -148,6 +148,7 @@ class GroupSums:
         self.scored_tokens = torch.zeros(num_sources, dtype=torch.int64)
 
     def add(self, site: RoutedExperts, pairs: Pairs, positions: Positions, residual: Tensor) -> None:
+        """As `LayerSums.add`: one call of the experts, and ‖r‖ behind the layer, float32 [positions]."""
         self.layers[site.layer].add(pairs, positions, residual)
 
     def count_tokens(self, batch: Batch) -> None:

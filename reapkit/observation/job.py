@@ -60,12 +60,7 @@ class Job:
 
         Raises UnusableError where the model cannot be observed, or where a rank does not see what rank 0 sees.
         """
-        for directory in (self.model, self.calibration, self.work):
-            if not Path(directory).is_dir():
-                raise UnusableError(
-                    f"{directory} does not exist on this machine, but rank 0 reads it. Put the checkpoint (for hub"
-                    " models HF_HOME) and runtime.store on a file system that all nodes mount at the same path."
-                )
+        require_shared(self.model, self.calibration, self.work)
         tokens = CalibrationTokens.load(self.calibration)
         common = {
             "batch_tokens": self.batch_tokens,
@@ -108,6 +103,16 @@ class Job:
         return Path(self.offload_directory) / f"rank-{ranks.rank}" if ranks.world > 1 else Path(self.offload_directory)
 
 
+def require_shared(*directories: str) -> None:
+    """Raises UnusableError where a rank does not see what rank 0 works with."""
+    for directory in directories:
+        if not Path(directory).is_dir():
+            raise UnusableError(
+                f"{directory} does not exist on this machine, but rank 0 reads it. Put the checkpoint (for hub"
+                " models HF_HOME) and runtime.store on a file system that all nodes mount at the same path."
+            )
+
+
 def own_device(device: str, ranks: Alone) -> str:
     """The rank's accelerator of this machine. Raises UnusableError where there are fewer than ranks."""
     if device != "cuda" or ranks.world == 1:
@@ -124,6 +129,11 @@ def own_device(device: str, ranks: Alone) -> str:
 def help_with(job: dict[str, Any], ranks: Alone) -> None:
     """A rank other than 0 does its share of the job, and frees what it took for it."""
     Job.of_json(job).run(ranks)
+    let_go()
+
+
+def let_go() -> None:
+    """Frees the memory of a model that nobody holds any more."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

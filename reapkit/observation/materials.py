@@ -18,7 +18,8 @@ class Material:
 
     `what`: its name in messages. `field`: the attribute of `Observation` that holds it, None there where it was not
     recorded. `setting`: the field of `observe` that asks for it; `on`, `off`: the values with and without it. `why`:
-    how an observation can come to lack it.
+    how an observation can come to lack it. `stage`: who records it, and only if a criterion needs it where that is not
+    the pass itself.
     """
 
     what: str
@@ -27,6 +28,7 @@ class Material:
     on: Any
     off: Any
     why: str
+    stage: str = "observe"
 
     def of(self, observation: Observation, needed_by: str) -> Any:
         """The material that `observation` holds. Raises UnusableError where it holds none."""
@@ -44,9 +46,10 @@ class Material:
 
     def unmeasured(self, name: str) -> str:
         """That `name` cannot be computed from a pass that does not record it, and what to set."""
+        when = "during the observation" if self.stage == "observe" else f"by the stage {self.stage}"
         return (
-            f"{name} is measured during the observation, but observe.{self.setting} is {json.dumps(self.off)}. Set it"
-            f" to {json.dumps(self.on)}."
+            f"{name} is measured {when}, but observe.{self.setting} is {json.dumps(self.off)}. Set it to"
+            f" {json.dumps(self.on)}."
         )
 
 
@@ -59,7 +62,16 @@ REMOVAL_PATHS = Material(
     0,
     "observe.reroute_tokens was 0, or it is a sum of observations, whose paths do not add up",
 )
-MATERIALS = (EAFT_SIGNALS, REMOVAL_PATHS)
+KNOCKOUTS = Material(
+    "knock-outs",
+    "knockout",
+    "knockout_tokens",
+    8192,
+    0,
+    "no criterion of its run asked for them, or it is a sum of observations",
+    "knockout",
+)
+MATERIALS = (EAFT_SIGNALS, REMOVAL_PATHS, KNOCKOUTS)
 
 
 def collecting(*needed: Material) -> ObserveSpec:

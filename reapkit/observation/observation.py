@@ -18,6 +18,8 @@ from reapkit.core.atomic_files import replacing, write_text
 from reapkit.core.errors import UnusableError
 from reapkit.core.mapped_safetensors import as_arrays, map_tensors
 from reapkit.observation.eaft_table import EaftTable
+from reapkit.observation.knockouts import FACTS as KNOCKOUT_FACTS
+from reapkit.observation.knockouts import Knockouts
 from reapkit.observation.recorded_facts import read_facts
 
 RELATIVE = "relative_sq_sum"
@@ -148,7 +150,8 @@ class Observation:
     `maxima`: float32 [L, S, E] each, by the names of MAXIMA: over every position that is not padding, and (`…_scored`)
     over the scored ones. `coactivation`: int64 [L, S, E, E], positions routed to both. `snapshots`: float64 [4, L, S,
     E], `count` and `gate_norm_sum` after 1/16, 1/8, 1/4 and 1/2 of the rows. `eaft`: the trace, or a table. `reroute`:
-    removal paths, which do not add up: a sum of two observations has none.
+    removal paths, which do not add up: a sum of two observations has none. `knockout`: what a stage of its own measured
+    on the same calibration; it is no part of the observation's files, and of no sum.
     """
 
     model_type: str
@@ -165,6 +168,7 @@ class Observation:
     eaft: Trace | EaftTable | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
     reroute: Reroute | None = None
+    knockout: Knockouts | None = None
 
     def __post_init__(self) -> None:
         as_arrays(self, "tokens", "scored_tokens", *(() if self.coactivation is None else ("coactivation",)))
@@ -197,7 +201,10 @@ class Observation:
 
     @classmethod
     def load(cls, directory: Path) -> Self:
-        """Raises UnusableError where the directory holds no observation this version can read."""
+        """With the knock-outs of the same run, where they lie beside it in `knockout`.
+
+        Raises UnusableError where the directory holds no observation this version can read.
+        """
         directory = Path(directory)
         try:
             facts = read_facts(directory)
@@ -212,7 +219,7 @@ class Observation:
             )
         tensors = map_tensors(directory / "observation.safetensors")
         trace = Trace.load(directory / "trace.safetensors") if facts["eaft"] else EaftTable.from_tensors(tensors)
-        return cls(
+        observation = cls(
             model_type=facts["model_type"],
             layers=tuple(facts["layers"]),
             num_experts=facts["num_experts"],
@@ -228,6 +235,13 @@ class Observation:
             reroute=_reroute(tensors),
             meta=facts["meta"],
         )
+        beside = directory.parent / "knockout"
+        return observation.with_knockouts(beside) if (beside / KNOCKOUT_FACTS).is_file() else observation
+
+    def with_knockouts(self, directory: Path) -> Self:
+        """The same with the knock-outs that `directory` holds. Raises UnusableError where they cannot be read, or were
+        measured on sources that the observation does not have."""
+        return replace(self, knockout=Knockouts.load(directory).of_sources(self.sources))
 
     def _tensors(self) -> dict[str, ndarray]:
         tensors = {"tokens": self.tokens, "scored_tokens": self.scored_tokens, **self.statistics, **self.maxima}
@@ -281,6 +295,7 @@ class Observation:
             snapshots={name: a.snapshots[name] + b.snapshots[name] for name in _in_both(a.snapshots, b.snapshots)},
             eaft=trace,
             reroute=None,
+            knockout=None,
         )
 
     def with_sources(self, sources: tuple[str, ...]) -> Observation:
@@ -305,6 +320,7 @@ class Observation:
             snapshots={name: spread(tensor, 2) for name, tensor in self.snapshots.items()},
             eaft=None,
             reroute=None,
+            knockout=None,
         )
 
     def _identity(self) -> dict[str, Any]:

@@ -200,8 +200,8 @@ class BatchWatch:
         return out
 
     def leaving(self, site: RoutedExperts, output: Tensor) -> None:
-        """Adds the layer's pairs, now that its `output` is there: positions by whatever the layer passes on of each, in
-        the model's dtype. Layers whose experts were not called add nothing."""
+        """Adds the layer's pairs, now that its `output` is there: [batch, tokens, ...] in the model's dtype, whatever
+        the layer passes on of each position. Layers whose experts were not called add nothing."""
         if site.layer in self._entered:
             pairs, positions = self._entered.pop(site.layer)
             passed_on = output.reshape(len(positions.source), -1)

@@ -17,6 +17,7 @@ from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.checkpoint.expert_layout import LAYER, Layout
 from reapkit.checkpoint.projection_names import MXFP4_BLOCKS
 from reapkit.core.dtypes import BITS
+from reapkit.planning.knockout_cost import KnockoutCost, knockout_cost
 from reapkit.quantization.sizes import kept_share
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ class Estimates:
     waves: int
     host_budget: int
     reroute: RerouteCost | None = None
+    knockout: KnockoutCost | None = None
 
 
 def estimate(plan: Plan, share: int = 1) -> Estimates:
@@ -120,6 +122,7 @@ def estimate(plan: Plan, share: int = 1) -> Estimates:
         waves,
         budget,
         reroute,
+        knockout_cost(plan, tokens),
     )
 
 

@@ -292,7 +292,24 @@ def make_plan(
     made = Plan(loaded, tuple(definitions), checkpoint, grid, identities, machine_memory(), imported, mtp)
     if made.estimates.placement == "streaming" and (limits := written_text_gates(loaded)):
         raise loaded.located(RecipeError([_never_generated(*each) for each in limits]))
-    return made.anew()
+    made = made.anew()
+    if problem := _streamed_knockouts(made):
+        raise loaded.located(RecipeError([problem]))
+    return made
+
+
+def _streamed_knockouts(plan: Plan) -> Problem | None:
+    """Forwards begin behind every layer of a model that is in memory."""
+    running = [stage for stage in plan.stages if stage.name == "knockout" and stage.must_run]
+    if not running or plan.estimates.placement == "resident":
+        return None
+    needed = human_bytes(plan.estimates.footprints["resident"].device)
+    return Problem(
+        "saliency.criterion",
+        "found a criterion of knock-outs, which are measured on a model that is in memory as a whole, but the layers of"
+        f" this one stream (in memory it takes {needed}). Choose a criterion that the observation alone decides, or a"
+        " machine that holds the model.",
+    )
 
 
 def _never_generated(field: str, metric: str) -> Problem:

@@ -141,6 +141,17 @@ def _while_observing(plan: Plan, rows: TokenRows, sums: int, pairs: int, table: 
     return summed + saved, max(0, hidden // waves - plan.estimates.host_budget) if offloads(plan) else 0
 
 
+def knockout(plan: Plan) -> tuple[DiskUse, ...]:
+    """Sums by layer, source and expert; meanwhile every row's own."""
+    spec, sources = plan.recipe.observe, len(plan.recipe.calibration.mix)
+    rows = calibration_rows(plan)
+    layers, experts = len(plan.layout.layers), plan.checkpoint.architecture.num_experts
+    kept = on_disk(layers * sources * (2 * experts + 1) * 8) + on_disk(4096)
+    sampled = min(rows.rows, spec.knockout_tokens)
+    units = layers * (1 + 2 * rows.tokens // plan.recipe.runtime.batch_tokens)
+    return (DiskUse(STORE, kept, on_disk(layers * sampled * (experts + 1) * 8, units), kept),)
+
+
 # ---------------------------------------------------------------------------------------------- decisions
 
 

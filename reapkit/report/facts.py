@@ -227,7 +227,11 @@ def _observation(artifacts: Mapping[str, Artifact]) -> Observation | None:
         return None
     from reapkit.observation.observation import Observation
 
-    return Observation.load(artifacts["observe"].payload)
+    observation = Observation.load(artifacts["observe"].payload)
+    knockouts = artifacts.get("knockout")
+    return (
+        observation if knockouts is None or not knockouts.has_payload else observation.with_knockouts(knockouts.payload)
+    )
 
 
 def _selections(artifacts: Mapping[str, Artifact]) -> dict[str, Selection]:

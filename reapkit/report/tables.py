@@ -98,6 +98,12 @@ def _estimate_tables(plan: Plan) -> list[TerminalTable | str]:
             f"reroute: {found.reroute.tokens:,} tokens through every expert, {found.reroute.flops:.2g} FLOP,"
             f" {human_bytes(found.reroute.device)} on the device, {human_bytes(found.reroute.waiting)} on disk"
         )
+    if found.knockout is not None:
+        takes = "" if found.knockout.hours is None else f", {_span(found.knockout.hours)} at the observation's speed"
+        lines.append(
+            f"knockout: {found.knockout.tokens:,} tokens through {found.knockout.forwards:,.0f} forwards"
+            f" ({found.knockout.token_forwards:.3g} token-forwards), {found.knockout.flops:.2g} FLOP{takes}"
+        )
     if not found.fits:
         lines.append(
             f"memory: {found.placement} does not fit into the free memory of this machine; lower runtime.batch_tokens"
@@ -109,6 +115,10 @@ def _estimate_tables(plan: Plan) -> list[TerminalTable | str]:
             f"{plural(found.waves, 'wave')}"
         )
     return [memory, *_disk_tables(plan), "\n".join([*lines, *(f"note: {note}" for note in plan.notes)])]
+
+
+def _span(hours: float) -> str:
+    return f"{hours:.1f} h" if hours >= 1 else f"{max(1, round(60 * hours))} min"
 
 
 def _disk_tables(plan: Plan) -> list[TerminalTable | str]:

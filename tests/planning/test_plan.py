@@ -14,7 +14,7 @@ from reapkit.pipeline.stages.every_stage import STAGE_NAMES
 from reapkit.recipe.loading import load
 from tests.support.paths import ROOT
 
-ALL = set(STAGE_NAMES) - {"repair"}  # only where the recipe asks for it
+ALL = set(STAGE_NAMES) - {"repair", "knockout"}  # only where the recipe asks for it
 FROM_OBSERVE = ALL - {"calibrate", "packs"}
 FROM_SELECT = FROM_OBSERVE - {"observe"}
 FROM_PRUNE = {"prune", "quantize", "verify", "report"}
@@ -43,6 +43,9 @@ def test_the_demos_data_is_that_of_earlier_stores(base: dict[str, str]) -> None:
         ("calibration.mix.prose.name=english", ALL),
         ("observe.eaft=false", FROM_OBSERVE),
         ("observe.entropy_top_k=10", FROM_OBSERVE),
+        ("observe.knockout_tokens=4096", set()),
+        ("saliency.criterion=knockout", {"knockout", *FROM_SELECT}),
+        ("evaluate.controls=[knockout]", {"knockout", *FROM_SELECT}),
         ("saliency.criterion=frequency", FROM_SELECT),
         ("saliency.prior_count=3", FROM_SELECT),
         ("prune.ratio=0.25", FROM_SELECT),
@@ -70,6 +73,38 @@ def test_a_changed_field_reruns_exactly_its_descendants(
 ) -> None:
     changed = {name for name, key in keys(override).items() if key != base.get(name)}
     assert changed == expected
+
+
+def test_knock_outs_are_measured_anew_for_another_sample_and_not_for_another_ratio() -> None:
+    first = keys("saliency.criterion=knockout")
+    for override, expected in (
+        ("observe.knockout_tokens=4096", {"knockout", *FROM_SELECT}),
+        ("observe.eaft=false", FROM_OBSERVE),
+        ("prune.ratio=0.25", FROM_SELECT),
+        ("calibration.seed=7", {"knockout", *ALL}),
+    ):
+        changed = keys("saliency.criterion=knockout", override)
+        assert {name for name, key in changed.items() if key != first[name]} == expected, override
+    assert "knockout" not in keys("saliency.criterion=reap-relative")
+
+
+def test_the_plan_says_what_knock_outs_take_and_refuses_them_where_layers_stream(tmp_path: Path) -> None:
+    store = f"runtime.store={tmp_path}"
+    plan = make_plan(load(ROOT / "recipes/demo.yaml", ["saliency.criterion=knockout", store]))
+    cost = plan.estimates.knockout
+    assert cost is not None and cost.tokens == 8192 and cost.hours is None
+    assert cost.forwards == 32 * (1 + 3 / 4 + 2 / 4 + 1 / 4)
+    assert cost.flops == 2 * plan.base.active_parameters * cost.token_forwards
+    assert make_plan(load(ROOT / "recipes/demo.yaml", [store])).estimates.knockout is None
+    for given, message in (
+        (
+            "runtime.placement=streaming",
+            r"measured on a model that is in memory as a whole, but the layers of this one",
+        ),
+        ("observe.knockout_tokens=0", r"knockout is measured by the stage knockout, but observe.knockout_tokens is 0"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            make_plan(load(ROOT / "recipes/demo.yaml", ["saliency.criterion=knockout", store, given]))
 
 
 def test_the_key_follows_content_not_place(tmp_path: Path, base: dict[str, str]) -> None:

@@ -17,7 +17,7 @@ from reapkit.observation.observation import Observation
 from reapkit.pipeline.stages.context import Context
 from reapkit.pipeline.stages.measured import EVALUATE_VERSION, evaluated, hidden_of, measures_of, weight_files
 from reapkit.pipeline.stages.repair import load_repaired
-from reapkit.pipeline.stages.select import load_selections
+from reapkit.pipeline.stages.select import load_observation, load_selections
 from reapkit.planning import stage_disk
 from reapkit.planning.plan import Plan
 from reapkit.planning.stage_definitions import StageDefinition
@@ -101,7 +101,10 @@ def _steps(context: Context) -> dict[str, Any]:
         for name, record in BUILTIN.items()
         if record.removal is not None
         and name != saliency.criterion
-        and all(material.collected(recipe.observe) for material in record.materials)
+        and all(
+            material.collected(recipe.observe) and material.stage in {stage.name for stage in context.plan.stages}
+            for material in record.materials
+        )
     ]
     if prune.repair is None and "quantization_config" not in context.plan.checkpoint.config:
         same_size.append({"override": "prune.repair=ridge", "why": "re-fit the kept experts, at the same size"})
@@ -126,7 +129,7 @@ def _smaller_cut(context: Context) -> SmallerCut | None:
 
     @cache
     def observation() -> Observation:
-        return Observation.load(context.inputs["observe"].payload)
+        return load_observation(context)
 
     def smaller_cut(name: str, share: Fraction) -> MaskedCandidate | None:
         removed = int(max(plan.base.experts[layer] - kept for layer, kept in plan.kept(grid[name]).items()) * share)
@@ -181,6 +184,6 @@ STAGE = StageDefinition(
     directory="evaluation",
     fields=("evaluate.packs", "evaluate.extra_packs", "evaluate.gates", "evaluate.controls", "evaluate.generation"),
     inputs=lambda recipe: ("packs", "select", "repair"),
-    waits_for=("observe",),
+    waits_for=("observe", "knockout"),
     remark=_spoken,
 )

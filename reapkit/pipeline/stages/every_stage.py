@@ -6,6 +6,7 @@ from reapkit.pipeline.stages import (
     calibrate,
     evaluate,
     imported,
+    knockout,
     observe,
     packs,
     prune,
@@ -19,6 +20,19 @@ from reapkit.planning.stage_definitions import StageDefinition
 
 STAGES: tuple[StageDefinition, ...] = tuple(
     module.STAGE
-    for module in (calibrate, packs, observe, imported, select, repair, evaluate, prune, quantize, verify, report)
+    for module in (
+        calibrate,
+        packs,
+        observe,
+        imported,
+        knockout,
+        select,
+        repair,
+        evaluate,
+        prune,
+        quantize,
+        verify,
+        report,
+    )
 )
 STAGE_NAMES = tuple(dict.fromkeys(stage.name for stage in STAGES))

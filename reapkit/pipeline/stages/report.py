@@ -36,5 +36,15 @@ STAGE = StageDefinition(
     file="report.html",
     fields=("name", "description", "output.card"),
     content=lambda plan: {"source": plan.recipe.model.source},
-    inputs=lambda recipe: ("calibrate", "observe", "select", "repair", "evaluate", "prune", "quantize", "verify"),
+    inputs=lambda recipe: (
+        "calibrate",
+        "observe",
+        "knockout",
+        "select",
+        "repair",
+        "evaluate",
+        "prune",
+        "quantize",
+        "verify",
+    ),
 )

@@ -18,7 +18,7 @@ from reapkit.selection.selection import Selection
 
 def run(context: Context) -> dict[str, Any]:
     recipe, architecture = context.recipe, context.plan.checkpoint.architecture
-    observation = Observation.load(context.inputs["observe"].payload)
+    observation = load_observation(context)
     grid = context.plan.candidates
     chosen = dict(zip(grid, select_all(observation, recipe.saliency, recipe.prune, architecture, grid), strict=True))
     others = controls(grid, recipe.evaluate.controls)
@@ -48,6 +48,14 @@ def run(context: Context) -> dict[str, Any]:
             for candidate, selection in chosen.items()
         }
     }
+
+
+def load_observation(context: Context) -> Observation:
+    """What the run observed, with the knock-outs where it measured them."""
+    observation = Observation.load(context.inputs["observe"].payload)
+    return (
+        observation.with_knockouts(context.inputs["knockout"].payload) if "knockout" in context.inputs else observation
+    )
 
 
 def controls(grid: tuple[Candidate, ...], criteria: tuple[str, ...]) -> dict[Candidate, str]:
@@ -87,5 +95,5 @@ STAGE = StageDefinition(
         "prune.experts_per_token",
     ),
     content=lambda plan: {"own_criteria": plan.identities.criteria},
-    inputs=lambda recipe: ("observe",),
+    inputs=lambda recipe: ("observe", "knockout"),
 )

@@ -25,6 +25,7 @@ from reapkit.selection.criteria.eaft_reap import EAFT_REAP
 from reapkit.selection.criteria.ean import EAN
 from reapkit.selection.criteria.ean_mean import EAN_MEAN
 from reapkit.selection.criteria.frequency import FREQUENCY
+from reapkit.selection.criteria.knockout import KNOCKOUT
 from reapkit.selection.criteria.random_control import RANDOM
 from reapkit.selection.criteria.reap import REAP
 from reapkit.selection.criteria.reap_relative import REAP_RELATIVE
@@ -43,6 +44,7 @@ BUILTIN: dict[str, Criterion] = {
         EAN_MEAN,
         REROUTE,
         REROUTE_SINGLE,
+        KNOCKOUT,
         RANDOM,
     )
 }

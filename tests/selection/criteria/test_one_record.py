@@ -13,6 +13,7 @@ import pytest
 
 from reapkit.checkpoint.architecture import Architecture
 from reapkit.core.errors import RecipeError, UnusableError
+from reapkit.observation.knockouts import Knockouts
 from reapkit.observation.materials import EAFT_SIGNALS, MATERIALS
 from reapkit.observation.observation import Observation, Reroute
 from reapkit.pipeline.planned import make_plan
@@ -137,6 +138,16 @@ ELSEWHERE = {
     ("report.inspection.observation", "reroute"): "a fact of an observation",
     ("report.reroute_section", "reroute"): "the section of a page",
     ("report.cut_sections", "random"): "a line to compare a cut with",
+    ("evaluation.knockout.job", "knockout"): "what other ranks are asked for",
+    ("evaluation.knockout.resident", "knockout"): "the progress of measuring",
+    ("observation.materials", "knockout"): "the attribute of an observation that holds them, and the stage",
+    ("observation.observation", "knockout"): "the folder beside an observation",
+    ("pipeline.stages.evaluate", "knockout"): "a stage",
+    ("pipeline.stages.knockout", "knockout"): "a stage",
+    ("pipeline.stages.report", "knockout"): "a stage",
+    ("pipeline.stages.select", "knockout"): "a stage",
+    ("planning.plan", "knockout"): "a stage",
+    ("report.facts", "knockout"): "a stage",
 }
 """(module, string) -> what else the string names there."""
 
@@ -165,12 +176,14 @@ def test_each_name_stands_in_one_record_module() -> None:
 
 
 def observe_with_paths() -> Observation:
-    """Two layers with removal paths, one without, and an exact trace."""
+    """Two layers with removal paths and knock-outs, one without, and an exact trace."""
     draw = np.random.default_rng(0)
     order = np.stack([draw.permuted(np.tile(np.arange(8), (4, 1)), axis=1) for _ in range(3)])
     order[2] = -1
     paths = Reroute(np.array([30, 10]), order, np.sort(draw.random((3, 4, 8))), draw.random((3, 2, 8)))
-    return dataclasses.replace(observe_routing(random_routing(0, tokens=600)), reroute=paths)
+    kl = draw.random((2, 2, 8))
+    knockouts = Knockouts((0, 1), ("code", "tools"), [4, 4], [30, 30], kl, kl**2, draw.random((2, 2)) / 2)
+    return dataclasses.replace(observe_routing(random_routing(0, tokens=600)), reroute=paths, knockout=knockouts)
 
 
 @pytest.mark.parametrize("name", BUILTIN)

@@ -55,7 +55,7 @@ def test_an_unknown_name_lists_the_known_ones(installed: Path) -> None:
     assert (
         str(problem)
         == "prune.candidates.criterion[2]: found 'stedy'. Known: reap, reap-relative, eaft-reap, frequency,"
-        " weighted-frequency, ean, ean-mean, reroute, reroute-single, random, number, steady, or your own as"
+        " weighted-frequency, ean, ean-mean, reroute, reroute-single, knockout, random, number, steady, or your own as"
         " module:function. Did you mean 'steady'?"
     )
     with pytest.raises(RecipeError, match=r"found 'nothing like it'\. Known: reap, .* as module:function\.$"):

@@ -1,0 +1,1 @@
+"""Measures what the absence of each expert does to the model's own output."""
