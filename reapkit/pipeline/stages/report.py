@@ -30,7 +30,7 @@ def run(context: Context) -> dict[str, Any]:
 
 STAGE = StageDefinition(
     name="report",
-    version=8,
+    version=9,
     run=run,
     writes=stage_disk.report,
     file="report.html",
