@@ -396,7 +396,7 @@ class ObserveSpec(Section):
     reroute_tokens: int = Field(default=0, ge=0)
     """Tokens on which the reroute criteria are measured in every layer, 8192 for instance; 0: not collected."""
     knockout_tokens: int = Field(default=8192, ge=0)
-    """Scored positions, in whole rows, on which a criterion of knock-outs has the absence of every expert measured; no
+    """Scored tokens, in whole rows, on which a criterion of knock-outs has the absence of every expert measured; no
     other criterion does. 0: never."""
     trace_bytes: Bytes = Field(default=20_000_000_000, ge=0)
     """Size limit of the exact EAFT trace. A calibration that needs more is summed in a table of 32 x 16 cells of (p, H)
