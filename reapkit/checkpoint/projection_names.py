@@ -67,7 +67,7 @@ class Spelling:
     experts and nothing else; None where their stacks lie in the block itself, beside the router, and only there if
     `block` names one. `expert_axis`: the axis of a stack that counts the experts; None where each expert has tensors
     of its own, with its number behind `experts`. `split`: the row in whose words a stack is written when each of its
-    experts becomes a module of its own. `routers`: as ROUTERS.
+    experts becomes a module of its own; `taken_apart`: whether llm-compressor can make it so. `routers`: as ROUTERS.
     """
 
     name: str
@@ -76,6 +76,7 @@ class Spelling:
     block: str | None = None
     expert_axis: int | None = None
     split: str = "gate_up_down"
+    taken_apart: bool = True
     routers: Mapping[str, Role] = field(default_factory=lambda: ROUTERS)
 
     def role(self, own: str) -> Role | None:
@@ -148,6 +149,7 @@ SPELLINGS: dict[str, Spelling] = {
             experts=None,
             block="moe",
             expert_axis=0,
+            taken_apart=False,
             routers={"router_bias": Role.CORRECTION, **ROUTERS},
         ),
     )

@@ -14,12 +14,14 @@ from reapkit.recipe.schema import QuantizeSpec
 
 def check_quantize(checkpoint: Checkpoint, spec: QuantizeSpec) -> list[Problem]:
     """Everything that contradicts between `quantize:` and the checkpoint, as problems of the recipe."""
-    if spec.scheme is None or spec.recipe is not None:
+    if spec.recipe is not None:
+        return _stack_problems(checkpoint, spec)
+    if spec.scheme is None:
         return []
     if problem := scheme_problem(spec):
         return [problem]
     scheme = scheme_of(spec)
-    problems = _method_problems(spec, scheme) + _source_problems(checkpoint)
+    problems = _method_problems(spec, scheme) + _source_problems(checkpoint) + _stack_problems(checkpoint, spec)
     if not problems or is_fp8(checkpoint.config):
         problems += _group_problems(checkpoint, spec, scheme)
     return problems
@@ -52,6 +54,19 @@ def _source_problems(checkpoint: Checkpoint) -> list[Problem]:
             f"the checkpoint is quantized already ({method}), and reapkit dequantizes block FP8 only. Convert it "
             "to bf16 first (transformers: from_pretrained(..., dequantize), save_pretrained), or set scheme: "
             "null and keep it as it is.",
+        )
+    ]
+
+
+def _stack_problems(checkpoint: Checkpoint, spec: QuantizeSpec) -> list[Problem]:
+    """Stacks of experts that llm-compressor cannot take apart, so that no method runs on the model."""
+    if all(layer.spelling.taken_apart for layer in checkpoint.layout.layers.values()):
+        return []
+    return [
+        Problem(
+            "quantize.scheme" if spec.recipe is None else "quantize.recipe",
+            f"llm-compressor cannot take apart the stacked experts of {checkpoint.architecture.model_type}, so the"
+            " model cannot be quantized here. Set quantize.scheme: null.",
         )
     ]
 

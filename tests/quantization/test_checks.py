@@ -40,3 +40,14 @@ def test_a_quantized_source_is_refused_unless_it_can_be_dequantized(tiny_checkpo
     (problem,) = check_quantize(quantized("mxfp4"), W3)
     assert "quantized already (mxfp4)" in problem.message
     assert not check_quantize(quantized("fp8"), W3)
+
+
+def test_stacks_that_cannot_be_taken_apart_are_refused(tiny_checkpoint) -> None:
+    source = tiny_checkpoint("step3p7")
+    (problem,) = check_quantize(source, W3)
+    assert str(problem) == (
+        "quantize.scheme: llm-compressor cannot take apart the stacked experts of step3p5, so the model cannot be"
+        " quantized here. Set quantize.scheme: null."
+    )
+    assert check_quantize(source, QuantizeSpec(recipe="x.yaml"))[0].path == "quantize.recipe"
+    assert not check_quantize(source, QuantizeSpec(scheme=None))
