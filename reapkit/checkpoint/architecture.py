@@ -71,15 +71,47 @@ def hidden_width(config: Mapping[str, Any]) -> int:
     return found
 
 
+QUANTIZATION_KEY = "quantization_config"
+"""The field that says how weights are quantized."""
+
+
+def quantization_path(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Where the config says how its weights are quantized: at the top, else in the language model's section; empty
+    where nothing does.
+
+    Raises UnusableError where what stands there is no mapping.
+    """
+    sections = ((), *((key,) for key in TEXT_CONFIG_KEYS if isinstance(config.get(key), Mapping)))
+    for section in sections:
+        found = (config[section[0]] if section else config).get(QUANTIZATION_KEY)
+        if found is not None and not isinstance(found, Mapping):
+            raise UnusableError(
+                f"config.json: {'.'.join((*section, QUANTIZATION_KEY))} is not a JSON object. Download the checkpoint"
+                " again or correct its config."
+            )
+        if found:
+            return (*section, QUANTIZATION_KEY)
+    return ()
+
+
 def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The config's `quantization_config`, empty where there is none. Raises UnusableError where it is no mapping."""
-    found = config.get("quantization_config")
-    if found is not None and not isinstance(found, Mapping):
-        raise UnusableError(
-            "config.json: quantization_config is not a JSON object. Download the checkpoint again or correct its"
-            " config."
-        )
-    return found or {}
+    """What the config says of how its weights are quantized, wherever it says so; empty where it does not. Raises
+    UnusableError where that is no mapping."""
+    found = config
+    for key in (path := quantization_path(config)):
+        found = found[key]
+    return found if path else {}
+
+
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of the same model with plain weights, wherever it said that they are quantized."""
+    return {
+        key: {inner: one for inner, one in value.items() if inner != QUANTIZATION_KEY}
+        if key in TEXT_CONFIG_KEYS and isinstance(value, Mapping)
+        else value
+        for key, value in config.items()
+        if key != QUANTIZATION_KEY
+    }
 
 
 def mtp_depth(config: Mapping[str, Any]) -> int | None:

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from reapkit.checkpoint.agreement import require_agreement
-from reapkit.checkpoint.architecture import Architecture
+from reapkit.checkpoint.architecture import Architecture, quantization_of, without_quantization
 from reapkit.checkpoint.expert_layout import Layout
 from reapkit.checkpoint.layout_reading import read_layout
 from reapkit.checkpoint.links import refuse_links_out
+from reapkit.checkpoint.quantization_methods import METHODS, QuantizationMethod
+from reapkit.checkpoint.stored_matrices import StoredMatrix, dense_tensors, stored_matrices
 from reapkit.checkpoint.weight_files import WeightFiles, refuse_adapter, weight_files
 from reapkit.core.errors import UnusableError
 from reapkit.core.hashing import digest, digest_file
@@ -26,6 +28,8 @@ from reapkit.core.json_text import parse_json
 from reapkit.core.safetensors_header import TensorInfo, read_header_text, tensors_of
 
 HASHED_SHARD_BYTES = 64_000_000  # a tenth of a second; larger shards are hashed while observe first reads them
+MODELOPT_FILE = "hf_quant_config.json"
+"""Where ModelOpt says how it quantized, sometimes there alone."""
 LONGEST_NAME = 255
 """Bytes of a file's name on common file systems."""
 
@@ -118,6 +122,46 @@ class Checkpoint:
             return layout
 
     @cached_property
+    def quantization(self) -> Mapping[str, Any]:
+        """How the weights are quantized, as config.json or ModelOpt's own file says; empty where they are plain. Raises
+        UnusableError where that is no mapping."""
+        return quantization_of(self.config) or _modelopt(self.path / MODELOPT_FILE)
+
+    @property
+    def method_name(self) -> str | None:
+        """The `quant_method` of a quantized checkpoint, `unknown` where none is named; None of a plain one."""
+        found = self.quantization
+        if not found:
+            return None
+        legacy = any(found.get(key) for key in ("load_in_4bit", "load_in_8bit"))
+        return str(found.get("quant_method") or ("bitsandbytes" if legacy else "unknown"))
+
+    @property
+    def method(self) -> QuantizationMethod | None:
+        """What reapkit knows of that method; None of a plain checkpoint, and of methods that it does not know."""
+        return METHODS.get(self.method_name or "")
+
+    @cached_property
+    def matrices(self) -> Mapping[str, StoredMatrix]:
+        """The quantized matrices that can be read, by the names that they would have unquantized; none of a plain
+        checkpoint."""
+        method, quantization = self.method, self.quantization
+        if method is None:
+            return {}
+        with collector_paused():
+            return stored_matrices(self.tensors, method.packings, lambda module: method.settings(quantization, module))
+
+    @cached_property
+    def plain(self) -> Checkpoint:
+        """The same model as it would be stored without quantization: dense names, dtypes and shapes, whose places on
+        disk are those of the packed weights. A plain checkpoint is its own."""
+        if not self.quantization:
+            return self
+        return Checkpoint(
+            self.path, without_quantization(self.config), dense_tensors(self.tensors, self.matrices), self.stored
+        )
+
+    @cached_property
     def shards(self) -> tuple[str, ...]:
         """The files that hold tensors, sorted by name."""
         return tuple(sorted({tensor.shard for tensor in self.tensors.values()}))
@@ -175,6 +219,18 @@ def _read_tensors(
         sha.update(f"{shard}\n{len(text)}\n".encode() + text)
         tensors.update(tensors_of(path / shard, size, text))
     return tensors, sha.hexdigest(), files
+
+
+def _modelopt(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        found = parse_json(path.read_text(encoding="utf-8"))["quantization"]
+        if isinstance(found, Mapping):
+            return {"quant_method": "modelopt", **found} if found.get("quant_algo") else {}
+    except (ValueError, TypeError, KeyError):
+        pass
+    raise UnusableError(f"{path}: the file does not say how the weights are quantized. Download it again.")
 
 
 @contextmanager

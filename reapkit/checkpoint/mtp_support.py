@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Literal
 
-from reapkit.checkpoint.architecture import mtp_depth, quantization_of
+from reapkit.checkpoint.architecture import mtp_depth
 from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.checkpoint.expert_layout import Layout
+from reapkit.checkpoint.readable import why_unreadable
 from reapkit.core.formatting import ranges
 
 LOADED = ("deepseek_v3", "glm4_moe")
@@ -42,7 +43,6 @@ def why_unobserved(checkpoint: Checkpoint, layout: Layout, *, trust_remote_code:
     if not layout.mtp:
         return None
     config, architecture = checkpoint.config, checkpoint.architecture
-    method = quantization_of(config).get("quant_method")
     if config.get("model_type") not in LOADED:
         return (
             f"transformers loads the multi-token-prediction blocks of {' and '.join(LOADED)} only, not of"
@@ -53,8 +53,8 @@ def why_unobserved(checkpoint: Checkpoint, layout: Layout, *, trust_remote_code:
             "the checkpoint brings modelling code of its own (model.trust_remote_code), which loads no"
             " multi-token-prediction block"
         )
-    if method not in (None, "fp8"):
-        return f"its weights are quantized ({method}), in which multi-token-prediction blocks are not read"
+    if (unread := why_unreadable(checkpoint)) is not None:
+        return unread
     declared = mtp_depth(config)
     declared = 1 if declared is None else declared
     wanted = range(architecture.num_hidden_layers, architecture.num_hidden_layers + min(declared, len(layout.mtp) + 1))

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from reapkit.checkpoint.architecture import text_config
+from reapkit.checkpoint.architecture import quantization_of
 from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.checkpoint.expert_layout import Kind, Layout
 from reapkit.checkpoint.projection_names import QUANTIZER_STATE, Part, part_of
@@ -91,8 +91,8 @@ def _packed_bits(config: Mapping[str, Any]) -> int:
             for inner in value.values():
                 walk(inner)
 
-    quantization = config.get("quantization_config") or text_config(config).get("quantization_config")
-    groups = quantization.get("config_groups") if isinstance(quantization, Mapping) else None
+    quantization = quantization_of(config)
+    groups = quantization.get("config_groups")
     walk({key: group.get("weights") for key, group in groups.items()} if isinstance(groups, Mapping) else quantization)
     return next((bits for bits in found if bits > 0), 4)
 

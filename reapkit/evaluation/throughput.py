@@ -107,7 +107,7 @@ def _attempt(test: SpeedTest, name: str, path: Path) -> dict[str, Any]:
 
 
 def _note(path: Path) -> str:
-    packed = "quantization_config" in Checkpoint.open(path).config
+    packed = Checkpoint.open(path).quantization
     return "loaded as it is evaluated, weights unpacked to the model's dtype" if packed else ""
 
 

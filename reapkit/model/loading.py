@@ -5,9 +5,8 @@ from __future__ import annotations
 
 import json
 import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,12 +14,17 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils.quantization_config import Mxfp4Config
 
+from reapkit.checkpoint.architecture import QUANTIZATION_KEY
+from reapkit.checkpoint.checkpoint import Checkpoint
+from reapkit.checkpoint.readable import require_readable
+from reapkit.checkpoint.shard_reader import ShardReader
 from reapkit.core.errors import UnusableError
 from reapkit.model.causal_lm import decoder
 from reapkit.model.fitting_class import missing_weights
 from reapkit.model.ragged_modeling import ragged
+from reapkit.model.stored_tensors import CheckpointTensors
+from reapkit.model.used_tensors import Conversions, on_meta, require_all_used
 
 RAGGED_KEY = "num_routed_experts_per_layer"
 
@@ -33,30 +37,79 @@ def load_model(
     """The checkpoint's own class in evaluation mode, without gradients, on `device` ("auto": spread over the
     accelerators).
 
-    `dtype`: "auto" (the checkpoint's), "float32", "bfloat16", "float16" or a torch dtype. Block-FP8 and MXFP4 weights
-    are dequantized. The experts run by the implementation that is fastest there. Raises UnusableError where the weights
-    do not fit the class.
+    `dtype`: "auto" (the checkpoint's), "float32", "bfloat16", "float16" or a torch dtype. Quantized weights are
+    dequantized one matrix at a time, and activations are not rounded. The experts run by the implementation that is
+    fastest there. Raises UnusableError where the weights do not fit the class, or cannot all be read.
     """
     path = Path(path)
-    config = load_config(path, trust_remote_code=trust_remote_code)
+    checkpoint = Checkpoint.open(path)
+    model = skeleton(checkpoint, dtype, trust_remote_code=trust_remote_code)
     implementation = {} if device != "cpu" else {"experts_implementation": "eager"}
-    with warnings.catch_warnings(), _bars_on_terminals():
-        warnings.filterwarnings(
-            "ignore", message="You passed `quantization_config`"
-        )  # that we override how it loads is meant
-        model, info = model_class(config, trust_remote_code).from_pretrained(
-            path,
-            config=config,
-            dtype=dtype,
-            output_loading_info=True,
-            device_map=device,
-            trust_remote_code=trust_remote_code,
-            **implementation,
-            **dequantized(config),
-        )
+    common = dict(output_loading_info=True, device_map=device, **implementation)
+    with _bars_on_terminals():
+        if checkpoint.quantization:
+            model, info = _dequantized(checkpoint, model, common)
+        else:
+            config = load_config(path, trust_remote_code=trust_remote_code)
+            model, info = model_class(config, trust_remote_code).from_pretrained(
+                path, config=config, dtype=dtype, trust_remote_code=trust_remote_code, **common
+            )
     if missing := info["missing_keys"]:
         raise missing_weights(path, model, missing)
     return narrow_norms(widened(model.eval().requires_grad_(False), model.dtype))
+
+
+def skeleton(
+    checkpoint: Checkpoint, dtype: str | torch.dtype = "auto", *, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The checkpoint's own class on the meta device, as if its weights were not quantized; no weight is read.
+
+    Raises UnusableError where the class has no place for a tensor, or a tensor cannot be read.
+    """
+    require_readable(checkpoint)
+    config = plain_config(load_config(checkpoint.path, trust_remote_code=trust_remote_code))
+    kind, wanted = model_class(config, trust_remote_code), resolved_dtype(dtype, config)
+    model = narrow_norms(on_meta(kind, config, wanted, trust_remote_code))
+    conversions = Conversions(model)
+    targets = {name: conversions.target(name) for name in checkpoint.plain.tensors}
+    require_all_used(model, checkpoint, targets, conversions.expected)
+    return model
+
+
+def _dequantized(
+    checkpoint: Checkpoint, empty: PreTrainedModel, common: Mapping[str, Any]
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model with its weights dequantized while transformers takes them, and what transformers says of it."""
+    tensors = CheckpointTensors(checkpoint)
+    with ShardReader(checkpoint.path) as reader:
+        model, info = type(empty).from_pretrained(
+            None,
+            config=empty.config,
+            dtype=empty.dtype,
+            state_dict={name: tensors.stored(name, reader) for name in tensors},
+            **common,
+        )
+    model.config.name_or_path = str(checkpoint.path)
+    if model.can_generate():
+        with suppress(OSError):
+            model.generation_config = transformers.GenerationConfig.from_pretrained(checkpoint.path)
+    return model, info
+
+
+def resolved_dtype(dtype: str | torch.dtype, config: transformers.PretrainedConfig) -> torch.dtype:
+    """The torch dtype that `load_model`'s argument means for a checkpoint of this config."""
+    wanted = dtype
+    if wanted == "auto":
+        wanted = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None) or torch.bfloat16
+    return getattr(torch, wanted) if isinstance(wanted, str) else wanted
+
+
+def plain_config(config: transformers.PretrainedConfig) -> transformers.PretrainedConfig:
+    """The config, told wherever it says otherwise that its weights are not quantized."""
+    for section in (config, config.get_text_config()):
+        if hasattr(section, QUANTIZATION_KEY):
+            delattr(section, QUANTIZATION_KEY)
+    return config
 
 
 @contextmanager
@@ -117,29 +170,6 @@ def model_class(config: transformers.PretrainedConfig, trust_remote_code: bool =
     if not named or named[0] is None or remote:
         return transformers.AutoModelForCausalLM
     return ragged(named[0]) if getattr(config.get_text_config(), RAGGED_KEY, None) else named[0]
-
-
-def dequantized(config: transformers.PretrainedConfig) -> dict[str, Any]:
-    """Arguments of `from_pretrained` that turn FP8, MXFP4 and compressed-tensors weights into plain ones; other schemes
-    load as they are.
-    """
-    settings = getattr(config, "quantization_config", None)
-    method = _setting(settings, "quant_method")
-    if method == "fp8":
-        block = _setting(settings, "weight_block_size")
-        return {"quantization_config": transformers.FineGrainedFP8Config(dequantize=True, weight_block_size=block)}
-    if method == "mxfp4":
-        return {"quantization_config": Mxfp4Config(dequantize=True)}
-    if (
-        method == "compressed-tensors"
-    ):  # else weights are unpacked by a hook on the whole model's forward, which the base model's lacks
-        return {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)}
-    return {}
-
-
-def _setting(settings: Any, name: str) -> Any:
-    """One of a config's quantization settings, which are a dictionary or an object; None where it has none."""
-    return settings.get(name) if isinstance(settings, dict) else getattr(settings, name, None)
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:

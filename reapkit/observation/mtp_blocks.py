@@ -14,7 +14,9 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest.mock import patch
 
 import torch
 import transformers
@@ -24,9 +26,11 @@ from transformers import PreTrainedModel
 
 from reapkit.calibration.tokens import Batch
 from reapkit.checkpoint.checkpoint import Checkpoint
+from reapkit.checkpoint.shard_reader import ShardReader
 from reapkit.core.errors import UnusableError
 from reapkit.model.loading import widened
 from reapkit.model.routed_experts import RoutedExperts, find_experts
+from reapkit.model.stored_tensors import CheckpointTensors, StoredTensor
 from reapkit.model.streaming.layers import no_progress_bars
 from reapkit.observation.accumulate import Positions
 
@@ -158,7 +162,9 @@ def _taken(hidden: Tensor, at: Tensor) -> Tensor:
 def _loaded(model: PreTrainedModel, layers: Sequence[int], device: torch.device) -> MtpModel:
     from transformers.modeling_layers import MtpModel
 
-    with _named(model, layers), no_progress_bars():
+    directory = model.config.name_or_path
+    assert directory is not None, "a loaded model says where it came from"
+    with _named(model, layers), _dequantized(Checkpoint.open(directory)), no_progress_bars():
         try:
             blocks = MtpModel.from_pretrained(model, device_map={"": device})
         except (RuntimeError, ValueError) as error:
@@ -203,6 +209,45 @@ def _unround(block: nn.Module, layer: int, model: PreTrainedModel) -> None:
                 module._buffers[name] = wide
             else:
                 module._parameters[name] = nn.Parameter(wide, requires_grad=False)
+
+
+@contextmanager
+def _dequantized(checkpoint: Checkpoint) -> Iterator[None]:
+    """Inside the block transformers reads the tensors of blocks as a plain model has them: what it knows of
+    quantization it tells the decoder's layers alone."""
+    if not checkpoint.matrices:
+        yield
+        return
+    tensors = CheckpointTensors(checkpoint)
+    with ShardReader(checkpoint.path) as reader:
+
+        def opened(file: str, **options: object) -> _PlainFile:
+            return _PlainFile(tensors, Path(file).name, reader)
+
+        def files(**options: object) -> tuple[list[str], None]:
+            return [str(checkpoint.path / shard) for shard in checkpoint.shards], None
+
+        with (
+            patch("transformers.modeling_layers.safe_open", opened),
+            patch("transformers.modeling_layers._get_resolved_checkpoint_files", files),
+        ):
+            yield
+
+
+class _PlainFile:
+    """A shard as transformers opens it, with the tensors of a plain model."""
+
+    def __init__(self, tensors: CheckpointTensors, shard: str, reader: ShardReader):
+        self._tensors, self._shard, self._reader = tensors, shard, reader
+
+    def keys(self) -> list[str]:
+        return [name for name, info in self._tensors.items() if info.shard == self._shard]
+
+    def get_slice(self, name: str) -> StoredTensor:
+        return self._tensors.stored(name, self._reader)
+
+    def __exit__(self, *error: object) -> None:
+        pass  # the reader closes the shards
 
 
 @contextmanager

@@ -195,7 +195,7 @@ def _missing_tasks(loaded: LoadedRecipe) -> list[Problem]:
 def _unavailable(recipe: Recipe, layout: Layout, checkpoint: Checkpoint, observation: Path | None) -> list[Problem]:
     """What the language can say and this version cannot do: refused, never silently left out."""
     problems = []
-    if recipe.prune.repair is not None and "quantization_config" in checkpoint.config:
+    if recipe.prune.repair is not None and checkpoint.quantization:
         problems.append(
             Problem(
                 "prune.repair",

@@ -20,6 +20,7 @@ from reapkit.checkpoint.expert_layout import Layout
 from reapkit.checkpoint.locate import model_checkpoint
 from reapkit.checkpoint.mtp_support import mtp_notes, observed_mtp, why_unobserved
 from reapkit.checkpoint.parameter_counts import active_parameters, pruned_sizes
+from reapkit.checkpoint.readable import require_readable
 from reapkit.core.artifact_store import Store
 from reapkit.core.errors import Problem, RecipeError, UnusableError
 from reapkit.core.formatting import human_bytes, human_count, human_experts, ranges
@@ -324,7 +325,9 @@ def _checkpoint(loaded: LoadedRecipe, observation: Path | None, download: bool) 
     """The recipe's checkpoint. Raises UnusableError where it cannot be used and the recipe is right otherwise, else
     RecipeError with everything that is known to be wrong."""
     try:
-        return model_checkpoint(loaded.model, loaded.directory, download=download)
+        checkpoint = model_checkpoint(loaded.model, loaded.directory, download=download)
+        require_readable(checkpoint)
+        return checkpoint
     except UnusableError as error:
         if problems := recipe_problems(loaded, observation):
             raise loaded.located(

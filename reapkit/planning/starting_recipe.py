@@ -13,6 +13,7 @@ import yaml
 from reapkit.checkpoint.architecture import text_config
 from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.checkpoint.locate import model_checkpoint
+from reapkit.checkpoint.readable import require_readable
 from reapkit.core.formatting import gigabytes
 from reapkit.quantization.sizes import quantized_widths
 from reapkit.quantization.targets import quantized_already
@@ -29,6 +30,7 @@ def starting_recipe(model: str, directory: Path, folder: Path | None = None) -> 
     Raises UnusableError where there is no such model or it is not an MoE.
     """
     checkpoint = model_checkpoint(ModelSpec(source=model), directory)
+    require_readable(checkpoint)
     architecture, layout = checkpoint.architecture, checkpoint.layout
     name = (
         re.sub(r"[^A-Za-z0-9_.-]+", "-", model.removeprefix("builtin:").rstrip("/").split("/")[-1]).strip("-.")

@@ -29,7 +29,7 @@ def confirm_layout(source: Checkpoint, layout: Layout, keep: Mapping[int, Sequen
     """
     counts = {len(keep[index]) for index in layout.layers}
     model_class = getattr(transformers, (source.config.get("architectures") or [""])[0], None)
-    if model_class is None or len(counts) > 1 or "quantization_config" in source.config:
+    if model_class is None or len(counts) > 1 or source.quantization:
         return False
     architecture = source.architecture
     top_k = architecture.num_experts_per_tok

@@ -22,9 +22,10 @@ from reapkit.calibration.tokens import CalibrationTokens
 from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.core.errors import Problem, RecipeError, StageFailed, UnusableError
 from reapkit.core.progress import Progress
+from reapkit.model.dequantizing import decompress
 from reapkit.model.loaded_names import LoadedNames
 from reapkit.quantization.dense import relative_error
-from reapkit.quantization.formats import compress, decompress, round_to_nearest, weights_of
+from reapkit.quantization.formats import compress, round_to_nearest, weights_of
 from reapkit.quantization.loading import parameter_names, taken_apart
 from reapkit.quantization.oneshot import (
     count_tokens,

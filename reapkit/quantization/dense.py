@@ -13,12 +13,13 @@ from compressed_tensors.quantization import QuantizationScheme
 from safetensors import safe_open
 from torch import Tensor
 
-from reapkit.checkpoint.architecture import quantization_of
+from reapkit.checkpoint.architecture import quantization_of, without_quantization
 from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.checkpoint.projection_names import BLOCK_SCALE, COMPRESSED_PARTS
 from reapkit.core.atomic_files import write_text
 from reapkit.core.progress import SILENT, Progress
-from reapkit.quantization.formats import decompress, scheme_on_disk
+from reapkit.model.dequantizing import decompress
+from reapkit.quantization.formats import scheme_on_disk
 from reapkit.quantization.targets import Matrix, Targets, expert_prefixes, targets
 from reapkit.quantization.writing import copy_companions, write_index, write_shards
 from reapkit.recipe.schema import QuantizeSpec
@@ -109,7 +110,7 @@ def write_dense(source: Path, directory: Path, spec: QuantizeSpec, out: Path, pr
         write_shards(old, out, value, progress)
     copy_companions(old, out)
     write_index(out)
-    plain = {key: value for key, value in old.config.items() if key != "quantization_config"}
+    plain = without_quantization(old.config)
     write_text(out / "config.json", json.dumps(plain, indent=2))
 
 

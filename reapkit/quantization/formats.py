@@ -19,6 +19,7 @@ from compressed_tensors.quantization import (
 )
 from torch import Tensor, nn
 
+from reapkit.checkpoint.architecture import quantization_of
 from reapkit.checkpoint.projection_names import COMPRESSED_PARTS
 from reapkit.core.errors import UnusableError
 from reapkit.quantization.schemes import SCHEMES, scheme_of
@@ -66,7 +67,7 @@ def quantization_config(scheme: QuantizationScheme, ignore: list[str]) -> dict[s
 def scheme_on_disk(config: Mapping[str, Any]) -> QuantizationScheme:
     """The one scheme of a config.json that this package wrote."""
     quantization = QuantizationConfig.model_validate(
-        {key: value for key, value in config["quantization_config"].items() if key not in ("version",)}
+        {key: value for key, value in quantization_of(config).items() if key not in ("version",)}
     )
     return cast(QuantizationScheme, next(iter(quantization.config_groups.values())))
 
@@ -85,7 +86,7 @@ def spec_on_disk(config: Mapping[str, Any]) -> QuantizeSpec:
             weights.scale_dtype,
         ):
             group = {} if known.fixed else {"group_size": weights.group_size}
-            ignore = tuple(config["quantization_config"]["ignore"])
+            ignore = tuple(quantization_of(config)["ignore"])
             return QuantizeSpec.model_validate({"scheme": name, "method": "rtn", "ignore": ignore, **group})
     raise UnusableError(
         f"config.json: found quantization {scheme.format} of {weights.num_bits} bits, which is not a scheme of"
@@ -102,13 +103,6 @@ def compress(tensors: Mapping[str, Tensor], scheme: QuantizationScheme) -> Tenso
     return {
         name: tensor.contiguous() for name, tensor in stored.items() if tensor is not None and name in COMPRESSED_PARTS
     }
-
-
-def decompress(stored: Mapping[str, Tensor], scheme: QuantizationScheme) -> Tensor:
-    """The matrix that stored parts stand for, [rows, columns] in the dtype of its scales (bf16 where those are not
-    floats)."""
-    compressor = BaseCompressor.get_value_from_registry(CompressionFormat(scheme.format).value)
-    return cast(Tensor, compressor.decompress(dict(stored), scheme)["weight"])
 
 
 def round_to_nearest(weight: Tensor, scheme: QuantizationScheme) -> Tensors:

@@ -10,13 +10,14 @@ import torch
 from compressed_tensors.quantization import QuantizationScheme
 from torch import Tensor
 
-from reapkit.checkpoint.architecture import quantization_of
+from reapkit.checkpoint.architecture import quantization_of, without_quantization
 from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.checkpoint.projection_names import BLOCK_SCALE
 from reapkit.core.atomic_files import write_text
 from reapkit.core.progress import SILENT, Progress
+from reapkit.model.dequantizing import decompress
 from reapkit.quantization.dense import unblocked
-from reapkit.quantization.formats import decompress, preset, round_to_nearest
+from reapkit.quantization.formats import preset, round_to_nearest
 from reapkit.quantization.targets import targets
 from reapkit.quantization.writing import copy_companions, read_tensor, write_index, write_shards
 from reapkit.recipe.schema import QuantizeSpec
@@ -50,7 +51,7 @@ def write_rounded(
 
     write_shards(source, out, value, progress)
     copy_companions(source, out)
-    plain = {key: value for key, value in source.config.items() if key != "quantization_config"}
+    plain = without_quantization(source.config)
     write_index(out)
     write_text(out / "config.json", json.dumps(plain, indent=2))
 

@@ -13,7 +13,7 @@ from compressed_tensors.quantization import QuantizationConfig, QuantizationSche
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from reapkit.checkpoint.architecture import quantization_of
+from reapkit.checkpoint.architecture import quantization_of, without_quantization
 from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.checkpoint.projection_names import BLOCK_SCALE
 from reapkit.core.atomic_files import replacing, write_text
@@ -79,7 +79,7 @@ def dequantized_copy(checkpoint: Checkpoint, directory: Path, *, progress: Progr
             with replacing(directory / shard) as partial:
                 save_file(own, partial, metadata={"format": "pt"})
             task.advance()
-    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    config = without_quantization(checkpoint.config)
     write_index(directory)
     write_text(directory / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     return Checkpoint.open(directory)

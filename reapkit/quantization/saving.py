@@ -22,7 +22,7 @@ from reapkit.core.atomic_files import replacing, write_text
 from reapkit.core.errors import UnusableError
 from reapkit.model.routed_experts import find_experts
 from reapkit.pruning.config_edits import Counts, config_edits, edit_json
-from reapkit.quantization.writing import write_index
+from reapkit.quantization.writing import quantized_at, write_index
 
 COMPLETE = ({Role.GATE, Role.UP, Role.DOWN}, {Role.UP, Role.DOWN})
 """What one expert's matrices do together, with and without a gate."""
@@ -144,5 +144,5 @@ def _config(directory: Path, source: Checkpoint, model: nn.Module) -> None:
     edits = config_edits(source.config, counts, lambda name: name)
     written = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     if "quantization_config" in written:
-        edits[("quantization_config",)] = written["quantization_config"]
+        edits[quantized_at(source)] = written["quantization_config"]
     write_text(directory / "config.json", edit_json((source.path / "config.json").read_text(encoding="utf-8"), edits))

@@ -160,8 +160,8 @@ def is_fp8(config: Mapping) -> bool:
 
 def quantized_already(config: Mapping) -> str | None:
     """The quantization method of the checkpoint, if it has one."""
-    found = config.get("quantization_config") or text_config(config).get("quantization_config")
-    return str(found.get("quant_method", "unknown")) if isinstance(found, Mapping) else None
+    found = quantization_of(config)
+    return str(found.get("quant_method", "unknown")) if found else None
 
 
 def _left_by_user(name: str, spec: QuantizeSpec) -> str | None:

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from reapkit.checkpoint.architecture import QUANTIZATION_KEY, quantization_path
 from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.checkpoint.companions import companions
 from reapkit.checkpoint.projection_names import COMPRESSED_PARTS, CONSTANT_PARTS, expert_modules
@@ -102,14 +103,19 @@ def write_shards(
 def finish_directory(
     checkpoint: Checkpoint, out: Path, scheme: QuantizationScheme, plan: Targets, *, trust_remote_code: bool
 ) -> None:
-    """Adds everything but the weights; config.json is the source's own text plus `quantization_config`."""
+    """Adds everything but the weights; config.json is the source's own text with `quantization_config` set."""
     copy_companions(checkpoint, out)
     ignore = sorted(
         {"lm_head", *plan.left, *_loaded_names(checkpoint, plan, trust_remote_code), *_stacked_patterns(plan)}
     )
     text = (checkpoint.path / "config.json").read_text(encoding="utf-8")
     write_index(out)
-    write_text(out / "config.json", edit_json(text, {("quantization_config",): quantization_config(scheme, ignore)}))
+    write_text(out / "config.json", edit_json(text, {quantized_at(checkpoint): quantization_config(scheme, ignore)}))
+
+
+def quantized_at(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Where config.json is to say how the result is quantized: where the source's said it, else at the top."""
+    return quantization_path(checkpoint.config) or (QUANTIZATION_KEY,)
 
 
 def _stacked_patterns(plan: Targets) -> set[str]:

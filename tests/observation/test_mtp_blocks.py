@@ -4,6 +4,7 @@ by row."""
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import subprocess
 import sys
@@ -183,6 +184,10 @@ def test_block_fp8_is_dequantized_in_both_placements(tmp_path: Path):
         model, tokens, ObserveSpec(), batch_tokens=48, work_directory=tmp_path / "resident", mtp=(DEPTH,)
     )
     assert resident.statistics["gate_norm_sum"][-1].sum() > 0
+    stored, name = load_file(path / "model.safetensors"), f"model.layers.{DEPTH}.mlp.experts.3.down_proj.weight"
+    plain = stored[name].float() * stored[f"{name}_scale_inv"].repeat_interleave(128, 0).repeat_interleave(128, 1)
+    block = MtpBlocks(model, (DEPTH,), model.device).model.layers[0].get_submodule("mtp_block")
+    assert torch.equal(block.mlp.experts.down_proj[3], plain), "the block's scales are multiplied in"
     assert_equal(
         observe_streaming(
             path, tokens, ObserveSpec(), batch_tokens=48, work_directory=tmp_path / "streaming", mtp=(DEPTH,)
@@ -332,6 +337,9 @@ def test_a_block_that_is_not_whole_is_refused(tmp_path: Path):
     tensors = load_file(path / "model-mtp.safetensors")
     del tensors["model.layers.3.eh_proj.weight"]
     save_file(tensors, path / "model-mtp.safetensors", metadata={"format": "pt"})
+    index = json.loads((path / "model.safetensors.index.json").read_text())
+    del index["weight_map"]["model.layers.3.eh_proj.weight"]
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
     tokens = tiny_tokens(tmp_path / "calibration")
     with pytest.raises(
         UnusableError, match=r"cannot load the multi-token-prediction layers 3: .*eh_proj.*Set prune.mtp: drop"

@@ -13,15 +13,15 @@ import torch
 from compressed_tensors.quantization import disable_quantization
 from safetensors import safe_open
 from torch import Tensor
-from transformers import CompressedTensorsConfig, PreTrainedModel
+from transformers import CompressedTensorsConfig, PretrainedConfig, PreTrainedModel
 
 from reapkit.checkpoint.architecture import text_config
 from reapkit.checkpoint.checkpoint import Checkpoint
-from reapkit.checkpoint.expert_layout import is_mtp_name
 from reapkit.core.errors import ReapkitError
 from reapkit.core.formatting import gigabytes
 from reapkit.model.causal_lm import generate
-from reapkit.model.loading import dequantized, load_config, model_class
+from reapkit.model.loading import load_config, load_model, model_class
+from reapkit.model.used_tensors import Conversions, harmful
 
 LOGITS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 """Largest difference of two models' logits, as a share of their standard deviation, that counts as rounding."""
@@ -142,6 +142,7 @@ def loaded(
     trust_remote_code: bool,
     dtype: str | torch.dtype = "auto",
     weights_only: bool = False,
+    dequantizing: bool = False,
     further: Callable[[PreTrainedModel], list[Proof]] = lambda model: [],
 ) -> list[Proof]:
     """Loads the directory once and proves three things: every key is expected and none is missing, its logits, that it
@@ -150,10 +151,31 @@ def loaded(
 
     `rows`: [rows, tokens] int64. `expected`: [rows, tokens, vocabulary] in any float dtype; None: the logits are only
     checked to be finite, and `reference` says why. `weights_only`: formats that also round activations are loaded
-    without doing so, since the reference does not.
+    without doing so, since the reference does not. `dequantizing`: the directory keeps the format of a source that
+    reapkit reads by itself, so it is loaded as that was.
     """
+    if dequantizing:
+        model, keys = load_model(directory, device=device, dtype=dtype, trust_remote_code=trust_remote_code), _KEYS
+    else:
+        model, keys = _by_transformers(directory, device, dtype, trust_remote_code, weights_only)
+    logits = logits_of(model, rows)
+    equal = (
+        equal_logits(logits, expected, reference)
+        if expected is not None
+        else Proof("logits", bool(torch.isfinite(logits).all()), f"finite; not compared: {reference}", measured=False)
+    )
+    return [keys, equal, attempt("generates", lambda: _generates(model, rows[0])), *further(model)]
+
+
+_KEYS = Proof("loads", True, "the class has a place for every tensor, dequantized by reapkit, and lacks none")
+
+
+def _by_transformers(
+    directory: Path, device: str, dtype: str | torch.dtype, trust_remote_code: bool, weights_only: bool
+) -> tuple[PreTrainedModel, Proof]:
+    """The directory as transformers loads it by itself, and what it says of the names."""
     config = load_config(directory, trust_remote_code=trust_remote_code)
-    plain = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if weights_only else dequantized(config)
+    plain = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if weights_only else _dequantized(config)
     model, info = model_class(config, trust_remote_code).from_pretrained(
         directory,
         config=config,
@@ -167,18 +189,23 @@ def loaded(
     model.eval()
     if weights_only:
         model.apply(disable_quantization)
-    logits = logits_of(model, rows)
-    equal = (
-        equal_logits(logits, expected, reference)
-        if expected is not None
-        else Proof("logits", bool(torch.isfinite(logits).all()), f"finite; not compared: {reference}", measured=False)
+    return model, _keys(info, Checkpoint.open(directory), model)
+
+
+def _dequantized(config: PretrainedConfig) -> dict[str, Any]:
+    """Arguments of `from_pretrained` by which transformers itself turns what this package writes into plain weights."""
+    settings = getattr(config, "quantization_config", None) or getattr(
+        config.get_text_config(), "quantization_config", None
     )
-    return [
-        _keys(info, Checkpoint.open(directory)),
-        equal,
-        attempt("generates", lambda: _generates(model, rows[0])),
-        *further(model),
-    ]
+    method = _setting(settings, "quant_method")
+    if method == "compressed-tensors":  # else weights are unpacked by a hook on the whole model's forward
+        return {"quantization_config": CompressedTensorsConfig(dequantize=True)}
+    return {}
+
+
+def _setting(settings: Any, name: str) -> Any:
+    """One of a config's quantization settings, which are a dictionary or an object; None where it has none."""
+    return settings.get(name) if isinstance(settings, dict) else getattr(settings, name, None)
 
 
 def equal_logits(got: Tensor, expected: Tensor, reference: str) -> Proof:
@@ -199,14 +226,20 @@ def equal_logits(got: Tensor, expected: Tensor, reference: str) -> Proof:
     )
 
 
-def unexpected(info: dict[str, Any], checkpoint: Checkpoint) -> list[str]:
-    """Tensors that the loaded class had no place for, multi-token-prediction blocks aside."""
-    stack, depth = checkpoint.layout.stack, checkpoint.architecture.num_hidden_layers
-    return sorted(name for name in map(str, info.get("unexpected_keys") or ()) if not is_mtp_name(name, stack, depth))
+def unexpected(info: dict[str, Any], checkpoint: Checkpoint, model: PreTrainedModel) -> list[str]:
+    """Tensors that the loaded class had no place for, under the names that transformers gave them; those aside that it
+    may leave out, see `harmful`."""
+    if not (names := set(map(str, info.get("unexpected_keys") or ()))):
+        return []
+    conversions = Conversions(model)
+    targets = {name: conversions.target(name)[0] for name in checkpoint.tensors}
+    unplaced = {name for name, target in targets.items() if target not in conversions.expected}
+    may = unplaced - set(harmful(unplaced, checkpoint))
+    return sorted(names - may - {targets[name] for name in may})
 
 
-def _keys(info: dict[str, Any], checkpoint: Checkpoint) -> Proof:
-    info = {**info, "unexpected_keys": unexpected(info, checkpoint)}
+def _keys(info: dict[str, Any], checkpoint: Checkpoint, model: PreTrainedModel) -> Proof:
+    info = {**info, "unexpected_keys": unexpected(info, checkpoint, model)}
     wrong = {kind: sorted(map(str, info.get(f"{kind}_keys") or ())) for kind in ("missing", "unexpected", "mismatched")}
     found = "; ".join(f"{len(names)} {kind}, such as {names[0]}" for kind, names in wrong.items() if names)
     return Proof(

@@ -4,8 +4,8 @@ experts masked."""
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -67,27 +67,59 @@ def prove_pruned(
         attempt("tensors", lambda: _tensors(old, new, layout, selection, weights)),
         attempt("config", lambda: _config(new, layout, selection)),
     ]
-    bits = next((bits for bits in (32, 16) if too_large(old, bits, device) is None), None)
-    if bits is None:
-        why = too_large(old, 16, device) or ""
+    if (why := too_large(old.plain, 16, device)) is not None:
         return proofs + [not_measured(name, why) for name in ("loads", "logits", "generates")]
-    dtype = "float32" if bits == 32 else "auto"
-    reference = "the original with the dropped experts masked" + (" and the kept ones re-fitted" if weights else "")
+
+    def computed(dtype: str) -> list[Proof]:
+        return _computed(old, new, selection, weights, rows, dtype, device, trust_remote_code)
+
     try:
-        blocks = MtpPair.of(old, new, selection, trust_remote_code=trust_remote_code)
-        expected = _masked(old, selection, weights, rows, dtype, device, trust_remote_code, blocks)
-        return proofs + loaded(
-            directory,
-            rows,
-            expected,
-            reference,
-            device=device,
-            trust_remote_code=trust_remote_code,
-            dtype=torch.float32 if bits == 32 else "auto",
-            further=lambda model: blocks.prove(model, rows),
-        )
+        return proofs + _in_doubt_wider(computed, None if too_large(old.plain, 32, device) else "float32")
     except Exception as error:  # whatever the loader dies of is the finding
         return [*proofs, Proof("loads", False, f"{type(error).__name__}: {str(error)[:500]}")]
+
+
+def _in_doubt_wider(computed: Callable[[str], list[Proof]], wider: str | None) -> list[Proof]:
+    """The proofs in the dtype that the model runs in. Where logits differ there, near-ties of a router may have fallen
+    the other way by rounding: `wider`, where memory has room for it, tells that from an expert that is not the same."""
+    proofs = computed("auto")
+    failed = next((proof for proof in proofs if proof.name == "logits" and not proof.passed), None)
+    if failed is None or wider is None:
+        return proofs
+    again = computed(wider)
+    return [
+        replace(proof, detail=f"in {wider} they {proof.detail}; in the model's own dtype they {failed.detail}")
+        if proof.name == "logits" and proof.passed
+        else proof
+        for proof in again
+    ]
+
+
+def _computed(
+    old: Checkpoint,
+    new: Checkpoint,
+    selection: Selection,
+    weights: RepairedWeights | None,
+    rows: Tensor,
+    dtype: str,
+    device: str,
+    trust_remote_code: bool,
+) -> list[Proof]:
+    """What loading the directory in `dtype` proves, against the masked original in the same."""
+    reference = "the original with the dropped experts masked" + (" and the kept ones re-fitted" if weights else "")
+    blocks = MtpPair.of(old, new, selection, trust_remote_code=trust_remote_code)
+    expected = _masked(old, selection, weights, rows, dtype, device, trust_remote_code, blocks)
+    return loaded(
+        new.path,
+        rows,
+        expected,
+        reference,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        dtype=dtype,
+        dequantizing=bool(new.quantization),
+        further=lambda model: blocks.prove(model, rows),
+    )
 
 
 def _masked(

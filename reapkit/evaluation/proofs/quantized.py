@@ -30,7 +30,7 @@ from reapkit.evaluation.proofs.proof import (
     too_large,
     unexpected,
 )
-from reapkit.model.loading import load_config, model_class
+from reapkit.model.loading import load_config, model_class, plain_config
 from reapkit.quantization.dense import PackedDirectory, relative_error
 from reapkit.quantization.formats import preset, round_to_nearest, spec_on_disk
 from reapkit.quantization.schemes import scheme_of
@@ -249,9 +249,7 @@ def dequantized_model(
 ) -> PreTrainedModel:
     """The source's own class with the weights that the packed directory stands for. Raises UnusableError where they do
     not fit it."""
-    config = load_config(old.path, trust_remote_code=trust_remote_code)
-    if hasattr(config, "quantization_config"):
-        delattr(config, "quantization_config")
+    config = plain_config(load_config(old.path, trust_remote_code=trust_remote_code))
     options: dict[str, Any] = {"experts_implementation": "eager"} if device == "cpu" else {}
     with PackedDirectory(old, new, plan) as packed:
         model, info = model_class(config, trust_remote_code).from_pretrained(
@@ -262,7 +260,7 @@ def dequantized_model(
             output_loading_info=True,
             **options,
         )
-    if strange := sorted({*info["missing_keys"], *unexpected(info, old)}):
+    if strange := sorted({*info["missing_keys"], *unexpected(info, old, model)}):
         raise UnusableError(
             f"{new.path}: {len(strange)} dequantized tensors do not fit {type(model).__name__}, such as {strange[0]}."
             " Please report the model."

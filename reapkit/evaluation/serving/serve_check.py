@@ -266,7 +266,7 @@ def _against_base(mine: Greedy, base: Greedy) -> str:
 
 
 def _is_quantized(path: Path) -> bool:
-    return "quantization_config" in Checkpoint.open(path).config
+    return bool(Checkpoint.open(path).quantization)
 
 
 def _is_ragged(path: Path) -> bool:

@@ -5,34 +5,29 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
 
 import torch
 import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    convert_and_load_state_dict_in_model,
-    rename_source_key,
-)
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.quantizers.auto import get_hf_quantizer
 
 from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.checkpoint.projection_names import expert_tensor
 from reapkit.checkpoint.shard_reader import ShardReader
+from reapkit.core.safetensors_header import TensorInfo
 from reapkit.model.fitting_class import missing_weights
-from reapkit.model.loading import dequantized, load_config, model_class, narrow_norms, widened
+from reapkit.model.loading import resolved_dtype, skeleton, widened
 from reapkit.model.routed_experts import decoder_layers
+from reapkit.model.stored_tensors import CheckpointTensors, StoredTensor
 from reapkit.model.streaming.device_copies import Accelerator, StagedCopies, accelerator
 from reapkit.model.streaming.layer_memory import Arena, Arenas, Event, host_memory
-from reapkit.model.streaming.tensor_loading import Filling, Fillings, Stored, place_all
+from reapkit.model.streaming.tensor_loading import Filling, Fillings, place_all
+from reapkit.model.used_tensors import Conversions
 
 
 class LayeredModel:
@@ -57,41 +52,25 @@ class LayeredModel:
         self.path, self.device = Path(path), torch.device(device)
         _keep_few_kernels()
         self._checkpoint = Checkpoint.open(path)
-        config = load_config(path, trust_remote_code=trust_remote_code)
-        settings = dequantized(config).get("quantization_config")
-        self._quantizer, config, _ = get_hf_quantizer(config, settings, {"": device}, True, {})
-        self.dtype = _resolve(dtype, config)
-        self.model = _skeleton(config, self.dtype, trust_remote_code)
+        self.model = skeleton(self._checkpoint, dtype, trust_remote_code=trust_remote_code)
+        self.dtype = resolved_dtype(dtype, self.model.config)
         if self.device.type == "cpu":
             self.model.set_experts_implementation(
                 "eager"
             )  # the fastest there, and what a resident model runs: equal bits
-        if self._quantizer is not None:
-            self._quantizer.preprocess_model(
-                model=self.model,
-                dtype=self.dtype,
-                device_map={"": device},
-                use_kernels=False,
-                checkpoint_files=[str(self.path / shard) for shard in self._checkpoint.shards],
-            )
-        self._conversions = cast(  # who makes the list and who takes it name its type differently
-            "list[WeightConverter | WeightRenaming]", get_model_conversion_mapping(self.model, None, self._quantizer)
-        )
+        self._conversions = Conversions(self.model)
         self.prefix, self.layers = decoder_layers(self.model)
-        self._renamings = [entry for entry in self._conversions if isinstance(entry, WeightRenaming)]
-        self._converters = [entry for entry in self._conversions if isinstance(entry, WeightConverter)]
-        self._expected = self.model.state_dict()  # on meta: names and shapes
+        self._expected = self._conversions.expected  # on meta: names and shapes
         self._dtype_plan = self.model._get_dtype_plan(self.dtype) or {}
-        self._targets = {key: self._target(key) for key in self._checkpoint.tensors}
+        self._tensors = CheckpointTensors(self._checkpoint)
+        self._targets = {key: self._conversions.target(key) for key in self._tensors}
         self._keys = self._keys_by_layer()
         self._plans = Fillings(
-            self._checkpoint.tensors,
+            self._tensors,
             self._targets,
             self._expected,
-            self._converters,
+            self._conversions.converters,
             self._dtype_of,
-            model=self.model,
-            quantized=self._quantizer is not None,
             mapped=self.device.type == "cpu",
         )
         largest = max(sum(filling.nbytes for filling in self._fillings(layer)) for layer in range(len(self.layers)))
@@ -164,17 +143,21 @@ class LayeredModel:
         """`model`, told what transformers tells a model that it loads: where it came from, and how its tensors were
         converted."""
         self.model.config.name_or_path = str(self.path)
-        vars(self.model)["_weight_conversions"] = self._conversions
+        vars(self.model)["_weight_conversions"] = self._conversions.entries
         return self.model
 
     def nbytes(self, layer: int | None) -> int:
         """Bytes on disk of a decoder layer, or (None) of everything else."""
-        return sum(self._checkpoint.tensors[key].nbytes for key in self._keys.get(layer, []))
+        return sum(tensor.nbytes for tensor in self._on_disk(self._keys.get(layer, [])))
+
+    def _on_disk(self, keys: Iterable[str]) -> Iterator[TensorInfo]:
+        for key in keys:
+            yield from self._tensors.on_disk(key)
 
     @property
     def is_quantized(self) -> bool:
         """Whether the checkpoint's weights are dequantized while they are read."""
-        return self._quantizer is not None
+        return bool(self._checkpoint.matrices)
 
     def sources_of(self, parameter: str) -> tuple[str | None, dict[int, str]]:
         """The checkpoint tensors that stacked experts' `parameter` is made of: one name for all experts, or one name by
@@ -187,7 +170,7 @@ class LayeredModel:
     def read(self, name: str, entry: int | None = None) -> torch.Tensor:
         """A checkpoint tensor of any shape, or one entry of its first axis, in the dtype it is stored in."""
         with ShardReader(self.path, self._facts) as reader:
-            stored = Stored(reader, self._checkpoint.tensors[name])
+            stored = self._tensors.stored(name, reader)
             return stored[...] if entry is None else stored.entries(entry, entry + 1)[0]
 
     def _keys_by_layer(self) -> dict[int | None, list[str]]:
@@ -203,24 +186,19 @@ class LayeredModel:
                 keys.setdefault(layer, []).append(key)
         return keys
 
-    def _target(self, key: str) -> tuple[str, str | None]:
-        """The parameter that a checkpoint tensor becomes (part of), and the pattern of the conversion that makes it
-        so."""
-        return rename_source_key(key, self._renamings, self._converters, self.model.base_model_prefix, self._expected)
-
     def _read(self, layer: int | None) -> None:
         """The layer's tensors, straight to their place where that is known, the others through transformers' own
         conversion."""
         keys, fillings = self._keys.get(layer, []), self._fillings(layer)
         if self.reading is not None:
-            self.reading(sorted({self._checkpoint.tensors[key].shard for key in keys}))
+            self.reading(sorted({tensor.shard for tensor in self._on_disk(keys)}))
         with ShardReader(self.path, self._facts) as reader, torch.no_grad():
-            reader.announce(self._checkpoint.tensors[key] for key in keys)
+            reader.announce(self._on_disk(keys))
             placed = self._placed(layer, fillings, reader)
             for target, tensor in placed.items():
                 _put(self.model, target, tensor)
             done = {key for filling in fillings for key in filling.keys}
-            if left := {key: Stored(reader, self._checkpoint.tensors[key]) for key in keys if key not in done}:
+            if left := {key: self._tensors.stored(key, reader) for key in keys if key not in done}:
                 self._convert(left)
 
     def _fillings(self, layer: int | None) -> list[Filling]:
@@ -256,11 +234,10 @@ class LayeredModel:
                 return dtype
         return self._expected[target].dtype
 
-    def _convert(self, tensors: dict[str, Stored]) -> None:
+    def _convert(self, tensors: dict[str, StoredTensor]) -> None:
         settings = LoadStateDictConfig(
-            weight_mapping=copy.deepcopy(self._conversions),
+            weight_mapping=copy.deepcopy(self._conversions.entries),
             dtype=self.dtype,
-            hf_quantizer=self._quantizer,
             device_map={"": self.device},
             dtype_plan=self._dtype_plan,
         )
@@ -308,23 +285,6 @@ def _empty(layer: nn.Module) -> None:
 def _cut(arena: Arena, fillings: Iterable[Filling]) -> dict[str, Tensor]:
     """The tensors by target, where `place_all` would put them."""
     return {filling.target: arena.tensor(filling.shape, filling.dtype, filling.phase) for filling in fillings}
-
-
-def _resolve(dtype: str | torch.dtype, config: transformers.PretrainedConfig) -> torch.dtype:
-    wanted = dtype
-    if wanted == "auto":
-        wanted = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None) or torch.bfloat16
-    return getattr(torch, wanted) if isinstance(wanted, str) else wanted
-
-
-def _skeleton(config: transformers.PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
-    cls = model_class(config, trust_remote_code)
-    with torch.device("meta"):
-        if hasattr(cls, "from_config"):
-            model = cls.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-        else:
-            model = cls._from_config(config, dtype=dtype)
-    return narrow_norms(model.eval().requires_grad_(False))
 
 
 def _rebuild_buffers(model: PreTrainedModel, device: torch.device) -> None:

@@ -106,7 +106,7 @@ def _steps(context: Context) -> dict[str, Any]:
             for material in record.materials
         )
     ]
-    if prune.repair is None and "quantization_config" not in context.plan.checkpoint.config:
+    if prune.repair is None and not context.plan.checkpoint.quantization:
         same_size.append({"override": "prune.repair=ridge", "why": "re-fit the kept experts, at the same size"})
     budget = next((name for name in ("ratio", "keep_ratio", "keep_experts") if getattr(prune, name) is not None), "")
     return {"grid": prune.candidates is not None, "budget": budget, "same_size": same_size}

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from reapkit.checkpoint.architecture import text_config
+from reapkit.checkpoint.architecture import quantization_of
 from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.checkpoint.expert_layout import Layout, MoeLayer
 from reapkit.checkpoint.parameter_counts import active_parameters
@@ -66,8 +66,8 @@ def _names(layer: MoeLayer) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def _quantization(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    found = config.get("quantization_config") or text_config(config).get("quantization_config")
-    if not isinstance(found, Mapping):
+    found = quantization_of(config)
+    if not found:
         return None
     groups = found.get("config_groups")
     weights = (
