@@ -21,6 +21,8 @@ WHOLE_NUMBERS = (
     "max_position_embeddings",
 )
 """Fields that sizes and costs are computed from; where layers differ, they list a number for each."""
+COMPUTING = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+"""Dtypes that models compute in -> their codes in safetensors files."""
 LARGEST = 1 << 31
 """No field that counts something of a model is larger."""
 HASHED = re.compile(r"(?:^|_)hash(?:ed)?(?:_|$)")
@@ -112,6 +114,16 @@ def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in config.items()
         if key != QUANTIZATION_KEY
     }
+
+
+def computing_dtype(config: Mapping[str, Any]) -> str | None:
+    """The safetensors code of the dtype in which the model computes, as the config says; None where it does not."""
+    text = text_config(config)
+    for section in (config, text):
+        for key in ("dtype", "torch_dtype"):
+            if (named := str(section.get(key)).removeprefix("torch.")) in COMPUTING:
+                return COMPUTING[named]
+    return None
 
 
 def mtp_depth(config: Mapping[str, Any]) -> int | None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from reapkit.checkpoint.agreement import require_agreement
-from reapkit.checkpoint.architecture import Architecture, quantization_of, without_quantization
+from reapkit.checkpoint.architecture import Architecture, computing_dtype, quantization_of, without_quantization
 from reapkit.checkpoint.expert_layout import Layout
 from reapkit.checkpoint.layout_reading import read_layout
 from reapkit.checkpoint.links import refuse_links_out
@@ -149,7 +149,12 @@ class Checkpoint:
         if method is None:
             return {}
         with collector_paused():
-            return stored_matrices(self.tensors, method.packings, lambda module: method.settings(quantization, module))
+            return stored_matrices(
+                self.tensors,
+                method.packings,
+                lambda module: method.settings(quantization, module),
+                computing_dtype(self.config),
+            )
 
     @cached_property
     def plain(self) -> Checkpoint:

@@ -62,6 +62,7 @@ def active_parameters(
     Packed weights count as what they stand for, scales and zero points as nothing; router rows stay active.
     """
     top_k = experts_per_token or checkpoint.architecture.num_experts_per_tok
+    layout = checkpoint.plain.layout if checkpoint.matrices else layout
     bits = _packed_bits(checkpoint.config)
     total = active = sum(
         kind.count * _weights(kind.tensor, bits) for kind in layout.kinds if kind.names[0] not in layout.mtp_tensors

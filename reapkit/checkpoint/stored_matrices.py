@@ -11,10 +11,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 from reapkit.checkpoint.projection_names import QUANTIZER_STATE, Part, part_of
-from reapkit.core.dtypes import FLOATS
+from reapkit.core.dtypes import BITS, FLOATS
 from reapkit.core.safetensors_header import TensorInfo
 
 Parts = Mapping[str, TensorInfo]
@@ -50,8 +51,8 @@ class Packing:
 class StoredMatrix:
     """One matrix, or stack of matrices, and the tensors that stand for it.
 
-    `dense`: the matrix as it would be stored without quantization, name, dtype and shape; its place is that of its
-    weights. `parts`: by suffix. `settings`: what the checkpoint says of how it was quantized.
+    `dense`: the matrix as it would be stored without quantization, name, dtype, shape and length; its place begins
+    where its weights do. `parts`: by suffix. `settings`: what the checkpoint says of how it was quantized.
     """
 
     dense: TensorInfo
@@ -61,18 +62,22 @@ class StoredMatrix:
 
 
 def stored_matrices(
-    tensors: Mapping[str, TensorInfo], packings: Iterable[Packing], settings_of: Callable[[str], Mapping[str, Any]]
+    tensors: Mapping[str, TensorInfo],
+    packings: Iterable[Packing],
+    settings_of: Callable[[str], Mapping[str, Any]],
+    dtype: str | None = None,
 ) -> dict[str, StoredMatrix]:
     """The matrices by the name that the model's class knows; a tensor belongs to one at most.
 
-    `settings_of`: a matrix' module -> what the quantization config says of it.
+    `settings_of`: a matrix' module -> what the quantization config says of it. `dtype`: in which the model computes,
+    and stores what is plain; None where that is not known, then the scales' tell.
     """
     found: dict[str, StoredMatrix] = {}
     taken: set[str] = set()
     for packing in packings:
         for name in tensors:
             if name.endswith(packing.mark) and name not in taken:
-                matrix = _matrix(tensors, packing, name[: len(name) - len(packing.mark)], settings_of)
+                matrix = _matrix(tensors, packing, name[: len(name) - len(packing.mark)], settings_of, dtype)
                 if matrix is not None and matrix.dense.name not in found:
                     found[matrix.dense.name] = matrix
                     taken.update(part.name for part in matrix.parts.values())
@@ -80,7 +85,11 @@ def stored_matrices(
 
 
 def _matrix(
-    tensors: Mapping[str, TensorInfo], packing: Packing, stem: str, settings_of: Callable[[str], Mapping[str, Any]]
+    tensors: Mapping[str, TensorInfo],
+    packing: Packing,
+    stem: str,
+    settings_of: Callable[[str], Mapping[str, Any]],
+    dtype: str | None,
 ) -> StoredMatrix | None:
     suffixes = dict.fromkeys((packing.mark, packing.root, *packing.needed, *packing.optional))
     parts = {suffix: tensors[stem + suffix] for suffix in suffixes if stem + suffix in tensors}
@@ -88,12 +97,11 @@ def _matrix(
         return None
     settings, root = settings_of(stem), parts[packing.root]
     scale = parts[packing.scale].dtype if packing.scale is not None else "BF16"
-    dtype = scale if scale in FLOATS else "BF16"
+    dtype = dtype or (scale if scale in FLOATS else "BF16")
+    shape = packing.shape(parts, settings)
+    end = root.begin + prod(shape) * BITS[dtype] // 8
     return StoredMatrix(
-        TensorInfo(stem + packing.dense, dtype, packing.shape(parts, settings), root.shard, root.begin, root.end),
-        packing,
-        parts,
-        settings,
+        TensorInfo(stem + packing.dense, dtype, shape, root.shard, root.begin, end), packing, parts, settings
     )
 
 

@@ -113,6 +113,24 @@ class CheckpointTensors(Mapping[str, TensorInfo]):
         return [self._tensors[name]] if matrix is None else list(matrix.parts.values())
 
 
+class PlainTensors:
+    """Reads the tensors of a plain model by name, one at a time, in the shape and dtype that it would store; a context
+    manager."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        self._tensors, self._reader = CheckpointTensors(checkpoint), ShardReader(checkpoint.path)
+
+    def __enter__(self) -> PlainTensors:
+        self._reader.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._reader.__exit__(*error)
+
+    def __call__(self, name: str) -> Tensor:
+        return self._tensors.stored(name, self._reader)[...].to(TORCH_DTYPES[self._tensors[name].dtype])
+
+
 def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous host tensor of any shape and dtype."""
     return tensor.view(-1).view(torch.uint8).numpy().data

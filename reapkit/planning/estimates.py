@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from reapkit.checkpoint.architecture import hidden_width, largest_number, text_config
 from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.checkpoint.expert_layout import LAYER, Layout
-from reapkit.checkpoint.projection_names import MXFP4_BLOCKS
 from reapkit.core.dtypes import BITS
 from reapkit.planning.knockout_cost import KnockoutCost, knockout_cost
 from reapkit.quantization.sizes import kept_share
@@ -213,6 +212,7 @@ def layer_weights(
     `kept`: experts that stay, by MoE layer; None: all of them.
     """
     depth = checkpoint.architecture.num_hidden_layers
+    layout = checkpoint.plain.layout if checkpoint.matrices else layout
     found: dict[int | None, int] = {None: 0}
     for kind in layout.kinds:
         tensor = kind.tensor
@@ -220,14 +220,12 @@ def layer_weights(
             continue
         match = LAYER.match(tensor.name)
         layer = int(match["index"]) if match and int(match["index"]) < depth else None
-        nbytes = kind.count * _computing_bytes(tensor.dtype, tensor.numel, tensor.name)
+        nbytes = kind.count * _computing_bytes(tensor.dtype, tensor.numel)
         found[layer] = found.get(layer, 0) + (nbytes if kept is None else round(nbytes * kept_share(kind, kept)))
     return found
 
 
-def _computing_bytes(dtype: str, numel: int, name: str) -> int:
-    if name.endswith(MXFP4_BLOCKS):  # MXFP4 packs two weights into a byte
-        return 2 * numel * COMPUTE_BYTES
+def _computing_bytes(dtype: str, numel: int) -> int:
     if dtype in ("F32", "F64", "I64"):
         return numel * BITS[dtype] // 8
     return numel * COMPUTE_BYTES

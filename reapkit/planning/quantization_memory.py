@@ -20,7 +20,6 @@ from reapkit.planning.estimates import (
 )
 from reapkit.planning.plan import Plan
 from reapkit.quantization.sizes import matrices_by_layer
-from reapkit.quantization.targets import is_fp8
 
 ATTENTION_BYTES = (
     8  # per score of the plain attention that llm-compressor calibrates with: bf16, its float32 softmax, bf16 again
@@ -64,9 +63,8 @@ def quantize_memory(plan: Plan, machine: Machine | None = None) -> QuantizeMemor
     found = matrices_by_layer(plan.checkpoint, spec, kept)
     stacked = any(len(matrix.tensor.shape) == 3 for each in found.values() for matrix, _ in each)
     if spec.method == "rtn" and spec.recipe is None and not stacked:
-        shard = min(plan.recipe.output.max_shard_bytes, plan.pruned(candidate).nbytes) * (
-            2 if is_fp8(plan.checkpoint.config) else 1
-        )
+        grown = -(-plan.checkpoint.plain.nbytes // plan.checkpoint.nbytes)  # quantized weights are multiplied out
+        shard = min(plan.recipe.output.max_shard_bytes, plan.pruned(candidate).nbytes) * grown
         return QuantizeMemory("rtn", Footprint(shard, HOST_BASE_BYTES + written), None, False, 0)
     weights: dict[int | None, int] = dict(layer_weights(plan.checkpoint, plan.layout, kept))
     rest = weights.pop(None)

@@ -38,7 +38,7 @@ from reapkit.planning.model_disk import (
 from reapkit.planning.quantization_memory import quantize_memory
 from reapkit.quantization.schemes import scheme_of
 from reapkit.quantization.sizes import kept_share, matrices_by_layer
-from reapkit.quantization.targets import is_fp8, targets
+from reapkit.quantization.targets import needs_plain_copy, targets
 
 if TYPE_CHECKING:
     from reapkit.planning.plan import Plan
@@ -248,11 +248,11 @@ def prune(plan: Plan) -> tuple[DiskUse, ...]:
 
 
 def quantize(plan: Plan) -> tuple[DiskUse, ...]:
-    """The quantized one; meanwhile layers that wait for their turn, or block FP8 in plain numbers."""
+    """The quantized one; meanwhile layers that wait for their turn, or a quantized source in plain numbers."""
     made, memory = quantized_directory(plan), quantize_memory(plan)
     offloaded = _spread(plan, memory.disk) if memory is not None and memory.offloads else 0
-    dequantized = is_fp8(plan.checkpoint.config) and plan.recipe.quantize.method != "rtn"
-    plain = plain_bytes(plan, plan.kept(largest(plan))) if dequantized else 0
+    copied = needs_plain_copy(plan.checkpoint, plan.recipe.quantize)
+    plain = plain_bytes(plan, plan.kept(largest(plan))) if copied else 0
     apart = offloads(plan) and offloaded
     store = replace(made, meanwhile=made.meanwhile + (plain if apart else plain + offloaded))
     return (store, *([DiskUse(OFFLOAD, meanwhile=offloaded)] if apart else ()))

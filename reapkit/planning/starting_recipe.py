@@ -16,7 +16,6 @@ from reapkit.checkpoint.locate import model_checkpoint
 from reapkit.checkpoint.readable import require_readable
 from reapkit.core.formatting import gigabytes
 from reapkit.quantization.sizes import quantized_widths
-from reapkit.quantization.targets import quantized_already
 from reapkit.recipe.schema import DEFAULT_CRITERION, ModelSpec, QuantizeSpec
 from reapkit.selection.criteria.registry import criterion
 
@@ -79,7 +78,7 @@ def group_size(checkpoint: Checkpoint) -> int | None:
 
 
 def _quantize(checkpoint: Checkpoint, group: int | None) -> str:
-    if kind := quantized_already(checkpoint.config):
+    if kind := checkpoint.method_name:
         return (
             f"quantize: {{scheme: null}}            # the weights are {kind} already; see `reapkit schema` for what can"
             " follow"

@@ -12,6 +12,7 @@ from reapkit.checkpoint import companions as travelling
 from reapkit.checkpoint.architecture import text_config
 from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.checkpoint.expert_layout import Layout, is_mtp_name
+from reapkit.checkpoint.readable import way_out
 from reapkit.checkpoint.weight_files import EXPLICIT, INDEX
 from reapkit.core.atomic_files import copy_file, remove_unfinished, write_bytes, write_json
 from reapkit.core.errors import StageFailed, UnusableError
@@ -81,6 +82,11 @@ def prune_checkpoint(
     Raises UnusableError for a selection that does not fit, StageFailed where the disk or the source gives way.
     """
     out = Path(out)
+    if source.method is not None and not source.method.cut:
+        raise UnusableError(
+            f"{source.path}: the weights are quantized ({source.method_name}), whose files name every tensor once more"
+            f" in their metadata, so no expert can be taken out. {way_out()}"
+        )
     found = source.layout
     drop_mtp = _drops_mtp(found, selection, mtp, progress)
     keep = _kept(found, selection, source, drop_mtp)

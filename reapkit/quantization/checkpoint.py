@@ -23,7 +23,7 @@ from reapkit.core.progress import SILENT, Progress
 from reapkit.quantization.checks import check_quantize
 from reapkit.quantization.formats import preset, weights_of
 from reapkit.quantization.schemes import scheme_of
-from reapkit.quantization.targets import is_fp8, targets
+from reapkit.quantization.targets import needs_plain_copy, targets
 from reapkit.quantization.writing import finish_directory, measure
 from reapkit.recipe.schema import QuantizeSpec
 
@@ -49,7 +49,7 @@ def quantize_checkpoint(
 
     The config is the source's own with `quantization_config` set. Returns facts for the report: scheme, method, bits
     per weight measured on disk, modules left alone by reason, experts that saw few calibration tokens. `work`: where a
-    dequantized copy of a block-FP8 source may live meanwhile. `offload`: a directory where the decoder layers of a
+    dequantized copy of a quantized source may live meanwhile. `offload`: a directory where the decoder layers of a
     model that does not fit into host memory wait for their turn (not with `rtn`, which holds a shard at most); it is
     gone afterwards. Raises RecipeError where spec and checkpoint contradict, StageFailed where a matrix was not
     written, ValueError where a method that calibrates got no calibration.
@@ -71,19 +71,21 @@ def quantize_checkpoint(
         )
     out.mkdir(parents=True, exist_ok=True)
     target = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
+    copy = (work or out.parent) / f"{out.name}.dequantized"
     if not raw and spec.method == "rtn" and not plan.has_stacked_experts:
         from reapkit.quantization.rtn import quantize_shards
 
         scheme = preset(spec)
-        written, facts = quantize_shards(
-            checkpoint, out, plan, scheme, device=target, max_shard_bytes=max_shard_bytes, progress=progress
-        )
+        with _plain(checkpoint, spec, copy, progress) as plain:
+            written, facts = quantize_shards(
+                plain, out, plan, scheme, device=target, max_shard_bytes=max_shard_bytes, progress=progress
+            )
     else:
         from reapkit.quantization.calibrated import quantize_loaded
 
         if calibration is None and (raw or spec.method != "rtn"):
             raise ValueError(f"quantize: {'a raw recipe' if raw else spec.method} needs calibration tokens")
-        with _in_bf16(checkpoint, (work or out.parent) / f"{out.name}.dequantized", progress) as plain:
+        with _plain(checkpoint, spec, copy, progress) as plain:
             done = quantize_loaded(
                 plain,
                 out,
@@ -124,9 +126,9 @@ def quantize_checkpoint(
 
 
 @contextmanager
-def _in_bf16(checkpoint: Checkpoint, directory: Path, progress: Progress) -> Iterator[Checkpoint]:
-    """The checkpoint itself, or for the block a dequantized copy of one in block FP8."""
-    if not is_fp8(checkpoint.config):
+def _plain(checkpoint: Checkpoint, spec: QuantizeSpec, directory: Path, progress: Progress) -> Iterator[Checkpoint]:
+    """The checkpoint itself, or for the block a copy in plain numbers of one that must be read as such."""
+    if not needs_plain_copy(checkpoint, spec):
         yield checkpoint
         return
     from reapkit.quantization.rtn import dequantized_copy

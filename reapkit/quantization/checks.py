@@ -8,7 +8,7 @@ from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.core.errors import Problem
 from reapkit.quantization.schemes import Scheme, scheme_of, scheme_problem
 from reapkit.quantization.sizes import quantized_widths
-from reapkit.quantization.targets import FP8_METHODS, decided_kinds, is_fp8, quantized_already
+from reapkit.quantization.targets import decided_kinds
 from reapkit.recipe.schema import QuantizeSpec
 
 
@@ -21,10 +21,9 @@ def check_quantize(checkpoint: Checkpoint, spec: QuantizeSpec) -> list[Problem]:
     if problem := scheme_problem(spec):
         return [problem]
     scheme = scheme_of(spec)
-    problems = _method_problems(spec, scheme) + _source_problems(checkpoint) + _stack_problems(checkpoint, spec)
-    if not problems or is_fp8(checkpoint.config):
-        problems += _group_problems(checkpoint, spec, scheme)
-    return problems
+    problems = _method_problems(spec, scheme)
+    stacked = _stack_problems(checkpoint, spec)
+    return problems + (stacked or _group_problems(checkpoint, spec, scheme))
 
 
 def _method_problems(spec: QuantizeSpec, scheme: Scheme) -> list[Problem]:
@@ -44,20 +43,6 @@ def _method_problems(spec: QuantizeSpec, scheme: Scheme) -> list[Problem]:
     return problems
 
 
-def _source_problems(checkpoint: Checkpoint) -> list[Problem]:
-    method = quantized_already(checkpoint.config)
-    if method is None or method in FP8_METHODS:
-        return []
-    return [
-        Problem(
-            "quantize.scheme",
-            f"the checkpoint is quantized already ({method}), and reapkit dequantizes block FP8 only. Convert it "
-            "to bf16 first (transformers: from_pretrained(..., dequantize), save_pretrained), or set scheme: "
-            "null and keep it as it is.",
-        )
-    ]
-
-
 def _stack_problems(checkpoint: Checkpoint, spec: QuantizeSpec) -> list[Problem]:
     """Stacks of experts that llm-compressor cannot take apart, so that no method runs on the model."""
     if all(layer.spelling.taken_apart for layer in checkpoint.layout.layers.values()):
@@ -75,7 +60,7 @@ def _group_problems(checkpoint: Checkpoint, spec: QuantizeSpec, scheme: Scheme) 
     group = scheme.group if scheme.fixed else spec.group_size
     if group is None or scheme.rows_per_scale > 1:
         return []
-    if not any(matrix and matrix.columns % group for _, matrix in decided_kinds(checkpoint, spec, checkpoint.layout)):
+    if not any(matrix and matrix.columns % group for _, matrix in decided_kinds(checkpoint, spec)):
         return []
     widths = quantized_widths(checkpoint, spec)
     misfits = {width: modules for width, modules in widths.items() if width % group}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,13 @@ from compressed_tensors.quantization import QuantizationScheme
 from safetensors import safe_open
 from torch import Tensor
 
-from reapkit.checkpoint.architecture import quantization_of, without_quantization
+from reapkit.checkpoint.architecture import without_quantization
 from reapkit.checkpoint.checkpoint import Checkpoint
-from reapkit.checkpoint.projection_names import BLOCK_SCALE, COMPRESSED_PARTS
+from reapkit.checkpoint.projection_names import COMPRESSED_PARTS
 from reapkit.core.atomic_files import write_text
 from reapkit.core.progress import SILENT, Progress
 from reapkit.model.dequantizing import decompress
+from reapkit.model.stored_tensors import PlainTensors
 from reapkit.quantization.formats import scheme_on_disk
 from reapkit.quantization.targets import Matrix, Targets, expert_prefixes, targets
 from reapkit.quantization.writing import copy_companions, write_index, write_shards
@@ -32,6 +33,7 @@ class PackedDirectory:
         self.source, self.directory, self.plan = source, directory, plan
         self.scheme: QuantizationScheme = scheme_on_disk(directory.config)
         self._files = ExitStack()
+        self._source = self._files.enter_context(PlainTensors(source))
         self._open: dict[tuple[str, str], Any] = {}
 
     def __enter__(self) -> PackedDirectory:
@@ -66,26 +68,19 @@ class PackedDirectory:
         return pieces[0] if len(source.shape) == 2 else _restacked(pieces, self.plan.matrices[name], source)
 
     def source_dense(self, name: str) -> Tensor:
-        """The source tensor itself, of any shape, in its dtype; block FP8 [out, in] multiplied out, in bf16."""
-        source = self.read(self.source, name)
-        scale = f"{name}{BLOCK_SCALE}"
-        if scale not in self.source.tensors:
-            return source
-        block = quantization_of(self.source.config).get("weight_block_size") or (128, 128)
-        return unblocked(source, self.read(self.source, scale), block)
+        """The source tensor itself, of any shape, in its dtype; of a quantized source as its plain form has it."""
+        return self._source(name)
 
     def state_dict(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the source, of any shape, in its shape: the quantized ones dequantized to the source's dtype
-        (block FP8: bf16), the others as the directory holds them."""
-        for name in self.source.tensors:
-            if name.endswith(BLOCK_SCALE):
-                continue
+        """Every tensor of the source's plain form, of any shape, in its shape: the quantized ones dequantized to the
+        source's dtype, the others as the directory holds them."""
+        for name in self.source.plain.tensors:
             if name in self.plan.matrices:
                 yield name, self.dense(name)
             elif name in self.directory.tensors:
                 yield name, self.read(self.directory, name)
             else:
-                yield name, self.read(self.source, name)
+                yield name, self.source_dense(name)
 
 
 def write_dense(source: Path, directory: Path, spec: QuantizeSpec, out: Path, progress: Progress = SILENT) -> None:
@@ -101,8 +96,6 @@ def write_dense(source: Path, directory: Path, spec: QuantizeSpec, out: Path, pr
     with PackedDirectory(old, new, plan) as packed:
 
         def value(name: str) -> dict[str, Tensor]:
-            if name.endswith(BLOCK_SCALE):
-                return {}
             if name in plan.matrices:
                 return {name: packed.dense(name)}
             return {name: packed.read(new, name) if name in new.tensors else packed.source_dense(name)}
@@ -112,14 +105,6 @@ def write_dense(source: Path, directory: Path, spec: QuantizeSpec, out: Path, pr
     write_index(out)
     plain = without_quantization(old.config)
     write_text(out / "config.json", json.dumps(plain, indent=2))
-
-
-def unblocked(weight: Tensor, scale: Tensor, block: Sequence[int]) -> Tensor:
-    """A block-scaled matrix [rows, columns] float8_e4m3fn multiplied out, in bf16; `scale` [ceil(rows / height),
-    ceil(columns / width)] in any float dtype. Multiplied in float32."""
-    (rows, columns), (height, width) = weight.shape, block
-    whole = scale.float().repeat_interleave(height, 0)[:rows].repeat_interleave(width, 1)[:, :columns]
-    return (weight.float() * whole).to(torch.bfloat16)
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:

@@ -10,13 +10,11 @@ import torch
 from compressed_tensors.quantization import QuantizationScheme
 from torch import Tensor
 
-from reapkit.checkpoint.architecture import quantization_of, without_quantization
+from reapkit.checkpoint.architecture import without_quantization
 from reapkit.checkpoint.checkpoint import Checkpoint
-from reapkit.checkpoint.projection_names import BLOCK_SCALE
 from reapkit.core.atomic_files import write_text
 from reapkit.core.progress import SILENT, Progress
 from reapkit.model.dequantizing import decompress
-from reapkit.quantization.dense import unblocked
 from reapkit.quantization.formats import preset, round_to_nearest
 from reapkit.quantization.targets import targets
 from reapkit.quantization.writing import copy_companions, read_tensor, write_index, write_shards
@@ -29,10 +27,10 @@ def write_rounded(
     """Writes `source` to `out` in its own names and shapes, every matrix that `spec` quantizes rounded, packed and
     unpacked again.
 
-    As large as the source (block FP8: in bf16); tensors are read one at a time, a shard is held. Equal to quantizing
+    As large as the source in plain numbers; tensors are read one at a time, a shard is held. Equal to quantizing
     with method rtn and dequantizing the result.
     """
-    plan, scheme, block = targets(source, spec), preset(spec), _block(source)
+    plan, scheme = targets(source, spec), preset(spec)
     stacks = [matrix for matrix in plan.matrices.values() if len(matrix.tensor.shape) == 3]
     inputs_first = any(
         matrix.tensor.shape[2] != matrix.columns for matrix in stacks
@@ -40,14 +38,9 @@ def write_rounded(
     out.mkdir(parents=True, exist_ok=True)
 
     def value(name: str) -> dict[str, Tensor] | None:
-        if name.endswith(BLOCK_SCALE):
-            return {}
-        scale = f"{name}{BLOCK_SCALE}"
-        if name not in plan.matrices and scale not in source.tensors:
+        if name not in plan.matrices:
             return None
-        tensor = read_tensor(source, name)
-        plain = unblocked(tensor, read_tensor(source, scale), block) if scale in source.tensors else tensor
-        return {name: rounded(plain.to(device), scheme, inputs_first).cpu() if name in plan.matrices else plain}
+        return {name: rounded(read_tensor(source, name).to(device), scheme, inputs_first).cpu()}
 
     write_shards(source, out, value, progress)
     copy_companions(source, out)
@@ -71,8 +64,3 @@ def rounded(tensor: Tensor, scheme: QuantizationScheme, inputs_first: bool = Fal
 
 def _there_and_back(weight: Tensor, scheme: QuantizationScheme) -> Tensor:
     return decompress(round_to_nearest(weight, scheme), scheme).to(weight.dtype)
-
-
-def _block(source: Checkpoint) -> tuple[int, int]:
-    rows, columns = quantization_of(source.config).get("weight_block_size") or (128, 128)
-    return rows, columns

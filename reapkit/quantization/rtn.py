@@ -10,15 +10,15 @@ from unittest.mock import patch
 import torch
 from compressed_tensors.entrypoints.convert import Converter
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, QuantizationStatus
-from safetensors import safe_open
 from safetensors.torch import save_file
 
-from reapkit.checkpoint.architecture import quantization_of, without_quantization
+from reapkit.checkpoint.architecture import without_quantization
 from reapkit.checkpoint.checkpoint import Checkpoint
-from reapkit.checkpoint.projection_names import BLOCK_SCALE
 from reapkit.core.atomic_files import replacing, write_text
+from reapkit.core.dtypes import torch_dtypes
 from reapkit.core.progress import Progress
-from reapkit.quantization.dense import unblocked
+from reapkit.model.dequantizing import dequantized
+from reapkit.model.stored_tensors import PlainTensors
 from reapkit.quantization.quiet import quiet
 from reapkit.quantization.targets import Targets
 from reapkit.quantization.writing import ShardWriter, copy_companions, write_index
@@ -37,7 +37,8 @@ def quantize_shards(
     """Quantizes every matrix of the plan through llm-compressor's `model_free_ptq`; returns (matrix -> written
     prefixes, facts)."""
     chosen = {name.removesuffix(".weight") for name in plan.matrices}
-    others = sorted({name.removesuffix(".weight") for name in checkpoint.tensors if name.endswith(".weight")} - chosen)
+    weights = {name.removesuffix(".weight") for name in checkpoint.plain.tensors if name.endswith(".weight")}
+    others = sorted(weights - chosen)
     config = QuantizationConfig(
         config_groups={"group_0": scheme}, ignore=others, quantization_status=QuantizationStatus.INITIALIZED
     )
@@ -59,53 +60,55 @@ def quantize_shards(
 
 
 def dequantized_copy(checkpoint: Checkpoint, directory: Path, *, progress: Progress) -> Checkpoint:
-    """The block-FP8 checkpoint in bf16 below `directory`, shard by shard, its `quantization_config` removed."""
+    """The quantized checkpoint in plain numbers below `directory`, shard by shard, its config saying so."""
     directory.mkdir(parents=True, exist_ok=True)
     copy_companions(checkpoint, directory)
-    converter = BlockFp8(checkpoint)
-    with progress.task("dequantize the source", total=len(checkpoint.shards), unit="shards") as task:
-        for shard in checkpoint.shards:
-            with safe_open(checkpoint.path / shard, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-            for name in [name for name in tensors if name.endswith(".weight")]:
-                for needed in converter.get_dependencies(name) - set(tensors):
-                    with safe_open(checkpoint.path / checkpoint.tensors[needed].shard, "pt") as file:
-                        tensors[needed] = file.get_tensor(needed)
-            own = {
-                name: tensor
-                for name, tensor in converter.process(tensors).items()
-                if not name.endswith(BLOCK_SCALE) and checkpoint.tensors[name].shard == shard
-            }
+    names: dict[str, list[str]] = {}
+    for name, tensor in checkpoint.plain.tensors.items():
+        names.setdefault(tensor.shard, []).append(name)
+    with (
+        PlainTensors(checkpoint) as read,
+        progress.task("dequantize the source", total=len(names), unit="shards") as task,
+    ):
+        for shard, own in names.items():
             with replacing(directory / shard) as partial:
-                save_file(own, partial, metadata={"format": "pt"})
+                save_file({name: read(name) for name in own}, partial, metadata={"format": "pt"})
             task.advance()
-    config = without_quantization(checkpoint.config)
     write_index(directory)
-    write_text(directory / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    plain = without_quantization(checkpoint.config)
+    write_text(directory / "config.json", json.dumps(plain, indent=2, ensure_ascii=False) + "\n")
     return Checkpoint.open(directory)
 
 
-class BlockFp8(Converter):
-    """Turns block-scaled FP8 weights of a checkpoint into bf16; tensors without a scale pass as they are."""
+class Dequantizing(Converter):
+    """Turns the quantized matrices of a checkpoint into plain ones, where weights keep their names; other tensors pass
+    as they are."""
 
     def __init__(self, checkpoint: Checkpoint):
-        self.checkpoint = checkpoint
-        self.block = tuple(quantization_of(checkpoint.config).get("weight_block_size") or (128, 128))
+        self._matrices, self._plain = checkpoint.matrices, checkpoint.plain.tensors
+        self._stored = checkpoint.tensors.keys()
 
     def get_dependencies(self, weight_name: str) -> set[str]:
-        scale = f"{weight_name}{BLOCK_SCALE}"
-        return {scale} if scale in self.checkpoint.tensors else set()
+        matrix = self._matrices.get(weight_name)
+        return {part.name for part in matrix.parts.values()} - {weight_name} if matrix is not None else set()
 
     def process(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """`tensors` without their scales: float8 weights [out, in] multiplied out to bf16, on the meta device their
-        shape alone; the others, of any shape, as they are."""
-        for name in [name for name in tensors if f"{name}{BLOCK_SCALE}" in tensors]:
-            scale = tensors.pop(f"{name}{BLOCK_SCALE}")
-            if scale.device.type == "meta":
-                tensors[name] = torch.empty(tensors[name].shape, dtype=torch.bfloat16, device="meta")
+        """`tensors` of any shape with their matrices multiplied out, in the dtype that plain ones would have, on the
+        meta device their shape alone; scales of activations are left out with those of weights."""
+        plain: dict[str, torch.Tensor] = {}
+        for name, tensor in tensors.items():
+            matrix = self._matrices.get(name)
+            if matrix is None:
+                if name in self._plain or name not in self._stored:
+                    plain[name] = tensor
                 continue
-            tensors[name] = unblocked(tensors[name], scale, self.block)
-        return tensors
+            dtype = torch_dtypes()[matrix.dense.dtype]
+            if tensor.device.type == "meta":
+                plain[name] = torch.empty(matrix.dense.shape, dtype=dtype, device="meta")
+            else:
+                parts = {suffix: tensors[part.name] for suffix, part in matrix.parts.items()}
+                plain[name] = dequantized(matrix, parts).to(dtype)
+        return plain
 
     validate = process
 
@@ -113,8 +116,8 @@ class BlockFp8(Converter):
         return None
 
 
-class _Shards(BlockFp8):
-    """Counts shards as they pass, and dequantizes block-FP8 sources on the way."""
+class _Shards(Dequantizing):
+    """Counts shards as they pass, and dequantizes quantized sources on the way."""
 
     def __init__(self, checkpoint: Checkpoint, task: Any):
         super().__init__(checkpoint)

@@ -8,10 +8,9 @@ from fractions import Fraction
 
 from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.checkpoint.expert_layout import Kind
-from reapkit.checkpoint.projection_names import BLOCK_SCALE
 from reapkit.core.dtypes import BITS
 from reapkit.quantization.schemes import scheme_of
-from reapkit.quantization.targets import Matrix, decided_kinds, is_fp8, targets
+from reapkit.quantization.targets import Matrix, decided_kinds, targets
 from reapkit.recipe.schema import QuantizeSpec
 
 
@@ -27,24 +26,24 @@ def quantized_bytes(checkpoint: Checkpoint, spec: QuantizeSpec, kept: Mapping[in
     """Bytes of all tensors after quantization, where MoE layer `l` holds `kept[l]` experts (those it omits stay whole).
 
     Multi-token-prediction blocks that route stay only where `kept` names them, as in `layout.pruned_sizes`; without
-    `kept` all stay. A raw llm-compressor recipe is not predicted: the bytes as they are.
+    `kept` all stay. What is not quantized is as the checkpoint's plain form has it. A raw llm-compressor recipe is not
+    predicted: the bytes as they are.
     """
-    layout = checkpoint.layout
+    layout = checkpoint.plain.layout
     kept = (
         {index: layer.num_experts for index, layer in {**layout.layers, **layout.mtp}.items()} if kept is None else kept
     )
     dropped = frozenset() if all(index in kept for index in layout.mtp) else layout.mtp_tensors
-    dequantized = is_fp8(checkpoint.config)
     total = Fraction(0)
-    for kind, matrix in decided_kinds(checkpoint, spec, layout):
+    for kind, matrix in decided_kinds(checkpoint, spec):
         tensor = kind.tensor
-        if tensor.name in dropped or (dequantized and tensor.name.endswith(BLOCK_SCALE)):
+        if tensor.name in dropped:
             continue
         if matrix is not None:
-            weight_bits = 16 if dequantized else BITS[tensor.dtype]
-            nbytes = matrix.count * scheme_of(spec).nbytes(matrix.rows, matrix.columns, spec.group_size, weight_bits)
+            bits = BITS[tensor.dtype]
+            nbytes = matrix.count * scheme_of(spec).nbytes(matrix.rows, matrix.columns, spec.group_size, bits)
         else:
-            nbytes = tensor.numel * 2 if dequantized and tensor.dtype == "F8_E4M3" else tensor.nbytes
+            nbytes = tensor.nbytes
         total += kind.count * nbytes * kept_share(kind, kept)
     return round(total)
 
@@ -61,7 +60,7 @@ def matrices_by_layer(
     possible = (
         spec if spec.recipe is None else spec.model_copy(update={"recipe": None, "scheme": spec.scheme or "W4A16"})
     )
-    for kind, matrix in decided_kinds(checkpoint, possible, checkpoint.layout):
+    for kind, matrix in decided_kinds(checkpoint, possible):
         if matrix is not None:
             found[matrix.layer].append((matrix, round(kind.count * matrix.count * kept_share(kind, kept))))
     return dict(found)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from reapkit.checkpoint.architecture import quantization_of, text_config
+from reapkit.checkpoint.architecture import text_config
 from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.checkpoint.expert_layout import LAYER, Kind, Layout, MoeLayer
 from reapkit.checkpoint.projection_names import SPELLINGS, Part, Role, Spelling, part_of
@@ -22,7 +22,6 @@ from reapkit.core.safetensors_header import TensorInfo
 from reapkit.recipe.schema import QuantizeSpec
 
 INDEXER = re.compile(r"(?:^|[._])indexer(?:[._]|$)")
-FP8_METHODS = ("fp8",)
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,9 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def targets(checkpoint: Checkpoint, spec: QuantizeSpec) -> Targets:
-    """Decides for every matrix of the checkpoint whether it is quantized, and says why not where it is not."""
+    """Decides for every matrix of the checkpoint whether it is quantized, and says why not where it is not. A quantized
+    checkpoint's are those of its plain form."""
+    checkpoint = checkpoint.plain
     layout = checkpoint.layout
     routed = {
         name: layer.roles.get(part)
@@ -121,7 +122,7 @@ def _decider(checkpoint: Checkpoint, spec: QuantizeSpec, layout: Layout) -> Call
         name = tensor.name
         if name in stacked and len(tensor.shape) == 3 and part_of(name) is Part.WEIGHT:
             return _left_by_user(name, spec) or _stacked_experts(tensor, stacked[name], checkpoint)
-        if name.endswith(".weight") and len(tensor.shape) == 2 and tensor.dtype in (*FLOATS, "F8_E4M3"):
+        if name.endswith(".weight") and len(tensor.shape) == 2 and tensor.dtype in FLOATS:
             match = LAYER.match(name)
             return (
                 _why_left(name, tensor, stacked, layout, decoder)
@@ -133,12 +134,14 @@ def _decider(checkpoint: Checkpoint, spec: QuantizeSpec, layout: Layout) -> Call
     return decide
 
 
-def decided_kinds(checkpoint: Checkpoint, spec: QuantizeSpec, layout: Layout) -> Iterator[tuple[Kind, Matrix | None]]:
-    """Every tensor of the checkpoint, those that differ in their expert only together, and the matrix it is quantized
-    as, if it is.
+def decided_kinds(checkpoint: Checkpoint, spec: QuantizeSpec) -> Iterator[tuple[Kind, Matrix | None]]:
+    """Every tensor of the checkpoint's plain form, those that differ in their expert only together, and the matrix it
+    is quantized as, if it is.
 
     Patterns of the user may tell experts apart; then each comes by itself.
     """
+    checkpoint = checkpoint.plain
+    layout = checkpoint.layout
     decide = (
         _decider(checkpoint, spec, layout) if spec.scheme is not None and spec.recipe is None else lambda tensor: None
     )
@@ -153,15 +156,13 @@ def decided_kinds(checkpoint: Checkpoint, spec: QuantizeSpec, layout: Layout) ->
             yield one, decided if isinstance(decided, Matrix) else None
 
 
-def is_fp8(config: Mapping) -> bool:
-    """Whether the checkpoint holds block-scaled FP8 weights, which are dequantized before they are quantized again."""
-    return quantization_of(config).get("quant_method") in FP8_METHODS
-
-
-def quantized_already(config: Mapping) -> str | None:
-    """The quantization method of the checkpoint, if it has one."""
-    found = quantization_of(config)
-    return str(found.get("quant_method", "unknown")) if found else None
+def needs_plain_copy(checkpoint: Checkpoint, spec: QuantizeSpec) -> bool:
+    """Whether a quantized checkpoint is written in plain numbers before it is quantized again: what calibrates reads
+    models, and llm-compressor's data-free quantization weights under their own names."""
+    if not checkpoint.quantization:
+        return False
+    renamed = any(matrix.parts[matrix.packing.root].name != name for name, matrix in checkpoint.matrices.items())
+    return renamed or spec.recipe is not None or spec.method != "rtn" or targets(checkpoint, spec).has_stacked_experts
 
 
 def _left_by_user(name: str, spec: QuantizeSpec) -> str | None:

@@ -27,6 +27,7 @@ from reapkit.core.progress import Progress
 from reapkit.core.safetensors_header import read_header
 from reapkit.model.loaded_names import LoadedNames
 from reapkit.model.loading import load_config, model_class
+from reapkit.model.stored_tensors import PlainTensors
 from reapkit.pruning.checkpoint import QUANTIZER_FILES
 from reapkit.pruning.config_edits import edit_json
 from reapkit.quantization.formats import quantization_config
@@ -87,17 +88,26 @@ def write_shards(
     progress: Progress,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Writes the source's shards one at a time: the named tensors, of any shape and dtype, that `replacement` gives for
-    a tensor's name stand in its place; where it gives None the tensor is copied."""
+    """Writes the source's shards one at a time, in plain numbers: the named tensors, of any shape and dtype, that
+    `replacement` gives for a tensor's name stand in its place; where it gives None the tensor is copied."""
     writer = ShardWriter(checkpoint, out, max_shard_bytes)
-    with progress.task("write weights", total=len(checkpoint.tensors), unit="tensors") as task:
+    plain = checkpoint.plain.tensors
+    with PlainTensors(checkpoint) as read, progress.task("write weights", len(plain), "tensors") as task:
         for shard in checkpoint.shards:
-            with safe_open(checkpoint.path / shard, "pt") as file, writer.shard(shard) as add:
-                for name in file.keys():
+            with writer.shard(shard) as add:
+                for name in _in_file_order(checkpoint, shard):
                     new = replacement(name)
-                    add({name: file.get_tensor(name)} if new is None else new)
+                    add({name: read(name)} if new is None else new)
                     task.advance()
     writer.finish()
+
+
+def _in_file_order(checkpoint: Checkpoint, shard: str) -> list[str]:
+    """The tensors of a plain model whose weights lie in the shard, as safetensors lists them."""
+    roots = {matrix.parts[matrix.packing.root].name: name for name, matrix in checkpoint.matrices.items()}
+    with safe_open(checkpoint.path / shard, "pt") as file:
+        names = [roots.get(name, name) for name in file.keys()]
+    return [name for name in names if name in checkpoint.plain.tensors]
 
 
 def finish_directory(
@@ -190,9 +200,9 @@ def _loaded_names(checkpoint: Checkpoint, plan: Targets, trust_remote_code: bool
 
 
 def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
-    """One tensor of the checkpoint, of any shape, in its stored shape and dtype, read by itself."""
-    with safe_open(checkpoint.path / checkpoint.tensors[name].shard, "pt") as file:
-        return file.get_tensor(name)
+    """One tensor of the checkpoint's plain form, of any shape, in its shape and dtype, read by itself."""
+    with PlainTensors(checkpoint) as read:
+        return read(name)
 
 
 def load_dtype(checkpoint: Checkpoint) -> torch.dtype:
@@ -200,7 +210,7 @@ def load_dtype(checkpoint: Checkpoint) -> torch.dtype:
     codes = {code: torch_dtypes()[code] for code in FLOATS}
     found = [
         codes[tensor.dtype]
-        for tensor in checkpoint.tensors.values()
+        for tensor in checkpoint.plain.tensors.values()
         if tensor.dtype in codes and len(tensor.shape) >= 2
     ]
     return max(set(found), key=found.count) if found else torch.bfloat16

@@ -316,3 +316,12 @@ def matrices(path: Path) -> int:
     config = json.loads((path / "config.json").read_text())
     layers = config["num_hidden_layers"]
     return 2 * layers if config["model_type"] == "gpt_oss" else layers * (4 + 3 * config["num_experts"])
+
+
+def same_bytes(left: Tensor, right: Tensor) -> bool:
+    """Equal dtype, shape and bytes, whatever the bytes mean."""
+    return (
+        left.dtype == right.dtype
+        and left.shape == right.shape
+        and torch.equal(left.contiguous().reshape(-1).view(torch.uint8), right.reshape(-1).view(torch.uint8))
+    )

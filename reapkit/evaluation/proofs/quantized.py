@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from reapkit.checkpoint.checkpoint import Checkpoint
-from reapkit.checkpoint.projection_names import BLOCK_SCALE, COMPRESSED_PARTS, CONSTANT_PARTS
+from reapkit.checkpoint.projection_names import COMPRESSED_PARTS, CONSTANT_PARTS
 from reapkit.core.dtypes import BITS, torch_dtypes
 from reapkit.core.errors import UnusableError
 from reapkit.core.safetensors_header import TensorInfo
@@ -31,10 +31,11 @@ from reapkit.evaluation.proofs.proof import (
     unexpected,
 )
 from reapkit.model.loading import load_config, model_class, plain_config
+from reapkit.model.stored_tensors import PlainTensors
 from reapkit.quantization.dense import PackedDirectory, relative_error
 from reapkit.quantization.formats import preset, round_to_nearest, spec_on_disk
 from reapkit.quantization.schemes import scheme_of
-from reapkit.quantization.targets import Matrix, Targets, expert_prefixes, is_fp8, targets
+from reapkit.quantization.targets import Matrix, Targets, expert_prefixes, targets
 from reapkit.recipe.schema import QuantizeSpec
 
 CONSTANTS = tuple(f".{part}" for part in CONSTANT_PARTS)
@@ -66,7 +67,7 @@ def prove_quantized(
         attempt("tensors", lambda: _tensors(old, new, plan, spec)),
         attempt("dequantized", lambda: _near_source(old, new, plan, spec)),
     ]
-    if (shortage := too_large(old, 16, device)) is not None:
+    if (shortage := too_large(old.plain, 16, device)) is not None:
         return proofs + [not_measured(name, shortage) for name in ("loads", "logits", "generates")]
     try:
         expected = _reference_logits(old, new, plan, rows, device, trust_remote_code)
@@ -126,8 +127,9 @@ def _whatever_it_is(
 def _tensors(old: Checkpoint, new: Checkpoint, plan: Targets, spec: QuantizeSpec) -> Proof:
     """Names, shapes and dtypes of every packed matrix are the format's, what is not quantized is the source's, nothing
     else is there."""
-    expected = _format(plan, spec, old)
-    others = {name for name in old.tensors if name not in plan.matrices and not name.endswith(BLOCK_SCALE)}
+    expected = _format(plan, spec)
+    plain = old.plain.tensors
+    others = {name for name in plain if name not in plan.matrices}
     if difference := names_differ(set(expected) | others, set(new.tensors)):
         return Proof("tensors", False, difference)
     for name, (shape, dtype) in expected.items():
@@ -136,12 +138,12 @@ def _tensors(old: Checkpoint, new: Checkpoint, plan: Targets, spec: QuantizeSpec
             return Proof(
                 "tensors", False, f"{name} is {found.dtype} {list(found.shape)}, the format has {dtype} {list(shape)}"
             )
-    if wrong := _wrong_bits(old, new, plan, spec):
+    if wrong := _wrong_bits(new, plan, spec):
         return Proof("tensors", False, wrong)
     changed = 0
-    with Reader(old) as read_old, Reader(new) as read_new:
+    with PlainTensors(old) as read_old, Reader(new) as read_new:
         for name in sorted(others):
-            if old.tensors[name].dtype == new.tensors[name].dtype and not same_bits(read_old(name), read_new(name)):
+            if plain[name].dtype == new.tensors[name].dtype and not same_bits(read_old(name), read_new(name)):
                 changed += 1
                 if spec.method != "awq":  # awq moves scales into norms, routers and other layers
                     return Proof("tensors", False, f"{name} is not quantized and yet differs from its source")
@@ -157,13 +159,13 @@ def _tensors(old: Checkpoint, new: Checkpoint, plan: Targets, spec: QuantizeSpec
     )
 
 
-def _wrong_bits(old: Checkpoint, new: Checkpoint, plan: Targets, spec: QuantizeSpec) -> str | None:
+def _wrong_bits(new: Checkpoint, plan: Targets, spec: QuantizeSpec) -> str | None:
     """The first matrix that takes other bytes than its scheme's arithmetic says, whatever the libraries think the
     format is."""
     scheme = scheme_of(spec)
     for name, matrix in plan.matrices.items():
-        weight_bits = 16 if is_fp8(old.config) else BITS[matrix.tensor.dtype]
-        allowed = matrix.count * scheme.nbytes(matrix.rows, matrix.columns, spec.group_size, weight_bits)
+        bits = BITS[matrix.tensor.dtype]
+        allowed = matrix.count * scheme.nbytes(matrix.rows, matrix.columns, spec.group_size, bits)
         found = sum(tensor.nbytes for tensor in _parts(new, matrix))
         if found != allowed:
             return (
@@ -189,12 +191,12 @@ def _parts(new: Checkpoint, matrix: Matrix) -> list[TensorInfo]:
     ]
 
 
-def _format(plan: Targets, spec: QuantizeSpec, old: Checkpoint) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def _format(plan: Targets, spec: QuantizeSpec) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of every packed tensor, from quantizing one matrix of each shape."""
     scheme, examples = preset(spec), {}
     expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for matrix in plan.matrices.values():
-        key = (matrix.rows, matrix.columns, "BF16" if is_fp8(old.config) else matrix.tensor.dtype)
+        key = (matrix.rows, matrix.columns, matrix.tensor.dtype)
         if key not in examples:
             examples[key] = round_to_nearest(torch.ones(key[0], key[1], dtype=torch_dtypes()[key[2]]), scheme)
         prefixes = [matrix.module] if len(matrix.tensor.shape) == 2 else expert_prefixes(matrix)
