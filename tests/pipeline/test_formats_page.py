@@ -22,6 +22,7 @@ from reapkit.evaluation.proofs.quantized import prove_quantized
 from reapkit.observation.streamed import observe_streaming
 from reapkit.pruning.checkpoint import prune_checkpoint
 from reapkit.quantization.checkpoint import quantize_checkpoint
+from reapkit.quantization.sizes import quantized_bytes
 from reapkit.recipe.schema import ObserveSpec, QuantizeSpec
 from reapkit.selection.selection import LayerSelection, Selection
 from tests.support import quantized_sources, tiny
@@ -92,7 +93,8 @@ def _cut(source: Checkpoint, out: Path, readable: bool) -> str:
 
 
 def _quantized(source: Path, out: Path) -> str:
-    quantize_checkpoint(source, out, LOWER)
+    facts = quantize_checkpoint(source, out, LOWER)
+    assert facts["nbytes"] == quantized_bytes(Checkpoint.open(source), LOWER)
     failed = [proof for proof in prove_quantized(source, out, LOWER) if not proof.passed]
     assert not failed, failed
     return "yes"
@@ -134,7 +136,13 @@ def rows() -> list[str]:
     return [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
 
 
-@pytest.mark.parametrize("name", quantized_sources.NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in quantized_sources.QUICK else pytest.mark.long)
+        for name in quantized_sources.NAMES
+    ],
+)
 def test_a_format_is_treated_as_the_page_says(name: str, tmp_path: Path) -> None:
     assert row(name, tmp_path) in rows()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.quantization.checks import check_quantize
 from reapkit.quantization.sizes import quantized_widths
 from reapkit.recipe.schema import QuantizeSpec
@@ -27,19 +26,6 @@ def test_a_method_that_cannot_do_a_scheme_and_a_group_that_is_fixed(tiny_checkpo
     )
     assert [problem.path for problem in problems] == ["quantize.method", "quantize.group_size"]
     assert "always shares a scale by 32" in problems[1].message
-
-
-def test_a_quantized_source_is_refused_unless_it_can_be_dequantized(tiny_checkpoint) -> None:
-    source = tiny_checkpoint("qwen3_moe")
-
-    def quantized(method: str) -> Checkpoint:
-        return Checkpoint(
-            source.path, {**source.config, "quantization_config": {"quant_method": method}}, source.tensors
-        )
-
-    (problem,) = check_quantize(quantized("mxfp4"), W3)
-    assert "quantized already (mxfp4)" in problem.message
-    assert not check_quantize(quantized("fp8"), W3)
 
 
 def test_stacks_that_cannot_be_taken_apart_are_refused(tiny_checkpoint) -> None:

@@ -118,6 +118,27 @@ def fp8(height: int | None, width: int | None = None) -> tuple[Callable[[Tensor]
     return parts, config | ({"weight_block_size": [height, width]} if width else {})
 
 
+def _powers(weight: Tensor, largest: float) -> tuple[Tensor, Tensor]:
+    """(values [rows, columns] at most `largest`, exponents uint8 [rows, columns / 32] of the powers of two they were
+    divided by)."""
+    groups = weight.float().unflatten(1, (-1, 32))
+    exponent = (groups.abs().amax(2) / largest).clamp(min=2.0**-100).log2().ceil()
+    return (groups / exponent.exp2()[..., None]).flatten(1), (exponent + 127).to(torch.uint8)
+
+
+def mxfp8(weight: Tensor) -> Parts:
+    values, exponent = _powers(weight, 448)
+    return {".weight": values.to(torch.float8_e4m3fn), ".weight_scale_inv": exponent}
+
+
+def four_bit_fp8(weight: Tensor) -> Parts:
+    """DeepSeek-V4's experts: two 4-bit floats in a byte, scales of exponents alone."""
+    values, exponent = _powers(weight, 6)
+    codes = (values[..., None] - LEVELS).abs().argmin(-1).to(torch.uint8)
+    packed = codes[:, 0::2] | (codes[:, 1::2] << 4)
+    return {".weight": packed.view(torch.int8), ".scale": exponent.view(torch.float8_e8m0fnu)}
+
+
 def modelopt_fp8(weight: Tensor) -> Parts:
     scale = weight.abs().amax().float() / 448
     stored = (weight.float() / scale).to(torch.float8_e4m3fn)
@@ -203,6 +224,8 @@ WRITERS: dict[str, tuple[Callable[[Tensor], Parts], dict[str, Any]]] = {
     "fp8 by block that overhangs": fp8(48, 48),
     "fp8 by row": fp8(1),
     "fp8 by matrix": fp8(None),
+    "fp8 with 4-bit weights": (four_bit_fp8, {"quant_method": "fp8", "weight_block_size": [128, 128]}),
+    "mxfp8": (mxfp8, {"quant_method": "mxfp8", "weight_block_size": [1, 32]}),
     "modelopt FP8": (modelopt_fp8, {"quant_method": "modelopt", "quant_algo": "FP8"}),
     "modelopt NVFP4": (modelopt_nvfp4, {"quant_method": "modelopt", "quant_algo": "NVFP4"}),
     "awq": (awq, {"quant_method": "awq", "version": "gemm", "zero_point": True, **_GROUPS}),
@@ -241,7 +264,7 @@ def _naive(parts: Parts, settings: dict[str, Any]) -> Tensor:
         return _awq(parts)
     if ".weight_packed" in parts and parts[".weight_packed"].dtype == torch.int32:
         return _integers(parts, weights["num_bits"])
-    if ".weight_packed" in parts or ".weight_scale_2" in parts:
+    if ".weight_packed" in parts or ".weight_scale_2" in parts or ".scale" in parts:
         return _four_bits(parts)
     scale = parts.get(".weight_scale", parts.get(".weight_scale_inv"))
     weight = parts[".weight"].float()
@@ -274,8 +297,9 @@ def _unpacked(words: Tensor, bits: int, count: int) -> Tensor:
 
 def _four_bits(parts: Parts) -> Tensor:
     packed = parts[".weight_packed" if ".weight_packed" in parts else ".weight"]
+    packed = packed.view(torch.uint8)
+    scale = parts[".weight_scale"] if ".weight_scale" in parts else parts[".scale"].view(torch.uint8)
     values = torch.stack([LEVELS[(packed & 15).long()], LEVELS[(packed >> 4).long()]], -1).flatten(1)
-    scale = parts[".weight_scale"]
     factor = (scale.float() - 127).exp2() if scale.dtype == torch.uint8 else scale.float()
     if ".weight_global_scale" in parts:
         factor = factor / parts[".weight_global_scale"]
@@ -303,6 +327,11 @@ def _four_bit_stack(blocks: Tensor, scales: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------- what is expected
 
+QUICK = (
+    *(f"compressed-tensors {kind}" for kind in ("W4A16", "W4A16 asymmetric", "FP8_BLOCK", "NVFP4A16", "MXFP4")),
+    *("fp8 by block that overhangs", "fp8 with 4-bit weights", "modelopt NVFP4", "awq", "gptq", "torchao", "mxfp4"),
+)
+"""Formats that are tried in every run of the tests, one of each way of storing; the others differ in a setting."""
 UNREAD = ("gptq", "auto-round", "bitsandbytes", "torchao")
 
 
@@ -325,3 +354,8 @@ def same_bytes(left: Tensor, right: Tensor) -> bool:
         and left.shape == right.shape
         and torch.equal(left.contiguous().reshape(-1).view(torch.uint8), right.reshape(-1).view(torch.uint8))
     )
+
+
+def add(path: Path, name: str) -> None:
+    """One more tensor in a checkpoint's file."""
+    save_file(load_file(path / FILE) | {name: torch.ones(4)}, path / FILE, metadata={"format": "pt"})

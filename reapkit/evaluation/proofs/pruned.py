@@ -74,12 +74,12 @@ def prove_pruned(
         return _computed(old, new, selection, weights, rows, dtype, device, trust_remote_code)
 
     try:
-        return proofs + _in_doubt_wider(computed, None if too_large(old.plain, 32, device) else "float32")
+        return proofs + in_doubt_wider(computed, None if too_large(old.plain, 32, device) else "float32")
     except Exception as error:  # whatever the loader dies of is the finding
         return [*proofs, Proof("loads", False, f"{type(error).__name__}: {str(error)[:500]}")]
 
 
-def _in_doubt_wider(computed: Callable[[str], list[Proof]], wider: str | None) -> list[Proof]:
+def in_doubt_wider(computed: Callable[[str], list[Proof]], wider: str | None) -> list[Proof]:
     """The proofs in the dtype that the model runs in. Where logits differ there, near-ties of a router may have fallen
     the other way by rounding: `wider`, where memory has room for it, tells that from an expert that is not the same."""
     proofs = computed("auto")

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from reapkit.checkpoint.checkpoint import Checkpoint
 from reapkit.core.errors import StageFailed
-from reapkit.evaluation.proofs.proof import Proof
+from reapkit.evaluation.proofs.proof import Proof, logits_of
 from reapkit.evaluation.proofs.prove import Request, prove
-from reapkit.evaluation.proofs.pruned import prove_pruned
+from reapkit.evaluation.proofs.pruned import in_doubt_wider, prove_pruned
 from reapkit.evaluation.proofs.quantized import prove_quantized
 from reapkit.pruning.checkpoint import prune_checkpoint
 from reapkit.pruning.refitted_weights import LayerNames, RepairedWeights
@@ -210,3 +210,45 @@ def test_an_unquantized_tensor_that_changed_is_found(made, tmp_path: Path) -> No
     wrong = copied(quantized, tmp_path)
     edit(wrong, lambda tensors: tensors["model.norm.weight"].add_(0.5))
     assert failing(prove_quantized(pruned, wrong, SPEC)) == {"tensors"}
+
+
+def test_a_pruned_model_is_proven_in_the_dtype_that_it_runs_in(made, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, pruned, _, selection = made
+    seen: list[torch.dtype] = []
+
+    def spied(model, rows: torch.Tensor) -> torch.Tensor:
+        logits = logits_of(model, rows)
+        seen.append(logits.dtype)
+        return logits
+
+    monkeypatch.setattr("reapkit.evaluation.proofs.pruned.logits_of", spied)
+    monkeypatch.setattr("reapkit.evaluation.proofs.proof.logits_of", spied)
+    assert not failing(prove_pruned(source, pruned, selection))
+    assert seen == [torch.bfloat16] * 2
+
+
+@pytest.mark.parametrize(
+    ("holds_in", "wider", "asked", "passes"),
+    [
+        ({"auto"}, "float32", ["auto"], True),
+        ({"float32"}, "float32", ["auto", "float32"], True),
+        (set(), "float32", ["auto", "float32"], False),
+        ({"float32"}, None, ["auto"], False),
+    ],
+)
+def test_logits_that_differ_are_looked_at_again_in_a_wider_dtype(
+    holds_in: set[str], wider: str | None, asked: list[str], passes: bool
+) -> None:
+    """A near-tie of a router that rounding decides is no fault, an expert that is not the same is one in any dtype."""
+    seen: list[str] = []
+
+    def computed(dtype: str) -> list[Proof]:
+        seen.append(dtype)
+        return [Proof("loads", True, "loads"), Proof("logits", dtype in holds_in, f"differ in {dtype}")]
+
+    loads, logits = in_doubt_wider(computed, wider)
+    assert seen == asked
+    assert loads.passed
+    assert logits.passed == passes
+    if passes and wider in seen:
+        assert logits.detail == "in float32 they differ in float32; in the model's own dtype they differ in auto"
