@@ -55,28 +55,43 @@ class QuantizationMethod:
 
 # ---------------------------------------------------------------------------------------------- compressed-tensors
 
-_CT_PACKED = dict(mark=".weight_packed", root=".weight_packed", dense=".weight", needed=(".weight_scale",))
-_CT_STORED = dict(mark=".weight_scale", root=".weight", dense=".weight", shape=as_stored, scale=".weight_scale")
 PACK_QUANTIZED = Packing(
     "pack-quantized",
-    **_CT_PACKED,
-    shape=packed_integers,
-    optional=(".weight_shape", ".weight_zero_point"),
+    ".weight_packed",
+    ".weight_packed",
+    ".weight",
+    packed_integers,
+    (".weight_scale",),
+    (".weight_shape", ".weight_zero_point"),
     fits=lambda parts: parts[".weight_packed"].dtype == "I32",
     scale=".weight_scale",
 )
 NVFP4_PACKED = Packing(
     "nvfp4-pack-quantized",
-    **_CT_PACKED | {"needed": (".weight_scale", ".weight_global_scale")},
-    shape=two_in_a_byte(".weight_packed"),
+    ".weight_packed",
+    ".weight_packed",
+    ".weight",
+    two_in_a_byte(".weight_packed"),
+    (".weight_scale", ".weight_global_scale"),
 )
 MXFP4_PACKED = Packing(
     "mxfp4-pack-quantized",
-    **_CT_PACKED,
-    shape=two_in_a_byte(".weight_packed"),
+    ".weight_packed",
+    ".weight_packed",
+    ".weight",
+    two_in_a_byte(".weight_packed"),
+    (".weight_scale",),
     fits=lambda parts: parts[".weight_packed"].dtype == "U8",
 )
-STORED = Packing("int-, float-, naive- or mxfp8-quantized", **_CT_STORED, optional=(".weight_zero_point",))
+STORED = Packing(
+    "int-, float-, naive- or mxfp8-quantized",
+    ".weight_scale",
+    ".weight",
+    ".weight",
+    as_stored,
+    optional=(".weight_zero_point",),
+    scale=".weight_scale",
+)
 FORMATS = {
     "pack-quantized",
     "int-quantized",

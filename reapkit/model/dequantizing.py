@@ -132,7 +132,7 @@ def _awq(parts: dict[str, Tensor], settings: Mapping[str, Any]) -> Tensor:
         ignore=(),
     )
     converted = converter.process({f"matrix{suffix}": part for suffix, part in parts.items()})
-    scheme = next(iter(converter._build_quant_config().config_groups.values()))
+    scheme = cast(QuantizationScheme, next(iter(converter._build_quant_config().config_groups.values())))
     return decompress({name.removeprefix("matrix."): part for name, part in converted.items()}, scheme)
 
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import transformers
@@ -82,7 +82,8 @@ def _dequantized(
     """The model with its weights dequantized while transformers takes them, and what transformers says of it."""
     tensors = CheckpointTensors(checkpoint)
     with ShardReader(checkpoint.path) as reader:
-        model, info = type(empty).from_pretrained(
+        kind = cast(Any, type(empty))  # with loading info it gives two things, which its annotation leaves out
+        model, info = kind.from_pretrained(
             None,
             config=empty.config,
             dtype=empty.dtype,

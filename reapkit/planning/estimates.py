@@ -196,11 +196,11 @@ def _mtp_weights(plan: Plan) -> int:
         return 0
     own = [
         kind
-        for kind in plan.layout.kinds
-        if kind.tensor.name in plan.layout.mtp_tensors
+        for kind in plan.checkpoint.plain.layout.kinds
+        if kind.tensor.name in plan.checkpoint.plain.layout.mtp_tensors
         and not kind.tensor.name.endswith(("embed_tokens.weight", "shared_head.head.weight"))
     ]
-    return sum(kind.count * _computing_bytes(kind.tensor.dtype, kind.tensor.numel, kind.tensor.name) for kind in own)
+    return sum(kind.count * _computing_bytes(kind.tensor.dtype, kind.tensor.numel) for kind in own)
 
 
 def layer_weights(

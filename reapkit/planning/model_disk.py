@@ -49,7 +49,7 @@ def quantized_directory(plan: Plan) -> DiskUse:
     kept, spec = plan.kept(largest(plan)), plan.recipe.quantize
     nbytes = plan.quantized_nbytes(largest(plan)) or 0
     header = 0.0
-    for kind, matrix in decided_kinds(plan.checkpoint, spec, plan.layout):
+    for kind, matrix in decided_kinds(plan.checkpoint, spec):
         name, pieces = kind.tensor.name, 1 if matrix is None else matrix.count
         if matrix is not None or spec.recipe is not None:
             entry = pieces * PACKED_PARTS * _entry(name, PACKED_SHAPE, nbytes, PACKED_NAME)
@@ -65,8 +65,8 @@ def plain_bytes(plan: Plan, kept: Mapping[int, int] | None = None) -> int:
     """A model's weights in the dtype that it computes in; its multi-token-prediction blocks whole."""
     mtp = sum(
         kind.count * kind.tensor.numel * max(2, BITS[kind.tensor.dtype] // 8)
-        for kind in plan.layout.kinds
-        if kind.tensor.name in plan.layout.mtp_tensors
+        for kind in plan.checkpoint.plain.layout.kinds
+        if kind.tensor.name in plan.checkpoint.plain.layout.mtp_tensors
     )
     return sum(layer_weights(plan.checkpoint, plan.layout, kept).values()) + mtp
 

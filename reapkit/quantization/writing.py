@@ -106,7 +106,7 @@ def _in_file_order(checkpoint: Checkpoint, shard: str) -> list[str]:
     """The tensors of a plain model whose weights lie in the shard, as safetensors lists them."""
     roots = {matrix.parts[matrix.packing.root].name: name for name, matrix in checkpoint.matrices.items()}
     with safe_open(checkpoint.path / shard, "pt") as file:
-        names = [roots.get(name, name) for name in file.keys()]
+        names = [roots.get(str(name), str(name)) for name in file.keys()]
     return [name for name in names if name in checkpoint.plain.tensors]
 
 
