@@ -162,9 +162,8 @@ class Checkpoint:
         disk are those of the packed weights. A plain checkpoint is its own."""
         if not self.quantization:
             return self
-        return Checkpoint(
-            self.path, without_quantization(self.config), dense_tensors(self.tensors, self.matrices), self.stored
-        )
+        dense = dense_tensors(self.tensors, self.matrices)
+        return replace(self, config=without_quantization(self.config), tensors=dense)
 
     @cached_property
     def shards(self) -> tuple[str, ...]:
