@@ -56,7 +56,7 @@ class StoredTensor:
         return dequantized(self.matrix, parts)
 
     def read_into(self, place: Tensor) -> None:
-        """Fills contiguous `place` of the same shape, rounded to its dtype as `Tensor.to` rounds."""
+        """Fills contiguous `place`, of any shape that the tensor has, rounded to its dtype as `Tensor.to` rounds."""
         if self.matrix is None:
             _read_into(place, self._reader, self.info)
         elif place.dim() == 2:

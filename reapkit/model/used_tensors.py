@@ -57,7 +57,8 @@ def require_all_used(
     """Raises UnusableError where a tensor of a decoder layer, or a scale or packed weight anywhere, has no place in the
     model's class, or another shape than its parameter.
 
-    `targets`: of every tensor of `checkpoint.plain`. Left aside are multi-token-prediction blocks, which reapkit loads
+    `targets`: of every tensor of `checkpoint.plain`. `expected`: the class's parameters and buffers, of any shape and
+    dtype. Left aside are multi-token-prediction blocks, which reapkit loads
     or drops by itself, and what the class itself says that it leaves out.
     """
     if unused := unused_tensors(model, checkpoint, targets, expected):
@@ -78,7 +79,8 @@ def require_all_used(
 def unused_tensors(
     model: PreTrainedModel, checkpoint: Checkpoint, targets: Mapping[str, Target], expected: Mapping[str, Tensor]
 ) -> list[str]:
-    """Names of the tensors that `require_all_used` refuses for having no place."""
+    """Names of the tensors that `require_all_used` refuses for having no place in `expected`, whose shapes and dtypes
+    do not count here (any shape, any dtype)."""
     unplaced = [name for name, (target, _) in targets.items() if target not in expected]
     return harmful(unplaced, checkpoint, _left_out_by(model))
 
