@@ -34,8 +34,8 @@ E8M0_BIAS = 127
 
 def dequantized(matrix: StoredMatrix, parts: Mapping[str, Tensor]) -> Tensor:
     """The matrix that `parts` stand for, by suffix in their stored shapes and dtypes: [rows, columns], or a stack of
-    experts' [experts, ...], in the float dtype that it is computed in (float32 where scales are multiplied here), not yet rounded to a
-    model's."""
+    experts' [experts, ...], in the float dtype that it is computed in (float32 where scales are multiplied here), not
+    yet rounded to a model's."""
     return _DEQUANTIZERS[matrix.packing](dict(parts), matrix.settings)
 
 
