@@ -23,8 +23,9 @@ PREDICTION = re.compile(r"\.(?:eh_proj|enorm|hnorm|shared_head|\w*(?:mtp|nextn)\
 """What only multi-token-prediction blocks hold, in whichever numbering."""
 VOCABULARY = re.compile(r"(?:^|\.)(?:embed_tokens|word_embeddings|wte|lm_head)\.weight$")
 OWN_WIDTH = re.compile(r"(?:moe|expert|ffn).*(?:size|dim|width)")
-PLAIN = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I8"}
-"""Dtypes in which a matrix is stored in its own shape; packed ones say nothing about widths."""
+PLAIN = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
+"""Dtypes in which a matrix is stored in its own shape; packed ones, and bytes, which may hold two weights, say nothing
+about widths before they are taken apart (`Checkpoint.plain`)."""
 
 
 def require_agreement(path: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], layout: Layout) -> None:

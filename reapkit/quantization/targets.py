@@ -158,11 +158,15 @@ def decided_kinds(checkpoint: Checkpoint, spec: QuantizeSpec) -> Iterator[tuple[
 
 def needs_plain_copy(checkpoint: Checkpoint, spec: QuantizeSpec) -> bool:
     """Whether a quantized checkpoint is written in plain numbers before it is quantized again: what calibrates reads
-    models, and llm-compressor's data-free quantization weights under their own names."""
+    models, and llm-compressor's data-free quantization weights under their own names, scales of dtypes that it
+    knows."""
     if not checkpoint.quantization:
         return False
-    renamed = any(matrix.parts[matrix.packing.root].name != name for name, matrix in checkpoint.matrices.items())
-    return renamed or spec.recipe is not None or spec.method != "rtn" or targets(checkpoint, spec).has_stacked_experts
+    strange = any(
+        matrix.parts[matrix.packing.root].name != name or any(part.dtype == "F8_E8M0" for part in matrix.parts.values())
+        for name, matrix in checkpoint.matrices.items()
+    )
+    return strange or spec.recipe is not None or spec.method != "rtn" or targets(checkpoint, spec).has_stacked_experts
 
 
 def _left_by_user(name: str, spec: QuantizeSpec) -> str | None:
