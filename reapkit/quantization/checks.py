@@ -21,9 +21,8 @@ def check_quantize(checkpoint: Checkpoint, spec: QuantizeSpec) -> list[Problem]:
     if problem := scheme_problem(spec):
         return [problem]
     scheme = scheme_of(spec)
-    problems = _method_problems(spec, scheme)
-    stacked = _stack_problems(checkpoint, spec)
-    return problems + (stacked or _group_problems(checkpoint, spec, scheme))
+    problems = _method_problems(spec, scheme) + _stack_problems(checkpoint, spec)
+    return problems or _group_problems(checkpoint, spec, scheme)
 
 
 def _method_problems(spec: QuantizeSpec, scheme: Scheme) -> list[Problem]:

@@ -103,7 +103,9 @@ def test_memory_of_the_process_that_started_it_is_not_counted():
 
 
 def test_a_failing_process_is_reported_with_its_last_words(tmp_path):
-    with pytest.raises(StageFailed, match=r"throughput of .* ended with code 1: FileNotFoundError: .*config\.json"):
+    with pytest.raises(
+        StageFailed, match=r"throughput of .* ended with code 1: .*UnusableError: .*there is no config\.json"
+    ):
         throughput_of(tmp_path)
 
 
