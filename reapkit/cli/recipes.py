@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from shlex import quote
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,8 +22,11 @@ from reapkit.quantization.schemes import SCHEMES
 from reapkit.recipe.json_schema import recipe_schema
 from reapkit.recipe.loading import find_recipe, load
 from reapkit.recipe.reference_page import language_page
-from reapkit.report.tables import plan_as_json, plan_tables, result_table
+from reapkit.report.tables import checks_table, plan_as_json, plan_tables, result_table
 from reapkit.selection.criteria.registry import vocabulary
+
+if TYPE_CHECKING:
+    from reapkit.pipeline.first_minute import Proven
 
 
 @app.command()
@@ -54,21 +58,43 @@ def validate(
 
 
 @app.command()
-def plan(recipe: RecipeArgument, overrides: Overrides, as_json: Json = False) -> None:
+def plan(
+    recipe: RecipeArgument,
+    overrides: Overrides,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check",
+            help="Try in a minute what a run would meet in its last hour: the model's class, its first layers, an"
+            " expert quantized, the pruned model.",
+        ),
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Show what would run: stages, experts, parameters and bytes before and after. Reads config and headers only.
 
     Example: reapkit plan demo --set prune.ratio=0.25
     """
-    _show_plan(recipe, overrides, as_json)
+    _show_plan(recipe, overrides, as_json, check=check)
 
 
-def _show_plan(recipe: str, overrides: list[str], as_json: bool, observation: str | None = None) -> None:
+def _show_plan(
+    recipe: str, overrides: list[str], as_json: bool, observation: str | None = None, *, check: bool = False
+) -> None:
     made = load_and_plan(recipe, overrides, observation=_directory_of(observation))
+    tried: list[Proven] | None = None
+    if check:
+        quiet_libraries()
+        from reapkit.pipeline.first_minute import first_minute
+
+        tried = first_minute(made)
     if as_json:
-        print(json.dumps(plan_as_json(made)))
+        print(json.dumps(plan_as_json(made) | ({} if tried is None else {"checks": [asdict(each) for each in tried]})))
         return
     for table in plan_tables(made):
         out().print(table)
+    if tried is not None:
+        out().print(checks_table(tried))
 
 
 @app.command()

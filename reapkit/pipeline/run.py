@@ -108,6 +108,8 @@ def _walk(run: Run, until: str | None, progress: Progress) -> Run:
     if plan.recipe.evaluate.lm_eval is not None and "verify" in plan.leading_to(until):
         require_lm_eval()  # now, not after everything else
     run.ranks.share(plan.store.root)
+    if "observe" in plan.leading_to(until) and plan.stage("observe").must_run:
+        _try_first(plan, until, progress)
     try:
         while not _came_to_its_end(run, until, progress):
             pass
@@ -123,6 +125,15 @@ def _walk(run: Run, until: str | None, progress: Progress) -> Run:
     _stop_if_final_rejected(run)
     push(run, progress)
     return run
+
+
+def _try_first(plan: Plan, until: str | None, progress: Progress) -> None:
+    """What a run would find out in its last hour it finds out now."""
+    from reapkit.pipeline.first_minute import first_minute
+
+    started = time.monotonic()
+    tried = list(dict.fromkeys(each.name for each in first_minute(plan, until)))
+    progress.say(f"checked in {time.monotonic() - started:.0f} s: {', '.join(tried)}")
 
 
 def make_runs_folder(*parents: Path) -> None:

@@ -40,6 +40,8 @@ MANIFEST = "reapkit.json"
 QUANTIZER_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quantization_config.json")
 RAGGED_KEY = "num_routed_experts_per_layer"
 RAGGED_MODULE = "modeling_ragged"
+OUTLINE_BYTES = 5_000_000_000
+"""Of a shard that is not written: any file system holds a file of holes of that size."""
 
 
 @dataclass(frozen=True)
@@ -89,12 +91,7 @@ def prune_checkpoint(
         )
     found = source.layout
     drop_mtp = _drops_mtp(found, selection, mtp, progress)
-    keep = _kept(found, selection, source, drop_mtp)
-    is_ragged = _is_ragged(source, keep, layout)
-    replaced = None if repaired is None else _fitting(repaired, keep)
-    shards = lay_out(source, cut_tensors(source, found, keep, drop_mtp=drop_mtp, replaced=replaced), max_shard_bytes)
-    rename = _renamer(source, found, keep, drop_mtp)
-    texts = _edited_texts(source, found, keep, selection.experts_per_token, drop_mtp, rename, is_ragged=is_ragged)
+    keep, shards, texts = _decided(source, selection, max_shard_bytes, drop_mtp, layout, repaired)
     copies, left_out = companions(source)
     with explained(source.path, out):
         out.mkdir(parents=True, exist_ok=True)
@@ -132,6 +129,47 @@ def prune_checkpoint(
             f" {listed(left_out)}."
         )
     return PrunedCheckpoint(out, written, kept, drop_mtp and bool(found.mtp_tensors), left_out)
+
+
+def outline_checkpoint(
+    source: Checkpoint,
+    selection: Selection,
+    out: Path,
+    *,
+    mtp: Literal["auto", "observe", "drop"] = "auto",
+    layout: Literal["uniform", "ragged"] = "uniform",
+) -> None:
+    """Writes to the empty directory `out` what `prune_checkpoint` would, with files of holes in place of the shards'
+    numbers: their headers are there, so that the model's class can be asked whether it takes them. No weight is read.
+
+    Raises UnusableError for a selection that does not fit.
+    """
+    drop_mtp = _drops_mtp(source.layout, selection, mtp, SILENT)
+    _, shards, texts = _decided(source, selection, OUTLINE_BYTES, drop_mtp, layout, None)
+    for shard in shards:
+        with (out / shard.name).open("wb") as file:
+            file.write(shard.header)
+            file.truncate(shard.nbytes)
+    _write_small_files(source, out, shards, companions(source)[0], texts)
+
+
+def _decided(
+    source: Checkpoint,
+    selection: Selection,
+    max_shard_bytes: int,
+    drop_mtp: bool,
+    layout: str,
+    repaired: RepairedWeights | None,
+) -> tuple[dict[int, tuple[int, ...]], list[Shard], dict[str, str]]:
+    """Kept experts by layer, the shards of the result, and the texts that surgery writes."""
+    found = source.layout
+    keep = _kept(found, selection, source, drop_mtp)
+    is_ragged = _is_ragged(source, keep, layout)
+    replaced = None if repaired is None else _fitting(repaired, keep)
+    shards = lay_out(source, cut_tensors(source, found, keep, drop_mtp=drop_mtp, replaced=replaced), max_shard_bytes)
+    rename = _renamer(source, found, keep, drop_mtp)
+    texts = _edited_texts(source, found, keep, selection.experts_per_token, drop_mtp, rename, is_ragged=is_ragged)
+    return keep, shards, texts
 
 
 def _fitting(repaired: RepairedWeights, keep: Mapping[int, Sequence[int]]) -> dict[str, tuple[Path, TensorInfo]]:

@@ -26,6 +26,14 @@ def _table(
     )
 
 
+def checks_table(checks: Iterable[Any]) -> TerminalTable:
+    """What `plan --check` tried, each with `name`, `detail` and whether it `ran`."""
+    table = _table("checked before anything runs", [("", "left"), ("state", "left"), ("what was seen", "left")])
+    for each in checks:
+        table.add_row(each.name, "holds" if each.ran else "not tried", each.detail)
+    return table
+
+
 def plan_tables(plan: Plan) -> list[TerminalTable | str]:
     """The stages, the sizes before and after, and what it takes."""
     stages = _table(
