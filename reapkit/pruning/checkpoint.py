@@ -84,11 +84,6 @@ def prune_checkpoint(
     Raises UnusableError for a selection that does not fit, StageFailed where the disk or the source gives way.
     """
     out = Path(out)
-    if source.method is not None and not source.method.cut:
-        raise UnusableError(
-            f"{source.path}: the weights are quantized ({source.method_name}), whose files name every tensor once more"
-            f" in their metadata, so no expert can be taken out. {way_out()}"
-        )
     found = source.layout
     drop_mtp = _drops_mtp(found, selection, mtp, progress)
     keep, shards, texts = _decided(source, selection, max_shard_bytes, drop_mtp, layout, repaired)
@@ -161,7 +156,13 @@ def _decided(
     layout: str,
     repaired: RepairedWeights | None,
 ) -> tuple[dict[int, tuple[int, ...]], list[Shard], dict[str, str]]:
-    """Kept experts by layer, the shards of the result, and the texts that surgery writes."""
+    """Kept experts by layer, the shards of the result, and the texts that surgery writes. Raises UnusableError for a
+    source that cannot be cut, or a selection that does not fit."""
+    if source.method is not None and not source.method.cut:
+        raise UnusableError(
+            f"{source.path}: the weights are quantized ({source.method_name}), whose files name every tensor once more"
+            f" in their metadata, so no expert can be taken out. {way_out()}"
+        )
     found = source.layout
     keep = _kept(found, selection, source, drop_mtp)
     is_ragged = _is_ragged(source, keep, layout)
