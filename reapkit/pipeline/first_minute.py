@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from reapkit.model.routed_experts import RoutedExperts
 
 CLASS, LAYERS, MATRIX, PRUNED = "the model's class", "the first layers", "an expert, quantized", "the pruned model"
+NOT_HERE = "the weights are not on this machine: apply fetches them, then tries this"
 TOKENS = 16
 """That the first layers are run on."""
 STRIDE = 7919
@@ -90,7 +91,7 @@ def _counted(experts: Mapping[int, int]) -> str:
 def _first_layers(plan: Plan, stages: Collection[str]) -> list[Proven]:
     """The layers up to the first one with routed experts, run on a few tokens, and an expert of it quantized."""
     if plan.checkpoint.shard_hashes:
-        return [Proven(LAYERS, "the weights are not on this machine: apply fetches them, then tries this", ran=False)]
+        return [Proven(LAYERS, NOT_HERE, ran=False)]
     from reapkit.model.first_layers import run_first_layers
     from reapkit.model.streaming.layers import LayeredModel
 
@@ -159,6 +160,8 @@ def _pruned_model(plan: Plan, stages: Collection[str]) -> list[Proven]:
 
     if "prune" not in stages:
         return []
+    if plan.checkpoint.shard_hashes:
+        return [Proven(PRUNED, NOT_HERE, ran=False)]
     prune, found = plan.recipe.prune, dict[tuple[int, ...], Proven]()
     for candidate in plan.candidates:
         selection = _first_experts(plan, candidate)

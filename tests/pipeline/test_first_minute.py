@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,12 @@ def test_only_what_the_wanted_stages_need_is_tried(home: Path) -> None:
     plan = planned(home)
     assert [each.name for each in first_minute(plan, "observe")] == [CLASS, LAYERS]
     assert [each.name for each in first_minute(plan, "prune")] == [CLASS, LAYERS, PRUNED]
+
+
+def test_of_a_model_on_the_hub_the_class_is_tried(home: Path) -> None:
+    plan = planned(home)
+    away = replace(plan, checkpoint=replace(plan.checkpoint, shard_hashes={"model.safetensors": "0" * 64}))
+    assert [(each.name, each.ran) for each in first_minute(away)] == [(CLASS, True), (LAYERS, False), (PRUNED, False)]
 
 
 def test_a_tensor_that_the_class_has_no_place_for(home: Path) -> None:
