@@ -16,6 +16,7 @@ from reapkit.model.loaded_names import LoadedNames
 from reapkit.model.loading import load_config, load_model, model_class
 from reapkit.model.masking import masked
 from reapkit.observation.streamed import observe_streaming
+from reapkit.pipeline.first_minute import CLASS, LAYERS, PRUNED, first_minute
 from reapkit.pipeline.planned import make_plan
 from reapkit.pruning.checkpoint import prune_checkpoint
 from reapkit.recipe.loading import load
@@ -109,7 +110,9 @@ def test_a_tiny_copy_is_observed_pruned_and_loaded_again(name: str, tmp_path: Pa
     assert copies.patterns(source.tensors) == copies.published_patterns(name), "laid out as it is published"
     whole = PLANNED[name][3]
     layout = "ragged" if whole else "uniform"
-    assert planned(path, tmp_path, layout=layout).layout.layers.keys() == source.layout.layers.keys()
+    plan = planned(path, tmp_path, layout=layout)
+    assert plan.layout.layers.keys() == source.layout.layers.keys()
+    assert [each.name for each in first_minute(plan) if each.ran] == [CLASS, LAYERS, PRUNED]
     observation = observe_streaming(
         path,
         tiny_tokens(tmp_path / "tokens"),
