@@ -1,7 +1,7 @@
 """How fast are knock-outs against plain forwards? Tokens x layers per second, both measured in one process.
 
-    python benchmarks/knockout.py [--dtype float32|bfloat16] [--hidden 256] [--experts 32] [--top-k 4] [--layers 4]
-                                  [--tokens 2048] [--length 256] [--vocabulary 4096] [--json FILE]
+    python benchmarks/knockout.py [--dtype float32|bfloat16] [--hidden 256] [--experts 16] [--top-k 4] [--layers 8]
+                                  [--tokens 1024] [--length 256] [--vocabulary 4096] [--json FILE]
 
 A knock-out behind layer l of L counts L - l layers for every token of the sample: what a forward that begins there
 takes, whether or not a row sees the expert. `computed` counts only what really ran behind the layers. The plain forward
@@ -113,10 +113,10 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     for name, value in (
         ("hidden", 256),
-        ("experts", 32),
+        ("experts", 16),
         ("top-k", 4),
-        ("layers", 4),
-        ("tokens", 2048),
+        ("layers", 8),
+        ("tokens", 1024),
         ("length", 256),
         ("vocabulary", 4096),
     ):

@@ -16,14 +16,15 @@ CACHED_LOGIT_BYTES = 2_500_000_000
 """Of the base's float32 logits that are kept on the device; beyond it they are computed anew for every comparison."""
 
 
-def small_divergence(base: Tensor, other: Tensor) -> Tensor:
-    """KL(softmax(base) ‖ softmax(other)) in nats, float32 [...], of logits [..., vocabulary] float32.
+def small_divergence(base: Tensor, other: Tensor, p: Tensor | None = None) -> Tensor:
+    """KL(softmax(base) ‖ softmax(other)) in nats, float32 [...], of logits [..., vocabulary] float32; `p`: the
+    softmax of `base`, where it is known.
 
     With d the difference of the logits, m = Σ p d and x = d − m it is ln Σ p exp(−x) = ln(1 + Σ p (exp(−x) − 1 + x)): a
     sum of terms that are not negative and vanish with x², where Σ p (ln p − ln q) leaves the rounding of its terms,
     1e-7 a position. Where it is large, or not finite, it is computed so nevertheless.
     """
-    p, x = base.softmax(-1), base - other
+    p, x = base.softmax(-1) if p is None else p, base - other
     x -= (p * x).sum(-1, keepdim=True)
     found = torch.log1p(torch.expm1(-x).add_(x).mul_(p).sum(-1).clamp_min(0.0))
     large = ~(found <= SMALL)  # also what is no number, where a model rules tokens out by a logit of minus infinity
@@ -73,6 +74,8 @@ class BaseLogits:
     def _compared(self, base: Tensor, hidden: Tensor) -> Iterator[Tensor]:
         """Float64 [k] each, some of the n variants at a time: `hidden` [n, positions, hidden] against `base`
         [positions, vocabulary]."""
+        p = base.softmax(-1)
         for some in hidden.split(max(1, self._step // max(1, len(base)))):
-            said = logits(self._model, some.reshape(-1, some.shape[-1]))
-            yield small_divergence(base, said.view(len(some), *base.shape)).double().sum(1)
+            said = logits(self._model, some.reshape(-1, some.shape[-1])).view(len(some), *base.shape)
+            for each in said:  # one at a time stays in a CPU's cache
+                yield small_divergence(base, each, p).double().sum(0, keepdim=True)
