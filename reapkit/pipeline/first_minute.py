@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from reapkit.model.routed_experts import RoutedExperts
 
-CLASS, LAYERS, MATRIX, PRUNED = "the model's class", "the first layers", "an expert, quantized", "the pruned model"
+CLASS, LAYERS, MATRIX, PRUNED = "the model's class", "the first layers", "a quantized expert", "the pruned model"
 NOT_HERE = "the weights are not on this machine: apply fetches them, then tries this"
 TOKENS = 16
 """That the first layers are run on."""

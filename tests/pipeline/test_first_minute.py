@@ -131,7 +131,7 @@ def test_a_run_ends_before_it_observes(home: Path, monkeypatch: pytest.MonkeyPat
     planned(home)
     done = command("plan", "r.yaml", "--check", "--json")
     assert [each["name"] for each in done.json()["checks"]] == [CLASS, LAYERS, MATRIX, PRUNED]
-    assert "an expert, quantized" in command("plan", "r.yaml", "--check").stdout
+    assert "a quantized expert" in command("plan", "r.yaml", "--check").stdout
     assert "checks" not in command("plan", "r.yaml", "--json").json() and not (home / "store").exists()
     monkeypatch.setattr(surgery, "config_edits", lambda *_: {})
     done = command("plan", "r.yaml", "--check", "--json")
