@@ -25,6 +25,7 @@ from reapkit.quantization.schemes import SCHEMES
 from reapkit.quantization.sizes import quantized_bytes
 from reapkit.quantization.targets import targets
 from reapkit.recipe.schema import QuantizeSpec
+from tests.support import quantized_sources
 from tests.support.tiny import build, save_hub_layout
 from tests.support.tiny_tokens import tiny_tokens
 
@@ -434,3 +435,12 @@ def test_a_raw_recipe_that_cannot_be_written_is_refused(
 ) -> None:
     with pytest.raises(RecipeError, match=message):
         quantize_checkpoint(saved("qwen3_moe"), tmp_path / "out", QuantizeSpec(recipe=recipe), calibration=tokens)
+
+
+def test_an_int4_source_is_calibrated_to_fewer_bits(tokens, tmp_path: Path) -> None:
+    """As Kimi is published; its plain form is a copy that is gone afterwards."""
+    source = quantized_sources.write("compressed-tensors W4A16", tmp_path / "source")
+    facts = quantize_checkpoint(source, tmp_path / "out", spec_of(method="gptq"), calibration=tokens)
+    assert facts["nbytes"] == quantized_bytes(Checkpoint.open(source), spec_of(method="gptq"))
+    holds(source, tmp_path / "out", spec_of(method="gptq"))
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "out"}
