@@ -34,8 +34,9 @@ class Nats:
 
 
 def nats(evidence: Evidence) -> Nats:
-    """Σ_s α_s T_s KO_s / t_s / Σ_s α_s T_s, with T_s a source's scored tokens and KO_s the sum over its t_s measured
-    positions. Raises UnusableError where a source that has weight was not measured."""
+    """Σ_s KO_s / Σ_s t_s, with KO_s the sum over a source's t_s measured positions, which are equal parts of the
+    sources; under a mix Σ_s w_s KO_s / t_s, with w_s the source's share of the mix. Raises UnusableError where a source
+    that has weight was not measured."""
     observation = evidence.observation
     found = KNOCKOUTS.of(observation, f"saliency.criterion: {KNOCKOUT.name}")
     weighed = [s for s, alpha in enumerate(evidence.alphas) if alpha and observation.scored_tokens[s]]
@@ -44,7 +45,9 @@ def nats(evidence: Evidence) -> Nats:
             f"saliency.criterion: {KNOCKOUT.name} was measured on no position of {', '.join(missing)}. Raise"
             f" observe.{KNOCKOUTS.setting}."
         )
-    shares = {s: float(evidence.alphas[s] * int(observation.scored_tokens[s])) for s in weighed}
+    mixed = any(alpha != 1 for alpha in evidence.alphas)  # 1 each without a mix
+    weights = [evidence.alphas[s] * int((observation.scored_tokens if mixed else found.positions)[s]) for s in weighed]
+    shares = {s: float(weight) for s, weight in zip(weighed, weights, strict=True)}
     kl, floor = np.zeros((len(found.layers), observation.num_experts)), np.zeros(len(found.layers))
     for source, share in shares.items():
         weight = share / sum(shares.values()) / int(found.positions[source])

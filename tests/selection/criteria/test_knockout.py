@@ -34,18 +34,17 @@ def observed(knockouts: Knockouts | None = None) -> Observation:
     return replace(observe_routing(random_routing(0, tokens=400), trace=False), knockout=knockouts)
 
 
-def test_it_is_the_mean_over_positions_under_the_shares_of_the_mix() -> None:
+def test_it_is_the_mean_over_measured_positions_or_under_the_shares_of_a_mix() -> None:
     found = measured()
     observation = observed(found)
-    scored = observation.scored_tokens
-    expected = [
-        [sum(scored[s] * found.kl[row, s, e] / found.positions[s] for s in (0, 1)) / sum(scored) for e in range(8)]
-        for row in range(3)
-    ]
+    expected = [[sum(found.kl[row, s, e] for s in (0, 1)) / (40 + 25) for e in range(8)] for row in range(3)]
     routed = observation.statistics["count"].sum(1) > 0
     values = saliency(observation, saliency_spec("knockout"))
     np.testing.assert_allclose(values, np.where(routed, expected, -np.inf), rtol=1e-12)
     alone = saliency(observation, saliency_spec("knockout", mix={"code": 0, "tools": 1}))
+    thirds = saliency(observation, saliency_spec("knockout", mix={"code": 2, "tools": 1}))
+    weighed = (2 * found.kl[:, 0] / 40 + found.kl[:, 1] / 25) / 3
+    np.testing.assert_allclose(thirds, np.where(routed, weighed, -np.inf), rtol=1e-12)
     routed = observation.statistics["count"][:, 1] > 0
     np.testing.assert_allclose(alone, np.where(routed, found.kl[:, 1] / 25, -np.inf), rtol=1e-12)
     decision = select(observation, saliency_spec("knockout"), prune(**HALF), ARCHITECTURE)
