@@ -81,10 +81,10 @@ def _load(files: Sequence[LocalFile], found: Sequence[Any]) -> Any:
 def cache_of(files: Sequence[Path]) -> str:
     """Where `datasets` keeps the tables that it makes of these files: a place named by their bytes. It names its own by
     their paths and times, so that a file which was exchanged under its old time would be read as it was before."""
-    import datasets
+    from datasets import config
 
     content = digest([[str(file), digest_file(file)] for file in files])
-    return str(Path(datasets.config.HF_DATASETS_CACHE) / f"by-content-{content[:24]}")
+    return str(Path(config.HF_DATASETS_CACHE) / f"by-content-{content[:24]}")
 
 
 def _escaped(path: Path) -> str:

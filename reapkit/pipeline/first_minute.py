@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from reapkit.checkpoint.projection_names import Role
 from reapkit.core.errors import ReapkitError, UnusableError
@@ -100,7 +100,7 @@ def _first_layers(plan: Plan, stages: Collection[str]) -> list[Proven]:
     layered = LayeredModel(
         plan.checkpoint.path, device=_device(plan), trust_remote_code=plan.recipe.model.trust_remote_code
     )
-    vocabulary = layered.model.get_input_embeddings().weight.shape[0]
+    vocabulary = cast("Tensor", layered.model.get_input_embeddings().weight).shape[0]
     tokens = [number * STRIDE % vocabulary for number in range(TOKENS)]
     seen, error = run_first_layers(layered, tokens, lambda site: _rounding_error(plan, site) if quantizes else None)
     dtype, read = str(layered.dtype).removeprefix("torch."), human_bytes(seen.nbytes)
@@ -120,7 +120,7 @@ def _device(plan: Plan) -> str:
 def _rounding_error(plan: Plan, site: RoutedExperts) -> float:
     """How far an expert's down projection is from itself after it was quantized, written and read."""
     if site.linearised:
-        return _written_and_read(site.module[0].down_proj.weight, plan)
+        return _written_and_read(cast("Tensor", site.module.get_submodule("0.down_proj").weight), plan)
     matrix = site.matrix(Role.DOWN)[0]
     return _written_and_read(matrix.T if site.down_proj_is_transposed else matrix, plan)
 
