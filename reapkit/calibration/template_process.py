@@ -71,10 +71,16 @@ class TemplateProcess:
             raise TemplateStopped("rendering was stopped")
         if self._process is None or self._connection is None:
             context = multiprocessing.get_context("fork")
-            self._connection, theirs = context.Pipe()
-            self._process = context.Process(target=_serve, args=(theirs, self._connection, os.getpid()), daemon=True)
-            self._process.start()
-            theirs.close()
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, ours, os.getpid()), daemon=True)
+            try:
+                process.start()
+            except OSError:  # the system gives no more processes
+                ours.close()
+                raise
+            finally:
+                theirs.close()
+            self._process, self._connection = process, ours
             if self._closed:  # meanwhile, in another thread
                 self._process.kill()
         return self._process, self._connection

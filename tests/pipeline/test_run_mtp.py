@@ -119,7 +119,7 @@ def test_what_transformers_does_not_load_is_dropped_or_refused(recipe, model_typ
     [
         ({"num_nextn_predict_layers": 2}, "declares 2 multi-token-prediction blocks behind layer 2"),
         ({"num_nextn_predict_layers": 0}, "declares 0 multi-token-prediction blocks"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantized (awq)"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantized (gptq)"),
     ],
 )
 def test_blocks_that_do_not_fit_what_the_config_says(recipe, change: dict, said: str) -> None:

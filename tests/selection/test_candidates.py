@@ -101,8 +101,9 @@ def test_problems_stand_where_the_value_was_written() -> None:
         (
             {"ratio": 0.5, "candidates": {"criterion": ["reap", "raep"]}},
             (
-                "prune.candidates.criterion[1]: found 'raep'. Known: reap, eaft-reap, frequency, weighted-frequency,"
-                " ean, ean-mean, reroute, reroute-single, random, or your own as module:function. Did you mean 'reap'?"
+                "prune.candidates.criterion[1]: found 'raep'. Known: reap, reap-relative, eaft-reap, frequency,"
+                " weighted-frequency, ean, ean-mean, reroute, reroute-single, knockout, random, or your own as"
+                " module:function. Did you mean 'reap'?"
             ),
         ),
     ],

@@ -124,6 +124,7 @@ def serve() -> None:
         importlib.import_module(name)
     import encodings.idna
     import encodings.utf_8_sig  # noqa: F401 (codecs that users without our files would look for)
+    import multiprocessing.popen_fork  # noqa: F401 (nor this)
 
     import torch
 
